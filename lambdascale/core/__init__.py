@@ -1,0 +1,27 @@
+"""Vocabulary of the package: requests, events, commands, plans, specs, errors, units. Frozen values; no I/O, no policy."""
+
+from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
+from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Stage, Transfer
+from lambdascale.core.request import Request
+from lambdascale.core.specs import BlockSpec, ClusterSpec, GpuSpec, ModelSpec
+from lambdascale.core.units import parse_rate, parse_size
+
+__all__ = [
+    "BlockSpec",
+    "CapacityError",
+    "ClusterSpec",
+    "GpuSpec",
+    "IncompleteRunError",
+    "ModelSpec",
+    "MulticastPlan",
+    "NodeId",
+    "PipelinePlan",
+    "PlanError",
+    "Request",
+    "Stage",
+    "TraceError",
+    "Transfer",
+    "UserError",
+    "parse_rate",
+    "parse_size",
+]

@@ -1,0 +1,61 @@
+"""The one type check of configured dataclasses: Hydra's ``instantiate`` does not enforce annotations."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from lambdascale.core.errors import UserError
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _matches(value: object, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        args = typing.get_args(hint)
+        return isinstance(value, tuple) and (
+            len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value)
+        )
+    if origin is not None or getattr(hint, "_is_protocol", False):
+        return True
+    return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
+
+
+def check_types(config: Any) -> None:
+    """Raise UserError when a field of the dataclass ``config`` holds a value its annotation does not allow.
+
+    Lists become tuples where a tuple is annotated (Hydra hands lists over). Checks scalars, literals, unions and
+    homogeneous tuples; protocols and generic mappings are left to their users.
+    """
+    hints = _hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list) and typing.get_origin(hints[field.name]) is tuple:
+            value = tuple(value)
+            object.__setattr__(config, field.name, value)
+        if not _matches(value, hints[field.name]):
+            wanted = str(field.type).replace("typing.", "")
+            raise UserError(f"{type(config).__name__}.{field.name} must be {wanted}, not {value!r}")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless ``condition``: for a user's values, at the edge."""
+    if not condition:
+        raise UserError(message)

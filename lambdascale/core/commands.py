@@ -1,0 +1,156 @@
+"""What a control plane may ask of a backend. Coarse on purpose: a backend carries a whole plan out without asking back.
+
+An *instance* is something requests can be dispatched to: a replica (one node, local mode) or a pipeline.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from lambdascale.core.plan import MulticastPlan, NodeId, Stage
+from lambdascale.core.request import Request
+
+Tier = Literal["gpu", "host", "ssd", "remote", "instant"]
+KvPolicy = Literal["recompute", "copy"]
+Loader = Literal["pipelined", "sequential"]
+Transport = Literal["rdma", "collective"]
+
+
+class Command(Struct, frozen=True, gc=False, tag=True):
+    """Base of all commands."""
+
+
+class AllocateNode(Command, frozen=True, gc=False, tag=True):
+    """Give ``gpus`` GPUs of ``node`` to ``model``: the GPU-seconds of the model start to count here."""
+
+    node: NodeId
+    model: str
+    gpus: int
+
+
+class ReleaseNode(Command, frozen=True, gc=False, tag=True):
+    """Free the model's GPUs on ``node``; its weights and KV there are gone from GPU memory."""
+
+    node: NodeId
+    model: str
+    gpus: int
+
+
+class StartMulticast(Command, frozen=True, gc=False, tag=True):
+    """Carry ``plan`` out for ``model``, whose block i has ``block_bytes[i]`` bytes.
+
+    ``source_tiers[i]`` is the tier source i sends from (gpu or host). ``transport`` "collective" needs a communicator
+    over all members first and occupies the sources' GPUs; "rdma" does neither.
+    """
+
+    transfer_id: int
+    model: str
+    plan: MulticastPlan
+    block_bytes: tuple[int, ...]
+    source_tiers: tuple[Tier, ...]
+    transport: Transport
+
+
+class LoadBlocks(Command, frozen=True, gc=False, tag=True):
+    """Load ``blocks`` of ``model`` into ``node``'s GPU memory from its ``tier``, in the order given.
+
+    ``loader`` "sequential" reads everything into host memory before it copies to the GPU; "pipelined" overlaps both.
+    The tier "instant" takes no time: the ideal baseline's.
+    """
+
+    transfer_id: int
+    model: str
+    node: NodeId
+    blocks: tuple[int, ...]
+    block_bytes: tuple[int, ...]
+    tier: Tier
+    loader: Loader
+
+
+class CancelTransfer(Command, frozen=True, gc=False, tag=True):
+    """Stop a multicast or load; blocks that already arrived stay. Unknown or finished ids are ignored."""
+
+    transfer_id: int
+
+
+class StartReplica(Command, frozen=True, gc=False, tag=True):
+    """``node`` holds the whole model: serve it alone as ``instance``."""
+
+    instance: int
+    model: str
+    node: NodeId
+
+
+class FormPipeline(Command, frozen=True, gc=False, tag=True):
+    """The nodes of ``stages`` together hold the model: serve as ``instance``. ``block_bytes`` as in StartMulticast."""
+
+    instance: int
+    model: str
+    stages: tuple[Stage, ...]
+    block_bytes: tuple[int, ...]
+
+
+class Dispatch(Command, frozen=True, gc=False, tag=True):
+    """Hand requests to an instance, in order."""
+
+    instance: int
+    requests: tuple[Request, ...]
+
+
+class SwitchMode(Command, frozen=True, gc=False, tag=True):
+    """Dissolve ``pipeline`` and go on with its requests on replicas: ``moves`` is (request_id, instance) for each.
+
+    The token in flight is redone. ``kv`` says whether a target recomputes the KV cache from the tokens so far or
+    copies the layers it lacks from the other stages (paper, section 4.4).
+    """
+
+    pipeline: int
+    moves: tuple[tuple[int, int], ...]
+    kv: KvPolicy
+
+
+class StopInstance(Command, frozen=True, gc=False, tag=True):
+    """Take an instance out of service. Requests it still has are dropped there; the control plane re-dispatches them."""
+
+    instance: int
+
+
+class EvictBlocks(Command, frozen=True, gc=False, tag=True):
+    """Drop ``model`` from ``node``'s memory tier ``tier``."""
+
+    node: NodeId
+    model: str
+    tier: Tier
+
+
+class SetTimer(Command, frozen=True, gc=False, tag=True):
+    """Answer with TimerFired(timer_id) at time ``at``."""
+
+    timer_id: int
+    at: float
+
+
+class FailRequest(Command, frozen=True, gc=False, tag=True):
+    """Give a request up: its client gets ``reason`` as an error."""
+
+    request_id: int
+    reason: str
+
+
+AnyCommand = (
+    AllocateNode
+    | ReleaseNode
+    | StartMulticast
+    | LoadBlocks
+    | CancelTransfer
+    | StartReplica
+    | FormPipeline
+    | Dispatch
+    | SwitchMode
+    | StopInstance
+    | EvictBlocks
+    | SetTimer
+    | FailRequest
+)

@@ -1,0 +1,102 @@
+"""What happens in a cluster, as the control plane sees it. Every event carries its time ``at`` (seconds of the run).
+
+Events are plain frozen structs with a tag, so that the same values travel in memory (simulation) and on the wire (live).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from lambdascale.core.plan import NodeId
+from lambdascale.core.request import Request
+
+Mode = Literal["local", "pipeline"]
+
+
+class Event(Struct, frozen=True, gc=False, tag=True):
+    """Base of all events."""
+
+    at: float
+
+
+class RequestArrived(Event, frozen=True, gc=False, tag=True):
+    """A request reached the front end."""
+
+    request: Request
+
+
+class BlockArrived(Event, frozen=True, gc=False, tag=True):
+    """``node`` now holds ``block`` of ``model`` in GPU memory, verified; ``transfer_id`` names the command behind it."""
+
+    transfer_id: int
+    node: NodeId
+    model: str
+    block: int
+
+
+class TokensProduced(Event, frozen=True, gc=False, tag=True):
+    """A request has ``tokens`` output tokens so far. At least the first token of a request is reported."""
+
+    instance: int
+    request_id: int
+    tokens: int
+    mode: Mode
+
+
+class RequestFinished(Event, frozen=True, gc=False, tag=True):
+    """The last token of a request was produced."""
+
+    instance: int
+    request_id: int
+    tokens: int
+
+
+class TimerFired(Event, frozen=True, gc=False, tag=True):
+    """The timer set by SetTimer with this id is due."""
+
+    timer_id: int
+
+
+class NodeJoined(Event, frozen=True, gc=False, tag=True):
+    """A node is up and ready for commands. The first events of every run."""
+
+    node: NodeId
+
+
+class NodeLost(Event, frozen=True, gc=False, tag=True):
+    """A node is gone with everything on it."""
+
+    node: NodeId
+
+
+class CommandFailed(Event, frozen=True, gc=False, tag=True):
+    """A backend could not carry a command out. ``transfer_id``/``instance`` name what it concerned, -1 if neither."""
+
+    command: str
+    reason: str
+    transfer_id: int = -1
+    instance: int = -1
+
+
+AnyEvent = (
+    NodeJoined
+    | RequestArrived
+    | BlockArrived
+    | TokensProduced
+    | RequestFinished
+    | TimerFired
+    | NodeLost
+    | CommandFailed
+)
+EVENT_TYPES: tuple[type[Event], ...] = (
+    NodeJoined,
+    RequestArrived,
+    BlockArrived,
+    TokensProduced,
+    RequestFinished,
+    TimerFired,
+    NodeLost,
+    CommandFailed,
+)

@@ -1,0 +1,87 @@
+"""Multicast plans and pipelines as values: what moves where in which round, and who serves together.
+
+A plan speaks of positions 0..nodes-1, sources first; :meth:`MulticastPlan.on` puts it onto real node ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+NodeId = int
+
+
+class Transfer(Struct, frozen=True, gc=False):
+    """One block from ``src`` to ``dst``."""
+
+    src: NodeId
+    dst: NodeId
+    block: int
+
+
+class MulticastPlan(Struct, frozen=True, gc=False):
+    """Rounds of transfers that bring every block to every destination once (paper, section 4.2).
+
+    ``members`` are all the nodes, sources first; ``sources`` hold every block at the start. ``groups`` are the
+    sub-groups of k-way transmission, each with its source first; ``orders[i]`` is the order in which sub-group i's
+    source injects the blocks. Rounds are logical: a node agent runs its own sends in round order as soon as it holds
+    their blocks. ``streaming`` says that hops forward in pieces much smaller than a block (as NCCL's ring does), so
+    that a backend charges the pipe's rate, not rounds.
+    """
+
+    members: tuple[NodeId, ...]
+    sources: tuple[NodeId, ...]
+    blocks: int
+    rounds: tuple[tuple[Transfer, ...], ...]
+    groups: tuple[tuple[NodeId, ...], ...] = ()
+    orders: tuple[tuple[int, ...], ...] = ()
+    streaming: bool = False
+
+    @property
+    def destinations(self) -> tuple[NodeId, ...]:
+        """The members that receive, in plan order."""
+        return self.members[len(self.sources) :]
+
+    @property
+    def double_receives(self) -> tuple[tuple[int, NodeId], ...]:
+        """(round counted from 1, node) wherever a node receives more than one block in a round."""
+        found = []
+        for number, transfers in enumerate(self.rounds, start=1):
+            receivers = [t.dst for t in transfers]
+            if len(set(receivers)) != len(receivers):
+                found += [(number, node) for node in sorted(set(receivers)) if receivers.count(node) > 1]
+        return tuple(found)
+
+    def on(self, nodes: Sequence[NodeId]) -> MulticastPlan:
+        """The same plan with ``members[i]`` replaced by ``nodes[i]``."""
+        names = dict(zip(self.members, nodes, strict=True))
+        return MulticastPlan(
+            members=tuple(nodes),
+            sources=tuple(names[n] for n in self.sources),
+            blocks=self.blocks,
+            rounds=tuple(tuple(Transfer(names[t.src], names[t.dst], t.block) for t in r) for r in self.rounds),
+            groups=tuple(tuple(names[n] for n in g) for g in self.groups),
+            orders=self.orders,
+            streaming=self.streaming,
+        )
+
+
+class Stage(Struct, frozen=True, gc=False):
+    """A node's share of a pipeline: blocks ``first_block`` to ``last_block``, both included."""
+
+    node: NodeId
+    first_block: int
+    last_block: int
+
+
+class PipelinePlan(Struct, frozen=True, gc=False):
+    """Stages in execution order that cover the model once; ready after ``ready_round`` rounds of its multicast."""
+
+    ready_round: int
+    stages: tuple[Stage, ...]
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """The distinct nodes of the stages, in order of first appearance."""
+        return tuple(dict.fromkeys(stage.node for stage in self.stages))

@@ -1,0 +1,191 @@
+"""Models and clusters as values. Sizes in bytes, rates in bytes/s, times in seconds; numbers come from conf/ with a source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lambdascale.core.checks import check_types, require
+from lambdascale.core.errors import CapacityError, UserError
+from lambdascale.core.units import parse_rate, parse_size
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{type(config).__name__}.{name} must be positive, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """A block: layers ``first_layer`` to ``last_layer`` (both included) in ``size_bytes`` contiguous bytes."""
+
+    index: int
+    first_layer: int
+    last_layer: int
+    size_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers the block holds."""
+        return self.last_layer - self.first_layer + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only transformer's sizes.
+
+    ``weight_bytes`` is the whole checkpoint; ``embedding_bytes`` of it is the input embedding and as much again the
+    output head. ``gpus_per_replica`` GPUs of one node hold it, split by layers.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    weight_bytes: int | str
+    dtype_bytes: int = 2
+    gpus_per_replica: int = 1
+
+    def __post_init__(self) -> None:
+        """Normalise sizes and validate."""
+        check_types(self)
+        object.__setattr__(self, "weight_bytes", parse_size(self.weight_bytes))
+        _positive(
+            self, "layers", "hidden", "heads", "kv_heads", "vocab", "weight_bytes", "dtype_bytes", "gpus_per_replica"
+        )
+        require(
+            self.hidden % self.heads == 0,
+            f"model {self.name}: hidden {self.hidden} is not a multiple of heads {self.heads}",
+        )
+        require(
+            2 * self.embedding_bytes < self.size_bytes,
+            f"model {self.name}: weight_bytes {self.weight_bytes} does not even hold embedding and head",
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """The checkpoint's bytes (``weight_bytes`` after parsing)."""
+        return int(self.weight_bytes)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the input embedding (the output head has as many)."""
+        return self.vocab * self.hidden * self.dtype_bytes
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one transformer layer."""
+        return (self.size_bytes - 2 * self.embedding_bytes) // self.layers
+
+    @property
+    def params(self) -> float:
+        """Number of parameters."""
+        return self.size_bytes / self.dtype_bytes
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """KV-cache bytes of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * (self.hidden // self.heads) * self.dtype_bytes
+
+    @cached_property
+    def _partitions(self) -> dict[int, tuple[BlockSpec, ...]]:
+        return {}
+
+    def partition(self, blocks: int) -> tuple[BlockSpec, ...]:
+        """Cut the model into ``blocks`` contiguous blocks of near-equal bytes (reference, section 2.1).
+
+        The first also carries the embedding, the last the head. A block holds at least one layer; UserError otherwise.
+        """
+        if not 1 <= blocks <= self.layers:
+            raise UserError(
+                f"{self.name} has {self.layers} layers: it can be cut into 1 to {self.layers} blocks, not {blocks}"
+            )
+        if blocks not in self._partitions:
+            self._partitions[blocks] = self._cut(blocks)
+        return self._partitions[blocks]
+
+    def _cut(self, blocks: int) -> tuple[BlockSpec, ...]:
+        body = self.size_bytes - 2 * self.embedding_bytes
+        ends = []
+        for index in range(1, blocks + 1):
+            target = self.size_bytes * index / blocks - self.embedding_bytes
+            nearest = round(target * self.layers / body) if blocks > 1 else self.layers
+            low, high = (ends[-1] if ends else 0) + 1, self.layers - (blocks - index)
+            ends.append(self.layers if index == blocks else min(max(nearest, low), high))
+        cuts = []
+        for index, end in enumerate(ends):
+            begin = ends[index - 1] if index else 0
+            size = body * end // self.layers - body * begin // self.layers
+            size += self.embedding_bytes * ((index == 0) + (index == blocks - 1))
+            cuts.append(BlockSpec(index=index, first_layer=begin, last_layer=end - 1, size_bytes=size))
+        return tuple(cuts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """A GPU's datasheet: memory, memory bandwidth, dense 16-bit matrix rate (FLOP/s)."""
+
+    name: str
+    memory_bytes: int | str
+    hbm_bytes_per_s: float | str
+    peak_flops: float
+
+    def __post_init__(self) -> None:
+        """Normalise sizes and validate."""
+        check_types(self)
+        object.__setattr__(self, "memory_bytes", parse_size(self.memory_bytes))
+        object.__setattr__(self, "hbm_bytes_per_s", parse_rate(self.hbm_bytes_per_s))
+        _positive(self, "memory_bytes", "hbm_bytes_per_s", "peak_flops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """A cluster of like nodes.
+
+    ``nic_bytes_per_s`` is a node's line rate per direction. ``rdma_efficiency`` and ``collective_efficiency`` are the
+    share of it that one-sided writes and a collective's ring turn into goodput. ``link_latency_s`` is the start-up of one
+    transfer, ``hop_latency_s`` the time for activations to reach the next stage. ``pcie_bytes_per_s`` (host to GPU) and
+    ``ssd_bytes_per_s`` are per node; ``remote_bytes_per_s`` is the remote store's rate to one node, 0 for no store.
+    """
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    gpu: GpuSpec
+    nic_bytes_per_s: float | str
+    rdma_efficiency: float
+    collective_efficiency: float
+    link_latency_s: float
+    hop_latency_s: float
+    pcie_bytes_per_s: float | str
+    ssd_bytes_per_s: float | str
+    host_memory_bytes: int | str
+    usd_per_gpu_hour: float
+    remote_bytes_per_s: float | str = 0.0
+
+    def __post_init__(self) -> None:
+        """Normalise rates and validate."""
+        check_types(self)
+        for name in ("nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s", "remote_bytes_per_s"):
+            object.__setattr__(self, name, parse_rate(getattr(self, name)))
+        object.__setattr__(self, "host_memory_bytes", parse_size(self.host_memory_bytes))
+        _positive(self, "nodes", "gpus_per_node", "nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s")
+        for name in ("rdma_efficiency", "collective_efficiency"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"ClusterSpec.{name} must be in (0, 1], not {value!r}")
+        for name in ("link_latency_s", "hop_latency_s", "remote_bytes_per_s", "host_memory_bytes", "usd_per_gpu_hour"):
+            value = getattr(self, name)
+            require(value >= 0, f"ClusterSpec.{name} must not be negative, not {value!r}")
+
+    def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
+        """Tokens of KV cache that fit beside the weights on one node's share of GPUs; CapacityError if none do."""
+        memory = int(self.gpu.memory_bytes) * model.gpus_per_replica * memory_utilisation
+        if model.gpus_per_replica > self.gpus_per_node or memory <= model.size_bytes:
+            raise CapacityError(
+                f"{model.name} ({model.size_bytes / 1e9:.2f} GB on {model.gpus_per_replica} GPUs) does not fit a node of "
+                f"{self.name}: {self.gpus_per_node} x {int(self.gpu.memory_bytes) / 1e9:.1f} GB, {memory_utilisation:.0%} usable"
+            )
+        return int((memory - model.size_bytes) // model.kv_bytes_per_token)
