@@ -3,13 +3,14 @@
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Stage, Transfer
 from lambdascale.core.request import Request
-from lambdascale.core.specs import BlockSpec, ClusterSpec, GpuSpec, ModelSpec
+from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, GpuSpec, ModelSpec
 from lambdascale.core.units import parse_rate, parse_size
 
 __all__ = [
     "BlockSpec",
     "CapacityError",
     "ClusterSpec",
+    "ComputeSpec",
     "GpuSpec",
     "IncompleteRunError",
     "ModelSpec",

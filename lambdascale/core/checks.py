@@ -30,9 +30,7 @@ def _matches(value: object, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple:
         args = typing.get_args(hint)
-        return isinstance(value, tuple) and (
-            len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value)
-        )
+        return isinstance(value, tuple) and (len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value))
     if origin is not None or getattr(hint, "_is_protocol", False):
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None

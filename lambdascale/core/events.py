@@ -80,16 +80,7 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
     instance: int = -1
 
 
-AnyEvent = (
-    NodeJoined
-    | RequestArrived
-    | BlockArrived
-    | TokensProduced
-    | RequestFinished
-    | TimerFired
-    | NodeLost
-    | CommandFailed
-)
+AnyEvent = NodeJoined | RequestArrived | BlockArrived | TokensProduced | RequestFinished | TimerFired | NodeLost | CommandFailed
 EVENT_TYPES: tuple[type[Event], ...] = (
     NodeJoined,
     RequestArrived,

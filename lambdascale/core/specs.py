@@ -53,9 +53,7 @@ class ModelSpec:
         """Normalise sizes and validate."""
         check_types(self)
         object.__setattr__(self, "weight_bytes", parse_size(self.weight_bytes))
-        _positive(
-            self, "layers", "hidden", "heads", "kv_heads", "vocab", "weight_bytes", "dtype_bytes", "gpus_per_replica"
-        )
+        _positive(self, "layers", "hidden", "heads", "kv_heads", "vocab", "weight_bytes", "dtype_bytes", "gpus_per_replica")
         require(
             self.hidden % self.heads == 0,
             f"model {self.name}: hidden {self.hidden} is not a multiple of heads {self.heads}",
@@ -100,9 +98,7 @@ class ModelSpec:
         The first also carries the embedding, the last the head. A block holds at least one layer; UserError otherwise.
         """
         if not 1 <= blocks <= self.layers:
-            raise UserError(
-                f"{self.name} has {self.layers} layers: it can be cut into 1 to {self.layers} blocks, not {blocks}"
-            )
+            raise UserError(f"{self.name} has {self.layers} layers: it can be cut into 1 to {self.layers} blocks, not {blocks}")
         if blocks not in self._partitions:
             self._partitions[blocks] = self._cut(blocks)
         return self._partitions[blocks]
@@ -142,6 +138,26 @@ class GpuSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeSpec:
+    """How much of a GPU's datasheet an engine reaches: the roofline's efficiencies, and a fixed cost per iteration."""
+
+    flops_efficiency: float
+    bandwidth_efficiency: float
+    iteration_overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        for name in ("flops_efficiency", "bandwidth_efficiency"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"ComputeSpec.{name} must be in (0, 1], not {value!r}")
+        require(
+            self.iteration_overhead_s >= 0,
+            f"ComputeSpec.iteration_overhead_s must not be negative: {self.iteration_overhead_s!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """A cluster of like nodes.
 
@@ -155,6 +171,7 @@ class ClusterSpec:
     nodes: int
     gpus_per_node: int
     gpu: GpuSpec
+    compute: ComputeSpec
     nic_bytes_per_s: float | str
     rdma_efficiency: float
     collective_efficiency: float
