@@ -1,0 +1,24 @@
+"""The control plane: every decision of λScale and of its baselines, once, for the simulated and the live cluster.
+
+It turns events into commands. It must not know what carries them out: no clock, no I/O, no global randomness, no torch.
+"""
+
+from lambdascale.control.autoscaler import Autoscaler
+from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration, Sequence
+from lambdascale.control.loop import Backend, Observer, ServingSystem, drive
+from lambdascale.control.plane import ControlPlane
+from lambdascale.control.system import SystemConfig
+
+__all__ = [
+    "Autoscaler",
+    "Backend",
+    "BatchLimits",
+    "BatchScheduler",
+    "ControlPlane",
+    "Iteration",
+    "Observer",
+    "Sequence",
+    "ServingSystem",
+    "SystemConfig",
+    "drive",
+]

@@ -3,7 +3,7 @@
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Stage, Transfer
 from lambdascale.core.request import Request
-from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, GpuSpec, ModelSpec
+from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec
 from lambdascale.core.units import parse_rate, parse_size
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CapacityError",
     "ClusterSpec",
     "ComputeSpec",
+    "ComputeTable",
     "GpuSpec",
     "IncompleteRunError",
     "ModelSpec",

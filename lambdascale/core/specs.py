@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
@@ -105,7 +106,7 @@ class ModelSpec:
 
     def _cut(self, blocks: int) -> tuple[BlockSpec, ...]:
         body = self.size_bytes - 2 * self.embedding_bytes
-        ends = []
+        ends: list[int] = []
         for index in range(1, blocks + 1):
             target = self.size_bytes * index / blocks - self.embedding_bytes
             nearest = round(target * self.layers / body) if blocks > 1 else self.layers
@@ -138,12 +139,41 @@ class GpuSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeTable:
+    """Iteration times measured for one model on one node: prefill over tokens, decode over batch size (short contexts).
+
+    ``decode_s_per_context_token`` is what each token of KV cache read adds to a decode iteration.
+    """
+
+    model: str
+    prefill_tokens: tuple[float, ...]
+    prefill_s: tuple[float, ...]
+    decode_batch: tuple[float, ...]
+    decode_s: tuple[float, ...]
+    decode_s_per_context_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Validate: equally long, rising abscissae, positive times."""
+        check_types(self)
+        for xs, ys, what in ((self.prefill_tokens, self.prefill_s, "prefill"), (self.decode_batch, self.decode_s, "decode")):
+            require(
+                len(xs) == len(ys) > 0, f"measured table of {self.model}: {what} needs as many times as points, and one at least"
+            )
+            rising = all(a < b for a, b in pairwise(xs))
+            require(rising and min(ys) > 0, f"measured table of {self.model}: {what} points must rise and times be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComputeSpec:
-    """How much of a GPU's datasheet an engine reaches: the roofline's efficiencies, and a fixed cost per iteration."""
+    """How fast an engine is on a GPU: efficiencies against the datasheet, or ``measured`` tables for the models that have one.
+
+    ``iteration_overhead_s`` is a fixed cost of every iteration.
+    """
 
     flops_efficiency: float
     bandwidth_efficiency: float
     iteration_overhead_s: float = 0.0
+    measured: tuple[ComputeTable, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""

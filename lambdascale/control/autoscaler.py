@@ -1,0 +1,45 @@
+"""One autoscaling policy for every system: replicas in proportion to queued and running requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lambdascale.core.checks import check_types, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoscaler:
+    """Desired replicas = ceil((queued + running) / target_per_replica), within [min_replicas, max_replicas].
+
+    Looked at every ``interval_s`` while there is work. A replica that was idle for ``keep_alive_s`` is released, down to
+    the desired number. ``min_replicas`` are in place when the run starts; 0 is allowed. ``max_replicas``
+    None: the cluster's size.
+    """
+
+    target_per_replica: int = 4
+    interval_s: float = 0.1
+    keep_alive_s: float = 1.0
+    min_replicas: int = 1
+    max_replicas: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        require(self.target_per_replica >= 1, f"autoscaler.target_per_replica must be at least 1, not {self.target_per_replica}")
+        require(self.interval_s > 0, f"autoscaler.interval_s must be positive, not {self.interval_s}")
+        require(self.keep_alive_s >= 0, f"autoscaler.keep_alive_s must not be negative, not {self.keep_alive_s}")
+        require(self.min_replicas >= 0, f"autoscaler.min_replicas must not be negative, not {self.min_replicas}")
+        require(
+            self.max_replicas is None or self.max_replicas >= max(1, self.min_replicas),
+            f"autoscaler.max_replicas ({self.max_replicas}) must be at least 1 and at least min_replicas ({self.min_replicas})",
+        )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the number of replicas never changes."""
+        return self.max_replicas == self.min_replicas
+
+    def desired(self, queued: int, running: int) -> int:
+        """Replicas wanted for ``queued`` + ``running`` requests of one model."""
+        wanted = max(self.min_replicas, -(-(queued + running) // self.target_per_replica))
+        return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

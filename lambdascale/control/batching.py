@@ -1,0 +1,242 @@
+"""Iteration-level continuous batching (Orca, OSDI'22), pure: the live engine and the simulated replica call this class.
+
+A scheduler belongs to one replica, or to one of the batches in flight of a pipeline. Its owner repeats: ``schedule()`` says
+what the next iteration runs, the owner runs it (or works out how long it takes), ``complete()`` takes note and names the
+sequences that got their first token or finished. Cost per sequence is O(log batch), however many iterations it lives,
+because decoding sequences are counted in steps, not touched one by one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from typing import Literal
+
+from lambdascale.core.checks import check_types, require
+
+# Bound on how far a decode-only batch may be advanced at once when nothing else limits it.
+_UNBOUNDED = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """Bounds of one iteration.
+
+    ``max_batch`` sequences, ``max_tokens`` tokens (prompts longer than what is left are prefilled in chunks).
+    ``mode`` "static" is the prototype's: a batch is formed when the last one has ended, prefilled whole and never joined.
+    """
+
+    mode: Literal["continuous", "static"] = "continuous"
+    max_batch: int = 8
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        require(self.max_batch >= 1, f"BatchLimits.max_batch must be at least 1, not {self.max_batch}")
+        require(
+            self.max_tokens >= self.max_batch,
+            f"BatchLimits.max_tokens ({self.max_tokens}) must not be below max_batch ({self.max_batch})",
+        )
+
+
+class Sequence:
+    """A request inside a scheduler.
+
+    ``produced`` output tokens exist already when it enters (more than 0 after a mode switch); ``cached`` says that the KV
+    of everything so far is there, so that it needs no prefill. ``output_tokens`` bounds the answer.
+    """
+
+    __slots__ = ("_joined", "cached", "output_tokens", "prefilled", "produced", "prompt_tokens", "request_id")
+
+    def __init__(self, request_id: int, prompt_tokens: int, output_tokens: int, produced: int = 0, cached: bool = False) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.produced = produced
+        self.cached = cached
+        self.prefilled = 0
+        self._joined = -1
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens to prefill before the next one can be produced: the prompt and what was produced so far."""
+        return self.prompt_tokens + self.produced
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV slots the sequence may need at most."""
+        return self.prompt_tokens + self.output_tokens
+
+
+class Iteration:
+    """One iteration, as ``schedule()`` orders it.
+
+    ``prefills``: (sequence, tokens of it to prefill now). ``decodes``: how many sequences decode one token each (they are
+    ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``attended_tokens``: query-key pairs of the
+    prefills. ``max_steps``: how often the iteration may be repeated before the batch could change (1 with prefills).
+    """
+
+    __slots__ = ("attended_tokens", "context_tokens", "decodes", "max_steps", "prefill_tokens", "prefills")
+
+    def __init__(self, prefills: list[tuple[Sequence, int]], decodes: int, context_tokens: int, max_steps: int) -> None:
+        self.prefills = prefills
+        self.decodes = decodes
+        self.context_tokens = context_tokens
+        self.max_steps = max_steps
+        tokens = attended = 0
+        for sequence, count in prefills:
+            tokens += count
+            attended += count * sequence.prefilled + count * (count + 1) // 2
+        self.prefill_tokens = tokens
+        self.attended_tokens = attended
+
+
+class BatchScheduler:
+    """Forms the iterations of one batch. First come, first served; KV for prompt and answer is reserved at admission."""
+
+    __slots__ = ("_context", "_ends", "_prefilling", "_reserved", "_step", "decoding", "kv_tokens", "limits", "waiting")
+
+    def __init__(self, limits: BatchLimits, kv_tokens: int) -> None:
+        self.limits = limits
+        self.kv_tokens = kv_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.decoding: dict[int, Sequence] = {}
+        self._prefilling: deque[Sequence] = deque()
+        self._ends: list[tuple[int, int]] = []
+        self._step = 0
+        self._context = 0
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        """Sequences inside, waiting ones included."""
+        return len(self.waiting) + len(self._prefilling) + len(self.decoding)
+
+    @property
+    def running(self) -> int:
+        """Sequences admitted to the batch."""
+        return len(self._prefilling) + len(self.decoding)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. One that could never fit the KV memory is a fault of the caller, who must refuse it first."""
+        assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
+        assert sequence.produced < sequence.output_tokens, f"request {sequence.request_id} is already complete"
+        self.waiting.append(sequence)
+
+    @property
+    def admits(self) -> bool:
+        """Whether the longest-waiting sequence could join at the next iteration."""
+        if not self.waiting or (self.limits.mode == "static" and self.running):
+            return False
+        return self.running < self.limits.max_batch and self._reserved + self.waiting[0].kv_tokens <= self.kv_tokens
+
+    def schedule(self) -> Iteration | None:
+        """The next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
+        if self.admits:
+            self._admit()
+        decodes = len(self.decoding)
+        if not self._prefilling:
+            return Iteration([], decodes, self._context, self._ends[0][0] - self._step) if decodes else None
+        prefills = self._prefills(self.limits.max_tokens - decodes)
+        return Iteration(prefills, decodes, self._context, 1)
+
+    def _admit(self) -> None:
+        waiting, room = self.waiting, self.limits.max_batch - self.running
+        while waiting and room > 0 and self._reserved + waiting[0].kv_tokens <= self.kv_tokens:
+            sequence = waiting.popleft()
+            self._reserved += sequence.kv_tokens
+            room -= 1
+            if sequence.cached:
+                self._join(sequence)
+            else:
+                self._prefilling.append(sequence)
+
+    def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+        if self.limits.mode == "static":
+            budget = _UNBOUNDED
+        prefills = []
+        for sequence in self._prefilling:
+            if budget <= 0:
+                break
+            count = min(sequence.context_tokens - sequence.prefilled, budget)
+            prefills.append((sequence, count))
+            budget -= count
+        return prefills
+
+    def _join(self, sequence: Sequence) -> None:
+        """Let a sequence whose context is in the KV cache decode from the next iteration on."""
+        sequence._joined = self._step
+        self.decoding[sequence.request_id] = sequence
+        # The newest token has no KV yet: it is written by the step that feeds it.
+        self._context += sequence.context_tokens - 1
+        heappush(self._ends, (self._step + sequence.output_tokens - sequence.produced, sequence.request_id))
+
+    def complete(
+        self, iteration: Iteration, steps: int = 1, stopped: Collection[int] = ()
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Take note that ``iteration`` was run ``steps`` times; (sequences with a new first token, finished sequences).
+
+        ``produced`` of the sequences returned is up to date. ``stopped`` names decoding or just prefilled sequences that
+        ended before their bound (an end-of-sequence token).
+        """
+        assert 1 <= steps <= iteration.max_steps, f"{steps} steps of an iteration good for {iteration.max_steps}"
+        finished = self._advance(steps, stopped) if iteration.decodes else []
+        first = []
+        for sequence, count in iteration.prefills:
+            sequence.prefilled += count
+            if sequence.prefilled < sequence.context_tokens:
+                continue
+            assert self._prefilling.popleft() is sequence, "prefills end in the order they began"
+            sequence.produced += 1
+            if sequence.produced == 1:
+                first.append(sequence)
+            if sequence.produced == sequence.output_tokens or sequence.request_id in stopped:
+                self._reserved -= sequence.kv_tokens
+                finished.append(sequence)
+            else:
+                self._join(sequence)
+        return first, finished
+
+    def _advance(self, steps: int, stopped: Collection[int]) -> list[Sequence]:
+        self._step += steps
+        self._context += steps * len(self.decoding)
+        finished = []
+        while self._ends and self._ends[0][0] <= self._step:
+            finished.append(self._leave(heappop(self._ends)[1]))
+        return finished + [self._drop(request_id) for request_id in stopped if request_id in self.decoding]
+
+    def _leave(self, request_id: int) -> Sequence:
+        sequence = self.decoding.pop(request_id)
+        steps = self._step - sequence._joined
+        self._context -= sequence.context_tokens - 1 + steps
+        sequence.produced += steps
+        self._reserved -= sequence.kv_tokens
+        return sequence
+
+    def _drop(self, request_id: int) -> Sequence:
+        self._ends = [end for end in self._ends if end[1] != request_id]
+        heapify(self._ends)
+        return self._leave(request_id)
+
+    def remove(self, request_id: int) -> Sequence | None:
+        """Take a sequence out (its client is gone), None if it is not here. Not while an iteration runs it."""
+        if request_id in self.decoding:
+            return self._drop(request_id)
+        for pool, admitted in ((self._prefilling, True), (self.waiting, False)):
+            for sequence in pool:
+                if sequence.request_id == request_id:
+                    pool.remove(sequence)
+                    self._reserved -= sequence.kv_tokens if admitted else 0
+                    return sequence
+        return None
+
+    def drain(self) -> list[Sequence]:
+        """Empty the scheduler: running sequences in the order they joined, then waiting ones; ``produced`` is up to date."""
+        running = [self._drop(request_id) for request_id in list(self.decoding)]
+        rest = [*self._prefilling, *self.waiting]
+        self._prefilling.clear()
+        self.waiting.clear()
+        self._reserved = 0
+        return running + rest

@@ -1,0 +1,58 @@
+"""The only run loop, and the three roles it joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from lambdascale.core.commands import Command
+from lambdascale.core.events import Event
+
+
+class ServingSystem(Protocol):
+    """λScale or a baseline: decides what to do about an event."""
+
+    def on_event(self, event: Event) -> Sequence[Command]:
+        """Commands to carry out now, in order. Pure: time is ``event.at``."""
+        ...
+
+
+class Backend(Protocol):
+    """A cluster, simulated or live, or a test double: carries commands out and says what happens."""
+
+    def submit(self, command: Command) -> None:
+        """Start carrying a command out; failures come back as events."""
+        ...
+
+    def next_event(self) -> Event | None:
+        """The next thing that happens, times never decreasing; None when nothing is outstanding."""
+        ...
+
+
+class Observer(Protocol):
+    """Watches a run; never influences it."""
+
+    def on_event(self, event: Event) -> None:
+        """Called before the system sees the event."""
+        ...
+
+    def on_command(self, at: float, command: Command) -> None:
+        """Called before the backend gets the command."""
+        ...
+
+
+def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = ()) -> float:
+    """Run until nothing is outstanding; the time of the last event (seconds of the run)."""
+    at = 0.0
+    saw = [observer.on_event for observer in observers]
+    told = [observer.on_command for observer in observers]
+    next_event, on_event, submit = backend.next_event, system.on_event, backend.submit
+    while (event := next_event()) is not None:
+        at = event.at
+        for see in saw:
+            see(event)
+        for command in on_event(event):
+            for tell in told:
+                tell(at, command)
+            submit(command)
+    return at

@@ -1,0 +1,165 @@
+"""ControlPlane: joins router, scaler, recovery and autoscaler into a ServingSystem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import floor
+from typing import TYPE_CHECKING, Any
+
+from lambdascale.control.recovery import Recovery
+from lambdascale.control.router import Router
+from lambdascale.control.scaling import Scaler
+from lambdascale.control.state import Fleet, ModelState
+from lambdascale.core import ClusterSpec, ModelSpec
+from lambdascale.core.commands import Command, SetTimer
+from lambdascale.core.events import (
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+    TokensProduced,
+)
+
+if TYPE_CHECKING:
+    from lambdascale.control.system import SystemConfig
+
+# Times within a billionth of an interval of a tick count as on it (sums of floats).
+_TICK_TOLERANCE = 1e-9
+
+
+class ControlPlane:
+    """λScale's cluster manager, or a baseline's: the parts in ``config`` make the difference."""
+
+    def __init__(self, *, config: SystemConfig, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> None:
+        self.config = config
+        self.fleet = Fleet(cluster, models, config.blocks, config.memory)
+        self._router = Router(self.fleet)
+        self._scaler = Scaler(config, self.fleet, self._router)
+        self._recovery = Recovery(self.fleet, self._router, self._scaler)
+        self._tick = 0
+        self._provisioned = False
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            NodeJoined: self._node_joined,
+            RequestArrived: self._request_arrived,
+            BlockArrived: self._block_arrived,
+            TokensProduced: self._ignore,
+            RequestFinished: self._request_finished,
+            TimerFired: self._timer_fired,
+            NodeLost: self._node_lost,
+            CommandFailed: self._command_failed,
+        }
+
+    def on_event(self, event: Event) -> Sequence[Command]:
+        """Commands to carry out now, in order."""
+        fleet = self.fleet
+        fleet.at = event.at
+        self._handlers[type(event)](event)
+        if not fleet.out:
+            return ()
+        commands, fleet.out = fleet.out, []
+        return commands
+
+    def _ignore(self, event: Event) -> None:
+        """Progress of a request that the control plane has no decision about."""
+
+    def _node_joined(self, event: NodeJoined) -> None:
+        fleet = self.fleet
+        fleet.gpus_free[event.node] = fleet.cluster.gpus_per_node
+        if self._provisioned or len(fleet.gpus_free) < fleet.cluster.nodes:
+            return
+        self._provisioned = True
+        self._place_host_copies()
+        for state in fleet.models.values():
+            self._scaler.provision(state, self.config.autoscaler.min_replicas)
+
+    def _place_host_copies(self) -> None:
+        fleet, copies = self.fleet, self.config.memory.initial_copies
+        nodes = sorted(fleet.gpus_free)
+        for index, state in enumerate(fleet.models.values()):
+            for copy in range(min(copies, len(nodes))):
+                node = nodes[(index * copies + copy) % len(nodes)]
+                fleet.host.put(node, state.spec.name, state.spec.size_bytes, fleet.at)
+
+    def _request_arrived(self, event: RequestArrived) -> None:
+        self._router.arrive(event.request)
+        if not self._tick:
+            self._arm()
+
+    def _request_finished(self, event: RequestFinished) -> None:
+        fleet = self.fleet
+        moved_to = fleet.moved.pop(event.request_id, event.instance) if fleet.moved else event.instance
+        instance = fleet.instances.get(moved_to)
+        # An answer may still come in from an instance that was given up; its request has been restarted by then.
+        if instance is not None and event.request_id in instance.outstanding:
+            self._router.finish(instance, event.request_id)
+
+    def _block_arrived(self, event: BlockArrived) -> None:
+        self._scaler.block_arrived(self.fleet.models[event.model], event.node, event.block)
+
+    def _node_lost(self, event: NodeLost) -> None:
+        self._recovery.node_lost(event.node)
+        if not self._tick:
+            self._arm()
+
+    def _command_failed(self, event: CommandFailed) -> None:
+        self._recovery.transfer_failed(event.transfer_id)
+        self._recovery.instance_failed(event.instance)
+        if not self._tick:
+            self._arm()
+
+    # -- autoscaling -------------------------------------------------------------------------------------------------
+
+    def _arm(self, after: bool = False) -> None:
+        """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
+        interval = self.config.autoscaler.interval_s
+        position = self.fleet.at / interval
+        index = floor(position + _TICK_TOLERANCE)
+        if after or position - index > _TICK_TOLERANCE:
+            index += 1
+        self._tick = self.fleet.new_id()
+        self.fleet.out.append(SetTimer(self._tick, max(index * interval, self.fleet.at)))
+
+    def _timer_fired(self, event: TimerFired) -> None:
+        if event.timer_id != self._tick:
+            return
+        self._tick = 0
+        for state in self.fleet.models.values():
+            self._evaluate(state)
+        if any(self._unsettled(state) for state in self.fleet.models.values()):
+            self._arm(after=True)
+
+    def _evaluate(self, state: ModelState) -> None:
+        autoscaler = self.config.autoscaler
+        surplus = len(state.allocations) - autoscaler.desired(len(state.queue), state.running)
+        if surplus < 0:
+            self._make_room(state, -surplus)
+            self._scaler.scale_out(state, -surplus)
+        elif surplus > 0:
+            due = self.fleet.at - autoscaler.keep_alive_s + _TICK_TOLERANCE
+            for allocation in self._scaler.idle_replicas(state)[:surplus]:
+                if allocation.instance is not None and allocation.instance.idle_since <= due:
+                    self._scaler.release(state, allocation)
+
+    def _make_room(self, state: ModelState, replicas: int) -> None:
+        """Release idle replicas of other models, longest idle first, when there are too few free nodes."""
+        lacking = replicas - len(self._scaler.free_nodes(state))
+        if lacking <= 0 or len(self.fleet.models) == 1:
+            return
+        for other in self.fleet.models.values():
+            surplus = len(other.allocations) - self.config.autoscaler.desired(len(other.queue), other.running)
+            if other is state or surplus <= 0:
+                continue
+            for allocation in self._scaler.idle_replicas(other)[: min(surplus, lacking)]:
+                self._scaler.release(other, allocation)
+                lacking -= 1
+
+    def _unsettled(self, state: ModelState) -> bool:
+        """Whether a later look could decide anything for this model without a further event arming the timer."""
+        autoscaler = self.config.autoscaler
+        if state.queue or state.running:
+            return not autoscaler.fixed or len(state.allocations) < autoscaler.min_replicas
+        return len(state.allocations) != autoscaler.min_replicas and bool(state.allocations)

@@ -1,0 +1,79 @@
+"""How long an iteration takes on a simulated node: a roofline with efficiencies, or tables measured on real hardware.
+
+Roofline: an iteration reads the weights once and does 2 FLOP per parameter and token, whichever takes longer; on top come
+the KV cache that decoding sequences read (memory-bound) and the attention of prefills (compute-bound). The GPUs of a node
+hold consecutive layers and work one after another, so a node is as fast as one of its GPUs that held everything
+(reference, section 4: 140 ms a token for 70B on four GPUs).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import ceil, sqrt
+
+from lambdascale.control.batching import Iteration
+from lambdascale.core import ClusterSpec, ComputeTable, ModelSpec
+
+
+def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float:
+    """Piecewise linear through (xs, ys); beyond the ends the outer slope goes on, never below zero."""
+    if len(xs) == 1:
+        return ys[0]
+    right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
+    slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
+    return max(0.0, ys[right - 1] + slope * (x - xs[right - 1]))
+
+
+class ComputeModel:
+    """Iteration times of one model on one kind of node, in seconds. ``share`` is the part of the model a stage holds."""
+
+    def __init__(self, cluster: ClusterSpec, model: ModelSpec) -> None:
+        gpu, reached = cluster.gpu, cluster.compute
+        flops = gpu.peak_flops * reached.flops_efficiency
+        bandwidth = float(gpu.hbm_bytes_per_s) * reached.bandwidth_efficiency
+        self._overhead_s = reached.iteration_overhead_s
+        self._weights_s = model.size_bytes / bandwidth
+        self._token_s = 2 * model.params / flops
+        self._kv_token_s = model.kv_bytes_per_token / bandwidth
+        # Scores and weighted values: 2 FLOP each per query-key pair and hidden unit, in every layer.
+        self._pair_s = 4 * model.layers * model.hidden / flops
+        self._table = next((table for table in reached.measured if table.model == model.name), None)
+        if self._table is not None:
+            self._kv_token_s = self._table.decode_s_per_context_token
+
+    def iteration_s(self, iteration: Iteration, share: float = 1.0) -> float:
+        """Time of one iteration on a node that holds ``share`` of the model."""
+        work = self._base_s(iteration.decodes, iteration.prefill_tokens) + iteration.context_tokens * self._kv_token_s
+        if self._table is None:
+            work += iteration.attended_tokens * self._pair_s
+        return self._overhead_s + share * work
+
+    def decode_run_s(self, batch: int, context_tokens: int, steps: int) -> float:
+        """Time of ``steps`` decode iterations of an unchanged batch whose KV starts at ``context_tokens`` altogether."""
+        grown = batch * steps * (steps - 1) // 2
+        return steps * (self._overhead_s + self._base_s(batch, 0)) + (steps * context_tokens + grown) * self._kv_token_s
+
+    def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
+        """The smallest number of iterations of that run (at least 1) that does not end before ``elapsed_s``."""
+        growth = batch * self._kv_token_s / 2
+        first = self._overhead_s + self._base_s(batch, 0) + context_tokens * self._kv_token_s - growth
+        root = elapsed_s / first if growth == 0 else (sqrt(first * first + 4 * growth * elapsed_s) - first) / (2 * growth)
+        steps = max(1, ceil(root))
+        # The root is exact up to rounding: one step either way at most.
+        if steps > 1 and self.decode_run_s(batch, context_tokens, steps - 1) >= elapsed_s:
+            return steps - 1
+        return steps if self.decode_run_s(batch, context_tokens, steps) >= elapsed_s else steps + 1
+
+    def _base_s(self, decodes: int, prefill_tokens: int) -> float:
+        if self._table is not None:
+            return _measured_s(self._table, decodes, prefill_tokens)
+        compute = (decodes + prefill_tokens) * self._token_s
+        return compute if compute > self._weights_s else self._weights_s
+
+
+def _measured_s(table: ComputeTable, decodes: int, prefill_tokens: int) -> float:
+    """Decodes ride along in a prefill's iteration as so many more tokens of it, if that is not less than they cost alone."""
+    decode = interpolate(table.decode_batch, table.decode_s, decodes) if decodes else 0.0
+    if not prefill_tokens:
+        return decode
+    return max(decode, interpolate(table.prefill_tokens, table.prefill_s, prefill_tokens + decodes))

@@ -1,0 +1,221 @@
+"""Simulated replicas and pipelines: the control plane's batch scheduler, with time from the compute model.
+
+A replica advances a decode batch that nobody joins or leaves in one event. A pipeline keeps one batch in flight per stage
+(reference, section 2.4); its stages take batches in the order these were started, so a batch's finish is known at its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
+from lambdascale.control.batching import Sequence as Work
+from lambdascale.core import Request
+from lambdascale.core.events import Mode, RequestFinished, TokensProduced
+from lambdascale.sim.compute import ComputeModel
+from lambdascale.sim.kernel import Kernel
+
+Emit = Callable[[TokensProduced | RequestFinished], None]
+
+# Instances look for work after everything else that happens at the same time, so that simultaneous requests share a batch.
+_LAST = 1
+
+
+class SimInstance:
+    """What replicas and pipelines have in common: they report tokens, and may be stopped for good."""
+
+    mode: Mode
+    shares: tuple[float, ...] = (1.0,)
+
+    def __init__(self, instance_id: int, kernel: Kernel, compute: ComputeModel, emit: Emit) -> None:
+        self.instance_id = instance_id
+        self._kernel = kernel
+        self.compute = compute
+        self._emit = emit
+        self._stopped = False
+
+    def dispatch(self, requests: Iterable[Request]) -> None:
+        """Take requests from the router."""
+        self.resume([Work(r.request_id, r.prompt_tokens, r.output_tokens) for r in requests])
+
+    def resume(self, works: Iterable[Work]) -> None:
+        """Take requests that may have produced tokens elsewhere."""
+        raise NotImplementedError
+
+    def drain(self) -> list[Work]:
+        """Stop for good; what was running and waiting. Iterations in flight are lost: their tokens are redone."""
+        raise NotImplementedError
+
+    def occupy(self, busy: bool) -> None:
+        """Something else takes the GPU (a collective's kernels): no new iteration starts until it is given back."""
+        raise NotImplementedError
+
+    def _complete(self, scheduler: BatchScheduler, iteration: Iteration, steps: int) -> None:
+        first, finished = scheduler.complete(iteration, steps)
+        now = self._kernel.now
+        for work in first:
+            self._emit(TokensProduced(now, self.instance_id, work.request_id, 1, self.mode))
+        for work in finished:
+            self._emit(RequestFinished(now, self.instance_id, work.request_id, work.produced))
+
+
+class SimReplica(SimInstance):
+    """A node that holds the whole model."""
+
+    mode: Mode = "local"
+
+    def __init__(
+        self, instance_id: int, kernel: Kernel, compute: ComputeModel, emit: Emit, limits: BatchLimits, kv_tokens: int
+    ) -> None:
+        super().__init__(instance_id, kernel, compute, emit)
+        self._scheduler = BatchScheduler(limits, kv_tokens)
+        self._iteration: Iteration | None = None
+        self._began_s = 0.0
+        self._steps = 0
+        self._version = 0
+        self._woken = False
+        self._occupied = 0
+
+    def resume(self, works: Iterable[Work]) -> None:
+        """Queue the work; a long decode run is cut at the end of the iteration under way."""
+        for work in works:
+            self._scheduler.add(work)
+        if self._iteration is None:
+            self._wake()
+        elif self._steps > 1 and self._scheduler.admits:
+            self._cut()
+
+    def occupy(self, busy: bool) -> None:
+        """Iterations under way end first."""
+        self._occupied += 1 if busy else -1
+        if self._occupied == 0:
+            self._wake()
+        elif self._iteration is not None and self._steps > 1:
+            self._cut()
+
+    def drain(self) -> list[Work]:
+        """Stop; completed steps of the run under way count, the step in flight does not."""
+        self._stopped = True
+        self._version += 1
+        iteration, self._iteration = self._iteration, None
+        if iteration is not None and not iteration.prefills:
+            done = self._steps_by_now(iteration) - 1
+            if done:
+                self._complete(self._scheduler, iteration, done)
+        return self._scheduler.drain()
+
+    def _wake(self) -> None:
+        if not self._woken and self._iteration is None and not self._stopped:
+            self._woken = True
+            self._kernel.at(self._kernel.now, self._begin, priority=_LAST)
+
+    def _begin(self, _: object) -> None:
+        self._woken = False
+        if self._iteration is not None or self._occupied or self._stopped:
+            return
+        iteration = self._iteration = self._scheduler.schedule()
+        if iteration is None:
+            return
+        now = self._began_s = self._kernel.now
+        self._steps = iteration.max_steps
+        self._version += 1
+        if iteration.prefills:
+            took = self.compute.iteration_s(iteration)
+        else:
+            took = self.compute.decode_run_s(iteration.decodes, iteration.context_tokens, iteration.max_steps)
+        self._kernel.at(now + took, self._end, self._version)
+
+    def _cut(self) -> None:
+        iteration = self._iteration
+        assert iteration is not None, "only a run under way can be cut"
+        steps = self._steps_by_now(iteration)
+        if steps < self._steps:
+            self._steps = steps
+            self._version += 1
+            took = self.compute.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+            self._kernel.at(max(self._began_s + took, self._kernel.now), self._end, self._version)
+
+    def _steps_by_now(self, iteration: Iteration) -> int:
+        elapsed = self._kernel.now - self._began_s
+        return min(self.compute.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self._steps)
+
+    def _end(self, version: int) -> None:
+        if version != self._version:
+            return
+        iteration = self._iteration
+        assert iteration is not None, "an iteration ends that never began"
+        self._iteration = None
+        self._complete(self._scheduler, iteration, self._steps)
+        self._begin(None)
+
+
+class SimPipeline(SimInstance):
+    """Nodes that hold the model together: a batch in flight per stage, activations handed from node to node."""
+
+    mode: Mode = "pipeline"
+
+    def __init__(
+        self,
+        instance_id: int,
+        kernel: Kernel,
+        compute: ComputeModel,
+        emit: Emit,
+        limits: BatchLimits,
+        kv_tokens: int,
+        shares: Sequence[float],
+        hop_s: float,
+    ) -> None:
+        super().__init__(instance_id, kernel, compute, emit)
+        self.shares = tuple(shares)
+        self._hop_s = hop_s
+        # Each node keeps the KV of its own stage only, for every batch in flight: a stage's share for each of as many
+        # batches is what one node keeps for one batch alone.
+        self._batches = [BatchScheduler(limits, kv_tokens) for _ in shares]
+        self._running: dict[int, Iteration] = {}
+        self._stage_free_s = [0.0] * len(shares)
+        self._woken = False
+
+    def resume(self, works: Iterable[Work]) -> None:
+        """Give each request to the batch that has the fewest."""
+        for work in works:
+            min(self._batches, key=len).add(work)
+        if not self._woken:
+            self._woken = True
+            self._kernel.at(self._kernel.now, self._begin_all, priority=_LAST)
+
+    def occupy(self, busy: bool) -> None:
+        """A pipeline's nodes are destinations; collectives, which occupy sources, do not feed from them."""
+        raise AssertionError(f"pipeline {self.instance_id} cannot be a collective's source")
+
+    def drain(self) -> list[Work]:
+        """Stop; every iteration in flight is lost and its token redone."""
+        self._stopped = True
+        return [work for batch in self._batches for work in batch.drain()]
+
+    def _begin_all(self, _: object) -> None:
+        self._woken = False
+        for index in range(len(self._batches)):
+            if index not in self._running:
+                self._begin(index)
+
+    def _begin(self, index: int) -> None:
+        iteration = None if self._stopped else self._batches[index].schedule()
+        if iteration is None:
+            return
+        self._running[index] = iteration
+        self._kernel.at(self._through_stages(iteration), self._end, index)
+
+    def _through_stages(self, iteration: Iteration) -> float:
+        """When the iteration leaves the last stage and its tokens are back at the first, if it enters now."""
+        at = self._kernel.now
+        for stage, share in enumerate(self.shares):
+            at = max(at, self._stage_free_s[stage]) + self.compute.iteration_s(iteration, share)
+            self._stage_free_s[stage] = at
+            at += self._hop_s
+        return at
+
+    def _end(self, index: int) -> None:
+        if self._stopped:
+            return
+        self._complete(self._batches[index], self._running.pop(index), 1)
+        self._begin(index)

@@ -1,0 +1,164 @@
+"""Links as fluid flows: max-min fair shares of port rates (progressive filling, Bertsekas and Gallager, Data Networks, 6.5.2).
+
+A flow crosses one or more ports at one rate: the sender's and the receiver's side of their NICs, PCIe, SSD, or all the hops of a
+streaming broadcast. When flows come or go, only those that share ports with them, directly or through others, are
+re-shared; a flow that has its ports for itself costs one kernel entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+from msgspec import Struct
+
+from lambdascale.sim.kernel import Kernel
+
+
+class Port:
+    """One direction of a link, or a device: ``bytes_per_s`` shared by the flows that cross it."""
+
+    __slots__ = ("bytes_per_s", "flows", "name")
+
+    def __init__(self, name: str, bytes_per_s: float) -> None:
+        assert bytes_per_s > 0, f"port {name} has no rate"
+        self.name = name
+        self.bytes_per_s = bytes_per_s
+        self.flows: dict[int, Flow] = {}
+
+
+class Flow:
+    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``."""
+
+    __slots__ = ("cap", "flow_id", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+
+    def __init__(self, flow_id: int, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float) -> None:
+        self.flow_id = flow_id
+        self.ports = ports
+        self.remaining = size_bytes
+        self.on_done = on_done
+        self.cap = cap
+        self.rate = 0.0
+        self.settled_s = 0.0
+        self.version = 0
+
+
+class Grant(Struct, frozen=True, gc=False):
+    """A flow had ``rate`` bytes/s of every port in ``ports`` from ``begin_s`` to ``end_s``."""
+
+    flow_id: int
+    ports: tuple[str, ...]
+    begin_s: float
+    end_s: float
+    rate: float
+    cap: float
+
+
+class LinkNetwork:
+    """All flows of a cluster. ``grants`` records every share given, if asked for."""
+
+    def __init__(self, kernel: Kernel, *, record_grants: bool = False) -> None:
+        self._kernel = kernel
+        self._next_id = 0
+        self.grants: list[Grant] | None = [] if record_grants else None
+
+    def start(self, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float = inf) -> Flow:
+        """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through."""
+        assert ports, "a flow crosses at least one port"
+        assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
+        self._next_id += 1
+        flow = Flow(self._next_id, ports, size_bytes, on_done, cap)
+        flow.settled_s = self._kernel.now
+        alone = True
+        for port in ports:
+            alone = alone and not port.flows
+            port.flows[flow.flow_id] = flow
+        if alone:
+            self._grant(flow, min(cap, *(port.bytes_per_s for port in ports)))
+        else:
+            self._share(flow.ports)
+        return flow
+
+    def cancel(self, flow: Flow) -> None:
+        """Take a flow off its ports; it never completes. Nothing happens if it has completed."""
+        if flow.flow_id in flow.ports[0].flows:
+            self._leave(flow)
+
+    def _leave(self, flow: Flow) -> None:
+        self._settle(flow)
+        flow.version += 1
+        crowded = False
+        for port in flow.ports:
+            del port.flows[flow.flow_id]
+            crowded = crowded or bool(port.flows)
+        if crowded:
+            self._share(flow.ports)
+
+    def _finish(self, entry: tuple[Flow, int]) -> None:
+        flow, version = entry
+        if flow.version == version:
+            self._leave(flow)
+            flow.on_done()
+
+    def _settle(self, flow: Flow) -> None:
+        now = self._kernel.now
+        if now > flow.settled_s:
+            if self.grants is not None and flow.rate > 0:
+                names = tuple(port.name for port in flow.ports)
+                self.grants.append(Grant(flow.flow_id, names, flow.settled_s, now, flow.rate, flow.cap))
+            flow.remaining = max(0.0, flow.remaining - flow.rate * (now - flow.settled_s))
+            flow.settled_s = now
+
+    def _grant(self, flow: Flow, rate: float) -> None:
+        flow.rate = rate
+        flow.version += 1
+        self._kernel.at(self._kernel.now + flow.remaining / rate, self._finish, (flow, flow.version))
+
+    def _share(self, ports: tuple[Port, ...]) -> None:
+        """Give the flows connected to ``ports`` their fair rates; those whose rate stays keep their completion time."""
+        rates = _fair_rates(_connected(ports))
+        for flow, rate in rates:
+            if rate != flow.rate:
+                self._settle(flow)
+                self._grant(flow, rate)
+
+
+def _connected(ports: tuple[Port, ...]) -> list[Flow]:
+    """Flows that share ports with ``ports``, directly or through other flows, in the order of their ids."""
+    found: dict[int, Flow] = {}
+    seen = set(ports)
+    todo = list(seen)
+    while todo:
+        for flow in todo.pop().flows.values():
+            if flow.flow_id not in found:
+                found[flow.flow_id] = flow
+                fresh = [port for port in flow.ports if port not in seen]
+                seen.update(fresh)
+                todo.extend(fresh)
+    return [found[flow_id] for flow_id in sorted(found)]
+
+
+def _fair_rates(flows: list[Flow]) -> list[tuple[Flow, float]]:
+    """Progressive filling: fix the flows of the tightest port (or the tightest cap), take their rates off, repeat."""
+    left: dict[Port, float] = {}
+    count: dict[Port, int] = {}
+    for flow in flows:
+        for port in flow.ports:
+            left.setdefault(port, port.bytes_per_s)
+            count[port] = count.get(port, 0) + 1
+    rates: list[tuple[Flow, float]] = []
+    open_flows = flows
+    while open_flows:
+        share = min(left[port] / users for port, users in count.items() if users)
+        capped = [flow for flow in open_flows if flow.cap <= share]
+        tight = {port for port, users in count.items() if users and left[port] / users <= share}
+        fixed = capped or [flow for flow in open_flows if not tight.isdisjoint(flow.ports)]
+        for flow in fixed:
+            rate = min(flow.cap, share)
+            rates.append((flow, rate))
+            for port in flow.ports:
+                left[port] = max(0.0, left[port] - rate)
+                count[port] -= 1
+        done = {flow.flow_id for flow in fixed}
+        open_flows = [flow for flow in open_flows if flow.flow_id not in done]
+    return rates

@@ -1,0 +1,52 @@
+"""The time of one multicast on its own, without a serving system around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+
+from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
+from lambdascale.core.commands import StartMulticast, Transport
+from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.transfers import TransferEngine, TransferOptions
+
+
+class MulticastTimes(Struct, frozen=True):
+    """Seconds from the command: ``setup_s`` of it is the communicator's, ``complete_s`` per destination, ``total_s`` the last."""
+
+    setup_s: float
+    complete_s: dict[NodeId, float]
+
+    @property
+    def total_s(self) -> float:
+        """When the last destination holds the whole model."""
+        return max(self.complete_s.values(), default=self.setup_s)
+
+
+def multicast_times(
+    plan: MulticastPlan,
+    block_bytes: Sequence[int],
+    cluster: ClusterSpec,
+    options: TransferOptions,
+    *,
+    transport: Transport = "rdma",
+    seed: int = 0,
+) -> MulticastTimes:
+    """Simulate ``plan`` on an idle cluster."""
+    kernel = Kernel()
+    complete: dict[NodeId, float] = {}
+    missing = dict.fromkeys(plan.destinations, plan.blocks)
+
+    def deliver(_: int, node: NodeId, __: str, ___: int) -> None:
+        missing[node] -= 1
+        if missing[node] == 0:
+            complete[node] = kernel.now
+
+    engine = TransferEngine(kernel, cluster, options, np.random.default_rng(seed), deliver, lambda node, busy: None)
+    engine.multicast(StartMulticast(1, "model", plan, tuple(block_bytes), ("gpu",) * len(plan.sources), transport))
+    while kernel.step():
+        pass
+    assert not any(missing.values()), f"multicast stalled, blocks missing per node: {missing}"
+    return MulticastTimes(engine.setup_s.get(1, 0.0), complete)

@@ -1,0 +1,201 @@
+"""Transfers against times worked out by hand on a cluster with round numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Transfer, UserError
+from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.sim.communicator import draw_setup_s, setup_distribution
+from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.measure import multicast_times
+from lambdascale.sim.transfers import TransferEngine, TransferOptions
+
+CLUSTER = ClusterSpec(
+    name="round",
+    nodes=4,
+    gpus_per_node=1,
+    gpu=GpuSpec(name="g", memory_bytes=10**9, hbm_bytes_per_s=1e9, peak_flops=1e12),
+    compute=ComputeSpec(flops_efficiency=0.5, bandwidth_efficiency=0.5),
+    nic_bytes_per_s=100.0,
+    rdma_efficiency=0.5,
+    collective_efficiency=1.0,
+    link_latency_s=0.0,
+    hop_latency_s=0.0,
+    pcie_bytes_per_s=20.0,
+    ssd_bytes_per_s=5.0,
+    host_memory_bytes=10**9,
+    usd_per_gpu_hour=1.0,
+)
+TRIANGLE = MulticastPlan(  # 2 receives both blocks in round 2
+    members=(0, 1, 2),
+    sources=(0,),
+    blocks=2,
+    rounds=((Transfer(0, 1, 0),), (Transfer(0, 2, 1), Transfer(1, 2, 0)), (Transfer(2, 1, 1),)),
+)
+
+
+class Rig:
+    def __init__(self, cluster: ClusterSpec = CLUSTER, **options: object) -> None:
+        self.kernel = Kernel()
+        self.arrived: list[tuple[float, int, int, int]] = []
+        self.occupied: list[tuple[float, int, bool]] = []
+        self.engine = TransferEngine(
+            self.kernel,
+            cluster,
+            TransferOptions(**options),  # type: ignore[arg-type]
+            np.random.default_rng(0),
+            lambda transfer, node, model, block: self.arrived.append((self.kernel.now, transfer, node, block)),
+            lambda node, busy: self.occupied.append((self.kernel.now, node, busy)),
+        )
+
+    def run(self, until: float = float("inf")) -> list[tuple[float, int, int, int]]:
+        while (due := self.kernel.next_time()) is not None and due <= until:
+            self.kernel.step()
+        return self.arrived
+
+
+def multicast(plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, transport: str = "rdma") -> StartMulticast:
+    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), transport)  # type: ignore[arg-type]
+
+
+def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> None:
+    rig = Rig()
+    rig.engine.multicast(multicast())
+    # 100 wire bytes a block at 100 B/s: 1 s alone, 2 s when node 2 receives both at once.
+    assert rig.run() == [(1.0, 1, 1, 0), (3.0, 1, 2, 1), (3.0, 1, 2, 0), (4.0, 1, 1, 1)]
+
+
+def test_the_barrier_costs_its_time_once_a_round_but_not_after_the_last() -> None:
+    rig = Rig(barrier=True, barrier_s=0.25)
+    rig.engine.multicast(multicast())
+    assert [at for at, *_ in rig.run()] == [1.0, 3.25, 3.25, 4.5]
+
+
+def test_two_multicasts_share_their_source() -> None:
+    rig = Rig()
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Transfer(0, 1, 0),),))
+    rig.engine.multicast(multicast(pair, 1))
+    rig.engine.multicast(multicast(pair.on([0, 2]), 2))
+    assert rig.run() == [(2.0, 1, 1, 0), (2.0, 2, 2, 0)]
+
+
+def test_latency_keeps_the_port_busy() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1),)))
+    times = multicast_times(pair, [50, 50], replace(CLUSTER, link_latency_s=0.1), TransferOptions())
+    assert times.total_s == pytest.approx(2.2)
+
+
+def test_cancel_in_the_middle_delivers_nothing_more_and_frees_the_ports() -> None:
+    rig = Rig()
+    rig.engine.multicast(multicast())
+    rig.run(until=1.5)
+    rig.engine.cancel(1)
+    rig.engine.cancel(1)
+    rig.engine.multicast(multicast(transfer_id=2))
+    assert [entry[1] for entry in rig.run()] == [1, 2, 2, 2, 2]
+
+
+def test_a_node_lost_in_the_last_round_receives_nothing_and_the_rest_stalls() -> None:
+    rig = Rig()
+    rig.engine.multicast(multicast())
+    rig.run(until=3.5)
+    rig.engine.node_lost(1)
+    assert len(rig.run()) == 3
+    rig.engine.multicast(multicast(transfer_id=2))
+    assert [entry[2] for entry in rig.run()[3:]] == [], "node 1 is first in line at node 0 and is gone"
+
+
+def test_a_survivor_sends_what_it_holds_from_a_broken_multicast() -> None:
+    plan = MulticastPlan(
+        members=(5, 6), sources=(5,), blocks=3, rounds=((Transfer(5, 6, 2), Transfer(6, 5, 0)), (Transfer(5, 6, 1),))
+    )
+    rig = Rig()
+    rig.engine.multicast(multicast(plan))
+    assert rig.run() == [(1.0, 1, 6, 2), (1.0, 1, 5, 0), (2.0, 1, 6, 1)]
+
+
+def test_a_streaming_broadcast_takes_the_time_of_one_hop_and_the_fill() -> None:
+    chain = MulticastPlan(
+        members=(0, 1, 2),
+        sources=(0,),
+        blocks=2,
+        rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1), Transfer(1, 2, 0)), (Transfer(1, 2, 1),)),
+        streaming=True,
+    )
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(chain, transport="collective"))
+    assert [at for at, *_ in rig.run()] == [pytest.approx(1.1)] * 4
+    assert rig.occupied == [(0.0, 0, True), (pytest.approx(1.1), 0, False)]
+
+
+def test_cancelling_a_collective_gives_the_gpu_back() -> None:
+    rig = Rig(communicator_setup=False)
+    rig.engine.multicast(multicast(transport="collective"))
+    rig.kernel.at(0.5, rig.engine.cancel, 1)
+    rig.run()
+    assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
+
+
+def test_communicator_setup_follows_the_measurements() -> None:
+    rng = np.random.default_rng(1)
+    for ranks, low, high in [(2, 0.4, 2.0), (4, 0.4, 2.0), (8, 0.7, 4.4)]:
+        draws = [draw_setup_s(ranks, rng) for _ in range(4000)]
+        assert np.percentile(draws, [5, 95]) == pytest.approx([low, high], rel=0.08)
+    medians = [setup_distribution(ranks)[0] for ranks in (4, 6, 8, 12, 64)]
+    assert medians == sorted(medians)
+    assert 18 <= draw_setup_s(4, rng, outlier_probability=1.0) <= 120
+
+
+def load(
+    tier: str, loader: str = "pipelined", node: int = 0, transfer_id: int = 1, blocks: tuple[int, ...] = (1, 0)
+) -> LoadBlocks:
+    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tier", "loader", "times"),
+    [
+        ("host", "pipelined", [1.0, 6.0]),  # 20 B/s
+        ("ssd", "pipelined", [4.0, 24.0]),  # 5 B/s, PCIe hidden
+        ("ssd", "sequential", [25.0, 30.0]),  # 24 s of SSD, then PCIe
+        ("instant", "pipelined", [0.0, 0.0]),
+    ],
+)
+def test_loads_deliver_block_by_block_in_the_order_asked_for(tier: str, loader: str, times: list[float]) -> None:
+    rig = Rig()
+    rig.engine.load(load(tier, loader))
+    assert [(at, block) for at, _, _, block in rig.run()] == list(zip(times, [1, 0], strict=True))
+
+
+def test_two_loads_on_a_node_share_its_storage() -> None:
+    rig = Rig()
+    for transfer_id in (1, 2):
+        rig.engine.load(load("host", transfer_id=transfer_id))
+    rig.engine.load(load("host", node=1, transfer_id=3))
+    assert [(at, t) for at, t, *_ in rig.run()] == [(1.0, 3), (2.0, 1), (2.0, 2), (6.0, 3), (12.0, 1), (12.0, 2)]
+
+
+def test_the_remote_store_has_its_rate_or_does_not_exist() -> None:
+    rig = Rig(replace(CLUSTER, remote_bytes_per_s=4.0))
+    rig.engine.load(load("remote"))
+    assert [at for at, *_ in rig.run()] == [5.0, 30.0]
+    with pytest.raises(UserError, match="has no remote tier"):
+        Rig().engine.load(load("remote"))
+
+
+def test_a_copy_crosses_the_network_at_the_write_rate() -> None:
+    rig, done = Rig(), []
+    rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
+    rig.run()
+    assert done == [2.0]
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UserError, match="barrier_s must not be negative"):
+        TransferOptions(barrier_s=-1.0)
+    with pytest.raises(UserError, match=r"communicator_outlier_probability must be in \[0, 1\], not 2"):
+        TransferOptions(communicator_outlier_probability=2)
