@@ -1,0 +1,27 @@
+"""Workloads: readers of request traces and generators. Everything yields :class:`lambdascale.core.Request`."""
+
+from lambdascale.workload.base import LoadedTrace, Provenance, Workload
+from lambdascale.workload.generators import Burst, BurstyWorkload, ConstantRate
+from lambdascale.workload.rate_series import RateSeriesWorkload
+from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace
+from lambdascale.workload.shaping import ShapedWorkload
+from lambdascale.workload.stats import Spike, TraceStats, spikes, trace_stats
+
+__all__ = [
+    "ArrivalsTrace",
+    "AzureTrace",
+    "Burst",
+    "BurstGptTrace",
+    "BurstyWorkload",
+    "ConstantRate",
+    "LoadedTrace",
+    "MooncakeTrace",
+    "Provenance",
+    "RateSeriesWorkload",
+    "ShapedWorkload",
+    "Spike",
+    "TraceStats",
+    "Workload",
+    "spikes",
+    "trace_stats",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from lambdascale.core import Request
@@ -18,3 +19,27 @@ class Workload(Protocol):
         (TraceError for a malformed file) for a user's mistake.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where requests came from, for a run's manifest.
+
+    ``source`` is the file read, None for a generator that reads none, and ``sha256`` the digest of its bytes.
+    ``rows`` counts its rows (blank lines and comments excluded), ``skipped_rows`` the malformed ones passed over on
+    request and ``dropped_failures`` those the trace itself records as failed.
+    """
+
+    source: str | None = None
+    sha256: str | None = None
+    rows: int = 0
+    skipped_rows: int = 0
+    dropped_failures: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTrace:
+    """Requests as :meth:`Workload.requests` returns them, and where they came from."""
+
+    requests: tuple[Request, ...]
+    provenance: Provenance

@@ -1,0 +1,71 @@
+"""Requests as columns: what readers and generators produce and rescaling works on, before anything has an id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lambdascale.core import UserError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Parallel columns, one entry a request: ``arrival_s`` ascending, token counts of at least 1.
+
+    ``period_s`` is the length of the stretch of time described, quiet ends included: what a repetition is shifted by.
+    ``trace_model`` holds the position of each request's model among ``trace_models``, the trace's own names; None where
+    the trace does not decide on the model.
+    """
+
+    arrival_s: Floats
+    prompt_tokens: Ints
+    output_tokens: Ints
+    period_s: float
+    trace_model: Ints | None = None
+    trace_models: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    def take(self, rows: Ints | slice) -> Columns:
+        """The given rows, in the given order."""
+        return replace(
+            self,
+            arrival_s=self.arrival_s[rows],
+            prompt_tokens=self.prompt_tokens[rows],
+            output_tokens=self.output_tokens[rows],
+            trace_model=None if self.trace_model is None else self.trace_model[rows],
+        )
+
+    def at(self, arrival_s: Floats) -> Columns:
+        """The same requests at other times, sorted; requests at the same time keep their order."""
+        order = np.argsort(arrival_s, kind="stable")
+        return replace(self.take(order), arrival_s=arrival_s[order])
+
+
+def natural_period_s(arrival_s: Floats) -> float:
+    """Length of a trace that starts with its first arrival and ends one mean gap after its last; 0 for a single instant."""
+    count = len(arrival_s)
+    return float(np.ptp(arrival_s)) * count / (count - 1) if count > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Independent random streams of one seed, so that a change to one choice leaves the others as they were."""
+
+    arrivals: np.random.Generator
+    lengths: np.random.Generator
+    models: np.random.Generator
+    scaling: np.random.Generator
+
+    @classmethod
+    def of(cls, seed: int) -> Streams:
+        """The streams of ``seed``, a whole number of at least 0."""
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed must be a whole number of at least 0, not {seed!r}")
+        return cls(*(np.random.Generator(np.random.PCG64(child)) for child in np.random.SeedSequence(seed).spawn(4)))

@@ -1,0 +1,186 @@
+"""Download public request traces, each verified by its SHA-256; the script is scripts/fetch_traces.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import requests
+
+from lambdascale.core import UserError
+
+LOCK_NAME = "traces.lock.json"
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSource:
+    """A file to download. ``sha256`` is None where nobody vouches for one: then the first download pins it."""
+
+    url: str
+    sha256: str | None
+    licence: str
+    about: str
+
+    @property
+    def filename(self) -> str:
+        """The file's name upstream, and here."""
+        return self.url.rsplit("/", 1)[-1]
+
+
+_AZURE_2023 = "https://raw.githubusercontent.com/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data"
+_AZURE_2024 = "https://azurepublicdatasettraces.blob.core.windows.net/azurellminfererencetrace"
+_AZURE_LICENCE = "CC-BY-4.0, Microsoft (Azure/AzurePublicDataset)"
+_BURSTGPT = "https://media.githubusercontent.com/media/HPMLL/BurstGPT"
+_BURSTGPT_LICENCE = "CC-BY-4.0, Wang et al. (HPMLL/BurstGPT)"
+_MOONCAKE = "https://raw.githubusercontent.com/kvcache-ai/Mooncake/main/FAST25-release/traces"
+_MOONCAKE_LICENCE = "Apache-2.0, Moonshot AI (kvcache-ai/Mooncake)"
+
+#: BurstGPT's digests are those of its repository's Git LFS pointers, at the commits in the URLs.
+REGISTRY: Mapping[str, TraceSource] = {
+    "azure_2023_conv": TraceSource(
+        url=f"{_AZURE_2023}/AzureLLMInferenceTrace_conv.csv",
+        sha256="2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8",
+        licence=_AZURE_LICENCE,
+        about="conversation, 19,366 requests in an hour (0.7 MB); read by workload=azure",
+    ),
+    "azure_2023_code": TraceSource(
+        url=f"{_AZURE_2023}/AzureLLMInferenceTrace_code.csv",
+        sha256=None,
+        licence=_AZURE_LICENCE,
+        about="code completion, an hour (0.3 MB); read by workload=azure",
+    ),
+    "azure_2024_conv": TraceSource(
+        url=f"{_AZURE_2024}/AzureLLMInferenceTrace_conv_1week.csv",
+        sha256=None,
+        licence=_AZURE_LICENCE,
+        about="conversation, a week (large); read by workload=azure",
+    ),
+    "azure_2024_code": TraceSource(
+        url=f"{_AZURE_2024}/AzureLLMInferenceTrace_code_1week.csv",
+        sha256=None,
+        licence=_AZURE_LICENCE,
+        about="code completion, a week (large); read by workload=azure",
+    ),
+    "burstgpt_1": TraceSource(
+        url=f"{_BURSTGPT}/5d93d820d9b6bee4e26914df003e5713538164ae/data/BurstGPT_without_fails_1.csv",
+        sha256="a4d068a7113ec0290e74063a1b3447dc6001a30e4298eb313581b71006dda1f4",
+        licence=_BURSTGPT_LICENCE,
+        about="first two months, failures removed, 1.4 M requests (51 MB); read by workload=burstgpt",
+    ),
+    "burstgpt_2": TraceSource(
+        url=f"{_BURSTGPT}/1f52bc81aab7392cc30cc10b244396d9480b245d/data/BurstGPT_without_fails_2.csv",
+        sha256="56193aa9b2bb26128ded43d2d29a960df6bf5af062bcfc9b005f3fcaa4e6e501",
+        licence=_BURSTGPT_LICENCE,
+        about="second two months, failures removed, 3.8 M requests (142 MB); read by workload=burstgpt",
+    ),
+    **{
+        f"mooncake_{kind}": TraceSource(
+            url=f"{_MOONCAKE}/{kind}_trace.jsonl",
+            sha256=None,
+            licence=_MOONCAKE_LICENCE,
+            about=f"{kind}, FAST'25 release; read by workload=mooncake",
+        )
+        for kind in ("conversation", "toolagent", "synthetic")
+    },
+}
+
+
+def fetch(name: str, out: Path, registry: Mapping[str, TraceSource] = REGISTRY) -> Path:
+    """Download the trace ``name`` into the folder ``out``, unless it is there and intact; returns its path.
+
+    The file appears under its name only when complete and verified. A trace without a known SHA-256 is pinned on first sight in
+    ``out``/traces.lock.json and verified against that from then on. UserError for an unknown name, a failed download or a
+    wrong digest.
+    """
+    if name not in registry:
+        raise UserError(f"unknown trace {name!r}; there are {', '.join(registry)}")
+    source = registry[name]
+    pins = _read_pins(out / LOCK_NAME)
+    expected = source.sha256 or pins.get(source.url)
+    path = _retrieve(source, expected, out)
+    if expected is None:
+        pins[source.url] = pooch.file_hash(str(path), alg="sha256")
+        _write_pins(out / LOCK_NAME, pins)
+    return path
+
+
+def _retrieve(source: TraceSource, expected: str | None, out: Path) -> Path:
+    pooch.get_logger().setLevel(logging.WARNING)
+    if expected is None and (out / source.filename).exists():
+        # A file that was put here by hand proves nothing about upstream, so it must not become the pin.
+        raise UserError(f"{out / source.filename} is there without a recorded SHA-256; move it away to download it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = pooch.retrieve(
+            source.url,
+            known_hash=expected and f"sha256:{expected}",
+            fname=source.filename,
+            path=out,
+            downloader=pooch.HTTPDownloader(timeout=_TIMEOUT_S),
+        )
+    except OSError as error:
+        _close_response(error)
+        raise UserError(f"cannot download {source.url}: {_one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{source.url} does not have the expected SHA-256 {expected}: not kept") from error
+    return Path(found)
+
+
+def _close_response(error: Exception) -> None:
+    # pooch streams, and leaves the connection of a refused request open.
+    if isinstance(error, requests.RequestException) and error.response is not None:
+        error.response.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _read_pins(lock: Path) -> dict[str, str]:
+    if not lock.exists():
+        return {}
+    try:
+        pins = json.loads(lock.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{lock} is not JSON; delete it to pin downloads afresh") from error
+    if not isinstance(pins, dict):
+        raise UserError(f"{lock} must map URLs to SHA-256 digests; delete it to pin downloads afresh")
+    return pins
+
+
+def _write_pins(lock: Path, pins: Mapping[str, str]) -> None:
+    draft = lock.with_suffix(".tmp")
+    draft.write_text(json.dumps(pins, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(draft, lock)
+
+
+def describe(name: str, source: TraceSource) -> str:
+    """What there is to know about a trace before its download, in four lines."""
+    digest = source.sha256 or f"unknown: the first download pins it in {LOCK_NAME}"
+    return f"{name}: {source.about}\n  {source.url}\n  SHA-256 {digest}\n  licence {source.licence}"
+
+
+def main(arguments: Sequence[str] | None = None, registry: Mapping[str, TraceSource] = REGISTRY) -> None:
+    """Command line: names of traces to download, ``--list``, ``--out DIR``. Raises UserError for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="fetch_traces.py", description="Download public request traces, verified by SHA-256.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="traces to download; see --list")
+    parser.add_argument("--list", action="store_true", help="show every trace with URL, SHA-256 and licence")
+    parser.add_argument("--out", type=Path, default=Path("data/traces"), metavar="DIR", help="folder (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print("\n".join(describe(name, source) for name, source in registry.items()))
+    elif not options.names:
+        raise UserError(f"name at least one trace: {', '.join(registry)}")
+    if unknown := [name for name in options.names if name not in registry]:
+        raise UserError(f"unknown trace {unknown[0]!r}; there are {', '.join(registry)}")
+    for name in options.names:
+        print(describe(name, registry[name]))
+        path = fetch(name, options.out, registry)
+        print(f"  saved as {path}, SHA-256 {pooch.file_hash(str(path), alg='sha256')}")

@@ -1,0 +1,145 @@
+"""Generated workloads that need no file: a constant rate, a single burst, and the bursty cluster process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lambdascale.core.checks import require
+from lambdascale.workload.base import Provenance
+from lambdascale.workload.columns import Columns, Floats, Streams
+from lambdascale.workload.lengths import LengthsMixin
+from lambdascale.workload.processes import gamma_renewal
+
+_CLUSTERS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedWorkload(LengthsMixin):
+    """Base of the generators: arrival times from a process, token counts from ``lengths``, models by Zipf."""
+
+    popularity: Literal["first", "zipf"] = "zipf"
+
+    def _generated(self, arrival_s: Floats, period_s: float, streams: Streams) -> Columns:
+        prompt, output = self._draw_lengths(len(arrival_s), streams.lengths)
+        return Columns(arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, period_s=period_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantRate(GeneratedWorkload):
+    """``rate_rps`` requests/s for ``duration_s``: a Poisson process, evenly spaced, or with Gamma gaps of ``gap_shape``.
+
+    A Gamma shape below 1 is burstier than Poisson (CV = gap_shape ** -0.5). Even spacing starts at 0.
+    """
+
+    rate_rps: float = 1.0
+    duration_s: float = 600.0
+    process: Literal["poisson", "uniform", "gamma"] = "poisson"
+    gap_shape: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        self._within("rate_rps", low=0.0)
+        self._within("duration_s", low=0.0)
+        self._within("gap_shape", low=0.01)
+
+    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+        return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
+
+    def _arrivals(self, rng: np.random.Generator) -> Floats:
+        expected = self.rate_rps * self.duration_s
+        if expected == 0:
+            return np.empty(0)
+        if self.process == "uniform":
+            return np.arange(np.ceil(expected)) / self.rate_rps
+        return gamma_renewal(expected, 1.0 if self.process == "poisson" else self.gap_shape, rng) / self.rate_rps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Burst(GeneratedWorkload):
+    """``count`` requests at ``at_s``, or uniformly over ``spread_s`` from then on (paper, figures 8 and 9)."""
+
+    count: int = 50
+    at_s: float = 0.0
+    spread_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        self._within("count", low=0)
+        self._within("at_s", low=0.0)
+        self._within("spread_s", low=0.0)
+
+    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+        arrival_s = self.at_s + np.sort(streams.arrivals.random(self.count)) * self.spread_s
+        return self._generated(arrival_s, self.at_s + self.spread_s, streams), Provenance()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BurstyWorkload(GeneratedWorkload):
+    """Clusters of requests with silence between them, fitted to the λScale authors' 30-minute trace.
+
+    A cluster is one request with probability ``single_probability``, else one plus a geometric number (from 1 on) of mean
+    ``followers_mean``. A gap inside a cluster is exponential with mean ``short_gap_s`` with probability
+    ``short_gap_probability``, else ``gap_min_s`` plus a Gamma of ``gap_shape`` and ``gap_scale_s``. The silence from the
+    end of a cluster to the next is ``silence_min_s`` plus an exponential of ``silence_mean_s``. The first cluster starts
+    at 0, as the trace does. Unlike independent Gamma gaps it has the trace's bursts at 10 to 60 s. A longer run with the
+    same seed starts with the shorter one. Lengths are the Azure conversation's, within Llama 2's context of 4,096.
+    """
+
+    duration_s: float = 1800.0
+    single_probability: float = 0.507
+    followers_mean: float = 5.52
+    short_gap_probability: float = 0.264
+    short_gap_s: float = 0.007
+    gap_min_s: float = 0.03
+    gap_shape: float = 0.93
+    gap_scale_s: float = 0.695
+    silence_min_s: float = 3.0
+    silence_mean_s: float = 8.88
+    lengths: Literal["fixed", "azure", "burstgpt"] = "azure"
+    max_context_tokens: int | None = 4096
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        for name in ("single_probability", "short_gap_probability"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"BurstyWorkload.{name} must be in [0, 1], not {value!r}")
+        self._within("followers_mean", low=1.0)
+        self._within("gap_shape", low=0.01)
+        for name in ("duration_s", "short_gap_s", "gap_min_s", "gap_scale_s", "silence_min_s"):
+            self._within(name, low=0.0)
+        self._within("silence_mean_s", low=0.0, strict=True)
+
+    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+        return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
+
+    def _arrivals(self, rng: np.random.Generator) -> Floats:
+        gaps = [self._gaps(rng)]
+        gaps[0][0] = 0.0
+        elapsed_s = gaps[0].sum()
+        while elapsed_s < self.duration_s:
+            gaps.append(self._gaps(rng))
+            elapsed_s += gaps[-1].sum()
+        arrival_s = np.cumsum(np.concatenate(gaps))
+        return arrival_s[arrival_s < self.duration_s]
+
+    def _gaps(self, rng: np.random.Generator) -> Floats:
+        """The gap before each request of the next clusters, the silence before the first of each included."""
+        followers = np.where(
+            rng.random(_CLUSTERS) < self.single_probability, 0, rng.geometric(1 / self.followers_mean, _CLUSTERS)
+        )
+        sizes = 1 + followers
+        count = int(sizes.sum())
+        short = rng.random(count) < self.short_gap_probability
+        gaps: Floats = np.where(
+            short,
+            rng.exponential(self.short_gap_s, count),
+            self.gap_min_s + rng.gamma(self.gap_shape, self.gap_scale_s, count),
+        )
+        gaps[np.cumsum(sizes) - sizes] = self.silence_min_s + rng.exponential(self.silence_mean_s, _CLUSTERS)
+        return gaps

@@ -1,0 +1,156 @@
+"""Rescaling, clipping and model assignment, shared by every workload.
+
+Applied in this order, so that each setting means the same whatever else is set:
+
+1. window (readers only): arrivals in [start_s, start_s + duration_s) of the trace, counted from start_s;
+2. ``repeat``: that many copies one after the other, each shifted by the length of the one before;
+3. ``rate_scale``: below 1 each request is kept with that probability (thinning). Above 1 each request is copied, the
+   fractional part with that probability, and a copy follows its original by a uniform share of the shorter of the
+   gaps around it: bursts stay together and grow, and the rate keeps its shape at time scales longer than a gap;
+4. ``time_compression``: every time is divided by it;
+5. ``limit``: the first so many requests;
+6. ``max_output_tokens``, ``max_prompt_tokens``, ``max_context_tokens``: longer requests are cut, not dropped. The
+   context limit shortens the prompt, and the answer only where it alone fills the context.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from lambdascale.core import Request, UserError
+from lambdascale.core.checks import check_types, require
+from lambdascale.workload.base import LoadedTrace, Provenance
+from lambdascale.workload.columns import Columns, Floats, Ints, Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapedWorkload(ABC):
+    """Base of all workloads: the settings of the module's list, and which model a request is for.
+
+    ``popularity`` "first" sends everything to the first model; "zipf" draws the i-th model with weight
+    i ** -zipf_exponent (0: uniform).
+    """
+
+    time_compression: float = 1.0
+    rate_scale: float = 1.0
+    repeat: int = 1
+    limit: int | None = None
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_context_tokens: int | None = None
+    popularity: Literal["first", "zipf"] = "first"
+    zipf_exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        check_types(self)
+        self._within("time_compression", low=0.0, strict=True)
+        self._within("rate_scale", low=0.0)
+        self._within("zipf_exponent", low=0.0)
+        self._within("repeat", low=1)
+        self._within("limit", low=0)
+        self._within("max_prompt_tokens", low=1)
+        self._within("max_output_tokens", low=1)
+        self._within("max_context_tokens", low=2)
+
+    def _within(self, name: str, *, low: float, strict: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        bound = "more than" if strict else "at least"
+        require(
+            math.isfinite(value) and (value > low if strict else value >= low),
+            f"{type(self).__name__}.{name} must be finite and {bound} {low:g}, not {value!r}",
+        )
+
+    def requests(self, *, models: Sequence[str], seed: int) -> Sequence[Request]:
+        """The requests of :meth:`load`."""
+        return self.load(models=models, seed=seed).requests
+
+    def load(self, *, models: Sequence[str], seed: int) -> LoadedTrace:
+        """Requests as :meth:`Workload.requests` describes them, with their provenance."""
+        names = list(models)
+        require(len(names) > 0, "a workload needs at least one model name")
+        require(len(set(names)) == len(names), f"model names must differ: {names}")
+        streams = Streams.of(seed)
+        columns, provenance = self._produce(streams)
+        columns = self._shaped(columns, streams.scaling)
+        return LoadedTrace(requests=_as_requests(columns, names, self._models_of(columns, names, streams)), provenance=provenance)
+
+    @abstractmethod
+    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+        """The requests before rescaling."""
+
+    def _shaped(self, columns: Columns, scaling: np.random.Generator) -> Columns:
+        columns = _repeated(columns, self.repeat)
+        columns = _rate_scaled(columns, self.rate_scale, scaling)
+        columns = replace(columns, arrival_s=columns.arrival_s / self.time_compression)
+        return self._clipped(columns.take(slice(self.limit)))
+
+    def _clipped(self, columns: Columns) -> Columns:
+        context = self.max_context_tokens
+        output = np.minimum(columns.output_tokens, _least(self.max_output_tokens, None if context is None else context - 1))
+        prompt = np.minimum(columns.prompt_tokens, _least(self.max_prompt_tokens))
+        if context is not None:
+            prompt = np.minimum(prompt, context - output)
+        return replace(columns, prompt_tokens=prompt, output_tokens=output)
+
+    def _models_of(self, columns: Columns, models: list[str], streams: Streams) -> Ints:
+        if columns.trace_model is not None:
+            names = ", ".join(columns.trace_models)
+            require(
+                len(columns.trace_models) <= len(models),
+                f"the trace names {len(columns.trace_models)} models ({names}), the run has {len(models)}",
+            )
+            return columns.trace_model
+        if self.popularity == "first":
+            return np.zeros(len(columns), dtype=np.int64)
+        weights = np.arange(1, len(models) + 1, dtype=np.float64) ** -float(self.zipf_exponent)
+        return streams.models.choice(len(models), size=len(columns), p=weights / weights.sum())
+
+
+def _least(*limits: int | None) -> int:
+    return min((limit for limit in limits if limit is not None), default=np.iinfo(np.int64).max)
+
+
+def _repeated(columns: Columns, copies: int) -> Columns:
+    if copies == 1 or not len(columns):
+        return columns
+    if columns.period_s <= 0:
+        raise UserError(f"repeat={copies} makes no sense for a workload that takes no time")
+    rows = np.tile(np.arange(len(columns)), copies)
+    shift = np.repeat(np.arange(copies), len(columns)) * columns.period_s
+    repeated = columns.take(rows)
+    return replace(repeated, arrival_s=repeated.arrival_s + shift, period_s=columns.period_s * copies)
+
+
+def _rate_scaled(columns: Columns, scale: float, rng: np.random.Generator) -> Columns:
+    if scale == 1 or not len(columns):
+        return columns
+    whole = math.floor(scale)
+    copies = whole + (rng.random(len(columns)) < scale - whole)
+    original = np.repeat(np.arange(len(columns)), copies)
+    is_original = np.diff(original, prepend=-1) != 0
+    gap_s = np.diff(columns.arrival_s)
+    room_s = np.minimum(np.append(gap_s, np.inf), np.insert(gap_s, 0, np.inf)) if len(gap_s) else np.zeros(1)
+    delay_s: Floats = np.where(is_original, 0.0, rng.random(len(original)) * room_s[original])
+    return columns.take(original).at(columns.arrival_s[original] + delay_s)
+
+
+def _as_requests(columns: Columns, names: list[str], models: Ints) -> tuple[Request, ...]:
+    named = [names[index] for index in models.tolist()]
+    rows = zip(
+        range(len(columns)),
+        columns.arrival_s.tolist(),
+        named,
+        columns.prompt_tokens.tolist(),
+        columns.output_tokens.tolist(),
+        strict=True,
+    )
+    return tuple(Request(*row) for row in rows)

@@ -1,0 +1,11 @@
+#!/usr/bin/env python
+"""Download public request traces: `python scripts/fetch_traces.py --list`, then names from that list."""
+
+import sys
+
+from lambdascale.cli.guard import run_guarded
+
+from lambdascale.workload.fetch import main
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
