@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Hashable
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 from lambdascale.core.errors import UserError
 
+_HINTS: dict[type, dict[str, Any]] = {}
 
-@cache
-def _hints(cls: Hashable) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+
+def _hints(cls: type) -> dict[str, Any]:
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _matches(value: object, hint: Any) -> bool:

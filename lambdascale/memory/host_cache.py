@@ -59,7 +59,7 @@ class HostCaches:
 
     def has(self, node: NodeId, model: str, now: float) -> bool:
         """Whether ``node`` holds a usable host copy of ``model``."""
-        entry = self._nodes.get(node, {}).get(model)
+        entry = self._nodes[node].get(model) if node in self._nodes else None
         return entry is not None and (self._pinned(node, model) or not self._expired(entry[1], now))
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:

@@ -1,0 +1,10 @@
+"""Execution pipelines: pure functions from block arrivals to who serves together, and from when on.
+
+They know nothing of bytes, requests' contents, clocks or the cluster behind the node ids.
+"""
+
+from lambdascale.pipelines.base import PipelineBuilder
+from lambdascale.pipelines.builder import ComplementaryPipelines, NoPipelines, validate_pipeline
+from lambdascale.pipelines.switch import spread_requests
+
+__all__ = ["ComplementaryPipelines", "NoPipelines", "PipelineBuilder", "spread_requests", "validate_pipeline"]

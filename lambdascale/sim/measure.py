@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
-from lambdascale.core.commands import StartMulticast, Transport
+from lambdascale.core.commands import StartMulticast, Tier, Transport
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.transfers import TransferEngine, TransferOptions
 
@@ -45,7 +45,8 @@ def multicast_times(
             complete[node] = kernel.now
 
     engine = TransferEngine(kernel, cluster, options, np.random.default_rng(seed), deliver, lambda node, busy: None)
-    engine.multicast(StartMulticast(1, "model", plan, tuple(block_bytes), ("gpu",) * len(plan.sources), transport))
+    tiers: tuple[Tier, ...] = tuple("gpu" for _ in plan.sources)
+    engine.multicast(StartMulticast(1, "model", plan, tuple(block_bytes), tiers, transport))
     while kernel.step():
         pass
     assert not any(missing.values()), f"multicast stalled, blocks missing per node: {missing}"

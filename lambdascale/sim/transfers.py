@@ -217,9 +217,9 @@ class TransferEngine:
                 self._kernel.at(self._kernel.now, self._loaded_instantly, (command, block))
         elif command.tier == "ssd" and command.loader == "sequential":
             size = float(sum(command.block_bytes[block] for block in command.blocks))
-            ports = (self._port("ssd", command.node),)
-            then = partial(self._load_next, transfer, command, (self._port("pcie", command.node),), inf, deque(command.blocks))
-            self._flow(transfer, (command.node, command.node), ports, size, then)
+            pcie = (self._port("pcie", command.node),)
+            then = partial(self._load_next, transfer, command, pcie, inf, deque(command.blocks))
+            self._flow(transfer, (command.node, command.node), (self._port("ssd", command.node),), size, then)
         else:
             ports, cap = self._load_path(command)
             self._load_next(transfer, command, ports, cap, deque(command.blocks))

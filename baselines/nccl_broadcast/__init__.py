@@ -1,0 +1,5 @@
+"""NCCL broadcast: a communicator per scale-out, then a ring."""
+
+from baselines.nccl_broadcast.planner import Chain
+
+__all__ = ["Chain"]

@@ -1,0 +1,43 @@
+"""k-way transmission: who is in which sub-group, and in which order each sub-group's source injects the blocks (paper, 4.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Order = Literal["shift", "half", "none"]
+Chunks = Literal["contiguous", "round_robin"]
+
+
+def near_equal_groups(sources: int, destinations: int) -> tuple[tuple[int, ...], ...]:
+    """Split destinations sources..sources+destinations-1 over the sources, as evenly as it goes, each source first in its group.
+
+    There are as many groups as sources, but no more than destinations (and one at least).
+    """
+    count = max(1, min(sources, destinations))
+    bounds = [sources + destinations * i // count for i in range(count + 1)]
+    return tuple((i, *range(bounds[i], bounds[i + 1])) for i in range(count))
+
+
+def chunk_blocks(blocks: int, count: int, chunks: Chunks = "contiguous") -> tuple[tuple[int, ...], ...]:
+    """Deal blocks to ``count`` chunks: contiguous and near-equal, or one by one in turn (the prototype's way)."""
+    if chunks == "round_robin":
+        return tuple(tuple(range(i, blocks, count)) for i in range(count))
+    bounds = [blocks * i // count for i in range(count + 1)]
+    return tuple(tuple(range(bounds[i], bounds[i + 1])) for i in range(count))
+
+
+def injection_orders(
+    blocks: int, groups: int, order: Order = "shift", chunks: Chunks = "contiguous"
+) -> tuple[tuple[int, ...], ...]:
+    """For each sub-group, the order in which its source sends the blocks.
+
+    "shift": sub-group i starts with chunk i and goes round; "half": every odd sub-group starts half-way; "none": all alike.
+    """
+    dealt = chunk_blocks(blocks, groups, chunks)
+    if order == "none":
+        starts = [0] * groups
+    elif order == "half":
+        starts = [i % 2 * (groups // 2) for i in range(groups)]
+    else:
+        starts = list(range(groups))
+    return tuple(tuple(b for step in range(groups) for b in dealt[(start + step) % groups]) for start in starts)

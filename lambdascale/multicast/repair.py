@@ -1,0 +1,57 @@
+"""Plans for the survivors of a broken multicast, from what they hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+from lambdascale.core import MulticastPlan, NodeId, PlanError, Transfer
+
+
+def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations: Sequence[NodeId], blocks: int) -> MulticastPlan:
+    """Bring every destination the blocks it lacks; real node ids.
+
+    Greedy: in every round each receiver in turn (the one lacking most first) takes the block that the fewest nodes hold, from the
+    idle holder that has sent least; one send and one receive a round per node. ``sources`` of the plan are the holders that are
+    no destinations and do send. PlanError if a block that is lacking is held by nobody.
+    """
+    held = {node: set(blocks_held) for node, blocks_held in holdings.items()}
+    for node in destinations:
+        held.setdefault(node, set())
+    copies = Counter(block for blocks_held in held.values() for block in blocks_held)
+    lost = [block for block in range(blocks) if not copies[block]]
+    if lost and destinations:
+        raise PlanError(f"no survivor holds block {lost[0]}")
+    sent: Counter[NodeId] = Counter()
+    rounds: list[tuple[Transfer, ...]] = []
+    while transfers := _greedy_round(held, destinations, blocks, copies, sent):
+        for t in transfers:
+            held[t.dst].add(t.block)
+            copies[t.block] += 1
+            sent[t.src] += 1
+        rounds.append(transfers)
+    receivers = tuple(dict.fromkeys(destinations))
+    sources = tuple(node for node in sorted(held) if node not in receivers and sent[node])
+    return MulticastPlan(
+        members=sources + receivers, sources=sources, blocks=blocks, rounds=tuple(rounds), groups=(sources + receivers,)
+    )
+
+
+def _greedy_round(
+    held: Mapping[NodeId, set[int]],
+    destinations: Sequence[NodeId],
+    blocks: int,
+    copies: Mapping[int, int],
+    sent: Mapping[NodeId, int],
+) -> tuple[Transfer, ...]:
+    idle = set(held)
+    transfers = []
+    for receiver in sorted(destinations, key=lambda node: (len(held[node]), node)):
+        for block in sorted(set(range(blocks)) - held[receiver], key=lambda b: (copies[b], b)):
+            holders = [node for node in idle if node != receiver and block in held[node]]
+            if holders:
+                sender = min(holders, key=lambda node: (sent[node], node))
+                idle.discard(sender)
+                transfers.append(Transfer(sender, receiver, block))
+                break
+    return tuple(transfers)

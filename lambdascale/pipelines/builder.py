@@ -1,0 +1,152 @@
+"""Execution pipelines from a multicast plan: complementary destinations that together hold the model early (paper, 4.3).
+
+With k sub-groups whose sources inject shifted, contiguous chunks, one destination of each sub-group make a pipeline. The
+block a source injects in round c doubles its holders every round, so all of a sub-group of m nodes (source included) have it
+after round c + log2 m if m is a power of two; otherwise after c + floor(log2 m) + 2, the mirroring within a pair being at most
+two rounds behind. A pipeline of one node per sub-group is therefore ready after at most ceil(b / k) + ceil(log2 m) + 1 rounds
+(+ 0 for a power of two), about 1/k of the b + ceil(log2 m) - 1 rounds of the whole transfer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, PlanError, Stage
+from lambdascale.core.checks import check_types, require
+from lambdascale.multicast import arrival_rounds
+
+_Arrivals = Mapping[NodeId, Mapping[int, int]]
+_NEVER = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPipelines:
+    """Load, then execute: the builder of systems whose nodes serve only once they hold the whole model."""
+
+    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
+        """No pipelines."""
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComplementaryPipelines:
+    """Disjoint pipelines of destinations, one node from each sub-group as long as all sub-groups have one.
+
+    What is left over (and everything, with one sub-group) is joined into pipelines of up to ``max_stages`` nodes if that helps.
+    A node has one contiguous stage; stages are as equal as the holdings at the ready round allow. A pipeline that would not be
+    ready before one of its nodes holds the whole model is left out: that node serves alone by then.
+    """
+
+    max_stages: int = 8
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        require(self.max_stages >= 2, f"pipelines.max_stages must be at least 2, not {self.max_stages}")
+
+    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder."""
+        arrivals = arrival_rounds(plan)
+        starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
+        found = (_pipeline(_in_stage_order(nodes, starts, arrivals), arrivals, plan.blocks) for nodes in self._candidates(plan))
+        return sorted((p for p in found if p is not None), key=lambda p: (p.ready_round, p.nodes))
+
+    def _candidates(self, plan: MulticastPlan) -> list[list[NodeId]]:
+        """Disjoint sets of destinations, taken evenly from the sub-groups."""
+        queues = [list(group[1:]) for group in plan.groups]
+        sets = []
+        if len(queues) > 1:
+            for _ in range(min(len(queue) for queue in queues)):
+                sets += self._parts([queue.pop(0) for queue in queues], plan.blocks)
+        rest = [node for queue in queues for node in queue]
+        return sets + self._parts(rest, plan.blocks)
+
+    def _parts(self, nodes: list[NodeId], blocks: int) -> list[list[NodeId]]:
+        limit = min(self.max_stages, blocks)
+        count = -(-len(nodes) // limit)
+        return [part for part in (nodes[i::count] for i in range(count)) if len(part) > 1]
+
+
+def _pipeline(ordered: Sequence[NodeId], arrivals: _Arrivals, blocks: int) -> PipelinePlan | None:
+    """The pipeline of these nodes in this order, as early as it can be; None if it comes too late to be of use."""
+    late = [[arrivals[node].get(block, _NEVER) for block in range(blocks)] for node in ordered]
+    ready = _earliest(late, blocks)
+    if ready >= min(max(rounds) for rounds in late):
+        return None
+    cuts = _balanced_cuts(late, blocks, ready)
+    stages = (Stage(node, cuts[i], cuts[i + 1] - 1) for i, node in enumerate(ordered))
+    return PipelinePlan(ready, tuple(stages))
+
+
+def _in_stage_order(nodes: Sequence[NodeId], starts: Mapping[NodeId, int], arrivals: _Arrivals) -> list[NodeId]:
+    """Nodes by the block their sub-group starts with, then by where in the model the blocks lie that they get first."""
+
+    def key(node: NodeId) -> tuple[int, float, NodeId]:
+        blocks = sorted(arrivals[node], key=lambda block: (arrivals[node][block], block))
+        early = blocks[: -(-len(blocks) // len(nodes))]
+        return starts[node], sum(early) / max(1, len(early)), node
+
+    return sorted(nodes, key=key)
+
+
+def _earliest(late: Sequence[Sequence[int]], blocks: int) -> int:
+    """The smallest round after which the nodes, in this order, can hold one contiguous, non-empty range each."""
+    rounds = sorted({r for of_node in late for r in of_node})
+    low, high = 0, len(rounds) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if _cuts(late, blocks, rounds[middle], blocks) is not None:
+            high = middle
+        else:
+            low = middle + 1
+    return rounds[low]
+
+
+def _balanced_cuts(late: Sequence[Sequence[int]], blocks: int, ready: int) -> list[int]:
+    """Stage boundaries for round ``ready`` with the longest stage as short as can be."""
+    longest = -(-blocks // len(late))
+    while (cuts := _cuts(late, blocks, ready, longest)) is None:
+        longest += 1
+    return cuts
+
+
+def _cuts(late: Sequence[Sequence[int]], blocks: int, ready: int, longest: int) -> list[int] | None:
+    """Boundaries of stages of at most ``longest`` blocks held after round ``ready``; None if there are none.
+
+    Dynamic programme over stages: which boundaries can be reached, and from which one before (the one nearest to an even cut).
+    """
+    stages = len(late)
+    reached: list[dict[int, int]] = [{0: 0}]
+    for index, rounds in enumerate(late):
+        even = blocks * (index + 1) / stages
+        ends: dict[int, int] = {}
+        for begin in sorted(reached[-1], key=lambda cut: abs(cut - blocks * index / stages)):
+            end = begin
+            while end < blocks and end - begin < longest and rounds[end] <= ready:
+                end += 1
+                ends.setdefault(end, begin)
+        if not ends:
+            return None
+        reached.append(dict(sorted(ends.items(), key=lambda item: abs(item[0] - even))))
+    if blocks not in reached[-1]:
+        return None
+    cuts = [blocks]
+    for ends in reversed(reached[1:]):
+        cuts.append(ends[cuts[-1]])
+    return cuts[::-1]
+
+
+def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan) -> None:
+    """Raise PlanError unless the stages cover the model once, in order, and are held after ``ready_round`` rounds."""
+    arrivals = arrival_rounds(plan)
+    expected = 0
+    for stage in pipeline.stages:
+        if stage.first_block != expected or stage.last_block < stage.first_block:
+            raise PlanError(f"stage on node {stage.node} begins at block {stage.first_block}, expected {expected}")
+        expected = stage.last_block + 1
+        for block in range(stage.first_block, expected):
+            if arrivals[stage.node].get(block, _NEVER) > pipeline.ready_round:
+                raise PlanError(f"node {stage.node} does not hold block {block} after round {pipeline.ready_round}")
+    if expected != plan.blocks:
+        raise PlanError(f"the pipeline ends before block {expected} of {plan.blocks}")
