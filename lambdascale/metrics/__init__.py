@@ -1,0 +1,24 @@
+"""From the raw events of a run to tables and numbers. Watches runs, never influences them; drawing is in figures/."""
+
+from lambdascale.metrics.compare import comparison, print_comparison
+from lambdascale.metrics.files import read_table, write_json, write_table
+from lambdascale.metrics.recorder import Recorder
+from lambdascale.metrics.sinks import FilesLogger, FinishedRun, RunLogger
+from lambdascale.metrics.summary import summarise
+from lambdascale.metrics.tables import events_table, gpu_usage, requests_table
+
+__all__ = [
+    "FilesLogger",
+    "FinishedRun",
+    "Recorder",
+    "RunLogger",
+    "comparison",
+    "events_table",
+    "gpu_usage",
+    "print_comparison",
+    "read_table",
+    "requests_table",
+    "summarise",
+    "write_json",
+    "write_table",
+]

@@ -1,0 +1,41 @@
+"""The ``lambdascale`` command: one module per subcommand, thin over the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lambdascale import __version__
+from lambdascale.cli import plan
+from lambdascale.cli.guard import run_guarded
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and leave with status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = _Parser(prog="lambdascale", description="λScale, reproduced: plans and tools. Experiments run with scripts/run.py.")
+    parser.add_argument("--version", action="version", version=f"lambdascale {__version__}")
+    subcommands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+    )
+    plan.add_parser(subcommands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    return run_guarded(lambda: arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""``lambdascale plan``: the multicast plan and pipelines of a system, as a table or as JSON (design, section 4)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+
+from lambdascale.core import MulticastPlan, PipelinePlan
+from lambdascale.experiments.compose import compose
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+
+def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subcommands.add_parser(
+        "plan",
+        help="print the multicast plan of a system",
+        description="Print who sends which block to whom in which round, and which pipelines serve from which round on. "
+        "Node ids count from 0, sources first.",
+    )
+    parser.add_argument("--system", default="lambdascale", help="a choice of conf/system (default: %(default)s)")
+    parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
+    parser.add_argument("--destinations", type=int, required=True, metavar="N", help="nodes that are to get it")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of the model (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan and print."""
+    system = compose([f"system={arguments.system}"]).system
+    planner, builder = instantiate(system.planner), instantiate(system.pipelines)
+    plan = planner.plan(sources=arguments.sources, destinations=arguments.destinations, blocks=arguments.blocks)
+    pipelines = list(builder.pipelines(plan))
+    if arguments.json:
+        print(json.dumps(as_json(plan, pipelines)))
+    else:
+        show(arguments.system, plan, pipelines)
+    return 0
+
+
+def as_json(plan: MulticastPlan, pipelines: list[PipelinePlan]) -> dict[str, Any]:
+    """The contract's JSON document."""
+    return {
+        "nodes": len(plan.members),
+        "sources": list(plan.sources),
+        "blocks": plan.blocks,
+        "rounds": [[{"src": t.src, "dst": t.dst, "block": t.block} for t in transfers] for transfers in plan.rounds],
+        "pipelines": [
+            {
+                "ready_round": pipeline.ready_round,
+                "stages": [{"node": s.node, "first_block": s.first_block, "last_block": s.last_block} for s in pipeline.stages],
+            }
+            for pipeline in pipelines
+        ],
+    }
+
+
+def show(system: str, plan: MulticastPlan, pipelines: list[PipelinePlan]) -> None:
+    """A readable table: one line a round, pipelines where they become ready."""
+    title = f"{system}: {len(plan.sources)} to {len(plan.destinations)} nodes, {plan.blocks} blocks, {len(plan.rounds)} rounds"
+    table = Table("round", "transfers (source>destination:block)", "pipelines ready (node:blocks)", title=title)
+    for number, transfers in enumerate(plan.rounds, start=1):
+        ready = (p for p in pipelines if p.ready_round == number)
+        stages = ("  ".join(f"{s.node}:{s.first_block}-{s.last_block}" for s in p.stages) for p in ready)
+        table.add_row(str(number), "  ".join(f"{t.src}>{t.dst}:{t.block}" for t in transfers), "\n".join(stages))
+    console = Console()
+    console.print(table)
+    if plan.streaming:
+        console.print("Hops forward in pieces much smaller than a block: the time is that of one hop, not of the rounds.")

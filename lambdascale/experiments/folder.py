@@ -1,0 +1,88 @@
+"""Run folders: written under a temporary name, renamed when complete, so that a killed run never looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lambdascale.core import UserError
+
+MANIFEST = "manifest.json"
+SUMMARY = "summary.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+def is_finished(folder: Path, digest: str) -> bool:
+    """Whether ``folder`` holds a finished run of the configuration with this digest."""
+    if not (folder / MANIFEST).is_file() or not (folder / SUMMARY).is_file():
+        return False
+    return read_json(folder / MANIFEST).get("config_sha256") == digest
+
+
+def check_usable(folder: Path, digest: str) -> None:
+    """UserError if ``folder`` exists and is anything but a finished run of this configuration: nobody's files are deleted."""
+    if folder.exists() and not is_finished(folder, digest):
+        raise UserError(f"{folder} exists and is not a finished run of this configuration; choose another out= or remove it")
+
+
+@contextmanager
+def new_run_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when the block ends without an exception, and disappears otherwise.
+
+    If another process finished the same run meanwhile, its folder stays and this one is dropped.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    temporary = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Remove an older run's folder just before its replacement is renamed into place (force=true)."""
+    if folder.exists() and (folder / MANIFEST).is_file():
+        aside = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}.old.tmp"
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not (folder / SUMMARY).is_file():
+            raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Drop what killed runs of this host left behind."""
+    for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*.tmp"):
+        pid = leftover.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

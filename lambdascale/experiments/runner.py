@@ -1,0 +1,112 @@
+"""Running one configuration: build, drive, derive, write. A finished run of the same configuration is reused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lambdascale.control import Observer, drive
+from lambdascale.core import Request
+from lambdascale.experiments.build import Experiment, build
+from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json, set_aside
+from lambdascale.experiments.manifest import config_digest, environment
+from lambdascale.experiments.progress import Progress
+from lambdascale.metrics import FinishedRun, Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: where it is, its summary, and whether it was there already."""
+
+    folder: Path
+    summary: dict[str, Any]
+    reused: bool
+
+
+def run(config: DictConfig, group: str = "") -> RunResult:
+    """Run ``config`` or find its finished run; ``group`` names the sweep it is part of. UserError for a user's mistake."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict), "a run's configuration is a mapping"
+    settings = {str(key): value for key, value in resolved.items()}
+    digest = config_digest(settings)
+    experiment = build(config)
+    folder = run_folder(settings, experiment, digest)
+    if not config.force or config.out is not None:
+        check_usable(folder, digest)
+    if is_finished(folder, digest) and not config.force:
+        return RunResult(folder, read_json(folder / SUMMARY), reused=True)
+    summary = _execute(settings, experiment, digest, folder)
+    label = f"{experiment.system.name}-{experiment.models[0].name}-{config.seed}"
+    finished = FinishedRun(
+        folder=folder, name=label, group=group or settings["name"], experiment=settings["name"], config=settings, summary=summary
+    )
+    experiment.logger.log_run(finished)
+    return RunResult(folder, summary, reused=False)
+
+
+def run_folder(settings: dict[str, Any], experiment: Experiment, digest: str) -> Path:
+    """``out``, or results/raw/<experiment>/<system>-<model>-<cluster>-<workload>-s<seed>-<hash>."""
+    if settings["out"] is not None:
+        return Path(settings["out"])
+    workload = type(experiment.workload).__name__.removesuffix("Workload").removesuffix("Trace").lower()
+    parts = (experiment.system.name, experiment.models[0].name, experiment.cluster.name, workload, f"s{settings['seed']}")
+    return Path(settings["results"], "raw", settings["name"], "-".join((*parts, digest[:8])))
+
+
+def _execute(settings: dict[str, Any], experiment: Experiment, digest: str, folder: Path) -> dict[str, Any]:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begin = time.perf_counter()
+    names = [model.name for model in experiment.models]
+    trace = experiment.workload.load(models=names, seed=settings["seed"])
+    recorder = Recorder()
+    simulate(experiment, trace.requests, settings["seed"], recorder, title=f"{experiment.system.name} {names[0]}")
+    wall_s = time.perf_counter() - begin
+    requests = requests_table(recorder, experiment.system.name)
+    summary = summarise(
+        recorder,
+        requests,
+        system=experiment.system.name,
+        backend=experiment.backend.kind,
+        usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
+        wall_s=wall_s,
+    )
+    manifest = {
+        "experiment": settings["name"],
+        "config_sha256": digest,
+        "seed": settings["seed"],
+        "backend": experiment.backend.kind,
+        "hardware_profile": {
+            "cluster": experiment.cluster.name,
+            "provenance": "configured in conf/cluster, sources in its comments",
+        },
+        "workload": asdict(trace.provenance),
+        "started": started,
+        "wall_s": wall_s,
+        **environment(),
+    }
+    with new_run_folder(folder) as temporary:
+        (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+        write_table(temporary / "requests.parquet", requests)
+        write_table(temporary / "events.parquet", events_table(recorder))
+        write_table(temporary / "gpus.parquet", gpu_usage(recorder))
+        write_json(temporary / MANIFEST, manifest)
+        write_json(temporary / SUMMARY, summary)
+        set_aside(folder)
+    return summary
+
+
+def simulate(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
+    """Drive the experiment's system over its backend, recording everything, with progress on a terminal."""
+    system = experiment.system.build(cluster=experiment.cluster, models=experiment.models)
+    backend = experiment.backend.build(
+        cluster=experiment.cluster, models=experiment.models, requests=requests, batching=experiment.system.batching, seed=seed
+    )
+    with Progress(len(requests), title) as progress:
+        observers: list[Observer] = [recorder, progress] if progress.visible else [recorder]
+        drive(system, backend, observers)

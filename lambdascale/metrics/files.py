@@ -1,0 +1,26 @@
+"""Tables and documents on disk, byte for byte the same for the same content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file (zstd), without metadata that could differ between runs."""
+    pq.write_table(table.replace_schema_metadata(None), path, compression="zstd")
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a parquet file."""
+    return pq.read_table(path)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write an indented JSON object; NaN is refused."""
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,62 @@
+"""The few numbers of a run: summary.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lambdascale.core import IncompleteRunError
+from lambdascale.core.commands import AllocateNode
+from lambdascale.metrics.recorder import Recorder
+from lambdascale.metrics.tables import gpu_seconds, gpu_usage
+
+
+def summarise(
+    recorder: Recorder, requests: pa.Table, *, system: str, backend: str, usd_per_gpu_hour: float, wall_s: float
+) -> dict[str, Any]:
+    """The contract's summary; percentiles are linear interpolations, null when there is nothing to take them of.
+
+    ``scale_outs`` counts allocations of a node to a model after the initial ones at time 0. IncompleteRunError unless every
+    submitted request was completed or failed.
+    """
+    frame = requests.to_pandas()
+    counts = {
+        "submitted": len(frame),
+        "completed": int((frame.status == "ok").sum()),
+        "failed": int((frame.status == "failed").sum()),
+    }
+    if counts["completed"] + counts["failed"] != counts["submitted"]:
+        lost = frame.request_id[~frame.status.isin(["ok", "failed"])].tolist()
+        raise IncompleteRunError(f"{len(lost)} of {len(frame)} requests are unaccounted for, the first: {lost[:5]}")
+    used = gpu_seconds(gpu_usage(recorder), recorder.end_s)
+    ok = frame[frame.status == "ok"]
+    summary: dict[str, Any] = {
+        "system": system,
+        "backend": backend,
+        "requests": counts,
+        "ttft_s": distribution(ok.ttft_s.to_numpy()),
+        "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),
+        "gpu_seconds": used,
+        "cost_usd": used / 3600 * usd_per_gpu_hour,
+        "scale_outs": sum(isinstance(entry, AllocateNode) and at > 0 for at, entry in recorder.entries),
+        "pipeline_first_tokens": int((ok.first_token_mode == "pipeline").sum()),
+        "restarts": int(frame.restarts.sum()),
+        "simulated_s": recorder.end_s if backend == "sim" else None,
+        "wall_s": wall_s,
+    }
+    if frame.model.nunique() > 1:
+        summary["per_model"] = {
+            str(model): {"requests": len(rows), "ttft_s": distribution(rows.ttft_s.to_numpy())}
+            for model, rows in ok.groupby("model")
+        }
+    return summary
+
+
+def distribution(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:
+    """Mean and percentiles of values in seconds."""
+    if len(values) == 0:
+        return dict.fromkeys(("mean", "p50", "p90", "p99"))
+    p50, p90, p99 = (float(v) for v in np.percentile(values, [50, 90, 99]))
+    return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99}

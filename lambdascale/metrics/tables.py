@@ -1,0 +1,226 @@
+"""Tables derived from a run's raw entries: one row per request, one per event, and GPUs in use over time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from lambdascale.core import Request
+from lambdascale.core.commands import (
+    AllocateNode,
+    Command,
+    Dispatch,
+    EvictBlocks,
+    FailRequest,
+    FormPipeline,
+    LoadBlocks,
+    ReleaseNode,
+    StartMulticast,
+    SwitchMode,
+)
+from lambdascale.core.events import CommandFailed, Event, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.metrics.recorder import Recorder
+
+_REQUESTS = pa.schema(
+    [
+        ("request_id", pa.int64()),
+        ("model", pa.string()),
+        ("system", pa.string()),
+        ("arrival_s", pa.float64()),
+        ("prompt_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+        ("dispatched_s", pa.float64()),
+        ("first_token_s", pa.float64()),
+        ("finished_s", pa.float64()),
+        ("ttft_s", pa.float64()),
+        ("tpot_s", pa.float64()),
+        ("first_token_mode", pa.string()),
+        ("restarts", pa.int64()),
+        ("status", pa.string()),
+    ]
+)
+_EVENTS = pa.schema(
+    [
+        ("seq", pa.int64()),
+        ("at_s", pa.float64()),
+        ("kind", pa.string()),
+        ("model", pa.string()),
+        ("node", pa.int64()),
+        ("instance", pa.int64()),
+        ("request_id", pa.int64()),
+        ("transfer_id", pa.int64()),
+        ("block", pa.int64()),
+        ("tokens", pa.int64()),
+        ("mode", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+_GPUS = pa.schema([("at_s", pa.float64()), ("model", pa.string()), ("delta", pa.int64()), ("gpus", pa.int64())])
+
+
+@dataclass(slots=True)
+class _Life:
+    """What happened to one request."""
+
+    request: Request
+    dispatches: list[float] = field(default_factory=list)
+    first_token_s: float | None = None
+    mode: str | None = None
+    finished_s: float | None = None
+    tokens: int = 0
+    failed: bool = False
+
+    def row(self, system: str) -> tuple[Any, ...]:
+        """The row of requests.parquet, in the order of its columns."""
+        r, first, end = self.request, self.first_token_s, self.finished_s
+        return (
+            r.request_id,
+            r.model,
+            system,
+            r.arrival_s,
+            r.prompt_tokens,
+            self.tokens if end is not None else r.output_tokens,
+            self.dispatches[0] if self.dispatches else None,
+            first,
+            end,
+            None if first is None else first - r.arrival_s,
+            None if first is None or end is None or self.tokens < 2 else (end - first) / (self.tokens - 1),
+            self.mode,
+            max(0, len(self.dispatches) - 1),
+            "failed" if self.failed else "ok" if end is not None else "lost",
+        )
+
+
+def _lives(recorder: Recorder) -> dict[int, _Life]:
+    lives: dict[int, _Life] = {}
+    for at, entry in recorder.entries:
+        if isinstance(entry, TokensProduced):
+            life = lives[entry.request_id]
+            if life.first_token_s is None:
+                life.first_token_s, life.mode = at, entry.mode
+        elif isinstance(entry, RequestFinished):
+            life = lives[entry.request_id]
+            life.finished_s, life.tokens = at, entry.tokens
+        elif isinstance(entry, Dispatch):
+            for request in entry.requests:
+                lives[request.request_id].dispatches.append(at)
+        elif isinstance(entry, RequestArrived):
+            lives[entry.request.request_id] = _Life(entry.request)
+        elif isinstance(entry, FailRequest):
+            lives[entry.request_id].failed = True
+    return lives
+
+
+def requests_table(recorder: Recorder, system: str) -> pa.Table:
+    """One row per request that arrived, ordered by id; columns as in the contract, times in seconds of the run.
+
+    ``output_tokens`` are those produced (the trace's, for a request that did not finish). ``restarts`` counts dispatches after
+    the first; a mode switch is none. ``status`` is ok, failed, or lost for a request nobody answered or refused, which the
+    summary turns into an error.
+    """
+    lives = _lives(recorder)
+    rows = [lives[request_id].row(system) for request_id in sorted(lives)]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_REQUESTS)
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, _REQUESTS, strict=True)], schema=_REQUESTS)
+
+
+# -- events.parquet ------------------------------------------------------------------------------------------------------
+
+_PLAIN = ("node", "instance", "request_id", "transfer_id", "block", "tokens", "mode", "model")
+
+
+def _multicast_detail(command: StartMulticast) -> dict[str, Any]:
+    plan = command.plan
+    return {
+        "sources": plan.sources,
+        "source_tiers": command.source_tiers,
+        "destinations": plan.destinations,
+        "blocks": plan.blocks,
+        "rounds": len(plan.rounds),
+        "bytes": sum(command.block_bytes),
+        "transport": command.transport,
+    }
+
+
+_DETAILS: dict[type, Callable[[Any], Any]] = {
+    StartMulticast: _multicast_detail,
+    LoadBlocks: lambda c: {
+        "tier": c.tier,
+        "loader": c.loader,
+        "blocks": c.blocks,
+        "bytes": sum(c.block_bytes[b] for b in c.blocks),
+    },
+    FormPipeline: lambda c: {"stages": [(s.node, s.first_block, s.last_block) for s in c.stages]},
+    SwitchMode: lambda c: {"pipeline": c.pipeline, "moves": c.moves, "kv": c.kv},
+    EvictBlocks: lambda c: {"tier": c.tier},
+    AllocateNode: lambda c: {"gpus": c.gpus},
+    ReleaseNode: lambda c: {"gpus": c.gpus},
+    FailRequest: lambda c: {"reason": c.reason},
+    CommandFailed: lambda e: {"command": e.command, "reason": e.reason},
+}
+
+
+def _event_rows(at: float, entry: Event | Command) -> list[tuple[Any, ...]]:
+    kind = type(entry)
+    if isinstance(entry, RequestArrived):
+        request = entry.request
+        return [(at, kind.__name__, request.model, None, None, request.request_id, None, None, None, None, None)]
+    if isinstance(entry, Dispatch):
+        return [
+            (at, kind.__name__, r.model, None, entry.instance, r.request_id, None, None, None, None, None) for r in entry.requests
+        ]
+    node, instance, request_id, transfer_id, block, tokens, mode, model = (getattr(entry, name, None) for name in _PLAIN)
+    describe = _DETAILS.get(kind)
+    detail = None if describe is None else msgspec.json.encode(describe(entry)).decode()
+    return [(at, kind.__name__, model, node, instance, request_id, transfer_id, block, tokens, mode, detail)]
+
+
+def events_table(recorder: Recorder) -> pa.Table:
+    """One row per event and command in the order they happened (a Dispatch: one per request); the same run, the same bytes."""
+    rows = [row for at, entry in recorder.entries for row in _event_rows(at, entry)]
+    columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) if rows else [()] * (len(_EVENTS) - 1)
+    columns = [range(len(rows)), *columns]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, _EVENTS, strict=True)], schema=_EVENTS)
+
+
+# -- GPUs in use ---------------------------------------------------------------------------------------------------------
+
+
+def gpu_usage(recorder: Recorder) -> pa.Table:
+    """GPUs allocated over time, as steps: at ``at_s`` the GPUs of ``model`` change by ``delta`` to ``gpus``.
+
+    Loading counts, since it happens after the allocation. A lost node's allocations end with it; what is allocated at the end
+    of the run ends there (not shown as a step).
+    """
+    rows: list[tuple[float, str, int, int]] = []
+    held: dict[tuple[int, str], int] = {}
+    in_use: dict[str, int] = {}
+
+    def change(at: float, node: int, model: str, delta: int) -> None:
+        held[node, model] = held.get((node, model), 0) + delta
+        in_use[model] = in_use.get(model, 0) + delta
+        rows.append((at, model, delta, in_use[model]))
+
+    for at, entry in recorder.entries:
+        if isinstance(entry, AllocateNode):
+            change(at, entry.node, entry.model, entry.gpus)
+        elif isinstance(entry, ReleaseNode):
+            change(at, entry.node, entry.model, -entry.gpus)
+        elif isinstance(entry, NodeLost):
+            for (node, model), gpus in list(held.items()):
+                if node == entry.node and gpus:
+                    change(at, node, model, -gpus)
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_GPUS)
+    return pa.table([pa.array(column, f.type) for column, f in zip(columns, _GPUS, strict=True)], schema=_GPUS)
+
+
+def gpu_seconds(usage: pa.Table, end_s: float) -> float:
+    """GPU-seconds of a usage table up to ``end_s``: every step counts from its time to the end."""
+    return math.fsum(
+        delta * (end_s - at) for at, delta in zip(usage["at_s"].to_pylist(), usage["delta"].to_pylist(), strict=True)
+    )
