@@ -39,10 +39,8 @@ def user_message(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, UserError):
             return " ".join(str(cause).split())
-    for cause in reversed(chain):
-        if isinstance(cause, HydraException | OmegaConfBaseException):
-            return _one_line(cause)
-    return None
+    ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
+    return " ".join(dict.fromkeys(_first_lines(cause) for cause in ours)) or None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -52,10 +50,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _one_line(error: BaseException) -> str:
-    """Hydra's messages span lines and end in hints for its own tracebacks; the first ones say what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [
-        line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type=", "Set the env"))
-    ]
-    return " ".join(kept) or type(error).__name__
+def _first_lines(error: BaseException) -> str:
+    """What Hydra's and OmegaConf's messages say, without the hints at their internals that follow."""
+    lines = []
+    for line in (line.strip() for line in str(error).splitlines()):
+        if "$VALUE" in line or line.startswith(
+            ("Config search path", "full_key:", "object_type=", "reference_type=", "Set the env", "To append", "See https")
+        ):
+            break
+        lines.append(line)
+    return " ".join(line for line in lines if line)

@@ -20,6 +20,16 @@ def by_locality(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> lis
     return sorted(nodes, key=key)
 
 
+def sparing_copies(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+    """Nodes without a host copy first: where the network is faster than PCIe, copies do more good as sources of a multicast."""
+
+    def key(node: NodeId) -> tuple[bool, int, int, NodeId]:
+        warm = fleet.host.has(node, state.spec.name, fleet.at)
+        return warm, fleet.loads_on(node), -fleet.gpus_free[node], node
+
+    return sorted(nodes, key=key)
+
+
 def by_startup_time(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
     """Shortest estimated start-up first: (bytes queued on the node + the model) / rate of its tier (ServerlessLLM)."""
     cluster = fleet.cluster
@@ -30,6 +40,3 @@ def by_startup_time(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) ->
         return (fleet.loads_on(node) + state.spec.size_bytes) / rate, -fleet.gpus_free[node], node
 
     return sorted(nodes, key=key)
-
-
-PLACEMENTS: dict[str, Placement] = {"locality": by_locality, "startup_time": by_startup_time}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lambdascale.control.placement import PLACEMENTS
+from lambdascale.control.placement import Placement, by_locality, by_startup_time, sparing_copies
 from lambdascale.control.router import Router
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline, TransferState
-from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Transfer
+from lambdascale.core import ClusterSpec, MulticastPlan, NodeId, PipelinePlan, Transfer
 from lambdascale.core.commands import (
     AllocateNode,
     EvictBlocks,
@@ -38,7 +38,19 @@ class Scaler:
         self._config = config
         self._fleet = fleet
         self._router = router
-        self._place = PLACEMENTS[config.placement]
+        self._own_copies = self._prefers_own_copies(fleet.cluster)
+        self._place = self._placement()
+
+    def _prefers_own_copies(self, cluster: ClusterSpec) -> bool:
+        """Whether a node with a host copy loads it itself although a multicast could bring the model."""
+        network = float(cluster.nic_bytes_per_s) * cluster.rdma_efficiency
+        faster = float(cluster.pcie_bytes_per_s) >= network
+        return self._config.warm_loads == "always" or (self._config.warm_loads == "faster" and faster)
+
+    def _placement(self) -> Placement:
+        if self._config.placement == "startup_time":
+            return by_startup_time
+        return by_locality if self._own_copies or self._config.scale_out != "multicast" else sparing_copies
 
     # -- scale-out ---------------------------------------------------------------------------------------------------
 
@@ -54,9 +66,9 @@ class Scaler:
         if not nodes:
             return
         name, at = state.spec.name, self._fleet.at
-        warm = [node for node in nodes if self._config.warm_loads and self._fleet.host.has(node, name, at)]
+        warm = [node for node in nodes if self._own_copies and self._fleet.host.has(node, name, at)]
         cold = [node for node in nodes if node not in warm]
-        sources = self._sources(state, len(cold)) if cold and self._config.scale_out == "multicast" else []
+        sources = self._sources(state, cold) if cold and self._config.scale_out == "multicast" else []
         for node in nodes:
             self._allocate(state, node)
         if self._config.scale_out == "instant":
@@ -75,15 +87,16 @@ class Scaler:
         free = [node for node, gpus in self._fleet.gpus_free.items() if gpus >= needed and node not in state.allocations]
         return self._place(self._fleet, state, free)
 
-    def _sources(self, state: ModelState, destinations: int) -> list[tuple[NodeId, Tier]]:
+    def _sources(self, state: ModelState, targets: Sequence[NodeId]) -> list[tuple[NodeId, Tier]]:
         """Where a multicast may read from: idle GPU replicas first, then idle host copies, busy ones only if all are busy."""
+        destinations, excluded = len(targets), set(targets)
         fleet, name = self._fleet, state.spec.name
         found: list[tuple[int, int, NodeId, Tier]] = [
             (allocation.sending, 0, node, "gpu") for node, allocation in state.allocations.items() if allocation.complete
         ]
         if self._config.host_sources:
             hot = {node for _, _, node, _ in found}
-            copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in hot)
+            copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in excluded | hot)
             found += [(fleet.host.pins(node, name), 1, node, "host") for node in copies]
         found.sort()
         idle = [source for source in found if source[0] == 0] or found[:1]

@@ -25,8 +25,8 @@ class SystemConfig:
     ``transport``; "local": every node loads for itself; "instant": no time at all (ideal scaling).
     ``blocks``: into how many blocks a model is cut. ``sources``: sub-groups k of a multicast, or "auto" for as many as there
     are sources and destinations. ``placement`` orders the free nodes (see control/placement.py). ``host_sources``: host copies
-    may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of taking part in the
-    multicast as a destination.
+    may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination
+    of the multicast: always, never, or where PCIe is faster than the network (a copy that is not loaded serves as a source).
     ``loader``, ``kv`` and ``batching``: see LoadBlocks, SwitchMode and BatchLimits.
     """
 
@@ -42,7 +42,7 @@ class SystemConfig:
     sources: int | Literal["auto"] = "auto"
     placement: Literal["locality", "startup_time"] = "locality"
     host_sources: bool = True
-    warm_loads: bool = True
+    warm_loads: Literal["always", "faster", "never"] = "faster"
     loader: Loader = "pipelined"
     kv: KvPolicy = "recompute"
 

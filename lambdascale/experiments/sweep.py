@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 import msgspec
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lambdascale.cli.guard import user_message
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     with tempfile.TemporaryDirectory(prefix="lambdascale-sweep-") as sweep_dir:
         os.environ[_SWEEP_DIR] = sweep_dir
-        sys.argv = [sys.argv[0], *argv]
+        # argparse takes overrides in one piece only; -m may stand anywhere.
+        flags = [argument for argument in argv if argument in ("-m", "--multirun")]
+        sys.argv = [sys.argv[0], *(argument for argument in argv if argument not in flags), *flags]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(_job)()
         outcomes = [msgspec.json.decode(path.read_bytes(), type=_Outcome) for path in sorted(Path(sweep_dir).glob("job-*.json"))]
     _report(outcomes)
@@ -52,7 +54,7 @@ def _job(config: DictConfig) -> None:
     """One job. Its failure is noted, not raised, so that the rest of the sweep still runs."""
     register_schema()
     job = HydraConfig.get().job
-    number = int(job.get("num", 0) or 0)
+    number = 0 if OmegaConf.is_missing(job, "num") else int(job.num)
     outcome = _Outcome(number, ",".join(job.override_dirname.split(",")))
     try:
         result = run(config, group=Path(os.environ[_SWEEP_DIR]).name)
