@@ -1,0 +1,56 @@
+"""Figure 11: GPUs in use over time and cumulative GPU-seconds, by system."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lambdascale.figures.style import PAGE_IN, looks, require_columns, say_backend
+
+REQUIRED = ("model", "system", "at_s", "gpus", "backend")
+_POINTS = 120
+
+
+def tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """On a grid of equal windows: mean GPUs in use, and GPU-seconds so far. Input: steps, each holding until the next."""
+    require_columns(frame, REQUIRED, "fig11_gpus")
+    parts = []
+    for (model, system, backend), steps in frame.groupby(["model", "system", "backend"], sort=True):
+        grid = np.linspace(0.0, frame[frame.model == model].at_s.max(), _POINTS + 1)
+        cumulative = _integral(steps.at_s.to_numpy(), steps.gpus.to_numpy(), grid)
+        width = max(grid[1] - grid[0], 1e-12)
+        columns = {"at_s": grid[1:], "gpus": np.diff(cumulative) / width, "gpu_seconds": cumulative[1:]}
+        parts.append(pd.DataFrame({"model": model, "system": system, "backend": backend, **columns}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _integral(at_s: np.ndarray, gpus: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """GPU-seconds used up to each point of ``grid``: the exact integral of the steps."""
+    order = np.argsort(at_s, kind="stable")
+    times, values = at_s[order], gpus[order]
+    at_steps = np.concatenate([[0.0], np.cumsum(values[:-1] * np.diff(times))])
+    index = np.searchsorted(times, grid, side="right") - 1
+    inside = np.clip(index, 0, None)
+    total = at_steps[inside] + values[inside] * (grid - times[inside])
+    return np.where(index < 0, 0.0, total)
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """A row per model: GPUs in use, and cumulative GPU-seconds."""
+    models = list(dict.fromkeys(frame.model))
+    figure, axes = plt.subplots(len(models), 2, figsize=(PAGE_IN, 2.2 * len(models) + 0.3), squeeze=False, layout="constrained")
+    for (in_use, cumulative), model in zip(axes, models, strict=True):
+        rows = frame[frame.model == model]
+        for system, look in looks(list(frame.system.unique())).items():
+            line = rows[rows.system == system]
+            style = {"color": look.color, "label": look.label, "dashes": look.dashes or (1, 0)}
+            in_use.plot(line.at_s, line.gpus, linewidth=1.0, **style)
+            cumulative.plot(line.at_s, line.gpu_seconds, **style)
+        in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use", ylim=(0, None))
+        cumulative.set(title=model, xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    say_backend(figure, frame)
+    return figure

@@ -1,0 +1,101 @@
+"""One palette and one style for all figures. Colours: Okabe and Ito's, safe for colour-blind readers; line styles differ too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lambdascale.core import UserError
+
+COLUMN_IN = 3.4  # width of a column of a two-column paper
+PAGE_IN = 7.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a system is drawn everywhere."""
+
+    label: str
+    color: str
+    dashes: tuple[float, ...] | str = ""
+    marker: str = "o"
+
+
+LOOKS = {
+    "lambdascale": Look("λScale", "#D55E00", "", "o"),
+    "faasnet": Look("FaaSNet", "#0072B2", (4, 1.2), "s"),
+    "faasnet_prototype": Look("FaaSNet (prototype)", "#56B4E9", (4, 1.2, 1, 1.2), "D"),
+    "nccl_broadcast": Look("NCCL", "#009E73", (2, 1), "^"),
+    "nccl_no_setup": Look("NCCL, no set-up", "#8FD9C0", (2, 1), "v"),
+    "serverlessllm": Look("ServerlessLLM", "#CC79A7", (5, 1.2, 1, 1.2, 1, 1.2), "P"),
+    "serverlessllm_prototype": Look("ServerlessLLM (prototype)", "#7E4B6B", (1, 1), "X"),
+    "ideal": Look("Ideal", "#000000", (1, 1.2), "*"),
+}
+# For systems of other people's: the colours that are left, in the order of their names.
+_SPARE = ("#E69F00", "#F0E442", "#999999")
+
+_RC: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.alpha": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "lambdascale",
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style, for the time of a drawing; draws without a display."""
+    backend = mpl.get_backend()
+    mpl.use("Agg")
+    try:
+        with sns.axes_style("ticks"), mpl.rc_context(_RC):
+            yield
+    finally:
+        mpl.use(backend)
+
+
+def looks(systems: Sequence[str]) -> dict[str, Look]:
+    """A look for each system, known ones first in their fixed order, others by name."""
+    known = [name for name in LOOKS if name in systems]
+    others = sorted(set(systems) - set(known))
+    spare = {name: Look(name, _SPARE[i % len(_SPARE)], (3, 1, 1, 1), "h") for i, name in enumerate(others)}
+    return {name: LOOKS[name] for name in known} | spare
+
+
+def require_columns(frame: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
+    """UserError unless the table has rows and all the columns."""
+    missing = [column for column in columns if column not in frame.columns]
+    if missing:
+        raise UserError(f"{figure}: the table lacks the columns {', '.join(missing)}")
+    if frame.empty:
+        raise UserError(f"{figure}: the table has no rows")
+
+
+def say_backend(figure: Figure, frame: pd.DataFrame) -> None:
+    """Write onto the figure what is simulated."""
+    kinds = sorted(set(frame.backend))
+    words = {"sim": "simulated", "live": "live", "reference": "reference"}
+    figure.text(
+        0.995, 0.005, " and ".join(words.get(k, k) for k in kinds), ha="right", va="bottom", fontsize=6, style="italic", alpha=0.7
+    )

@@ -1,0 +1,23 @@
+"""Draw the figures from the committed tables: python scripts/figures.py [--only NAME ...] [--tables DIR] [--out DIR]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lambdascale.cli.guard import run_guarded
+from lambdascale.figures.registry import FIGURES, load_table, render
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw figures from tables, without running anything.")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(FIGURES)}")
+    parser.add_argument("--tables", type=Path, default=Path("results/tables"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("results/figures"), metavar="DIR")
+    arguments = parser.parse_args()
+    for name in arguments.only or FIGURES:
+        for path in render(name, load_table(arguments.tables, name), arguments.out):
+            print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))
