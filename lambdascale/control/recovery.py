@@ -23,7 +23,7 @@ class Recovery:
         fleet = self._fleet
         if fleet.gpus_free.pop(node, None) is None:
             return
-        broken = [t for t in fleet.transfers.values() if node in t.waiting or node in (n for n, _ in t.sources)]
+        broken = [t for t in fleet.transfers.values() if node in t.members]
         for transfer in broken:
             fleet.out.append(CancelTransfer(transfer.transfer_id))
             self._scaler.end_transfer(transfer)

@@ -61,14 +61,22 @@ class Scaler:
             self._load(state, node, "instant", range(len(state.block_bytes)))
 
     def scale_out(self, state: ModelState, replicas: int) -> None:
-        """Start up to ``replicas`` more replicas of a model on the best free nodes there are."""
+        """Start up to ``replicas`` more replicas of a model on the best free nodes there are.
+
+        A source feeds one multicast at a time (unless ``share_sources``): while all are busy, nodes that depend on one are not
+        taken yet.
+        """
         nodes = self.free_nodes(state)[:replicas]
         if not nodes:
             return
-        name, at = state.spec.name, self._fleet.at
-        warm = [node for node in nodes if self._own_copies and self._fleet.host.has(node, name, at)]
+        warm = self._load_themselves(state, nodes)
         cold = [node for node in nodes if node not in warm]
-        sources = self._sources(state, cold) if cold and self._config.scale_out == "multicast" else []
+        sources: list[tuple[NodeId, Tier]] = []
+        if cold and self._config.scale_out == "multicast":
+            holders = self._holders(state, cold)
+            sources = self._idle(holders, len(cold))
+            if holders and not sources:
+                nodes, cold = warm, []
         for node in nodes:
             self._allocate(state, node)
         if self._config.scale_out == "instant":
@@ -81,27 +89,42 @@ class Scaler:
             self._load_together(state, warm)
             self._load_together(state, cold)
 
+    def _load_themselves(self, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """Those of ``nodes`` with a host copy, if they are to load it over PCIe.
+
+        They do where that beats the network, and also where they can feed others from host memory meanwhile.
+        """
+        if self._config.warm_loads == "never":
+            return []
+        warm = [node for node in nodes if self._fleet.host.has(node, state.spec.name, self._fleet.at)]
+        feeds_others = self._config.host_sources and len(warm) < len(nodes)
+        return warm if self._own_copies or feeds_others else []
+
     def free_nodes(self, state: ModelState) -> list[NodeId]:
         """Nodes that could take a replica of the model, best first."""
         needed = state.spec.gpus_per_replica
         free = [node for node, gpus in self._fleet.gpus_free.items() if gpus >= needed and node not in state.allocations]
         return self._place(self._fleet, state, free)
 
-    def _sources(self, state: ModelState, targets: Sequence[NodeId]) -> list[tuple[NodeId, Tier]]:
-        """Where a multicast may read from: idle GPU replicas first, then idle host copies, busy ones only if all are busy."""
-        destinations, excluded = len(targets), set(targets)
+    def _holders(self, state: ModelState, targets: Sequence[NodeId]) -> list[tuple[int, int, NodeId, Tier]]:
+        """All that could feed a multicast to ``targets``: (transfers it feeds now, 0 for GPU and 1 for host, node, tier)."""
         fleet, name = self._fleet, state.spec.name
         found: list[tuple[int, int, NodeId, Tier]] = [
-            (allocation.sending, 0, node, "gpu") for node, allocation in state.allocations.items() if allocation.complete
+            (allocation.transfers, 0, node, "gpu") for node, allocation in state.allocations.items() if allocation.complete
         ]
         if self._config.host_sources:
-            hot = {node for _, _, node, _ in found}
-            copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in excluded | hot)
+            excluded = {node for _, _, node, _ in found}.union(targets)
+            copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in excluded)
             found += [(fleet.host.pins(node, name), 1, node, "host") for node in copies]
-        found.sort()
-        idle = [source for source in found if source[0] == 0] or found[:1]
-        wanted = destinations if self._config.sources == "auto" else self._config.sources
-        return [(node, tier) for _, _, node, tier in idle[: min(wanted, destinations)]]
+        return sorted(found)
+
+    def _idle(self, holders: Sequence[tuple[int, int, NodeId, Tier]], destinations: int) -> list[tuple[NodeId, Tier]]:
+        """The sources to use: idle ones, GPU replicas before host copies, at most one per destination."""
+        wanted = destinations if self._config.sources == "auto" else min(self._config.sources, destinations)
+        idle = [holder for holder in holders if holder[0] == 0]
+        if not idle and self._config.share_sources:
+            idle = list(holders[:1])
+        return [(node, tier) for _, _, node, tier in idle][:wanted]
 
     def _multicast(self, state: ModelState, sources: Sequence[tuple[NodeId, Tier]], nodes: Sequence[NodeId]) -> None:
         abstract = self._config.planner.plan(sources=len(sources), destinations=len(nodes), blocks=len(state.block_bytes))
@@ -151,24 +174,25 @@ class Scaler:
         self, state: ModelState, waiting: Sequence[NodeId], sources: Sequence[tuple[NodeId, Tier]], *, multicast: bool
     ) -> int:
         transfer_id = self._fleet.new_id()
-        transfer = TransferState(transfer_id, state.spec.name, set(waiting), tuple(sources), multicast)
+        members = frozenset([*waiting, *(node for node, _ in sources)])
+        held = tuple(allocation for node, allocation in state.allocations.items() if node in members)
+        transfer = TransferState(transfer_id, state.spec.name, set(waiting), members, held, tuple(sources), multicast)
         self._fleet.transfers[transfer_id] = transfer
+        for allocation in held:
+            allocation.transfers += 1
         for node, tier in sources:
-            if tier == "gpu":
-                state.allocations[node].sending += 1
-            else:
+            if tier == "host":
                 self._fleet.host.pin(node, state.spec.name)
         return transfer_id
 
     def end_transfer(self, transfer: TransferState) -> None:
-        """A transfer is done or given up: its sources are free again."""
+        """A transfer is done or given up: its members are free again."""
         del self._fleet.transfers[transfer.transfer_id]
-        allocations = self._fleet.models[transfer.model].allocations
+        for allocation in transfer.held:
+            allocation.transfers -= 1
         for node, tier in transfer.sources:
-            if tier != "gpu":
+            if tier == "host":
                 self._fleet.host.unpin(node, transfer.model, self._fleet.at)
-            elif node in allocations:
-                allocations[node].sending -= 1
 
     # -- serving while blocks arrive ---------------------------------------------------------------------------------
 
@@ -261,7 +285,7 @@ class Scaler:
         idle = [
             (a.instance.idle_since, a.node, a)
             for a in state.allocations.values()
-            if a.instance is not None and not a.instance.is_pipeline and not a.instance.outstanding and not a.sending
+            if a.instance is not None and not a.instance.is_pipeline and not a.instance.outstanding and not a.transfers
         ]
         return [allocation for _, _, allocation in sorted(idle, key=lambda entry: entry[:2])]
 

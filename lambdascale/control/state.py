@@ -28,7 +28,7 @@ class Instance:
 class Allocation:
     """A model on a node, from the allocation of its GPUs to their release. ``instance`` serves it, if any does.
 
-    ``sending``: transfers that read the weights from this node at the moment.
+    ``transfers``: those under way it has a part in, as a source, or as a destination that passes blocks on.
     """
 
     node: NodeId
@@ -36,7 +36,7 @@ class Allocation:
     blocks: set[int] = field(default_factory=set)
     instance: Instance | None = None
     complete: bool = False
-    sending: int = 0
+    transfers: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -51,12 +51,15 @@ class PendingPipeline:
 class TransferState:
     """A multicast (``sources`` and many nodes) or a load (one node) under way; ``waiting`` are the nodes not yet complete.
 
-    ``sources`` are (node, tier) pairs it reads from: GPU allocations and host copies that must stay until it ends.
+    ``members`` are all nodes that have a part in it: a complete one may still have to pass blocks on. ``held`` are
+    their allocations and ``sources`` the (node, tier) pairs it reads from: both must stay until it ends.
     """
 
     transfer_id: int
     model: str
     waiting: set[NodeId]
+    members: frozenset[NodeId]
+    held: tuple[Allocation, ...]
     sources: tuple[tuple[NodeId, str], ...]
     multicast: bool
 

@@ -26,7 +26,8 @@ class SystemConfig:
     ``blocks``: into how many blocks a model is cut. ``sources``: sub-groups k of a multicast, or "auto" for as many as there
     are sources and destinations. ``placement`` orders the free nodes (see control/placement.py). ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination
-    of the multicast: always, never, or where PCIe is faster than the network (a copy that is not loaded serves as a source).
+    of the multicast: always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
+    ``share_sources``: a busy source may feed another multicast at the same time if there is no idle one.
     ``loader``, ``kv`` and ``batching``: see LoadBlocks, SwitchMode and BatchLimits.
     """
 
@@ -43,6 +44,7 @@ class SystemConfig:
     placement: Literal["locality", "startup_time"] = "locality"
     host_sources: bool = True
     warm_loads: Literal["always", "faster", "never"] = "faster"
+    share_sources: bool = False
     loader: Loader = "pipelined"
     kv: KvPolicy = "recompute"
 
@@ -55,7 +57,7 @@ class SystemConfig:
             certain = self.autoscaler.min_replicas + (
                 self.memory.initial_copies if self.host_sources and self.memory.enabled else 0
             )
-            if self.scale_out == "multicast" and self.sources > certain:
+            if self.scale_out == "multicast" and self.sources > max(1, certain):
                 raise UserError(
                     f"system.sources={self.sources} sub-groups need as many sources, but a run starts with {certain}: "
                     f"autoscaler.min_replicas={self.autoscaler.min_replicas}, memory.initial_copies={self.memory.initial_copies}"

@@ -37,7 +37,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             _over_time(over_time, requests, rows.arrival_s.max(), style)
             _tail(tail, requests.ttft_s.to_numpy(), style)
         over_time.set(title=model, xlabel="arrival [s]", ylabel="worst TTFT in window [s]", yscale="log")
-        tail.set(title=model, xlabel="TTFT [s]", ylabel="share of requests waiting longer", xscale="log", yscale="log")
+        tail.set(title=model, xlabel="TTFT [s]", ylabel="share waiting longer", xscale="log", yscale="log")
         tail.axhline(0.1, color="0.6", linewidth=0.6)
         tail.annotate("P90", (1, 0.1), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=6, color="0.4")
     handles, labels = axes[0][0].get_legend_handles_labels()

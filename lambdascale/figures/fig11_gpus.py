@@ -48,7 +48,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             style = {"color": look.color, "label": look.label, "dashes": look.dashes or (1, 0)}
             in_use.plot(line.at_s, line.gpus, linewidth=1.0, **style)
             cumulative.plot(line.at_s, line.gpu_seconds, **style)
-        in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use", ylim=(0, None))
+        in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use (window mean)", ylim=(0, None))
         cumulative.set(title=model, xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))

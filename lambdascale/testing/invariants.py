@@ -31,6 +31,7 @@ class InvariantChecker:
     def __init__(self, cluster: ClusterSpec, blocks: int) -> None:
         self._blocks = blocks
         self._at = 0.0
+        self._events_left = 1_000_000
         self._gpus = dict.fromkeys(range(cluster.nodes), cluster.gpus_per_node)
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
@@ -48,6 +49,8 @@ class InvariantChecker:
         serving = [(node, self._models_of[instance]) for instance, nodes in self._instances.items() for node in set(nodes)]
         assert len(set(serving)) == len(serving), f"a node serves a model in two instances: {serving}"
         self._at = event.at
+        self._events_left -= 1
+        assert self._events_left, "the run does not end"
         if isinstance(event, RequestArrived):
             self._arrived[event.request.request_id] = event.at
         elif isinstance(event, BlockArrived):

@@ -1,0 +1,146 @@
+"""Conformance of serving systems: driven over the simulated cluster through what goes wrong in practice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lambdascale.control import SystemConfig, drive
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, Request
+from lambdascale.metrics import Recorder, events_table
+from lambdascale.sim import SimConfig, TransferOptions
+from lambdascale.testing.invariants import InvariantChecker
+
+
+def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
+    """A cluster on which a 1 GB model takes tenths of a second to move and hundredths to run."""
+    return ClusterSpec(
+        name="small",
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=GpuSpec(name="test", memory_bytes="4GB", hbm_bytes_per_s="100GB/s", peak_flops=1e13),
+        compute=ComputeSpec(flops_efficiency=0.5, bandwidth_efficiency=0.5),
+        nic_bytes_per_s="4GB/s",
+        rdma_efficiency=0.8,
+        collective_efficiency=0.9,
+        link_latency_s=1e-5,
+        hop_latency_s=1e-4,
+        pcie_bytes_per_s="2GB/s",
+        ssd_bytes_per_s="0.5GB/s",
+        host_memory_bytes="3GB",
+        usd_per_gpu_hour=1.0,
+    )
+
+
+def small_model(name: str = "small") -> ModelSpec:
+    """A 1 GB model of 16 layers."""
+    return ModelSpec(name=name, layers=16, hidden=1024, heads=16, kv_heads=8, vocab=8000, weight_bytes="1GB")
+
+
+def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[Request]:
+    """Requests that all arrive at once."""
+    return [Request(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4)) for i in range(count)]
+
+
+class SystemConformance:
+    """Subclass with ``make_system``: a SystemConfig that cuts models into at most 16 blocks."""
+
+    def make_system(self) -> SystemConfig:
+        """The system under test."""
+        raise NotImplementedError
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        *,
+        cluster: ClusterSpec | None = None,
+        models: Sequence[ModelSpec] = (),
+        seed: int = 0,
+        transfers: dict[str, Any] | None = None,
+        failures: Sequence[tuple[int, float]] = (),
+        **changes: Any,
+    ) -> tuple[InvariantChecker, Recorder]:
+        """Drive the system to the end and check everything on the way; ``changes`` are the autoscaler's."""
+        config = self.make_system()
+        config = replace(config, autoscaler=replace(config.autoscaler, **changes))
+        cluster, models = cluster or small_cluster(), models or [small_model()]
+        backend = SimConfig(transfers=TransferOptions(**(transfers or {})), node_failures=tuple(failures)).build(
+            cluster=cluster, models=models, requests=requests, batching=config.batching, seed=seed
+        )
+        checker, recorder = InvariantChecker(cluster, config.blocks), Recorder()
+        drive(config.build(cluster=cluster, models=models), backend, [checker, recorder])
+        checker.finish()
+        assert not checker.failed
+        wanted = {request.request_id: request.output_tokens for request in requests}
+        assert checker.finished == wanted, "every request gets all its tokens"
+        return checker, recorder
+
+    def test_nothing_to_do(self) -> None:
+        """No requests: the run ends by itself."""
+        self.run([])
+
+    def test_one_request_of_one_token(self) -> None:
+        """The smallest answer."""
+        self.run([Request(0, 3.7, "small", 1, 1)])
+
+    @pytest.mark.parametrize("min_replicas", [0, 1, 3])
+    def test_a_burst_scales_out_and_back(self, min_replicas: int) -> None:
+        """From zero, one or several replicas, and to them again afterwards."""
+        _, recorder = self.run(burst(60) + burst(5, 30.0, 60), min_replicas=min_replicas, keep_alive_s=0.5)
+        assert "AllocateNode" in {type(entry).__name__ for _, entry in recorder.entries}
+
+    @pytest.mark.parametrize("nodes", [1, 2, 3, 5, 7])
+    def test_any_cluster_size(self, nodes: int) -> None:
+        """One node, and numbers that are no power of two."""
+        self.run(burst(50), cluster=small_cluster(nodes))
+
+    def test_equal_timestamps_and_waves(self) -> None:
+        """Waves that hit every phase of the scale-out before."""
+        waves = [burst(12, 0.07 * wave, 12 * wave) for wave in range(12)]
+        self.run([request for wave in waves for request in wave])
+
+    def test_several_models_share_the_cluster(self) -> None:
+        """More models than nodes: idle replicas make room."""
+        names = [f"small-{i}" for i in range(5)]
+        requests = [r for i, name in enumerate(names) for r in burst(9, 2.0 * i, 9 * i, name)]
+        again = [r for i, name in enumerate(names) for r in burst(3, 15.0 + 0.1 * i, 100 + 3 * i, name)]
+        models = [small_model(name) for name in names]
+        self.run(requests + again, models=models, cluster=small_cluster(3), min_replicas=0)
+
+    def test_models_share_a_node_of_several_gpus(self) -> None:
+        """Two models side by side on the GPUs of the same nodes."""
+        models = [small_model("a"), small_model("b")]
+        requests = sorted(burst(20, 0.0, 0, "a") + burst(20, 0.3, 20, "b"), key=lambda r: r.arrival_s)
+        self.run(requests, models=models, cluster=small_cluster(3, gpus_per_node=2))
+
+    @pytest.mark.parametrize("at_s", [0.0, 0.05, 0.15, 0.25, 0.3, 0.35, 0.45, 0.7, 1.5])
+    @pytest.mark.parametrize("node", [0, 1, 3])
+    def test_a_lost_node_loses_no_request(self, node: int, at_s: float) -> None:
+        """Source or destination, in any phase: every request is answered exactly once."""
+        self.run(burst(60), failures=[(node, at_s)])
+
+    def test_all_but_one_node_are_lost(self) -> None:
+        """The survivor does everything."""
+        self.run(burst(30), failures=[(node, 0.1 + 0.12 * node) for node in range(5)])
+
+    def test_prototype_barrier(self) -> None:
+        """The same plans under the prototype's round barrier."""
+        self.run(burst(60), transfers={"barrier": True})
+
+    def test_a_request_that_cannot_fit_is_refused_at_once(self) -> None:
+        """It fails alone; the others are served."""
+        config, cluster = self.make_system(), small_cluster()
+        requests = [Request(0, 0.0, "small", 10_000_000, 5), Request(1, 0.0, "small", 10, 5)]
+        backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
+        checker = InvariantChecker(cluster, config.blocks)
+        drive(config.build(cluster=cluster, models=[small_model()]), backend, [checker])
+        assert checker.failed == {0}
+        assert checker.finished == {1: 5}
+
+    def test_the_same_seed_gives_the_same_events(self) -> None:
+        """Byte for byte."""
+        one, two = (events_table(self.run(burst(60), seed=3)[1]) for _ in range(2))
+        assert one.equals(two)
