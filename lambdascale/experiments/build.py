@@ -37,7 +37,7 @@ def build(config: DictConfig) -> Experiment:
         cluster=_instance(config, "cluster", ClusterSpec),
         workload=_instance(config, "workload", ShapedWorkload),
         backend=_instance(config, "backend", SimConfig),
-        logger=instantiate(config.logger),
+        logger=instantiate(config.logger, _convert_="all"),
     )
 
 
@@ -48,7 +48,7 @@ def _replicate(model: ModelSpec, count: int) -> tuple[ModelSpec, ...]:
 
 
 def _instance(config: DictConfig, group: str, expected: type[Any]) -> Any:
-    built = instantiate(config[group])
+    built = instantiate(config[group], _convert_="all")
     if not isinstance(built, expected):
         raise UserError(f"{group} must configure a {expected.__name__}, not a {type(built).__name__}")
     return built

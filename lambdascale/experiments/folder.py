@@ -27,7 +27,7 @@ def is_finished(folder: Path, digest: str) -> bool:
     """Whether ``folder`` holds a finished run of the configuration with this digest."""
     if not (folder / MANIFEST).is_file() or not (folder / SUMMARY).is_file():
         return False
-    return read_json(folder / MANIFEST).get("config_sha256") == digest
+    return read_json(folder / MANIFEST).get("run_sha256") == digest
 
 
 def check_usable(folder: Path, digest: str) -> None:
@@ -37,10 +37,10 @@ def check_usable(folder: Path, digest: str) -> None:
 
 
 @contextmanager
-def new_run_folder(folder: Path) -> Iterator[Path]:
+def new_run_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an exception, and disappears otherwise.
 
-    If another process finished the same run meanwhile, its folder stays and this one is dropped.
+    ``replace``: an older run there gives way, at the moment the new one is complete. Without it, if another process finished the same run meanwhile, its folder stays and this one is dropped.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
@@ -49,17 +49,18 @@ def new_run_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        if replace and (folder / MANIFEST).is_file():
+            _set_aside(folder, temporary)
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def set_aside(folder: Path) -> None:
-    """Remove an older run's folder just before its replacement is renamed into place (force=true)."""
-    if folder.exists() and (folder / MANIFEST).is_file():
-        aside = folder.parent / f".{folder.name}.{socket.gethostname()}.{os.getpid()}.old.tmp"
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+def _set_aside(folder: Path, temporary: Path) -> None:
+    """Rename an older run out of the way and drop it."""
+    aside = temporary.with_name(temporary.name.replace(".tmp", "-old.tmp"))
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -73,7 +74,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _remove_stale(folder: Path) -> None:
     """Drop what killed runs of this host left behind."""
     for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*.tmp"):
-        pid = leftover.name.split(".")[-2]
+        pid = leftover.name.split(".")[-2].removesuffix("-old")
         if pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import lambdascale
 
 _PACKAGES = ("hydra-core", "matplotlib", "msgspec", "numpy", "pandas", "pyarrow", "seaborn", "torch", "wandb")
+# Subpackages whose code decides what a run computes.
+_RESULT_CODE = ("core", "multicast", "pipelines", "memory", "control", "sim", "workload", "metrics")
 # Settings that say where results go or how a run is watched, not what it computes.
 _NOT_IDENTITY = ("out", "force", "results", "logger")
 
@@ -24,14 +27,25 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
 
 
-def config_digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of the identity and of the package's version."""
-    document = {"version": lambdascale.__version__, "config": identity(config)}
+def run_digest(config: Mapping[str, Any], workload_sha256: str | None) -> str:
+    """SHA-256 of all that determines a run's results: configuration, trace file and the code that computes them."""
+    document = {"config": identity(config), "workload": workload_sha256, "code": code_digest()}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+@cache
+def code_digest() -> str:
+    """SHA-256 of the sources that results depend on, so that a run of older code is never taken for a new one."""
+    package = Path(lambdascale.__file__).resolve().parent
+    folders = [*(package / name for name in _RESULT_CODE), package.parent / "baselines"]
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        digest.update(str(path.relative_to(package.parent)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether the tree has changes; nulls outside a checkout."""
+    """Commit and whether tracked files have changes; nulls outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -40,7 +54,7 @@ def git_state(folder: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--untracked-files=no")
     return {"sha": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 

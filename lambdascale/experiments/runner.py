@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from lambdascale.control import Observer, drive
 from lambdascale.core import Request
 from lambdascale.experiments.build import Experiment, build
-from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json, set_aside
-from lambdascale.experiments.manifest import config_digest, environment
+from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
+from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
 from lambdascale.metrics import FinishedRun, Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+from lambdascale.workload import LoadedTrace
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ def run(config: DictConfig, group: str = "") -> RunResult:
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict), "a run's configuration is a mapping"
     settings = {str(key): value for key, value in resolved.items()}
-    digest = config_digest(settings)
     experiment = build(config)
+    begin = time.perf_counter()
+    trace = experiment.workload.load(models=[model.name for model in experiment.models], seed=config.seed)
+    digest = run_digest(settings, trace.provenance.sha256)
     folder = run_folder(settings, experiment, digest)
     if not config.force or config.out is not None:
         check_usable(folder, digest)
     if is_finished(folder, digest) and not config.force:
         return RunResult(folder, read_json(folder / SUMMARY), reused=True)
-    summary = _execute(settings, experiment, digest, folder)
+    summary = _execute(settings, experiment, trace, digest, folder, begin)
     label = f"{experiment.system.name}-{experiment.models[0].name}-{config.seed}"
     finished = FinishedRun(
         folder=folder, name=label, group=group or settings["name"], experiment=settings["name"], config=settings, summary=summary
@@ -59,13 +62,13 @@ def run_folder(settings: dict[str, Any], experiment: Experiment, digest: str) ->
     return Path(settings["results"], "raw", settings["name"], "-".join((*parts, digest[:8])))
 
 
-def _execute(settings: dict[str, Any], experiment: Experiment, digest: str, folder: Path) -> dict[str, Any]:
+def _execute(
+    settings: dict[str, Any], experiment: Experiment, trace: LoadedTrace, digest: str, folder: Path, begin: float
+) -> dict[str, Any]:
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin = time.perf_counter()
-    names = [model.name for model in experiment.models]
-    trace = experiment.workload.load(models=names, seed=settings["seed"])
     recorder = Recorder()
-    simulate(experiment, trace.requests, settings["seed"], recorder, title=f"{experiment.system.name} {names[0]}")
+    title = f"{experiment.system.name} {experiment.models[0].name}"
+    simulate(experiment, trace.requests, settings["seed"], recorder, title)
     wall_s = time.perf_counter() - begin
     requests = requests_table(recorder, experiment.system.name)
     summary = summarise(
@@ -78,26 +81,22 @@ def _execute(settings: dict[str, Any], experiment: Experiment, digest: str, fold
     )
     manifest = {
         "experiment": settings["name"],
-        "config_sha256": digest,
+        "run_sha256": digest,
         "seed": settings["seed"],
         "backend": experiment.backend.kind,
-        "hardware_profile": {
-            "cluster": experiment.cluster.name,
-            "provenance": "configured in conf/cluster, sources in its comments",
-        },
+        "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": "configured: conf/cluster and overrides"},
         "workload": asdict(trace.provenance),
         "started": started,
         "wall_s": wall_s,
         **environment(),
     }
-    with new_run_folder(folder) as temporary:
+    with new_run_folder(folder, replace=bool(settings["force"])) as temporary:
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
         write_table(temporary / "requests.parquet", requests)
         write_table(temporary / "events.parquet", events_table(recorder))
         write_table(temporary / "gpus.parquet", gpu_usage(recorder))
         write_json(temporary / MANIFEST, manifest)
         write_json(temporary / SUMMARY, summary)
-        set_aside(folder)
     return summary
 
 
