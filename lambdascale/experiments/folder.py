@@ -40,7 +40,8 @@ def check_usable(folder: Path, digest: str) -> None:
 def new_run_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``folder`` when the block ends without an exception, and disappears otherwise.
 
-    ``replace``: an older run there gives way, at the moment the new one is complete. Without it, if another process finished the same run meanwhile, its folder stays and this one is dropped.
+    ``replace``: an older run there gives way, at the moment the new one is complete. Without it, if another process finished
+    the same run meanwhile, its folder stays and this one is dropped.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
