@@ -66,6 +66,7 @@ class LinkNetwork:
         """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through."""
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
+        assert cap > 0, f"a flow at most {cap} bytes/s fast"
         self._next_id += 1
         flow = Flow(self._next_id, ports, size_bytes, on_done, cap)
         flow.settled_s = self._kernel.now

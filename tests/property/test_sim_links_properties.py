@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from fractions import Fraction
 from itertools import pairwise
 from math import inf, isclose
 
@@ -81,6 +82,52 @@ def test_shares_are_feasible_complete_and_max_min_fair(
                 for name in g.ports
             )
             assert at_cap or bottleneck, f"flow {g.flow_id} could be faster"
+
+
+def exact_rates(used: dict[int, list[int]], caps: dict[int, float]) -> dict[int, Fraction]:
+    """Raise all rates together; a flow stops at its cap or when one of its ports is full. In rationals."""
+    rates = {flow: Fraction(0) for flow in used}
+    rising = set(used)
+    while rising:
+        room = {p: Fraction(rate) - sum(rates[f] for f in used if p in used[f]) for p, rate in enumerate(RATES)}
+        users = {p: sum(p in used[f] for f in rising) for p in room}
+        steps = [room[p] / users[p] for p in room if users[p]] + [Fraction(caps[f]) - rates[f] for f in rising if caps[f] < inf]
+        step = min(steps)
+        for flow in rising:
+            rates[flow] += step
+        full = {p for p in room if users[p] and room[p] == step * users[p]}
+        rising = {f for f in rising if rates[f] != caps[f] and full.isdisjoint(used[f])}
+    return rates
+
+
+def exact_completions(script: list[tuple[float, list[int], float, float, float | None]]) -> dict[int, Fraction]:
+    """When each flow ends if all rates are worked out anew, from nothing, whenever anything changes. Nothing is cancelled."""
+    now, left, done = Fraction(0), dict[int, Fraction](), dict[int, Fraction]()
+    waiting = sorted(range(len(script)), key=lambda index: script[index][0])
+    while waiting or left:
+        rates = exact_rates({f: script[f][1] for f in left}, {f: script[f][3] for f in left})
+        ends = [now + left[f] / rates[f] for f in left] + [Fraction(script[f][0]) for f in waiting[:1]]
+        then = min(ends)
+        left = {f: left[f] - rates[f] * (then - now) for f in left}
+        now = then
+        done |= {f: now for f in left if left[f] == 0}
+        left = {f: rest for f, rest in left.items() if rest}
+        while waiting and script[waiting[0]][0] <= now:
+            flow = waiting.pop(0)
+            left[flow] = Fraction(script[flow][2])
+    return done
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(FLOW, max_size=8))
+def test_completions_are_those_of_an_exact_simulation_without_shortcuts(
+    script: list[tuple[float, list[int], float, float, float | None]],
+) -> None:
+    script = [(*flow[:4], None) for flow in script]
+    _, done, _ = run(script)
+    exact = exact_completions(script)
+    assert set(done) == set(exact)
+    assert all(isclose(done[flow], exact[flow], rel_tol=1e-9, abs_tol=1e-12) for flow in exact)
 
 
 @given(st.lists(FLOW, max_size=6))

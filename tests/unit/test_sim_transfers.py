@@ -36,6 +36,13 @@ TRIANGLE = MulticastPlan(  # 2 receives both blocks in round 2
     blocks=2,
     rounds=((Transfer(0, 1, 0),), (Transfer(0, 2, 1), Transfer(1, 2, 0)), (Transfer(2, 1, 1),)),
 )
+CHAIN = MulticastPlan(
+    members=(0, 1, 2),
+    sources=(0,),
+    blocks=2,
+    rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1), Transfer(1, 2, 0)), (Transfer(1, 2, 1),)),
+    streaming=True,
+)
 
 
 class Rig:
@@ -119,15 +126,8 @@ def test_a_survivor_sends_what_it_holds_from_a_broken_multicast() -> None:
 
 
 def test_a_streaming_broadcast_takes_the_time_of_one_hop_and_the_fill() -> None:
-    chain = MulticastPlan(
-        members=(0, 1, 2),
-        sources=(0,),
-        blocks=2,
-        rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1), Transfer(1, 2, 0)), (Transfer(1, 2, 1),)),
-        streaming=True,
-    )
     rig = Rig(chunk_bytes=10, communicator_setup=False)
-    rig.engine.multicast(multicast(chain, transport="collective"))
+    rig.engine.multicast(multicast(CHAIN, transport="collective"))
     assert [at for at, *_ in rig.run()] == [pytest.approx(1.1)] * 4
     assert rig.occupied == [(0.0, 0, True), (pytest.approx(1.1), 0, False)]
 
@@ -171,6 +171,30 @@ def test_loads_deliver_block_by_block_in_the_order_asked_for(tier: str, loader: 
     assert [(at, block) for at, _, _, block in rig.run()] == list(zip(times, [1, 0], strict=True))
 
 
+def test_sequential_reads_from_the_remote_store_do_not_overlap_with_pcie() -> None:
+    rig = Rig(replace(CLUSTER, remote_bytes_per_s=4.0))
+    rig.engine.load(load("remote", "sequential"))
+    assert [(at, block) for at, _, _, block in rig.run()] == [(31.0, 1), (36.0, 0)]
+
+
+@pytest.mark.parametrize(("tier", "loader"), [("host", "pipelined"), ("ssd", "sequential"), ("instant", "pipelined")])
+def test_a_load_of_nothing_ends_without_a_delivery(tier: str, loader: str) -> None:
+    rig = Rig()
+    rig.engine.load(load(tier, loader, blocks=()))
+    assert rig.run() == []
+    assert rig.engine.active == ()
+
+
+@pytest.mark.parametrize("end", ["cancel", "node_lost"])
+@pytest.mark.parametrize(("tier", "loader", "until", "before"), [("instant", "pipelined", -1, 0), ("ssd", "sequential", 26, 1)])
+def test_a_load_that_is_cut_off_delivers_nothing_more(end: str, tier: str, loader: str, until: float, before: int) -> None:
+    rig = Rig()
+    rig.engine.load(load(tier, loader, node=1))
+    rig.run(until=until)
+    getattr(rig.engine, end)(1)  # transfer 1, or node 1
+    assert len(rig.run()) == before
+
+
 def test_two_loads_on_a_node_share_its_storage() -> None:
     rig = Rig()
     for transfer_id in (1, 2):
@@ -192,6 +216,86 @@ def test_a_copy_crosses_the_network_at_the_write_rate() -> None:
     rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
     rig.run()
     assert done == [2.0]
+
+
+def test_a_copy_within_a_node_takes_no_time_but_is_still_an_event() -> None:
+    rig, done = Rig(), []
+    rig.engine.copy(1, 1, 100.0, lambda: done.append(rig.kernel.now))
+    assert done == []
+    rig.run()
+    assert done == [0.0]
+
+
+def test_a_copy_from_a_lost_node_never_arrives() -> None:
+    rig, done = Rig(), []
+    rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
+    rig.engine.copy(2, 1, 100.0, lambda: done.append(rig.kernel.now))
+    rig.kernel.at(1.0, rig.engine.node_lost, 0)
+    rig.run()
+    assert done == [2.5], "200 wire bytes: 1 s at half the port's rate, then all of it"
+
+
+def test_finished_and_cancelled_transfers_are_forgotten() -> None:
+    rig = Rig()
+    rig.engine.multicast(multicast())
+    rig.engine.multicast(multicast(transfer_id=2))
+    rig.engine.load(load("host", node=3, transfer_id=3))
+    rig.engine.load(load("instant", node=3, transfer_id=4))
+    assert rig.engine.active == (1, 2, 3, 4)
+    rig.engine.cancel(2)
+    assert rig.engine.active == (1, 3, 4)
+    rig.run()
+    assert rig.engine.active == ()
+
+
+def test_a_plan_without_transfers_neither_draws_a_set_up_nor_keeps_the_gpu() -> None:
+    alone = MulticastPlan(members=(0,), sources=(0,), blocks=2, rounds=(), streaming=True)
+    rig = Rig()
+    rig.engine.multicast(multicast(alone, transport="collective"))
+    assert rig.run() == rig.occupied == []
+    assert (rig.engine.active, rig.engine.setup_s) == ((), {})
+
+
+def test_a_round_without_transfers_costs_its_barrier() -> None:
+    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (), (Transfer(0, 1, 1),)))
+    rig = Rig(barrier=True, barrier_s=0.25)
+    rig.engine.multicast(multicast(plan))
+    assert [at for at, *_ in rig.run()] == [1.0, 2.5]
+
+
+@pytest.mark.parametrize("at", [0.5, 1.05])  # while the bytes flow; while the last chunks drain
+def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float) -> None:
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.kernel.at(at, rig.engine.node_lost, 2)
+    assert rig.run() == []
+    rig.engine.cancel(1)
+    assert rig.occupied[-1][1:] == (0, False)
+
+
+def test_a_member_lost_during_the_set_up_keeps_the_sources_free() -> None:
+    rig = Rig()
+    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.node_lost(1)
+    assert rig.run() == rig.occupied == []
+
+
+def test_a_streaming_broadcast_and_a_load_from_the_remote_store_share_the_nic() -> None:
+    rig = Rig(replace(CLUSTER, remote_bytes_per_s=60.0, pcie_bytes_per_s=1000.0), chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.load(load("remote", node=2, transfer_id=2, blocks=(0,)))
+    # Both get half of node 2's 100 B/s: 100 bytes each in 2 s, and the chain has its fill of 0.1 s to go.
+    assert [(at, t) for at, t, *_ in rig.run()] == [(2.0, 2), *[(pytest.approx(2.1), 1)] * 4]
+
+
+def test_many_equal_flows_through_one_port_end_together_in_the_order_they_began() -> None:
+    rig = Rig()
+    for transfer_id in range(1, 8):
+        pair = MulticastPlan(members=(0, transfer_id), sources=(0,), blocks=1, rounds=((Transfer(0, transfer_id, 0),),))
+        rig.engine.multicast(multicast(pair, transfer_id, size=10**9))
+    arrived = rig.run()
+    assert [t for _, t, *_ in arrived] == list(range(1, 8))
+    assert [at for at, *_ in arrived] == [pytest.approx(7 * 2e7, rel=1e-12)] * 7
 
 
 def test_options_are_checked() -> None:

@@ -1,0 +1,81 @@
+"""The cluster's ports and the flows of whole commands over them: started, cancelled and lost together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from math import inf
+
+from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.links import Flow, LinkNetwork, Port
+
+
+class FlowGroup:
+    """The flows a command has under way, each with the nodes it depends on."""
+
+    def __init__(self) -> None:
+        self.flows: dict[Flow, Collection[NodeId]] = {}
+        self.cancelled = False
+
+
+class Fabric:
+    """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing."""
+
+    def __init__(self, kernel: Kernel, cluster: ClusterSpec, *, record_grants: bool = False) -> None:
+        self.kernel = kernel
+        self.cluster = cluster
+        self.links = LinkNetwork(kernel, record_grants=record_grants)
+        self._ports: dict[tuple[str, NodeId], Port] = {}
+        self._lost: set[NodeId] = set()
+
+    def port(self, kind: str, node: NodeId) -> Port:
+        """The ``kind`` (nic_out, nic_in, pcie, ssd) port of ``node``."""
+        port = self._ports.get((kind, node))
+        if port is None:
+            cluster = self.cluster
+            rates = {"ssd": cluster.ssd_bytes_per_s, "pcie": cluster.pcie_bytes_per_s}
+            port = self._ports[kind, node] = Port(f"{kind}:{node}", float(rates.get(kind, cluster.nic_bytes_per_s)))
+        return port
+
+    def hop(self, src: NodeId, dst: NodeId) -> tuple[Port, Port]:
+        """The two ports bytes from ``src`` to ``dst`` cross."""
+        return self.port("nic_out", src), self.port("nic_in", dst)
+
+    def alive(self, nodes: Collection[NodeId]) -> bool:
+        """Whether none of ``nodes`` is lost."""
+        return self._lost.isdisjoint(nodes)
+
+    def flow(
+        self,
+        group: FlowGroup,
+        nodes: Collection[NodeId],
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float = inf,
+    ) -> None:
+        """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
+        if group.cancelled or not self.alive(nodes):
+            return
+
+        def done() -> None:
+            del group.flows[flow]
+            on_done()
+
+        flow = self.links.start(ports, size_bytes, done, cap)
+        group.flows[flow] = nodes
+
+    def cancel(self, group: FlowGroup) -> None:
+        """Stop the group's flows; it starts no others."""
+        group.cancelled = True
+        for flow in group.flows:
+            self.links.cancel(flow)
+        group.flows.clear()
+
+    def lose(self, node: NodeId, groups: Collection[FlowGroup]) -> None:
+        """Stop those flows of ``groups`` that depend on ``node``, now and ever after."""
+        self._lost.add(node)
+        for group in groups:
+            for flow in [flow for flow, nodes in group.flows.items() if node in nodes]:
+                self.links.cancel(flow)
+                del group.flows[flow]
