@@ -96,6 +96,7 @@ class SimBackend:
         self._next_request = 0
         self._placed: dict[int, _Placed] = {}
         self._lost: set[NodeId] = set()
+        self._occupied: dict[NodeId, int] = {}
         self._transfers = TransferEngine(
             self.kernel, cluster, config.transfers, np.random.default_rng(seed), self._block_arrived, self._occupy
         )
@@ -157,6 +158,8 @@ class SimBackend:
             return
         compute, kv_tokens = self._compute[command.model], self._kv_tokens[command.model]
         replica = SimReplica(command.instance, self.kernel, compute, self._events.append, self._limits, kv_tokens)
+        if self._occupied.get(command.node):
+            replica.occupy(True)
         self._placed[command.instance] = _Placed(replica, command.model, (command.node,))
 
     def _form_pipeline(self, command: FormPipeline) -> None:
@@ -175,6 +178,8 @@ class SimBackend:
             shares,
             self._cluster.hop_latency_s,
         )
+        for _ in range(sum(bool(self._occupied.get(node)) for node in set(nodes))):
+            pipeline.occupy(True)
         self._placed[command.instance] = _Placed(pipeline, command.model, nodes)
 
     def _dispatch(self, command: Dispatch) -> None:
@@ -228,9 +233,13 @@ class SimBackend:
         self._events.append(BlockArrived(self.kernel.now, transfer_id, node, model, block))
 
     def _occupy(self, node: NodeId, busy: bool) -> None:
-        for placed in self._placed.values():
-            if node in placed.nodes:
-                placed.instance.occupy(busy)
+        """A collective takes the node's GPUs or gives them back; all instances there feel the first and the last."""
+        before = self._occupied.get(node, 0)
+        after = self._occupied[node] = before + (1 if busy else -1)
+        if bool(before) != bool(after):
+            for placed in self._placed.values():
+                if node in placed.nodes:
+                    placed.instance.occupy(busy)
 
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)

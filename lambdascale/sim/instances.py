@@ -33,6 +33,7 @@ class SimInstance:
         self.compute = compute
         self._emit = emit
         self._stopped = False
+        self._occupied = 0
 
     def dispatch(self, requests: Iterable[Request]) -> None:
         """Take requests from the router."""
@@ -47,7 +48,14 @@ class SimInstance:
         raise NotImplementedError
 
     def occupy(self, busy: bool) -> None:
-        """Something else takes the GPU (a collective's kernels): no new iteration starts until it is given back."""
+        """Something else takes a GPU (a collective's kernels): no new iteration starts until all are given back."""
+        self._occupied += 1 if busy else -1
+        assert self._occupied >= 0, f"instance {self.instance_id} is given back what it was not deprived of"
+        if self._occupied == 0:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Look for work after everything else that happens now."""
         raise NotImplementedError
 
     def _complete(self, scheduler: BatchScheduler, iteration: Iteration, steps: int) -> None:
@@ -74,7 +82,6 @@ class SimReplica(SimInstance):
         self._steps = 0
         self._version = 0
         self._woken = False
-        self._occupied = 0
 
     def resume(self, works: Iterable[Work]) -> None:
         """Queue the work; a long decode run is cut at the end of the iteration under way."""
@@ -86,11 +93,9 @@ class SimReplica(SimInstance):
             self._cut()
 
     def occupy(self, busy: bool) -> None:
-        """Iterations under way end first."""
-        self._occupied += 1 if busy else -1
-        if self._occupied == 0:
-            self._wake()
-        elif self._iteration is not None and self._steps > 1:
+        """The iteration under way ends first."""
+        super().occupy(busy)
+        if busy and self._iteration is not None and self._steps > 1:
             self._cut()
 
     def drain(self) -> list[Work]:
@@ -179,13 +184,12 @@ class SimPipeline(SimInstance):
         """Give each request to the batch that has the fewest."""
         for work in works:
             min(self._batches, key=len).add(work)
-        if not self._woken:
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._woken and not self._stopped:
             self._woken = True
             self._kernel.at(self._kernel.now, self._begin_all, priority=_LAST)
-
-    def occupy(self, busy: bool) -> None:
-        """A pipeline's nodes are destinations; collectives, which occupy sources, do not feed from them."""
-        raise AssertionError(f"pipeline {self.instance_id} cannot be a collective's source")
 
     def drain(self) -> list[Work]:
         """Stop; every iteration in flight is lost and its token redone."""
@@ -199,7 +203,7 @@ class SimPipeline(SimInstance):
                 self._begin(index)
 
     def _begin(self, index: int) -> None:
-        iteration = None if self._stopped else self._batches[index].schedule()
+        iteration = None if self._stopped or self._occupied else self._batches[index].schedule()
         if iteration is None:
             return
         self._running[index] = iteration

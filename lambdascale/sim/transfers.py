@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import numpy as np
 
@@ -58,12 +59,14 @@ class _Multicast(FlowGroup):
         super().__init__()
         self.command = command
         self.occupied: tuple[NodeId, ...] = ()
-        self.sends: dict[NodeId, deque[tuple[NodeId, int]]] = {}
+        self.sends: dict[NodeId, deque[tuple[int, NodeId, int]]] = {}
+        self.receives: dict[NodeId, deque[tuple[int, NodeId]]] = {}
         received: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
         sent: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
-        for transfers in command.plan.rounds:
+        for number, transfers in enumerate(command.plan.rounds):
             for t in transfers:
-                self.sends.setdefault(t.src, deque()).append((t.dst, t.block))
+                self.sends.setdefault(t.src, deque()).append((number, t.dst, t.block))
+                self.receives.setdefault(t.dst, deque()).append((number, t.src))
                 received[t.dst].add(t.block)
                 sent[t.src].add(t.block)
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
@@ -142,19 +145,29 @@ class TransferEngine:
                 self._send_next(transfer, node)
 
     def _send_next(self, transfer: _Multicast, node: NodeId) -> None:
-        """Start the node's next send if its port is free and the block is there."""
+        """Start the node's next send if its port is free, the block is there, and the receiver is through with earlier rounds."""
         sends = transfer.sends.get(node)
-        if node in transfer.busy or not sends or sends[0][1] not in transfer.held[node]:
+        if node in transfer.busy or not sends:
             return
-        destination, block = sends.popleft()
+        number, destination, block = sends[0]
+        if block not in transfer.held[node] or transfer.receives[destination][0][0] != number:
+            return
+        sends.popleft()
         transfer.busy.add(node)
         self._edge(transfer, node, destination, block, partial(self._sent, transfer, node, destination, block))
 
     def _sent(self, transfer: _Multicast, node: NodeId, destination: NodeId, block: int) -> None:
         transfer.busy.discard(node)
+        # Receives of one round may end in any order; only how many of it are left matters.
+        receives = transfer.receives[destination]
+        number, _ = receives.popleft()
         self._received(transfer, destination, block)
         self._send_next(transfer, node)
         self._send_next(transfer, destination)
+        if receives and receives[0][0] != number:
+            due = receives[0][0]
+            for _, source in list(takewhile(lambda receive: receive[0] == due, receives)):
+                self._send_next(transfer, source)
 
     def _received(self, transfer: _Multicast, node: NodeId, block: int) -> None:
         transfer.held[node].add(block)
