@@ -4,7 +4,6 @@
 import sys
 
 from lambdascale.cli.guard import run_guarded
-
 from lambdascale.workload.fetch import main
 
 if __name__ == "__main__":
