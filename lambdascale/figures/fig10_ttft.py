@@ -11,21 +11,37 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lambdascale.figures.style import PAGE_IN, looks, require_columns, say_backend
+from lambdascale.core import UserError
+from lambdascale.figures.style import (
+    PAGE_IN,
+    looks,
+    require_all_systems,
+    require_columns,
+    require_one_backend,
+    say_backend,
+    sizes_in_order,
+)
 
 REQUIRED = ("model", "system", "arrival_s", "ttft_s", "backend")
 _WINDOWS = 60
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per answered request."""
+    """One row per answered request, models in the table's order. UserError if a system answered none of a model's."""
     require_columns(frame, REQUIRED, "fig10_ttft")
-    return frame.loc[frame.ttft_s.notna(), list(REQUIRED)].sort_values(["model", "system", "arrival_s"], kind="stable")
+    require_one_backend(frame, "fig10_ttft")
+    answered = frame.loc[frame.ttft_s.notna(), list(REQUIRED)]
+    wanted, found = (set(zip(rows.model, rows.system, strict=True)) for rows in (frame, answered))
+    if wanted != found:
+        model, system = min(wanted - found)
+        raise UserError(f"fig10_ttft: {system} answered no request for {model}")
+    require_all_systems(answered, "fig10_ttft")
+    return answered
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """A row per model: the worst TTFT in each of 60 windows of the trace, and the share of requests that waited longer."""
-    models = list(dict.fromkeys(frame.model))
+    models = sizes_in_order(frame)
     figure, axes = plt.subplots(
         len(models), 2, figsize=(PAGE_IN, 2.2 * len(models) + 0.3), squeeze=False, layout="constrained", width_ratios=(3, 2)
     )

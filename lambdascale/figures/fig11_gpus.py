@@ -7,17 +7,30 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from lambdascale.figures.style import PAGE_IN, looks, require_columns, say_backend
+from lambdascale.figures.style import (
+    PAGE_IN,
+    looks,
+    require_all_systems,
+    require_columns,
+    require_one_backend,
+    say_backend,
+    sizes_in_order,
+)
 
 REQUIRED = ("model", "system", "at_s", "gpus", "backend")
-_POINTS = 120
+_POINTS = 60
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """On a grid of equal windows: mean GPUs in use, and GPU-seconds so far. Input: steps, each holding until the next."""
+    """On a grid of equal windows: mean GPUs in use, and GPU-seconds so far.
+
+    Input: steps in time order, each holding until the next; the last row of a system is the end of its run.
+    """
     require_columns(frame, REQUIRED, "fig11_gpus")
+    require_one_backend(frame, "fig11_gpus")
+    require_all_systems(frame, "fig11_gpus")
     parts = []
-    for (model, system, backend), steps in frame.groupby(["model", "system", "backend"], sort=True):
+    for (model, system, backend), steps in frame.groupby(["model", "system", "backend"], sort=False):
         grid = np.linspace(0.0, frame[frame.model == model].at_s.max(), _POINTS + 1)
         cumulative = _integral(steps.at_s.to_numpy(), steps.gpus.to_numpy(), grid)
         width = max(grid[1] - grid[0], 1e-12)
@@ -27,10 +40,11 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _integral(at_s: np.ndarray, gpus: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """GPU-seconds used up to each point of ``grid``: the exact integral of the steps."""
+    """GPU-seconds used up to each point of ``grid``: the exact integral of the steps, which end with the last one."""
     order = np.argsort(at_s, kind="stable")
     times, values = at_s[order], gpus[order]
     at_steps = np.concatenate([[0.0], np.cumsum(values[:-1] * np.diff(times))])
+    grid = np.minimum(grid, times[-1])
     index = np.searchsorted(times, grid, side="right") - 1
     inside = np.clip(index, 0, None)
     total = at_steps[inside] + values[inside] * (grid - times[inside])
@@ -39,7 +53,7 @@ def _integral(at_s: np.ndarray, gpus: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 def draw(frame: pd.DataFrame) -> Figure:
     """A row per model: GPUs in use, and cumulative GPU-seconds."""
-    models = list(dict.fromkeys(frame.model))
+    models = sizes_in_order(frame)
     figure, axes = plt.subplots(len(models), 2, figsize=(PAGE_IN, 2.2 * len(models) + 0.3), squeeze=False, layout="constrained")
     for (in_use, cumulative), model in zip(axes, models, strict=True):
         rows = frame[frame.model == model]

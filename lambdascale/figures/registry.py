@@ -30,10 +30,14 @@ FIGURES = {
 }
 
 
-def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
-    """Draw a figure from its table as PDF and PNG, byte for byte the same for the same table; the paths."""
+def _check_name(name: str) -> None:
     if name not in FIGURES:
         raise UserError(f"there is no figure {name!r}; choose from {', '.join(FIGURES)}")
+
+
+def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
+    """Draw a figure from its table as PDF and PNG, byte for byte the same for the same table; the paths."""
+    _check_name(name)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.pdf", out / f"{name}.png"]
     with styled():
@@ -48,6 +52,7 @@ def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
 
 def load_table(directory: Path, name: str) -> pd.DataFrame:
     """A committed table, CSV or parquet; UserError if there is none."""
+    _check_name(name)
     for suffix, read in ((".parquet", pd.read_parquet), (".csv", pd.read_csv)):
         path = directory / f"{name}{suffix}"
         if path.is_file():

@@ -39,7 +39,9 @@ LOOKS = {
     "ideal": Look("Ideal", "#000000", (1, 1.2), "*"),
 }
 # For systems of other people's: the colours that are left, in the order of their names.
-_SPARE = ("#E69F00", "#F0E442", "#999999")
+_SPARE = ("#E69F00", "#999999", "#F0E442")
+_SPARE_DASHES = ((3, 1, 1, 1), (6, 2), (1, 2), (2, 2, 6, 2), (8, 1))
+_SPARE_MARKERS = ("h", "p", "<", ">")
 
 _RC: dict[Any, Any] = {
     "font.size": 8,
@@ -76,11 +78,41 @@ def styled() -> Iterator[None]:
 
 
 def looks(systems: Sequence[str]) -> dict[str, Look]:
-    """A look for each system, known ones first in their fixed order, others by name."""
+    """A look for each system: known ones first in their fixed order, then others by name.
+
+    A variant (``lambdascale_x``) has its system's colour and other dashes.
+    """
     known = [name for name in LOOKS if name in systems]
     others = sorted(set(systems) - set(known))
-    spare = {name: Look(name, _SPARE[i % len(_SPARE)], (3, 1, 1, 1), "h") for i, name in enumerate(others)}
-    return {name: LOOKS[name] for name in known} | spare
+    return {name: LOOKS[name] for name in known} | {name: _other(name, i) for i, name in enumerate(others)}
+
+
+def _other(name: str, index: int) -> Look:
+    dashes, marker = _SPARE_DASHES[index % len(_SPARE_DASHES)], _SPARE_MARKERS[index % len(_SPARE_MARKERS)]
+    base = max((known for known in LOOKS if name.startswith(f"{known}_")), key=len, default=None)
+    if base is not None:
+        return Look(f"{LOOKS[base].label} ({name.removeprefix(base)[1:]})", LOOKS[base].color, dashes, marker)
+    return Look(name, _SPARE[index % len(_SPARE)], dashes, marker)
+
+
+def sizes_in_order(frame: pd.DataFrame) -> list[str]:
+    """The models of a table in the order of their first rows."""
+    return [str(model) for model in dict.fromkeys(frame.model)]
+
+
+def require_one_backend(frame: pd.DataFrame, figure: str) -> None:
+    """UserError if rows of one system come from several backends: a line is either simulated or live."""
+    mixed = frame.groupby("system").backend.nunique()
+    if (mixed > 1).any():
+        raise UserError(f"{figure}: {mixed.index[mixed > 1][0]} has rows of several backends; filter the table first")
+
+
+def require_all_systems(frame: pd.DataFrame, figure: str) -> None:
+    """UserError unless every system has rows for every model of the table."""
+    for model in sizes_in_order(frame):
+        missing = sorted(set(frame.system) - set(frame[frame.model == model].system))
+        if missing:
+            raise UserError(f"{figure}: no rows of {', '.join(missing)} for {model}")
 
 
 def require_columns(frame: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
@@ -97,5 +129,5 @@ def say_backend(figure: Figure, frame: pd.DataFrame) -> None:
     kinds = sorted(set(frame.backend))
     words = {"sim": "simulated", "live": "live", "reference": "reference"}
     figure.text(
-        0.995, 0.005, " and ".join(words.get(k, k) for k in kinds), ha="right", va="bottom", fontsize=6, style="italic", alpha=0.7
+        0.998, 0.995, " and ".join(words.get(k, k) for k in kinds), ha="right", va="top", fontsize=6, style="italic", alpha=0.7
     )

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
+from lambdascale.core.events import RequestArrived
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
 
@@ -18,7 +19,7 @@ def summarise(
 ) -> dict[str, Any]:
     """The contract's summary; percentiles are linear interpolations, null when there is nothing to take them of.
 
-    ``scale_outs`` counts allocations of a node to a model after the initial ones at time 0. IncompleteRunError unless every
+    ``scale_outs`` counts allocations of a node to a model from the first request on. IncompleteRunError unless every
     submitted request was completed or failed.
     """
     frame = requests.to_pandas()
@@ -30,8 +31,11 @@ def summarise(
     if counts["completed"] + counts["failed"] != counts["submitted"]:
         lost = frame.request_id[~frame.status.isin(["ok", "failed"])].tolist()
         raise IncompleteRunError(f"{len(lost)} of {len(frame)} requests are unaccounted for, the first: {lost[:5]}")
-    used = gpu_seconds(gpu_usage(recorder), recorder.end_s)
     ok = frame[frame.status == "ok"]
+    if ok.ttft_s.isna().any():
+        silent = ok.request_id[ok.ttft_s.isna()].tolist()
+        raise IncompleteRunError(f"{len(silent)} requests finished without a first token, the first: {silent[:5]}")
+    used = gpu_seconds(gpu_usage(recorder), recorder.end_s)
     summary: dict[str, Any] = {
         "system": system,
         "backend": backend,
@@ -40,7 +44,7 @@ def summarise(
         "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),
         "gpu_seconds": used,
         "cost_usd": used / 3600 * usd_per_gpu_hour,
-        "scale_outs": sum(isinstance(entry, AllocateNode) and at > 0 for at, entry in recorder.entries),
+        "scale_outs": _scale_outs(recorder),
         "pipeline_first_tokens": int((ok.first_token_mode == "pipeline").sum()),
         "restarts": int(frame.restarts.sum()),
         "simulated_s": recorder.end_s if backend == "sim" else None,
@@ -48,10 +52,16 @@ def summarise(
     }
     if frame.model.nunique() > 1:
         summary["per_model"] = {
-            str(model): {"requests": len(rows), "ttft_s": distribution(rows.ttft_s.to_numpy())}
-            for model, rows in ok.groupby("model")
+            str(model): {"requests": len(rows), "ttft_s": distribution(rows.ttft_s.dropna().to_numpy())}
+            for model, rows in frame.groupby("model")
         }
     return summary
+
+
+def _scale_outs(recorder: Recorder) -> int:
+    kinds = [type(entry) for _, entry in recorder.entries]
+    first = kinds.index(RequestArrived) if RequestArrived in kinds else len(kinds)
+    return kinds[first:].count(AllocateNode)
 
 
 def distribution(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:

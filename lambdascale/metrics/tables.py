@@ -204,6 +204,7 @@ def gpu_usage(recorder: Recorder) -> pa.Table:
     def change(at: float, node: int, model: str, delta: int) -> None:
         held[node, model] = held.get((node, model), 0) + delta
         in_use[model] = in_use.get(model, 0) + delta
+        assert held[node, model] >= 0, f"node {node} releases GPUs that {model} does not have"
         rows.append((at, model, delta, in_use[model]))
 
     for at, entry in recorder.entries:

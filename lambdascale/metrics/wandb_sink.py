@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +34,13 @@ class WandbLogger:
 
     def log_run(self, run: FinishedRun) -> None:
         """Log configuration, summary, request table, figures and the folder as an artifact, as one finished W&B run."""
+        folder = Path(self.directory).resolve() / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        # wandb reads these when it is first imported: everything it writes stays in one folder of ours.
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(variable, str(folder))
         import wandb
 
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
         active = wandb.init(
             project=self.project,
             entity=self.entity,
@@ -54,7 +59,8 @@ class WandbLogger:
         if run.figures:
             active.log({path.stem: wandb.Image(str(path)) for path in run.figures})
         artifact = wandb.Artifact(name=f"run-{active.id}", type="run-folder", metadata={"folder": run.folder.name})
-        artifact.add_dir(str(run.folder))
+        for path in sorted(run.folder.iterdir()):
+            artifact.add_file(str(path))
         active.log_artifact(artifact)
         active.finish()
 
