@@ -1,0 +1,79 @@
+"""A user's mistake: status 2, one clear line on stderr, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.main import main as lambdascale_main
+from lambdascale.experiments.sweep import main as run_main
+
+MISTAKES = {
+    "a missing trace": (["workload=azure", "workload.path=nowhere.csv"], "nowhere.csv"),
+    "no trace named": (["workload=azure"], "workload.path"),
+    "a misspelt key": (["sede=2"], "sede"),
+    "a misspelt key in a group": (["system.blokcs=3"], "blokcs"),
+    "a misspelt group": (["sytem=faasnet"], "sytem"),
+    "an unknown system": (["system=blitz"], "blitz"),
+    "an unknown model": (["model=gpt5"], "gpt5"),
+    "an unknown experiment": (["experiment=fig99"], "fig99"),
+    "a negative rate": (["workload=constant", "workload.rate_rps=-1"], "rate"),
+    "a rate that is no number": (["workload=constant", "workload.rate_rps=fast"], "rate"),
+    "a seed that is no number": (["seed=x"], "seed"),
+    "a fraction of a block": (["system.blocks=2.5"], "blocks"),
+    "more blocks than layers": (["system.blocks=4096"], "4096"),
+    "a model that does not fit the node": (["model=llama2_70b", "cluster=testbed1"], "llama2_70b"),
+    "more sources than nodes": (["system.sources=13", "autoscaler@system.autoscaler=fixed", "cluster.nodes=3"], "sources"),
+    "a zero compression": (["workload.time_compression=0"], "time_compression"),
+    "no nodes": (["cluster.nodes=0"], "nodes"),
+    "no models": (["model_count=0"], "model_count"),
+    "a budget beyond the host's memory": (["system.memory.budget=100TB"], "budget"),
+    "bytes with an unknown unit": (["cluster.nic_bytes_per_s=5 bananas"], "bananas"),
+    "a folder that holds something else": (["out=OUT"], "out="),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_run(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, about = MISTAKES[mistake]
+    occupied = tmp_path / "mine"
+    occupied.mkdir()
+    (occupied / "thesis.tex").write_text("precious")
+    arguments = ["workload.duration_s=30"] if not any("workload=" in override for override in overrides) else []
+    arguments += [override.replace("OUT", str(occupied)) for override in overrides]
+    arguments.append(f"results={tmp_path / 'results'}")
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    assert run_guarded(lambda: run_main(arguments)) == 2
+    complaint = capsys.readouterr().err
+    assert about in complaint
+    assert complaint.startswith("error: ")
+    assert complaint.count("\n") == 1, "one line"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.tex"], "nothing else is left"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        (["plan"], "--destinations"),
+        (["plan", "--destinations", "x"], "x"),
+        (["plan", "--destinations", "-1"], "-1"),
+        (["plan", "--destinations", "3", "--sources", "0"], "0"),
+        (["plan", "--destinations", "3", "--blocks", "0"], "0"),
+        (["plan", "--destinations", "3", "--system", "nobody"], "nobody"),
+        (["fly"], "fly"),
+        ([], "COMMAND"),
+    ],
+)
+def test_plan(arguments: list[str], about: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = lambdascale_main(arguments)
+    except SystemExit as leaving:
+        status = int(str(leaving.code))
+    complaint = capsys.readouterr().err
+    assert status == 2
+    assert about in complaint
+    assert complaint.count("\n") == 1

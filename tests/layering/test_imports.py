@@ -1,0 +1,87 @@
+"""Who may know whom (the package's layers), and what may be loaded by whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lambdascale
+
+PACKAGE = Path(lambdascale.__file__).resolve().parent
+ROOT = PACKAGE.parent
+
+# What each subpackage may import of the package, itself aside.
+PURE = {"core"}
+ALLOWED: dict[str, set[str]] = {
+    "core": set(),
+    "multicast": PURE,
+    "pipelines": PURE | {"multicast"},
+    "memory": PURE,
+    "workload": PURE,
+    "control": PURE | {"multicast", "pipelines", "memory"},
+    "sim": PURE | {"multicast", "control", "memory"},
+    "metrics": PURE,
+    "figures": PURE,
+    "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics"},
+}
+# Heavy or worldly libraries, and the only places that may import them.
+ONLY_IN = {
+    "torch": {"inference", "transport", "live", "calibration"},
+    "wandb": {"metrics/wandb_sink.py"},
+    "matplotlib": {"figures"},
+    "seaborn": {"figures"},
+    "hydra": {"experiments", "cli"},
+    "omegaconf": {"experiments", "cli"},
+    "zmq": {"live", "transport"},
+    "pyverbs": {"transport"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules a file imports, wherever in the file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_layers(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0]
+    for name in imported(path):
+        assert not name.startswith("baselines"), "the package never imports baselines"
+        parts = name.split(".")
+        if parts[0] == "lambdascale" and len(parts) > 1 and layer in ALLOWED and (PACKAGE / parts[1]).is_dir():
+            assert parts[1] in ALLOWED[layer] | {layer}, f"{layer} must not know {parts[1]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
+    inside = path.relative_to(PACKAGE)
+    for name in imported(path):
+        allowed = ONLY_IN.get(name.split(".")[0])
+        assert allowed is None or inside.parts[0] in allowed or inside.as_posix() in allowed, f"{inside} imports {name}"
+
+
+def test_baselines_know_the_vocabulary_only() -> None:
+    for path in sorted((ROOT / "baselines").rglob("*.py")):
+        layers = {name.split(".")[1] for name in imported(path) if name.startswith("lambdascale.")}
+        assert layers <= {"core", "multicast", "pipelines"}, path
+
+
+@pytest.mark.parametrize("module", ["lambdascale.control", "lambdascale.sim", "lambdascale.testing.planners", "lambdascale.workload"])
+def test_what_gets_loaded(module: str) -> None:
+    heavy = "torch wandb matplotlib seaborn hydra omegaconf lambdascale.metrics".split()
+    heavy = heavy[:-1] if "testing" in module else heavy
+    code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,63 @@
+"""Figures: the same bytes for the same table, and no figure from a table that would mislead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lambdascale.core import UserError
+from lambdascale.experiments.compose import conf_dir
+from lambdascale.figures.registry import FIGURES, load_table, render
+from lambdascale.figures.style import looks
+
+TABLES = conf_dir().parent / "results" / "tables"
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, pd.DataFrame]:
+    return {name: load_table(TABLES, name) for name in FIGURES}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_table_gives_the_same_bytes(name: str, tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    one, two = (render(name, tables[name], tmp_path / part) for part in ("a", "b"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert {path.suffix for path in one} == {".pdf", ".png"}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_missing_rows_and_columns_are_errors(name: str, tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    table = tables[name]
+    system, model = table.system.iloc[0], table.model.iloc[0]
+    broken = {
+        "no rows": table.iloc[:0],
+        "lacks the columns backend": table.drop(columns="backend"),
+        f"no .*{system}|no .*{model}|lack": table[(table.system != system) | (table.model != model)],
+    }
+    for message, wrong in broken.items():
+        with pytest.raises(UserError, match=message):
+            render(name, wrong, tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing was drawn"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_rows_of_two_backends_do_not_make_one_line(name: str, tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    table = tables[name].copy()
+    table.loc[table.index[0], "backend"] = "live"
+    with pytest.raises(UserError, match="several backends"):
+        render(name, table, tmp_path)
+
+
+def test_an_unknown_figure_and_a_missing_table(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="choose from fig07"):
+        load_table(tmp_path, "../secrets")
+    with pytest.raises(UserError, match="no table fig07_multicast"):
+        load_table(tmp_path, "fig07_multicast")
+
+
+def test_every_system_looks_different() -> None:
+    names = ["lambdascale", "faasnet", "lambdascale_k4", "lambdascale_k2", "mine", "yours"]
+    found = [(look.color, look.dashes, look.marker) for look in looks(names).values()]
+    assert len(set(found)) == len(names)
