@@ -219,8 +219,9 @@ class Scaler:
     def _form(self, state: ModelState, pending: PendingPipeline) -> None:
         state.pending.remove(pending)
         stages = pending.plan.stages
-        # A pipeline keeps as many batches in flight as it has stages (reference, section 2.4).
-        instance = self._new_instance(state, pending.plan.nodes, len(stages) * self._config.batching.max_batch, is_pipeline=True)
+        # A pipeline keeps as many batches in flight as it has nodes (reference, section 2.4).
+        nodes = pending.plan.nodes
+        instance = self._new_instance(state, nodes, len(nodes) * self._config.batching.max_batch, is_pipeline=True)
         self._fleet.out.append(FormPipeline(instance.instance_id, state.spec.name, stages, state.block_bytes))
         self._router.fill(state)
 

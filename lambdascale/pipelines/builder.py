@@ -9,7 +9,7 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, PlanError, Stage
@@ -34,8 +34,9 @@ class ComplementaryPipelines:
     """Disjoint pipelines of destinations, one node from each sub-group as long as all sub-groups have one.
 
     What is left over (and everything, with one sub-group) is joined into pipelines of up to ``max_stages`` nodes if that helps.
-    A node has one contiguous stage; stages are as equal as the holdings at the ready round allow. A pipeline that would not be
-    ready before one of its nodes holds the whole model is left out: that node serves alone by then.
+    A node has one contiguous stage, and stages are as equal as the holdings at the ready round allow. Where holdings interleave
+    too much for that (one sub-group), nodes take several stages in turn. A pipeline that would not be ready before one of its
+    nodes holds the whole model is left out: that node serves alone by then.
     """
 
     max_stages: int = 8
@@ -71,12 +72,32 @@ class ComplementaryPipelines:
 def _pipeline(ordered: Sequence[NodeId], arrivals: _Arrivals, blocks: int) -> PipelinePlan | None:
     """The pipeline of these nodes in this order, as early as it can be; None if it comes too late to be of use."""
     late = [[arrivals[node].get(block, _NEVER) for block in range(blocks)] for node in ordered]
+    alone = min(max(rounds) for rounds in late)
     ready = _earliest(late, blocks)
-    if ready >= min(max(rounds) for rounds in late):
-        return None
-    cuts = _balanced_cuts(late, blocks, ready)
-    stages = (Stage(node, cuts[i], cuts[i + 1] - 1) for i, node in enumerate(ordered))
-    return PipelinePlan(ready, tuple(stages))
+    if ready < alone:
+        cuts = _balanced_cuts(late, blocks, ready)
+        return PipelinePlan(ready, tuple(Stage(node, cuts[i], cuts[i + 1] - 1) for i, node in enumerate(ordered)))
+    ready = max(min(rounds[block] for rounds in late) for block in range(blocks))
+    if ready < alone:
+        return PipelinePlan(ready, tuple(_taking_turns(ordered, late, blocks, ready)))
+    return None
+
+
+def _taking_turns(nodes: Sequence[NodeId], late: Sequence[Sequence[int]], blocks: int, ready: int) -> Iterator[Stage]:
+    """Stages that cover the model with what the nodes hold after round ``ready``.
+
+    Each node is good for an even share of the blocks as long as others hold the next one; the longest run goes first.
+    """
+    left = [-(-blocks // len(nodes))] * len(nodes)
+    begin = 0
+    while begin < blocks:
+        runs = [next((b for b in range(begin, blocks) if rounds[b] > ready), blocks) - begin for rounds in late]
+        within = [min(run, quota) for run, quota in zip(runs, left, strict=True)]
+        taken = within if any(within) else runs
+        taker = max(range(len(nodes)), key=lambda i: (taken[i], left[i], -i))
+        yield Stage(nodes[taker], begin, begin + taken[taker] - 1)
+        left[taker] -= min(taken[taker], left[taker])
+        begin += taken[taker]
 
 
 def _in_stage_order(nodes: Sequence[NodeId], starts: Mapping[NodeId, int], arrivals: _Arrivals) -> list[NodeId]:

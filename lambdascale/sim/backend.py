@@ -167,7 +167,7 @@ class SimBackend:
         if not self._lost.isdisjoint(nodes):
             return
         total = sum(command.block_bytes)
-        shares = [sum(command.block_bytes[s.first_block : s.last_block + 1]) / total for s in command.stages]
+        stages = [(s.node, sum(command.block_bytes[s.first_block : s.last_block + 1]) / total) for s in command.stages]
         pipeline = SimPipeline(
             command.instance,
             self.kernel,
@@ -175,7 +175,7 @@ class SimBackend:
             self._events.append,
             self._limits,
             self._kv_tokens[command.model],
-            shares,
+            stages,
             self._cluster.hop_latency_s,
         )
         for _ in range(sum(bool(self._occupied.get(node)) for node in set(nodes))):
@@ -214,8 +214,7 @@ class SimBackend:
             return
         (home,) = self._placed[target].nodes
         kv_bytes = (work.context_tokens - 1) * self._models[pipeline.model].kv_bytes_per_token
-        shares = zip(pipeline.nodes, pipeline.instance.shares, strict=True)
-        missing = [(node, share * kv_bytes) for node, share in shares if node != home]
+        missing = [(node, share * kv_bytes) for node, share in pipeline.instance.stages if node != home]
         left = len(missing)
 
         def arrived() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
 from lambdascale.control.batching import Sequence as Work
-from lambdascale.core import Request
+from lambdascale.core import NodeId, Request
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
 from lambdascale.sim.compute import ComputeModel
 from lambdascale.sim.kernel import Kernel
@@ -25,7 +25,7 @@ class SimInstance:
     """What replicas and pipelines have in common: they report tokens, and may be stopped for good."""
 
     mode: Mode
-    shares: tuple[float, ...] = (1.0,)
+    stages: tuple[tuple[NodeId, float], ...] = ()  # of a pipeline: node and its share of the model
 
     def __init__(self, instance_id: int, kernel: Kernel, compute: ComputeModel, emit: Emit) -> None:
         self.instance_id = instance_id
@@ -167,17 +167,17 @@ class SimPipeline(SimInstance):
         emit: Emit,
         limits: BatchLimits,
         kv_tokens: int,
-        shares: Sequence[float],
+        stages: Sequence[tuple[NodeId, float]],
         hop_s: float,
     ) -> None:
         super().__init__(instance_id, kernel, compute, emit)
-        self.shares = tuple(shares)
+        self.stages = tuple(stages)
         self._hop_s = hop_s
         # Each node keeps the KV of its own stage only, for every batch in flight: a stage's share for each of as many
         # batches is what one node keeps for one batch alone.
-        self._batches = [BatchScheduler(limits, kv_tokens) for _ in shares]
+        self._node_free_s = dict.fromkeys((node for node, _ in stages), 0.0)
+        self._batches = [BatchScheduler(limits, kv_tokens) for _ in self._node_free_s]
         self._running: dict[int, Iteration] = {}
-        self._stage_free_s = [0.0] * len(shares)
         self._woken = False
 
     def resume(self, works: Iterable[Work]) -> None:
@@ -212,9 +212,9 @@ class SimPipeline(SimInstance):
     def _through_stages(self, iteration: Iteration) -> float:
         """When the iteration leaves the last stage and its tokens are back at the first, if it enters now."""
         at = self._kernel.now
-        for stage, share in enumerate(self.shares):
-            at = max(at, self._stage_free_s[stage]) + self.compute.iteration_s(iteration, share)
-            self._stage_free_s[stage] = at
+        for node, share in self.stages:
+            at = max(at, self._node_free_s[node]) + self.compute.iteration_s(iteration, share)
+            self._node_free_s[node] = at
             at += self._hop_s
         return at
 

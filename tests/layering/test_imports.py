@@ -78,9 +78,11 @@ def test_baselines_know_the_vocabulary_only() -> None:
         assert layers <= {"core", "multicast", "pipelines"}, path
 
 
-@pytest.mark.parametrize("module", ["lambdascale.control", "lambdascale.sim", "lambdascale.testing.planners", "lambdascale.workload"])
+@pytest.mark.parametrize(
+    "module", ["lambdascale.control", "lambdascale.sim", "lambdascale.testing.planners", "lambdascale.workload"]
+)
 def test_what_gets_loaded(module: str) -> None:
-    heavy = "torch wandb matplotlib seaborn hydra omegaconf lambdascale.metrics".split()
+    heavy = ["torch", "wandb", "matplotlib", "seaborn", "hydra", "omegaconf", "lambdascale.metrics"]
     heavy = heavy[:-1] if "testing" in module else heavy
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

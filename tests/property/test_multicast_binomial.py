@@ -70,7 +70,7 @@ def test_k_way_rounds_and_first_pipeline(sources: int, destinations: int, blocks
     for pipeline in pipelines:
         validate_pipeline(plan, pipeline)
         assert pipeline.ready_round < min(complete[node] for node in pipeline.nodes)
-        assert len(pipeline.stages) == len(pipeline.nodes) <= 8
+        assert len(pipeline.nodes) <= 8
     bound = ceil(blocks / groups) + max(fill(len(group)) for group in plan.groups)
     assume(groups > 1 and blocks >= groups and bound < min(complete.values()))
     assert pipelines[0].ready_round <= bound
@@ -84,6 +84,17 @@ def test_four_sources_serve_at_a_quarter_of_the_transfer() -> None:
     first, second = ComplementaryPipelines().pipelines(plan)
     assert (first.ready_round, second.ready_round, len(plan.rounds)) == (4, 5, 17)
     assert [(s.first_block, s.last_block) for s in first.stages] == [(0, 3), (4, 7), (8, 11), (12, 15)]
+
+
+@pytest.mark.parametrize("blocks", [7, 16, 40])
+@pytest.mark.parametrize("nodes", [4, 8])
+def test_one_source_serves_as_soon_as_it_has_sent_everything_once(nodes: int, blocks: int) -> None:
+    plan = BinomialPipeline().plan(sources=1, destinations=nodes - 1, blocks=blocks)
+    pipeline = ComplementaryPipelines().pipelines(plan)[0]
+    assert pipeline.ready_round == blocks
+    loads = [sum(s.last_block - s.first_block + 1 for s in pipeline.stages if s.node == node) for node in pipeline.nodes]
+    assert sum(loads) == blocks
+    assert max(loads) <= ceil(blocks / 2), "no node does most of the work"
 
 
 def test_three_nodes_are_a_pair_behind_the_source() -> None:

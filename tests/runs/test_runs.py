@@ -37,11 +37,15 @@ def test_a_folder_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
     assert notes["backend"] == "sim"
     assert {"git", "versions", "host", "seed", "hardware_profile", "wall_s", "command"} <= set(notes)
     summary = json.loads((result.folder / "summary.json").read_text())
-    assert {"requests", "ttft_s", "tpot_s", "gpu_seconds", "cost_usd", "scale_outs", "backend", "simulated_s", "wall_s"} <= set(summary)
+    assert {"requests", "ttft_s", "tpot_s", "gpu_seconds", "cost_usd", "scale_outs", "backend", "simulated_s", "wall_s"} <= set(
+        summary
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    seeds = {name: small_run(tmp_path / name, f"seed={seed}", "system=nccl_broadcast") for name, seed in [("a", 5), ("b", 5), ("c", 6)]}
+    seeds = {
+        name: small_run(tmp_path / name, f"seed={seed}", "system=nccl_broadcast") for name, seed in [("a", 5), ("b", 5), ("c", 6)]
+    }
     events = {name: (result.folder / "events.parquet").read_bytes() for name, result in seeds.items()}
     assert events["a"] == events["b"]
     assert events["a"] != events["c"]

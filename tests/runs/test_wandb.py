@@ -44,7 +44,9 @@ def records(path: Path) -> Iterator[object]:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wandb")
     overrides = ["logger=wandb", "logger.request_rows=10", "workload.duration_s=60", "system=ideal,lambdascale", "-m"]
-    done = subprocess.run([sys.executable, str(RUN), *overrides], cwd=folder, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(
+        [sys.executable, str(RUN), *overrides], cwd=folder, capture_output=True, text=True, timeout=180, check=False
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
