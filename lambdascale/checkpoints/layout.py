@@ -1,0 +1,122 @@
+"""How a model is cut into blocks and how a block's tensors lie in its one contiguous buffer (tensor packing; reference, 2.1).
+
+Within a layer, query, key and value projections lie next to each other, and so do the gate and up projections: each group can be
+used as one matrix without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from lambdascale.checkpoints.architecture import Architecture
+from lambdascale.checkpoints.safetensors_file import ITEM_BYTES
+from lambdascale.core import ModelSpec, UserError
+
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+# Element types the engine computes in.
+WEIGHT_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorSlot:
+    """A tensor's place in its block: ``size_bytes`` bytes from ``offset``."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A block: its layers (first to last, both included), element type and the places of its tensors."""
+
+    index: int
+    first_layer: int
+    last_layer: int
+    dtype: str
+    slots: tuple[TensorSlot, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the block's buffer."""
+        last = self.slots[-1]
+        return last.offset + last.size_bytes
+
+
+def layer_tensors(architecture: Architecture, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a layer's tensors in the order of their block."""
+    a, prefix = architecture, f"model.layers.{layer}."
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    yield prefix + "input_layernorm.weight", (a.hidden,)
+    for name, rows in (("q", q), ("k", kv), ("v", kv)):
+        yield f"{prefix}self_attn.{name}_proj.weight", (rows, a.hidden)
+    if a.qkv_bias:
+        for name, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
+    yield prefix + "self_attn.o_proj.weight", (a.hidden, q)
+    if a.output_bias:
+        yield prefix + "self_attn.o_proj.bias", (a.hidden,)
+    yield prefix + "post_attention_layernorm.weight", (a.hidden,)
+    for name in ("gate", "up"):
+        yield f"{prefix}mlp.{name}_proj.weight", (a.intermediate, a.hidden)
+    if a.mlp_bias:
+        for name in ("gate", "up"):
+            yield f"{prefix}mlp.{name}_proj.bias", (a.intermediate,)
+    yield prefix + "mlp.down_proj.weight", (a.hidden, a.intermediate)
+    if a.mlp_bias:
+        yield prefix + "mlp.down_proj.bias", (a.hidden,)
+
+
+def model_tensors(architecture: Architecture, layers: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a block of these layers holds: the embedding before layer 0, norm and head after the last."""
+    a = architecture
+    if 0 in layers:
+        yield EMBEDDING, (a.vocab, a.hidden)
+    for layer in layers:
+        yield from layer_tensors(a, layer)
+    if a.layers - 1 in layers:
+        yield NORM, (a.hidden,)
+        # With tied embeddings the head is the embedding: the last block carries a copy unless it has the embedding itself.
+        if not (a.tied and 0 in layers):
+            yield HEAD, (a.vocab, a.hidden)
+
+
+def model_spec(architecture: Architecture, dtype: str, name: str) -> ModelSpec:
+    """The model as the control plane knows it; ``weight_bytes`` is what its blocks have to carry (head included)."""
+    a, item = architecture, ITEM_BYTES[dtype]
+    layers = sum(prod(shape) for layer in range(a.layers) for _, shape in layer_tensors(a, layer))
+    return ModelSpec(
+        name=name,
+        layers=a.layers,
+        hidden=a.hidden,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        vocab=a.vocab,
+        weight_bytes=(layers + 2 * a.vocab * a.hidden) * item,
+        dtype_bytes=item,
+    )
+
+
+def block_layouts(architecture: Architecture, dtype: str, blocks: int, name: str = "model") -> tuple[BlockLayout, ...]:
+    """The model cut into ``blocks`` blocks of near-equal bytes, by the same rule as the control plane's plans.
+
+    UserError if there are more blocks than layers or the engine cannot compute with ``dtype``.
+    """
+    if dtype not in WEIGHT_TYPES:
+        raise UserError(f"weights of type {dtype} cannot be used; known are {', '.join(WEIGHT_TYPES)}")
+    cuts = model_spec(architecture, dtype, name).partition(blocks)
+    return tuple(_layout(architecture, dtype, cut.index, range(cut.first_layer, cut.last_layer + 1)) for cut in cuts)
+
+
+def _layout(architecture: Architecture, dtype: str, index: int, layers: range) -> BlockLayout:
+    slots, offset = [], 0
+    for name, shape in model_tensors(architecture, layers):
+        size = prod(shape) * ITEM_BYTES[dtype]
+        slots.append(TensorSlot(name, shape, offset, size))
+        offset += size
+    return BlockLayout(index, layers[0], layers[-1], dtype, tuple(slots))

@@ -1,0 +1,64 @@
+"""``lambdascale doctor``: what this machine has for a live cluster, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lambdascale.diagnostics.checks import Check, machine_checks
+from lambdascale.diagnostics.disk import check_request, disk
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+_COLOURS = {"ok": "green", "missing": "red", "warning": "yellow"}
+
+
+def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subcommands.add_parser(
+        "doctor",
+        help="print what this machine has for a live cluster",
+        description="Print what this machine has for running a live cluster and, for what is missing, what to do. "
+        "The exit status is 0 whatever is found.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--disk", type=Path, default=Path(), metavar="DIR", help="directory whose disk is measured (default: the current one)"
+    )
+    parser.add_argument(
+        "--disk-mib", type=int, default=256, metavar="N", help="size in MiB of the file to measure with (default: %(default)s)"
+    )
+    parser.add_argument("--no-disk", action="store_true", help="do not measure the disk")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check and print."""
+    directory = arguments.disk.absolute()
+    if not arguments.no_disk:
+        check_request(directory, arguments.disk_mib)
+    checks = machine_checks()
+    if not arguments.no_disk:
+        checks.append(disk(directory, arguments.disk_mib))
+    if arguments.json:
+        print(json.dumps({"checks": [asdict(check) for check in checks]}))
+    else:
+        show(checks)
+    return 0
+
+
+def show(checks: list[Check]) -> None:
+    """A readable table: one row a check."""
+    table = Table("check", "status", "found", "what to do", title="This machine, for a live cluster", show_lines=True)
+    for check in checks:
+        colour = _COLOURS[check.status]
+        table.add_row(escape(check.name), f"[{colour}]{check.status}[/{colour}]", escape(check.found), escape(check.advice))
+    Console().print(table)

@@ -1,0 +1,24 @@
+"""The engine of one node (torch): blocks as packed weights, stages of a transformer, KV slots, sampling, and who batches what.
+
+Knows no transport and no cluster. Which sequences form an iteration is decided by the control plane's batch scheduler, the same
+class the simulator uses.
+"""
+
+from lambdascale.inference.engine import Engine, Produced, Ticket
+from lambdascale.inference.kv_cache import KvCache
+from lambdascale.inference.sampling import Sampling
+from lambdascale.inference.stage import Segment, Stage, StageBatch
+from lambdascale.inference.weights import BlockWeights, load_blocks
+
+__all__ = [
+    "BlockWeights",
+    "Engine",
+    "KvCache",
+    "Produced",
+    "Sampling",
+    "Segment",
+    "Stage",
+    "StageBatch",
+    "Ticket",
+    "load_blocks",
+]

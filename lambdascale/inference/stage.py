@@ -1,0 +1,266 @@
+"""A stage: a contiguous range of a model's blocks, run on one device over an iteration of prefills and decodes mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import pi
+
+import torch
+from msgspec import Struct
+from torch.nn import functional
+
+from lambdascale.checkpoints import Architecture
+from lambdascale.checkpoints.convert import TORCH_TYPES
+from lambdascale.core.checks import require
+from lambdascale.inference.kv_cache import KvCache
+from lambdascale.inference.linear import linear
+from lambdascale.inference.weights import BlockWeights, LayerWeights
+
+Tensor = torch.Tensor
+_Window = int | None
+
+
+class Segment(Struct, frozen=True, gc=False):
+    """``tokens`` consecutive tokens of the sequence in ``slot``, the first at position ``start``."""
+
+    slot: int
+    start: int
+    tokens: int
+
+
+class StageBatch(Struct, frozen=True):
+    """An iteration as every stage sees it: prefills first, then ``decodes`` segments of one token each, ordered by slot.
+
+    ``wanted``: the rows (of all tokens in the order of the segments) whose logits the last stage returns.
+    """
+
+    segments: tuple[Segment, ...]
+    decodes: int
+    wanted: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Tokens altogether."""
+        return sum(segment.tokens for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class _Decodes:
+    """Decoding sequences attended together: slots [low, high), each row's place among them, and masks by window."""
+
+    low: int
+    high: int
+    rows: Tensor | None  # None: every slot of the range decodes, in order
+    context: int
+    masks: dict[_Window, Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """A segment of several tokens: its rows, its slot, and masks by window (None: plain causal)."""
+
+    begin: int
+    end: int
+    slot: int
+    context: int
+    masks: dict[_Window, Tensor | None]
+
+
+class Stage:
+    """Blocks ``first`` to ``last`` of a model with their KV memory.
+
+    Input: token ids [rows] if the stage has the first block, else hidden states [rows, hidden]. Output: hidden states, or logits
+    [wanted rows, vocabulary] (float32) if it has the last block. The weights stay where their buffers are.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        blocks: Sequence[BlockWeights],
+        slots: int,
+        slot_tokens: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        indices = [block.layout.index for block in blocks]
+        require(
+            bool(blocks) and indices == list(range(indices[0], indices[-1] + 1)),
+            f"a stage takes consecutive blocks, not {indices}",
+        )
+        require(
+            slot_tokens <= architecture.max_position,
+            f"slots of {slot_tokens} tokens exceed the model's {architecture.max_position} positions",
+        )
+        self.architecture = architecture
+        self.blocks = tuple(blocks)
+        self.device = blocks[0].buffer.device
+        self.dtype = TORCH_TYPES[blocks[0].layout.dtype]
+        require(
+            dtype in (None, self.dtype), f"the blocks hold {self.dtype}, not {dtype}; pack the model as the type to compute in"
+        )
+        self._layers = [layer for block in blocks for layer in block.layers]
+        first = blocks[0].layout.first_layer
+        self._windows = architecture.windows[first : first + len(self._layers)]
+        self.kv = KvCache(architecture, len(self._layers), slots, slot_tokens, self.dtype, self.device)
+        self._cos, self._sin = rope_tables(architecture, slot_tokens, self.dtype, self.device)
+
+    @cached_property
+    def is_first(self) -> bool:
+        """Whether it takes token ids."""
+        return self.blocks[0].layout.first_layer == 0
+
+    @cached_property
+    def is_last(self) -> bool:
+        """Whether it returns logits."""
+        return self.blocks[-1].layout.last_layer == self.architecture.layers - 1
+
+    @torch.inference_mode()
+    def run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
+        """One iteration; KV of its tokens is written, then attended."""
+        slots, positions = self._places(batch)
+        prefills, decodes = self._prefills(batch), self._decodes(batch)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]
+        hidden = inputs
+        if self.is_first:
+            assert self.blocks[0].embedding is not None, "the first block has the embedding"
+            hidden = functional.embedding(inputs.to(self.device), self.blocks[0].embedding)
+        eps, shape = self.architecture.norm_eps, (self.architecture.hidden,)
+        for index, layer in enumerate(self._layers):
+            normed = functional.rms_norm(hidden, shape, layer.input_norm, eps)
+            query = self._project(index, layer, normed, cos, sin, slots, positions)
+            attended = self._attend(index, query, prefills, decodes)
+            hidden = hidden + linear(attended, layer.output, layer.output_bias)
+            normed = functional.rms_norm(hidden, shape, layer.post_norm, eps)
+            gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+            hidden = hidden + linear(functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+        return self._logits(hidden, batch) if self.is_last else hidden
+
+    def _logits(self, hidden: Tensor, batch: StageBatch) -> Tensor:
+        block = self.blocks[-1]
+        assert block.norm is not None and block.head is not None, "the last block has norm and head"
+        if len(batch.wanted) < hidden.shape[0]:
+            hidden = hidden[torch.tensor(batch.wanted, dtype=torch.long, device=self.device)]
+        normed = functional.rms_norm(hidden, (self.architecture.hidden,), block.norm, self.architecture.norm_eps)
+        return linear(normed, block.head).float()
+
+    def _project(
+        self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Queries [rows, heads, head size], rotated; rotated keys and values go to the cache."""
+        a = self.architecture
+        states = linear(x, layer.qkv, layer.qkv_bias).view(-1, a.heads + 2 * a.kv_heads, a.head_dim)
+        turned, values = states[:, : a.heads + a.kv_heads], states[:, a.heads + a.kv_heads :]
+        low, high = turned.chunk(2, dim=-1)
+        turned = torch.addcmul(turned * cos, torch.cat((-high, low), dim=-1), sin)
+        self.kv.keys[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), turned[:, a.heads :])
+        self.kv.values[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), values)
+        return turned[:, : a.heads]
+
+    @cached_property
+    def _kv_heads(self) -> Tensor:
+        return torch.arange(self.architecture.kv_heads, device=self.device)[None]
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+
+    def _attend(self, index: int, query: Tensor, prefills: Sequence[_Prefill], decodes: _Decodes | None) -> Tensor:
+        window = self._windows[index]
+        parts = [self._attend_prefill(index, query[p.begin : p.end], p, window) for p in prefills]
+        if decodes is not None:
+            begin = prefills[-1].end if prefills else 0
+            parts.append(self._attend_decodes(index, query[begin:], decodes, window))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_prefill(self, index: int, query: Tensor, part: _Prefill, window: _Window) -> Tensor:
+        keys = self.kv.keys[index, part.slot, :, : part.context]
+        values = self.kv.values[index, part.slot, :, : part.context]
+        mask = part.masks[window]
+        result = functional.scaled_dot_product_attention(
+            query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return result[0].transpose(0, 1).reshape(query.shape[0], -1)
+
+    def _attend_decodes(self, index: int, query: Tensor, part: _Decodes, window: _Window) -> Tensor:
+        """The queries that share a kv head stand in for the rows of one attention, so that keys are read once for all of them."""
+        a = self.architecture
+        count = query.shape[0]
+        grouped = query.reshape(count, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
+        if part.rows is not None:
+            spread = grouped.new_zeros((part.high - part.low, *grouped.shape[1:]))
+            spread[part.rows] = grouped
+            grouped = spread
+        keys = self.kv.keys[index, part.low : part.high, :, : part.context]
+        values = self.kv.values[index, part.low : part.high, :, : part.context]
+        result = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=part.masks[window])
+        if part.rows is not None:
+            result = result[part.rows]
+        return result.reshape(count, a.heads * a.head_dim)
+
+    # -- what an iteration looks like --------------------------------------------------------------------------------
+
+    def _places(self, batch: StageBatch) -> tuple[Tensor, Tensor]:
+        """Slot and position of every row."""
+        slots = [s.slot for s in batch.segments for _ in range(s.tokens)]
+        positions = [p for s in batch.segments for p in range(s.start, s.start + s.tokens)]
+        places = torch.tensor((slots, positions), dtype=torch.long).to(self.device, non_blocking=True)
+        return places[0], places[1]
+
+    def _prefills(self, batch: StageBatch) -> list[_Prefill]:
+        found, begin = [], 0
+        for segment in batch.segments[: len(batch.segments) - batch.decodes]:
+            context = segment.start + segment.tokens
+            masks = {window: self._prefill_mask(segment, window) for window in set(self._windows)}
+            found.append(_Prefill(begin, begin + segment.tokens, segment.slot, context, masks))
+            begin += segment.tokens
+        return found
+
+    def _prefill_mask(self, segment: Segment, window: _Window) -> Tensor | None:
+        context = segment.start + segment.tokens
+        if segment.start == 0 and (window is None or context <= window):
+            return None
+        return self._mask(torch.arange(segment.start, context), context, window)
+
+    def _decodes(self, batch: StageBatch) -> _Decodes | None:
+        if not batch.decodes:
+            return None
+        segments = batch.segments[len(batch.segments) - batch.decodes :]
+        low, high = segments[0].slot, segments[-1].slot + 1
+        rows = None if high - low == len(segments) else [segment.slot - low for segment in segments]
+        positions = torch.zeros(high - low, dtype=torch.long)
+        positions[[segment.slot - low for segment in segments]] = torch.tensor([segment.start for segment in segments])
+        context = max(segment.start for segment in segments) + 1
+        masks = {window: self._decode_mask(positions, context, window) for window in set(self._windows)}
+        return _Decodes(low, high, None if rows is None else torch.tensor(rows, device=self.device), context, masks)
+
+    def _decode_mask(self, positions: Tensor, context: int, window: _Window) -> Tensor | None:
+        if int(positions.min()) == context - 1 and (window is None or context <= window):
+            return None
+        return self._mask(positions, context, window)[:, None, None]
+
+    def _mask(self, positions: Tensor, context: int, window: _Window) -> Tensor:
+        """What is added to the scores of queries at ``positions``: 0 where they may look, -inf elsewhere; [positions, context]."""
+        places = torch.arange(context)
+        hidden = places > positions[:, None]
+        if window is not None:
+            hidden |= places <= positions[:, None] - window
+        return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf")).to(self.device)
+
+
+def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding for positions 0 to ``tokens`` - 1: [tokens, head size] each, worked out in float32."""
+    half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
+    frequencies = _stretched(architecture, 1.0 / architecture.rope_theta**half)
+    angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos().to(device, dtype), both.sin().to(device, dtype)
+
+
+def _stretched(architecture: Architecture, frequencies: Tensor) -> Tensor:
+    """Llama 3's scaling: long waves by ``factor``, short ones untouched, a linear blend between (Llama 3.1 release notes)."""
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_position * frequencies / (2 * pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return frequencies * (blend + (1 - blend) / scaling.factor)
