@@ -1,7 +1,7 @@
 """The engine: sequences in, tokens out. One batch over the stages of a model that this process holds.
 
-It decides nothing about batching: ``BatchScheduler`` (the control plane's, which the simulator also uses) says what the next iteration
-runs. Several engines, or one engine over several stages, are how pipelines are put together.
+It decides nothing about batching: ``BatchScheduler`` (the control plane's, which the simulator also uses) says what the next
+iteration runs. Several engines, or one engine over several stages, are how pipelines are put together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 @dataclass
 class Ticket:
-    """A request as it travels: its tokens so far (prompt, then what was produced), its bound, how it samples and when it stops."""
+    """A request as it travels: its tokens so far (prompt, then output), the bound of its output, how it samples and stops."""
 
     request_id: int
     tokens: list[int]
@@ -66,8 +66,8 @@ class _Plan:
 class Engine:
     """Runs the stages in order, the output of one being the input of the next.
 
-    ``max_batch`` sequences at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own). CapacityError for a request
-    whose prompt and answer do not fit a slot.
+    ``max_batch`` sequences at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own). CapacityError for a
+    request whose prompt and answer do not fit a slot.
     """
 
     def __init__(self, stages: Sequence[Stage], limits: BatchLimits) -> None:
@@ -81,6 +81,7 @@ class Engine:
         self._scheduler = BatchScheduler(limits, slots * self.slot_tokens)
         self._tickets: dict[int, Ticket] = {}
         self._slots: dict[int, int] = {}
+        self._arrived_kv: dict[int, list[Tensor]] = {}
         self._free = list(range(slots))
 
     def __len__(self) -> int:
@@ -92,14 +93,14 @@ class Engine:
         all tokens so far is computed anew.
         """
         self.check(ticket)
-        work = Work(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached=kv is not None)
         if kv is not None:
             require(ticket.produced > 0, f"request {ticket.request_id} has no token yet: its KV cannot be handed over")
-            slot = self._take_slot(ticket.request_id)
-            for stage, part in zip(self.stages, kv, strict=True):
-                stage.kv.write(slot, part)
+            require(len(kv) == len(self.stages), f"KV of {len(kv)} stages does not fit {len(self.stages)}")
+            self._arrived_kv[ticket.request_id] = list(kv)
         self._tickets[ticket.request_id] = ticket
-        self._scheduler.add(work)
+        self._scheduler.add(
+            Work(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached=kv is not None)
+        )
 
     def check(self, ticket: Ticket) -> None:
         """CapacityError or UserError unless the engine can take the request."""
@@ -116,18 +117,18 @@ class Engine:
             raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, a slot has {self.slot_tokens}")
 
     def take(self, request_id: int, *, with_kv: bool = False) -> tuple[Ticket, list[Tensor] | None]:
-        """Remove a request between iterations: its ticket and, if asked and there, the KV of all tokens but the newest, per stage."""
-        work = self._scheduler.remove(request_id)
-        require(work is not None, f"request {request_id} is not here")
-        ticket = self._tickets.pop(request_id)
-        slot = self._slots.get(request_id)
-        kv = None
-        # The KV is complete if it was prefilled to the end: then a token came out, whose own KV is not written yet.
-        if with_kv and slot is not None and work is not None and (work.cached or work.prefilled) and ticket.produced:
-            complete = work.cached or work.prefilled + work.produced >= len(ticket.tokens) - 1
-            kv = [stage.kv.read(slot, len(ticket.tokens) - 1) for stage in self.stages] if complete else None
+        """Remove a request between iterations: its ticket and, if asked, the KV of all tokens but the newest, per stage.
+
+        No KV is given (None) while not all of it is there: the request is waiting or in the middle of its prefill.
+        """
+        require(request_id in self._tickets, f"request {request_id} is not here")
+        decoding = request_id in self._scheduler.decoding
+        self._scheduler.remove(request_id)
+        ticket, kv = self._tickets.pop(request_id), self._arrived_kv.pop(request_id, None)
+        if with_kv and kv is None and decoding:
+            kv = [stage.kv.read(self._slots[request_id], len(ticket.tokens) - 1) for stage in self.stages]
         self._release(request_id)
-        return ticket, kv
+        return ticket, kv if with_kv else None
 
     def step(self) -> list[Produced]:
         """Run one iteration; the tokens it produced, [] if there is nothing to run."""
@@ -155,6 +156,9 @@ class Engine:
             if work.prefilled + count == work.context_tokens:
                 getting.append(ticket)
                 wanted.append(len(tokens) - 1)
+        for request_id in self._scheduler.decoding:
+            if request_id not in self._slots:
+                self._settle(request_id)
         decoding = sorted((self._slots[request_id], request_id) for request_id in self._scheduler.decoding)
         for slot, request_id in decoding:
             ticket = self._tickets[request_id]
@@ -183,9 +187,15 @@ class Engine:
             del self._tickets[request_id]
             self._release(request_id)
 
+    def _settle(self, request_id: int) -> None:
+        """Put the KV that came with a request into a slot, now that it joins the batch."""
+        slot = self._take_slot(request_id)
+        for stage, part in zip(self.stages, self._arrived_kv.pop(request_id), strict=True):
+            stage.kv.write(slot, part)
+
     def _take_slot(self, request_id: int) -> int:
         """The lowest free slot, so that decoding sequences lie close together."""
-        require(bool(self._free), f"no KV slot is free for request {request_id}")
+        assert self._free, "the scheduler admits no more sequences than there are slots"
         slot = min(self._free)
         self._free.remove(slot)
         self._slots[request_id] = slot

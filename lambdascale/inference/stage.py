@@ -138,7 +138,8 @@ class Stage:
 
     def _logits(self, hidden: Tensor, batch: StageBatch) -> Tensor:
         block = self.blocks[-1]
-        assert block.norm is not None and block.head is not None, "the last block has norm and head"
+        assert block.norm is not None, "the last block has the norm"
+        assert block.head is not None, "the last block has the head"
         if len(batch.wanted) < hidden.shape[0]:
             hidden = hidden[torch.tensor(batch.wanted, dtype=torch.long, device=self.device)]
         normed = functional.rms_norm(hidden, (self.architecture.hidden,), block.norm, self.architecture.norm_eps)
@@ -238,7 +239,7 @@ class Stage:
         return self._mask(positions, context, window)[:, None, None]
 
     def _mask(self, positions: Tensor, context: int, window: _Window) -> Tensor:
-        """What is added to the scores of queries at ``positions``: 0 where they may look, -inf elsewhere; [positions, context]."""
+        """What is added to the scores of queries at ``positions``, [positions, context]: 0 where they may look, else -inf."""
         places = torch.arange(context)
         hidden = places > positions[:, None]
         if window is not None:
@@ -247,7 +248,7 @@ class Stage:
 
 
 def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding for positions 0 to ``tokens`` - 1: [tokens, head size] each, worked out in float32."""
+    """Cosines and sines of the rotary embedding for positions below ``tokens``, from float32: [tokens, head size] each."""
     half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
     frequencies = _stretched(architecture, 1.0 / architecture.rope_theta**half)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
