@@ -8,17 +8,25 @@ from lambdascale.inference.engine import Engine, Produced, Ticket
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.sampling import Sampling
 from lambdascale.inference.stage import Segment, Stage, StageBatch
+from lambdascale.inference.store import BlockError, BlockInUseError, BlockStore, Load, StoreConfig
+from lambdascale.inference.tiers import NodeMemory
 from lambdascale.inference.weights import BlockWeights, load_blocks
 
 __all__ = [
+    "BlockError",
+    "BlockInUseError",
+    "BlockStore",
     "BlockWeights",
     "Engine",
     "KvCache",
+    "Load",
+    "NodeMemory",
     "Produced",
     "Sampling",
     "Segment",
     "Stage",
     "StageBatch",
+    "StoreConfig",
     "Ticket",
     "load_blocks",
 ]

@@ -102,7 +102,7 @@ def test_any_mixture(data: st.DataObject, models: Callable[[str], Path], answers
     limits = {"max_batch": max_batch, "max_tokens": data.draw(st.integers(max_batch, 40)), "mode": mode}
     running = engine(load_blocks(source, 2), source, [1, 1], **limits)
     order = data.draw(st.permutations(range(len(asked))))
-    sent = {index: ticket for index, ticket in enumerate(tickets(asked))}
+    sent = dict(enumerate(tickets(asked)))
     for index in order:
         for _ in range(data.draw(st.integers(0, 20))):
             running.step()

@@ -1,0 +1,106 @@
+"""Memory that is allocated once and handed out in pieces: blocks never wait for the operating system's page faults."""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_left, insort
+from pathlib import Path
+
+import torch
+
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
+from lambdascale.core import CapacityError
+from lambdascale.core.checks import require
+
+Tensor = torch.Tensor
+
+
+class Extents:
+    """Which pieces of ``capacity`` bytes are free; the smallest hole that fits is taken, neighbours are joined again."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._holes: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (offset, size), by offset
+        self._taken: dict[int, int] = {}
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are free, in however many holes."""
+        return sum(size for _, size in self._holes)
+
+    def take(self, size: int) -> int | None:
+        """The offset of a piece of ``size`` bytes (rounded up to whole pages), None if no hole is large enough."""
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        fitting = [(hole, offset) for offset, hole in self._holes if hole >= size]
+        if not fitting:
+            return None
+        hole, offset = min(fitting)
+        self._holes.remove((offset, hole))
+        if hole > size:
+            insort(self._holes, (offset + size, hole - size))
+        self._taken[offset] = size
+        return offset
+
+    def give_back(self, offset: int) -> None:
+        """Free the piece at ``offset``."""
+        size = self._taken.pop(offset)
+        at = bisect_left(self._holes, (offset, 0))
+        if at < len(self._holes) and self._holes[at][0] == offset + size:
+            size += self._holes.pop(at)[1]
+        if at and sum(self._holes[at - 1]) == offset:
+            offset, before = self._holes.pop(at - 1)
+            size += before
+        insort(self._holes, (offset, size))
+
+
+class Arena:
+    """``capacity`` bytes on a device, allocated and touched at once; CapacityError if they are not there.
+
+    In host memory it begins on a page, so that O_DIRECT can read into it, and is registered with CUDA where that is present.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, what: str) -> None:
+        require(capacity >= 0, f"{what} must not be negative, not {capacity}")
+        capacity = capacity // ALIGNMENT * ALIGNMENT
+        self.device = device
+        self.pinned = False
+        self._map: mmap.mmap | None = None
+        _check_room(capacity, device, what)
+        self.bytes = self._host(capacity) if device.type == "cpu" else torch.zeros(capacity, dtype=torch.uint8, device=device)
+        self.extents = Extents(capacity)
+
+    def _host(self, capacity: int) -> Tensor:
+        if not capacity:
+            return torch.empty(0, dtype=torch.uint8)
+        self._map = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+        memory = torch.frombuffer(self._map, dtype=torch.uint8)
+        if torch.cuda.is_available():
+            status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), capacity, 0)  # type: ignore[no-untyped-call]
+            if int(status) != 0:
+                raise CapacityError(f"{capacity} bytes of host memory could not be pinned for CUDA (error {int(status)})")
+            self.pinned = True
+        return memory
+
+    def view(self, offset: int, size: int) -> Tensor:
+        """A piece as a flat uint8 tensor."""
+        return self.bytes[offset : offset + size]
+
+    def close(self) -> None:
+        """Unregister the memory; views stay valid as long as they are referred to."""
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # type: ignore[no-untyped-call]
+            self.pinned = False
+
+
+def _check_room(capacity: int, device: torch.device, what: str) -> None:
+    free = _available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if capacity > free:
+        where = "host memory" if device.type == "cpu" else str(device)
+        raise CapacityError(f"{what} of {capacity / 1e9:.2f} GB does not fit: {where} has {free / 1e9:.2f} GB free")
+
+
+def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise CapacityError(f"{meminfo} does not say how much memory is available")
