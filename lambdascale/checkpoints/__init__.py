@@ -4,7 +4,7 @@ A packed model is an ordinary Hugging Face directory with one safetensors shard 
 data of a shard is, byte for byte, the block as it lies in memory: whoever reads it into a buffer can compute from there.
 """
 
-from lambdascale.checkpoints.architecture import ARCHITECTURES, Architecture, RopeScaling, load_architecture
+from lambdascale.checkpoints.architecture import ARCHITECTURES, Architecture, RopeScaling, load_architecture, parse_architecture
 from lambdascale.checkpoints.layout import BlockLayout, TensorSlot, block_layouts, model_spec
 from lambdascale.checkpoints.packed import PackedBlock, PackedModel
 from lambdascale.checkpoints.packing import pack
@@ -23,4 +23,5 @@ __all__ = [
     "load_architecture",
     "model_spec",
     "pack",
+    "parse_architecture",
 ]

@@ -1,4 +1,4 @@
-"""Element types: their names on the command line, in safetensors and in torch, and conversion between them."""
+"""Element types in torch, and conversion between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from lambdascale.core import UserError
 
 TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
 def convert(piece: bytes, old: str, new: str) -> bytes:

@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from lambdascale.checkpoints.convert import convert
 from lambdascale.checkpoints.layout import EMBEDDING, HEAD, BlockLayout, TensorSlot, block_layouts
 from lambdascale.checkpoints.packed import FORMAT, MANIFEST, Manifest, PackedBlock
 from lambdascale.checkpoints.safetensors_file import ITEM_BYTES, header_bytes
@@ -99,7 +98,14 @@ def _pieces(checkpoint: HfCheckpoint, slot: TensorSlot, dtype: str) -> Iterator[
             if not piece:
                 raise UserError(f"{path} ends within tensor {name}")
             left -= len(piece)
-            yield piece if info.dtype == dtype else convert(piece, info.dtype, dtype)
+            yield piece if info.dtype == dtype else _converted(piece, info.dtype, dtype)
+
+
+def _converted(piece: bytes, old: str, new: str) -> bytes:
+    # torch takes seconds to import; most packing does without.
+    from lambdascale.checkpoints.convert import convert
+
+    return convert(piece, old, new)
 
 
 def _write_index(directory: Path, layouts: tuple[BlockLayout, ...], written: list[PackedBlock]) -> None:

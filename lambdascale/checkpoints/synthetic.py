@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,14 @@ def _gguf_files(folders: list[str]) -> Iterator[Path]:
 def write_smollm2(directory: Path) -> None:
     """Write SmolLM2-135M-Instruct as an ordinary bf16 Hugging Face directory (269 MB; takes half a minute)."""
     file = smollm2_file()
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        # Their progress bars, one for every step, say less than ours.
+        with redirect_stderr(StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except ImportError as error:
         raise UserError(f"reading SmolLM2 needs more packages: pip install 'lambdascale[demo]' ({error})") from error
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != HEAD}

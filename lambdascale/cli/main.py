@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lambdascale import __version__
-from lambdascale.cli import plan
+from lambdascale.cli import doctor, pack, plan
 from lambdascale.cli.guard import run_guarded
 
 
@@ -28,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser
     )
     plan.add_parser(subcommands)
+    pack.add_parser(subcommands)
+    doctor.add_parser(subcommands)
     return parser
 
 

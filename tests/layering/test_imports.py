@@ -26,11 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     "sim": PURE | {"multicast", "control", "memory"},
     "metrics": PURE,
     "figures": PURE,
+    "checkpoints": PURE,
+    "diagnostics": PURE,
+    "inference": PURE | {"checkpoints", "control", "memory"},
     "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics"},
 }
 # Heavy or worldly libraries, and the only places that may import them.
 ONLY_IN = {
-    "torch": {"inference", "transport", "live", "calibration"},
+    "torch": {"checkpoints", "diagnostics", "inference", "transport", "live", "calibration"},
     "wandb": {"metrics/wandb_sink.py"},
     "matplotlib": {"figures"},
     "seaborn": {"figures"},
@@ -38,6 +41,7 @@ ONLY_IN = {
     "omegaconf": {"experiments", "cli"},
     "zmq": {"live", "transport"},
     "pyverbs": {"transport"},
+    "transformers": {"checkpoints"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -70,6 +74,12 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
     for name in imported(path):
         allowed = ONLY_IN.get(name.split(".")[0])
         assert allowed is None or inside.parts[0] in allowed or inside.as_posix() in allowed, f"{inside} imports {name}"
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, lambdascale.cli.main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_baselines_know_the_vocabulary_only() -> None:

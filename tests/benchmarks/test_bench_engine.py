@@ -1,0 +1,97 @@
+"""The engine beside transformers' eager implementation: same weights, threads and machine, float32, 58 million parameters.
+
+Each test measures both in turn and reports the ratio: extra_info["times_transformers"] (the goal is 1.3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from lambdascale.checkpoints import HfCheckpoint
+from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.control import BatchLimits
+from lambdascale.inference import Engine, Stage, Ticket, load_blocks
+
+PROMPT, STEPS, ROUNDS = 128, 20, 7
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    write_random(PRESETS["small"], directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def eager(small: Path) -> Iterator[Any]:
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.AutoModelForCausalLM
+    with torch.inference_mode():
+        yield kind.from_pretrained(small, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def compare(benchmark: BenchmarkFixture, ours: Callable[[], object], theirs: Callable[[], object], tokens: int) -> None:
+    """Time both alternately; ours also goes into pytest-benchmark's table."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(ROUNDS)][1:]
+    mine, other = (median(column) for column in zip(*pairs, strict=True))
+    benchmark.extra_info["times_transformers"] = round(other / mine, 2)
+    benchmark.extra_info["tokens_per_s"] = round(tokens / mine)
+    benchmark.extra_info["tokens_per_s_transformers"] = round(tokens / other)
+    print(f"\n{benchmark.name}: {tokens / mine:.0f} tokens/s, transformers {tokens / other:.0f}: {other / mine:.2f} times")
+    benchmark.pedantic(ours, rounds=3)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+class TestAgainstTransformers:
+    @pytest.fixture
+    def engine(self, small: Path, batch: int) -> Engine:
+        source = HfCheckpoint(small)
+        return Engine([Stage(source.architecture, load_blocks(source, 4), batch, 512)], BatchLimits(max_batch=batch))
+
+    @pytest.fixture
+    def prompts(self, batch: int) -> torch.Tensor:
+        return torch.randint(0, 256, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def test_prefill(self, benchmark: BenchmarkFixture, engine: Engine, eager: Any, prompts: torch.Tensor, batch: int) -> None:
+        def ours() -> None:
+            for index, row in enumerate(prompts.tolist()):
+                engine.add(Ticket(index, row, PROMPT, 1))
+            engine.step()
+
+        compare(benchmark, ours, lambda: eager(prompts, use_cache=True, logits_to_keep=1), batch * PROMPT)
+
+    def test_decode(self, benchmark: BenchmarkFixture, engine: Engine, eager: Any, prompts: torch.Tensor, batch: int) -> None:
+        def fill() -> None:
+            for index, row in enumerate(prompts.tolist()):
+                engine.add(Ticket(index, row, PROMPT, 200))
+            engine.step()
+
+        def ours() -> None:
+            for _ in range(STEPS):
+                engine.step()
+
+        state = eager(prompts, use_cache=True)
+        last = [state.logits[:, -1:].argmax(-1)]
+
+        def theirs() -> None:
+            for _ in range(STEPS):
+                out = eager(last[0], past_key_values=state.past_key_values, use_cache=True)
+                last[0] = out.logits[:, -1:].argmax(-1)
+
+        fill()
+        # 200 tokens last for all rounds: both caches grow at the same pace.
+        compare(benchmark, ours, theirs, batch * STEPS)

@@ -1,0 +1,121 @@
+"""Loading against the floor: a plain read of the same bytes into memory that is there and touched; and against safetensors.
+
+Each test prints and records the percentage of the floor's rate. Cold means dropped from the page cache by posix_fadvise, which
+the kernel honours for clean pages only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from lambdascale.checkpoints import PackedModel, pack
+from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.inference import BlockStore, StoreConfig
+
+BLOCKS, ROUNDS = 8, 5
+# About 1 GB in float32.
+SIZE = PRESETS["small"] | {"hidden_size": 1152, "num_attention_heads": 18, "intermediate_size": 3072, "num_hidden_layers": 18}
+CHUNK = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
+    root = tmp_path_factory.mktemp("store")
+    (root / "source").mkdir()
+    write_random(SIZE, root / "source", seed=1)
+    pack(root / "source", root / "packed", BLOCKS)
+    os.sync()
+    return PackedModel.open(root / "packed")
+
+
+def drop(model: PackedModel) -> None:
+    for block in range(BLOCKS):
+        descriptor = os.open(model.path(block), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def plain_read(model: PackedModel, threads: int, direct: bool) -> Callable[[], object]:
+    """The floor: nothing but preadv, in chunks, into a touched buffer."""
+    import mmap
+
+    total = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+    memory = memoryview(mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE))
+
+    def read() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            at, work, opened = 0, [], []
+            for block, size in enumerate(model.block_bytes):
+                descriptor = os.open(model.path(block), os.O_RDONLY | (os.O_DIRECT if direct else 0))
+                opened.append(descriptor)
+                offset = model.blocks[block].data_offset
+                for begin in range(0, size, CHUNK):
+                    piece = memory[at + begin : at + -(-min(begin + CHUNK, size) // 4096) * 4096]
+                    work.append(pool.submit(os.preadv, descriptor, [piece], offset + begin))
+                at += -(-size // 4096) * 4096
+            for future in work:
+                future.result()
+            for descriptor in opened:
+                os.close(descriptor)
+
+    return read
+
+
+def seconds(work: Callable[[], object], before: Callable[[], object]) -> float:
+    before()
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+def test_load(benchmark: BenchmarkFixture, model: PackedModel, cold: bool, direct: bool, verify: bool) -> None:
+    total = sum(model.block_bytes)
+    arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+    config = StoreConfig(
+        host_bytes=0, device_bytes=arena, direct="always" if direct else "never", verify=verify, chunk_bytes=CHUNK, readers=4
+    )
+    with BlockStore(config) as store:
+        store.add(model)
+
+        def before() -> None:
+            store.evict(model.name, "gpu")
+            if cold:
+                drop(model)
+
+        def load() -> None:
+            store.load(model.name, range(BLOCKS), keep_host=False).wait()
+
+        floor_read = plain_read(model, 4, direct)
+        pairs = [(seconds(load, before), seconds(floor_read, before)) for _ in range(ROUNDS + 1)][1:]
+        mine, floor = (median(column) for column in zip(*pairs, strict=True))
+        benchmark.extra_info["percent_of_floor"] = round(100 * floor / mine)
+        benchmark.extra_info["bytes_per_s"] = round(total / mine)
+        print(
+            f"\n{benchmark.name}: {total / mine / 1e9:.2f} GB/s, {100 * floor / mine:.0f} % of the floor ({total / floor / 1e9:.2f})"
+        )
+        benchmark.pedantic(load, setup=before, rounds=2)
+
+
+def test_safetensors_cold(benchmark: BenchmarkFixture, model: PackedModel) -> None:
+    """For comparison: the usual loader, with every page touched."""
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def load() -> None:
+        for block in range(BLOCKS):
+            for tensor in safetensors.load_file(model.path(block)).values():
+                tensor.view(torch.uint8).flatten()[::4096].sum()
+
+    times = [seconds(load, lambda: drop(model)) for _ in range(ROUNDS)]
+    print(f"\n{benchmark.name}: {sum(model.block_bytes) / median(times) / 1e9:.2f} GB/s")
+    benchmark.pedantic(load, setup=lambda: drop(model), rounds=2)
