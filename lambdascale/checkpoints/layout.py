@@ -111,10 +111,11 @@ def block_layouts(architecture: Architecture, dtype: str, blocks: int, name: str
     if dtype not in WEIGHT_TYPES:
         raise UserError(f"weights of type {dtype} cannot be used; known are {', '.join(WEIGHT_TYPES)}")
     cuts = model_spec(architecture, dtype, name).partition(blocks)
-    return tuple(_layout(architecture, dtype, cut.index, range(cut.first_layer, cut.last_layer + 1)) for cut in cuts)
+    return tuple(block_layout(architecture, dtype, cut.index, range(cut.first_layer, cut.last_layer + 1)) for cut in cuts)
 
 
-def _layout(architecture: Architecture, dtype: str, index: int, layers: range) -> BlockLayout:
+def block_layout(architecture: Architecture, dtype: str, index: int, layers: range) -> BlockLayout:
+    """The layout of the block of these layers."""
     slots, offset = [], 0
     for name, shape in model_tensors(architecture, layers):
         size = prod(shape) * ITEM_BYTES[dtype]

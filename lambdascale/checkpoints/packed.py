@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from lambdascale.checkpoints.architecture import Architecture, load_architecture
-from lambdascale.checkpoints.layout import BlockLayout, block_layouts, model_spec
+from lambdascale.checkpoints.layout import WEIGHT_TYPES, BlockLayout, block_layout, model_spec
 from lambdascale.core import ModelSpec, UserError
 
 MANIFEST = "blocks.json"
@@ -59,9 +59,10 @@ class PackedModel:
         if manifest.format != FORMAT:
             raise UserError(f"{path} has format {manifest.format}; this version reads {FORMAT}: pack the model again")
         architecture = load_architecture(directory)
-        layouts = block_layouts(architecture, manifest.dtype, len(manifest.blocks))
-        for layout, block in zip(layouts, manifest.blocks, strict=True):
-            _check(directory, layout, block)
+        layouts = tuple(_layout(directory, architecture, manifest, index) for index in range(len(manifest.blocks)))
+        layers = [layer for layout in layouts for layer in range(layout.first_layer, layout.last_layer + 1)]
+        if layers != list(range(architecture.layers)):
+            raise UserError(f"the blocks in {path} do not cover the {architecture.layers} layers of config.json once, in order")
         return cls(directory, name or directory.resolve().name, architecture, manifest.dtype, manifest.blocks, layouts)
 
     @property
@@ -79,12 +80,16 @@ class PackedModel:
         return self.directory / self.blocks[block].file
 
 
-def _check(directory: Path, layout: BlockLayout, block: PackedBlock) -> None:
-    """UserError unless the shard is there, as long as it must be, and of the layers that config.json implies."""
+def _layout(directory: Path, architecture: Architecture, manifest: Manifest, index: int) -> BlockLayout:
+    """A block's layout; UserError unless its size fits the layers it claims and its shard is there and as long as it must be."""
+    block = manifest.blocks[index]
+    if manifest.dtype not in WEIGHT_TYPES or not 0 <= block.first_layer <= block.last_layer < architecture.layers:
+        raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
+    layout = block_layout(architecture, manifest.dtype, index, range(block.first_layer, block.last_layer + 1))
+    if layout.size_bytes != block.size_bytes:
+        raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
     path = directory / block.file
-    if (layout.first_layer, layout.last_layer, layout.size_bytes) != (block.first_layer, block.last_layer, block.size_bytes):
-        raise UserError(f"block {layout.index} in {directory / MANIFEST} does not fit config.json; pack the model again")
-    size = path.stat().st_size if path.is_file() else 0
-    if size != block.data_offset + block.size_bytes:
-        wanted = block.data_offset + block.size_bytes
-        raise UserError(f"block {layout.index}: {path} should have {wanted} bytes and has {size}: it is truncated or missing")
+    size, wanted = path.stat().st_size if path.is_file() else 0, block.data_offset + block.size_bytes
+    if size != wanted:
+        raise UserError(f"block {index}: {path} should have {wanted} bytes and has {size}: it is truncated or missing")
+    return layout

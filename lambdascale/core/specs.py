@@ -199,6 +199,7 @@ class ClusterSpec:
     share of it that one-sided writes and a collective's ring turn into goodput. ``link_latency_s`` is the start-up of one
     transfer, ``hop_latency_s`` the time for activations to reach the next stage. ``pcie_bytes_per_s`` (host to GPU) and
     ``ssd_bytes_per_s`` are per node; ``remote_bytes_per_s`` is the remote store's rate to one node, 0 for no store.
+    ``provenance`` says where the numbers are from.
     """
 
     name: str
@@ -216,6 +217,7 @@ class ClusterSpec:
     host_memory_bytes: int | str
     usd_per_gpu_hour: float
     remote_bytes_per_s: float | str = 0.0
+    provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:
         """Normalise rates and validate."""

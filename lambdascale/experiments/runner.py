@@ -84,7 +84,7 @@ def _execute(
         "run_sha256": digest,
         "seed": settings["seed"],
         "backend": experiment.backend.kind,
-        "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": "configured: conf/cluster and overrides"},
+        "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": experiment.cluster.provenance},
         "workload": asdict(trace.provenance),
         "started": started,
         "wall_s": wall_s,

@@ -1,0 +1,91 @@
+"""How long a model's iterations take on this machine: prefill over tokens, decode over batch and context, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from lambdascale.calibration.probes import seconds
+from lambdascale.checkpoints import Architecture
+from lambdascale.core import ComputeTable
+from lambdascale.inference import BlockWeights, Segment, Stage, StageBatch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where to measure: prompt lengths, batch sizes, and the contexts at which decode steps are timed."""
+
+    prefill_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024)
+    decode_batch: tuple[int, ...] = (1, 2, 4, 8)
+    contexts: tuple[int, ...] = (32, 512)
+    rounds: int = 5
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Seconds of one block: ``prefill_s[i]`` for the grid's i-th prompt length, ``decode_s[i][j]`` for batch i at context j."""
+
+    block: int
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[tuple[float, ...], ...]
+
+
+def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], grid: Grid) -> list[BlockTimes]:
+    """Every block on its own, as a stage of a pipeline would run it."""
+    longest = min(architecture.max_position, max(*grid.prefill_tokens, *(context + 1 for context in grid.contexts)))
+    times = []
+    for block in blocks:
+        stage = Stage(architecture, [block], max(grid.decode_batch), longest)
+        prefills = tuple(_seconds(stage, prefill(min(tokens, longest)), grid) for tokens in grid.prefill_tokens)
+        decodes = tuple(
+            tuple(_seconds(stage, decode(batch, min(context, longest - 1)), grid) for context in grid.contexts)
+            for batch in grid.decode_batch
+        )
+        times.append(BlockTimes(block.layout.index, prefills, decodes))
+    return times
+
+
+def prefill(tokens: int) -> StageBatch:
+    """One prompt of ``tokens``."""
+    return StageBatch((Segment(0, 0, tokens),), 0, (tokens - 1,))
+
+
+def decode(batch: int, context: int) -> StageBatch:
+    """A token each for ``batch`` sequences of ``context`` tokens."""
+    return StageBatch(tuple(Segment(slot, context, 1) for slot in range(batch)), batch, tuple(range(batch)))
+
+
+def _seconds(stage: Stage, batch: StageBatch, grid: Grid) -> float:
+    inputs = torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
+    if not stage.is_first:
+        shape = (batch.rows, stage.architecture.hidden)
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stage.device, stage.dtype)
+    return seconds(lambda: stage.run(batch, inputs), stage.device, grid.rounds)
+
+
+def table(model: str, times: Sequence[BlockTimes], grid: Grid) -> ComputeTable:
+    """The whole model's times, as the simulator's compute model takes them: blocks add up."""
+    prefills = [sum(column) for column in zip(*(t.prefill_s for t in times), strict=True)]
+    decodes = [[sum(t.decode_s[i][j] for t in times) for j in range(len(grid.contexts))] for i in range(len(grid.decode_batch))]
+    return ComputeTable(
+        model=model,
+        prefill_tokens=tuple(map(float, grid.prefill_tokens)),
+        prefill_s=tuple(prefills),
+        decode_batch=tuple(map(float, grid.decode_batch)),
+        decode_s=tuple(row[0] for row in decodes),
+        decode_s_per_context_token=_slope(decodes, grid),
+    )
+
+
+def _slope(decodes: Iterable[Sequence[float]], grid: Grid) -> float:
+    """Seconds per token of context read, the median over batch sizes of the first and last context's difference; not below 0."""
+    span = grid.contexts[-1] - grid.contexts[0]
+    if span <= 0:
+        return 0.0
+    slopes = [(row[-1] - row[0]) / (span * batch) for row, batch in zip(decodes, grid.decode_batch, strict=True)]
+    return max(0.0, median(slopes))

@@ -1,0 +1,169 @@
+"""A node's profile: everything measured, with where and when, as a file of conf/cluster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lambdascale.calibration import probes
+from lambdascale.calibration.compute import BlockTimes, Grid, measure_blocks, table
+from lambdascale.checkpoints import PackedModel
+from lambdascale.core import ComputeTable, UserError
+from lambdascale.diagnostics.disk import measure as measure_disk
+from lambdascale.inference import BlockStore, StoreConfig
+from lambdascale.inference.linear import KERNEL
+
+MIB = 1 << 20
+# ClusterSpec's answer to what a price is nobody gave.
+_NO_PRICE = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileRequest:
+    """What to measure. ``nodes`` of this kind make the cluster; ``disk`` is the directory whose disk counts; sizes in MiB."""
+
+    name: str
+    models: tuple[PackedModel, ...]
+    device: str = "cpu"
+    nodes: int = 4
+    disk: Path = Path(".")
+    disk_mib: int = 512
+    memory_mib: int = 256
+    grid: Grid = field(default_factory=Grid)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The cluster configuration, and per model the times of each block that its table was added up from."""
+
+    cluster: dict[str, Any]
+    blocks: dict[str, list[BlockTimes]]
+    provenance: str
+
+
+def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: None) -> Profile:
+    """Measure; ``say`` is told what comes next. UserError for what cannot be measured here."""
+    device = torch.device(request.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda is asked for, but torch finds no GPU; lambdascale doctor says more")
+    size = request.memory_mib * MIB
+    blocks: dict[str, list[BlockTimes]] = {}
+    say("disk")
+    disk = measure_disk(request.disk, request.disk_mib * MIB)
+    say("memory and loopback")
+    stream, latency = probes.loopback(size)
+    rates = {
+        "memory": probes.memory_rate(size, device),
+        "copy": probes.copy_rate(size),
+        "to_device": probes.host_to_device_rate(size, device),
+        "flops": probes.matrix_rate(4096 if device.type == "cuda" else 1024, device, _compute_type(device)),
+    }
+    tables = []
+    for model in request.models:
+        say(f"{model.name}: {len(model.blocks)} blocks")
+        blocks[model.name] = measure_model(model, request.device, request.grid)
+        tables.append(table(model.name, blocks[model.name], request.grid))
+    provenance = _provenance(device)
+    cluster = {
+        "_target_": "lambdascale.core.ClusterSpec",
+        "name": request.name,
+        "provenance": provenance,
+        "nodes": request.nodes,
+        "gpus_per_node": 1,
+        "gpu": {
+            "_target_": "lambdascale.core.GpuSpec",
+            "name": _device_name(device),
+            "memory_bytes": _device_memory(device),
+            "hbm_bytes_per_s": rates["memory"],
+            "peak_flops": rates["flops"],
+        },
+        "compute": {
+            "_target_": "lambdascale.core.ComputeSpec",
+            # The rates above are measured, not a datasheet's: models without a table are reckoned with all of them.
+            "flops_efficiency": 1.0,
+            "bandwidth_efficiency": 1.0,
+            "measured": [_plain(t) for t in tables],
+        },
+        "nic_bytes_per_s": stream,
+        "rdma_efficiency": 1.0,
+        "collective_efficiency": 1.0,
+        "link_latency_s": latency,
+        "hop_latency_s": latency,
+        "pcie_bytes_per_s": rates["to_device"],
+        "ssd_bytes_per_s": max(disk.cold, disk.direct or 0.0),
+        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "usd_per_gpu_hour": _NO_PRICE,
+    }
+    return Profile(cluster, blocks, f"{provenance}; host copy {rates['copy'] / 1e9:.2f} GB/s; matrix kernel {KERNEL}")
+
+
+def measure_model(model: PackedModel, device: str, grid: Grid) -> list[BlockTimes]:
+    """Load a model through the block store and time its blocks."""
+    arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+    # On the way to a GPU every block passes through host memory.
+    config = StoreConfig(host_bytes=0 if device == "cpu" else arena, device_bytes=arena, device=device)
+    with BlockStore(config) as store:
+        store.add(model)
+        store.load(model.name, range(len(model.blocks)), keep_host=False).wait()
+        with store.weights(model.name, range(len(model.blocks))) as weights:
+            return measure_blocks(model.architecture, weights, grid)
+
+
+def write(profile: Profile, out: Path) -> None:
+    """Write the configuration, with what was measured per block in comments; complete or not at all."""
+    lines = ["# @package cluster", f"# Measured by lambdascale profile. {profile.provenance}."]
+    for model, blocks in profile.blocks.items():
+        lines.append(
+            f"# {model}, milliseconds per block: the longest prefill; decode of the largest batch at the longest context"
+        )
+        lines += [f"#   block {t.block}: {1e3 * t.prefill_s[-1]:.3f}; {1e3 * t.decode_s[-1][-1]:.3f}" for t in blocks]
+    text = "\n".join(lines) + "\n" + yaml.safe_dump(profile.cluster, sort_keys=False)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+
+
+def model_config(model: PackedModel) -> dict[str, Any]:
+    """A packed model as a file of conf/model."""
+    return {"_target_": "lambdascale.core.ModelSpec", **asdict(model.spec)}
+
+
+def _plain(measured: ComputeTable) -> dict[str, Any]:
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(measured).items()}
+    return {"_target_": "lambdascale.core.ComputeTable", **values}
+
+
+def _compute_type(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "CPU"
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _provenance(device: torch.device) -> str:
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"measured {when} on {_device_name(device)} ({os.cpu_count()} cores{threads}), torch {torch.__version__}"

@@ -1,0 +1,100 @@
+"""``lambdascale profile``: what this node can do, as a cluster configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lambdascale.core import UserError
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from lambdascale.checkpoints import PackedModel
+
+
+def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subcommands.add_parser(
+        "profile",
+        help="measure this node and write a cluster configuration",
+        description="Measure disk, memory, host to device, a loopback connection, and prefill and decode block by block, and write "
+        "a file for conf/cluster/measured that the simulator takes as cluster=measured/NAME.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
+    parser.add_argument("--model", type=Path, action="append", default=[], metavar="DIR", help="a packed model (repeatable)")
+    parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write each model as a file of conf/model there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
+    parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="measure this directory's disk")
+    parser.add_argument("--quick", action="store_true", help="few and small measurements, for a first look")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and write."""
+    if arguments.out.suffix != ".yaml":
+        raise UserError(f"--out must name a .yaml file, not {arguments.out}")
+    if arguments.nodes < 1:
+        raise UserError(f"--nodes must be at least 1, not {arguments.nodes}")
+    if not arguments.disk.is_dir():
+        raise UserError(f"--disk {arguments.disk} is not a directory")
+    # torch takes seconds to import: only here.
+    from lambdascale.calibration.compute import Grid
+    from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
+    from lambdascale.checkpoints import PackedModel
+
+    console = Console(stderr=True)
+    quick = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
+    with TemporaryDirectory(prefix="lambdascale-profile-") as scratch, console.status("") as status:
+        models = [PackedModel.open(path) for path in arguments.model] or [_small(Path(scratch))]
+        request = ProfileRequest(
+            name=arguments.out.stem,
+            models=tuple(models),
+            device=arguments.device,
+            nodes=arguments.nodes,
+            disk=arguments.disk,
+            disk_mib=32 if arguments.quick else 512,
+            memory_mib=32 if arguments.quick else 256,
+            grid=quick if arguments.quick else Grid(),
+        )
+        profile = measure(request, lambda what: status.update(f"measuring {what} ..."))
+        write(profile, arguments.out)
+        if arguments.model_configs is not None:
+            _write_models({model.name: model_config(model) for model in models}, arguments.model_configs)
+    cluster = profile.cluster
+    for name, unit in (("ssd_bytes_per_s", "disk"), ("pcie_bytes_per_s", "host to device"), ("nic_bytes_per_s", "loopback")):
+        print(f"{unit}: {cluster[name] / 1e9:.2f} GB/s")
+    for table in cluster["compute"]["measured"]:
+        decode = 1e3 * table["decode_s"][0]
+        rate = table["prefill_tokens"][-1] / table["prefill_s"][-1]
+        print(f"{table['model']}: decode {decode:.2f} ms a token, prefill {rate:.0f} tokens/s")
+    print(f"wrote {arguments.out}; use it with cluster=measured/{arguments.out.stem}")
+    return 0
+
+
+def _small(scratch: Path) -> PackedModel:
+    """Without a model of the user's: random weights, 58 million parameters."""
+    from lambdascale.checkpoints import PackedModel, pack
+    from lambdascale.checkpoints.synthetic import PRESETS, write_random
+
+    (scratch / "source").mkdir()
+    write_random(PRESETS["small"], scratch / "source", seed=0)
+    pack(scratch / "source", scratch / "small", 4)
+    return PackedModel.open(scratch / "small")
+
+
+def _write_models(configs: dict[str, dict[str, object]], directory: Path) -> None:
+    import yaml
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, config in configs.items():
+            head = "# @package model\n# A packed model's sizes, written by lambdascale profile.\n"
+            (directory / f"{name}.yaml").write_text(head + yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from error
