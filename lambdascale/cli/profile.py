@@ -22,11 +22,11 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser(
         "profile",
         help="measure this node and write a cluster configuration",
-        description="Measure disk, memory, host to device, a loopback connection, and prefill and decode block by block, and write "
+        description="Measure disk, memory, host to device, a loopback connection, and prefill and decode block by block; write "
         "a file for conf/cluster/measured that the simulator takes as cluster=measured/NAME.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
-    parser.add_argument("--model", type=Path, action="append", default=[], metavar="DIR", help="a packed model (repeatable)")
+    parser.add_argument("--model", type=Path, action="append", default=[], metavar="DIR", help="a packed model, repeatable")
     parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write each model as a file of conf/model there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
