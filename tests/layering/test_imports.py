@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": PURE,
     "diagnostics": PURE,
     "inference": PURE | {"checkpoints", "control", "memory"},
-    "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics"},
+    "transport": PURE,
+    "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics", "transport"},
 }
 # Heavy or worldly libraries, and the only places that may import them.
 ONLY_IN = {

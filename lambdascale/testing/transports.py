@@ -1,0 +1,201 @@
+"""Conformance of transports: what an endpoint promises its node, also when the peer is gone."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from lambdascale.transport import Endpoint, Handlers, TransportError
+
+_WAIT_S = 10.0
+
+
+class Heard:
+    """Handlers that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.writes: list[tuple[int, int, int, int]] = []
+        self.messages: list[tuple[int, bytes]] = []
+        self.lost: list[tuple[int, str]] = []
+        self._changed = threading.Condition()
+
+    def handlers(self) -> Handlers:
+        """For an endpoint."""
+        return Handlers(
+            on_write=lambda *write: self._keep(lambda: self.writes.append(write)),
+            on_message=lambda *message: self._keep(lambda: self.messages.append(message)),
+            on_lost=lambda *loss: self._keep(lambda: self.lost.append(loss)),
+        )
+
+    def _keep(self, note: Callable[[], None]) -> None:
+        with self._changed:
+            note()
+            self._changed.notify_all()
+
+    def wait(self, condition: Callable[[Heard], bool]) -> None:
+        """Until the condition holds; fails after some seconds."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition(self), _WAIT_S), f"heard only {self.writes[-3:]} {self.lost}"
+
+
+class Node:
+    """An endpoint, its memory and what it heard."""
+
+    def __init__(self, endpoint: Endpoint, heard: Heard, size: int) -> None:
+        self.endpoint, self.heard, self.memory = endpoint, heard, bytearray(size)
+        endpoint.register(memoryview(self.memory))
+
+
+class TransportConformance:
+    """Subclass with ``make_endpoint``; ``break_off`` ends a connection as a crash would."""
+
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        """An endpoint of the cluster under test."""
+        raise NotImplementedError
+
+    def break_off(self, endpoint: Endpoint) -> None:
+        """Let all connections of an endpoint end without a goodbye."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def nodes(self) -> Iterator[Callable[..., list[Node]]]:
+        """Makes n nodes; closes them and checks that no thread is left."""
+        before = set(threading.enumerate())
+        with ExitStack() as stack:
+
+            def make(count: int, size: int = 1 << 20) -> list[Node]:
+                made = []
+                for node in range(count):
+                    heard = Heard()
+                    made.append(Node(self.make_endpoint(node, heard.handlers()), heard, size))
+                    stack.callback(made[-1].endpoint.close)
+                return made
+
+            yield make
+        deadline = time.monotonic() + _WAIT_S
+        while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not left, f"threads are left: {left}"
+
+    def pair(self, nodes: Callable[..., list[Node]], size: int = 1 << 20) -> tuple[Node, Node]:
+        """Two connected nodes."""
+        one, two = nodes(2, size)
+        one.endpoint.connect(1, two.endpoint.address)
+        return one, two
+
+    def test_a_write_lands_where_it_should(self, nodes: Callable[..., list[Node]]) -> None:
+        """And nowhere else; the number arrives with it."""
+        one, two = self.pair(nodes)
+        data = random.Random(1).randbytes(100_001)
+        one.endpoint.write(1, memoryview(data), 4097, 2**64 - 1).result(_WAIT_S)
+        two.heard.wait(lambda heard: bool(heard.writes))
+        assert two.heard.writes == [(0, 2**64 - 1, 4097, len(data))]
+        assert two.memory[4097 : 4097 + len(data)] == data
+        assert not any(two.memory[:4097])
+        assert not any(two.memory[4097 + len(data) :])
+
+    @pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 24) + 3])
+    def test_any_size(self, nodes: Callable[..., list[Node]], size: int) -> None:
+        """Nothing, a byte, more than any buffer."""
+        one, two = self.pair(nodes, max(size, 1))
+        data = random.Random(2).randbytes(size)
+        one.endpoint.write(1, memoryview(data), 0, 7).result(_WAIT_S)
+        two.heard.wait(lambda heard: bool(heard.writes))
+        assert two.memory[:size] == data
+
+    def test_writes_and_messages_keep_their_order(self, nodes: Callable[..., list[Node]]) -> None:
+        """A message sent after a write is told after it."""
+        one, two = self.pair(nodes)
+        for index in range(200):
+            one.endpoint.write(1, memoryview(bytes([index])), index, index)
+            one.endpoint.send(1, b"%d" % index)
+        two.heard.wait(lambda heard: len(heard.messages) == 200)
+        assert [write[1] for write in two.heard.writes] == list(range(200))
+        assert [data for _, data in two.heard.messages] == [b"%d" % index for index in range(200)]
+        assert two.memory[:200] == bytes(range(200))
+
+    def test_both_directions_at_once(self, nodes: Callable[..., list[Node]]) -> None:
+        """The accepting side may write as well."""
+        one, two = self.pair(nodes, 1 << 22)
+        data = random.Random(3).randbytes(1 << 21)
+        one.endpoint.send(1, b"hello")
+        two.heard.wait(lambda heard: bool(heard.messages))
+        for _ in range(5):
+            one.endpoint.write(1, memoryview(data), 0, 1)
+            two.endpoint.write(0, memoryview(data), 1 << 21, 2)
+        for node in (one, two):
+            node.heard.wait(lambda heard: len(heard.writes) == 5)
+        assert two.memory[: 1 << 21] == one.memory[1 << 21 :] == data
+
+    def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
+        """Each gets its own."""
+        first, *others = nodes(6)
+        for peer, node in enumerate(others, start=1):
+            first.endpoint.connect(peer, node.endpoint.address)
+        for peer in range(1, 6):
+            first.endpoint.write(peer, memoryview(bytes([peer]) * 1000), 0, peer)
+        for peer, node in enumerate(others, start=1):
+            node.heard.wait(lambda heard: bool(heard.writes))
+            assert node.memory[:1000] == bytes([peer]) * 1000
+
+    def test_a_write_outside_the_memory_ends_the_connection(self, nodes: Callable[..., list[Node]]) -> None:
+        """And touches nothing."""
+        one, two = self.pair(nodes, 1000)
+        one.endpoint.write(1, memoryview(bytes([255]) * 600), 500, 1)
+        two.heard.wait(lambda heard: bool(heard.lost))
+        assert two.heard.lost[0][0] == 0
+        assert not any(two.memory)
+        assert not two.heard.writes
+
+    def test_a_peer_that_dies_is_noticed(self, nodes: Callable[..., list[Node]]) -> None:
+        """Once; what is given afterwards fails instead of vanishing."""
+        one, two = self.pair(nodes)
+        one.endpoint.send(1, b"hello")
+        two.heard.wait(lambda heard: bool(heard.messages))
+        self.break_off(two.endpoint)
+        one.heard.wait(lambda heard: bool(heard.lost))
+        assert [peer for peer, _ in one.heard.lost] == [1]
+        with pytest.raises(TransportError):
+            one.endpoint.write(1, memoryview(b"x"), 0, 0).result(_WAIT_S)
+
+    def test_a_goodbye_is_no_loss(self, nodes: Callable[..., list[Node]]) -> None:
+        """And comes after everything that was given before."""
+        one, two = self.pair(nodes, 1 << 23)
+        data = random.Random(4).randbytes(1 << 23)
+        future = one.endpoint.write(1, memoryview(data), 0, 9)
+        one.endpoint.disconnect(1)
+        assert future.result(_WAIT_S) is None
+        two.heard.wait(lambda heard: bool(heard.writes))
+        assert two.memory == data
+        assert not one.heard.lost
+        assert not two.heard.lost
+        with pytest.raises(TransportError, match="not connected"):
+            one.endpoint.send(1, b"x")
+
+    def test_connecting_again(self, nodes: Callable[..., list[Node]]) -> None:
+        """After a goodbye."""
+        one, two = self.pair(nodes)
+        for round_ in range(3):
+            one.endpoint.send(1, b"%d" % round_).result(_WAIT_S)
+            two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
+            one.endpoint.disconnect(1)
+            one.endpoint.connect(1, two.endpoint.address)
+
+    def test_nobody_there(self, nodes: Callable[..., list[Node]]) -> None:
+        """A peer that has closed cannot be reached."""
+        one, two = nodes(2)
+        address = two.endpoint.address
+        two.endpoint.close()
+        with pytest.raises(TransportError, match="node 1"):
+            one.endpoint.connect(1, address)
+
+    def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
+        """An address that belongs to somebody else."""
+        one, two = nodes(2)
+        with pytest.raises(TransportError, match="is node 1, not 5"):
+            one.endpoint.connect(5, two.endpoint.address)

@@ -1,0 +1,64 @@
+"""The interface of a transport: a node's endpoint, and what it tells its node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from lambdascale.core import NodeId
+
+
+class TransportError(RuntimeError):
+    """A connection that cannot be made or has broken; the message names the peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handlers:
+    """What an endpoint calls, from threads of its own; they must return soon and not raise.
+
+    ``on_write(peer, immediate, offset, size)``: a peer's write is complete in registered memory. ``on_message(peer, data)``: a
+    message. ``on_lost(peer, reason)``: the connection is gone without having been closed; nothing more comes over it. Writes
+    and messages of one peer are told in the order they were given to its endpoint.
+    """
+
+    on_write: Callable[[NodeId, int, int, int], None]
+    on_message: Callable[[NodeId, bytes], None]
+    on_lost: Callable[[NodeId, str], None]
+
+
+class Endpoint(Protocol):
+    """One node's end of a transport."""
+
+    @property
+    def address(self) -> str:
+        """What a peer needs to connect; travels over the control channel."""
+        ...
+
+    def register(self, memory: memoryview) -> None:
+        """The memory that peers may write to, before anybody connects. Not copied, not resized."""
+        ...
+
+    def connect(self, peer: NodeId, address: str) -> None:
+        """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
+        ...
+
+    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        """Bring ``data`` to ``offset`` in the peer's registered memory, then tell the peer ``immediate`` (64 bits, unsigned).
+
+        Returns at once; the future is done when ``data`` may be changed again, or has a TransportError.
+        """
+        ...
+
+    def send(self, peer: NodeId, data: bytes) -> Future[None]:
+        """Send a message, in order with the writes to this peer."""
+        ...
+
+    def disconnect(self, peer: NodeId) -> None:
+        """End a connection on purpose; what was given before is delivered first."""
+        ...
+
+    def close(self) -> None:
+        """End all connections and stop listening; no thread, socket or segment stays behind."""
+        ...

@@ -1,0 +1,315 @@
+"""TCP: writes are received straight into the registered memory's final place. Authenticated by a key both ends know.
+
+A connection begins with a challenge either side answers with an HMAC of the key, so that nobody else's bytes reach the memory;
+the data itself is neither encrypted nor authenticated further: for trusted networks and loopback.
+"""
+
+from __future__ import annotations
+
+import hmac
+import queue
+import secrets
+import socket
+import struct
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from lambdascale.core import NodeId
+from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.pacing import TokenBucket
+
+_HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
+_WRITE, _MESSAGE, _BYE = range(3)
+_HELLO = struct.Struct("!32sI")  # challenge, node
+_PROOF_BYTES = 32
+_LARGEST_MESSAGE = 1 << 30
+_TIMEOUT_S = 5.0
+_BUFFER_BYTES = 4 << 20
+
+
+@dataclass
+class _Job:
+    """Something to send: a head and its payload."""
+
+    head: bytes
+    payload: memoryview
+    done: Future[None] = field(default_factory=Future)
+
+
+class _Connection:
+    """A socket with a thread for each direction."""
+
+    def __init__(self, endpoint: TcpEndpoint, peer: NodeId, sock: socket.socket) -> None:
+        self.peer = peer
+        self.sock = sock
+        self._endpoint = endpoint
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._reason = ""
+        self._left = 0
+        sock.settimeout(None)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.threads = [
+            threading.Thread(target=work, name=f"tcp-{name}-{peer}", daemon=True)
+            for name, work in (("send", self._send_all), ("receive", self._receive_all))
+        ]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
+        """Queue a write or message."""
+        job = _Job(_HEAD.pack(kind, immediate, offset, payload.nbytes), payload)
+        with self._lock:
+            if self._reason:
+                job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+            else:
+                self._jobs.put(job)
+        return job.done
+
+    def finish(self) -> None:
+        """Say goodbye after what was given, and wait until the peer has had it all."""
+        self.give(_BYE, 0, 0, memoryview(b""))
+        with self._lock:
+            self._reason = self._reason or "disconnected"
+        self._jobs.put(None)
+        self._join()
+        if self.threads[1].is_alive():
+            self._wake()
+            self._join()
+
+    def _join(self) -> None:
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(_TIMEOUT_S)
+
+    def _wake(self) -> None:
+        """Let calls that wait on the socket return."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+    def _leave(self) -> None:
+        """A thread is done; the last one closes the socket, which no call uses any more."""
+        with self._lock:
+            self._left += 1
+            last = self._left == len(self.threads)
+        if last:
+            self.sock.close()
+
+    def _break(self, reason: str, *, tell: bool) -> None:
+        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        with self._lock:
+            first, self._reason = not self._reason, self._reason or reason
+        if tell:
+            self._wake()
+        if first:
+            self._endpoint.forget(self)
+            self._jobs.put(None)
+            if tell:
+                self._endpoint.handlers.on_lost(self.peer, reason)
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._send(job)
+            except OSError as error:
+                job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
+                self._break(str(error), tell=True)
+            else:
+                job.done.set_result(None)
+        while not self._jobs.empty():
+            if (job := self._jobs.get()) is not None:
+                job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+        # The peer sees the end of what this side sends, after all of it.
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        self._leave()
+
+    def _send(self, job: _Job) -> None:
+        self.sock.sendall(job.head)
+        bucket = self._endpoint.link
+        if bucket is None:
+            self.sock.sendall(job.payload)
+            return
+        payload = job.payload.cast("B")
+        for begin in range(0, len(payload), bucket.piece_bytes):
+            piece = payload[begin : begin + bucket.piece_bytes]
+            bucket.take(len(piece))
+            self.sock.sendall(piece)
+
+    # -- receiving ---------------------------------------------------------------------------------------------------
+
+    def _receive_all(self) -> None:
+        try:
+            while self._receive_one():
+                pass
+        except (OSError, EOFError) as error:
+            self._break(str(error) or "the connection is gone", tell=True)
+        else:
+            self._break("the peer has disconnected", tell=False)
+        self._leave()
+
+    def _receive_one(self) -> bool:
+        head = bytearray(_HEAD.size)
+        _fill(self.sock, memoryview(head))
+        kind, immediate, offset, size = _HEAD.unpack(head)
+        if kind == _BYE:
+            return False
+        handlers = self._endpoint.handlers
+        if kind == _WRITE:
+            memory = self._endpoint.memory
+            if offset + size > len(memory):
+                raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
+            _fill(self.sock, memory[offset : offset + size])
+            handlers.on_write(self.peer, immediate, offset, size)
+        elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:
+            data = bytearray(size)
+            _fill(self.sock, memoryview(data))
+            handlers.on_message(self.peer, bytes(data))
+        else:
+            raise EOFError(f"it sends something unknown (kind {kind}, {size} bytes)")
+        return True
+
+
+def _fill(sock: socket.socket, target: memoryview) -> None:
+    """Receive exactly as much as ``target`` holds; EOFError if the connection ends before."""
+    at = 0
+    while at < len(target):
+        count = sock.recv_into(target[at:])
+        if count == 0:
+            raise EOFError("the connection ended")
+        at += count
+
+
+class TcpEndpoint:
+    """An Endpoint over TCP, listening on ``host`` (loopback unless told otherwise). ``link`` paces all it sends."""
+
+    def __init__(
+        self, node: NodeId, handlers: Handlers, key: bytes, *, host: str = "127.0.0.1", link: TokenBucket | None = None
+    ) -> None:
+        self.node = node
+        self.handlers = handlers
+        self.link = link
+        self.memory = memoryview(bytearray())
+        self._key = key
+        self._lock = threading.Lock()
+        self._connections: dict[NodeId, _Connection] = {}
+        self._closed = False
+        self._server = socket.create_server((host, 0))
+        self._listener = threading.Thread(target=self._accept_all, name=f"tcp-accept-{node}", daemon=True)
+        self._listener.start()
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        host, port = self._server.getsockname()[:2]
+        return f"{host}:{port}"
+
+    def register(self, memory: memoryview) -> None:
+        """See Endpoint."""
+        self.memory = memory.cast("B")
+
+    def connect(self, peer: NodeId, address: str) -> None:
+        """See Endpoint."""
+        host, _, port = address.rpartition(":")
+        try:
+            sock = socket.create_connection((host, int(port)), timeout=_TIMEOUT_S)
+        except OSError as error:
+            raise TransportError(f"node {peer} at {address} cannot be reached: {error}") from error
+        try:
+            found = self._shake(sock)
+        except (OSError, EOFError) as error:
+            sock.close()
+            raise TransportError(f"node {peer} at {address} does not answer as one of this cluster: {error}") from error
+        if found != peer:
+            sock.close()
+            raise TransportError(f"{address} is node {found}, not {peer}")
+        self._add(_Connection(self, peer, sock))
+
+    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        """See Endpoint."""
+        return self._connection(peer).give(_WRITE, immediate, offset, data)
+
+    def send(self, peer: NodeId, data: bytes) -> Future[None]:
+        """See Endpoint."""
+        return self._connection(peer).give(_MESSAGE, 0, 0, memoryview(data))
+
+    def disconnect(self, peer: NodeId) -> None:
+        """See Endpoint."""
+        with self._lock:
+            connection = self._connections.pop(peer, None)
+        if connection is not None:
+            connection.finish()
+
+    def close(self) -> None:
+        """See Endpoint."""
+        with self._lock:
+            self._closed = True
+            connections = list(self._connections)
+        for peer in connections:
+            self.disconnect(peer)
+        # A blocked accept() is woken by shutting the socket down.
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._listener.join(_TIMEOUT_S)
+
+    def forget(self, connection: _Connection) -> None:
+        """Called by a connection that is over."""
+        with self._lock:
+            if self._connections.get(connection.peer) is connection:
+                del self._connections[connection.peer]
+
+    def _connection(self, peer: NodeId) -> _Connection:
+        with self._lock:
+            if peer not in self._connections:
+                raise TransportError(f"node {peer} is not connected")
+            return self._connections[peer]
+
+    def _add(self, connection: _Connection) -> None:
+        with self._lock:
+            refused = self._closed or connection.peer in self._connections
+            if not refused:
+                self._connections[connection.peer] = connection
+                connection.start()
+        if refused:
+            connection.sock.close()
+            raise TransportError(f"node {connection.peer} is connected already")
+
+    def _accept_all(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._admit, args=(sock,), name="tcp-admit", daemon=True).start()
+
+    def _admit(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(_TIMEOUT_S)
+            self._add(_Connection(self, self._shake(sock), sock))
+        except (OSError, EOFError, TransportError):
+            sock.close()  # not one of us, or twice the same: the other side sees its connection end
+
+    def _shake(self, sock: socket.socket) -> NodeId:
+        """Exchange challenges and prove to know the key, both ways; the peer's node id."""
+        mine = secrets.token_bytes(32)
+        sock.sendall(_HELLO.pack(mine, self.node))
+        hello, proof = bytearray(_HELLO.size), bytearray(_PROOF_BYTES)
+        _fill(sock, memoryview(hello))
+        theirs, peer = _HELLO.unpack(hello)
+        sock.sendall(self._proof(theirs, self.node))
+        _fill(sock, memoryview(proof))
+        if theirs == mine or not hmac.compare_digest(self._proof(mine, peer), bytes(proof)):
+            raise EOFError("it does not know the cluster's key")
+        return int(peer)
+
+    def _proof(self, challenge: bytes, node: NodeId) -> bytes:
+        return hmac.digest(self._key, challenge + struct.pack("!I", node), "sha256")

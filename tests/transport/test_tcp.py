@@ -1,0 +1,141 @@
+"""The TCP transport."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+
+from lambdascale.testing.transports import Heard, TransportConformance
+from lambdascale.transport import Endpoint, Handlers, TcpEndpoint, TokenBucket, TransportError
+
+KEY = b"k" * 32
+
+
+class TestTcp(TransportConformance):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return TcpEndpoint(node, handlers, KEY)
+
+    def break_off(self, endpoint: Endpoint) -> None:
+        assert isinstance(endpoint, TcpEndpoint)
+        for connection in list(endpoint._connections.values()):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class TestPacedTcp(TestTcp):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return TcpEndpoint(node, handlers, KEY, link=TokenBucket(200e6))
+
+
+class TestStrangers:
+    def test_another_key(self) -> None:
+        heard = Heard()
+        one, two = TcpEndpoint(0, heard.handlers(), KEY), TcpEndpoint(1, heard.handlers(), b"other")
+        with pytest.raises(TransportError, match="does not answer as one of this cluster"):
+            one.connect(1, two.address)
+        assert not one._connections
+        one.close()
+        two.close()
+        assert not two._connections
+        assert not heard.lost
+
+    @pytest.mark.parametrize("noise", [b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(500)])
+    def test_noise(self, noise: bytes) -> None:
+        heard = Heard()
+        endpoint = TcpEndpoint(0, heard.handlers(), KEY)
+        host, _, port = endpoint.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(noise)
+            stranger.shutdown(socket.SHUT_WR)
+            stranger.settimeout(10)
+            with suppress(ConnectionResetError):
+                while stranger.recv(1000):
+                    pass
+        assert not endpoint._connections
+        endpoint.close()
+
+    def test_an_echo_of_the_challenge(self) -> None:
+        """A stranger that sends back what it gets proves nothing."""
+        heard = Heard()
+        endpoint = TcpEndpoint(0, heard.handlers(), KEY)
+        host, _, port = endpoint.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.settimeout(10)
+            while data := stranger.recv(1000):
+                stranger.sendall(data)
+        assert not endpoint._connections
+        endpoint.close()
+
+
+@pytest.mark.live
+def test_a_killed_process_is_noticed_within_two_seconds() -> None:
+    code = (
+        "import sys, time\n"
+        "from lambdascale.testing.transports import Heard\n"
+        "from lambdascale.transport import TcpEndpoint\n"
+        "endpoint = TcpEndpoint(1, Heard().handlers(), b'k' * 32)\n"
+        "endpoint.register(memoryview(bytearray(1 << 28)))\n"
+        "print(endpoint.address, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        heard = Heard()
+        endpoint = TcpEndpoint(0, heard.handlers(), KEY, link=TokenBucket(100e6))
+        endpoint.connect(1, address)
+        future = endpoint.write(1, memoryview(bytes(1 << 28)), 0, 1)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        heard.wait(lambda heard: bool(heard.lost))
+        assert time.monotonic() - begin < 2
+        with pytest.raises(TransportError):
+            future.result(5)
+        endpoint.close()
+
+
+class TestPacing:
+    @staticmethod
+    def bucket(rate: float) -> tuple[TokenBucket, list[float]]:
+        now = [100.0]
+
+        def sleep(seconds: float) -> None:
+            now[0] += seconds
+
+        return TokenBucket(rate, clock=lambda: now[0], sleep=sleep), now
+
+    def test_the_rate_is_kept(self) -> None:
+        bucket, now = self.bucket(1000.0)
+        for _ in range(100):
+            bucket.take(50)
+        assert now[0] - 100.0 == pytest.approx(5.0, abs=0.01)
+
+    def test_idle_time_is_not_saved_up(self) -> None:
+        bucket, now = self.bucket(1000.0)
+        bucket.take(10)
+        now[0] += 50.0
+        begin = now[0]
+        bucket.take(1000)
+        assert now[0] - begin == pytest.approx(1.0, abs=0.01)
+
+    def test_sharers_share(self) -> None:
+        bucket = TokenBucket(50e6)
+        begin = time.monotonic()
+        threads = [threading.Thread(target=lambda: [bucket.take(bucket.piece_bytes) for _ in range(25)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - begin >= 0.9 * 100 * bucket.piece_bytes / 50e6
+
+    def test_a_rate_of_nothing(self) -> None:
+        with pytest.raises(ValueError, match="must be positive"):
+            TokenBucket(0)
