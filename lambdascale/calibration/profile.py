@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +46,7 @@ class Profile:
     cluster: dict[str, Any]
     blocks: dict[str, list[BlockTimes]]
     provenance: str
+    grid: Grid
 
 
 def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: None) -> Profile:
@@ -101,7 +102,9 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "usd_per_gpu_hour": _NO_PRICE,
     }
-    return Profile(cluster, blocks, f"{provenance}; host copy {rates['copy'] / 1e9:.2f} GB/s; matrix kernel {KERNEL}")
+    return Profile(
+        cluster, blocks, f"{provenance}; host copy {rates['copy'] / 1e9:.2f} GB/s; matrix kernel {KERNEL}", request.grid
+    )
 
 
 def measure_model(model: PackedModel, device: str, grid: Grid) -> list[BlockTimes]:
@@ -121,9 +124,10 @@ def write(profile: Profile, out: Path) -> None:
     lines = ["# @package cluster", f"# Measured by lambdascale profile. {profile.provenance}."]
     for model, blocks in profile.blocks.items():
         lines.append(
-            f"# {model}, milliseconds per block: the longest prefill; decode of the largest batch at the longest context"
+            f"# {model}, milliseconds per block: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of"
         )
-        lines += [f"#   block {t.block}: {1e3 * t.prefill_s[-1]:.3f}; {1e3 * t.decode_s[-1][-1]:.3f}" for t in blocks]
+        lines.append(f"# {profile.grid.decode_batch}, each at contexts of {profile.grid.contexts} tokens")
+        lines += [f"#   block {t.block}: {_ms(t.prefill_s)}; {' | '.join(_ms(row) for row in t.decode_s)}" for t in blocks]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(profile.cluster, sort_keys=False)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -132,6 +136,10 @@ def write(profile: Profile, out: Path) -> None:
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
+
+
+def _ms(values: Sequence[float]) -> str:
+    return " ".join(f"{1e3 * value:.3g}" for value in values)
 
 
 def model_config(model: PackedModel) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +79,12 @@ def reference() -> Callable[[Path], Any]:
 def answers(reference: Callable[[Path], Any]) -> Answer:
     """transformers' greedy continuation of each prompt, one at a time."""
 
-    def generate(directory: Path, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        model = reference(directory)
-        found = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)])
-            done = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-            found.append(done[0, len(prompt) :].tolist())
+    @cache
+    def one(directory: Path, prompt: tuple[int, ...], tokens: int) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        done = reference(directory).generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        found: list[int] = done[0, len(prompt) :].tolist()
         return found
 
-    return generate
+    return lambda directory, prompts, tokens: [one(directory, tuple(prompt), tokens) for prompt in prompts]

@@ -76,11 +76,16 @@ def test_logits_are_within_a_ten_thousandth(
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("split", [[8], [1, 7], [3, 5], [2, 2, 4], [1, 2, 3, 2], [1] * 8], ids=str)
+def splits(blocks: int) -> list[list[int]]:
+    """All ways to cut ``blocks`` blocks into stages."""
+    return [[blocks]] + [[*rest, last] for last in range(1, blocks) for rest in splits(blocks - last)]
+
+
+@pytest.mark.parametrize("split", [*splits(4), [1] * 8, [3, 1, 4]], ids=str)
 def test_every_split_into_stages(split: list[int], models: Callable[[str], Path], answers: Answer, tmp_path: Path) -> None:
     asked = prompts()
     wanted = answers(models("llama_tied"), asked, TOKENS)
-    pack(models("llama_tied"), tmp_path / "packed", 8)
+    pack(models("llama_tied"), tmp_path / "packed", sum(split))
     source = PackedModel.open(tmp_path / "packed")
     running = engine(load_blocks(source), source, split)
     sent = tickets(asked)
