@@ -56,13 +56,21 @@ class _Differences:
     qkv_bias: bool | str = "attention_bias"  # a string: the config's own key, False if absent
     output_bias: bool | str = "attention_bias"
     mlp_bias: bool | str = "mlp_bias"
-    windowed: bool = False
+    windows: _Windows | None = None
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Where sliding windows are used unless the config says so itself: whether at all, and from which layer on."""
+
+    used: bool
+    first_layer: int
 
 
 ARCHITECTURES = {
     "LlamaForCausalLM": _Differences(),
-    "MistralForCausalLM": _Differences(qkv_bias=False, output_bias=False, mlp_bias=False, windowed=True),
-    "Qwen2ForCausalLM": _Differences(qkv_bias=True, output_bias=False, mlp_bias=False, windowed=True),
+    "MistralForCausalLM": _Differences(qkv_bias=False, output_bias=False, mlp_bias=False, windows=_Windows(True, 0)),
+    "Qwen2ForCausalLM": _Differences(qkv_bias=True, output_bias=False, mlp_bias=False, windows=_Windows(False, 28)),
 }
 
 
@@ -80,6 +88,8 @@ def load_architecture(directory: Path) -> Architecture:
 
 def parse_architecture(config: Mapping[str, Any], where: object = "config.json") -> Architecture:
     """The architecture of a parsed config.json; ``where`` names it in errors."""
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where} does not hold a model's configuration")
     names = config.get("architectures") or ["none given"]
     if names[0] not in ARCHITECTURES:
         raise UserError(f"{where}: architecture {names[0]} is not supported; known are {', '.join(ARCHITECTURES)}")
@@ -89,6 +99,10 @@ def parse_architecture(config: Mapping[str, Any], where: object = "config.json")
         return _parse(names[0], config, where)
     except KeyError as error:
         raise UserError(f"{where}: {error} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} holds a value that makes no sense: {error}") from error
 
 
 def _parse(name: str, config: Mapping[str, Any], where: object) -> Architecture:
@@ -116,7 +130,7 @@ def _parse(name: str, config: Mapping[str, Any], where: object) -> Architecture:
         qkv_bias=bias(differences.qkv_bias),
         output_bias=bias(differences.output_bias),
         mlp_bias=bias(differences.mlp_bias),
-        windows=_windows(config, layers) if differences.windowed else (None,) * layers,
+        windows=_windows(config, layers, differences.windows),
     )
 
 
@@ -137,13 +151,13 @@ def _rope(config: Mapping[str, Any], where: object) -> tuple[float, RopeScaling 
     )
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Sliding windows per layer: by layer_types where given, else Qwen2's switch and first layer, else Mistral's everywhere."""
+def _windows(config: Mapping[str, Any], layers: int, defaults: _Windows | None) -> tuple[int | None, ...]:
+    """Sliding windows per layer: by layer_types where given, else by use_sliding_window and max_window_layers."""
     window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window", True) is False:
+    if defaults is None or window is None or not config.get("use_sliding_window", defaults.used):
         return (None,) * layers
     kinds = config.get("layer_types")
     if kinds is None:
-        first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+        first = config.get("max_window_layers", defaults.first_layer)
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)

@@ -318,7 +318,7 @@ class BlockStore:
         error: Exception | None = None
         try:
             self._bring(job, on_block)
-        except UserError as failure:
+        except Exception as failure:  # whoever waits for the load is told, also of a fault of on_block's
             error = failure
         finally:
             with self._lock:

@@ -120,6 +120,16 @@ class TestLoading:
             load.wait(30)
         assert all(right(store, name, tier) for name in "ab" for tier in ("host", "gpu"))
 
+    def test_whoever_waits_hears_of_a_fault_in_on_block(self, make: Callable[..., BlockStore]) -> None:
+        def faulty(name: str, block: int) -> None:
+            raise ZeroDivisionError("mine")
+
+        store = make()
+        with pytest.raises(ZeroDivisionError):
+            store.load("a", range(BLOCKS), on_block=faulty).wait(30)
+        store.load("a", range(BLOCKS)).wait(30)
+        assert right(store, "a", "gpu")
+
     def test_cancelled(self, make: Callable[..., BlockStore]) -> None:
         store, go = make(), threading.Event()
         load = store.load("a", range(BLOCKS), on_block=lambda *_: go.wait(10))

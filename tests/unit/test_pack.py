@@ -174,11 +174,31 @@ class TestArchitectures:
             (TINY | {"hidden_act": "gelu"}, "gelu"),
             (TINY | {"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
             ({key: value for key, value in TINY.items() if key != "hidden_size"}, "hidden_size"),
+            ([1, 2], "does not hold a model's configuration"),
+            (TINY | {"num_hidden_layers": "many"}, "makes no sense"),
+            (TINY | {"num_attention_heads": 0}, "makes no sense"),
         ],
     )
     def test_unknown_ones_are_refused(self, config: dict[str, Any], reason: str) -> None:
         with pytest.raises(UserError, match=reason):
             parse_architecture(config)
+
+    @pytest.mark.parametrize(
+        ("config", "windows"),
+        [
+            ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, (4096, 4096, 4096)),
+            ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, (None, None, None)),
+            ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 131072, "use_sliding_window": False}, (None, None, None)),
+            ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 32768}, (None, None, None)),
+            (
+                {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1},
+                (None, 9, 9),
+            ),
+            ({"sliding_window": 4096}, (None, None, None)),
+        ],
+    )
+    def test_windows_as_published_configs_mean_them(self, config: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+        assert parse_architecture(TINY | {"num_hidden_layers": 3} | config).windows == windows
 
     @given(layers=st.integers(1, 40), data=st.data())
     def test_blocks_are_even_to_a_layer(self, layers: int, data: st.DataObject) -> None:
