@@ -7,6 +7,7 @@ plans and no models.
 
 from lambdascale.transport.base import Endpoint, Handlers, TransportError
 from lambdascale.transport.pacing import TokenBucket
+from lambdascale.transport.shm import ShmEndpoint
 from lambdascale.transport.tcp import TcpEndpoint
 
-__all__ = ["Endpoint", "Handlers", "TcpEndpoint", "TokenBucket", "TransportError"]
+__all__ = ["Endpoint", "Handlers", "ShmEndpoint", "TcpEndpoint", "TokenBucket", "TransportError"]

@@ -36,6 +36,10 @@ class Endpoint(Protocol):
         """What a peer needs to connect; travels over the control channel."""
         ...
 
+    def allocate(self, size: int) -> memoryview:
+        """Touched memory of ``size`` bytes that this transport can register."""
+        ...
+
     def register(self, memory: memoryview) -> None:
         """The memory that peers may write to, before anybody connects. Not copied, not resized."""
         ...

@@ -12,16 +12,19 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import Handlers, TransportError
 from lambdascale.transport.pacing import TokenBucket
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-_WRITE, _MESSAGE, _BYE = range(3)
+_WRITE, _MESSAGE, _BYE, _PLACED = range(4)  # placed: a write whose bytes did not come through the socket
 _HELLO = struct.Struct("!32sI")  # challenge, node
 _PROOF_BYTES = 32
 _LARGEST_MESSAGE = 1 << 30
@@ -31,9 +34,11 @@ _BUFFER_BYTES = 4 << 20
 
 @dataclass
 class _Job:
-    """Something to send: a head and its payload."""
+    """Something to send."""
 
-    head: bytes
+    kind: int
+    immediate: int
+    offset: int
     payload: memoryview
     done: Future[None] = field(default_factory=Future)
 
@@ -41,8 +46,9 @@ class _Job:
 class _Connection:
     """A socket with a thread for each direction."""
 
-    def __init__(self, endpoint: TcpEndpoint, peer: NodeId, sock: socket.socket) -> None:
+    def __init__(self, endpoint: TcpEndpoint, peer: NodeId, sock: socket.socket, theirs: memoryview | None) -> None:
         self.peer = peer
+        self._theirs = theirs  # the peer's memory where it can be reached without the socket
         self.sock = sock
         self._endpoint = endpoint
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -64,7 +70,7 @@ class _Connection:
 
     def give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
         """Queue a write or message."""
-        job = _Job(_HEAD.pack(kind, immediate, offset, payload.nbytes), payload)
+        job = _Job(kind, immediate, offset, payload)
         with self._lock:
             if self._reason:
                 job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
@@ -119,7 +125,7 @@ class _Connection:
         while (job := self._jobs.get()) is not None:
             try:
                 self._send(job)
-            except OSError as error:
+            except (OSError, EOFError) as error:
                 job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
                 self._break(str(error), tell=True)
             else:
@@ -133,16 +139,31 @@ class _Connection:
         self._leave()
 
     def _send(self, job: _Job) -> None:
-        self.sock.sendall(job.head)
-        bucket = self._endpoint.link
-        if bucket is None:
-            self.sock.sendall(job.payload)
+        head = _HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes)
+        theirs = self._theirs
+        if job.kind == _WRITE and theirs is not None:
+            if job.offset + job.payload.nbytes > len(theirs):
+                raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {len(theirs)}")
+            target = np.frombuffer(theirs, dtype=np.uint8)
+            for begin, piece in self._paced(job.payload):
+                # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
+                target[job.offset + begin : job.offset + begin + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+            self.sock.sendall(_HEAD.pack(_PLACED, *_HEAD.unpack(head)[1:]))
             return
-        payload = job.payload.cast("B")
-        for begin in range(0, len(payload), bucket.piece_bytes):
-            piece = payload[begin : begin + bucket.piece_bytes]
-            bucket.take(len(piece))
+        self.sock.sendall(head)
+        for _, piece in self._paced(job.payload):
             self.sock.sendall(piece)
+
+    def _paced(self, payload: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """The payload and its places, in pieces, each when the link has room for it."""
+        bucket = self._endpoint.link
+        flat = payload.cast("B") if payload.nbytes else payload
+        step = bucket.piece_bytes if bucket is not None else max(1, len(flat))
+        for begin in range(0, len(flat), step):
+            piece = flat[begin : begin + step]
+            if bucket is not None:
+                bucket.take(len(piece))
+            yield begin, piece
 
     # -- receiving ---------------------------------------------------------------------------------------------------
 
@@ -158,27 +179,28 @@ class _Connection:
 
     def _receive_one(self) -> bool:
         head = bytearray(_HEAD.size)
-        _fill(self.sock, memoryview(head))
+        fill(self.sock, memoryview(head))
         kind, immediate, offset, size = _HEAD.unpack(head)
         if kind == _BYE:
             return False
         handlers = self._endpoint.handlers
-        if kind == _WRITE:
+        if kind in (_WRITE, _PLACED):
             memory = self._endpoint.memory
             if offset + size > len(memory):
                 raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
-            _fill(self.sock, memory[offset : offset + size])
+            if kind == _WRITE:
+                fill(self.sock, memory[offset : offset + size])
             handlers.on_write(self.peer, immediate, offset, size)
         elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:
             data = bytearray(size)
-            _fill(self.sock, memoryview(data))
+            fill(self.sock, memoryview(data))
             handlers.on_message(self.peer, bytes(data))
         else:
             raise EOFError(f"it sends something unknown (kind {kind}, {size} bytes)")
         return True
 
 
-def _fill(sock: socket.socket, target: memoryview) -> None:
+def fill(sock: socket.socket, target: memoryview) -> None:
     """Receive exactly as much as ``target`` holds; EOFError if the connection ends before."""
     at = 0
     while at < len(target):
@@ -212,6 +234,11 @@ class TcpEndpoint:
         host, port = self._server.getsockname()[:2]
         return f"{host}:{port}"
 
+    def allocate(self, size: int) -> memoryview:
+        """See Endpoint. Any memory will do for TCP."""
+        memory = bytearray(size)
+        return memoryview(memory)
+
     def register(self, memory: memoryview) -> None:
         """See Endpoint."""
         self.memory = memory.cast("B")
@@ -224,14 +251,14 @@ class TcpEndpoint:
         except OSError as error:
             raise TransportError(f"node {peer} at {address} cannot be reached: {error}") from error
         try:
-            found = self._shake(sock)
+            found, theirs = self._shake(sock), self.introduce(sock)
         except (OSError, EOFError) as error:
             sock.close()
             raise TransportError(f"node {peer} at {address} does not answer as one of this cluster: {error}") from error
         if found != peer:
             sock.close()
             raise TransportError(f"{address} is node {found}, not {peer}")
-        self._add(_Connection(self, peer, sock))
+        self._add(_Connection(self, peer, sock, theirs))
 
     def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
@@ -294,19 +321,23 @@ class TcpEndpoint:
     def _admit(self, sock: socket.socket) -> None:
         try:
             sock.settimeout(_TIMEOUT_S)
-            self._add(_Connection(self, self._shake(sock), sock))
+            self._add(_Connection(self, self._shake(sock), sock, self.introduce(sock)))
         except (OSError, EOFError, TransportError):
             sock.close()  # not one of us, or twice the same: the other side sees its connection end
+
+    def introduce(self, sock: socket.socket) -> memoryview | None:
+        """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
+        return None
 
     def _shake(self, sock: socket.socket) -> NodeId:
         """Exchange challenges and prove to know the key, both ways; the peer's node id."""
         mine = secrets.token_bytes(32)
         sock.sendall(_HELLO.pack(mine, self.node))
         hello, proof = bytearray(_HELLO.size), bytearray(_PROOF_BYTES)
-        _fill(sock, memoryview(hello))
+        fill(sock, memoryview(hello))
         theirs, peer = _HELLO.unpack(hello)
         sock.sendall(self._proof(theirs, self.node))
-        _fill(sock, memoryview(proof))
+        fill(sock, memoryview(proof))
         if theirs == mine or not hmac.compare_digest(self._proof(mine, peer), bytes(proof)):
             raise EOFError("it does not know the cluster's key")
         return int(peer)

@@ -1,4 +1,4 @@
-"""The TCP transport."""
+"""The TCP and shared-memory transports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import suppress
 import pytest
 
 from lambdascale.testing.transports import Heard, TransportConformance
-from lambdascale.transport import Endpoint, Handlers, TcpEndpoint, TokenBucket, TransportError
+from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError
 
 KEY = b"k" * 32
 
@@ -32,6 +32,29 @@ class TestTcp(TransportConformance):
 class TestPacedTcp(TestTcp):
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
         return TcpEndpoint(node, handlers, KEY, link=TokenBucket(200e6))
+
+
+class TestShm(TestTcp):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return ShmEndpoint(node, handlers, KEY)
+
+    def test_memory_of_somebody_else_cannot_be_registered(self) -> None:
+        endpoint = ShmEndpoint(0, Heard().handlers(), KEY)
+        with pytest.raises(ValueError, match="allocate"):
+            endpoint.register(memoryview(bytearray(10)))
+        endpoint.close()
+
+    def test_nothing_is_left_in_dev_shm(self) -> None:
+        before = set(os.listdir("/dev/shm"))
+        endpoint = ShmEndpoint(0, Heard().handlers(), KEY)
+        endpoint.register(endpoint.allocate(1 << 20))
+        assert set(os.listdir("/dev/shm")) == before
+        endpoint.close()
+
+
+class TestPacedShm(TestTcp):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return ShmEndpoint(node, handlers, KEY, link=TokenBucket(200e6))
 
 
 class TestStrangers:
