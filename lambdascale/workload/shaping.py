@@ -6,7 +6,8 @@ Applied in this order, so that each setting means the same whatever else is set:
 2. ``repeat``: that many copies one after the other, each shifted by the length of the one before;
 3. ``rate_scale``: below 1 each request is kept with that probability (thinning). Above 1 each request is copied, the
    fractional part with that probability, and a copy follows its original by a uniform share of the shorter of the
-   gaps around it: bursts stay together and grow, and the rate keeps its shape at time scales longer than a gap;
+   gaps around it (for the last one, of what is left of the window): bursts stay together and grow, and the rate
+   keeps its shape at time scales longer than a gap;
 4. ``time_compression``: every time is divided by it;
 5. ``limit``: the first so many requests;
 6. ``max_output_tokens``, ``max_prompt_tokens``, ``max_context_tokens``: longer requests are cut, not dropped. The
@@ -138,7 +139,8 @@ def _rate_scaled(columns: Columns, scale: float, rng: np.random.Generator) -> Co
     original = np.repeat(np.arange(len(columns)), copies)
     is_original = np.diff(original, prepend=-1) != 0
     gap_s = np.diff(columns.arrival_s)
-    room_s = np.minimum(np.append(gap_s, np.inf), np.insert(gap_s, 0, np.inf)) if len(gap_s) else np.zeros(1)
+    left_s = max(columns.period_s - float(columns.arrival_s[-1]), 0.0)
+    room_s = np.minimum(np.append(gap_s, left_s), np.insert(gap_s, 0, np.inf)) if len(gap_s) else np.zeros(1)
     delay_s: Floats = np.where(is_original, 0.0, rng.random(len(original)) * room_s[original])
     return columns.take(original).at(columns.arrival_s[original] + delay_s)
 

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lambdascale.core import Request, TraceError
@@ -59,6 +59,7 @@ def test_generated(shaping: dict[str, Any], seed: int, count: int, duration: flo
         assert list(workload.requests(models=models, seed=seed)) == requests
 
 
+@example(times=[0.0, 2756.0], shaping={"rate_scale": 2.0}, start=0.0, duration=4639.0, batch=1)  # a copy past the window
 @settings(max_examples=60, deadline=None)
 @given(times=TIMES, shaping=SHAPING, start=st.floats(0, 1e6), duration=st.none() | st.floats(1e-3, 1e6), batch=st.integers(1, 4))
 def test_arrivals_from_a_file(

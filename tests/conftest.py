@@ -1,0 +1,16 @@
+"""Settings of the whole suite.
+
+Properties draw the same examples every time, so that a commit is judged by what it changed. Looking for new failures is a
+run of its own: ``HYPOTHESIS_PROFILE=explore scripts/test tests/property`` draws fresh ones, and what it finds becomes an
+``@example`` of the property.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True, database=None)
+settings.register_profile("explore", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
