@@ -109,12 +109,12 @@ class TransportConformance:
         assert two.memory[:size] == data
 
     def test_writes_and_messages_keep_their_order(self, nodes: Callable[..., list[Node]]) -> None:
-        """A message sent after a write is told after it."""
+        """Each kind on its own."""
         one, two = self.pair(nodes)
         for index in range(200):
             one.endpoint.write(1, memoryview(bytes([index])), index, index)
             one.endpoint.send(1, b"%d" % index)
-        two.heard.wait(lambda heard: len(heard.messages) == 200)
+        two.heard.wait(lambda heard: len(heard.messages) == len(heard.writes) == 200)
         assert [write[1] for write in two.heard.writes] == list(range(200))
         assert [data for _, data in two.heard.messages] == [b"%d" % index for index in range(200)]
         assert two.memory[:200] == bytes(range(200))

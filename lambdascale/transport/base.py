@@ -20,7 +20,8 @@ class Handlers:
 
     ``on_write(peer, immediate, offset, size)``: a peer's write is complete in registered memory. ``on_message(peer, data)``: a
     message. ``on_lost(peer, reason)``: the connection is gone without having been closed; nothing more comes over it. Writes
-    and messages of one peer are told in the order they were given to its endpoint.
+    of one peer are told in the order they were given to its endpoint, and so are messages; a message does not wait for the
+    writes given before it.
     """
 
     on_write: Callable[[NodeId, int, int, int], None]
@@ -56,7 +57,7 @@ class Endpoint(Protocol):
         ...
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:
-        """Send a message, in order with the writes to this peer."""
+        """Send a message, in order with other messages to this peer, past the writes under way."""
         ...
 
     def disconnect(self, peer: NodeId) -> None:

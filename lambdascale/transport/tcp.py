@@ -7,11 +7,11 @@ the data itself is neither encrypted nor authenticated further: for trusted netw
 from __future__ import annotations
 
 import hmac
-import queue
 import secrets
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -24,12 +24,15 @@ from lambdascale.transport.base import Handlers, TransportError
 from lambdascale.transport.pacing import TokenBucket
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-_WRITE, _MESSAGE, _BYE, _PLACED = range(4)  # placed: a write whose bytes did not come through the socket
+# Bytes of a write, in pieces; the word that it is complete; a message; a goodbye.
+_DATA, _WRITTEN, _MESSAGE, _BYE = range(4)
 _HELLO = struct.Struct("!32sI")  # challenge, node
 _PROOF_BYTES = 32
 _LARGEST_MESSAGE = 1 << 30
 _TIMEOUT_S = 5.0
 _BUFFER_BYTES = 4 << 20
+# A write moves in pieces of this size at most, and messages slip in between them.
+_PIECE_BYTES = 1 << 20
 
 
 @dataclass
@@ -51,9 +54,13 @@ class _Connection:
         self._theirs = theirs  # the peer's memory where it can be reached without the socket
         self.sock = sock
         self._endpoint = endpoint
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._messages: deque[_Job] = deque()
+        self._writes: deque[_Job] = deque()
         self._lock = threading.Lock()
+        self._given = threading.Condition(self._lock)
+        self._ending = False
         self._reason = ""
+        self._broken = False  # something could not be sent: nothing is tried any more
         self._left = 0
         sock.settimeout(None)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -71,19 +78,18 @@ class _Connection:
     def give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
         """Queue a write or message."""
         job = _Job(kind, immediate, offset, payload)
-        with self._lock:
+        with self._given:
             if self._reason:
                 job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
             else:
-                self._jobs.put(job)
+                (self._messages if kind == _MESSAGE else self._writes).append(job)
+                self._given.notify()
         return job.done
 
     def finish(self) -> None:
         """Say goodbye after what was given, and wait until the peer has had it all."""
         self.give(_BYE, 0, 0, memoryview(b""))
-        with self._lock:
-            self._reason = self._reason or "disconnected"
-        self._jobs.put(None)
+        self._end(self._reason or "disconnected")
         self._join()
         if self.threads[1].is_alive():
             self._wake()
@@ -107,63 +113,97 @@ class _Connection:
         if last:
             self.sock.close()
 
+    def _end(self, reason: str) -> bool:
+        """Accept nothing any more; whether this is the first word of it. The sender leaves once it is through."""
+        with self._given:
+            first, self._reason = not self._reason, self._reason or reason
+            self._ending = True
+            self._given.notify()
+        return first
+
     def _break(self, reason: str, *, tell: bool) -> None:
         """The connection is over: nothing is accepted any more, and what waits has failed."""
-        with self._lock:
-            first, self._reason = not self._reason, self._reason or reason
+        first = self._end(reason)
         if tell:
             self._wake()
         if first:
             self._endpoint.forget(self)
-            self._jobs.put(None)
             if tell:
                 self._endpoint.handlers.on_lost(self.peer, reason)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._send(job)
-            except (OSError, EOFError) as error:
-                job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
-                self._break(str(error), tell=True)
-            else:
-                job.done.set_result(None)
-        while not self._jobs.empty():
-            if (job := self._jobs.get()) is not None:
-                job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+        while (job := self._next()) is not None:
+            self._carry_out(job)
         # The peer sees the end of what this side sends, after all of it.
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self._leave()
 
-    def _send(self, job: _Job) -> None:
-        head = _HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes)
-        theirs = self._theirs
-        if job.kind == _WRITE and theirs is not None:
-            if job.offset + job.payload.nbytes > len(theirs):
-                raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {len(theirs)}")
-            target = np.frombuffer(theirs, dtype=np.uint8)
-            for begin, piece in self._paced(job.payload):
-                # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
-                target[job.offset + begin : job.offset + begin + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
-            self.sock.sendall(_HEAD.pack(_PLACED, *_HEAD.unpack(head)[1:]))
-            return
-        self.sock.sendall(head)
-        for _, piece in self._paced(job.payload):
-            self.sock.sendall(piece)
+    def _next(self) -> _Job | None:
+        """What to send next, messages first; None when the connection ends and nothing is left."""
+        with self._given:
+            while not self._messages and not self._writes:
+                if self._ending:
+                    return None
+                self._given.wait()
+            return self._messages.popleft() if self._messages else self._writes.popleft()
 
-    def _paced(self, payload: memoryview) -> Iterator[tuple[int, memoryview]]:
+    def _carry_out(self, job: _Job) -> None:
+        try:
+            if self._broken:
+                raise OSError(self._reason)
+            self._write(job) if job.kind == _WRITTEN else self._send(job)
+        except (OSError, EOFError) as error:
+            self._broken = True
+            job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
+            self._break(str(error), tell=True)
+        else:
+            job.done.set_result(None)
+
+    def _send(self, job: _Job) -> None:
+        """A message or a goodbye."""
+        bucket = self._endpoint.link
+        if bucket is not None and job.payload.nbytes:
+            bucket.take(job.payload.nbytes)
+        self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
+
+    def _write(self, job: _Job) -> None:
+        """Bring the bytes over in pieces, messages in between; then say that they are complete."""
+        theirs = self._theirs
+        if theirs is not None and job.offset + job.payload.nbytes > len(theirs):
+            raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {len(theirs)}")
+        target = None if theirs is None else np.frombuffer(theirs, dtype=np.uint8)
+        for begin, piece in self._pieces(job.payload):
+            at = job.offset + begin
+            if target is None:
+                self._sendall(_HEAD.pack(_DATA, 0, at, len(piece)), piece)
+            else:
+                # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
+                target[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+            while self._messages:
+                self._carry_out(self._messages.popleft())
+        self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
+
+    def _pieces(self, payload: memoryview) -> Iterator[tuple[int, memoryview]]:
         """The payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
         flat = payload.cast("B") if payload.nbytes else payload
-        step = bucket.piece_bytes if bucket is not None else max(1, len(flat))
+        step = _PIECE_BYTES if bucket is None else min(_PIECE_BYTES, bucket.piece_bytes)
         for begin in range(0, len(flat), step):
             piece = flat[begin : begin + step]
             if bucket is not None:
                 bucket.take(len(piece))
             yield begin, piece
+
+    def _sendall(self, head: bytes, payload: memoryview) -> None:
+        sent = self.sock.sendmsg([head, payload])
+        if sent < len(head):
+            self.sock.sendall(head[sent:])
+            sent = len(head)
+        if sent < len(head) + payload.nbytes:
+            self.sock.sendall(payload.cast("B")[sent - len(head) :])
 
     # -- receiving ---------------------------------------------------------------------------------------------------
 
@@ -184,13 +224,14 @@ class _Connection:
         if kind == _BYE:
             return False
         handlers = self._endpoint.handlers
-        if kind in (_WRITE, _PLACED):
+        if kind in (_DATA, _WRITTEN):
             memory = self._endpoint.memory
             if offset + size > len(memory):
                 raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
-            if kind == _WRITE:
+            if kind == _DATA:
                 fill(self.sock, memory[offset : offset + size])
-            handlers.on_write(self.peer, immediate, offset, size)
+            else:
+                handlers.on_write(self.peer, immediate, offset, size)
         elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:
             data = bytearray(size)
             fill(self.sock, memoryview(data))
@@ -262,7 +303,7 @@ class TcpEndpoint:
 
     def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
-        return self._connection(peer).give(_WRITE, immediate, offset, data)
+        return self._connection(peer).give(_WRITTEN, immediate, offset, data)
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:
         """See Endpoint."""

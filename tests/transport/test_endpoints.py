@@ -57,6 +57,22 @@ class TestPacedShm(TestTcp):
         return ShmEndpoint(node, handlers, KEY, link=TokenBucket(200e6))
 
 
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> None:
+    """Hidden states of a pipeline pass while blocks arrive over the same connection."""
+    heard = Heard()
+    one, two = kind(0, heard.handlers(), KEY, link=TokenBucket(20e6)), kind(1, heard.handlers(), KEY)
+    two.register(two.allocate(10_000_000))
+    one.connect(1, two.address)
+    write = one.write(1, memoryview(bytes(10_000_000)), 0, 1)
+    one.send(1, b"quick").result(10)
+    assert not write.done()
+    write.result(10)
+    heard.wait(lambda heard: bool(heard.writes and heard.messages))
+    one.close()
+    two.close()
+
+
 class TestStrangers:
     def test_another_key(self) -> None:
         heard = Heard()
