@@ -11,7 +11,7 @@ from lambdascale.control.router import Router
 from lambdascale.control.scaling import Scaler
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import ClusterSpec, ModelSpec
-from lambdascale.core.commands import Command, SetTimer
+from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
@@ -83,6 +83,8 @@ class ControlPlane:
             for copy in range(min(copies, len(nodes))):
                 node = nodes[(index * copies + copy) % len(nodes)]
                 fleet.host.put(node, state.spec.name, state.spec.size_bytes, fleet.at)
+                if fleet.host.has(node, state.spec.name, fleet.at):
+                    fleet.out.append(PlaceCopy(node, state.spec.name))
 
     def _request_arrived(self, event: RequestArrived) -> None:
         self._router.arrive(event.request)

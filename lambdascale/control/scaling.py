@@ -298,9 +298,11 @@ class Scaler:
         self.drop_instance(state, allocation.instance)
         del state.allocations[node]
         fleet.gpus_free[node] += state.spec.gpus_per_replica
-        fleet.out.append(ReleaseNode(node, name, state.spec.gpus_per_replica))
+        # The room for the copy is made before the copy.
         evicted = fleet.host.put(node, name, state.spec.size_bytes, fleet.at)
         fleet.out += [EvictBlocks(node, model, "host") for model in evicted]
+        kept = fleet.host.has(node, name, fleet.at)
+        fleet.out.append(ReleaseNode(node, name, state.spec.gpus_per_replica, kept))
 
 
 def _plan_of_loads(nodes: Sequence[NodeId], orders: Sequence[Sequence[int]]) -> MulticastPlan:

@@ -31,11 +31,22 @@ class AllocateNode(Command, frozen=True, gc=False, tag=True):
 
 
 class ReleaseNode(Command, frozen=True, gc=False, tag=True):
-    """Free the model's GPUs on ``node``; its weights and KV there are gone from GPU memory."""
+    """Free the model's GPUs on ``node``; its weights and KV there are gone from GPU memory.
+
+    ``keep_host``: the weights stay behind as a copy in host memory.
+    """
 
     node: NodeId
     model: str
     gpus: int
+    keep_host: bool = False
+
+
+class PlaceCopy(Command, frozen=True, gc=False, tag=True):
+    """Have a copy of ``model`` in ``node``'s host memory when the run starts."""
+
+    node: NodeId
+    model: str
 
 
 class StartMulticast(Command, frozen=True, gc=False, tag=True):
@@ -142,6 +153,7 @@ class FailRequest(Command, frozen=True, gc=False, tag=True):
 AnyCommand = (
     AllocateNode
     | ReleaseNode
+    | PlaceCopy
     | StartMulticast
     | LoadBlocks
     | CancelTransfer

@@ -4,15 +4,18 @@ Knows no transport and no cluster. Which sequences form an iteration is decided 
 class the simulator uses.
 """
 
-from lambdascale.inference.engine import Engine, Produced, Ticket
+from lambdascale.inference.batch import Batch, BatchPlan, Produced, Segment, StageBatch, Ticket
+from lambdascale.inference.engine import Engine
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.sampling import Sampling
-from lambdascale.inference.stage import Segment, Stage, StageBatch
+from lambdascale.inference.stage import Stage
 from lambdascale.inference.store import BlockError, BlockInUseError, BlockStore, Load, StoreConfig
 from lambdascale.inference.tiers import NodeMemory
 from lambdascale.inference.weights import BlockWeights, load_blocks
 
 __all__ = [
+    "Batch",
+    "BatchPlan",
     "BlockError",
     "BlockInUseError",
     "BlockStore",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from math import prod
+
+import numpy as np
 import torch
 
 from lambdascale.checkpoints import Architecture
 from lambdascale.core.checks import require
 
 Tensor = torch.Tensor
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, so that masked places never hold a NaN. Host memory is zeroed by the system page by page as it is used: a replica
+    starts at once.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype).view(shape)
 
 
 class KvCache:
@@ -20,9 +33,7 @@ class KvCache:
         shape = (layers, slots, architecture.kv_heads, slot_tokens, architecture.head_dim)
         self.slots = slots
         self.slot_tokens = slot_tokens
-        # Zeros, so that masked places never hold a NaN, and so that the pages are touched before the first request.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
 
     def read(self, slot: int, tokens: int) -> Tensor:
         """A copy of a slot's first ``tokens`` tokens: [2, layers, kv heads, tokens, head size]."""

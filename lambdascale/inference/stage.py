@@ -8,42 +8,18 @@ from functools import cached_property
 from math import pi
 
 import torch
-from msgspec import Struct
 from torch.nn import functional
 
 from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.core.checks import require
+from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.linear import linear
 from lambdascale.inference.weights import BlockWeights, LayerWeights
 
 Tensor = torch.Tensor
 _Window = int | None
-
-
-class Segment(Struct, frozen=True, gc=False):
-    """``tokens`` consecutive tokens of the sequence in ``slot``, the first at position ``start``."""
-
-    slot: int
-    start: int
-    tokens: int
-
-
-class StageBatch(Struct, frozen=True):
-    """An iteration as every stage sees it: prefills first, then ``decodes`` segments of one token each, ordered by slot.
-
-    ``wanted``: the rows (of all tokens in the order of the segments) whose logits the last stage returns.
-    """
-
-    segments: tuple[Segment, ...]
-    decodes: int
-    wanted: tuple[int, ...]
-
-    @property
-    def rows(self) -> int:
-        """Tokens altogether."""
-        return sum(segment.tokens for segment in self.segments)
 
 
 @dataclass(frozen=True)

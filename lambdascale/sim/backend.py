@@ -22,6 +22,7 @@ from lambdascale.core.commands import (
     FailRequest,
     FormPipeline,
     LoadBlocks,
+    PlaceCopy,
     ReleaseNode,
     SetTimer,
     StartMulticast,
@@ -105,6 +106,7 @@ class SimBackend:
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
             AllocateNode: self._nothing,
             ReleaseNode: self._nothing,
+            PlaceCopy: self._nothing,
             EvictBlocks: self._nothing,
             FailRequest: self._nothing,
             StartMulticast: self._transfers.multicast,

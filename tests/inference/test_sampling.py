@@ -60,7 +60,7 @@ class TestInTheEngine:
     @staticmethod
     def answer(engine: Engine, ticket: Ticket) -> list[int]:
         engine.add(ticket)
-        while ticket.request_id in engine._tickets:
+        while ticket.request_id in engine.batch:
             engine.step()
         return ticket.output
 
