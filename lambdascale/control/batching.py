@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Literal
+from typing import Literal, Protocol
 
 from lambdascale.core.checks import check_types, require
 
@@ -69,6 +69,26 @@ class Sequence:
     def kv_tokens(self) -> int:
         """KV slots the sequence may need at most."""
         return self.prompt_tokens + self.output_tokens
+
+
+class IterationSize(Protocol):
+    """What an iteration's duration depends on."""
+
+    @property
+    def decodes(self) -> int:
+        """Sequences that decode one token each."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of KV that the decodes read."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens prefilled."""
+
+    @property
+    def attended_tokens(self) -> int:
+        """Query-key pairs of the prefills."""
 
 
 class Iteration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -12,6 +12,9 @@ from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.sim import SimConfig
 from lambdascale.workload import ShapedWorkload
+
+if TYPE_CHECKING:
+    from lambdascale.live.config import LiveConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Experiment:
     models: tuple[ModelSpec, ...]
     cluster: ClusterSpec
     workload: ShapedWorkload
-    backend: SimConfig
+    backend: SimConfig | LiveConfig
     logger: Any
 
 
@@ -30,15 +33,29 @@ def build(config: DictConfig) -> Experiment:
     """Instantiate every group; UserError for values their classes refuse."""
     if config.model_count < 1:
         raise UserError(f"model_count must be at least 1, not {config.model_count}")
-    model = _instance(config, "model", ModelSpec)
+    system = _instance(config, "system", SystemConfig)
+    models = _replicate(_instance(config, "model", ModelSpec), config.model_count)
+    backend = _backend(config)
     return Experiment(
-        system=_instance(config, "system", SystemConfig),
-        models=_replicate(model, config.model_count),
+        system=system,
+        models=models if isinstance(backend, SimConfig) else backend.specs(models, system.blocks),
         cluster=_instance(config, "cluster", ClusterSpec),
         workload=_instance(config, "workload", ShapedWorkload),
-        backend=_instance(config, "backend", SimConfig),
+        backend=backend,
         logger=instantiate(config.logger, _convert_="all"),
     )
+
+
+def _backend(config: DictConfig) -> SimConfig | LiveConfig:
+    backend = instantiate(config.backend, _convert_="all")
+    if isinstance(backend, SimConfig):
+        return backend
+    # torch takes seconds to import: for live runs only.
+    from lambdascale.live.config import LiveConfig
+
+    if not isinstance(backend, LiveConfig):
+        raise UserError(f"backend must configure a SimConfig or a LiveConfig, not a {type(backend).__name__}")
+    return backend
 
 
 def _replicate(model: ModelSpec, count: int) -> tuple[ModelSpec, ...]:

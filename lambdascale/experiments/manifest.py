@@ -17,7 +17,19 @@ import lambdascale
 
 _PACKAGES = ("hydra-core", "matplotlib", "msgspec", "numpy", "pandas", "pyarrow", "seaborn", "torch", "wandb")
 # Subpackages whose code decides what a run computes.
-_RESULT_CODE = ("core", "multicast", "pipelines", "memory", "control", "sim", "workload", "metrics")
+_RESULT_CODE = (
+    "core",
+    "multicast",
+    "pipelines",
+    "memory",
+    "control",
+    "sim",
+    "workload",
+    "metrics",
+    "live",
+    "transport",
+    "inference",
+)
 # Settings that say where results go or how a run is watched, not what it computes.
 _NOT_IDENTITY = ("out", "force", "results", "logger")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.control import Observer, drive
+from lambdascale.control import Backend, Observer, drive
 from lambdascale.core import Request
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
 from lambdascale.metrics import FinishedRun, Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace
 
 
@@ -68,7 +70,7 @@ def _execute(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
-    simulate(experiment, trace.requests, settings["seed"], recorder, title)
+    drive_experiment(experiment, trace.requests, settings["seed"], recorder, title)
     wall_s = time.perf_counter() - begin
     requests = requests_table(recorder, experiment.system.name)
     summary = summarise(
@@ -100,12 +102,20 @@ def _execute(
     return summary
 
 
-def simulate(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
+def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
     """Drive the experiment's system over its backend, recording everything, with progress on a terminal."""
     system = experiment.system.build(cluster=experiment.cluster, models=experiment.models)
-    backend = experiment.backend.build(
-        cluster=experiment.cluster, models=experiment.models, requests=requests, batching=experiment.system.batching, seed=seed
-    )
-    with Progress(len(requests), title) as progress:
+    with ExitStack() as stack:
+        backend = _backend(experiment, requests, seed, stack)
+        progress = stack.enter_context(Progress(len(requests), title))
         observers: list[Observer] = [recorder, progress] if progress.visible else [recorder]
         drive(system, backend, observers)
+
+
+def _backend(experiment: Experiment, requests: Sequence[Request], seed: int, stack: ExitStack) -> Backend:
+    config, system, cluster, models = experiment.backend, experiment.system, experiment.cluster, experiment.models
+    if isinstance(config, SimConfig):
+        return config.build(cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed)
+    backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed)
+    stack.callback(backend.close)
+    return backend

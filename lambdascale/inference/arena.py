@@ -70,21 +70,25 @@ class Arena:
     """``capacity`` bytes on a device, allocated and touched at once; CapacityError if they are not there.
 
     In host memory it begins on a page, so that O_DIRECT can read into it, and is registered with CUDA where that is present.
+    ``memory``: use this instead of allocating (host memory of a transport, on a page boundary).
     """
 
-    def __init__(self, capacity: int, device: torch.device, what: str) -> None:
+    def __init__(self, capacity: int, device: torch.device, what: str, memory: memoryview | None = None) -> None:
         require(capacity >= 0, f"{what} must not be negative, not {capacity}")
         capacity = capacity // ALIGNMENT * ALIGNMENT
         self.device = device
         self.pinned = False
-        _check_room(capacity, device, what)
-        self.bytes = self._host(capacity) if device.type == "cpu" else torch.zeros(capacity, dtype=torch.uint8, device=device)
+        if memory is None:
+            _check_room(capacity, device, what)
+        on_host = device.type == "cpu"
+        self.bytes = self._host(capacity, memory) if on_host else torch.zeros(capacity, dtype=torch.uint8, device=device)
         self.extents = Extents(capacity)
 
-    def _host(self, capacity: int) -> Tensor:
+    def _host(self, capacity: int, given: memoryview | None) -> Tensor:
         if not capacity:
             return torch.empty(0, dtype=torch.uint8)
-        memory = torch.frombuffer(touched_memory(capacity), dtype=torch.uint8)
+        memory = torch.frombuffer(touched_memory(capacity) if given is None else given, dtype=torch.uint8, count=capacity)
+        assert memory.data_ptr() % ALIGNMENT == 0, "an arena begins on a page"
         if torch.cuda.is_available():
             status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), capacity, 0)  # type: ignore[no-untyped-call]
             if int(status) != 0:

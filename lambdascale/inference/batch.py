@@ -147,6 +147,10 @@ class Batch:
         """The slot with the KV of all of a request's tokens but the newest; None while it is not all there."""
         return self._slots.get(request_id) if request_id in self._scheduler.decoding else None
 
+    def ticket(self, request_id: int) -> Ticket:
+        """A request's ticket as it is now."""
+        return self._tickets[request_id]
+
     def take(self, request_id: int) -> Ticket:
         """Remove a request between iterations; its slot is free at once."""
         require(request_id in self._tickets, f"request {request_id} is not here")

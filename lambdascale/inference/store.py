@@ -74,6 +74,8 @@ class Load:
         self.model = model
         self.blocks = tuple(blocks)
         self.landed: list[int] = []
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[Exception | None], None]] = []
         self._cancelled = threading.Event()
         self._ended = threading.Event()
         self._error: Exception | None = None
@@ -84,6 +86,14 @@ class Load:
             raise TimeoutError(f"loading {self.model} takes longer than {timeout_s} s")
         if self._error is not None:
             raise self._error
+
+    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
+        """``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
+        with self._lock:
+            if not self.ended:
+                self._callbacks.append(call)
+                return
+        call(self._error)
 
     def cancel(self) -> None:
         """Stop after the block under way; blocks that landed stay."""
@@ -101,8 +111,11 @@ class Load:
 
     def end(self, error: Exception | None) -> None:
         """Called by the store."""
-        self._error = error
-        self._ended.set()
+        with self._lock:
+            self._error = error
+            self._ended.set()
+        for call in self._callbacks:
+            call(error)
 
 
 @dataclass
@@ -158,9 +171,13 @@ class _Move:
 
 
 class BlockStore:
-    """Blocks of packed models in two tiers. Thread-safe. CapacityError at start if an arena does not fit the machine."""
+    """Blocks of packed models in two tiers. Thread-safe. CapacityError at start if an arena does not fit the machine.
 
-    def __init__(self, config: StoreConfig) -> None:
+    ``landing``: memory that other nodes may write blocks to, used as the arena of ``landing_tier``: the device's where that is
+    host memory itself, else the host's.
+    """
+
+    def __init__(self, config: StoreConfig, landing: memoryview | None = None) -> None:
         self.config = config
         self.device = torch.device(config.device)
         require(self.device.type in ("cpu", "cuda"), f"device must be cpu or cuda, not {config.device}")
@@ -168,8 +185,11 @@ class BlockStore:
         self._lock = threading.RLock()
         self._models: dict[str, PackedModel] = {}
         self._loads: set[Load] = set()
-        host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena")
-        device = Arena(int(config.device_bytes), self.device, "a device arena")
+        self._awaited: set[_Key] = set()
+        self.landing_tier: StoreTier = "gpu" if self.device.type == "cpu" else "host"
+        given = {self.landing_tier: landing}
+        host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
+        device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
         self._stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._tiers: dict[StoreTier, _Residency] = {"host": _Residency(host), "gpu": _Residency(device)}
         self.reader = ChunkReader(config.readers, int(config.chunk_bytes), config.direct)
@@ -210,6 +230,14 @@ class BlockStore:
         """Blocks of the model that are complete in a tier."""
         with self._lock:
             return frozenset(block for model, block in self._tiers[tier].complete if model == name)
+
+    def holds(self, name: str, block: int, tier: StoreTier) -> bool:
+        """Whether a block is complete in a tier."""
+        return (name, block) in self._tiers[tier].complete
+
+    def awaited(self, name: str, block: int) -> bool:
+        """Whether memory is reserved for a block that others may write."""
+        return (name, block) in self._awaited
 
     def free_bytes(self, tier: StoreTier) -> int:
         """Bytes of a tier's arena that nothing is kept or being loaded in."""
@@ -260,6 +288,70 @@ class BlockStore:
             for key in keys:
                 residency.drop(key)
             return residency.arena.extents.free_bytes - before
+
+    def demote(self, name: str) -> int:
+        """Copy the model's blocks from the device to host memory where they are missing there, and drop them from the device.
+
+        The bytes copied. CapacityError, and nothing done, if host memory has no room; BlockInUseError as ``evict``.
+        """
+        model = self.model(name)
+        with self._lock:
+            missing = [(name, block) for block in sorted(self.resident(name, "gpu") - self.resident(name, "host"))]
+            self._take_all(model, missing, "host")
+        with self.using(name, [block for _, block in missing]) as sources:
+            for key, source in zip(missing, sources, strict=True):
+                residency = self._tiers["host"]
+                residency.arena.view(residency.offsets[key], source.numel()).copy_(source)
+        with self._lock:
+            self._tiers["host"].complete.update(missing)
+            self.evict(name, "gpu")
+        return sum(model.block_bytes[block] for _, block in missing)
+
+    # -- blocks that other nodes bring -------------------------------------------------------------------------------
+
+    def reserve(self, name: str, blocks: Iterable[int]) -> dict[int, int]:
+        """Memory for blocks that others will write: offsets in the landing arena. What is reserved already stays where it is.
+
+        CapacityError, and nothing reserved, if there is no room for all; UserError for blocks that are there or being loaded.
+        """
+        model, residency = self.model(name), self._tiers[self.landing_tier]
+        with self._lock:
+            keys = [(name, block) for block in blocks]
+            self._take_all(model, [key for key in keys if key not in self._awaited], self.landing_tier)
+            self._awaited.update(keys)
+            return {block: residency.offsets[name, block] for _, block in keys}
+
+    def land(self, name: str, block: int) -> None:
+        """A reserved block has been written: compare its checksum and make it resident. BlockError if it differs."""
+        model, key, residency = self.model(name), (name, block), self._tiers[self.landing_tier]
+        require(key in self._awaited, f"block {block} of {name} is not awaited")
+        wanted = model.blocks[block]
+        data = residency.arena.view(residency.offsets[key], wanted.size_bytes).numpy().data
+        if self.config.verify and (found := xxhash.xxh3_64_hexdigest(data)) != wanted.xxh3_64:
+            raise BlockError(name, block, model.path(block), f"arrived with checksum {found} instead of {wanted.xxh3_64}")
+        with self._lock:
+            self._awaited.discard(key)
+            residency.complete.add(key)
+
+    def abandon(self, name: str, blocks: Iterable[int]) -> None:
+        """Nobody will write these reserved blocks any more: free their memory. Others are left alone."""
+        with self._lock:
+            for key in [(name, block) for block in blocks]:
+                if key in self._awaited:
+                    self._awaited.discard(key)
+                    self._tiers[self.landing_tier].drop(key)
+
+    def _take_all(self, model: PackedModel, keys: Sequence[_Key], tier: StoreTier) -> None:
+        """Memory for all of them or none."""
+        taken: list[_Key] = []
+        try:
+            for key in keys:
+                self._take(model, key, tier)
+                taken.append(key)
+        except ValueError:
+            for key in taken:
+                self._tiers[tier].drop(key)
+            raise
 
     # -- loading -----------------------------------------------------------------------------------------------------
 

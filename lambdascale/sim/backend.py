@@ -11,6 +11,7 @@ import numpy as np
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.control.batching import Sequence as Work
+from lambdascale.control.compute import ComputeModel
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, Request
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import (
@@ -31,7 +32,6 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
-from lambdascale.sim.compute import ComputeModel
 from lambdascale.sim.instances import SimInstance, SimPipeline, SimReplica
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.transfers import TransferEngine, TransferOptions

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
 from lambdascale.control.batching import Sequence as Work
+from lambdascale.control.compute import ComputeModel
 from lambdascale.core import NodeId, Request
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
-from lambdascale.sim.compute import ComputeModel
 from lambdascale.sim.kernel import Kernel
 
 Emit = Callable[[TokensProduced | RequestFinished], None]

@@ -7,6 +7,7 @@ the data itself is neither encrypted nor authenticated further: for trusted netw
 from __future__ import annotations
 
 import hmac
+import mmap
 import secrets
 import socket
 import struct
@@ -277,8 +278,8 @@ class TcpEndpoint:
 
     def allocate(self, size: int) -> memoryview:
         """See Endpoint. Any memory will do for TCP."""
-        memory = bytearray(size)
-        return memoryview(memory)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        return memoryview(mmap.mmap(-1, max(1, size), flags=flags))[:size]
 
     def register(self, memory: memoryview) -> None:
         """See Endpoint."""

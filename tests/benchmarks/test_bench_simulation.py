@@ -8,7 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from lambdascale.core import Request
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, conf_dir
-from lambdascale.experiments.runner import simulate
+from lambdascale.experiments.runner import drive_experiment
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.sim import TransferOptions
 from lambdascale.sim.measure import multicast_times
@@ -37,7 +37,7 @@ def test_simulate_the_azure_conversation_trace(benchmark: BenchmarkFixture, time
 
     def run() -> int:
         recorder = Recorder()
-        simulate(experiment, requests, 1, recorder)
+        drive_experiment(experiment, requests, 1, recorder)
         return int(requests_table(recorder, "lambdascale").num_rows)
 
     assert benchmark.pedantic(run, rounds=5) == times * 19_366

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "diagnostics": PURE,
     "inference": PURE | {"checkpoints", "control", "memory"},
     "transport": PURE,
+    "live": PURE | {"checkpoints", "control", "inference", "transport"},
     "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics", "transport"},
 }
 # Heavy or worldly libraries, and the only places that may import them.

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lambdascale.control.batching import Iteration, Sequence
+from lambdascale.control.compute import ComputeModel, interpolate
 from lambdascale.core import ComputeTable
-from lambdascale.sim.compute import ComputeModel, interpolate
 from lambdascale.testing.systems import small_cluster, small_model
 
 MODEL = ComputeModel(small_cluster(), small_model())

@@ -1,4 +1,5 @@
-"""How long an iteration takes on a simulated node: a roofline with efficiencies, or tables measured on real hardware.
+"""How long an iteration takes on a node: a roofline with efficiencies, or tables measured on real hardware. Simulated and timed
+nodes share it.
 
 Roofline: an iteration reads the weights once and does 2 FLOP per parameter and token, whichever takes longer; on top come
 the KV cache that decoding sequences read (memory-bound) and the attention of prefills (compute-bound). The GPUs of a node
@@ -11,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from math import ceil, sqrt
 
-from lambdascale.control.batching import Iteration
+from lambdascale.control.batching import IterationSize
 from lambdascale.core import ClusterSpec, ComputeTable, ModelSpec
 
 
@@ -41,7 +42,7 @@ class ComputeModel:
         if self._table is not None:
             self._kv_token_s = self._table.decode_s_per_context_token
 
-    def iteration_s(self, iteration: Iteration, share: float = 1.0) -> float:
+    def iteration_s(self, iteration: IterationSize, share: float = 1.0) -> float:
         """Time of one iteration on a node that holds ``share`` of the model."""
         work = self._base_s(iteration.decodes, iteration.prefill_tokens) + iteration.context_tokens * self._kv_token_s
         if self._table is None:

@@ -1,0 +1,311 @@
+"""A node's process: it joins the cluster, holds weights, moves blocks and computes until told to leave.
+
+Three parts with a thread each do the work: mover, computing, and the transport's receivers. The main thread talks with the
+controller over one socket, so that messages keep their order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+from msgspec import Struct
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.control.batching import BatchLimits
+from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.core.commands import (
+    CancelTransfer,
+    EvictBlocks,
+    FormPipeline,
+    LoadBlocks,
+    PlaceCopy,
+    ReleaseNode,
+    StartMulticast,
+    StartReplica,
+    StopInstance,
+)
+from lambdascale.core.events import AnyEvent
+from lambdascale.live import wire
+from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError
+
+_BEAT_S = 0.25
+_SILENCE_S = 20.0  # without a word of the controller for so long, an agent leaves
+_PDEATHSIG = 1
+TRANSPORTS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
+
+
+class Access(Struct, frozen=True):
+    """Where the controller is and how to prove to belong: CURVE keys, and the key of the nodes among themselves."""
+
+    controller: str
+    server_public: bytes
+    client_public: bytes
+    client_secret: bytes
+    nodes_key: bytes
+
+
+class NodeConfig(Struct, frozen=True):
+    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes."""
+
+    node: NodeId
+    access: Access
+    models: tuple[tuple[str, str], ...]
+    cluster: ClusterSpec
+    limits: BatchLimits
+    transport: str
+    executor: str
+    device: str
+    slot_tokens: int
+    host_bytes: int
+    device_bytes: int
+    threads: int
+    host: str = "127.0.0.1"
+    link: float | None = None
+    ssd: float | None = None
+    pcie: float | None = None
+    preloaded: bool = False
+
+
+def run(config: NodeConfig, *, local: bool = True) -> None:
+    """Be a node until the end. ``local``: a child of the controller's process, which it does not outlive."""
+    if local:
+        # Interrupts are the controller's business; and without it, nobody would end this process.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    line = Line(config)
+    try:
+        agent = Agent(config, line)
+    except Exception as error:
+        users = isinstance(error, ValueError)
+        if not users:
+            traceback.print_exc()
+        line.say(wire.Fault(config.node, f"{error}" if users else f"{type(error).__name__}: {error}", users))
+        line.close()
+        sys.exit(2 if users else 1)
+    try:
+        agent.serve()
+    finally:
+        agent.close()
+        line.close()
+
+
+class Line:
+    """The socket to the controller. ``say`` may be called from any thread; the rest belongs to the main one."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        access = config.access
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.identity = b"%d" % config.node
+        self._socket.curve_serverkey = access.server_public
+        self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
+        self._socket.linger = 1000
+        self._socket.connect(access.controller)
+        self._out: deque[wire.ToController] = deque()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken.fileno(), zmq.POLLIN)
+
+    def say(self, message: wire.ToController) -> None:
+        """Queue a message for the controller."""
+        self._out.append(message)
+        try:
+            self._waker.send(b"x")
+        except BlockingIOError:
+            pass  # awake already
+        except OSError:
+            return  # closed
+
+    def poll(self, timeout_s: float) -> list[wire.ToAgent]:
+        """Send what is queued; what the controller said within the time."""
+        self._flush()
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._woken.fileno() in ready:
+            self._woken.recv(4096)
+        self._flush()
+        messages = []
+        while self._socket.poll(0, zmq.POLLIN):
+            messages.append(wire.to_agent(self._socket.recv()))
+        return messages
+
+    def _flush(self) -> None:
+        while self._out:
+            self._socket.send(wire.encode(self._out.popleft()))
+
+    def close(self) -> None:
+        """Say what is left and hang up."""
+        self._flush()
+        self._socket.close()
+        self._context.term()
+        self._waker.close()
+        self._woken.close()
+
+
+class Agent:
+    """The parts of a node, joined."""
+
+    def __init__(self, config: NodeConfig, line: Line) -> None:
+        # torch takes its time to load; the process that agents are forked from has it already.
+        import torch
+
+        from lambdascale.inference import BlockStore, StoreConfig
+        from lambdascale.live.compute import Compute
+        from lambdascale.live.mover import Links, Mover
+        from lambdascale.live.runners import Executor, TimedExecutor, TorchExecutor
+
+        torch.set_num_threads(config.threads)
+        self._config = config
+        self._line = line
+        self._leaving = threading.Event()
+        self._stops: list[Any] = []
+        link = None if config.link is None else TokenBucket(config.link)
+        handlers = Handlers(on_write=self._on_write, on_message=self._on_message, on_lost=self._on_lost)
+        self.endpoint: Endpoint = TRANSPORTS[config.transport](
+            config.node, handlers, config.access.nodes_key, host=config.host, link=link
+        )
+        on_host = config.device == "cpu"
+        landing = self.endpoint.allocate(config.device_bytes if on_host else config.host_bytes)
+        self.endpoint.register(landing)
+        store_config = StoreConfig(host_bytes=config.host_bytes, device_bytes=config.device_bytes, device=config.device)
+        self.store = BlockStore(store_config, landing)
+        for name, directory in config.models:
+            self.store.add(PackedModel.open(Path(directory), name))
+        if config.preloaded:
+            for name, _ in config.models:
+                self.store.load(name, range(len(self.store.model(name).blocks)), keep_host=False).wait()
+        buckets = Links(
+            ssd=None if config.ssd is None else TokenBucket(config.ssd),
+            pcie=None if config.pcie is None else TokenBucket(config.pcie),
+        )
+        # One send at a time fills a paced link; without pacing, the next should be under way before the last is through.
+        self.mover = Mover(
+            config.node,
+            self.store,
+            self.endpoint,
+            self._report,
+            window=2 if link is None else 1,
+            links=buckets,
+            preloaded=config.preloaded,
+        )
+        executor: Executor
+        if config.executor == "timed":
+            executor = TimedExecutor(self.store, config.cluster)
+        else:
+            executor = TorchExecutor(self.store, config.slot_tokens)
+        self.compute = Compute(
+            config.node,
+            executor,
+            config.limits,
+            config.slot_tokens,
+            lambda model: self.store.model(model).architecture.vocab,
+            line.say,
+            self._send,
+        )
+        self._commands: dict[type, Callable[[Any], None]] = {
+            StartMulticast: self.mover.multicast,
+            LoadBlocks: self.mover.load,
+            CancelTransfer: lambda c: self.mover.cancel(c.transfer_id),
+            EvictBlocks: self.mover.evict,
+            PlaceCopy: self._place_copy,
+            ReleaseNode: self._release,
+            StartReplica: lambda c: self.compute.start_replica(c, len(self.store.model(c.model).blocks)),
+            FormPipeline: self.compute.form_pipeline,
+            StopInstance: self._stop,
+        }
+        self._messages: dict[type, Callable[[Any], None]] = {
+            wire.Do: lambda m: self._commands[type(m.command)](m.command),
+            wire.Assign: self.compute.assign,
+            wire.Switch: self.compute.switch,
+            wire.Abort: lambda m: self.compute.abort(m.request_id),
+            wire.Directory: self._connect,
+            wire.Ping: lambda m: None,
+            wire.Shutdown: lambda m: self._leaving.set(),
+        }
+
+    def serve(self) -> None:
+        """Join, then do what the controller says until it says no more."""
+        self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid()))
+        heard = beat = time.monotonic()
+        while not self._leaving.is_set():
+            for message in self._line.poll(_BEAT_S):
+                heard = time.monotonic()
+                self._messages[type(message)](message)
+            now = time.monotonic()
+            if now - beat >= _BEAT_S:
+                beat = now
+                self._line.say(wire.Beat())
+            if now - heard > _SILENCE_S:
+                print(f"node {self._config.node}: the controller is silent, leaving", file=sys.stderr)
+                return
+
+    def close(self) -> None:
+        """End all threads and free everything."""
+        self.compute.close()
+        self.mover.close()
+        self.endpoint.close()
+        self.store.close()
+
+    # -- what the parts tell each other ------------------------------------------------------------------------------
+
+    def _report(self, event: AnyEvent) -> None:
+        self._line.say(wire.Happened(event))
+
+    def _send(self, node: NodeId, message: wire.Peer) -> None:
+        try:
+            self.endpoint.send(node, wire.encode(message))
+        except TransportError:
+            return  # it is dead: the controller will say what becomes of the requests
+
+    def _on_write(self, peer: NodeId, immediate: int, offset: int, size: int) -> None:
+        self.mover.written(peer, immediate)
+
+    def _on_message(self, peer: NodeId, data: bytes) -> None:
+        message = wire.to_peer(data)
+        if isinstance(message, wire.Ready):
+            self.mover.ready(peer, message)
+        else:
+            self.compute.peer(message)
+
+    def _on_lost(self, peer: NodeId, reason: str) -> None:
+        self.mover.lost(peer)
+        self.compute.lost(peer)
+
+    # -- commands that concern more than one part --------------------------------------------------------------------
+
+    def _connect(self, directory: wire.Directory) -> None:
+        """Connect to the nodes with a lower id, so that every pair has one connection."""
+
+        def connect() -> None:
+            for node, address in directory.addresses.items():
+                if node < self._config.node:
+                    self.endpoint.connect(node, address)
+            self._line.say(wire.Connected(self._config.node))
+
+        connect()
+
+    def _place_copy(self, command: PlaceCopy) -> None:
+        self.mover.place_copy(command.model, lambda: self._line.say(wire.Placed(command.node, command.model)))
+
+    def _stop(self, command: StopInstance) -> None:
+        self._stops = [stop for stop in self._stops if not stop.done()]
+        self._stops.append(self.compute.stop(command.instance))
+
+    def _release(self, command: ReleaseNode) -> None:
+        """The memory is free once what used it has stopped."""
+        after = self._stops[-1] if self._stops else self.compute.post(lambda: None)
+        self.mover.release(command.model, command.keep_host, after)

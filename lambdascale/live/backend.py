@@ -1,0 +1,497 @@
+"""LiveBackend: node processes behind the control plane's Backend protocol.
+
+It translates: commands into messages to the nodes they concern, messages into events with the controller's time. And it keeps
+what the control plane has no business with: prompts, and the tokens of every answer so far, so that a request that is restarted
+goes on where it was and no token reaches a client twice.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Protocol
+
+import msgspec
+
+from lambdascale.core import NodeId, Request, UserError
+from lambdascale.core.commands import (
+    AllocateNode,
+    CancelTransfer,
+    Command,
+    Dispatch,
+    EvictBlocks,
+    FailRequest,
+    FormPipeline,
+    LoadBlocks,
+    PlaceCopy,
+    ReleaseNode,
+    SetTimer,
+    StartMulticast,
+    StartReplica,
+    StopInstance,
+    SwitchMode,
+)
+from lambdascale.core.events import (
+    AnyEvent,
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+    TokensProduced,
+)
+from lambdascale.inference.batch import Ticket
+from lambdascale.live import wire
+from lambdascale.live.hub import Hub
+from lambdascale.live.launch import Launcher
+
+_START_S = 120.0
+_PING_S = 1.0
+
+
+class Sink(Protocol):
+    """Who waits for an answer. Called from the controller's thread; must return at once."""
+
+    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
+        """More of the answer."""
+        ...
+
+    def failed(self, reason: str) -> None:
+        """There will be no answer."""
+        ...
+
+
+@dataclass
+class _Answer:
+    """A request the cluster has: what it consists of, its answer so far, and which instances may speak for it."""
+
+    ticket: Ticket
+    sink: Sink | None
+    owners: set[int] = field(default_factory=set)
+    moving: int | None = None  # the dissolved pipeline that has not handed it over yet
+    aborted: bool = False
+
+
+@dataclass
+class _Served:
+    """An instance: its nodes, the head first."""
+
+    nodes: tuple[NodeId, ...]
+
+
+class LiveBackend:
+    """A running cluster of ``nodes`` nodes, started by ``start()`` and ended by ``close()``.
+
+    ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
+    ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        hub: Hub,
+        nodes: int,
+        trace: Sequence[Request],
+        ticket_of: Callable[[Request], Ticket],
+        silence_s: float,
+        open_ended: bool = False,
+    ) -> None:
+        self.launcher = launcher
+        self._hub = hub
+        self._nodes = nodes
+        self._trace = trace
+        self._next_request = 0
+        self._ticket_of = ticket_of
+        self._silence_s = silence_s
+        self._open_ended = open_ended
+        self._ended = threading.Event()
+        self._offered: deque[tuple[Request, Ticket, Sink]] = deque()
+        self._aborts: deque[int] = deque()
+        self._aborted_early: set[int] = set()
+        self._events: deque[Event] = deque()
+        self._timers: list[tuple[float, int]] = []
+        self._answers: dict[int, _Answer] = {}
+        self._instances: dict[int, _Served] = {}
+        self._switching: dict[int, NodeId] = {}
+        self._transfers: dict[int, set[tuple[NodeId, int]]] = {}
+        self._members: dict[int, tuple[NodeId, ...]] = {}
+        self._holding: set[object] = set()  # what the clock waits for
+        self._alive: set[NodeId] = set()
+        self._heard: dict[NodeId, float] = {}
+        self._pinged = 0.0
+        self._started: float | None = None
+        self._at = 0.0
+        self._handlers: dict[type[Command], Callable[[Any], None]] = {
+            AllocateNode: self._nothing,
+            ReleaseNode: self._tell_node,
+            PlaceCopy: self._place_copy,
+            EvictBlocks: self._tell_node,
+            StartMulticast: self._multicast,
+            LoadBlocks: self._load,
+            CancelTransfer: self._cancel,
+            StartReplica: self._start_replica,
+            FormPipeline: self._form_pipeline,
+            Dispatch: self._dispatch,
+            SwitchMode: self._switch_mode,
+            StopInstance: self._stop_instance,
+            SetTimer: self._set_timer,
+            FailRequest: self._fail_request,
+        }
+        self._listeners: dict[type, Callable[[NodeId, Any], None]] = {
+            wire.Happened: lambda node, m: self._happened(m.event),
+            wire.Tokens: lambda node, m: self._tokens(m),
+            wire.Aborted: lambda node, m: self._finish(m.request_id, m.instance),
+            wire.Resumed: lambda node, m: self._resumed(m),
+            wire.Placed: lambda node, m: self._let_go(("copy", m.node, m.model)),
+            wire.Fault: self._fault,
+            wire.Beat: lambda node, m: None,
+        }
+
+    # -- from other threads ------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Seconds of the run; 0 until the clock starts."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
+        """A request from a front end."""
+        self._offered.append((request, ticket, sink))
+        self._hub.wake()
+
+    def abort(self, request_id: int) -> None:
+        """The client of a request is gone."""
+        self._aborts.append(request_id)
+        self._hub.wake()
+
+    def end(self) -> None:
+        """Let ``next_event`` return None, whatever is under way."""
+        self._ended.set()
+        self._hub.wake()
+
+    # -- start and end -----------------------------------------------------------------------------------------------
+
+    def start(self, launch: Callable[[], None]) -> None:
+        """Launch the agents and wait until all are connected. RuntimeError or UserError if one does not come up."""
+        launch()
+        deadline = time.monotonic() + _START_S
+        addresses: dict[NodeId, str] = {}
+        connected: set[NodeId] = set()
+        while len(connected) < self._nodes:
+            messages, _ = self._hub.poll(0.1)
+            for node, message in messages:
+                if isinstance(message, wire.Fault):
+                    self._fault(node, message)
+                elif isinstance(message, wire.Hello):
+                    addresses[node] = message.address
+                    if len(addresses) == self._nodes:
+                        for other in addresses:
+                            self._hub.send(other, wire.Directory(addresses))
+                elif isinstance(message, wire.Connected):
+                    connected.add(node)
+            dead = self.launcher.dead()
+            if dead and not messages:
+                raise RuntimeError(f"node {dead[0]} ended while it was starting")
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(self._nodes)) - connected)
+                raise RuntimeError(f"nodes {missing} did not come up within {_START_S:.0f} s")
+        self._alive = set(addresses)
+        self._heard = dict.fromkeys(self._alive, time.monotonic())
+        self._hub.watch(set(self.launcher.sentinels()))
+        self._events.extend(NodeJoined(0.0, node) for node in sorted(self._alive))
+
+    def close(self) -> None:
+        """End all agents; no process, port or memory stays behind. Those who still wait for answers are told."""
+        for answer in self._answers.values():
+            if answer.sink is not None:
+                answer.sink.failed("the server is stopping")
+        for node in range(self._nodes):
+            self._hub.send(node, wire.Shutdown())
+        self.launcher.close()
+        self._hub.close()
+
+    def _fault(self, node: NodeId, message: wire.Fault) -> None:
+        if message.users:
+            raise UserError(f"node {node}: {message.reason}")
+        raise RuntimeError(f"node {node}: {message.reason}")
+
+    # -- Backend -----------------------------------------------------------------------------------------------------
+
+    def submit(self, command: Command) -> None:
+        """Start carrying a command out."""
+        self._handlers[type(command)](command)
+
+    def next_event(self) -> Event | None:
+        """The next event; waits for it."""
+        while not self._ended.is_set():
+            event = self._ready()
+            if event is not None:
+                return event
+            if not self._open_ended and self._idle():
+                return None
+            self._listen(self._until_due())
+        return None
+
+    def _ready(self) -> Event | None:
+        """What has happened or is due, with its time."""
+        if self._events:
+            return msgspec.structs.replace(self._events.popleft(), at=self._tick())
+        if self._started is None:
+            if self._holding:
+                return None
+            self._started = time.monotonic()
+        at = self._tick()
+        if self._timers and self._timers[0][0] <= at:
+            return TimerFired(at, heappop(self._timers)[1])
+        if self._next_request < len(self._trace) and self._trace[self._next_request].arrival_s <= at:
+            request = self._trace[self._next_request]
+            self._next_request += 1
+            return self._arrive(at, request, self._ticket_of(request), None)
+        if self._offered:
+            return self._arrive(at, *self._offered.popleft())
+        return None
+
+    def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
+        aborted = request.request_id in self._aborted_early
+        self._aborted_early.discard(request.request_id)
+        self._answers[request.request_id] = _Answer(ticket, None if aborted else sink, aborted=aborted)
+        return RequestArrived(at, request)
+
+    def _tick(self) -> float:
+        """The time; it never goes back."""
+        self._at = max(self._at, self.now())
+        return self._at
+
+    def _idle(self) -> bool:
+        """Whether nothing can happen any more by itself."""
+        waiting = any(answer.owners or answer.moving is not None for answer in self._answers.values())
+        return not (
+            self._events or self._timers or self._holding or waiting or self._transfers or self._next_request < len(self._trace)
+        )
+
+    def _until_due(self) -> float:
+        """How long to wait for messages."""
+        due = self._timers[0][0] if self._timers else self._at + _PING_S
+        if self._next_request < len(self._trace):
+            due = min(due, self._trace[self._next_request].arrival_s)
+        return max(0.0, min(due - self.now(), _PING_S)) if self._started is not None else _PING_S
+
+    def _listen(self, timeout_s: float) -> None:
+        messages, ended = self._hub.poll(timeout_s)
+        now = time.monotonic()
+        for node, message in messages:
+            if node in self._alive:
+                self._heard[node] = now
+                self._listeners[type(message)](node, message)
+        while self._aborts:
+            self._abort(self._aborts.popleft())
+        if now - self._pinged >= _PING_S:
+            self._pinged = now
+            for node in self._alive:
+                self._hub.send(node, wire.Ping())
+        dead = set(self.launcher.dead()) if ended else set()
+        dead |= {node for node, heard in self._heard.items() if now - heard > self._silence_s}
+        for node in dead & self._alive:
+            self._lose(node)
+
+    def _lose(self, node: NodeId) -> None:
+        """A node is dead or silent: it is none of the cluster any more, and what was on it is gone."""
+        self._alive.discard(node)
+        self._heard.pop(node, None)
+        self.launcher.kill(node)
+        self._hub.watch(set(self.launcher.sentinels()))
+        for number, waiting in list(self._transfers.items()):
+            self._arrived(number, {pair for pair in waiting if pair[0] == node})
+        self._holding = {held for held in self._holding if not (isinstance(held, tuple) and node in held)}
+        self._events.append(NodeLost(0.0, node))
+        for pipeline, head in list(self._switching.items()):
+            if head == node:
+                self._redo_switch(pipeline)
+
+    # -- what agents say ---------------------------------------------------------------------------------------------
+
+    def _happened(self, event: AnyEvent) -> None:
+        if isinstance(event, BlockArrived):
+            self._arrived(event.transfer_id, {(event.node, event.block)})
+        elif isinstance(event, CommandFailed):
+            print(f"{event.command} failed: {event.reason}", file=sys.stderr)
+            self._transfers.pop(event.transfer_id, None)
+            self._let_go(("transfer", event.transfer_id))
+            if self._holding:
+                raise UserError(f"the cluster could not be set up: {event.reason}")
+        self._events.append(event)
+
+    def _arrived(self, number: int, pairs: set[tuple[NodeId, int]]) -> None:
+        waiting = self._transfers.get(number)
+        if waiting is not None:
+            waiting -= pairs
+            if not waiting:
+                del self._transfers[number]
+                self._let_go(("transfer", number))
+
+    def _let_go(self, held: object) -> None:
+        self._holding.discard(held)
+
+    def _tokens(self, message: wire.Tokens) -> None:
+        by_request: dict[int, list[wire.Token]] = {}
+        for token in message.tokens:
+            by_request.setdefault(token.request_id, []).append(token)
+        for request_id, tokens in by_request.items():
+            self._take_tokens(message, request_id, tokens)
+
+    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
+        """Tokens of an instance that may speak for the request, in order and once."""
+        answer = self._answers.get(request_id)
+        if answer is None or message.instance not in answer.owners:
+            return
+        for token in tokens:
+            if token.index != answer.ticket.produced:
+                continue
+            answer.ticket.tokens.append(token.token)
+            if token.index == 0:
+                self._events.append(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
+            if answer.sink is not None:
+                answer.sink.tokens([token.token], token.finished)
+            if token.finished:
+                self._finish(request_id, message.instance)
+                return
+
+    def _finish(self, request_id: int, instance: int) -> None:
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._events.append(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
+
+    def _resumed(self, message: wire.Resumed) -> None:
+        for request_id in message.requests:
+            answer = self._answers.get(request_id)
+            if answer is not None:
+                answer.moving = None
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _nothing(self, command: Command) -> None:
+        """Bookkeeping of the control plane."""
+
+    def _tell(self, node: NodeId, message: wire.ToAgent) -> None:
+        if node in self._alive:
+            self._hub.send(node, message)
+
+    def _tell_node(self, command: ReleaseNode | EvictBlocks) -> None:
+        self._tell(command.node, wire.Do(command))
+
+    def _place_copy(self, command: PlaceCopy) -> None:
+        self._holding.add(("copy", command.node, command.model))
+        self._tell(command.node, wire.Do(command))
+
+    def _multicast(self, command: StartMulticast) -> None:
+        pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
+        self._begin(command.transfer_id, command.plan.members, pairs)
+        for node in command.plan.members:
+            self._tell(node, wire.Do(command))
+
+    def _load(self, command: LoadBlocks) -> None:
+        if command.tier == "instant" and self._started is None:
+            self._holding.add(("transfer", command.transfer_id))
+        self._begin(command.transfer_id, (command.node,), {(command.node, block) for block in command.blocks})
+        self._tell(command.node, wire.Do(command))
+
+    def _begin(self, number: int, members: tuple[NodeId, ...], pairs: set[tuple[NodeId, int]]) -> None:
+        waiting = {pair for pair in pairs if pair[0] in self._alive}
+        if waiting:
+            self._transfers[number] = waiting
+        self._members[number] = members
+
+    def _cancel(self, command: CancelTransfer) -> None:
+        self._transfers.pop(command.transfer_id, None)
+        for node in self._members.pop(command.transfer_id, ()):
+            self._tell(node, wire.Do(command))
+
+    def _start_replica(self, command: StartReplica) -> None:
+        self._instances[command.instance] = _Served((command.node,))
+        self._tell(command.node, wire.Do(command))
+
+    def _form_pipeline(self, command: FormPipeline) -> None:
+        nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
+        self._instances[command.instance] = _Served(nodes)
+        for node in nodes:
+            self._tell(node, wire.Do(command))
+
+    def _dispatch(self, command: Dispatch) -> None:
+        tickets = []
+        for request in command.requests:
+            answer = self._answers[request.request_id]
+            answer.owners, answer.moving = {command.instance}, None
+            if answer.aborted:
+                self._finish(request.request_id, command.instance)
+            else:
+                tickets.append(answer.ticket)
+        if tickets:
+            self._tell(self._instances[command.instance].nodes[0], wire.Assign(command.instance, tuple(tickets)))
+
+    def _switch_mode(self, command: SwitchMode) -> None:
+        nodes = self._instances.pop(command.pipeline).nodes
+        homes = {target: self._instances[target].nodes[0] for _, target in command.moves}
+        for request_id, target in command.moves:
+            answer = self._answers.get(request_id)
+            if answer is not None:
+                answer.owners.add(target)
+                answer.moving = command.pipeline
+        self._switching[command.pipeline] = nodes[0]
+        self._tell(nodes[0], wire.Switch(command, homes))
+        if command.kv == "recompute":
+            for node in nodes[1:]:
+                self._tell(node, wire.Do(StopInstance(command.pipeline)))
+        if nodes[0] not in self._alive:
+            self._redo_switch(command.pipeline)
+
+    def _redo_switch(self, pipeline: int) -> None:
+        """The head of a dissolved pipeline died with requests on it: their new instances get them from here."""
+        del self._switching[pipeline]
+        for answer in self._answers.values():
+            if answer.moving == pipeline:
+                answer.moving = None
+                answer.owners.discard(pipeline)
+                for target in answer.owners:
+                    if target in self._instances:
+                        self._tell(self._instances[target].nodes[0], wire.Assign(target, (answer.ticket,)))
+        for node in self._alive:
+            self._tell(node, wire.Do(StopInstance(pipeline)))
+
+    def _stop_instance(self, command: StopInstance) -> None:
+        served = self._instances.pop(command.instance, None)
+        if served is None:
+            return
+        for answer in self._answers.values():
+            answer.owners.discard(command.instance)
+            if not answer.owners:
+                answer.moving = None
+        for node in served.nodes:
+            self._tell(node, wire.Do(command))
+
+    def _set_timer(self, command: SetTimer) -> None:
+        heappush(self._timers, (command.at, command.timer_id))
+
+    def _fail_request(self, command: FailRequest) -> None:
+        answer = self._answers.pop(command.request_id, None)
+        if answer is not None and answer.sink is not None:
+            answer.sink.failed(command.reason)
+
+    def _abort(self, request_id: int) -> None:
+        answer = self._answers.get(request_id)
+        if answer is None:
+            if any(request.request_id == request_id for request, _, _ in self._offered):
+                self._aborted_early.add(request_id)
+            return
+        answer.aborted = True
+        answer.sink = None
+        for instance in answer.owners:
+            if instance in self._instances:
+                self._tell(self._instances[instance].nodes[0], wire.Abort(request_id))

@@ -1,0 +1,189 @@
+"""The live cluster's configuration, and its assembly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.builtin import NAMES, builtin_model
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
+from lambdascale.control import SystemConfig
+from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
+from lambdascale.core.checks import check_types, require
+from lambdascale.inference.batch import Ticket
+from lambdascale.live.agent import NodeConfig
+from lambdascale.live.backend import LiveBackend
+from lambdascale.live.hub import Hub
+from lambdascale.live.launch import Launcher, LocalLauncher
+
+# Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
+_FIRST_TOKEN, _TRACE_STREAM = 64, 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveConfig:
+    """Real node processes. ``checkpoint``: a packed model, or a built-in one's name (smollm2, small, tiny).
+
+    ``executor`` "timed" only takes the time that the cluster's compute model says. ``paced``: links, disks and host-to-device
+    copies are made as slow as the cluster's configuration says, otherwise they are as fast as this machine is.
+    A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
+    ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
+    """
+
+    checkpoint: str = "smollm2"
+    dtype: str = "bf16"
+    launcher: Literal["local", "ray"] = "local"
+    transport: Literal["shm", "tcp"] = "shm"
+    executor: Literal["torch", "timed"] = "torch"
+    device: Literal["cpu", "cuda"] = "cpu"
+    paced: bool = True
+    slot_tokens: int = 512
+    threads: int | None = None
+    silence_s: float = 10.0
+    kind: str = "live"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
+        require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
+        require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
+        require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
+
+    def packed(self, blocks: int) -> PackedModel:
+        """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
+        if self.checkpoint in NAMES:
+            return builtin_model(self.checkpoint, blocks, self.dtype)
+        model = PackedModel.open(Path(self.checkpoint))
+        if len(model.blocks) != blocks:
+            raise UserError(
+                f"{self.checkpoint} is packed as {len(model.blocks)} blocks, the system moves {blocks}: "
+                f"system.blocks={len(model.blocks)}, or pack it again"
+            )
+        return model
+
+    def specs(self, models: Sequence[ModelSpec], blocks: int) -> tuple[ModelSpec, ...]:
+        """The models as they are on disk: the sizes are the checkpoint's, the names the configuration's."""
+        spec = self.packed(blocks).spec
+        return tuple(replace(spec, name=model.name) for model in models)
+
+    def build(
+        self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], system: SystemConfig, seed: int
+    ) -> LiveBackend:
+        """A started cluster that replays ``requests``; the caller closes it."""
+        packed = self.packed(system.blocks)
+        longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
+        if longest > self.slot_tokens:
+            raise UserError(
+                f"a request has {longest} tokens, a sequence may have {self.slot_tokens}: "
+                "cut them with workload.max_context_tokens, or raise backend.slot_tokens"
+            )
+        return self.start(
+            cluster=cluster,
+            models=[(model.name, packed) for model in models],
+            system=system,
+            trace=requests,
+            ticket_of=trace_tickets(packed, seed),
+        )
+
+    def start(
+        self,
+        *,
+        cluster: ClusterSpec,
+        models: Sequence[tuple[str, PackedModel]],
+        system: SystemConfig,
+        trace: Sequence[Request] = (),
+        ticket_of: Callable[[Request], Ticket] | None = None,
+        open_ended: bool = False,
+    ) -> LiveBackend:
+        """Launch the nodes and wait for them. UserError for what cannot be: the packed model decides the number of blocks."""
+        for name, model in models:
+            require(
+                len(model.blocks) == system.blocks, f"{name} has {len(model.blocks)} blocks, the system moves {system.blocks}"
+            )
+            limit = model.architecture.max_position
+            require(self.slot_tokens <= limit, f"backend.slot_tokens {self.slot_tokens} exceeds the {limit} positions of {name}")
+        launcher = self._launcher()
+        hub = Hub(launcher.host)
+        backend = LiveBackend(
+            launcher=launcher,
+            hub=hub,
+            nodes=cluster.nodes,
+            trace=trace,
+            ticket_of=ticket_of or _no_tickets,
+            silence_s=self.silence_s,
+            open_ended=open_ended,
+        )
+        configs = [self._node(node, hub, cluster, models, system) for node in range(cluster.nodes)]
+        try:
+            backend.start(lambda: launcher.start(configs))
+        except BaseException:
+            backend.close()
+            raise
+        return backend
+
+    def _launcher(self) -> Launcher:
+        if self.launcher == "ray":
+            from lambdascale.live.ray_launcher import RayLauncher
+
+            return RayLauncher(gpus_per_node=1 if self.device == "cuda" else 0)
+        return LocalLauncher()
+
+    def _node(
+        self, node: int, hub: Hub, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig
+    ) -> NodeConfig:
+        """What one agent is told."""
+        sizes = sorted((_room(model) for _, model in models), reverse=True)
+        at_once = max(1, cluster.gpus_per_node)
+        preloaded = system.scale_out == "instant"
+        # With several models there is room for one more than run: memory comes back in pieces.
+        device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
+        budget = int(cluster.host_memory_bytes) if system.memory.budget is None else int(system.memory.budget)
+        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.loader == "sequential" else 0)
+        through_host = sizes[0] if self.device != "cpu" else 0
+        network = float(cluster.nic_bytes_per_s) * cluster.rdma_efficiency
+        return NodeConfig(
+            node=node,
+            access=hub.access,
+            models=tuple((name, str(model.directory.resolve())) for name, model in models),
+            cluster=cluster,
+            limits=system.batching,
+            transport=self.transport,
+            executor=self.executor,
+            device=self.device,
+            slot_tokens=self.slot_tokens,
+            host_bytes=max(min(wanted, budget + sizes[0]), through_host),
+            device_bytes=device,
+            threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
+            link=network if self.paced else None,
+            ssd=float(cluster.ssd_bytes_per_s) if self.paced else None,
+            pcie=float(cluster.pcie_bytes_per_s) if self.paced else None,
+            preloaded=preloaded,
+        )
+
+
+def _room(model: PackedModel) -> int:
+    """Bytes of arena that a model takes: blocks begin on pages."""
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in model.block_bytes)
+
+
+def _no_tickets(request: Request) -> Ticket:
+    raise AssertionError("requests of a front end bring their tickets")
+
+
+def trace_tickets(model: PackedModel, seed: int) -> Callable[[Request], Ticket]:
+    """Prompts for a trace's requests: random tokens, the same for the same seed. Answers end with the trace's length."""
+    vocab = model.architecture.vocab
+
+    def ticket(request: Request) -> Ticket:
+        rng = np.random.default_rng((seed, _TRACE_STREAM, request.request_id))
+        tokens = rng.integers(min(_FIRST_TOKEN, vocab - 1), vocab, size=request.prompt_tokens).tolist()
+        return Ticket(request.request_id, tokens, request.prompt_tokens, request.output_tokens)
+
+    return ticket

@@ -1,0 +1,93 @@
+"""The controller's end of the control channel: one socket to all agents, authenticated with CURVE, polled by one thread."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from lambdascale.core import NodeId
+from lambdascale.live import wire
+from lambdascale.live.agent import Access
+
+
+class _OnlyOurs:
+    """Lets in who has the cluster's key."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """ZAP's question."""
+        return hmac.compare_digest(key, self._public)
+
+
+class Hub:
+    """``poll`` and ``send`` belong to one thread; ``wake`` may be called from any."""
+
+    def __init__(self, host: str) -> None:
+        server_public, server_secret = zmq.curve_keypair()
+        client_public, client_secret = zmq.curve_keypair()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", _OnlyOurs(client_public))
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server = True
+        self._socket.curve_secretkey, self._socket.curve_publickey = server_secret, server_public
+        self._socket.linger = 500
+        self._socket.router_handover = True
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self._waker, self._woken = socket.socketpair()
+        for end in (self._waker, self._woken):
+            end.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken.fileno(), zmq.POLLIN)
+        self._watched: set[int] = set()
+        self.access = Access(f"tcp://{host}:{port}", server_public, client_public, client_secret, secrets.token_bytes(32))
+
+    def watch(self, descriptors: set[int]) -> None:
+        """Return from ``poll`` also when one of these becomes readable."""
+        for gone in self._watched - descriptors:
+            self._poller.unregister(gone)
+        for new in descriptors - self._watched:
+            self._poller.register(new, zmq.POLLIN)
+        self._watched = set(descriptors)
+
+    def wake(self) -> None:
+        """Let ``poll`` return."""
+        try:
+            self._waker.send(b"x")
+        except (BlockingIOError, OSError):
+            return  # it is awake, or closed
+
+    def poll(self, timeout_s: float) -> tuple[list[tuple[NodeId, wire.ToController]], set[int]]:
+        """Messages of agents, in order, and which of the watched descriptors are readable. Garbage ends nothing but itself."""
+        ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
+        if self._woken.fileno() in ready:
+            self._woken.recv(4096)
+        messages = []
+        while self._socket.poll(0, zmq.POLLIN):
+            identity, data = self._socket.recv_multipart()
+            try:
+                messages.append((int(identity), wire.to_controller(data)))
+            except (ValueError, msgspec.MsgspecError):
+                continue
+        return messages, self._watched & ready.keys()
+
+    def send(self, node: NodeId, message: wire.ToAgent) -> None:
+        """To an agent; to nobody if it is gone."""
+        self._socket.send_multipart([b"%d" % node, wire.encode(message)])
+
+    def close(self) -> None:
+        """Hang up; the port is free afterwards."""
+        self._socket.close()
+        self._authenticator.stop()
+        self._context.term()
+        self._waker.close()
+        self._woken.close()

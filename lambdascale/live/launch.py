@@ -1,0 +1,85 @@
+"""Launchers: where the node processes come from. ``local`` forks them on this host."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+from lambdascale.core import NodeId
+from lambdascale.live.agent import NodeConfig, run
+
+_JOIN_S = 10.0
+
+
+class Launcher(Protocol):
+    """Starts agents and knows of their deaths."""
+
+    host: str  # the address the controller listens on, and whose interface agents on this host use
+
+    def start(self, configs: Sequence[NodeConfig]) -> None:
+        """Start an agent for each configuration."""
+        ...
+
+    def sentinels(self) -> dict[int, NodeId]:
+        """File descriptors that become readable when an agent dies, where there are such."""
+        ...
+
+    def dead(self) -> list[NodeId]:
+        """Agents known to have died."""
+        ...
+
+    def kill(self, node: NodeId) -> None:
+        """End an agent at once, without its help."""
+        ...
+
+    def close(self) -> None:
+        """Wait for agents that were told to leave; end those that do not."""
+        ...
+
+
+class LocalLauncher:
+    """Processes on this host, forked from a server that has loaded torch once. They die with the controller."""
+
+    host = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["lambdascale.live.agent", "lambdascale.live.preload"])
+        self._processes: dict[NodeId, BaseProcess] = {}
+
+    def start(self, configs: Sequence[NodeConfig]) -> None:
+        """See Launcher."""
+        for config in configs:
+            process = self._context.Process(target=run, args=(config,), name=f"node-{config.node}", daemon=True)
+            process.start()
+            self._processes[config.node] = process
+
+    def sentinels(self) -> dict[int, NodeId]:
+        """See Launcher."""
+        return {process.sentinel: node for node, process in self._processes.items() if process.is_alive()}
+
+    def dead(self) -> list[NodeId]:
+        """See Launcher."""
+        return [node for node, process in self._processes.items() if not process.is_alive()]
+
+    def pid(self, node: NodeId) -> int:
+        """The process of a node."""
+        pid = self._processes[node].pid
+        assert pid is not None, "it was started"
+        return pid
+
+    def kill(self, node: NodeId) -> None:
+        """See Launcher."""
+        self._processes[node].kill()
+
+    def close(self) -> None:
+        """See Launcher."""
+        for process in self._processes.values():
+            process.join(_JOIN_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes.clear()

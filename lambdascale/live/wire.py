@@ -1,0 +1,226 @@
+"""Messages between controller and agents, and among agents: msgpack of tagged structs, never pickle.
+
+Commands and events travel as they are; the rest says what only a live cluster needs to know: addresses, prompts, tokens, hidden
+states.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct, msgpack
+
+from lambdascale.core.commands import AnyCommand, SwitchMode
+from lambdascale.core.events import AnyEvent, Mode
+from lambdascale.core.plan import NodeId
+from lambdascale.inference.batch import StageBatch, Ticket
+from lambdascale.inference.sampling import Sampling
+
+
+class Message(Struct, frozen=True, tag=True):
+    """Base of all messages."""
+
+
+# -- controller to agent -------------------------------------------------------------------------------------------------
+
+
+class Directory(Message, frozen=True, tag=True):
+    """Where every node's endpoint is: connect to those with a lower id."""
+
+    addresses: dict[NodeId, str]
+
+
+class Do(Message, frozen=True, tag=True):
+    """Carry a command out."""
+
+    command: AnyCommand
+
+
+class Assign(Message, frozen=True, tag=True):
+    """A dispatch, with what the requests consist of."""
+
+    instance: int
+    tickets: tuple[Ticket, ...]
+
+
+class Switch(Message, frozen=True, tag=True):
+    """A mode switch; ``homes``: the node of each target instance."""
+
+    command: SwitchMode
+    homes: dict[int, NodeId]
+
+
+class Abort(Message, frozen=True, tag=True):
+    """The client of a request is gone: end it where it is."""
+
+    request_id: int
+
+
+class Ping(Message, frozen=True, tag=True):
+    """The controller is alive."""
+
+
+class Shutdown(Message, frozen=True, tag=True):
+    """Leave."""
+
+
+# -- agent to controller -------------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag=True):
+    """An agent is up; ``address`` is its endpoint's."""
+
+    node: NodeId
+    address: str
+    pid: int
+
+
+class Connected(Message, frozen=True, tag=True):
+    """An agent is connected to all nodes of the directory with a lower id."""
+
+    node: NodeId
+
+
+class Happened(Message, frozen=True, tag=True):
+    """An event; the controller gives it its time."""
+
+    event: AnyEvent
+
+
+class Placed(Message, frozen=True, tag=True):
+    """A host copy asked for by PlaceCopy is there."""
+
+    node: NodeId
+    model: str
+
+
+class Token(Struct, frozen=True, gc=False, array_like=True):
+    """A token of an answer: the ``index``-th, counted from 0."""
+
+    request_id: int
+    index: int
+    token: int
+    finished: bool
+
+
+class Tokens(Message, frozen=True, tag=True):
+    """What an iteration of an instance yielded."""
+
+    instance: int
+    mode: Mode
+    tokens: tuple[Token, ...]
+
+
+class Aborted(Message, frozen=True, tag=True):
+    """A request was ended before its time."""
+
+    instance: int
+    request_id: int
+
+
+class Resumed(Message, frozen=True, tag=True):
+    """Requests of a dissolved pipeline are with their new instance."""
+
+    instance: int
+    requests: tuple[int, ...]
+
+
+class Beat(Message, frozen=True, tag=True):
+    """An agent is alive."""
+
+
+class Fault(Message, frozen=True, tag=True):
+    """An agent cannot go on; ``users`` says that the user can do something about it."""
+
+    node: NodeId
+    reason: str
+    users: bool
+
+
+ToAgent = Directory | Do | Assign | Switch | Abort | Ping | Shutdown
+ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Beat | Fault
+
+
+# -- agent to agent ------------------------------------------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True, tag=True):
+    """A destination of a multicast has memory for the blocks: ``offsets`` by block."""
+
+    transfer_id: int
+    offsets: dict[int, int]
+
+
+class Pass(Struct, frozen=True, array_like=True):
+    """An iteration as the stages of a pipeline hand it on: the batch, what it costs, and how its tokens are chosen."""
+
+    batch: StageBatch
+    prefill_tokens: int
+    context_tokens: int
+    attended_tokens: int
+    rules: tuple[Sampling, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def decodes(self) -> int:
+        """Sequences that decode."""
+        return self.batch.decodes
+
+
+class Forward(Message, frozen=True, tag=True):
+    """Hidden states for stage ``stage`` of a pipeline, from the one before."""
+
+    instance: int
+    batch: int
+    stage: int
+    work: Pass
+    hidden: bytes
+
+
+class Chosen(Message, frozen=True, tag=True):
+    """The tokens of an iteration, from the last stage to the first."""
+
+    instance: int
+    batch: int
+    tokens: tuple[int, ...]
+
+
+class Handover(Message, frozen=True, tag=True):
+    """Requests of a dissolved pipeline for ``instance``. Those in ``with_kv`` wait for their KV, which comes in parts."""
+
+    instance: int
+    tickets: tuple[Ticket, ...]
+    with_kv: frozenset[int] = frozenset()
+
+
+class KvMove(Struct, frozen=True, array_like=True):
+    """The KV of ``tokens`` tokens in ``slot`` goes to ``node`` for ``instance``."""
+
+    request_id: int
+    slot: int
+    tokens: int
+    instance: int
+    node: NodeId
+
+
+class Collect(Message, frozen=True, tag=True):
+    """A pipeline is dissolved: send the KV of these requests off, then forget the pipeline."""
+
+    pipeline: int
+    moves: tuple[KvMove, ...]
+
+
+class KvPart(Message, frozen=True, tag=True):
+    """The KV of a request in the layers from ``first_layer``: ``layers`` of them."""
+
+    instance: int
+    request_id: int
+    first_layer: int
+    layers: int
+    data: bytes
+
+
+Peer = Ready | Forward | Chosen | Handover | Collect | KvPart
+
+encode = msgpack.Encoder().encode
+to_agent = msgpack.Decoder(ToAgent).decode
+to_controller = msgpack.Decoder(ToController).decode
+to_peer = msgpack.Decoder(Peer).decode
