@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lambdascale import __version__
-from lambdascale.cli import doctor, pack, plan, profile
+from lambdascale.cli import doctor, pack, plan, profile, serve
 from lambdascale.cli.guard import run_guarded
 
 
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     pack.add_parser(subcommands)
     profile.add_parser(subcommands)
     doctor.add_parser(subcommands)
+    serve.add_parser(subcommands)
     return parser
 
 

@@ -177,6 +177,13 @@ class LiveBackend:
         self._ended.set()
         self._hub.wake()
 
+    def fail_all(self, reason: str) -> None:
+        """Tell those who still wait for answers that there will be none."""
+        waiting = [answer.sink for answer in list(self._answers.values())] + [sink for _, _, sink in list(self._offered)]
+        for sink in waiting:
+            if sink is not None:
+                sink.failed(reason)
+
     # -- start and end -----------------------------------------------------------------------------------------------
 
     def start(self, launch: Callable[[], None]) -> None:
@@ -209,10 +216,8 @@ class LiveBackend:
         self._events.extend(NodeJoined(0.0, node) for node in sorted(self._alive))
 
     def close(self) -> None:
-        """End all agents; no process, port or memory stays behind. Those who still wait for answers are told."""
-        for answer in self._answers.values():
-            if answer.sink is not None:
-                answer.sink.failed("the server is stopping")
+        """End all agents; no process, port or memory stays behind."""
+        self.fail_all("the server is stopping")
         for node in range(self._nodes):
             self._hub.send(node, wire.Shutdown())
         self.launcher.close()
@@ -293,11 +298,12 @@ class LiveBackend:
                 self._listeners[type(message)](node, message)
         while self._aborts:
             self._abort(self._aborts.popleft())
+        looking = bool(ended) or now - self._pinged >= _PING_S
         if now - self._pinged >= _PING_S:
             self._pinged = now
             for node in self._alive:
                 self._hub.send(node, wire.Ping())
-        dead = set(self.launcher.dead()) if ended else set()
+        dead = set(self.launcher.dead()) if looking else set()
         dead |= {node for node, heard in self._heard.items() if now - heard > self._silence_s}
         for node in dead & self._alive:
             self._lose(node)

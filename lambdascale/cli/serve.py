@@ -1,0 +1,150 @@
+"""``lambdascale serve``: a live cluster on this machine behind an OpenAI-compatible front end."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lambdascale.core import ClusterSpec, UserError, parse_rate
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from lambdascale.checkpoints import PackedModel
+    from lambdascale.control import SystemConfig
+    from lambdascale.live.config import LiveConfig
+
+SYSTEMS = ("lambdascale", "faasnet", "nccl_broadcast", "serverlessllm", "ideal")
+
+
+def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subcommands.add_parser(
+        "serve",
+        help="serve a model from a cluster of processes that grows and shrinks with the load",
+        description="Start node processes on this machine and an HTTP server with OpenAI's completions and chat completions. "
+        "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health, /metrics (Prometheus), "
+        "/cluster (JSON).",
+    )
+    parser.add_argument(
+        "--model", default="smollm2", metavar="DIR", help="a packed model, or smollm2, small, tiny (default: %(default)s)"
+    )
+    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--min-nodes", type=int, default=1, metavar="N", help="replicas kept at all times (default: %(default)s)")
+    parser.add_argument("--system", choices=SYSTEMS, default="lambdascale", help="(default: %(default)s)")
+    parser.add_argument("--transport", choices=("shm", "tcp", "rdma", "cuda_ipc"), default="shm", help="(default: %(default)s)")
+    parser.add_argument("--link", metavar="RATE", help="make every node's link this slow, e.g. 200MB/s (default: full speed)")
+    parser.add_argument("--disk", metavar="RATE", help="make every node's disk this slow (default: full speed)")
+    parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of a built-in model (default: %(default)s)"
+    )
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of a built-in model (default: %(default)s)")
+    parser.add_argument("--slot-tokens", type=int, default=1024, metavar="N", help="longest sequence (default: %(default)s)")
+    parser.add_argument(
+        "--keep-alive", type=float, default=10.0, metavar="S", help="release idle replicas after (default: %(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the system's configuration, e.g. system.sources=2")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start everything and serve."""
+    _check(arguments)
+    # torch takes seconds to import: only here.
+    from lambdascale.live.config import LiveConfig
+    from lambdascale.live.server import Service, serve
+
+    console = Console(stderr=True)
+    config = LiveConfig(
+        checkpoint=arguments.model,
+        dtype=arguments.dtype,
+        launcher=arguments.launcher,
+        transport=arguments.transport,
+        device=arguments.device,
+        slot_tokens=arguments.slot_tokens,
+        paced=arguments.link is not None or arguments.disk is not None,
+    )
+    with console.status("starting the nodes ..."):
+        model = _model(config, arguments)
+        cluster, system = _cluster(arguments), _system(arguments, len(model.blocks))
+        service = Service(config=config, model=model, cluster=cluster, system=system)
+    address = f"http://{arguments.host}:{arguments.port}"
+    console.print(f"serving {model.name} on {arguments.nodes} nodes at {address}/v1 (Ctrl-C stops)", highlight=False)
+    return serve(service, host=arguments.host, port=arguments.port, view=not arguments.no_view)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.transport in ("rdma", "cuda_ipc"):
+        raise UserError(f"--transport {arguments.transport} is not there yet: shm and tcp are")
+    if not 1 <= arguments.nodes <= 256:
+        raise UserError(f"--nodes must be between 1 and 256, not {arguments.nodes}")
+    if not 0 <= arguments.min_nodes <= arguments.nodes:
+        raise UserError(f"--min-nodes must be between 0 and {arguments.nodes}, not {arguments.min_nodes}")
+    if arguments.keep_alive < 0:
+        raise UserError(f"--keep-alive must not be negative, not {arguments.keep_alive}")
+    try:
+        with socket.create_server((arguments.host, arguments.port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {arguments.host}:{arguments.port}: {error}") from error
+
+
+def _model(config: LiveConfig, arguments: argparse.Namespace) -> PackedModel:
+    from lambdascale.checkpoints import PackedModel
+    from lambdascale.checkpoints.builtin import NAMES
+
+    return config.packed(arguments.blocks) if arguments.model in NAMES else PackedModel.open(Path(arguments.model))
+
+
+def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
+    """The desk's cluster with the user's rates; what is not given is not slowed down."""
+    from hydra.utils import instantiate
+
+    from lambdascale.experiments.compose import compose
+
+    cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
+    fast = "1TB/s"
+    link, disk = arguments.link or fast, arguments.disk or fast
+    for rate in (link, disk):
+        if parse_rate(rate) <= 0:
+            raise UserError(f"a rate must be positive, not {rate}")
+    gpu = replace(cluster.gpu, memory_bytes="1TiB")
+    changed: ClusterSpec = replace(
+        cluster,
+        nodes=arguments.nodes,
+        nic_bytes_per_s=link,
+        ssd_bytes_per_s=disk,
+        pcie_bytes_per_s=fast,
+        host_memory_bytes="1TiB",
+        gpu=gpu,
+    )
+    return changed
+
+
+def _system(arguments: argparse.Namespace, blocks: int) -> SystemConfig:
+    from lambdascale.control import SystemConfig
+    from lambdascale.experiments.build import build
+    from lambdascale.experiments.compose import compose
+
+    system = build(
+        compose(
+            [
+                f"system={arguments.system}",
+                f"system.autoscaler.min_replicas={arguments.min_nodes}",
+                f"system.autoscaler.keep_alive_s={arguments.keep_alive}",
+                *arguments.overrides,
+            ]
+        )
+    ).system
+    assert isinstance(system, SystemConfig), "what is composed is a system"
+    return replace(system, blocks=blocks)

@@ -1,0 +1,294 @@
+"""What the cluster looks like right now, for people: an observer of events and commands, read from other threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lambdascale.core import NodeId
+from lambdascale.core.commands import (
+    AllocateNode,
+    CancelTransfer,
+    Command,
+    Dispatch,
+    EvictBlocks,
+    FailRequest,
+    FormPipeline,
+    LoadBlocks,
+    PlaceCopy,
+    ReleaseNode,
+    StartMulticast,
+    StartReplica,
+    StopInstance,
+    SwitchMode,
+)
+from lambdascale.core.events import (
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    RequestFinished,
+    TokensProduced,
+)
+
+_RECENT = 200  # answers that the quantiles of the view are taken over
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass
+class _Node:
+    alive: bool = True
+    models: set[str] = field(default_factory=set)
+    blocks: dict[str, set[int]] = field(default_factory=dict)
+    host_copies: set[str] = field(default_factory=set)
+
+
+@dataclass
+class _Transfer:
+    model: str
+    kind: str
+    sources: tuple[NodeId, ...]
+    missing: set[tuple[NodeId, int]]
+    total: int
+
+
+@dataclass
+class _Instance:
+    model: str
+    stages: tuple[tuple[NodeId, int, int], ...]
+    pipeline: bool
+    running: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Counts:
+    arrived: int = 0
+    finished: int = 0
+    failed: int = 0
+    restarts: int = 0
+    tokens: int = 0
+    scale_outs: int = 0
+    nodes_lost: int = 0
+    from_pipelines: int = 0
+    gpu_seconds: float = 0.0
+
+
+class ClusterState:
+    """Observe a run; ``snapshot()`` is what /cluster shows. ``blocks``: of each model."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+        self._at = 0.0
+        self._gpus = 0
+        self._nodes: dict[NodeId, _Node] = {}
+        self._instances: dict[int, _Instance] = {}
+        self._transfers: dict[int, _Transfer] = {}
+        self._arrivals: dict[int, float] = {}
+        self._queued: set[int] = set()
+        self._dispatched: set[int] = set()
+        self._ttft: deque[float] = deque(maxlen=_RECENT)
+        self.ttft_counts = [0] * (len(TTFT_BUCKETS_S) + 1)
+        self.ttft_sum = 0.0
+        self.counts = _Counts()
+
+    # -- Observer ----------------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        """Take note of what happened."""
+        with self._lock:
+            self._pass_time(event.at)
+            self._event(event)
+
+    def on_command(self, at: float, command: Command) -> None:
+        """Take note of what was decided."""
+        with self._lock:
+            self._pass_time(at)
+            self._command(command)
+
+    def _pass_time(self, at: float) -> None:
+        self.counts.gpu_seconds += self._gpus * (at - self._at)
+        self._at = at
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, RequestArrived):
+            self.counts.arrived += 1
+            self._arrivals[event.request.request_id] = event.request.arrival_s
+            self._queued.add(event.request.request_id)
+        elif isinstance(event, BlockArrived):
+            self._nodes[event.node].blocks.setdefault(event.model, set()).add(event.block)
+            self._progress(event.transfer_id, {(event.node, event.block)})
+        elif isinstance(event, TokensProduced):
+            self._first_token(event)
+        elif isinstance(event, RequestFinished):
+            self.counts.finished += 1
+            self.counts.tokens += event.tokens
+            self._forget(event.request_id)
+        elif isinstance(event, NodeJoined):
+            self._nodes[event.node] = _Node()
+        elif isinstance(event, NodeLost):
+            node = self._nodes[event.node]
+            self._gpus -= len(node.models)
+            self._nodes[event.node] = _Node(alive=False)
+            self.counts.nodes_lost += 1
+            for number, transfer in list(self._transfers.items()):
+                self._progress(number, {pair for pair in transfer.missing if pair[0] == event.node})
+        elif isinstance(event, CommandFailed):
+            self._transfers.pop(event.transfer_id, None)
+
+    def _first_token(self, event: TokensProduced) -> None:
+        arrived = self._arrivals.pop(event.request_id, None)
+        if arrived is None:
+            return
+        ttft = self._at - arrived
+        self._ttft.append(ttft)
+        self.ttft_sum += ttft
+        self.ttft_counts[int(np.searchsorted(TTFT_BUCKETS_S, ttft))] += 1
+        self.counts.from_pipelines += event.mode == "pipeline"
+
+    def _forget(self, request_id: int) -> None:
+        self._queued.discard(request_id)
+        self._dispatched.discard(request_id)
+        self._arrivals.pop(request_id, None)
+        for instance in self._instances.values():
+            instance.running.discard(request_id)
+
+    def _progress(self, number: int, pairs: set[tuple[NodeId, int]]) -> None:
+        transfer = self._transfers.get(number)
+        if transfer is not None:
+            transfer.missing -= pairs
+            if not transfer.missing:
+                del self._transfers[number]
+
+    def _command(self, command: Command) -> None:
+        if isinstance(command, Dispatch):
+            self._dispatch(command)
+        elif isinstance(command, AllocateNode):
+            self._gpus += command.gpus
+            self._nodes[command.node].models.add(command.model)
+            self.counts.scale_outs += self._at > 0
+        elif isinstance(command, ReleaseNode):
+            self._gpus -= command.gpus
+            node = self._nodes[command.node]
+            node.models.discard(command.model)
+            node.blocks.pop(command.model, None)
+            if command.keep_host:
+                node.host_copies.add(command.model)
+        elif isinstance(command, PlaceCopy):
+            self._nodes[command.node].host_copies.add(command.model)
+        elif isinstance(command, EvictBlocks):
+            self._nodes[command.node].host_copies.discard(command.model)
+        elif isinstance(command, FailRequest):
+            self.counts.failed += 1
+            self._forget(command.request_id)
+        elif isinstance(command, StartMulticast | LoadBlocks | CancelTransfer):
+            self._transfer(command)
+        else:
+            self._serve(command)
+
+    def _dispatch(self, command: Dispatch) -> None:
+        running = self._instances[command.instance].running
+        for request in command.requests:
+            self._queued.discard(request.request_id)
+            self.counts.restarts += request.request_id in self._dispatched
+            self._dispatched.add(request.request_id)
+            running.add(request.request_id)
+
+    def _transfer(self, command: StartMulticast | LoadBlocks | CancelTransfer) -> None:
+        if isinstance(command, CancelTransfer):
+            self._transfers.pop(command.transfer_id, None)
+            return
+        if isinstance(command, StartMulticast):
+            pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
+            made = _Transfer(command.model, "multicast", command.plan.sources, pairs, len(pairs))
+        else:
+            pairs = {(command.node, block) for block in command.blocks}
+            made = _Transfer(command.model, f"load from {command.tier}", (), pairs, len(pairs))
+        if pairs:
+            self._transfers[command.transfer_id] = made
+
+    def _serve(self, command: Command) -> None:
+        if isinstance(command, StartReplica):
+            whole = ((command.node, 0, self._blocks - 1),)
+            self._instances[command.instance] = _Instance(command.model, whole, pipeline=False)
+        elif isinstance(command, FormPipeline):
+            stages = tuple((s.node, s.first_block, s.last_block) for s in command.stages)
+            self._instances[command.instance] = _Instance(command.model, stages, pipeline=True)
+        elif isinstance(command, SwitchMode):
+            del self._instances[command.pipeline]
+            for request_id, target in command.moves:
+                self._instances[target].running.add(request_id)
+        elif isinstance(command, StopInstance):
+            gone = self._instances.pop(command.instance, None)
+            if gone is not None:
+                self._queued |= gone.running
+
+    # -- for people --------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """The cluster as plain values: nodes with what they hold, instances, transfers with their progress, queue, TTFT."""
+        with self._lock:
+            recent = sorted(self._ttft)
+            return {
+                "at_s": round(self._at, 3),
+                "blocks": self._blocks,
+                "nodes": [self._node(number, node) for number, node in sorted(self._nodes.items())],
+                "replicas": [
+                    {"instance": number, "model": i.model, "node": i.stages[0][0], "running": len(i.running)}
+                    for number, i in self._instances.items()
+                    if not i.pipeline
+                ],
+                "pipelines": [
+                    {
+                        "instance": number,
+                        "model": i.model,
+                        "running": len(i.running),
+                        "stages": [{"node": n, "first_block": a, "last_block": b} for n, a, b in i.stages],
+                    }
+                    for number, i in self._instances.items()
+                    if i.pipeline
+                ],
+                "transfers": [
+                    {
+                        "transfer_id": number,
+                        "model": t.model,
+                        "kind": t.kind,
+                        "sources": t.sources,
+                        "arrived": t.total - len(t.missing),
+                        "total": t.total,
+                    }
+                    for number, t in self._transfers.items()
+                ],
+                "requests": {
+                    "queued": len(self._queued),
+                    "running": sum(len(i.running) for i in self._instances.values()),
+                    "arrived": self.counts.arrived,
+                    "finished": self.counts.finished,
+                    "failed": self.counts.failed,
+                    "restarts": self.counts.restarts,
+                    "first_tokens_from_pipelines": self.counts.from_pipelines,
+                },
+                "ttft_s": {
+                    "recent": len(recent),
+                    "p50": recent[len(recent) // 2] if recent else None,
+                    "p90": recent[len(recent) * 9 // 10] if recent else None,
+                },
+                "scale_outs": self.counts.scale_outs,
+                "gpu_seconds": round(self.counts.gpu_seconds, 3),
+            }
+
+    @staticmethod
+    def _node(number: NodeId, node: _Node) -> dict[str, Any]:
+        return {
+            "node": number,
+            "alive": node.alive,
+            "models": sorted(node.models),
+            "gpu_blocks": {model: sorted(blocks) for model, blocks in node.blocks.items()},
+            "host_copies": sorted(node.host_copies),
+        }

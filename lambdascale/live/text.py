@@ -1,0 +1,122 @@
+"""Text to tokens and back: a packed model's tokenizer and chat template, and the text of an answer while it grows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from lambdascale.core import UserError
+
+_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character yet
+_PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+class Text:
+    """A model's tokenizer. UserError if its directory has none."""
+
+    def __init__(self, directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{directory} has no tokenizer.json: it cannot be served as text")
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._config = _json(directory / "tokenizer_config.json")
+        template = directory / "chat_template.jinja"
+        source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        self._template = environment.from_string(source)
+        self.stop_tokens = frozenset(self._ends(directory))
+
+    def _ends(self, directory: Path) -> list[int]:
+        """Tokens that end an answer: config.json's, generation_config.json's and the tokenizer's."""
+        found: list[int] = []
+        for name in ("config.json", "generation_config.json"):
+            value = _json(directory / name).get("eos_token_id")
+            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+        eos = self._special("eos_token")
+        token = None if eos is None else self._tokenizer.token_to_id(eos)
+        return found if token is None else [*found, token]
+
+    def _special(self, name: str) -> str | None:
+        value = self._config.get(name)
+        return value.get("content") if isinstance(value, dict) else value
+
+    @property
+    def vocab(self) -> int:
+        """Token ids are below this."""
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins. UserError if the template refuses it."""
+        try:
+            text = self._template.render(
+                messages=messages,
+                add_generation_prompt=True,
+                bos_token=self._special("bos_token") or "",
+                eos_token=self._special("eos_token") or "",
+            )
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses the messages: {error}") from error
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of an answer."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class Growing:
+    """The text of an answer as its tokens come: what can be shown now, and whether a stop string has come.
+
+    Text is held back while it may be the beginning of a stop string or half a character.
+    """
+
+    def __init__(self, text: Text, stops: Sequence[str]) -> None:
+        self._text = text
+        self._stops = tuple(stop for stop in stops if stop)
+        self._tokens: list[int] = []
+        self._shown = 0
+        self.stopped = False
+
+    def add(self, tokens: Sequence[int], *, last: bool) -> str:
+        """New text that is certain. Nothing more comes after a stop string."""
+        if self.stopped:
+            return ""
+        self._tokens += tokens
+        whole = self._text.decode(self._tokens)
+        ends = [at for at in (whole.find(stop) for stop in self._stops) if at >= 0]
+        if ends:
+            self.stopped = True
+            certain = min(ends)
+        else:
+            certain = len(whole) if last else len(whole) - self._uncertain(whole)
+        new, self._shown = whole[self._shown : certain], max(self._shown, certain)
+        return new
+
+    def _uncertain(self, whole: str) -> int:
+        """How many characters at the end may still change their meaning."""
+        halves = len(whole) - len(whole.rstrip(_INCOMPLETE))
+        begun = (
+            length
+            for stop in self._stops
+            for length in range(min(len(stop) - 1, len(whole)), 0, -1)
+            if whole.endswith(stop[:length])
+        )
+        return max([halves, *begun])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
