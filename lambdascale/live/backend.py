@@ -122,7 +122,7 @@ class LiveBackend:
         self._answers: dict[int, _Answer] = {}
         self._instances: dict[int, _Served] = {}
         self._switching: dict[int, NodeId] = {}
-        self._transfers: dict[int, set[tuple[NodeId, int]]] = {}
+        self._transfers: dict[int, tuple[str, set[tuple[NodeId, int]]]] = {}
         self._members: dict[int, tuple[NodeId, ...]] = {}
         self._holding: set[object] = set()  # what the clock waits for
         self._alive: set[NodeId] = set()
@@ -314,7 +314,7 @@ class LiveBackend:
         self._heard.pop(node, None)
         self.launcher.kill(node)
         self._hub.watch(set(self.launcher.sentinels()))
-        for number, waiting in list(self._transfers.items()):
+        for number, (_, waiting) in list(self._transfers.items()):
             self._arrived(number, {pair for pair in waiting if pair[0] == node})
         self._holding = {held for held in self._holding if not (isinstance(held, tuple) and node in held)}
         self._events.append(NodeLost(0.0, node))
@@ -326,7 +326,10 @@ class LiveBackend:
 
     def _happened(self, event: AnyEvent) -> None:
         if isinstance(event, BlockArrived):
-            self._arrived(event.transfer_id, {(event.node, event.block)})
+            # A block may still come under the number of a cancelled transfer when its successor expects it.
+            for number, (model, _) in list(self._transfers.items()):
+                if model == event.model:
+                    self._arrived(number, {(event.node, event.block)})
         elif isinstance(event, CommandFailed):
             print(f"{event.command} failed: {event.reason}", file=sys.stderr)
             self._transfers.pop(event.transfer_id, None)
@@ -336,12 +339,11 @@ class LiveBackend:
         self._events.append(event)
 
     def _arrived(self, number: int, pairs: set[tuple[NodeId, int]]) -> None:
-        waiting = self._transfers.get(number)
-        if waiting is not None:
-            waiting -= pairs
-            if not waiting:
-                del self._transfers[number]
-                self._let_go(("transfer", number))
+        _, waiting = self._transfers[number]
+        waiting -= pairs
+        if not waiting:
+            del self._transfers[number]
+            self._let_go(("transfer", number))
 
     def _let_go(self, held: object) -> None:
         self._holding.discard(held)
@@ -399,20 +401,20 @@ class LiveBackend:
 
     def _multicast(self, command: StartMulticast) -> None:
         pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
-        self._begin(command.transfer_id, command.plan.members, pairs)
+        self._begin(command.transfer_id, command.model, command.plan.members, pairs)
         for node in command.plan.members:
             self._tell(node, wire.Do(command))
 
     def _load(self, command: LoadBlocks) -> None:
         if command.tier == "instant" and self._started is None:
             self._holding.add(("transfer", command.transfer_id))
-        self._begin(command.transfer_id, (command.node,), {(command.node, block) for block in command.blocks})
+        self._begin(command.transfer_id, command.model, (command.node,), {(command.node, block) for block in command.blocks})
         self._tell(command.node, wire.Do(command))
 
-    def _begin(self, number: int, members: tuple[NodeId, ...], pairs: set[tuple[NodeId, int]]) -> None:
+    def _begin(self, number: int, model: str, members: tuple[NodeId, ...], pairs: set[tuple[NodeId, int]]) -> None:
         waiting = {pair for pair in pairs if pair[0] in self._alive}
         if waiting:
-            self._transfers[number] = waiting
+            self._transfers[number] = (model, waiting)
         self._members[number] = members
 
     def _cancel(self, command: CancelTransfer) -> None:

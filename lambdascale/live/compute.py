@@ -155,7 +155,7 @@ class Compute:
             with self._wake:
                 while not self._posted and not self._stopping and not self._has_work():
                     self._wake.wait()
-                if self._stopping:
+                if self._stopping and not self._posted:  # somebody may wait for what was posted
                     return
                 posted, self._posted = self._posted, deque()
             for job, done in posted:

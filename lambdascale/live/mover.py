@@ -185,7 +185,8 @@ class Mover:
             if offsets is None or not self._store.holds(model, transfer.block, out.tier):
                 return
             out.sends.popleft()
-            self._send(number, out, transfer, offsets[transfer.block])
+            if transfer.block in offsets:  # otherwise it came to the receiver another way
+                self._send(number, out, transfer, offsets[transfer.block])
         if not out.sends and not out.in_flight:
             self._end_outgoing(number, out)
 

@@ -123,7 +123,9 @@ class ClusterState:
             self._queued.add(event.request.request_id)
         elif isinstance(event, BlockArrived):
             self._nodes[event.node].blocks.setdefault(event.model, set()).add(event.block)
-            self._progress(event.transfer_id, {(event.node, event.block)})
+            for number, transfer in list(self._transfers.items()):
+                if transfer.model == event.model:
+                    self._progress(number, {(event.node, event.block)})
         elif isinstance(event, TokensProduced):
             self._first_token(event)
         elif isinstance(event, RequestFinished):

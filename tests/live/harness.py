@@ -1,0 +1,144 @@
+"""A live cluster of processes with a tiny model, driven by a trace; and the answers it ought to give."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.control import BatchLimits, SystemConfig, drive
+from lambdascale.core import Request
+from lambdascale.core.commands import Command
+from lambdascale.core.events import Event
+from lambdascale.experiments.compose import compose
+from lambdascale.inference import Engine, Stage, Ticket, load_blocks
+from lambdascale.live.backend import LiveBackend
+from lambdascale.live.config import LiveConfig
+from lambdascale.metrics import Recorder, requests_table
+from lambdascale.testing.invariants import InvariantChecker
+
+SLOT_TOKENS = 160
+PATIENCE_S = 40.0
+
+
+@dataclass
+class Outcome:
+    """What came of a run: the answers by request, the rows, everything that happened, and the backend (closed)."""
+
+    answers: dict[int, list[int]]
+    rows: Any
+    recorder: Recorder
+    backend: LiveBackend
+
+    def kinds(self) -> list[str]:
+        return [type(entry).__name__ for _, entry in self.recorder.entries]
+
+
+class Watcher:
+    """Calls ``act(backend)`` once, ``after_s`` after the first event or command for which ``when`` holds."""
+
+    def __init__(self, when: Callable[[Event | Command], bool], act: Callable[[LiveBackend], None], after_s: float = 0.0) -> None:
+        self._when, self._act, self._after_s = when, act, after_s
+        self.backend: LiveBackend | None = None
+        self.acted = False
+
+    def on_event(self, event: Event) -> None:
+        self._look(event)
+
+    def on_command(self, at: float, command: Command) -> None:
+        self._look(command)
+
+    def _look(self, entry: Event | Command) -> None:
+        if not self.acted and self._when(entry):
+            self.acted = True
+            assert self.backend is not None
+            timer = threading.Timer(self._after_s, self._act, (self.backend,))
+            timer.daemon = True
+            timer.start()
+
+
+def system_of(name: str, *overrides: str) -> SystemConfig:
+    """A system as configured, for the tiny model's eight blocks."""
+    group = compose([f"system={name}", "system.blocks=8", "system.batching.max_batch=4", *overrides]).system
+    built = instantiate(group, _convert_="all")
+    assert isinstance(built, SystemConfig)
+    return built
+
+
+def burst(count: int, prompt: int = 20, output: int = 100, at_s: float = 0.1) -> list[Request]:
+    return [Request(i, at_s, "tiny", prompt + 3 * (i % 5), output + 5 * (i % 4)) for i in range(count)]
+
+
+def prompts(requests: Sequence[Request], vocab: int = 256) -> dict[int, list[int]]:
+    return {r.request_id: np.random.default_rng(r.request_id).integers(0, vocab, r.prompt_tokens).tolist() for r in requests}
+
+
+def expected(model: PackedModel, requests: Sequence[Request]) -> dict[int, list[int]]:
+    """The engine's answers, one after the other on one node."""
+    stage = Stage(model.architecture, load_blocks(model), 1, SLOT_TOKENS)
+    answers = {}
+    for request in requests:
+        engine = Engine([stage], BatchLimits(max_batch=1))
+        ticket = Ticket(request.request_id, prompts([request])[request.request_id], request.prompt_tokens, request.output_tokens)
+        engine.add(ticket)
+        while len(engine):
+            engine.step()
+        answers[request.request_id] = ticket.output
+    return answers
+
+
+def run(
+    directory: Path,
+    requests: Sequence[Request],
+    *,
+    system: SystemConfig,
+    nodes: int = 4,
+    link: str = "1MB/s",
+    watchers: Sequence[Watcher] = (),
+    cluster_changes: dict[str, Any] | None = None,
+    **config: Any,
+) -> Outcome:
+    """Start a cluster, serve the requests, check what no system may do, and end it."""
+    model = PackedModel.open(directory, "tiny")
+    cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
+    changes = {"nodes": nodes, "nic_bytes_per_s": link, "pcie_bytes_per_s": "1GB/s", "ssd_bytes_per_s": "1GB/s"}
+    cluster = replace(cluster, **changes, **(cluster_changes or {}))
+    live = LiveConfig(checkpoint=str(directory), slot_tokens=SLOT_TOKENS, **config)
+    tokens = prompts(requests)
+    tickets = {r.request_id: Ticket(r.request_id, list(tokens[r.request_id]), r.prompt_tokens, r.output_tokens) for r in requests}
+    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
+    plane = system.build(cluster=cluster, models=[model.spec])
+    backend = live.start(
+        cluster=cluster,
+        models=[("tiny", model)],
+        system=system,
+        trace=sorted(requests, key=lambda r: r.arrival_s),
+        ticket_of=lambda request: tickets[request.request_id],
+    )
+    guard = threading.Timer(PATIENCE_S, backend.end)  # a run that hangs fails
+    guard.daemon = True
+    guard.start()
+    try:
+        for watcher in watchers:
+            watcher.backend = backend
+        drive(plane, backend, [recorder, checker, *watchers])
+    finally:
+        guard.cancel()
+        backend.close()
+    checker.finish()
+    rows = requests_table(recorder, system.name).to_pandas()
+    return Outcome({number: ticket.output for number, ticket in tickets.items()}, rows, recorder, backend)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)

@@ -1,0 +1,156 @@
+"""Real processes, real bytes, real tokens: scale-outs, pipelines, mode switches and deaths, token for token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.core.commands import Command, FormPipeline, StartMulticast, SwitchMode
+from lambdascale.core.events import BlockArrived, Event, NodeLost, RequestFinished
+from lambdascale.live.backend import LiveBackend
+from lambdascale.live.launch import LocalLauncher
+from tests.live.harness import Outcome, Watcher, burst, expected, run, system_of
+
+pytestmark = pytest.mark.live
+REQUESTS = burst(32)
+TWO_SOURCES = ("system.memory.initial_copies=2", "system.sources=2")
+
+
+@cache
+def _answers(directory: Path) -> dict[int, list[int]]:
+    return expected(PackedModel.open(directory, "tiny"), REQUESTS)
+
+
+def check(outcome: Outcome, directory: Path) -> None:
+    assert outcome.answers == _answers(directory)
+    assert (outcome.rows.status == "ok").all()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("kv", ["recompute", "copy"])
+def test_execute_while_load(tiny: Path, transport: str, kv: str) -> None:
+    """Tokens of pipelines, across a mode switch and of replicas are the engine's."""
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale", f"system.kv={kv}"), transport=transport)
+    check(outcome, tiny)
+    assert {"FormPipeline", "SwitchMode"} <= set(outcome.kinds())
+    modes = outcome.rows.first_token_mode.value_counts()
+    assert modes["pipeline"] > 0
+    assert (outcome.rows.restarts == 0).all()
+    first = min(at for at, e in outcome.recorder.entries if isinstance(e, FormPipeline))
+    complete = min(_complete_at(outcome).values())
+    early = outcome.rows[(outcome.rows.first_token_mode == "pipeline") & (outcome.rows.first_token_s < complete)]
+    assert first < complete
+    assert len(early), "first tokens come before any destination holds the whole model"
+
+
+def _complete_at(outcome: Outcome) -> dict[int, float]:
+    """When each destination of the multicast held all blocks."""
+    blocks: dict[int, list[float]] = {}
+    for at, entry in outcome.recorder.entries:
+        if isinstance(entry, BlockArrived) and at > 0:
+            blocks.setdefault(entry.node, []).append(at)
+    return {node: times[7] for node, times in blocks.items()}
+
+
+@pytest.mark.parametrize("name", ["faasnet", "serverlessllm", "ideal", "lambdascale"])
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_every_system(tiny: Path, name: str, nodes: int) -> None:
+    """The baselines on the same processes."""
+    check(run(tiny, REQUESTS, system=system_of(name), nodes=nodes), tiny)
+
+
+def test_several_sources_and_a_second_burst(tiny: Path) -> None:
+    """A host copy feeds the multicast too; after a pause, released nodes come back from their host copies."""
+    system = system_of("lambdascale", *TWO_SOURCES, "system.autoscaler.keep_alive_s=0.3")
+    again = burst(32, at_s=6.0)
+    requests = [*REQUESTS, *(type(r)(r.request_id + 100, r.arrival_s, r.model, r.prompt_tokens, r.output_tokens) for r in again)]
+    outcome = run(tiny, requests, system=system, link="2MB/s")
+    assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)
+    assert "ReleaseNode" in outcome.kinds()
+    plans = [e.plan for _, e in outcome.recorder.entries if isinstance(e, StartMulticast)]
+    assert any(len(plan.sources) == 2 for plan in plans)
+
+
+def test_from_nothing(tiny: Path) -> None:
+    """No replica at first: the first node loads, the others get it from there or from their own disks."""
+    check(run(tiny, REQUESTS, system=system_of("lambdascale", "system.autoscaler.min_replicas=0"), link="5MB/s"), tiny)
+
+
+def test_nothing_to_do(tiny: Path) -> None:
+    """A run without requests ends by itself."""
+    assert run(tiny, [], system=system_of("lambdascale"), nodes=2).answers == {}
+
+
+def test_nothing_is_left_behind(tiny: Path) -> None:
+    """No process, no shared memory."""
+    before = set(os.listdir("/dev/shm"))
+    pids: list[int] = []
+
+    def note(backend: LiveBackend) -> None:
+        launcher = backend.launcher
+        assert isinstance(launcher, LocalLauncher)
+        pids.extend(launcher.pid(node) for node in range(2))
+
+    watcher = Watcher(lambda entry: isinstance(entry, RequestFinished), note)
+    run(tiny, burst(3), system=system_of("lambdascale"), nodes=2, watchers=[watcher])
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+# -- deaths --------------------------------------------------------------------------------------------------------------
+
+
+def kill(node: int) -> Callable[[LiveBackend], None]:
+    return lambda backend: backend.launcher.kill(node)
+
+
+def first(kind: type, **fields: int) -> Callable[[Event | Command], bool]:
+    return lambda entry: isinstance(entry, kind) and all(getattr(entry, name) == value for name, value in fields.items())
+
+
+PHASES = {
+    "multicast begins": (first(StartMulticast), 0.0),
+    "multicast under way": (first(BlockArrived, node=2, block=3), 0.05),
+    "pipeline": (first(FormPipeline), 0.1),
+    "mode switch": (first(SwitchMode), 0.0),
+    "local": (first(SwitchMode), 0.4),
+}
+
+
+@pytest.mark.parametrize("node", [0, 1, 2, 3])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_node_loses_no_request(tiny: Path, phase: str, node: int) -> None:
+    """Source, head of the pipeline or one of its stages: everything is answered, once, with the same tokens."""
+    when, after_s = PHASES[phase]
+    watcher = Watcher(when, kill(node), after_s)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher])
+    assert watcher.acted
+    assert any(isinstance(entry, NodeLost) for _, entry in outcome.recorder.entries)
+    check(outcome, tiny)
+
+
+def test_a_killed_node_with_its_kv_on_the_way(tiny: Path) -> None:
+    """The KV of its layers never comes: it is computed anew."""
+    watcher = Watcher(first(SwitchMode), kill(1))
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale", "system.kv=copy"), watchers=[watcher])
+    check(outcome, tiny)
+
+
+def test_a_silent_node_is_given_up(tiny: Path) -> None:
+    """A stopped process does not answer: after a while it is none of the cluster any more."""
+
+    def stop(backend: LiveBackend) -> None:
+        launcher = backend.launcher
+        assert isinstance(launcher, LocalLauncher)
+        os.kill(launcher.pid(2), 19)
+
+    watcher = Watcher(first(BlockArrived, node=2, block=2), stop)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher], silence_s=2.0)
+    check(outcome, tiny)
+    assert [entry.node for _, entry in outcome.recorder.entries if isinstance(entry, NodeLost)] == [2]
