@@ -67,6 +67,7 @@ class _State:
     ready: dict[int, dict[NodeId, dict[int, int]]] = field(default_factory=dict)
     loads: dict[int, Load] = field(default_factory=dict)
     delayed: list[LoadBlocks] = field(default_factory=list)
+    told: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Mover:
@@ -271,8 +272,14 @@ class Mover:
         except ValueError as error:
             self._fail("StartMulticast", str(error), number)
             return False
-        self._report(BlockArrived(0.0, number, self._node, model, block))
+        self._tell_arrived(number, model, block)
         return True
+
+    def _tell_arrived(self, number: int, model: str, block: int) -> None:
+        """Once for each block on the device, however many transfers were to bring it."""
+        if (model, block) not in self._state.told:
+            self._state.told.add((model, block))
+            self._report(BlockArrived(0.0, number, self._node, model, block))
 
     def _settle(self, number: int, incoming: _Incoming) -> None:
         """Free the memory of a cancelled multicast once nobody writes to it any more."""
@@ -369,7 +376,7 @@ class Mover:
         def arrived(model: str, block: int) -> None:
             if pace is not None:
                 pace.take(sizes[block])
-            self._report(BlockArrived(0.0, command.transfer_id, self._node, model, block))
+            self._do(lambda: self._tell_arrived(command.transfer_id, model, block))
 
         return arrived
 
@@ -399,6 +406,7 @@ class Mover:
 
     def _release(self, model: str, keep_host: bool, after: Future[None]) -> None:
         after.result()
+        self._state.told = {key for key in self._state.told if key[0] != model}
         if self._preloaded:
             return
         try:
