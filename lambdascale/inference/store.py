@@ -321,6 +321,12 @@ class BlockStore:
             self._awaited.update(keys)
             return {block: residency.offsets[name, block] for _, block in keys}
 
+    def landing(self, name: str, block: int) -> Tensor:
+        """The memory reserved for a block."""
+        require((name, block) in self._awaited, f"block {block} of {name} is not awaited")
+        residency = self._tiers[self.landing_tier]
+        return residency.arena.view(residency.offsets[name, block], self.model(name).block_bytes[block])
+
     def land(self, name: str, block: int) -> None:
         """A reserved block has been written: compare its checksum and make it resident. BlockError if it differs."""
         model, key, residency = self.model(name), (name, block), self._tiers[self.landing_tier]

@@ -164,8 +164,9 @@ class Agent:
         import torch
 
         from lambdascale.inference import BlockStore, StoreConfig
+        from lambdascale.live.collective import Collective, Outlet
         from lambdascale.live.compute import Compute
-        from lambdascale.live.mover import Links, Mover
+        from lambdascale.live.mover import BLOCK_BITS, Links, Mover
         from lambdascale.live.runners import Executor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)
@@ -192,6 +193,13 @@ class Agent:
             ssd=None if config.ssd is None else TokenBucket(config.ssd),
             pcie=None if config.pcie is None else TokenBucket(config.pcie),
         )
+        outlet = Outlet(
+            written=lambda number, block: self.mover.written(config.node, number << BLOCK_BITS | block),
+            ended=lambda number, error: self.mover.broadcast_ended(number, error),
+            occupy=lambda busy: self.compute.occupy(busy).result(),
+            send=self._send,
+        )
+        self.collective = Collective(config.node, config.host, self.store, link, outlet)
         # One send at a time fills a paced link; without pacing, the next should be under way before the last is through.
         self.mover = Mover(
             config.node,
@@ -200,6 +208,7 @@ class Agent:
             self._report,
             window=2 if link is None else 1,
             links=buckets,
+            collective=self.collective.start,
             preloaded=config.preloaded,
         )
         executor: Executor
@@ -278,6 +287,8 @@ class Agent:
         message = wire.to_peer(data)
         if isinstance(message, wire.Ready):
             self.mover.ready(peer, message)
+        elif isinstance(message, wire.Rendezvous):
+            self.collective.rendezvous(message)
         else:
             self.compute.peer(message)
 

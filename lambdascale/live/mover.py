@@ -24,8 +24,8 @@ from lambdascale.inference.store import BlockInUseError, BlockStore, Load, Store
 from lambdascale.live.wire import Ready, encode
 from lambdascale.transport import Endpoint, TokenBucket, TransportError
 
-_BLOCK_BITS = 24
-_FENCE = (1 << _BLOCK_BITS) - 1
+BLOCK_BITS = 24
+_FENCE = (1 << BLOCK_BITS) - 1
 _RETRY_S = 0.01
 _RETRIES = 500
 
@@ -73,6 +73,8 @@ class _State:
 class Mover:
     """``report`` takes events for the controller. ``window``: how many of this node's sends may be under way at once.
 
+    ``collective`` takes broadcasts over; it tells of its progress by ``written`` and ``broadcast_ended``, as a peer would.
+
     ``preloaded``: every model stays on the device from the start (ideal scaling's "instant" loads).
     """
 
@@ -85,6 +87,7 @@ class Mover:
         *,
         window: int,
         links: Links,
+        collective: Callable[[StartMulticast, StoreTier], None],
         preloaded: bool = False,
     ) -> None:
         self._node = node
@@ -93,6 +96,7 @@ class Mover:
         self._report = report
         self._window = window
         self._links = links
+        self._collective = collective
         self._preloaded = preloaded
         self._state = _State()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mover")
@@ -149,7 +153,7 @@ class Mover:
 
     def written(self, peer: NodeId, immediate: int) -> None:
         """A peer's write is complete."""
-        self._do(lambda: self._written(peer, immediate >> _BLOCK_BITS, immediate & _FENCE))
+        self._do(lambda: self._written(peer, immediate >> BLOCK_BITS, immediate & _FENCE))
 
     def lost(self, peer: NodeId) -> None:
         """A peer is gone; the controller will say what follows."""
@@ -159,6 +163,9 @@ class Mover:
 
     def _start(self, command: StartMulticast) -> None:
         plan, number = command.plan, command.transfer_id
+        if command.transport == "collective":
+            self._join_broadcast(command)
+            return
         sends = deque(t for transfers in plan.rounds for t in transfers if t.src == self._node)
         if sends:
             tier = self._source_tier(command)
@@ -168,6 +175,34 @@ class Mover:
         if receives:
             self._receive(command, receives)
         self._pump(number)
+
+    def _join_broadcast(self, command: StartMulticast) -> None:
+        """This node itself counts as the sender: it is what may still write to the memory."""
+        blocks = {t.block for transfers in command.plan.rounds for t in transfers}
+        blocks = {block for block in blocks if not self._store.holds(command.model, block, self._source_tier(command))}
+        if blocks:
+            try:
+                self._store.reserve(command.model, sorted(blocks))
+            except ValueError as error:
+                self._fail("StartMulticast", str(error), command.transfer_id)
+                return
+            self._state.incoming[command.transfer_id] = _Incoming(command, blocks, {self._node})
+        self._collective(command, self._source_tier(command))
+
+    def broadcast_ended(self, number: int, error: str) -> None:
+        """A broadcast is over; ``error`` says why before its time."""
+        self._do(lambda: self._broadcast_ended(number, error))
+
+    def _broadcast_ended(self, number: int, error: str) -> None:
+        incoming = self._state.incoming.get(number)
+        if incoming is None:
+            return
+        if error and not incoming.cancelled:
+            # If a member died, the controller knows already or will soon; this tells it only what it would wait for in vain.
+            incoming.cancelled = True
+            self._fail("StartMulticast", error, number)
+        incoming.senders.discard(self._node)
+        self._settle(number, incoming)
 
     def _source_tier(self, command: StartMulticast) -> StoreTier:
         tiers: dict[NodeId, Tier] = dict(zip(command.plan.sources, command.source_tiers, strict=True))
@@ -200,7 +235,7 @@ class Mover:
             stack.close()
             self._do(lambda: self._sent(number, out))
 
-        immediate = number << _BLOCK_BITS | transfer.block
+        immediate = number << BLOCK_BITS | transfer.block
         try:
             self._endpoint.write(transfer.dst, data.numpy().data, offset, immediate).add_done_callback(sent)
         except TransportError:
@@ -218,7 +253,7 @@ class Mover:
         if out.cancelled:
             for receiver in told:
                 try:
-                    self._endpoint.write(receiver, memoryview(b""), 0, number << _BLOCK_BITS | _FENCE)
+                    self._endpoint.write(receiver, memoryview(b""), 0, number << BLOCK_BITS | _FENCE)
                 except TransportError:
                     continue  # it is gone itself
 

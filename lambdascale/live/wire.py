@@ -218,7 +218,14 @@ class KvPart(Message, frozen=True, tag=True):
     data: bytes
 
 
-Peer = Ready | Forward | Chosen | Handover | Collect | KvPart
+class Rendezvous(Message, frozen=True, tag=True):
+    """Where the members of a broadcast meet to make their communicator."""
+
+    transfer_id: int
+    address: str
+
+
+Peer = Ready | Rendezvous | Forward | Chosen | Handover | Collect | KvPart
 
 encode = msgpack.Encoder().encode
 to_agent = msgpack.Decoder(ToAgent).decode

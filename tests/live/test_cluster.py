@@ -57,7 +57,7 @@ def _complete_at(outcome: Outcome) -> dict[int, float]:
     return {node: times[7] for node, times in blocks.items()}
 
 
-@pytest.mark.parametrize("name", ["faasnet", "serverlessllm", "ideal", "lambdascale"])
+@pytest.mark.parametrize("name", ["faasnet", "nccl_broadcast", "serverlessllm", "ideal", "lambdascale"])
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_every_system(tiny: Path, name: str, nodes: int) -> None:
     """The baselines on the same processes."""
@@ -139,6 +139,15 @@ def test_a_killed_node_with_its_kv_on_the_way(tiny: Path) -> None:
     """The KV of its layers never comes: it is computed anew."""
     watcher = Watcher(first(SwitchMode), kill(1))
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale", "system.kv=copy"), watchers=[watcher])
+    check(outcome, tiny)
+
+
+@pytest.mark.parametrize("node", [0, 2])
+def test_a_broadcast_breaks(tiny: Path, node: int) -> None:
+    """A member of a communicator dies: the survivors make a new one, or load for themselves."""
+    watcher = Watcher(first(BlockArrived, node=1, block=3), kill(node))
+    outcome = run(tiny, REQUESTS, system=system_of("nccl_broadcast"), watchers=[watcher])
+    assert watcher.acted
     check(outcome, tiny)
 
 

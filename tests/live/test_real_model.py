@@ -6,6 +6,21 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hydra.utils import instantiate
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.builtin import builtin_model
+from lambdascale.checkpoints.synthetic import smollm2_file
+from lambdascale.control import drive
+from lambdascale.core import Request, UserError
+from lambdascale.core.commands import AllocateNode
+from lambdascale.core.events import BlockArrived
+from lambdascale.experiments.compose import compose
+from lambdascale.inference import Ticket
+from lambdascale.live.config import LiveConfig
+from lambdascale.live.text import Text
+from lambdascale.metrics import Recorder, requests_table
+from lambdascale.testing.invariants import InvariantChecker
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
@@ -38,3 +53,55 @@ def is_greedy(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[in
     with torch.inference_mode():
         logits = model(ids).logits[0]
     return bool((logits[len(prompt) - 1 : -1].argmax(-1) == ids[0, len(prompt) :]).all())
+
+
+@pytest.fixture(scope="module")
+def packed() -> PackedModel:
+    try:
+        smollm2_file()
+    except UserError as error:
+        pytest.skip(str(error))
+    return builtin_model("smollm2", 16, "fp32")
+
+
+def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
+    """One node grows to four over a slow link; every answer is transformers', whichever way it came about."""
+    from transformers import AutoModelForCausalLM
+
+    text = Text(packed.directory)
+    requests, tickets = [], {}
+    for number, prompt in enumerate(PROMPTS):
+        ids = text.chat([{"role": "user", "content": prompt}])
+        requests.append(Request(number, 0.1, packed.name, len(ids), TOKENS))
+        tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
+    # Links at which 0.65 GB take a quarter of a minute, as long as these requests do on two cores.
+    overrides = ["cluster=desk", "cluster.nic_bytes_per_s=0.05GB/s", "system.memory.initial_copies=2", "system.sources=2"]
+    config = compose(overrides)
+    cluster, system = (instantiate(config[group], _convert_="all") for group in ("cluster", "system"))
+    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
+    plane = system.build(cluster=cluster, models=[packed.spec])
+    backend = LiveConfig(checkpoint="smollm2", dtype="fp32", slot_tokens=160).start(
+        cluster=cluster,
+        models=[(packed.name, packed)],
+        system=system,
+        trace=requests,
+        ticket_of=lambda request: tickets[request.request_id],
+    )
+    try:
+        drive(plane, backend, [recorder, checker])
+    finally:
+        backend.close()
+    rows = requests_table(recorder, "lambdascale").to_pandas()
+    assert (rows.status == "ok").all()
+    arrivals: dict[int, list[float]] = {}
+    for at, entry in recorder.entries:
+        if isinstance(entry, BlockArrived) and at > 0:
+            arrivals.setdefault(entry.node, []).append(at)
+    multicast = {e.node for _, e in recorder.entries if isinstance(e, AllocateNode)} - {0}
+    complete = min(times[15] for node, times in arrivals.items() if node in multicast)
+    early = rows[(rows.first_token_mode == "pipeline") & (rows.first_token_s < complete)]
+    assert len(early), "first tokens come from a pipeline before any destination holds the whole model"
+    reference = AutoModelForCausalLM.from_pretrained(packed.directory, dtype=torch.float32).eval()
+    for number, ticket in tickets.items():
+        assert is_greedy(reference, ticket.tokens[: ticket.prompt_tokens], ticket.output), PROMPTS[number]
+    assert any(ticket.output for ticket in tickets.values())
