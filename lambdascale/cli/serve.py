@@ -92,6 +92,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--min-nodes must be between 0 and {arguments.nodes}, not {arguments.min_nodes}")
     if arguments.keep_alive < 0:
         raise UserError(f"--keep-alive must not be negative, not {arguments.keep_alive}")
+    for rate in (arguments.link, arguments.disk):
+        if rate is not None and parse_rate(rate) <= 0:
+            raise UserError(f"a rate must be positive, not {rate}")
     try:
         with socket.create_server((arguments.host, arguments.port)):
             pass
@@ -115,9 +118,6 @@ def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
     cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
     fast = "1TB/s"
     link, disk = arguments.link or fast, arguments.disk or fast
-    for rate in (link, disk):
-        if parse_rate(rate) <= 0:
-            raise UserError(f"a rate must be positive, not {rate}")
     gpu = replace(cluster.gpu, memory_bytes="1TiB")
     changed: ClusterSpec = replace(
         cluster,

@@ -77,7 +77,7 @@ def _execute(
         recorder,
         requests,
         system=experiment.system.name,
-        backend=experiment.backend.kind,
+        backend=experiment.backend.label,
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
         wall_s=wall_s,
     )
@@ -85,7 +85,7 @@ def _execute(
         "experiment": settings["name"],
         "run_sha256": digest,
         "seed": settings["seed"],
-        "backend": experiment.backend.kind,
+        "backend": experiment.backend.label,
         "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": experiment.cluster.provenance},
         "workload": asdict(trace.provenance),
         "started": started,

@@ -56,6 +56,11 @@ class LiveConfig:
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
+    @property
+    def label(self) -> str:
+        """What rows and summaries call the backend: compute that was only timed is not passed off as real."""
+        return "live-timed" if self.executor == "timed" else "live"
+
     def packed(self, blocks: int) -> PackedModel:
         """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
         if self.checkpoint in NAMES:

@@ -53,6 +53,11 @@ class SimConfig:
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
 
+    @property
+    def label(self) -> str:
+        """What rows and summaries call the backend."""
+        return self.kind
+
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:

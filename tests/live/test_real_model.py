@@ -13,7 +13,7 @@ from lambdascale.checkpoints.builtin import builtin_model
 from lambdascale.checkpoints.synthetic import smollm2_file
 from lambdascale.control import drive
 from lambdascale.core import Request, UserError
-from lambdascale.core.commands import AllocateNode
+from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import BlockArrived
 from lambdascale.experiments.compose import compose
 from lambdascale.inference import Ticket
@@ -97,8 +97,9 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
     for at, entry in recorder.entries:
         if isinstance(entry, BlockArrived) and at > 0:
             arrivals.setdefault(entry.node, []).append(at)
-    multicast = {e.node for _, e in recorder.entries if isinstance(e, AllocateNode)} - {0}
-    complete = min(times[15] for node, times in arrivals.items() if node in multicast)
+    plan = next(e.plan for _, e in recorder.entries if isinstance(e, StartMulticast))
+    assert len(plan.sources) == 2, "a replica and a host copy"
+    complete = min(times[15] for node, times in arrivals.items() if node in plan.destinations)
     early = rows[(rows.first_token_mode == "pipeline") & (rows.first_token_s < complete)]
     assert len(early), "first tokens come from a pipeline before any destination holds the whole model"
     reference = AutoModelForCausalLM.from_pretrained(packed.directory, dtype=torch.float32).eval()

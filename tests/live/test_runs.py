@@ -1,0 +1,107 @@
+"""Experiments with backend=live: the same run folder as in simulation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.errors import HydraException
+
+from lambdascale.checkpoints.builtin import builtin_model
+from lambdascale.cli.guard import user_message
+from lambdascale.core import UserError
+from lambdascale.experiments.build import build
+from lambdascale.experiments.compose import compose
+from lambdascale.experiments.runner import run
+
+pytestmark = pytest.mark.live
+TINY = ["backend.checkpoint=tiny", "system.blocks=8", "cluster.nic_bytes_per_s=1MB/s", "workload.count=24"]
+LIVE = ["experiment=live_burst", "backend=live", *TINY, "workload.output_tokens=100"]
+
+
+def test_a_run_folder_like_any_other(tmp_path: Path) -> None:
+    result = run(compose([*LIVE, f"out={tmp_path / 'run'}"]))
+    files = {path.name for path in result.folder.iterdir()}
+    assert {"config.yaml", "manifest.json", "requests.parquet", "events.parquet", "summary.json"} <= files
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert (summary["backend"], summary["requests"]["completed"], summary["simulated_s"]) == ("live", 24, None)
+    rows = pd.read_parquet(result.folder / "requests.parquet")
+    assert (rows.output_tokens == 100).all()
+    assert (rows.ttft_s > 0).all()
+    assert run(compose([*LIVE, f"out={tmp_path / 'run'}"])).reused
+
+
+def test_timed_nodes_say_so(tmp_path: Path) -> None:
+    result = run(compose([*LIVE, "backend.executor=timed", "cluster.nodes=6", f"out={tmp_path / 'run'}"]))
+    assert result.summary["backend"] == "live-timed"
+    assert result.summary["requests"]["completed"] == 24
+
+
+def test_the_model_of_the_configuration_is_the_one_on_disk() -> None:
+    """conf/model/smollm2.yaml has the packed model's sizes."""
+    config = compose(["backend=live"])
+    try:
+        packed = builtin_model("smollm2", 16)
+    except UserError as error:
+        pytest.skip(str(error))
+    simulated = build(compose(["model=smollm2"])).models[0]
+    assert packed.spec == simulated
+    assert build(config).models == (simulated,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["backend.checkpoint=/nowhere"], "/nowhere"),
+        (["backend.slot_tokens=64"], "64"),
+        (["backend.slot_tokens=9999"], "9999"),
+        (["backend.transport=pigeon"], "pigeon"),
+        (["backend.executor=guess"], "guess"),
+    ],
+)
+def test_mistakes(overrides: list[str], says: str) -> None:
+    with pytest.raises((UserError, HydraException)) as caught:
+        run(compose([*LIVE, "out=/nowhere/at/all", *overrides]))
+    message = user_message(caught.value)
+    assert message is not None
+    assert says in message
+
+
+@pytest.fixture
+def ray_cluster() -> Iterator[None]:
+    ray = Path(sys.executable).with_name("ray")
+    if not ray.exists():
+        pytest.skip("Ray is not installed (extra ray)")
+    options = ["--head", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    subprocess.run([ray, "start", *options], check=True, capture_output=True, timeout=120)
+    yield
+    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_nodes_placed_by_ray(ray_cluster: None, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "scripts/run.py",
+        *LIVE,
+        "backend.launcher=ray",
+        "backend.transport=tcp",
+        f"out={tmp_path / 'run'}",
+    ]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["requests"]["completed"] == 24
+
+
+def test_without_a_ray_cluster(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/run.py", *LIVE, "backend.launcher=ray", f"out={tmp_path / 'run'}"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 2
+    assert "ray start --head" in done.stderr or "lambdascale[ray]" in done.stderr

@@ -1,0 +1,248 @@
+"""``lambdascale serve`` as its users see it: the openai client, a scale-out under load, a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.live
+COMMAND = [str(Path(sys.executable).with_name("lambdascale")), "serve"]
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            data: bytes = answer.read()
+            return data
+
+    def cluster(self) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self.get("/cluster"))
+        return state
+
+    def children(self) -> list[int]:
+        """All processes of the server's session besides itself."""
+        done = subprocess.run(["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in done.stdout.split() if int(pid) != self.process.pid]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def start(model: Path, *options: str) -> Server:
+    port = free_port()
+    command = [*COMMAND, "--model", str(model), "--port", str(port), "--no-view", "--slot-tokens", "256", *options]
+    server = Server(subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True), port)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            server.get("/health")
+            return server
+        except OSError:
+            assert server.process.poll() is None, server.process.stderr.read() if server.process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def stop(server: Server) -> int:
+    server.process.send_signal(signal.SIGINT)
+    status = server.process.wait(30)
+    if server.process.stderr is not None:
+        server.process.stderr.close()
+    return status
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Server]:
+    running = start(tiny, "--nodes", "3", "--link", "1MB/s", "--keep-alive", "1")
+    yield running
+    if running.process.poll() is None:
+        stop(running)
+
+
+def test_models(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert server.client.models.retrieve("tiny").id == "tiny"
+
+
+def test_completion(server: Server) -> None:
+    answer = server.client.completions.create(model="tiny", prompt="hello", max_tokens=7, temperature=0)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (5, 5 + answer.usage.completion_tokens)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+def test_a_stream_says_the_same(server: Server) -> None:
+    common: dict[str, Any] = {"model": "tiny", "prompt": "abc", "max_tokens": 40, "seed": 5, "temperature": 0.8}
+    whole = server.client.completions.create(**common)
+    chunks = list(server.client.completions.create(**common, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_chat(server: Server) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+    common: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 9, "temperature": 0}
+    whole = server.client.chat.completions.create(**common)
+    stream = server.client.chat.completions.create(**common, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole.choices[0].message.content
+
+
+def test_stop_strings_and_several_prompts(server: Server) -> None:
+    common: dict[str, Any] = {"model": "tiny", "max_tokens": 30, "temperature": 0}
+    plain = server.client.completions.create(**common, prompt="q").choices[0].text
+    cut = plain[len(plain) // 2 :][:2]
+    stopped = server.client.completions.create(**common, prompt="q", stop=[cut]).choices[0]
+    assert (stopped.text, stopped.finish_reason) == (plain[: plain.index(cut)], "stop")
+    both = server.client.completions.create(**common, prompt=["q", "r"])
+    assert [choice.index for choice in both.choices] == [0, 1]
+    assert both.choices[0].text == plain
+    ids = server.client.completions.create(**common, prompt=[113 % 257])
+    assert ids.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({"model": "other", "prompt": "a"}, 404, "does not exist"),
+        ({"model": "tiny"}, 400, "prompt"),
+        ({"model": "tiny", "prompt": []}, 400, "prompt"),
+        ({"model": "tiny", "prompt": ""}, 400, "no tokens"),
+        ({"model": "tiny", "prompt": [1, "a"]}, 400, "prompt"),
+        ({"model": "tiny", "prompt": [9999]}, 400, "token ids"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ({"model": "tiny", "prompt": "a", "max_tokens": 256}, 400, "256"),
+        ({"model": "tiny", "prompt": "a", "temperature": -1}, 400, "temperature"),
+        ({"model": "tiny", "prompt": "a", "n": 2}, 400, "n must be 1"),
+        ({"model": "tiny", "prompt": "a", "logprobs": 3}, 400, "logprobs"),
+        ({"model": "tiny", "prompt": "a", "seed": "x"}, 400, "seed"),
+    ],
+)
+def test_mistakes(server: Server, body: dict[str, Any], status: int, says: str) -> None:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=20)
+    assert caught.value.code == status
+    assert says in json.loads(caught.value.read())["error"]["message"]
+
+
+def test_it_grows_under_load_and_shrinks_again(server: Server) -> None:
+    """More nodes serve while there is work; afterwards one is left."""
+
+    def ask(number: int) -> str:
+        answer = server.client.completions.create(model="tiny", prompt=f"{number}", max_tokens=200, temperature=0)
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(80) as pool:
+        answers = list(pool.map(ask, range(80)))
+    assert answers[:10] == [ask(number) for number in range(10)], "the same alone and in a crowd"
+    state = server.cluster()
+    assert state["scale_outs"] >= 2
+    assert state["requests"]["failed"] == 0
+    deadline = time.monotonic() + 20
+    while len(server.cluster()["replicas"]) > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    metrics = server.get("/metrics").decode()
+    assert f"lambdascale_requests_finished_total {state['requests']['finished']}" in metrics or "lambdascale_ttft" in metrics
+
+
+def test_a_client_that_hangs_up_is_forgotten(server: Server) -> None:
+    stream = server.client.completions.create(model="tiny", prompt="z", max_tokens=200, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 20
+    while server.cluster()["requests"]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_node_under_a_stream(server: Server) -> None:
+    """The stream goes on, with the tokens it would have had."""
+    common: dict[str, Any] = {"model": "tiny", "prompt": "stream", "max_tokens": 200, "temperature": 0}
+    whole = server.client.completions.create(**common).choices[0].text
+    nodes = [pid for pid in server.children() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    serving = server.cluster()["replicas"][0]["node"]
+    text, killed = "", False
+    for chunk in server.client.completions.create(**common, stream=True):
+        text += chunk.choices[0].text
+        if not killed and len(text) > 20:
+            killed = True
+            # The nodes are the forked processes; they were started in the order of their numbers.
+            os.kill(sorted(nodes)[1:][serving], signal.SIGKILL)
+    assert text == whole
+    assert server.cluster()["requests"]["restarts"] >= 1
+    assert sum(node["alive"] for node in server.cluster()["nodes"]) == 2
+
+
+def test_a_signal_ends_everything(server: Server) -> None:
+    """Open streams are told; no process and no port is left."""
+    stream = server.client.completions.create(model="tiny", prompt="end", max_tokens=230, temperature=0, stream=True)
+    parts = iter(stream)
+    next(parts)
+    children = server.children()
+    assert len(children) >= 3
+    began = time.monotonic()
+    assert stop(server) == 0
+    assert time.monotonic() - began < 15
+    with suppress(openai.APIError):  # an error, or an end: but no silence
+        list(parts)
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with socket.create_server(("127.0.0.1", server.port)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "tiny", "--nodes", "0"], "--nodes"),
+        (["--model", "tiny", "--min-nodes", "9"], "--min-nodes"),
+        (["--model", "tiny", "--link", "fast"], "fast"),
+        (["--model", "tiny", "--transport", "rdma"], "rdma"),
+        (["--model", "tiny", "--blocks", "99"], "blocks"),
+        (["--model", "tiny", "--port", "99999"], "99999"),
+        (["--model", "tiny", "--blocks", "8", "--slot-tokens", "99999"], "99999"),
+        (["--model", "tiny", "--blocks", "8", "system.bloks=3"], "bloks"),
+    ],
+)
+def test_mistakes_on_the_command_line(options: list[str], says: str, tmp_path: Path) -> None:
+    environment = os.environ | {"LAMBDASCALE_CACHE": str(tmp_path)}
+    done = subprocess.run([*COMMAND, "--no-view", *options], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    assert says in lines[0]
+    assert "Traceback" not in done.stderr
