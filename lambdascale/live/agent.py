@@ -167,7 +167,7 @@ class Agent:
         from lambdascale.live.collective import Collective, Outlet
         from lambdascale.live.compute import Compute
         from lambdascale.live.mover import BLOCK_BITS, Links, Mover
-        from lambdascale.live.runners import Executor, TimedExecutor, TorchExecutor
+        from lambdascale.live.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)
         self._config = config
@@ -214,6 +214,8 @@ class Agent:
         executor: Executor
         if config.executor == "timed":
             executor = TimedExecutor(self.store, config.cluster)
+        elif config.executor == "paced":
+            executor = PacedExecutor(self.store, config.cluster, config.slot_tokens)
         else:
             executor = TorchExecutor(self.store, config.slot_tokens)
         self.compute = Compute(

@@ -30,7 +30,8 @@ _FIRST_TOKEN, _TRACE_STREAM = 64, 7
 class LiveConfig:
     """Real node processes. ``checkpoint``: a packed model, or a built-in one's name (smollm2, small, tiny).
 
-    ``executor`` "timed" only takes the time that the cluster's compute model says. ``paced``: links, disks and host-to-device
+    ``executor`` "timed" only takes the time that the cluster's compute model says; "paced" computes and takes at least that time.
+    ``paced``: links, disks and host-to-device
     copies are made as slow as the cluster's configuration says, otherwise they are as fast as this machine is.
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
@@ -40,7 +41,7 @@ class LiveConfig:
     dtype: str = "bf16"
     launcher: Literal["local", "ray"] = "local"
     transport: Literal["shm", "tcp"] = "shm"
-    executor: Literal["torch", "timed"] = "torch"
+    executor: Literal["torch", "paced", "timed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
     paced: bool = True
     slot_tokens: int = 512
@@ -58,8 +59,8 @@ class LiveConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend: compute that was only timed is not passed off as real."""
-        return "live-timed" if self.executor == "timed" else "live"
+        """What rows and summaries call the backend: compute that was timed or slowed down is not passed off as this machine's."""
+        return "live" if self.executor == "torch" else f"live-{self.executor}"
 
     def packed(self, blocks: int) -> PackedModel:
         """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""

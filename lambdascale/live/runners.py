@@ -1,4 +1,4 @@
-"""What computes a stage: the engine's (torch), or one that only takes the time it would take."""
+"""What computes a stage: the engine's (torch), one that takes at least a profile's time (paced), or one that only takes it (timed)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.control.compute import ComputeModel
 from lambdascale.core import ClusterSpec
@@ -112,6 +113,53 @@ def _raw(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
+def _share(packed: PackedModel, first_block: int, last_block: int) -> float:
+    """The part of the model that a range of blocks is."""
+    return sum(packed.block_bytes[first_block : last_block + 1]) / sum(packed.block_bytes)
+
+
+class PacedExecutor:
+    """The engine's stages, no faster than the cluster's compute model: a small model's tokens with a large one's timing."""
+
+    def __init__(self, store: BlockStore, cluster: ClusterSpec, slot_tokens: int) -> None:
+        self._store = store
+        self._cluster = cluster
+        self._inner = TorchExecutor(store, slot_tokens)
+
+    def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
+        """See Executor."""
+        packed = self._store.model(model)
+        compute, share = ComputeModel(self._cluster, packed.spec), _share(packed, first_block, last_block)
+        return PacedRunner(self._inner.runner(model, first_block, last_block, slots), compute, share)
+
+
+class PacedRunner:
+    """Computes, then sleeps until the compute model's time has passed."""
+
+    def __init__(self, inner: Runner, compute: ComputeModel, share: float) -> None:
+        self._inner, self._compute, self._share = inner, compute, share
+        self.first_layer, self.layers = inner.first_layer, inner.layers
+
+    def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
+        """See Runner."""
+        until = time.monotonic() + self._compute.iteration_s(work, self._share)
+        output = self._inner.run(work, inputs)
+        time.sleep(max(0.0, until - time.monotonic()))
+        return output
+
+    def read_kv(self, slot: int, tokens: int) -> bytes:
+        """See Runner."""
+        return self._inner.read_kv(slot, tokens)
+
+    def write_kv(self, slot: int, parts: Sequence[bytes]) -> None:
+        """See Runner."""
+        self._inner.write_kv(slot, parts)
+
+    def close(self) -> None:
+        """See Runner."""
+        self._inner.close()
+
+
 class TimedExecutor:
     """Runners that take the profile's time and yield made-up tokens: messages and transfers are real, arithmetic is not."""
 
@@ -123,12 +171,10 @@ class TimedExecutor:
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
         packed = self._store.model(model)
-        total = sum(packed.block_bytes)
-        share = sum(packed.block_bytes[first_block : last_block + 1]) / total
         layouts = packed.layouts
         return TimedRunner(
             ComputeModel(self._cluster, packed.spec),
-            share,
+            _share(packed, first_block, last_block),
             first_layer=layouts[first_block].first_layer,
             layers=layouts[last_block].last_layer + 1 - layouts[first_block].first_layer,
             is_last=last_block == len(layouts) - 1,

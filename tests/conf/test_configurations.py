@@ -46,7 +46,8 @@ def test_constants_name_their_source(path: Path) -> None:
 def debug_scale(experiment: str, tmp_path: Path, *overrides: str) -> DictConfig:
     arrivals = tmp_path / "arrivals.txt"
     arrivals.write_text("0\n0.5\n0.5\n2\n")
-    small = {"paper_trace": [f"workload.path={arrivals}"]}.get(experiment, ["workload.duration_s=60"])
+    smaller = {"paper_trace": [f"workload.path={arrivals}"], "live_burst": ["workload.count=8"]}
+    small = smaller.get(experiment, ["workload.duration_s=60"])
     return compose([f"experiment={experiment}", f"results={tmp_path}", *small, *overrides])
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from hydra.utils import instantiate
@@ -25,6 +25,9 @@ from lambdascale.metrics import Recorder, requests_table
 from lambdascale.testing.invariants import InvariantChecker
 
 SLOT_TOKENS = 160
+# With the paced executor an iteration takes at least so long: else a fast machine's only replica would answer everything before a
+# pipeline is there.
+ITERATION_S = 0.006
 PATIENCE_S = 40.0
 
 
@@ -101,6 +104,7 @@ def run(
     system: SystemConfig,
     nodes: int = 4,
     link: str = "1MB/s",
+    executor: Literal["torch", "paced"] = "paced",
     watchers: Sequence[Watcher] = (),
     cluster_changes: dict[str, Any] | None = None,
     **config: Any,
@@ -109,8 +113,9 @@ def run(
     model = PackedModel.open(directory, "tiny")
     cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
     changes = {"nodes": nodes, "nic_bytes_per_s": link, "pcie_bytes_per_s": "1GB/s", "ssd_bytes_per_s": "1GB/s"}
-    cluster = replace(cluster, **changes, **(cluster_changes or {}))
-    live = LiveConfig(checkpoint=str(directory), slot_tokens=SLOT_TOKENS, **config)
+    compute = replace(cluster.compute, iteration_overhead_s=ITERATION_S)
+    cluster = replace(cluster, compute=compute, **changes, **(cluster_changes or {}))
+    live = LiveConfig(checkpoint=str(directory), executor=executor, slot_tokens=SLOT_TOKENS, **config)
     tokens = prompts(requests)
     tickets = {r.request_id: Ticket(r.request_id, list(tokens[r.request_id]), r.prompt_tokens, r.output_tokens) for r in requests}
     recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)

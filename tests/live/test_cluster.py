@@ -61,7 +61,7 @@ def _complete_at(outcome: Outcome) -> dict[int, float]:
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_every_system(tiny: Path, name: str, nodes: int) -> None:
     """The baselines on the same processes."""
-    check(run(tiny, REQUESTS, system=system_of(name), nodes=nodes), tiny)
+    check(run(tiny, REQUESTS, system=system_of(name), nodes=nodes, executor="torch"), tiny)
 
 
 def test_several_sources_and_a_second_burst(tiny: Path) -> None:
@@ -88,7 +88,6 @@ def test_nothing_to_do(tiny: Path) -> None:
 
 def test_nothing_is_left_behind(tiny: Path) -> None:
     """No process, no shared memory."""
-    before = set(os.listdir("/dev/shm"))
     pids: list[int] = []
 
     def note(backend: LiveBackend) -> None:
@@ -100,7 +99,9 @@ def test_nothing_is_left_behind(tiny: Path) -> None:
     run(tiny, burst(3), system=system_of("lambdascale"), nodes=2, watchers=[watcher])
     assert len(pids) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert set(os.listdir("/dev/shm")) <= before
+    # Other programs may use shared memory meanwhile; ours would be under these names, torch's or multiprocessing's.
+    ours = ("lambdascale", "torch_", "psm_", "gloo")
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(ours)]
 
 
 # -- deaths --------------------------------------------------------------------------------------------------------------
