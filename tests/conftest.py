@@ -4,7 +4,7 @@ Properties draw the same examples every time, so that a commit is judged by what
 run of its own: ``HYPOTHESIS_PROFILE=explore scripts/test tests/property`` draws fresh ones, and what it finds becomes an
 ``@example`` of the property.
 
-torch's threads wait asleep: by default they spin, and on a busy machine two that spin for a core each make the suite fifty times slower.
+torch's threads wait asleep: by default they spin, and on a busy machine that makes the suite fifty times slower.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What computes a stage: the engine's (torch), one that takes at least a profile's time (paced), or one that only takes it (timed)."""
+"""What computes a stage: the engine (torch), the engine held back to a profile's time (paced), or that time alone (timed)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
         ids = text.chat([{"role": "user", "content": prompt}])
         requests.append(Request(number, 0.1, packed.name, len(ids), TOKENS))
         tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
-    # Links at which 0.65 GB take a quarter of a minute, and iterations with which one node needs twice as long for all the answers.
+    # Links at which 0.65 GB take a quarter of a minute, and iterations that keep one node busy twice as long.
     pace = ["cluster.nic_bytes_per_s=0.05GB/s", "cluster.compute.iteration_overhead_s=0.25"]
     overrides = ["cluster=desk", *pace, "system.memory.initial_copies=2", "system.sources=2"]
     config = compose(overrides)
