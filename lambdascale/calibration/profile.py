@@ -27,7 +27,10 @@ _NO_PRICE = 0.0
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """What to measure. ``nodes`` of this kind make the cluster; ``disk`` is the directory whose disk counts; sizes in MiB."""
+    """What to measure. ``nodes`` of this kind make the cluster; ``disk`` is the directory whose disk counts; sizes in MiB.
+
+    ``threads`` to compute with, None: torch's default.
+    """
 
     name: str
     models: tuple[PackedModel, ...]
@@ -36,6 +39,7 @@ class ProfileRequest:
     disk: Path = Path(".")
     disk_mib: int = 512
     memory_mib: int = 256
+    threads: int | None = None
     grid: Grid = field(default_factory=Grid)
 
 
@@ -54,6 +58,8 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
     device = torch.device(request.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda is asked for, but torch finds no GPU; lambdascale doctor says more")
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
     size = request.memory_mib * MIB
     blocks: dict[str, list[BlockTimes]] = {}
     say("disk")

@@ -26,11 +26,15 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "a file for conf/cluster/measured that the simulator takes as cluster=measured/NAME.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
-    parser.add_argument("--model", type=Path, action="append", default=[], metavar="DIR", help="a packed model, repeatable")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="DIR|NAME", help="a packed model or a built-in one's name, repeatable"
+    )
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of built-in models (default: %(default)s)")
     parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write each model as a file of conf/model there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
     parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="measure this directory's disk")
+    parser.add_argument("--threads", type=int, metavar="T", help="compute with so many threads, as a node of a live cluster does")
     parser.add_argument("--quick", action="store_true", help="few and small measurements, for a first look")
     parser.set_defaults(run=run)
 
@@ -41,17 +45,18 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--out must name a .yaml file, not {arguments.out}")
     if arguments.nodes < 1:
         raise UserError(f"--nodes must be at least 1, not {arguments.nodes}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise UserError(f"--threads must be at least 1, not {arguments.threads}")
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
     # torch takes seconds to import: only here.
     from lambdascale.calibration.compute import Grid
     from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
-    from lambdascale.checkpoints import PackedModel
 
     console = Console(stderr=True)
     quick = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
     with TemporaryDirectory(prefix="lambdascale-profile-") as scratch, console.status("") as status:
-        models = [PackedModel.open(path) for path in arguments.model] or [_small(Path(scratch))]
+        models = [_open(model, arguments.blocks) for model in arguments.model] or [_small(Path(scratch))]
         request = ProfileRequest(
             name=arguments.out.stem,
             models=tuple(models),
@@ -60,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             disk=arguments.disk,
             disk_mib=32 if arguments.quick else 512,
             memory_mib=32 if arguments.quick else 256,
+            threads=arguments.threads,
             grid=quick if arguments.quick else Grid(),
         )
         profile = measure(request, lambda what: status.update(f"measuring {what} ..."))
@@ -75,6 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{table['model']}: decode {decode:.2f} ms a token, prefill {rate:.0f} tokens/s")
     print(f"wrote {arguments.out}; use it with cluster=measured/{arguments.out.stem}")
     return 0
+
+
+def _open(model: str, blocks: int) -> PackedModel:
+    from lambdascale.checkpoints import PackedModel
+    from lambdascale.checkpoints.builtin import NAMES, builtin_model
+
+    return builtin_model(model, blocks) if model in NAMES else PackedModel.open(Path(model))
 
 
 def _small(scratch: Path) -> PackedModel:
