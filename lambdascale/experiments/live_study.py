@@ -19,10 +19,10 @@ from lambdascale.experiments.runner import run
 SYSTEMS = ("lambdascale", "faasnet", "serverlessllm")
 # Links, PCIe and disk in the proportions of the first testbed, so slow that SmolLM2 moves in seconds.
 PACE = ("cluster.nic_bytes_per_s=0.1GB/s", "cluster.pcie_bytes_per_s=0.2GB/s", "cluster.ssd_bytes_per_s=0.05GB/s")
-# Nine minutes of the bursty generator in a third of the time; answers short enough for half a core a node.
+# Three minutes of the bursty generator in a third of the time; answers short enough for half a core a node.
 TRACE = (
     "workload=bursty",
-    "workload.duration_s=270",
+    "workload.duration_s=180",
     "workload.time_compression=3",
     "workload.lengths=fixed",
     "workload.prompt_tokens=64",
@@ -114,7 +114,7 @@ BURST = (
     "workload.prompt_tokens=16",
     "workload.output_tokens=16",
 )
-# Eight nodes share this machine's cores: one computes no faster than it can when all do, 0.4 s for a decode step of the whole model.
+# Eight nodes share this machine: one computes no faster than it can when all do, 0.4 s for a decode step of the whole model.
 SLOW = ("cluster.gpu.hbm_bytes_per_s=1.36GB/s", "cluster.gpu.peak_flops=2e11", "cluster.nic_bytes_per_s=0.05GB/s")
 
 
