@@ -22,7 +22,7 @@ from lambdascale.experiments.compose import conf_dir
 from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
-from lambdascale.experiments.study import objective_value, report_study
+from lambdascale.experiments.search import objective_value, report_search
 
 
 class _SearchEnded(BaseException):
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
             failure = error
         outcomes = read_outcomes(sweep)
         report(outcomes)
-        report_study(sweep, outcomes)
+        report_search(sweep, outcomes)
     finally:
         shutil.rmtree(sweep, ignore_errors=True)
     if failure is not None and not isinstance(failure, _SearchEnded):

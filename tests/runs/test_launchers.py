@@ -13,7 +13,7 @@ import yaml
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
-from lambdascale.experiments.study import objective_value
+from lambdascale.experiments.search import objective_value
 
 RUN = conf_dir().parent / "scripts" / "run.py"
 SMALL = ["workload.duration_s=20"]

@@ -27,7 +27,7 @@ def objective_value(name: str, summary: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def report_study(sweep: Path, outcomes: Sequence[Outcome]) -> None:
+def report_search(sweep: Path, outcomes: Sequence[Outcome]) -> None:
     """Write what a search found beside its runs, as optimization-<sweep>.json, and print it. Nothing for another sweep."""
     if not (sweep / _FOUND).is_file():
         return
