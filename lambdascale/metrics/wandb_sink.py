@@ -20,7 +20,13 @@ from lambdascale.metrics.sinks import FinishedRun
 
 # In the folder of a W&B run that holds all there is to say: one that was cut short is made again.
 _COMPLETE = "lambdascale-complete"
-_BACKENDS = {"sim": "simulated", "live": "live"}
+# What runs of each backend are, in words.
+_KINDS = {
+    "sim": "Simulated: decisions are the control plane's, times come from the model of cluster {cluster}, not from hardware.",
+    "live": "Live: real processes, bytes and tokens on {host}, as cluster {cluster}.",
+    "live-paced": "Live, computation held back to the model of cluster {cluster}: real processes, bytes and tokens on {host}.",
+    "live-timed": "Live, computation replaced by waiting as the model of cluster {cluster} says: real processes and bytes on {host}.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ class WandbLogger:
                 id=run_id,
                 name=run.folder.name,
                 group=self.group or run.group,
-                job_type=_BACKENDS[run.summary["backend"]],
+                job_type=_job_type(run),
                 tags=_tags(run, self.tags),
                 notes=_notes(run, len(sample), len(requests)),
                 config={**run.config, "run": _origin(run)},
@@ -122,20 +128,21 @@ def _run_id(run: FinishedRun) -> str:
     return hashlib.sha256(f"{run.manifest['run_sha256']} {run.manifest['started']}".encode()).hexdigest()[:16]
 
 
+def _job_type(run: FinishedRun) -> str:
+    backend = str(run.summary["backend"])
+    return "simulated" if backend == "sim" else backend
+
+
 def _tags(run: FinishedRun, more: tuple[str, ...]) -> list[str]:
     """What runs are filtered by, each once, in W&B's 64 characters."""
     parts = [str(run.config[key]["name"]) for key in ("system", "model", "cluster")]
-    tags = [run.config["name"], _BACKENDS[run.summary["backend"]], *parts, *run.config.get("tags", ()), *more]
+    tags = [run.config["name"], _job_type(run), *parts, *run.config.get("tags", ()), *more]
     return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
 
 
 def _notes(run: FinishedRun, logged: int, total: int) -> str:
-    cluster, host = run.config["cluster"]["name"], run.manifest["host"]["name"]
-    kind = {
-        "sim": f"Simulated: decisions are the control plane's, times come from the model of {cluster}, not from hardware.",
-        "live": f"Live: real processes, bytes and tokens on {host}, as cluster {cluster}.",
-    }
-    return f"{kind[run.summary['backend']]} Request table: {logged} of {total} rows. Folder: {run.folder}."
+    kind = _KINDS[run.summary["backend"]].format(cluster=run.config["cluster"]["name"], host=run.manifest["host"]["name"])
+    return f"{kind} Request table: {logged} of {total} rows. Folder: {run.folder}."
 
 
 def _origin(run: FinishedRun) -> dict[str, Any]:

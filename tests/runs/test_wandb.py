@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,19 @@ def test_wandb_finds_the_runs_to_sync(sweep: Path, logged: dict[str, Logged]) ->
     assert done.returncode == 0, done.stderr
     for each in logged.values():
         assert each.run.run_id in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("backend", "begin"), [("live", "Live: "), ("live-paced", "Live, "), ("live-timed", "Live, ")])
+def test_live_runs_say_what_is_real(backend: str, begin: str, folder: Path, tmp_path: Path) -> None:
+    """A simulated run's folder that says it was live: what a live run's would be."""
+    finished = finished_run(folder)
+    live = replace(finished, summary={**finished.summary, "backend": backend, "simulated_s": None})
+    assert WandbLogger(directory=str(tmp_path)).log_run(live)
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    each = read_back(path)
+    assert each.run.job_type == backend
+    assert backend in each.run.tags
+    assert each.run.notes.startswith(begin)
 
 
 class TestOnce:
