@@ -25,7 +25,7 @@ _KINDS = {
     "sim": "Simulated: decisions are the control plane's, times come from the model of cluster {cluster}, not from hardware.",
     "live": "Live: real processes, bytes and tokens on {host}, as cluster {cluster}.",
     "live-paced": "Live, computation held back to the model of cluster {cluster}: real processes, bytes and tokens on {host}.",
-    "live-timed": "Live, computation replaced by waiting as the model of cluster {cluster} says: real processes and bytes on {host}.",
+    "live-timed": "Live, computation replaced by waiting as the model of {cluster} says: real processes and bytes on {host}.",
 }
 
 
@@ -74,7 +74,7 @@ class WandbLogger:
                 group=self.group or run.group,
                 job_type=_job_type(run),
                 tags=_tags(run, self.tags),
-                notes=_notes(run, len(sample), len(requests)),
+                notes=notes(run, len(sample), len(requests)),
                 config={**run.config, "run": _origin(run)},
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True),
@@ -140,21 +140,22 @@ def _tags(run: FinishedRun, more: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
 
 
-def _notes(run: FinishedRun, logged: int, total: int) -> str:
+def notes(run: FinishedRun, logged: int, total: int) -> str:
+    """What of the run is real, how much of its request table is logged, and where it is."""
     kind = _KINDS[run.summary["backend"]].format(cluster=run.config["cluster"]["name"], host=run.manifest["host"]["name"])
     return f"{kind} Request table: {logged} of {total} rows. Folder: {run.folder}."
 
 
 def _origin(run: FinishedRun) -> dict[str, Any]:
     """Where the run is and what made it."""
-    notes = run.manifest
+    manifest = run.manifest
     return {
         "folder": str(run.folder),
-        "sha256": notes["run_sha256"],
-        "git_sha": notes["git"]["sha"],
-        "git_dirty": notes["git"]["dirty"],
-        "host": notes["host"]["name"],
-        "started": notes["started"],
+        "sha256": manifest["run_sha256"],
+        "git_sha": manifest["git"]["sha"],
+        "git_dirty": manifest["git"]["dirty"],
+        "host": manifest["host"]["name"],
+        "started": manifest["started"],
     }
 
 
