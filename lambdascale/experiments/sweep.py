@@ -1,93 +1,111 @@
-"""The Hydra application behind scripts/run.py: single runs and sweeps, one comparison table at the end."""
+"""The Hydra application behind scripts/run.py: single runs and sweeps under any launcher, one table and status at the end."""
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import sys
-import tempfile
+import uuid
+import warnings
+from datetime import datetime
 from pathlib import Path
 
 import hydra
-import msgspec
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lambdascale.cli.guard import user_message
+from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
-from lambdascale.experiments.folder import SUMMARY, read_json
+from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
-from lambdascale.metrics import comparison, print_comparison
-
-# Where the jobs of a sweep, which may be other processes, leave word of how they ended.
-_SWEEP_DIR = "LAMBDASCALE_SWEEP_DIR"
+from lambdascale.experiments.search import objective_value, report_search
 
 
-class _Outcome(msgspec.Struct):
-    """How one job ended: a folder, or the error and the status it stands for."""
+class _SearchEnded(BaseException):
+    """A job of a search failed and left word of it: there is no value to return, so the search ends.
 
-    job: int
-    label: str
-    folder: str = ""
-    reused: bool = False
-    error: str = ""
-    status: int = 0
+    No Exception, since Hydra and its sweepers would go on with those, each with a remark of its own on stderr.
+    """
 
 
 def main(argv: list[str]) -> int:
-    """Run Hydra on ``argv`` (overrides and Hydra's flags); the exit status is the worst of the jobs'."""
+    """Run Hydra on ``argv`` (overrides and Hydra's flags); the exit status is the worst of the jobs'.
+
+    What a launcher itself fails with (a lost worker, a job over its time) is raised, after the report on the jobs that ended.
+    """
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with tempfile.TemporaryDirectory(prefix="lambdascale-sweep-") as sweep_dir:
-        os.environ[_SWEEP_DIR] = sweep_dir
-        # argparse takes overrides in one piece only; -m may stand anywhere.
-        flags = [argument for argument in argv if argument in ("-m", "--multirun")]
-        sys.argv = [sys.argv[0], *(argument for argument in argv if argument not in flags), *flags]
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(_job)()
-        outcomes = [msgspec.json.decode(path.read_bytes(), type=_Outcome) for path in sorted(Path(sweep_dir).glob("job-*.json"))]
-    _report(outcomes)
+    _hush()
+    # In the current folder, as the results are: jobs may run on other machines, which share it but no /tmp.
+    sweep = Path.cwd() / f".sweep-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    # argparse takes overrides in one piece only; -m may stand anywhere.
+    flags = [argument for argument in argv if argument in ("-m", "--multirun")]
+    overrides = [argument for argument in argv if argument not in flags]
+    sys.argv = [sys.argv[0], *overrides, f"hydra.sweep.dir={_quoted(str(sweep))}", *flags]
+    failure: BaseException | None = None
+    try:
+        try:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(_job)()
+        except (Exception, _SearchEnded) as error:
+            failure = error
+        outcomes = read_outcomes(sweep)
+        report(outcomes)
+        report_search(sweep, outcomes)
+    finally:
+        shutil.rmtree(sweep, ignore_errors=True)
+    if failure is not None and not isinstance(failure, _SearchEnded):
+        raise _with_hint(failure)
     return max((outcome.status for outcome in outcomes), default=0)
 
 
-def _job(config: DictConfig) -> None:
-    """One job. Its failure is noted, not raised, so that the rest of the sweep still runs."""
+def _hush() -> None:
+    """Keep Hydra's and its plugins' remarks off stderr: what went wrong is in the report."""
+    for name in ("hydra", "hydra_plugins"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+    for name in ("optuna.study", "optuna.storages"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Optuna 2, the one that Hydra's sweeper works with, is of the time of SQLAlchemy 1.
+    warnings.filterwarnings("ignore", message="Deprecated API features detected")
+
+
+def _with_hint(failure: BaseException) -> BaseException:
+    """The failure, with how to get what is missing where it is one of Hydra's plugins."""
+    message = user_message(failure)
+    if message is None or not any(group in message for group in ("hydra/launcher", "hydra/sweeper")):
+        return failure
+    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]', for ray see README.md)")
+
+
+def _quoted(text: str) -> str:
+    """A value for Hydra's grammar, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _job(config: DictConfig) -> float | None:
+    """One job; returns its objective to a search. Its failure is noted, not raised, so that the rest of the sweep still runs."""
     register_schema()
-    job = HydraConfig.get().job
-    number = 0 if OmegaConf.is_missing(job, "num") else int(job.num)
-    outcome = _Outcome(number, ",".join(job.override_dirname.split(",")))
+    settings = HydraConfig.get()
+    sweep = Path(settings.sweep.dir)
+    number = 0 if OmegaConf.is_missing(settings.job, "num") else int(settings.job.num)
+    outcome = Outcome(number, settings.job.override_dirname)
     try:
-        result = run(config, group=Path(os.environ[_SWEEP_DIR]).name)
+        group = "" if settings.mode == RunMode.RUN else f"{config.name}-{sweep.name.removeprefix('.sweep-')}"
+        result = run(config, group=group)
         outcome.folder, outcome.reused = str(result.folder), result.reused
+        if config.objective is not None:
+            outcome.objective, outcome.value = config.objective, objective_value(config.objective, result.summary)
     except Exception as error:
         message = user_message(error)
         if message is None and os.environ.get("LAMBDASCALE_DEBUG"):
             raise
         outcome.error = message or f"internal error: {type(error).__name__}: {error}"
         outcome.status = 2 if message else 1
-    Path(os.environ[_SWEEP_DIR], f"job-{number:05d}.json").write_bytes(msgspec.json.encode(outcome))
-
-
-def _report(outcomes: list[_Outcome]) -> None:
-    console = Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)
-    finished = [outcome for outcome in outcomes if outcome.folder]
-    if finished:
-        common = _common_overrides(finished)
-        rows = [read_json(Path(o.folder) / SUMMARY) | {"label": _label(o.label, common)} for o in finished]
-        print_comparison(console, comparison(rows), "runs")
-        for outcome in finished:
-            console.print(f"{'reused' if outcome.reused else 'wrote'} {outcome.folder}", highlight=False, soft_wrap=True)
-    for outcome in outcomes:
-        if outcome.error:
-            where = f" ({outcome.label})" if len(outcomes) > 1 else ""
-            print(f"error: {' '.join(outcome.error.split())}{where}", file=sys.stderr)
-
-
-def _common_overrides(outcomes: list[_Outcome]) -> set[str]:
-    """Overrides that all jobs have: no need to repeat them on every row."""
-    return set.intersection(*(set(outcome.label.split(",")) for outcome in outcomes))
-
-
-def _label(overrides: str, common: set[str]) -> str:
-    """What distinguishes a job, the system aside (it has a column of its own)."""
-    return " ".join(part for part in overrides.split(",") if part not in common and not part.startswith("system="))
+    note(sweep, outcome)
+    if outcome.error and config.objective is not None:
+        raise _SearchEnded(outcome.error)
+    return outcome.value

@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.y
 
 
 def test_no_group_is_forgotten() -> None:
-    tested_elsewhere = {"workload", "experiment"}
+    tested_elsewhere = {"workload", "experiment", "hydra"}
     assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(GROUPS) | tested_elsewhere
 
 
@@ -46,7 +46,11 @@ def test_constants_name_their_source(path: Path) -> None:
 def debug_scale(experiment: str, tmp_path: Path, *overrides: str) -> DictConfig:
     arrivals = tmp_path / "arrivals.txt"
     arrivals.write_text("0\n0.5\n0.5\n2\n")
-    smaller = {"paper_trace": [f"workload.path={arrivals}"], "live_burst": ["workload.count=8"]}
+    smaller = {
+        "paper_trace": [f"workload.path={arrivals}"],
+        "live_burst": ["workload.count=8"],
+        "tune_blocks": ["workload.count=20"],
+    }
     small = smaller.get(experiment, ["workload.duration_s=60"])
     return compose([f"experiment={experiment}", f"results={tmp_path}", *small, *overrides])
 
