@@ -1,0 +1,10 @@
+"""A small virtual machine with RDMA devices (Soft-RoCE), for tests on machines that have none.
+
+QEMU emulates a machine (no KVM needed) whose root is this machine's own file system, read-only below a layer in memory; the kernel
+is the Debian one, whose rdma_rxe module makes RDMA devices of ordinary network interfaces. What runs inside are real verbs, slowly.
+"""
+
+from lambdascale.testing.softroce.machine import Machine, Outcome, run, start
+from lambdascale.testing.softroce.packages import ensure_packages
+
+__all__ = ["Machine", "Outcome", "ensure_packages", "run", "start"]
