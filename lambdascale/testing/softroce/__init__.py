@@ -1,7 +1,7 @@
 """A small virtual machine with RDMA devices (Soft-RoCE), for tests on machines that have none.
 
-QEMU emulates a machine (no KVM needed) whose root is this machine's own file system, read-only below a layer in memory; the kernel
-is the Debian one, whose rdma_rxe module makes RDMA devices of ordinary network interfaces. What runs inside are real verbs, slowly.
+QEMU emulates a machine (no KVM needed) whose root is this machine's own file system, read-only below a layer in memory. The
+kernel is Debian's, whose rdma_rxe module makes RDMA devices of ordinary network interfaces: real verbs, slowly.
 """
 
 from lambdascale.testing.softroce.machine import Machine, Outcome, run, start

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/softroce",
-        description="Run a command in a virtual machine that has two RDMA devices (Soft-RoCE), in this checkout and with its .venv. "
+        description="Run a command in a virtual machine that has two RDMA devices (Soft-RoCE), in this checkout, with its .venv. "
         "The machine's files are this one's; its changes are lost, but for those in /run/results (--results). The exit "
         "status is the command's, 124 if its time is up, 125 if the machine did not come up.",
     )
