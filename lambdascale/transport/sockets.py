@@ -102,6 +102,9 @@ class SocketEndpoint(ABC, Generic[C]):
         """See Endpoint."""
         self.memory = memory.cast("B")
 
+    def register_source(self, memory: memoryview) -> None:
+        """See Endpoint. Sockets take any memory."""
+
     def connect(self, peer: NodeId, address: str) -> None:
         """See Endpoint."""
         host, _, port = address.rpartition(":")
