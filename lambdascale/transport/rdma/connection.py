@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lambdascale.core import NodeId
@@ -57,9 +58,7 @@ class RdmaConnection:
 
     def start(self) -> None:
         """See Connection. The peer sends nothing before it is told that this end listens."""
-        watch = self._endpoint.watch
-        for rail, lane in enumerate(self.lanes):
-            watch.add(lane.fd, lambda rail=rail, lane=lane: self._completed(rail, lane, acknowledge=True))  # type: ignore[misc]
+        self._endpoint.watch.call(self._watch_lanes)
         with suppress(OSError):  # then this end will hear of it, too
             self.sock.sendall(_GO)
         self._thread.start()
@@ -100,7 +99,7 @@ class RdmaConnection:
             answer = bytearray(1)
             fill(self.sock, memoryview(answer))
             self.sock.setblocking(False)
-            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
+            self._endpoint.watch.call(self._watch_socket)
             while (step := self._next()) is not None:
                 self._take(step)
         except (OSError, EOFError, LaneError, TransportError) as error:
@@ -128,14 +127,22 @@ class RdmaConnection:
 
     # -- what the watching thread does -------------------------------------------------------------------------------
 
+    def _watch_lanes(self) -> None:
+        for rail, lane in enumerate(self.lanes if not self._freed else []):
+            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True))
+
+    def _watch_socket(self) -> None:
+        if not self._freed:
+            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
+
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
         """Take a rail's completions and act on them."""
         items: list[Arrival | Callable[[], None]] = []
         failure = ""
-        if acknowledge:
-            lane.acknowledge()
         with self._changed:
             try:
+                if acknowledge:
+                    lane.acknowledge()
                 lane.completed(items)
             except LaneError as error:
                 failure = str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pyverbs import enums
 from pyverbs.device import Context, get_device_list
@@ -19,6 +19,11 @@ from lambdascale.transport.rdma.ports import Choice, Gid, GidType, Port
 
 SYSFS = Path("/sys/class/infiniband")
 _GBIT = 1e9 / 8
+_GID_TYPES: dict[int, GidType] = {
+    enums.IBV_GID_TYPE_IB: "IB",
+    enums.IBV_GID_TYPE_ROCE_V1: "RoCE v1",
+    enums.IBV_GID_TYPE_ROCE_V2: "RoCE v2",
+}
 
 
 class Region:
@@ -91,54 +96,36 @@ def list_ports(root: Path = SYSFS) -> list[Port]:
     for device in get_device_list():
         name = device.name.decode()
         with Context(name=name) as context:
-            count = context.query_device().phys_port_cnt
-            ports += [_port(name, number, context.query_port(number), root) for number in range(1, count + 1)]
+            numbers = range(1, context.query_device().phys_port_cnt + 1)
+            ports += [_port(name, number, context, root) for number in numbers]
     return ports
 
 
-def _port(device: str, number: int, attributes: Any, root: Path) -> Port:
-    folder = root / device / "ports" / str(number)
-    infiniband = attributes.link_layer != enums.IBV_LINK_LAYER_ETHERNET
+def _port(device: str, number: int, context: Context, root: Path) -> Port:
+    attributes = context.query_port(number)
+    # From the device, not from sysfs: there, a table of a thousand mostly empty entries is as many files.
+    gids = [gid for gid in context.query_gid_table(max(1, attributes.gid_tbl_len)) if gid.port_num == number]
     return Port(
         device=device,
         number=number,
         active=attributes.state == enums.IBV_PORT_ACTIVE,
-        infiniband=infiniband,
+        infiniband=attributes.link_layer != enums.IBV_LINK_LAYER_ETHERNET,
         lid=attributes.lid,
         mtu=MTUS[attributes.active_mtu - 1],
-        rate_bytes_per_s=read_rate(folder),
-        gids=tuple(read_gids(folder, infiniband)),
+        rate_bytes_per_s=read_rate(root / device / "ports" / str(number)),
+        gids=tuple(
+            Gid(index=gid.gid_index, kind=_GID_TYPES[gid.gid_type], address=ipaddress.IPv6Address(gid.gid_str())) for gid in gids
+        ),
     )
 
 
 def read_rate(folder: Path) -> float:
     """A port's labelled rate in bytes/s: its file says ``400 Gb/sec (4X NDR)``. 0 if it says nothing."""
-    words = _read(folder / "rate").split()
-    return float(words[0]) * _GBIT if len(words) > 1 and words[1] == "Gb/sec" else 0.0
-
-
-def read_gids(folder: Path, infiniband: bool) -> list[Gid]:
-    """A port's addresses; empty entries of the table are left out."""
-    gids = []
-    for path in sorted((folder / "gids").glob("*"), key=lambda path: int(path.name)):
-        address = ipaddress.IPv6Address(_read(path) or "::")
-        kind = _read(folder / "gid_attrs" / "types" / path.name)
-        if int(address) & (1 << 64) - 1:
-            gids.append(Gid(index=int(path.name), kind=_kind(kind, infiniband), address=address))
-    return gids
-
-
-def _kind(text: str, infiniband: bool) -> GidType:
-    if infiniband:
-        return "IB"
-    return cast(GidType, text) if text == "RoCE v2" else "RoCE v1"
-
-
-def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
-    except OSError:  # an entry of the table that is not in use
-        return ""
+        words = (folder / "rate").read_text().split()
+    except OSError:
+        return 0.0
+    return float(words[0]) * _GBIT if len(words) > 1 and words[1] == "Gb/sec" else 0.0
 
 
 def guarded(work: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ import struct
 from contextlib import suppress
 
 from msgspec import MsgspecError, msgpack
+from pyverbs.pyverbs_error import PyverbsError
 
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
@@ -32,6 +33,8 @@ _RECEIVES, _SPARE_PER_RAIL = 64, 8
 _SENDS = 16
 _LENGTH = struct.Struct("!I")
 _LARGEST_CARD = 1 << 16
+# Made here: msgspec crashes when two threads are the first to decode a type.
+_cards = msgpack.Decoder(Card)
 
 
 class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
@@ -138,7 +141,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         answer = bytearray(size)
         fill(sock, memoryview(answer))
         try:
-            return msgpack.decode(answer, type=Card)
+            return _cards.decode(answer)
         except MsgspecError as error:
             raise EOFError(f"it does not introduce itself as expected: {error}") from error
 
@@ -152,11 +155,10 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
 
     def close(self) -> None:
         """See Endpoint."""
+        if self._closed:
+            return
         super().close()
         self.watch.close()
-        for region in self._sources:
-            region.close()
-        self._sources.clear()
-        with suppress(TransportError):
-            for device in self._devices:
-                device.close()
+        for each in (*self._sources, *self._devices):
+            with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
+                each.close()

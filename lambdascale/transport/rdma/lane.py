@@ -117,7 +117,7 @@ class Lane:
             return AHAttr(dlid=theirs.lid, is_global=0, port_num=port.number)
         gid = ":".join(theirs.gid[at : at + 2].hex() for at in range(0, 16, 2))
         route = GlobalRoute(dgid=GID(gid), sgid_index=choice.gid.index, hop_limit=_HOPS)
-        return AHAttr(dlid=theirs.lid, is_global=1, port_num=port.number, grh=route)
+        return AHAttr(dlid=theirs.lid, is_global=1, port_num=port.number, gr=route)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
@@ -190,9 +190,12 @@ class Lane:
 
     def acknowledge(self) -> None:
         """The channel is readable: take the event, and ask for the next. Completions are to be looked at afterwards."""
-        self._channel.get_cq_event(self._cq)
-        self._cq.ack_events(1)
-        self._cq.req_notify(False)
+        try:
+            self._channel.get_cq_event(self._cq)
+            self._cq.ack_events(1)
+            self._cq.req_notify(False)
+        except PyverbsError as error:
+            raise LaneError(f"its completions cannot be waited for: {error}") from error
 
     def completed(self, into: list[Arrival | Callable[[], None]]) -> None:
         """Put what has completed into a list: arrivals, and what was to be done then. LaneError at the first failure."""

@@ -26,10 +26,7 @@ class Watch:
         self.thread.start()
 
     def add(self, fd: int, callback: Callable[[], None]) -> None:
-        """Watch a descriptor. Any thread."""
-        self.call(lambda: self._add(fd, callback))
-
-    def _add(self, fd: int, callback: Callable[[], None]) -> None:
+        """Watch a descriptor. Only from this thread."""
         self._callbacks[fd] = callback
         self._poll.register(fd, select.POLLIN)
 
