@@ -30,6 +30,7 @@ class Connection(Protocol):
     """One peer."""
 
     peer: NodeId
+    sock: socket.socket
 
     def start(self) -> None:
         """Begin: the endpoint knows the connection now. Must return soon."""
@@ -78,6 +79,7 @@ class SocketEndpoint(ABC, Generic[C]):
         self._key = key
         self._lock = threading.Lock()
         self._connections: dict[NodeId, C] = {}
+        self._admitting: dict[threading.Thread, socket.socket] = {}
         self._closed = False
         self._server = socket.create_server((host, 0))
         self._listener = threading.Thread(target=self._accept_all, name=f"accept-{node}", daemon=True)
@@ -144,14 +146,20 @@ class SocketEndpoint(ABC, Generic[C]):
         """See Endpoint."""
         with self._lock:
             self._closed = True
-            connections = list(self._connections)
-        for peer in connections:
-            self.disconnect(peer)
-        # A blocked accept() is woken by shutting the socket down.
+        # A blocked accept() is woken by shutting the socket down, and so is who waits for a stranger to introduce himself.
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         self._listener.join(TIMEOUT_S)
+        with self._lock:
+            settled = [connection.sock for connection in self._connections.values()]
+        for thread, sock in list(self._admitting.items()):
+            if sock not in settled:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            thread.join(TIMEOUT_S)
+        for peer in list(self._connections):
+            self.disconnect(peer)
 
     def forget(self, connection: C) -> None:
         """Called by a connection that is over."""
@@ -181,7 +189,9 @@ class SocketEndpoint(ABC, Generic[C]):
                 sock, _ = self._server.accept()
             except OSError:
                 return
-            threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True).start()
+            thread = threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True)
+            self._admitting[thread] = sock
+            thread.start()
 
     def _admit(self, sock: socket.socket) -> None:
         try:
@@ -189,6 +199,8 @@ class SocketEndpoint(ABC, Generic[C]):
             self._add(self.make(self._shake(sock), sock))
         except (OSError, EOFError, TransportError):
             sock.close()  # not one of us, or twice the same: the other side sees its connection end
+        finally:
+            del self._admitting[threading.current_thread()]
 
     def _shake(self, sock: socket.socket) -> NodeId:
         """Exchange challenges and prove to know the key, both ways; the peer's node id."""

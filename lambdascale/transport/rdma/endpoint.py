@@ -159,6 +159,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
             return
         super().close()
         self.watch.close()
-        for each in (*self._sources, *self._devices):
+        closing: list[Region | Device] = [*self._sources, *self._devices]
+        for each in closing:
             with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
                 each.close()
