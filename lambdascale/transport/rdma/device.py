@@ -13,6 +13,7 @@ from pyverbs.mr import MR
 from pyverbs.pd import PD
 from pyverbs.pyverbs_error import PyverbsError
 
+from lambdascale.core import UserError
 from lambdascale.transport.base import TransportError
 from lambdascale.transport.rdma.options import MTUS
 from lambdascale.transport.rdma.ports import Choice, Gid, GidType, Port
@@ -91,13 +92,20 @@ def register(devices: Sequence[Device], address: int, size: int, *, local: bool 
 
 
 def list_ports(root: Path = SYSFS) -> list[Port]:
-    """All ports of all devices that this process may open."""
+    """All ports of all devices. UserError for a device that this process may not open."""
+    try:
+        devices = get_device_list()
+    except PyverbsError:  # a kernel without RDMA
+        return []
     ports = []
-    for device in get_device_list():
+    for device in devices:
         name = device.name.decode()
-        with Context(name=name) as context:
-            numbers = range(1, context.query_device().phys_port_cnt + 1)
-            ports += [_port(name, number, context, root) for number in numbers]
+        try:
+            with Context(name=name) as context:
+                numbers = range(1, context.query_device().phys_port_cnt + 1)
+                ports += [_port(name, number, context, root) for number in numbers]
+        except PyverbsError as error:
+            raise UserError(f"{name} cannot be opened: {error}; 'lambdascale doctor --rdma' tells more") from error
     return ports
 
 
