@@ -82,5 +82,5 @@ def _judge(name: str, text: str, bytes_per_s: float, rate_bytes_per_s: float, in
     text += f" ({share:.0%} of the port's {rate_bytes_per_s / 1e9:.2f} GB/s)"
     if share >= _WORTH_A_LOOK:
         return Check(name, "ok", text)
-    advice = "for a hardware device: its PCIe slot's width ('lspci -vv', LnkSta), its NUMA node, and the MTU; emulated devices are slow"
+    advice = "of hardware, see the PCIe slot ('lspci -vv', LnkSta), its NUMA node and the MTU; emulated devices are slow"
     return Check(name, "warning", text, advice)
