@@ -23,7 +23,7 @@ import xxhash
 from lambdascale.core import MulticastPlan, NodeId, Transfer
 from lambdascale.transport import Endpoint, Handlers, TransportError
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0
 Make = Callable[[NodeId, Handlers], Endpoint]
 
 

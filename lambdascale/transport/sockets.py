@@ -23,7 +23,7 @@ from lambdascale.transport.pacing import TokenBucket
 
 _HELLO = struct.Struct("!32sI")  # challenge, node
 _PROOF_BYTES = 32
-TIMEOUT_S = 5.0
+TIMEOUT_S = 20.0
 
 
 class Connection(Protocol):

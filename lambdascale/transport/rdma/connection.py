@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import TransportError
-from lambdascale.transport.rdma import frames
-from lambdascale.transport.rdma.frames import Assembly, Card, Frame, Gather, Kind
+from lambdascale.transport.rdma.frames import Card
+from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
 from lambdascale.transport.rdma.outbox import Outbox, Step
 from lambdascale.transport.rdma.slots import Slots, address_of
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _DRAIN_S = 60.0
 # A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
 _LOST_S = 30.0
-_LARGEST_MESSAGE = 1 << 30
 _GO = b"!"
 
 
@@ -46,12 +45,11 @@ class RdmaConnection:
         self._endpoint = endpoint
         self._slots = slots
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
-        self._gather = Gather()
-        self._assembly = Assembly(_LARGEST_MESSAGE)
+        handlers = endpoint.handlers
+        self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited)
         self._changed = threading.Condition()
         self._ending = False  # this end says goodbye once everything is through
         self._reason = ""  # why nothing is accepted any more
-        self._their_goodbye = -1  # how many writes they had given before it
         self._gone = threading.Event()  # the peer has nothing to say any more
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
@@ -153,42 +151,25 @@ class RdmaConnection:
             failure = failure or str(error)
         with self._changed:
             self._changed.notify()
-        if self._gather.complete == self._their_goodbye:
+        if self._inbox.peer_has_left:
             self._peer_left()
         elif failure:
             self._break(failure)
 
     def _arrived(self, rail: int, lane: Lane, arrival: Arrival) -> None:
         if arrival.immediate is not None:
-            self._tell(self._gather.landed(arrival.immediate))
-            counts = True
+            counts = self._inbox.immediate(arrival.immediate)
         else:
-            counts = self._take_frame(self._slots.view(arrival.slot, arrival.size))
+            counts = self._inbox.frame(self._slots.view(arrival.slot, arrival.size))
         lane.receive_again(arrival.slot)
         back = lane.receives.used() if counts else 0
         if back:
             with self._changed:
                 self._outbox.credit(rail, back)
 
-    def _take_frame(self, data: memoryview) -> bool:
-        """Whether the peer had to have a credit for it."""
-        frame = frames.decode(data)
-        if frame.kind is Kind.WRITE:
-            self._tell(self._gather.announce(frame))
-        elif frame.kind is Kind.MESSAGE:
-            message = self._assembly.add(frame.first, data[frames.HEAD_BYTES :])
-            if message is not None:
-                self._endpoint.handlers.on_message(self.peer, message)
-        elif frame.kind is Kind.CREDIT:
-            with self._changed:
-                self.lanes[frame.number].receives.credits += frame.first
-        else:
-            self._their_goodbye = frame.first
-        return frame.kind is not Kind.CREDIT
-
-    def _tell(self, complete: list[Frame]) -> None:
-        for frame in complete:
-            self._endpoint.handlers.on_write(self.peer, frame.first, frame.second, frames.size_of(frame))
+    def _credited(self, rail: int, count: int) -> None:
+        with self._changed:
+            self.lanes[rail].receives.credits += count
 
     def _socket_readable(self) -> None:
         """The peer's process has ended, or it has closed the connection: it never says anything there."""
