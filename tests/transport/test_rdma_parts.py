@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.core import UserError
@@ -207,6 +207,7 @@ class End:
         return True
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), rails=st.integers(1, 3), posted=st.integers(2, 9), step=st.integers(1, 40))
 def test_two_ends_and_a_wire(seed: int, rails: int, posted: int, step: int) -> None:
     """Whatever comes in whichever order: all arrives, in order, and nobody waits for ever."""

@@ -179,7 +179,7 @@ rdma link add rxe1 type rxe netdev d0
 def _wired(wire: Wire) -> str:
     return f"""\
 ip link set lo up
-ip link set eth0 mtu 1500 up && ip address add {wire.address}/24 dev eth0
+ip link set eth0 mtu 4500 up && ip address add {wire.address}/24 dev eth0
 rdma link add rxe0 type rxe netdev eth0
 """
 
@@ -193,7 +193,7 @@ def _script(command: Sequence[str], environment: Mapping[str, str], wire: Wire |
         "LANG": "C.UTF-8",
         "PATH": f"{beside}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         # Only pyverbs, not everything the distribution's Python has.
-        "PYTHONPATH": "/run/pyverbs",
+        "PYTHONPATH": f"/run/pyverbs:{here}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "SOFTROCE": "1",
         **environment,
