@@ -331,14 +331,19 @@ class BlockStore:
         residency = self._tiers[self.landing_tier]
         return residency.arena.view(residency.offsets[name, block], self.model(name).block_bytes[block])
 
-    def land(self, name: str, block: int) -> None:
-        """A reserved block has been written: compare its checksum and make it resident. BlockError if it differs."""
+    def land(self, name: str, block: int, xxh3_64: int | None = None) -> None:
+        """A reserved block has been written: compare its checksum and make it resident. BlockError if it differs.
+
+        ``xxh3_64``: of the bytes in the reserved memory, if somebody has computed it already.
+        """
         model, key, residency = self.model(name), (name, block), self._tiers[self.landing_tier]
         require(key in self._awaited, f"block {block} of {name} is not awaited")
         wanted = model.blocks[block]
         data = residency.arena.view(residency.offsets[key], wanted.size_bytes).numpy().data
-        if self.config.verify and (found := xxhash.xxh3_64_hexdigest(data)) != wanted.xxh3_64:
-            raise BlockError(name, block, model.path(block), f"arrived with checksum {found} instead of {wanted.xxh3_64}")
+        if self.config.verify:
+            found = xxhash.xxh3_64_hexdigest(data) if xxh3_64 is None else f"{xxh3_64:016x}"
+            if found != wanted.xxh3_64:
+                raise BlockError(name, block, model.path(block), f"arrived with checksum {found} instead of {wanted.xxh3_64}")
         with self._lock:
             self._awaited.discard(key)
             residency.complete.add(key)

@@ -184,7 +184,12 @@ class Agent:
         self._leaving = threading.Event()
         self._stops: list[Any] = []
         link = None if config.link is None else TokenBucket(config.link)
-        handlers = Handlers(on_write=self._on_write, on_message=self._on_message, on_lost=self._on_lost)
+        handlers = Handlers(
+            on_write=lambda peer, immediate, offset, size: self.mover.written(peer, immediate),
+            on_checked=lambda peer, immediate, offset, size, found: self.mover.written(peer, immediate, found),
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+        )
         self.endpoint = make_endpoint(config, handlers, link)
         on_host = config.device == "cpu"
         landing = self.endpoint.allocate(config.device_bytes if on_host else config.host_bytes)
@@ -290,9 +295,6 @@ class Agent:
             self.endpoint.send(node, wire.encode(message))
         except TransportError:
             return  # it is dead: the controller will say what becomes of the requests
-
-    def _on_write(self, peer: NodeId, immediate: int, offset: int, size: int) -> None:
-        self.mover.written(peer, immediate)
 
     def _on_message(self, peer: NodeId, data: bytes) -> None:
         message = wire.to_peer(data)

@@ -160,9 +160,9 @@ class Mover:
         """A receiver says where it wants its blocks."""
         self._do(lambda: self._note_ready(peer, message))
 
-    def written(self, peer: NodeId, immediate: int) -> None:
-        """A peer's write is complete."""
-        self._do(lambda: self._written(peer, immediate >> BLOCK_BITS, immediate & _FENCE))
+    def written(self, peer: NodeId, immediate: int, xxh3_64: int | None = None) -> None:
+        """A peer's write is complete; the hash of its bytes, where the transport has it already."""
+        self._do(lambda: self._written(peer, immediate >> BLOCK_BITS, immediate & _FENCE, xxh3_64))
 
     def lost(self, peer: NodeId) -> None:
         """A peer is gone; the controller will say what follows."""
@@ -304,7 +304,7 @@ class Mover:
                 if wanted:
                     incoming.granted[transfer.block] = transfer.src
 
-    def _written(self, peer: NodeId, number: int, block: int) -> None:
+    def _written(self, peer: NodeId, number: int, block: int, xxh3_64: int | None) -> None:
         incoming = self._state.incoming.get(number)
         if incoming is None:
             return
@@ -314,25 +314,25 @@ class Mover:
             return
         incoming.granted.pop(block, None)
         self._take_turns(number, incoming)
-        self._arrived(number, incoming, block)
+        self._arrived(number, incoming, block, xxh3_64)
         self._settle(number, incoming)
 
-    def _arrived(self, number: int, incoming: _Incoming, block: int) -> None:
+    def _arrived(self, number: int, incoming: _Incoming, block: int, xxh3_64: int | None) -> None:
         """A block's bytes are all there: verify, tell, pass on."""
         model = incoming.command.model
         if block in incoming.missing:
             incoming.missing.discard(block)
-            if not self._store.holds(model, block, self._store.landing_tier) and not self._landed(incoming, block):
+            if not self._store.holds(model, block, self._store.landing_tier) and not self._landed(incoming, block, xxh3_64):
                 return
         for other in list(self._state.outgoing):
             self._pump(other)
         if not incoming.missing and not incoming.cancelled:
             del self._state.incoming[number]
 
-    def _landed(self, incoming: _Incoming, block: int) -> bool:
+    def _landed(self, incoming: _Incoming, block: int, xxh3_64: int | None) -> bool:
         number, model = incoming.command.transfer_id, incoming.command.model
         try:
-            self._store.land(model, block)
+            self._store.land(model, block, xxh3_64)
             if self._store.landing_tier != "gpu":
                 self._store.load(model, [block], to="gpu").wait()
         except ValueError as error:

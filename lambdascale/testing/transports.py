@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+import xxhash
 
 from lambdascale.transport import Endpoint, Handlers, TransportError
 
@@ -20,6 +21,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.writes: list[tuple[int, int, int, int]] = []
+        self.hashes: list[int] = []  # of the writes that came with one
         self.messages: list[tuple[int, bytes]] = []
         self.lost: list[tuple[int, str]] = []
         self._changed = threading.Condition()
@@ -28,9 +30,14 @@ class Heard:
         """For an endpoint."""
         return Handlers(
             on_write=lambda *write: self._keep(lambda: self.writes.append(write)),
+            on_checked=lambda *write: self._keep(lambda: self._note_checked(write[:4], write[4])),
             on_message=lambda *message: self._keep(lambda: self.messages.append(message)),
             on_lost=lambda *loss: self._keep(lambda: self.lost.append(loss)),
         )
+
+    def _note_checked(self, write: tuple[int, int, int, int], found: int) -> None:
+        self.writes.append(write)
+        self.hashes.append(found)
 
     def _keep(self, note: Callable[[], None]) -> None:
         with self._changed:
@@ -95,6 +102,7 @@ class TransportConformance:
         one.endpoint.write(1, memoryview(data), 4097, 2**64 - 1).result(_WAIT_S)
         two.heard.wait(lambda heard: bool(heard.writes))
         assert two.heard.writes == [(0, 2**64 - 1, 4097, len(data))]
+        assert two.heard.hashes in ([], [xxhash.xxh3_64_intdigest(data)])
         assert two.memory[4097 : 4097 + len(data)] == data
         assert not any(two.memory[:4097])
         assert not any(two.memory[4097 + len(data) :])

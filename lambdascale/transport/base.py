@@ -21,12 +21,14 @@ class Handlers:
     ``on_write(peer, immediate, offset, size)``: a peer's write is complete in registered memory. ``on_message(peer, data)``: a
     message. ``on_lost(peer, reason)``: the connection is gone without having been closed; nothing more comes over it. Writes
     of one peer are told in the order they were given to its endpoint, and so are messages; a message does not wait for the
-    writes given before it.
+    writes given before it. ``on_checked(peer, immediate, offset, size, xxh3_64)`` is called instead of ``on_write`` by transports
+    that have hashed the bytes in the registered memory while these were in a cache, which spares whoever verifies them a pass.
     """
 
     on_write: Callable[[NodeId, int, int, int], None]
     on_message: Callable[[NodeId, bytes], None]
     on_lost: Callable[[NodeId, str], None]
+    on_checked: Callable[[NodeId, int, int, int, int], None] | None = None
 
 
 class Endpoint(Protocol):

@@ -12,18 +12,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import TransportError
 from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-# Bytes of a write, in pieces; the word that it is complete; a message; a goodbye.
-_DATA, _WRITTEN, _MESSAGE, _BYE = range(4)
+# Bytes of a write, in pieces; their hash, where the sender has it; the word that it is complete; a message; a goodbye.
+_DATA, _HASH, _WRITTEN, _MESSAGE, _BYE = range(5)
 _LARGEST_MESSAGE = 1 << 30
 _BUFFER_BYTES = 4 << 20
 # A write moves in pieces of this size at most, and messages slip in between them.
 _PIECE_BYTES = 1 << 20
+# Copied and hashed in pieces that stay in a core's cache in between.
+_COPY_BYTES = 1 << 18
 
 
 @dataclass
@@ -53,6 +56,8 @@ class _Connection:
         self._reason = ""
         self._broken = False  # something could not be sent: nothing is tried any more
         self._left = 0
+        self._hash: xxhash.xxh3_64 | None = None  # of the write that is coming in
+        self._told: int | None = None  # its hash, by the sender's word
         sock.settimeout(None)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
@@ -178,22 +183,26 @@ class _Connection:
         if theirs is not None and job.offset + job.payload.nbytes > len(theirs):
             raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {len(theirs)}")
         target = None if theirs is None else np.frombuffer(theirs, dtype=np.uint8)
-        for begin, piece in self._pieces(job.payload):
+        written = xxhash.xxh3_64()
+        for begin, piece in self._pieces(job.payload, _PIECE_BYTES if target is None else _COPY_BYTES):
             at = job.offset + begin
             if target is None:
                 self._sendall(_HEAD.pack(_DATA, 0, at, len(piece)), piece)
             else:
                 # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
                 target[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+                written.update(target[at : at + len(piece)].data)  # what has been written, not what was to be
             while self._messages:
                 self._carry_out(self._messages.popleft())
+        if target is not None:
+            self._sendall(_HEAD.pack(_HASH, written.intdigest(), 0, 0), memoryview(b""))
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
-    def _pieces(self, payload: memoryview) -> Iterator[tuple[int, memoryview]]:
+    def _pieces(self, payload: memoryview, largest: int) -> Iterator[tuple[int, memoryview]]:
         """The payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
         flat = payload.cast("B") if payload.nbytes else payload
-        step = _PIECE_BYTES if bucket is None else min(_PIECE_BYTES, bucket.piece_bytes)
+        step = largest if bucket is None else min(largest, bucket.piece_bytes)
         for begin in range(0, len(flat), step):
             piece = flat[begin : begin + step]
             if bucket is not None:
@@ -232,9 +241,11 @@ class _Connection:
             if offset + size > len(memory):
                 raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
             if kind == _DATA:
-                fill(self.sock, memory[offset : offset + size])
+                self._receive_piece(memory[offset : offset + size])
             else:
-                handlers.on_write(self.peer, immediate, offset, size)
+                self._complete(immediate, offset, size)
+        elif kind == _HASH:
+            self._told = immediate
         elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:
             data = bytearray(size)
             fill(self.sock, memoryview(data))
@@ -242,6 +253,21 @@ class _Connection:
         else:
             raise EOFError(f"it sends something unknown (kind {kind}, {size} bytes)")
         return True
+
+    def _receive_piece(self, target: memoryview) -> None:
+        fill(self.sock, target)
+        if self._endpoint.handlers.on_checked is not None:
+            self._hash = self._hash or xxhash.xxh3_64()
+            self._hash.update(target)
+
+    def _complete(self, immediate: int, offset: int, size: int) -> None:
+        """A write is there: tell, with its hash where there is one."""
+        handlers, found = self._endpoint.handlers, self._told if self._hash is None else self._hash.intdigest()
+        self._hash = self._told = None
+        if handlers.on_checked is None or found is None:
+            handlers.on_write(self.peer, immediate, offset, size)
+        else:
+            handlers.on_checked(self.peer, immediate, offset, size, found)
 
 
 class TcpEndpoint(SocketEndpoint[_Connection]):
