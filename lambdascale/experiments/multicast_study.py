@@ -13,7 +13,7 @@ from lambdascale.core import ClusterSpec, ModelSpec
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.sim.measure import multicast_times
-from lambdascale.sim.transfers import TransferOptions
+from lambdascale.sim.options import TransferOptions
 
 # Which cluster a model is measured on, as in the paper (reference, section 3).
 PLACES = {"llama2_7b": "testbed1", "llama2_13b": "testbed1", "llama2_70b": "testbed2"}

@@ -91,7 +91,7 @@ def _other(name: str, index: int) -> Look:
     dashes, marker = _SPARE_DASHES[index % len(_SPARE_DASHES)], _SPARE_MARKERS[index % len(_SPARE_MARKERS)]
     base = max((known for known in LOOKS if name.startswith(f"{known}_")), key=len, default=None)
     if base is not None:
-        return Look(f"{LOOKS[base].label} ({name.removeprefix(base)[1:]})", LOOKS[base].color, dashes, marker)
+        return Look(f"{LOOKS[base].label} ({name.removeprefix(base)[1:].replace('_', ' ')})", LOOKS[base].color, dashes, marker)
     return Look(name, _SPARE[index % len(_SPARE)], dashes, marker)
 
 

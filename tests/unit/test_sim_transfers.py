@@ -12,7 +12,8 @@ from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.sim.communicator import draw_setup_s, setup_distribution
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
-from lambdascale.sim.transfers import TransferEngine, TransferOptions
+from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.transfers import TransferEngine
 
 CLUSTER = ClusterSpec(
     name="round",
