@@ -76,7 +76,8 @@ def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
     launcher = [] if "hydra/launcher" in taken else ["hydra/launcher=joblib"]
     # Live nodes need the machine for themselves.
     launcher = [] if live else launcher
-    return [[*overrides, *launcher, *(f"{key}={_value(v)}" for key, v in grid.items() if key not in taken)] for grid in grids]
+    left = dict.fromkeys(tuple(f"{key}={_value(value)}" for key, value in grid.items() if key not in taken) for grid in grids)
+    return [[*overrides, *launcher, *settings] for settings in left]
 
 
 def _value(value: Any) -> str:

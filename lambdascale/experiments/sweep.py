@@ -102,7 +102,8 @@ def _run_study(study: Study, overrides: list[str]) -> int:
     reused = sum(outcome.reused for outcome in outcomes)
     print(f"{experiment}: {len(outcomes)} runs, {reused} of them reused", flush=True)
     if not _worst(outcomes):
-        table = study_table(study, [Path(outcome.folder) for outcome in outcomes])
+        # Grids may meet in a run where the user's overrides took their differences away.
+        table = study_table(study, [Path(folder) for folder in dict.fromkeys(outcome.folder for outcome in outcomes)])
         results = Path(chosen(overrides, "results") or "results")
         for path in write_study(experiment, table, results, published=as_published(overrides)):
             print(f"  {path}", flush=True)

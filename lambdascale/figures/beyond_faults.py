@@ -22,8 +22,8 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _words(slow: str, dead: str) -> str:
-    parts = [f"{_who(node)}\nNIC at {share:.0%}" for node, share in json.loads(slow)]
-    parts += [f"{_who(node)}\ndies at {at_s:g} s" for node, at_s in json.loads(dead)]
+    parts = [f"{_who(node)}\nNIC at\n{share:.0%}" for node, share in json.loads(slow)]
+    parts += [f"{_who(node)}\ndies at\n{at_s:g} s" for node, at_s in json.loads(dead)]
     return "\n".join(parts) or "no\nfault"
 
 
@@ -37,10 +37,10 @@ def draw(frame: pd.DataFrame) -> Figure:
     shown = {name: BarLook(look.label, look.color, _HATCHES.get(name, "")) for name, look in systems.items()}
     figure, axes = plt.subplots(2, 1, figsize=(PAGE_IN, 4.0), layout="constrained", sharex=True)
     for axis, value, label in zip(
-        axes, ("ttft_p50_s", "ttft_max_s"), ("median TTFT [s]", "until all are served [s]"), strict=True
+        axes, ("ttft_p50_s", "ttft_max_s"), ("median TTFT [s]", "until all\nare served [s]"), strict=True
     ):
         grouped_bars(axis, frame, groups="fault", series="system", value=value, order=faults, looks=shown)
-        axis.set(ylabel=label, yscale="log")
+        axis.set(ylabel=label)
     axes[1].tick_params(axis="x", labelsize=6)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))

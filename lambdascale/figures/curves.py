@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from lambdascale.figures.grid import checked, over_seeds
-from lambdascale.figures.style import PAGE_IN, looks, say_backend, sizes_in_order
+from lambdascale.figures.style import PAGE_IN, log_ticks, looks, say_backend, sizes_in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Curves:
             axis.fill_between(line[self.x], line.low, line.high, color=look.color, alpha=0.15, linewidth=0)
         if self.log_y:
             axis.set_yscale("log")
+            log_ticks(axis.yaxis)
         else:
             axis.set_ylim(0, None)
         if self.log_x:

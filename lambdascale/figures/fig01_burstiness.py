@@ -1,4 +1,4 @@
-"""Figure 1: how bursty traces are, as requests in windows of 10 s."""
+"""Figure 1: how bursty traces are, as requests in windows of 10 s. Arrivals are data: nothing here is simulated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lambdascale.figures.grid import checked
-from lambdascale.figures.style import PAGE_IN, say_backend
+from lambdascale.figures.style import PAGE_IN
 
 _TITLES = {
     "ArrivalsTrace": "λScale authors' trace",
@@ -39,5 +39,4 @@ def draw(frame: pd.DataFrame) -> Figure:
         )
         note = f"variance/mean {fano:.1f}, peak/mean {peak:.1f}"
         axis.annotate(note, (0.99, 0.97), xycoords="axes fraction", ha="right", va="top", fontsize=7)
-    say_backend(figure, frame)
     return figure

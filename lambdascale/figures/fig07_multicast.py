@@ -5,5 +5,9 @@ from __future__ import annotations
 from lambdascale.figures.curves import Curves
 
 FIGURE = Curves(
-    name="fig07_multicast", x="nodes", x_label="nodes, source included", measures=[("all_nodes_s", "time to all nodes [s]")]
+    name="fig07_multicast",
+    x="nodes",
+    x_label="nodes, source included",
+    measures=[("all_nodes_s", "time to all nodes [s]")],
+    log_y=True,
 )

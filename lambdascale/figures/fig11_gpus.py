@@ -89,7 +89,7 @@ def _gap_to_ideal(axis: Axes, rows: pd.DataFrame, systems: Mapping[str, Look]) -
     axis.barh(range(len(others)), above, color=[systems[system].color for system in others], height=0.7)
     for place, value in enumerate(above):
         axis.annotate(f" {value:.0f} %", (value, place), va="center", fontsize=6)
-    axis.set(xlabel="GPU time above ideal [%]", yticks=range(len(others)), xlim=(0, max([*above, 1.0]) * 1.25))
+    axis.set(xlabel="above ideal [%]", yticks=range(len(others)), xlim=(0, max([*above, 1.0]) * 1.25))
     axis.set_yticklabels([systems[system].label for system in others], fontsize=6)
     axis.grid(visible=False, axis="y")
     axis.invert_yaxis()

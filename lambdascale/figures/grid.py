@@ -27,6 +27,8 @@ def checked(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], fig
     require_columns(frame, needed, figure)
     if "system" in keys:
         require_one_backend(frame, figure)
+    elif len(set(frame.backend)) > 1:
+        raise UserError(f"{figure}: the table has rows of several backends; filter it first")
     require_grid(frame, keys, figure)
     bad = frame[frame[list(values)].isna().any(axis=1)]
     if len(bad):

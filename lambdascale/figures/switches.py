@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lambdascale.core import UserError
 from lambdascale.figures.grid import checked, over_seeds
-from lambdascale.figures.style import PAGE_IN, looks, say_backend, sizes_in_order
+from lambdascale.figures.style import PAGE_IN, log_ticks, looks, say_backend, sizes_in_order
 
 _WHOLE = "lambdascale"
 
@@ -35,7 +35,7 @@ class Switches:
         return rows.assign(**ratios)[rows.system != _WHOLE].reset_index(drop=True)
 
     def draw(self, frame: pd.DataFrame) -> Figure:
-        """Horizontal bars; the line at 1 is the whole λScale."""
+        """Horizontal bars, logarithmic; the line at 1 is the whole λScale."""
         models, variants = sizes_in_order(frame), list(dict.fromkeys(frame.system))
         height = 0.9 + 0.17 * len(variants) * max(1.4, len(models))
         figure, axes = plt.subplots(
@@ -47,15 +47,16 @@ class Switches:
                 rows = over_seeds(frame[frame.model == model], ["system"], column).set_index("system").loc[variants]
                 width = 0.8 / len(models)
                 places = [place + (index - (len(models) - 1) / 2) * width for place in range(len(variants))]
-                axis.barh(places, rows["median"], width * 0.92, color=color, label=model)
+                axis.barh(places, rows["median"] - 1, width * 0.92, left=1, color=color, label=model)
                 error = [rows["median"] - rows.low, rows.high - rows["median"]]
                 if (rows.high > rows.low).any():
                     axis.errorbar(rows["median"], places, xerr=error, fmt="none", ecolor="0.25", elinewidth=0.7, capsize=1.2)
-                for place, value in zip(places, rows["median"], strict=True):
-                    axis.annotate(f" {value:.2f}", (value, place), va="center", fontsize=6)
+                for place, value, high in zip(places, rows["median"], rows.high, strict=True):
+                    axis.annotate(f"  {value:.2f}", (max(high, 1), place), va="center", fontsize=6)
             axis.axvline(1.0, color="black", linewidth=0.8)
-            axis.set(xlabel=title, yticks=range(len(variants)), yticklabels=names, xlim=(0, None))
-            axis.margins(x=0.15)
+            axis.set(xlabel=title, yticks=range(len(variants)), yticklabels=names, xscale="log")
+            axis.set_xlim(0.98 * min(1.0, frame[column].min()), 1.3 * frame[column].max())
+            log_ticks(axis.xaxis)
             axis.grid(visible=False, axis="y")
         axes[0][0].invert_yaxis()
         handles, labels = axes[0][0].get_legend_handles_labels()
