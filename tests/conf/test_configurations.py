@@ -93,10 +93,8 @@ def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     """A run of every grid; the table has the columns of the committed one."""
     own = [f"experiment={experiment}", "hydra/launcher=basic"]
     points = [first_point(line) for line in command_lines(STUDIES[experiment], own)]
-    settings = [[o for o in point if not o.startswith(("experiment=", "hydra/", "workload.path="))] for point in points]
-    traces(tmp_path / "traces")
-    paths = [[o.replace("${traces}", str(tmp_path / "traces")) for o in p if o.startswith("workload.path=")] for p in points]
-    runs = [run(debug_scale(experiment, tmp_path, *s, *p)).folder for s, p in zip(settings, paths, strict=True)]
+    settings = [[o for o in point if not o.startswith(("experiment=", "hydra/"))] for point in points]
+    runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in settings]
     table = study_table(STUDIES[experiment], runs)
     stem = conf_dir().parent / "results" / "tables" / experiment
     committed = pd.read_csv(f"{stem}.csv") if Path(f"{stem}.csv").exists() else pd.read_parquet(f"{stem}.parquet")
