@@ -7,6 +7,7 @@ import json
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from lambdascale.figures.bars import BarLook, grouped_bars
 from lambdascale.figures.grid import checked
@@ -37,10 +38,12 @@ def draw(frame: pd.DataFrame) -> Figure:
     shown = {name: BarLook(look.label, look.color, _HATCHES.get(name, "")) for name, look in systems.items()}
     figure, axes = plt.subplots(2, 1, figsize=(PAGE_IN, 4.0), layout="constrained", sharex=True)
     for axis, value, label in zip(
-        axes, ("ttft_p50_s", "ttft_max_s"), ("median TTFT [s]", "until all\nare served [s]"), strict=True
+        axes, ("ttft_p50_s", "ttft_max_s"), ("median TTFT [s]", "until all are served [s]"), strict=True
     ):
         grouped_bars(axis, frame, groups="fault", series="system", value=value, order=faults, looks=shown)
         axis.set(ylabel=label)
+        # Ticks that do not depend on the height: the layout has measured their labels before it settles that.
+        axis.yaxis.set_major_locator(MultipleLocator(2))
     axes[1].tick_params(axis="x", labelsize=6)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
