@@ -1,33 +1,153 @@
-"""Tables for figures, gathered from finished runs."""
+"""Tables for figures, gathered from finished runs. Rows depend on a run's folder only, whichever backend made it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from omegaconf import DictConfig, OmegaConf
 
+from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
+from lambdascale.experiments.study import Study
+from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_times
+
+# Larger tables are parquet, smaller ones CSV, which people can read and diffs can show.
+_CSV_ROWS = 1500
 
 
 def request_rows(folders: Iterable[Path]) -> pd.DataFrame:
     """What fig10 needs: one row per request of the runs, with their backend."""
-    columns = ["model", "system", "arrival_s", "ttft_s"]
-    parts = []
-    for folder in folders:
-        rows = pd.read_parquet(folder / "requests.parquet", columns=columns)
-        parts.append(rows.assign(backend=read_json(folder / SUMMARY)["backend"]))
-    return pd.concat(parts, ignore_index=True)
+    return _stacked(folders, _requests)[["model", "system", "arrival_s", "ttft_s", "backend"]]
 
 
 def gpu_rows(folders: Iterable[Path]) -> pd.DataFrame:
     """What fig11 needs: GPUs in use as steps, per run and model, closed by the state at the end of the run."""
+    return _stacked(folders, _gpus)
+
+
+def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
+    """The rows of all runs, with the columns the study names, ``model``, ``system``, ``seed`` and ``backend``."""
+    if study.rows not in ROWS:
+        raise UserError(f"study.rows must be one of {', '.join(ROWS)}, not {study.rows!r}")
+    parts = []
+    for folder in folders:
+        rows = ROWS[study.rows](folder)
+        config = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(config, DictConfig)
+        labels = {name: _selected(config, key) for name, key in study.columns.items()}
+        known = {"model": config.model.name, "system": config.system.name, "backend": read_json(folder / SUMMARY)["backend"]}
+        kept = rows[list(study.fields)] if study.fields else rows
+        labels |= {name: value for name, value in (known | {"seed": config.seed}).items() if name not in kept.columns}
+        parts.append(pd.concat([pd.DataFrame(labels, index=kept.index), kept], axis=1))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _selected(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    return str(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else value
+
+
+def write_study(experiment: str, table: pd.DataFrame, results: Path, *, published: bool) -> list[Path]:
+    """Write the table, and the figure if there is one of that name: to tables/ and figures/ of ``results``, or, for a study that
+    was changed on the command line, to raw/``experiment``/."""
+    # Only here, not in every worker of a sweep: matplotlib takes seconds to import.
+    from lambdascale.figures.registry import FIGURES, render
+
+    tables = results / "tables" if published else results / "raw" / experiment
+    tables.mkdir(parents=True, exist_ok=True)
+    paths = [write_frame(table, tables / experiment)]
+    if experiment in FIGURES:
+        paths += render(experiment, table, results / "figures" if published else tables)
+    return paths
+
+
+def write_frame(table: pd.DataFrame, stem: Path) -> Path:
+    """Write a table beside others, as CSV or parquet depending on its size; the path. The other form gives way."""
+    csv, parquet = stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.parquet")
+    if len(table) > _CSV_ROWS:
+        table.to_parquet(parquet, index=False, compression="zstd")
+        csv.unlink(missing_ok=True)
+        return parquet
+    table.to_csv(csv, index=False, float_format="%.6g")
+    parquet.unlink(missing_ok=True)
+    return csv
+
+
+# -- what one run contributes --------------------------------------------------------------------------------------------
+
+
+def _stacked(folders: Iterable[Path], rows: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     parts = []
     for folder in folders:
         summary = read_json(folder / SUMMARY)
-        end_s = summary["simulated_s"] if summary["simulated_s"] is not None else summary["wall_s"]
-        for model, steps in pd.read_parquet(folder / "gpus.parquet").groupby("model"):
-            last = pd.DataFrame({"at_s": [end_s], "gpus": [steps.gpus.iloc[-1]]})
-            rows = pd.concat([steps[["at_s", "gpus"]], last], ignore_index=True)
-            parts.append(rows.assign(model=model, system=summary["system"], backend=summary["backend"]))
+        parts.append(rows(folder).assign(system=summary["system"], backend=summary["backend"]))
     return pd.concat(parts, ignore_index=True)
+
+
+def _requests(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "requests.parquet")
+
+
+def _gpus(folder: Path) -> pd.DataFrame:
+    summary = read_json(folder / SUMMARY)
+    end_s = summary["simulated_s"] if summary["simulated_s"] is not None else summary["wall_s"]
+    parts = []
+    for model, steps in pd.read_parquet(folder / "gpus.parquet").groupby("model"):
+        last = pd.DataFrame({"at_s": [end_s], "gpus": [steps.gpus.iloc[-1]]})
+        parts.append(pd.concat([steps[["at_s", "gpus"]], last], ignore_index=True).assign(model=model))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _summary(folder: Path) -> pd.DataFrame:
+    summary = read_json(folder / SUMMARY)
+    row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p99")}
+    row |= {"tpot_mean_s": summary["tpot_s"]["mean"]}
+    row |= {f"requests_{name}": summary["requests"][name] for name in ("submitted", "completed", "failed")}
+    row |= {name: summary[name] for name in ("gpu_seconds", "cost_usd", "scale_outs", "pipeline_first_tokens", "restarts")}
+    return pd.DataFrame([row])
+
+
+def _scale_out(folder: Path) -> pd.DataFrame:
+    """The first scale-out of a run, and the waits of its requests."""
+    requests = pd.read_parquet(folder / "requests.parquet", columns=["ttft_s", "finished_s"])
+    times = scale_out_times(pd.read_parquet(folder / "events.parquet"))
+    waits = {"ttft_p50_s": requests.ttft_s.median(), "ttft_max_s": requests.ttft_s.max(), "finished_s": requests.finished_s.max()}
+    return pd.DataFrame([{**times, **waits}])
+
+
+def _arrivals(folder: Path) -> pd.DataFrame:
+    """Requests in adjacent windows of 10 s."""
+    arrival_s = pd.read_parquet(folder / "requests.parquet").arrival_s.to_numpy()
+    counts = np.bincount((arrival_s / _WINDOW_S).astype(int))
+    return pd.DataFrame({"at_s": np.arange(len(counts)) * _WINDOW_S, "requests": counts})
+
+
+_WINDOW_S = 10.0
+
+
+def _host_cache(folder: Path) -> pd.DataFrame:
+    """Loads by tier, and how long host copies lived."""
+    events = pd.read_parquet(folder / "events.parquet")
+    keep_alive_s = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "system.memory.keep_alive_s")
+    copies = host_copies(events, keep_alive_s)
+    lives = copies.end_s - copies.begin_s
+    row = loads_by_tier(events) | {
+        "copies": len(copies),
+        "lifetime_p50_s": lives.median(),
+        "lifetime_p95_s": lives.quantile(0.95),
+    }
+    return pd.DataFrame([{**row, "lives_within_15s": float((lives <= 15.0 + 1e-6).mean()) if len(lives) else None}])
+
+
+ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "requests": _requests,
+    "gpus": _gpus,
+    "summary": _summary,
+    "scale_out": _scale_out,
+    "arrivals": _arrivals,
+    "host_cache": _host_cache,
+}

@@ -1,23 +1,19 @@
-"""Multicast on its own: figure 7, and our times against the reference's measured ones. Simulated."""
+"""Our simulated multicast times against the measured ones of the reference: a check of the transfer model, not an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
-from lambdascale.core import ClusterSpec, ModelSpec
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.sim import TransferOptions
 from lambdascale.sim.measure import multicast_times
-from lambdascale.sim.transfers import TransferOptions
 
 # Which cluster a model is measured on, as in the paper (reference, section 3).
 PLACES = {"llama2_7b": "testbed1", "llama2_13b": "testbed1", "llama2_70b": "testbed2"}
-SYSTEMS = ("lambdascale", "faasnet", "faasnet_prototype", "nccl_broadcast", "nccl_no_setup")
 _SEEDS = range(25)
 _NO_SETUP = "nccl_no_setup"
 
@@ -44,57 +40,29 @@ REFERENCE_S: dict[str, dict[tuple[str, int], float]] = {
 }
 
 
-class MulticastStudy:
-    """Times of one model's multicast under any system, on the cluster the paper used for it."""
-
-    def __init__(self, model: str) -> None:
-        experiment = build(compose([f"model={model}", f"cluster={PLACES[model]}", "system=ideal"]))
-        self.model: ModelSpec = experiment.models[0]
-        self.cluster: ClusterSpec = experiment.cluster
-
-    def seconds(self, system: str, nodes: int, *, barrier: bool = False, equal_blocks: bool = False) -> tuple[float, float]:
-        """(time to all nodes, set-up of it), one source; medians over seeds where a set-up is drawn.
-
-        ``equal_blocks`` cuts the model at byte boundaries, as the prototype does; otherwise blocks are whole layers.
-        """
-        choice = "nccl_broadcast" if system == _NO_SETUP else system
-        config = build(compose([f"system={choice}", f"model={self.model.name}", f"cluster={self.cluster.name}"])).system
-        plan = config.planner.plan(sources=1, destinations=nodes - 1, blocks=config.blocks)
-        sizes = [block.size_bytes for block in self.model.partition(config.blocks)]
-        if equal_blocks:
-            sizes = [self.model.size_bytes // config.blocks] * config.blocks
-        options = TransferOptions(barrier=barrier, communicator_setup=system != _NO_SETUP)
-        cluster = replace(self.cluster, nodes=max(nodes, self.cluster.nodes))
-        seeds = _SEEDS if config.transport == "collective" and options.communicator_setup else range(1)
-        times = [multicast_times(plan, sizes, cluster, options, transport=config.transport, seed=seed) for seed in seeds]
-        return median(t.total_s for t in times), median(t.setup_s for t in times)
-
-
-def fig07_table(models: Iterable[str] = PLACES) -> pd.DataFrame:
-    """Rows of figure 7: nodes 2 to the cluster's size, one source, blocks of whole layers, eager data plane."""
-    return pd.DataFrame(row for model in models for row in _fig07_rows(MulticastStudy(model)))
-
-
-def _fig07_rows(study: MulticastStudy) -> Iterator[dict[str, Any]]:
-    for nodes in range(2, study.cluster.nodes + 1):
-        for system in SYSTEMS:
-            total_s, setup_s = study.seconds(system, nodes)
-            row = {"model": study.model.name, "system": system, "nodes": nodes, "multicast_s": total_s, "setup_s": setup_s}
-            yield row | {"backend": "sim"}
-
-
 def reference_table() -> pd.DataFrame:
     """Our simulated times beside the reference's, with the error in per cent: under the prototype's barrier, and eager.
 
     Transfer blocks of equal bytes, as in the prototype. The streaming broadcast knows no rounds, so no barrier either.
     """
-    studies = {model: MulticastStudy(model) for model in PLACES}
     rows = []
     for system, measured in REFERENCE_S.items():
         for (model, nodes), reference_s in measured.items():
             row: dict[str, Any] = {"system": system, "model": model, "nodes": nodes, "reference_s": reference_s}
             for column, barrier in (("barrier", True), ("eager", False)):
-                total_s, _ = studies[model].seconds(system, nodes, barrier=barrier, equal_blocks=True)
+                total_s = _seconds(system, model, nodes, barrier=barrier)
                 row |= {f"ours_{column}_s": total_s, f"error_{column}_percent": 100 * (total_s / reference_s - 1)}
             rows.append(row | {"backend": "sim"})
     return pd.DataFrame(rows)
+
+
+def _seconds(system: str, model: str, nodes: int, *, barrier: bool) -> float:
+    """Time to all nodes from one source; the median over seeds where a set-up is drawn."""
+    choice = "nccl_broadcast" if system == _NO_SETUP else system
+    experiment = build(compose([f"system={choice}", f"model={model}", f"cluster={PLACES[model]}"]))
+    config, cluster = experiment.system, experiment.cluster
+    plan = config.planner.plan(sources=1, destinations=nodes - 1, blocks=config.blocks)
+    sizes = [experiment.models[0].size_bytes // config.blocks] * config.blocks
+    options = TransferOptions(barrier=barrier, communicator_setup=system != _NO_SETUP)
+    seeds = _SEEDS if config.transport == "collective" and options.communicator_setup else range(1)
+    return median(multicast_times(plan, sizes, cluster, options, transport=config.transport, seed=s).total_s for s in seeds)

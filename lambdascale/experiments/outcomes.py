@@ -28,7 +28,7 @@ class Outcome(msgspec.Struct):
 
 def note(folder: Path, outcome: Outcome) -> None:
     """Leave word of ``outcome`` in the sweep's ``folder``."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     Path(folder, f"job-{outcome.job:05d}.json").write_bytes(msgspec.json.encode(outcome))
 
 
@@ -37,8 +37,13 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     return [msgspec.json.decode(path.read_bytes(), type=Outcome) for path in sorted(folder.glob("job-*.json"))]
 
 
+def worst(outcomes: Sequence[Outcome]) -> int:
+    """The exit status that stands for all of them."""
+    return max((outcome.status for outcome in outcomes), default=0)
+
+
 def report(outcomes: Sequence[Outcome]) -> None:
-    """One table of the finished runs and their folders on stdout, one line per error on stderr."""
+    """One table of the finished runs and their folders on stdout, and the errors on stderr."""
     console = Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)
     finished = [outcome for outcome in outcomes if outcome.folder]
     if finished:
@@ -47,10 +52,18 @@ def report(outcomes: Sequence[Outcome]) -> None:
         print_comparison(console, comparison(rows), "runs")
         for outcome in finished:
             console.print(f"{'reused' if outcome.reused else 'wrote'} {outcome.folder}", highlight=False, soft_wrap=True)
+    report_errors(outcomes)
+
+
+def report_errors(outcomes: Sequence[Outcome]) -> None:
+    """A line on stderr for every different error."""
+    lines: dict[str, str] = {}
     for outcome in outcomes:
         if outcome.error:
             where = f" ({outcome.label})" if len(outcomes) > 1 else ""
-            print(f"error: {' '.join(outcome.error.split())}{where}", file=sys.stderr)
+            lines.setdefault(outcome.error, f"error: {' '.join(outcome.error.split())}{where}")
+    for line in lines.values():
+        print(line, file=sys.stderr)
 
 
 def _common_overrides(outcomes: Sequence[Outcome]) -> set[str]:

@@ -30,6 +30,8 @@ class RunConfig:
     out: str | None = None
     force: bool = False
     results: str = "results"
+    traces: str = "data/traces"
+    study: Any = None
 
 
 def register_schema() -> None:

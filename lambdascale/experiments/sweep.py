@@ -1,4 +1,4 @@
-"""The Hydra application behind scripts/run.py: single runs and sweeps under any launcher, one table and status at the end."""
+"""The Hydra application behind scripts/run.py: runs, sweeps and studies under any launcher, one table and status at their end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import shutil
 import sys
 import uuid
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -19,10 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
-from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report
+from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report, worst
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
 from lambdascale.experiments.search import objective_value, report_search
+from lambdascale.experiments.study import chosen, load_study
+from lambdascale.experiments.study_runs import run_study
 
 
 class _SearchEnded(BaseException):
@@ -40,26 +44,59 @@ def main(argv: list[str]) -> int:
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _hush()
-    # In the current folder, as the results are: jobs may run on other machines, which share it but no /tmp.
-    sweep = Path.cwd() / f".sweep-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     # argparse takes overrides in one piece only; -m may stand anywhere.
     flags = [argument for argument in argv if argument in ("-m", "--multirun")]
     overrides = [argument for argument in argv if argument not in flags]
+    asks_only = any(argument.startswith("-") for argument in overrides)
+    try:
+        study = None if asks_only else load_study(overrides)
+    except UserError as error:
+        raise _with_hint(error) from error.__cause__
+    with _sweep_folder() as folder:
+        if study is not None and flags:
+            return run_study(study, overrides, lambda line, part: _part(line, Path(folder, part)))
+        if study is not None and study.experiments:
+            raise UserError(f"experiment={chosen(overrides, 'experiment')} stands for several: run it with -m")
+        outcomes, failure = _hydra(overrides, flags, folder)
+        report(outcomes)
+        report_search(folder, outcomes)
+    if failure is not None:
+        raise failure
+    return worst(outcomes)
+
+
+@contextmanager
+def _sweep_folder() -> Iterator[Path]:
+    """A path for what jobs and launchers leave to each other; what is there at the end goes.
+
+    It is in the current folder, as the results are: jobs may run on other machines, which share it but no /tmp.
+    """
+    folder = Path.cwd() / f".sweep-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part(overrides: Sequence[str], sweep: Path) -> list[Outcome]:
+    """One sweep of a study; what its launcher fails with is raised."""
+    outcomes, failure = _hydra(overrides, ["-m"], sweep)
+    if failure is not None:
+        raise failure
+    return outcomes
+
+
+def _hydra(overrides: Sequence[str], flags: Sequence[str], sweep: Path) -> tuple[list[Outcome], BaseException | None]:
+    """One Hydra run or multirun: how its jobs ended, which they note in the folder ``sweep``, and what it failed with itself."""
     sys.argv = [sys.argv[0], *overrides, f"hydra.sweep.dir={_quoted(str(sweep))}", *flags]
     failure: BaseException | None = None
     try:
-        try:
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(_job)()
-        except (Exception, _SearchEnded) as error:
-            failure = error
-        outcomes = read_outcomes(sweep)
-        report(outcomes)
-        report_search(sweep, outcomes)
-    finally:
-        shutil.rmtree(sweep, ignore_errors=True)
-    if failure is not None and not isinstance(failure, _SearchEnded):
-        raise _with_hint(failure)
-    return max((outcome.status for outcome in outcomes), default=0)
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="run")(_job)()
+    except _SearchEnded:
+        pass
+    except Exception as error:
+        failure = _with_hint(error)
+    return read_outcomes(sweep), failure
 
 
 def _hush() -> None:
@@ -72,7 +109,7 @@ def _hush() -> None:
     warnings.filterwarnings("ignore", message="Deprecated API features detected")
 
 
-def _with_hint(failure: BaseException) -> BaseException:
+def _with_hint(failure: Exception) -> Exception:
     """The failure, with how to get what is missing where it is one of Hydra's plugins."""
     message = user_message(failure)
     if message is None or not any(group in message for group in ("hydra/launcher", "hydra/sweeper")):
@@ -94,8 +131,7 @@ def _job(config: DictConfig) -> float | None:
     number = 0 if OmegaConf.is_missing(settings.job, "num") else int(settings.job.num)
     outcome = Outcome(number, settings.job.override_dirname)
     try:
-        group = "" if settings.mode == RunMode.RUN else f"{config.name}-{sweep.name.removeprefix('.sweep-')}"
-        result = run(config, group=group)
+        result = run(config, group="" if settings.mode == RunMode.RUN else f"{config.name}-{_stamp(sweep)}")
         outcome.folder, outcome.reused = str(result.folder), result.reused
         if config.objective is not None:
             outcome.objective, outcome.value = config.objective, objective_value(config.objective, result.summary)
@@ -109,3 +145,9 @@ def _job(config: DictConfig) -> float | None:
     if outcome.error and config.objective is not None:
         raise _SearchEnded(outcome.error)
     return outcome.value
+
+
+def _stamp(sweep: Path) -> str:
+    """When the command was given: the same for all sweeps of a study."""
+    (name,) = (part for part in sweep.parts if part.startswith(".sweep-"))
+    return name.removeprefix(".sweep-")

@@ -1,14 +1,19 @@
-"""Figure 11: GPUs in use over time and cumulative GPU-seconds, by system."""
+"""Figure 11: GPUs in use over time, cumulative GPU-seconds, and their gap to ideal scaling, by system."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lambdascale.core import UserError
 from lambdascale.figures.style import (
     PAGE_IN,
+    Look,
     looks,
     require_all_systems,
     require_columns,
@@ -19,6 +24,7 @@ from lambdascale.figures.style import (
 
 REQUIRED = ("model", "system", "at_s", "gpus", "backend")
 _POINTS = 60
+_IDEAL = "ideal"
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
@@ -29,6 +35,8 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     require_columns(frame, REQUIRED, "fig11_gpus")
     require_one_backend(frame, "fig11_gpus")
     require_all_systems(frame, "fig11_gpus")
+    if _IDEAL not in set(frame.system):
+        raise UserError(f"fig11_gpus: no rows of {_IDEAL} to compare with")
     parts = []
     for (model, system, backend), steps in frame.groupby(["model", "system", "backend"], sort=False):
         grid = np.linspace(0.0, frame[frame.model == model].at_s.max(), _POINTS + 1)
@@ -52,19 +60,36 @@ def _integral(at_s: np.ndarray, gpus: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A row per model: GPUs in use, and cumulative GPU-seconds."""
+    """A row per model: GPUs in use, cumulative GPU-seconds, and how far these end above ideal scaling's."""
     models = sizes_in_order(frame)
-    figure, axes = plt.subplots(len(models), 2, figsize=(PAGE_IN, 2.2 * len(models) + 0.3), squeeze=False, layout="constrained")
-    for (in_use, cumulative), model in zip(axes, models, strict=True):
+    figure, axes = plt.subplots(
+        len(models), 3, figsize=(PAGE_IN, 1.9 * len(models) + 0.3), squeeze=False, layout="constrained", width_ratios=(3, 3, 2)
+    )
+    systems = looks(list(frame.system.unique()))
+    for (in_use, cumulative, gap), model in zip(axes, models, strict=True):
         rows = frame[frame.model == model]
-        for system, look in looks(list(frame.system.unique())).items():
+        for system, look in systems.items():
             line = rows[rows.system == system]
             style = {"color": look.color, "label": look.label, "dashes": look.dashes or (1, 0)}
             in_use.plot(line.at_s, line.gpus, linewidth=1.0, **style)
             cumulative.plot(line.at_s, line.gpu_seconds, **style)
-        in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use (window mean)", ylim=(0, None))
+        in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use\n(window mean)", ylim=(0, None))
         cumulative.set(title=model, xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
+        _gap_to_ideal(gap, rows, systems)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
     say_backend(figure, frame)
     return figure
+
+
+def _gap_to_ideal(axis: Axes, rows: pd.DataFrame, systems: Mapping[str, Look]) -> None:
+    total = rows.groupby("system").gpu_seconds.max()
+    others = [system for system in systems if system != _IDEAL]
+    above = [100 * (total[system] / total[_IDEAL] - 1) for system in others]
+    axis.barh(range(len(others)), above, color=[systems[system].color for system in others], height=0.7)
+    for place, value in enumerate(above):
+        axis.annotate(f" {value:.0f} %", (value, place), va="center", fontsize=6)
+    axis.set(xlabel="above ideal [%]", yticks=range(len(others)), xlim=(0, max([*above, 1.0]) * 1.25))
+    axis.set_yticklabels([systems[system].label for system in others], fontsize=6)
+    axis.grid(visible=False, axis="y")
+    axis.invert_yaxis()

@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lambdascale.core import UserError
-from lambdascale.figures import fig07_multicast, fig10_ttft, fig11_gpus
+from lambdascale.figures import (
+    ablation_blocks,
+    ablation_order,
+    ablation_switches,
+    ablation_trace,
+    beyond_burst,
+    beyond_faults,
+    beyond_link_rate,
+    beyond_models,
+    beyond_scale,
+    fig01_burstiness,
+    fig02_host_cache,
+    fig07_multicast,
+    fig08_rampup,
+    fig09_sources,
+    fig10_ttft,
+    fig11_gpus,
+)
 from lambdascale.figures.style import styled
 
 
-@dataclass(frozen=True)
-class FigureModule:
-    """What a figure's module offers."""
+class FigureModule(Protocol):
+    """What a figure offers: its module, or an object in it."""
 
-    tidy: Callable[[pd.DataFrame], pd.DataFrame]
-    draw: Callable[[pd.DataFrame], Figure]
+    def tidy(self, frame: pd.DataFrame, /) -> pd.DataFrame:
+        """What the figure draws, from its table; UserError for a table that would mislead."""
+        ...
+
+    def draw(self, frame: pd.DataFrame, /) -> Figure:
+        """The figure of a tidy frame."""
+        ...
 
 
-FIGURES = {
-    "fig07_multicast": FigureModule(fig07_multicast.tidy, fig07_multicast.draw),
-    "fig10_ttft": FigureModule(fig10_ttft.tidy, fig10_ttft.draw),
-    "fig11_gpus": FigureModule(fig11_gpus.tidy, fig11_gpus.draw),
+FIGURES: dict[str, FigureModule] = {
+    "fig01_burstiness": fig01_burstiness,
+    "fig02_host_cache": fig02_host_cache,
+    "fig07_multicast": fig07_multicast.FIGURE,
+    "fig08_rampup": fig08_rampup,
+    "fig09_sources": fig09_sources,
+    "fig10_ttft": fig10_ttft,
+    "fig11_gpus": fig11_gpus,
+    "ablation_blocks": ablation_blocks,
+    "ablation_order": ablation_order,
+    "ablation_switches": ablation_switches.FIGURE,
+    "ablation_trace": ablation_trace.FIGURE,
+    "beyond_scale": beyond_scale.FIGURE,
+    "beyond_link_rate": beyond_link_rate.FIGURE,
+    "beyond_burst": beyond_burst.FIGURE,
+    "beyond_models": beyond_models.FIGURE,
+    "beyond_faults": beyond_faults,
 }
 
 
@@ -58,4 +91,6 @@ def load_table(directory: Path, name: str) -> pd.DataFrame:
         if path.is_file():
             table: pd.DataFrame = read(path)
             return table
-    raise UserError(f"there is no table {name}.csv or {name}.parquet in {directory}; scripts/tables.py makes it")
+    raise UserError(
+        f"there is no table {name}.csv or {name}.parquet in {directory}; scripts/run.py experiment={name} -m makes it"
+    )

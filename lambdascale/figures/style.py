@@ -10,7 +10,9 @@ from typing import Any
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from lambdascale.core import UserError
 
@@ -42,6 +44,13 @@ LOOKS = {
 _SPARE = ("#E69F00", "#999999", "#F0E442")
 _SPARE_DASHES = ((3, 1, 1, 1), (6, 2), (1, 2), (2, 2, 6, 2), (8, 1))
 _SPARE_MARKERS = ("h", "p", "<", ">")
+# Highest ratio of a logarithmic axis' ends -> where its ticks are in a decade.
+_LOG_TICKS = (
+    (3.0, (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)),
+    (8.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),
+    (200.0, (1.0, 2.0, 5.0)),
+    (float("inf"), (1.0,)),
+)
 
 _RC: dict[Any, Any] = {
     "font.size": 8,
@@ -91,8 +100,17 @@ def _other(name: str, index: int) -> Look:
     dashes, marker = _SPARE_DASHES[index % len(_SPARE_DASHES)], _SPARE_MARKERS[index % len(_SPARE_MARKERS)]
     base = max((known for known in LOOKS if name.startswith(f"{known}_")), key=len, default=None)
     if base is not None:
-        return Look(f"{LOOKS[base].label} ({name.removeprefix(base)[1:]})", LOOKS[base].color, dashes, marker)
+        return Look(f"{LOOKS[base].label} ({name.removeprefix(base)[1:].replace('_', ' ')})", LOOKS[base].color, dashes, marker)
     return Look(name, _SPARE[index % len(_SPARE)], dashes, marker)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis whose limits are final, as many as its range leaves room for."""
+    low, high = axis.get_view_interval()
+    subs = next(subs for ratio, subs in _LOG_TICKS if high / low < ratio)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def sizes_in_order(frame: pd.DataFrame) -> list[str]:

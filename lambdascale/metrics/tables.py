@@ -159,7 +159,7 @@ _DETAILS: dict[type, Callable[[Any], Any]] = {
     SwitchMode: lambda c: {"pipeline": c.pipeline, "moves": c.moves, "kv": c.kv},
     EvictBlocks: lambda c: {"tier": c.tier},
     AllocateNode: lambda c: {"gpus": c.gpus},
-    ReleaseNode: lambda c: {"gpus": c.gpus},
+    ReleaseNode: lambda c: {"gpus": c.gpus, "keep_host": c.keep_host},
     FailRequest: lambda c: {"reason": c.reason},
     CommandFailed: lambda e: {"command": e.command, "reason": e.reason},
 }

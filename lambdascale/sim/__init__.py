@@ -4,6 +4,6 @@ It carries out what the control plane commands and decides nothing itself.
 """
 
 from lambdascale.sim.backend import SimBackend, SimConfig
-from lambdascale.sim.transfers import TransferOptions
+from lambdascale.sim.options import TransferOptions
 
 __all__ = ["SimBackend", "SimConfig", "TransferOptions"]

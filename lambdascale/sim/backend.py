@@ -34,24 +34,32 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
 from lambdascale.sim.instances import SimInstance, SimPipeline, SimReplica
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.transfers import TransferEngine, TransferOptions
+from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.transfers import TransferEngine
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """The simulated cluster. ``transfers``: how data moves. ``node_failures``: (node, time in seconds) pairs."""
+    """The simulated cluster. ``transfers``: how data moves. ``node_failures``: (node, time in seconds) pairs.
+
+    ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, and nobody is told.
+    """
 
     transfers: TransferOptions = field(default_factory=TransferOptions)
     node_failures: tuple[tuple[int, float], ...] = ()
+    slow_nodes: tuple[tuple[int, float], ...] = ()
     kind: str = "sim"
 
     def __post_init__(self) -> None:
         """Validate."""
-        object.__setattr__(self, "node_failures", tuple(tuple(failure) for failure in self.node_failures))
+        for name in ("node_failures", "slow_nodes"):
+            object.__setattr__(self, name, tuple(tuple(pair) for pair in getattr(self, name)))
         check_types(self)
         require(self.kind == "sim", f"backend.kind of the simulator is 'sim', not {self.kind!r}")
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
+        for slow in self.slow_nodes:
+            require(len(slow) == 2 and 0 < slow[1] <= 1, f"backend.slow_nodes takes [node, share up to 1] pairs, not {slow!r}")
 
     @property
     def label(self) -> str:
@@ -62,10 +70,9 @@ class SimConfig:
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:
         """The backend of one run."""
-        for node, _ in self.node_failures:
-            require(
-                0 <= node < cluster.nodes, f"backend.node_failures names node {node}, the cluster has 0 to {cluster.nodes - 1}"
-            )
+        for name in ("node_failures", "slow_nodes"):
+            for node, _ in getattr(self, name):
+                require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
         return SimBackend(config=self, cluster=cluster, models=models, requests=requests, batching=batching, seed=seed)
 
 
@@ -104,7 +111,14 @@ class SimBackend:
         self._lost: set[NodeId] = set()
         self._occupied: dict[NodeId, int] = {}
         self._transfers = TransferEngine(
-            self.kernel, cluster, config.transfers, np.random.default_rng(seed), self._block_arrived, self._occupy
+            self.kernel,
+            cluster,
+            config.transfers,
+            np.random.default_rng(seed),
+            self._block_arrived,
+            self._occupy,
+            layers={model.name: model.layers for model in models},
+            nic_shares=dict(config.slow_nodes),
         )
         for node, at in config.node_failures:
             self.kernel.at(at, self._lose_node, node)

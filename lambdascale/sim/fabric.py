@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from math import inf
 
 from lambdascale.core import ClusterSpec, NodeId
@@ -19,12 +19,18 @@ class FlowGroup:
 
 
 class Fabric:
-    """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing."""
+    """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing.
 
-    def __init__(self, kernel: Kernel, cluster: ClusterSpec, *, record_grants: bool = False) -> None:
+    ``nic_shares``: nodes whose NIC has only this share of the cluster's rate, in both directions.
+    """
+
+    def __init__(
+        self, kernel: Kernel, cluster: ClusterSpec, nic_shares: Mapping[NodeId, float], *, record_grants: bool = False
+    ) -> None:
         self.kernel = kernel
         self.cluster = cluster
         self.links = LinkNetwork(kernel, record_grants=record_grants)
+        self._nic_shares = nic_shares
         self._ports: dict[tuple[str, NodeId], Port] = {}
         self._lost: set[NodeId] = set()
 
@@ -33,8 +39,9 @@ class Fabric:
         port = self._ports.get((kind, node))
         if port is None:
             cluster = self.cluster
-            rates = {"ssd": cluster.ssd_bytes_per_s, "pcie": cluster.pcie_bytes_per_s}
-            port = self._ports[kind, node] = Port(f"{kind}:{node}", float(rates.get(kind, cluster.nic_bytes_per_s)))
+            rates = {"ssd": float(cluster.ssd_bytes_per_s), "pcie": float(cluster.pcie_bytes_per_s)}
+            nic = float(cluster.nic_bytes_per_s) * self._nic_shares.get(node, 1.0)
+            port = self._ports[kind, node] = Port(f"{kind}:{node}", rates.get(kind, nic))
         return port
 
     def hop(self, src: NodeId, dst: NodeId) -> tuple[Port, Port]:

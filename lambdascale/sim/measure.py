@@ -10,7 +10,8 @@ from msgspec import Struct
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
 from lambdascale.core.commands import StartMulticast, Tier, Transport
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.transfers import TransferEngine, TransferOptions
+from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.transfers import TransferEngine
 
 
 class MulticastTimes(Struct, frozen=True):

@@ -8,48 +8,21 @@ from a load; a transfer's start-up keeps its port for ``link_latency_s``. Loads:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 
 import numpy as np
 
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
-from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.sim.communicator import draw_setup_s
 from lambdascale.sim.fabric import Fabric, FlowGroup
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.loads import Deliver, Load
+from lambdascale.sim.options import TransferOptions
 
 Occupy = Callable[[NodeId, bool], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferOptions:
-    """How the data plane behaves.
-
-    ``barrier``: rounds wait for each other, with ``barrier_s`` between them, as under the prototype's controller (about
-    6 ms a round, reference section 4); otherwise every edge goes ahead as soon as it can. ``communicator_setup``: a
-    collective first builds its communicator; ``communicator_outlier_probability`` of these take 18 to 120 s (off by default: the
-    reference saw them but gives no frequency). ``chunk_bytes``: the pieces a streaming broadcast forwards.
-    """
-
-    barrier: bool = False
-    barrier_s: float = 0.006
-    communicator_setup: bool = True
-    communicator_outlier_probability: float = 0.0
-    chunk_bytes: int = 4 << 20
-    record_grants: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        check_types(self)
-        require(self.barrier_s >= 0, f"transfers.barrier_s must not be negative, not {self.barrier_s}")
-        require(self.chunk_bytes > 0, f"transfers.chunk_bytes must be positive, not {self.chunk_bytes}")
-        probability = self.communicator_outlier_probability
-        require(0 <= probability <= 1, f"transfers.communicator_outlier_probability must be in [0, 1], not {probability}")
 
 
 class _Multicast(FlowGroup):
@@ -79,7 +52,8 @@ class TransferEngine:
     """Moves blocks in simulated time. ``deliver`` is called for every block that arrives in a node's GPU memory.
 
     ``occupy(node, busy)``: a collective takes the node's GPU, or gives it back. ``setup_s``: the communicator set-ups drawn,
-    by transfer id. ``links.grants``: the recorded grants, if asked for.
+    by transfer id. ``links.grants``: the recorded grants, if asked for. ``layers`` of each model (one a block, if not given) and
+    ``nic_shares`` of nodes whose NIC is slower than the others'.
     """
 
     def __init__(
@@ -90,6 +64,9 @@ class TransferEngine:
         rng: np.random.Generator,
         deliver: Deliver,
         occupy: Occupy,
+        *,
+        layers: Mapping[str, int] | None = None,
+        nic_shares: Mapping[NodeId, float] | None = None,
     ) -> None:
         self._kernel = kernel
         self._cluster = cluster
@@ -97,7 +74,8 @@ class TransferEngine:
         self._rng = rng
         self._deliver = deliver
         self._occupy = occupy
-        self._fabric = Fabric(kernel, cluster, record_grants=options.record_grants)
+        self._layers = layers or {}
+        self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
         self._transfers: dict[int, FlowGroup] = {}
         self._copies = FlowGroup()
         self.links = self._fabric.links
@@ -201,9 +179,11 @@ class TransferEngine:
         self._kernel.at(self._kernel.now + self._options.barrier_s, self._run_round, (transfer, index + 1))
 
     def _edge(self, transfer: _Multicast, src: NodeId, dst: NodeId, block: int, on_done: Callable[[], None]) -> None:
-        cluster = self._cluster
-        line = float(cluster.nic_bytes_per_s)
-        size = transfer.command.block_bytes[block] / cluster.rdma_efficiency + cluster.link_latency_s * line
+        cluster, command = self._cluster, transfer.command
+        payload = command.block_bytes[block]
+        layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
+        overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
+        size = payload / cluster.rdma_efficiency + overhead_s * float(cluster.nic_bytes_per_s)
         self._fabric.flow(transfer, (src, dst), self._fabric.hop(src, dst), size, on_done)
 
     def _stream(self, transfer: _Multicast) -> None:

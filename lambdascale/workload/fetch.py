@@ -21,17 +21,21 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSource:
-    """A file to download. ``sha256`` is None where nobody vouches for one: then the first download pins it."""
+    """A file to download. ``sha256`` is None where nobody vouches for one: then the first download pins it.
+
+    ``saved_as``: its name here, where the one upstream says nothing.
+    """
 
     url: str
     sha256: str | None
     licence: str
     about: str
+    saved_as: str = ""
 
     @property
     def filename(self) -> str:
-        """The file's name upstream, and here."""
-        return self.url.rsplit("/", 1)[-1]
+        """The file's name here: the one upstream, unless ``saved_as`` gives another."""
+        return self.saved_as or self.url.rsplit("/", 1)[-1]
 
 
 _AZURE_2023 = "https://raw.githubusercontent.com/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data"
@@ -41,9 +45,25 @@ _BURSTGPT = "https://media.githubusercontent.com/media/HPMLL/BurstGPT"
 _BURSTGPT_LICENCE = "CC-BY-4.0, Wang et al. (HPMLL/BurstGPT)"
 _MOONCAKE = "https://raw.githubusercontent.com/kvcache-ai/Mooncake/main/FAST25-release/traces"
 _MOONCAKE_LICENCE = "Apache-2.0, Moonshot AI (kvcache-ai/Mooncake)"
+_AUTHORS = "https://raw.githubusercontent.com/lambda-scale/lambda-scale/9db210fcb6979f7c1f73f9819a77e0edb6c5e343/lambda-scale"
+_AUTHORS_LICENCE = "MIT (lambda-scale/lambda-scale)"
 
 #: BurstGPT's digests are those of its repository's Git LFS pointers, at the commits in the URLs.
 REGISTRY: Mapping[str, TraceSource] = {
+    "lambdascale_30min": TraceSource(
+        url=f"{_AUTHORS}/test/trace_0.txt",
+        sha256=None,
+        licence=_AUTHORS_LICENCE,
+        about="the λScale authors' 30-minute trace, 498 arrivals; read by workload=arrivals",
+        saved_as="lambdascale_30min_arrivals.txt",
+    ),
+    "lambdascale_rates": TraceSource(
+        url=f"{_AUTHORS}/workload/Burst.txt",
+        sha256=None,
+        licence=_AUTHORS_LICENCE + ", from BurstGPT (CC-BY-4.0)",
+        about="a BurstGPT rate series of 1,007 bins; read by workload=rate_series",
+        saved_as="burstgpt_rate_series.txt",
+    ),
     "azure_2023_conv": TraceSource(
         url=f"{_AZURE_2023}/AzureLLMInferenceTrace_conv.csv",
         sha256="2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8",

@@ -140,6 +140,8 @@ class ArrivalsTrace(TraceFile, LengthsMixin):
 
     requests_per_arrival: int = 1
 
+    how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py lambdascale_30min downloads one; workload=bursty needs none)"
+
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()

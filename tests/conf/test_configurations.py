@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from lambdascale.experiments.build import build
+from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.runner import run
+from lambdascale.experiments.study import Study, command_lines, load_study
+from lambdascale.figures.registry import FIGURES
 
 GROUPS = {
     "system": "system",
@@ -43,23 +48,74 @@ def test_constants_name_their_source(path: Path) -> None:
     assert "#" in path.read_text()
 
 
+def traces(folder: Path) -> Path:
+    """Tiny traces under the names that experiments look for."""
+    folder.mkdir(exist_ok=True)
+    (folder / "lambdascale_30min_arrivals.txt").write_text("0\n0.5\n0.5\n2\n31\n")
+    (folder / "burstgpt_rate_series.txt").write_text("0.2\n")
+    rows = "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
+    (folder / "AzureLLMInferenceTrace_conv.csv").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    return folder
+
+
 def debug_scale(experiment: str, tmp_path: Path, *overrides: str) -> DictConfig:
-    arrivals = tmp_path / "arrivals.txt"
-    arrivals.write_text("0\n0.5\n0.5\n2\n")
-    smaller = {
-        "paper_trace": [f"workload.path={arrivals}"],
-        "live_burst": ["workload.count=8"],
-        "tune_blocks": ["workload.count=20"],
-    }
-    small = smaller.get(experiment, ["workload.duration_s=60"])
-    return compose([f"experiment={experiment}", f"results={tmp_path}", *small, *overrides])
+    config = [f"experiment={experiment}", f"results={tmp_path}", f"traces={traces(tmp_path / 'traces')}", *overrides]
+    workload = str(compose(config).workload._target_).rsplit(".", 1)[-1]
+    small = {"Burst": ["workload.count=12"], "BurstyWorkload": ["workload.duration_s=60"]}.get(workload, [])
+    nodes = ["cluster.nodes=8"] if "cluster.nodes=64" in overrides else []
+    return compose([*config, *small, *nodes])
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "paper"])
 def test_every_experiment_runs(experiment: str, tmp_path: Path) -> None:
-    result = run(debug_scale(experiment, tmp_path))
-    assert result.folder.parent == tmp_path / "raw" / experiment
+    config = debug_scale(experiment, tmp_path)
+    result = run(config)
+    assert result.folder.parent == tmp_path / "raw" / config.name
     assert result.summary["requests"]["completed"] == result.summary["requests"]["submitted"] > 0
+
+
+def study(experiment: str) -> Study | None:
+    return load_study([f"experiment={experiment}"])
+
+
+STUDIES = {name: found for name in EXPERIMENTS if (found := study(name)) is not None and not found.experiments}
+
+
+def first_point(line: list[str]) -> list[str]:
+    """The first of the runs that a sweep's command line stands for."""
+    parsed = OverridesParser.create().parse_overrides(line)
+    values = [next(iter(o.sweep_string_iterator())) if o.is_sweep_override() else o.get_value_element_as_str() for o in parsed]
+    return [f"{o.get_key_element()}={value}" for o, value in zip(parsed, values, strict=True)]
+
+
+@pytest.mark.parametrize("experiment", STUDIES)
+def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
+    """A run of every grid; the table has the columns of the committed one."""
+    own = [f"experiment={experiment}", "hydra/launcher=basic"]
+    points = [first_point(line) for line in command_lines(STUDIES[experiment], own)]
+    settings = [[o for o in point if not o.startswith(("experiment=", "hydra/"))] for point in points]
+    runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in settings]
+    table = study_table(STUDIES[experiment], runs)
+    stem = conf_dir().parent / "results" / "tables" / experiment
+    committed = pd.read_csv(f"{stem}.csv") if Path(f"{stem}.csv").exists() else pd.read_parquet(f"{stem}.parquet")
+    assert list(table.columns) == list(committed.columns)
+    assert table.groupby(["model", "system"]).ngroups >= 1
+    assert set(committed.backend) == {"sim"}
+
+
+@pytest.mark.parametrize("experiment", [name for name, found in STUDIES.items() if found.live])
+def test_live_grids_compose(experiment: str) -> None:
+    lines = command_lines(STUDIES[experiment], [f"experiment={experiment}", "backend=live"])
+    config = compose(first_point(lines[0]))
+    assert config.backend._target_.endswith("LiveConfig")
+    assert config.cluster.name == "desk"
+
+
+def test_the_paper_is_made_of_studies() -> None:
+    members = study("paper")
+    assert members is not None
+    assert set(members.experiments) == set(STUDIES), "every study is part of it"
+    assert set(FIGURES) <= set(STUDIES), "every figure has its study"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

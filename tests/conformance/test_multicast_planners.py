@@ -19,6 +19,16 @@ class TestBinomialHalfRoundRobin(PlannerConformance):
         return BinomialPipeline(order="half", chunks="round_robin")
 
 
+class TestBinomialShiftRoundRobin(PlannerConformance):
+    def make_planner(self) -> MulticastPlanner:
+        return BinomialPipeline(chunks="round_robin")
+
+
+class TestBinomialHalf(PlannerConformance):
+    def make_planner(self) -> MulticastPlanner:
+        return BinomialPipeline(order="half")
+
+
 class TestBinomialUnshifted(PlannerConformance):
     def make_planner(self) -> MulticastPlanner:
         return BinomialPipeline(order="none")

@@ -17,7 +17,8 @@ from lambdascale.multicast import BinomialPipeline
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
-from lambdascale.sim.transfers import TransferEngine, TransferOptions
+from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.transfers import TransferEngine
 
 CLUSTER = ClusterSpec(
     name="property",

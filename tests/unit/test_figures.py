@@ -30,12 +30,10 @@ def test_the_same_table_gives_the_same_bytes(name: str, tables: dict[str, pd.Dat
 @pytest.mark.parametrize("name", FIGURES)
 def test_missing_rows_and_columns_are_errors(name: str, tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
     table = tables[name]
-    system, model = table.system.iloc[0], table.model.iloc[0]
-    broken = {
-        "no rows": table.iloc[:0],
-        "lacks the columns backend": table.drop(columns="backend"),
-        f"no .*{system}|no .*{model}|lack": table[(table.system != system) | (table.model != model)],
-    }
+    broken = {"no rows": table.iloc[:0], "lacks the columns backend": table.drop(columns="backend")}
+    if len(set(table.system)) > 1 and len(set(table.model)) > 1:
+        system, model = table.system.iloc[0], table.model.iloc[0]
+        broken |= {f"no .*{system}|no .*{model}|lack": table[(table.system != system) | (table.model != model)]}
     for message, wrong in broken.items():
         with pytest.raises(UserError, match=message):
             render(name, wrong, tmp_path)
@@ -51,7 +49,7 @@ def test_rows_of_two_backends_do_not_make_one_line(name: str, tables: dict[str, 
 
 
 def test_an_unknown_figure_and_a_missing_table(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose from fig07"):
+    with pytest.raises(UserError, match="choose from fig01"):
         load_table(tmp_path, "../secrets")
     with pytest.raises(UserError, match="no table fig07_multicast"):
         load_table(tmp_path, "fig07_multicast")

@@ -9,10 +9,12 @@ import pytest
 
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Transfer, UserError
 from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.sim import SimConfig
 from lambdascale.sim.communicator import draw_setup_s, setup_distribution
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
-from lambdascale.sim.transfers import TransferEngine, TransferOptions
+from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.transfers import TransferEngine
 
 CLUSTER = ClusterSpec(
     name="round",
@@ -303,3 +305,45 @@ def test_options_are_checked() -> None:
         TransferOptions(barrier_s=-1.0)
     with pytest.raises(UserError, match=r"communicator_outlier_probability must be in \[0, 1\], not 2"):
         TransferOptions(communicator_outlier_probability=2)
+
+
+def test_what_unpacked_tensors_and_buffers_made_on_the_way_cost() -> None:
+    packed = TransferOptions()
+    unpacked = TransferOptions(packed=False, tensors_per_layer=4, tensor_overhead_s=0.5)
+    allocating = TransferOptions(preallocated=False, allocation_s=0.25, registration_bytes_per_s=100.0)
+    assert packed.block_overhead_s(50.0, 3) == 0.0
+    assert unpacked.block_overhead_s(50.0, 3) == 6.0
+    assert allocating.block_overhead_s(50.0, 3) == 0.75
+    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1),)))
+    # A block of 50 bytes takes 1 s at half of 100 bytes/s; a model without known layers has one a block.
+    assert [multicast_times(plan, [50, 50], CLUSTER, options).total_s for options in (packed, unpacked, allocating)] == [
+        2.0,
+        6.0,
+        3.5,
+    ]
+
+
+def test_a_slow_node_slows_what_crosses_its_port() -> None:
+    config = SimConfig(slow_nodes=((2, 0.5),))
+    assert config.slow_nodes == ((2, 0.5),)
+    kernel, arrived = Kernel(), []
+    engine = TransferEngine(
+        kernel,
+        CLUSTER,
+        TransferOptions(),
+        np.random.default_rng(0),
+        lambda transfer, node, model, block: arrived.append((kernel.now, node)),
+        lambda node, busy: None,
+        nic_shares=dict(config.slow_nodes),
+    )
+    star = MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=1, rounds=((Transfer(0, 1, 0),), (Transfer(0, 2, 0),)))
+    engine.multicast(multicast(star))
+    while kernel.step():
+        pass
+    assert arrived == [(1.0, 1), (3.0, 2)]
+
+
+@pytest.mark.parametrize("slow", [((1, 0.0),), ((1, 1.5),), ((1,),)])
+def test_slow_nodes_that_make_no_sense(slow: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(UserError, match="slow_nodes"):
+        SimConfig(slow_nodes=slow)  # type: ignore[arg-type]

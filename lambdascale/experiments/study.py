@@ -1,0 +1,90 @@
+"""Studies: an experiment whose file names the runs of a figure (grids of overrides) and the table that is made of them.
+
+``conf/experiment/NAME.yaml`` may have a key ``study``. ``scripts/run.py experiment=NAME -m`` then makes every run of its
+grids, as so many Hydra multiruns, and when all are finished writes ``results/tables/NAME.csv`` (or .parquet) and draws the
+figure of that name, if there is one. Without ``-m`` the experiment is an ordinary run of its settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lambdascale.core import UserError
+from lambdascale.experiments.compose import compose
+
+Grid = Mapping[str, Any]
+# Overrides that say where and how a study runs, or where its traces are; any other makes it a study of one's own.
+_HARMLESS = ("results", "traces", "force", "logger", "hydra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
+
+    ``live``: the grids with backend=live, at a scale for one machine. ``rows``: what a run contributes to the table (see
+    collect.py), ``fields`` the columns of it (all, if empty), ``columns`` more columns: name -> key of the run's configuration.
+    ``experiments``: instead of all that, other studies to be run one after the other.
+    """
+
+    grids: tuple[Grid, ...] = ()
+    live: tuple[Grid, ...] = ()
+    rows: str = ""
+    fields: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
+    experiments: tuple[str, ...] = ()
+
+
+def study_of(config: DictConfig, experiment: str) -> Study | None:
+    """The study in a configuration, None if it is an ordinary run; UserError if the study makes no sense."""
+    settings = OmegaConf.to_container(config.study) if config.study is not None else None
+    if settings is None:
+        return None
+    try:
+        study = Study(**settings)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"experiment {experiment}: study: {error}") from None
+    if bool(study.experiments) == bool(study.grids and study.rows):
+        raise UserError(f"experiment {experiment}: a study has either experiments or grids and rows")
+    return study
+
+
+def chosen(overrides: Sequence[str], key: str) -> str | None:
+    """The value of the last override of ``key``, None if there is none."""
+    values = [override.partition("=")[2] for override in overrides if override.partition("=")[0] == key]
+    return values[-1] if values else None
+
+
+def load_study(overrides: Sequence[str]) -> Study | None:
+    """The study that a command line means by its ``experiment=``, None for ordinary runs and sweeps over experiments."""
+    experiment = chosen(overrides, "experiment")
+    if experiment is None or "," in experiment:
+        return None
+    return study_of(compose([f"experiment={experiment}"]), experiment)
+
+
+def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
+    """One Hydra multirun for every grid; what the user set takes the place of what the grid has under the same key."""
+    live = chosen(overrides, "backend") == "live"
+    grids = study.live if live else study.grids
+    if not grids:
+        raise UserError(f"experiment {chosen(overrides, 'experiment')} has no runs for backend={'live' if live else 'sim'}")
+    taken = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    launcher = [] if "hydra/launcher" in taken else ["hydra/launcher=joblib"]
+    # Live nodes need the machine for themselves.
+    launcher = [] if live else launcher
+    left = dict.fromkeys(tuple(f"{key}={_value(value)}" for key, value in grid.items() if key not in taken) for grid in grids)
+    return [[*overrides, *launcher, *settings] for settings in left]
+
+
+def _value(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def as_published(overrides: Sequence[str]) -> bool:
+    """Whether the study runs as its file says, so that its table may take the place of the committed one."""
+    keys = [override.partition("=")[0] for override in overrides]
+    return all(key == "experiment" or key.replace("/", ".").split(".")[0] in _HARMLESS for key in keys)

@@ -1,0 +1,111 @@
+"""What scale-outs and host caches did, read off a run's events.parquet. Frames in, values out; times in seconds of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import pandas as pd
+
+
+def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
+    """The first scale-out after the first request, in seconds from its first allocation.
+
+    ``new_nodes`` are those allocated at that moment that came to hold the whole model; ``first_node_s`` and ``all_nodes_s`` when
+    the first and the last of them did; ``pipeline_s`` when the first execution pipeline formed. None where nothing happened.
+    """
+    arrived = events.index[events.kind == "RequestArrived"]
+    later = events.loc[arrived[0] :] if len(arrived) else events.iloc[:0]
+    allocations = later[later.kind == "AllocateNode"]
+    if allocations.empty:
+        return {"start_s": None, "new_nodes": 0, "pipeline_s": None, "first_node_s": None, "all_nodes_s": None}
+    start_s = float(allocations.at_s.iloc[0])
+    nodes = set(allocations.node[allocations.at_s == start_s])
+    blocks = later[(later.kind == "BlockArrived") & later.node.isin(nodes)].drop_duplicates(["node", "block"])
+    per_node = blocks.groupby("node").at_s.agg(["max", "size"])
+    complete = per_node["max"][per_node["size"] == per_node["size"].max()] - start_s
+    formed = later.at_s[later.kind == "FormPipeline"]
+    return {
+        "start_s": start_s,
+        "new_nodes": len(complete),
+        "pipeline_s": None if formed.empty else float(formed.iloc[0]) - start_s,
+        "first_node_s": None if complete.empty else float(complete.min()),
+        "all_nodes_s": None if complete.empty else float(complete.max()),
+    }
+
+
+def loads_by_tier(events: pd.DataFrame) -> dict[str, int]:
+    """How many nodes loaded from their own host memory, from their SSD, or received a multicast."""
+    loads = [json.loads(detail)["tier"] for detail in events.detail[events.kind == "LoadBlocks"]]
+    multicasts = [len(json.loads(detail)["destinations"]) for detail in events.detail[events.kind == "StartMulticast"]]
+    return {"loads_host": loads.count("host"), "loads_ssd": loads.count("ssd"), "loads_multicast": sum(multicasts)}
+
+
+@dataclass(slots=True)
+class _Copy:
+    """A host copy: when it came to be, and when it was last used."""
+
+    begin_s: float
+    used_s: float
+
+
+def host_copies(events: pd.DataFrame, keep_alive_s: float | None) -> pd.DataFrame:
+    """Every host copy of the run: node, model, ``begin_s`` and ``end_s``.
+
+    A copy begins when it is placed or left behind by a release, is renewed by another release and by every block read from it,
+    and ends when it is evicted, ``keep_alive_s`` after its last use (None: never), with its node, or with the run.
+    """
+    keep_s = inf if keep_alive_s is None else keep_alive_s
+    copies: dict[tuple[int, str], _Copy] = {}
+    readers: dict[int, list[int]] = {}
+    ended: list[tuple[int, str, float, float]] = []
+
+    def end(key: tuple[int, str], at_s: float) -> None:
+        copy = copies.pop(key, None)
+        if copy is not None:
+            ended.append((*key, copy.begin_s, min(at_s, copy.used_s + keep_s)))
+
+    def use(key: tuple[int, str], at_s: float, *, fresh: bool = False) -> None:
+        if key in copies and at_s > copies[key].used_s + keep_s:
+            end(key, at_s)
+        if key in copies:
+            copies[key].used_s = at_s
+        elif fresh:
+            copies[key] = _Copy(at_s, at_s)
+
+    for row in _rows_about_copies(events):
+        at_s, kind, model = row.at_s, row.kind, row.model
+        if kind == "PlaceCopy" or (kind == "ReleaseNode" and json.loads(row.detail).get("keep_host")):
+            use((int(row.node), model), at_s, fresh=True)
+        elif kind in ("LoadBlocks", "StartMulticast"):
+            readers[int(row.transfer_id)] = _host_readers(row)
+            for node in readers[int(row.transfer_id)]:
+                use((node, model), at_s)
+        elif kind == "BlockArrived":
+            for node in readers.get(int(row.transfer_id), ()):
+                use((node, model), at_s)
+        elif kind == "EvictBlocks":
+            end((int(row.node), model), at_s)
+        elif kind == "NodeLost":
+            for key in [key for key in copies if key[0] == row.node]:
+                end(key, at_s)
+    last_s = float(events.at_s.iloc[-1]) if len(events) else 0.0
+    for key in list(copies):
+        end(key, last_s)
+    return pd.DataFrame(ended, columns=["node", "model", "begin_s", "end_s"])
+
+
+def _rows_about_copies(events: pd.DataFrame) -> Iterator[Any]:
+    kinds = ("PlaceCopy", "ReleaseNode", "LoadBlocks", "StartMulticast", "BlockArrived", "EvictBlocks", "NodeLost")
+    yield from events[events.kind.isin(kinds)].itertuples()
+
+
+def _host_readers(row: Any) -> list[int]:
+    """The nodes whose host copies a transfer reads."""
+    detail = json.loads(row.detail)
+    if row.kind == "LoadBlocks":
+        return [int(row.node)] if detail["tier"] == "host" else []
+    return [node for node, tier in zip(detail["sources"], detail["source_tiers"], strict=True) if tier == "host"]

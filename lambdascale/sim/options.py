@@ -1,0 +1,54 @@
+"""How the simulated data plane behaves: its switches, and what each costs, with sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lambdascale.core.checks import check_types, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """How the data plane behaves.
+
+    ``barrier``: rounds wait for each other, with ``barrier_s`` between them, as under the prototype's controller (about
+    6 ms a round, reference section 4); otherwise every edge goes ahead as soon as it can. ``communicator_setup``: a
+    collective first builds its communicator; ``communicator_outlier_probability`` of these take 18 to 120 s (off by default: the
+    reference saw them but gives no frequency). ``chunk_bytes``: the pieces a streaming broadcast forwards.
+
+    ``packed``: a block is one buffer and one transfer; otherwise each of its tensors (``tensors_per_layer``) is one, and costs
+    ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are there and registered; otherwise a receiver makes each
+    block's when its turn comes, which takes ``allocation_s`` and registering at ``registration_bytes_per_s``. Both concern
+    multicasts over RDMA only.
+    """
+
+    barrier: bool = False
+    barrier_s: float = 0.006
+    communicator_setup: bool = True
+    communicator_outlier_probability: float = 0.0
+    chunk_bytes: int = 4 << 20
+    packed: bool = True
+    tensors_per_layer: int = 9
+    tensor_overhead_s: float = 100e-6
+    preallocated: bool = True
+    allocation_s: float = 0.3e-3
+    registration_bytes_per_s: float = 30e9
+    record_grants: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        for name in ("barrier_s", "tensor_overhead_s", "allocation_s"):
+            value = getattr(self, name)
+            require(value >= 0, f"transfers.{name} must not be negative, not {value}")
+        for name in ("chunk_bytes", "tensors_per_layer", "registration_bytes_per_s"):
+            value = getattr(self, name)
+            require(value > 0, f"transfers.{name} must be positive, not {value}")
+        probability = self.communicator_outlier_probability
+        require(0 <= probability <= 1, f"transfers.communicator_outlier_probability must be in [0, 1], not {probability}")
+
+    def block_overhead_s(self, size_bytes: float, layers: float) -> float:
+        """Seconds that a block of so many bytes and layers costs beyond one packed transfer into a registered buffer."""
+        tensors = 0.0 if self.packed else self.tensors_per_layer * layers * self.tensor_overhead_s
+        buffers = 0.0 if self.preallocated else self.allocation_s + size_bytes / self.registration_bytes_per_s
+        return tensors + buffers

@@ -1,0 +1,184 @@
+"""Studies: what a command line means, what their tables are made of, and the comparison with the paper."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lambdascale.core import UserError
+from lambdascale.experiments.collect import write_frame
+from lambdascale.experiments.compose import compose, conf_dir
+from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
+from lambdascale.experiments.study import Study, as_published, command_lines, load_study
+from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_times
+
+ROOT = conf_dir().parent
+TABLES = ROOT / "results" / "tables"
+STUDY = Study(grids=({"system": "a,b", "seed": 1}, {"system": "c", "seed": 1}), rows="summary")
+
+
+class TestCommandLines:
+    def test_one_for_every_grid(self) -> None:
+        own = ["experiment=x", "hydra/launcher=basic"]
+        assert command_lines(STUDY, own) == [[*own, "system=a,b", "seed=1"], [*own, "system=c", "seed=1"]]
+
+    def test_in_parallel_unless_the_user_chooses(self) -> None:
+        assert "hydra/launcher=joblib" in command_lines(STUDY, ["experiment=x"])[0]
+
+    def test_what_the_user_sets_takes_the_grids_place_and_grids_that_become_equal_are_one(self) -> None:
+        assert command_lines(STUDY, ["experiment=x", "hydra/launcher=basic", "system=d"]) == [
+            ["experiment=x", "hydra/launcher=basic", "system=d", "seed=1"]
+        ]
+
+    def test_values_are_written_as_hydra_reads_them(self) -> None:
+        study = Study(grids=({"a": None, "b": True, "c": "null"},), rows="summary")
+        assert command_lines(study, ["hydra/launcher=basic"])[0][1:] == ["a=null", "b=true", "c=null"]
+
+    def test_live_has_grids_of_its_own_or_says_so(self) -> None:
+        with pytest.raises(UserError, match="no runs for backend=live"):
+            command_lines(STUDY, ["experiment=x", "backend=live"])
+
+    @pytest.mark.parametrize(
+        ("overrides", "published"),
+        [
+            (
+                ["experiment=x", "results=here", "hydra/launcher=basic", "hydra.launcher.n_jobs=2", "traces=d", "logger=wandb"],
+                True,
+            ),
+            (["experiment=x", "logger.mode=online", "force=true"], True),
+            (["experiment=x", "seed=2"], False),
+            (["experiment=x", "backend=live"], False),
+        ],
+    )
+    def test_only_the_study_as_it_is_replaces_the_committed_table(self, overrides: list[str], published: bool) -> None:
+        assert as_published(overrides) == published
+
+    def test_what_is_no_study(self) -> None:
+        assert load_study(["experiment=quickstart"]) is None
+        assert load_study(["experiment=fig07_multicast,fig08_rampup"]) is None
+        assert load_study([]) is None
+
+    @pytest.mark.parametrize("broken", ["{grids: [{seed: 1}]}", "{grid: [{seed: 1}]}", "{rows: summary}", "{}"])
+    def test_a_study_that_makes_no_sense(self, broken: str, tmp_path: Path) -> None:
+        from lambdascale.experiments.study import study_of
+
+        with pytest.raises(UserError, match="experiment broken"):
+            study_of(compose([f"study={broken}"]), "broken")
+
+
+class TestScript:
+    def script(self, tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "run.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
+
+    def test_a_study_makes_a_table_and_a_figure_and_reuses_its_runs(self, tmp_path: Path) -> None:
+        small = ["experiment=ablation_order", "model=llama2_7b", "system.planner.order=shift,none", "workload.count=8", "-m"]
+        first, again = (self.script(tmp_path, *small, "hydra/launcher=basic") for _ in range(2))
+        assert first.returncode == 0, first.stderr
+        assert "8 runs, 0 of them reused" in first.stdout
+        assert "8 runs, 8 of them reused" in again.stdout
+        made = tmp_path / "results" / "raw" / "ablation_order"
+        assert len(pd.read_csv(made / "ablation_order.csv")) == 8
+        assert (made / "ablation_order.pdf").is_file()
+        assert not (tmp_path / "results" / "tables").exists(), "a changed study is not the committed one"
+
+    def test_a_missing_trace_is_one_line(self, tmp_path: Path) -> None:
+        done = self.script(tmp_path, "experiment=fig10_ttft", "system=ideal", "model=llama2_7b", "hydra/launcher=basic", "-m")
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "lambdascale_30min" in done.stderr
+
+    def test_several_studies_need_a_multirun(self, tmp_path: Path) -> None:
+        done = self.script(tmp_path, "experiment=paper")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "-m" in done.stderr
+
+
+def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
+    small, large = pd.DataFrame({"a": [1]}), pd.DataFrame({"a": range(2000)})
+    assert write_frame(small, tmp_path / "t").suffix == ".csv"
+    assert write_frame(large, tmp_path / "t").suffix == ".parquet"
+    assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+# -- what tables are made of ---------------------------------------------------------------------------------------------
+
+
+def events(*rows: tuple[float, str, int | None, int | None, int | None, dict[str, object] | None]) -> pd.DataFrame:
+    columns = ["at_s", "kind", "node", "transfer_id", "block", "detail"]
+    frame = pd.DataFrame([(*row[:5], None if row[5] is None else json.dumps(row[5])) for row in rows], columns=columns)
+    return frame.assign(model="m")
+
+
+def test_times_of_the_first_scale_out() -> None:
+    frame = events(
+        (0.0, "AllocateNode", 0, None, None, {}),
+        (0.0, "BlockArrived", 0, 1, 0, None),
+        (1.0, "RequestArrived", None, None, None, None),
+        (1.5, "AllocateNode", 1, None, None, {}),
+        (1.5, "AllocateNode", 2, None, None, {}),
+        (2.0, "BlockArrived", 1, 2, 0, None),
+        (2.0, "BlockArrived", 2, 2, 1, None),
+        (2.1, "FormPipeline", None, None, None, {}),
+        (2.2, "AllocateNode", 3, None, None, {}),
+        (2.5, "BlockArrived", 1, 2, 1, None),
+        (3.5, "BlockArrived", 2, 2, 0, None),
+        (9.0, "BlockArrived", 2, 5, 0, None),
+    )
+    times = scale_out_times(frame)
+    assert (times["start_s"], times["new_nodes"]) == (1.5, 2)
+    assert (times["pipeline_s"], times["first_node_s"], times["all_nodes_s"]) == pytest.approx((0.6, 1.0, 2.0))
+
+
+def test_no_scale_out() -> None:
+    assert scale_out_times(events((0.0, "AllocateNode", 0, None, None, {})))["new_nodes"] == 0
+
+
+def test_lives_of_host_copies() -> None:
+    host = {"tier": "host", "blocks": [0]}
+    frame = events(
+        (0.0, "PlaceCopy", 0, None, None, None),
+        (4.0, "LoadBlocks", 0, 1, None, host),
+        (5.0, "BlockArrived", 0, 1, 0, None),
+        (6.0, "LoadBlocks", 1, 2, None, {"tier": "ssd", "blocks": [0]}),
+        (20.0, "ReleaseNode", 1, None, None, {"gpus": 1, "keep_host": True}),
+        (21.0, "ReleaseNode", 2, None, None, {"gpus": 1, "keep_host": False}),
+        (22.0, "EvictBlocks", 1, None, None, {"tier": "host"}),
+        (23.0, "ReleaseNode", 0, None, None, {"gpus": 1, "keep_host": True}),
+        (26.0, "NodeLost", 0, None, None, None),
+        (30.0, "TimerFired", None, None, None, None),
+    )
+    lives = {(row.node, row.begin_s): row.end_s for row in host_copies(frame, 10.0).itertuples()}
+    assert lives == {(0, 0.0): 15.0, (1, 20.0): 22.0, (0, 23.0): 26.0}
+    assert loads_by_tier(frame) == {"loads_host": 1, "loads_ssd": 1, "loads_multicast": 0}
+    forever = host_copies(frame, None)
+    assert set(zip(forever.begin_s, forever.end_s, strict=True)) == {(0.0, 26.0), (20.0, 22.0)}
+
+
+# -- the comparison with the paper ---------------------------------------------------------------------------------------
+
+
+def test_the_comparison_is_made_of_the_committed_tables() -> None:
+    made = paper_table(load_tables(TABLES))
+    committed = pd.read_csv(TABLES / "paper_vs_ours.csv", dtype=str, keep_default_na=False)
+    assert made.astype(str).to_dict("list") == committed.to_dict("list")
+    readme = (ROOT / "README.md").read_text()
+    assert with_block(readme, "paper_vs_ours", markdown(made)) == readme, "scripts/tables.py writes it"
+
+
+def test_every_difference_has_a_reason() -> None:
+    rows = pd.read_csv(TABLES / "paper_vs_ours.csv", dtype=str, keep_default_na=False)
+    large = rows[rows.error.str.contains(r"[1-9]\d+ %|[1-9]\d+\.\d points")]
+    assert len(large) > 10
+    assert (large.why != "").all()
+    assert (rows.backend == "sim").all()
+
+
+def test_a_document_without_the_block() -> None:
+    with pytest.raises(UserError, match="lacks the comments"):
+        with_block("text", "table", "| a |\n")
