@@ -11,12 +11,10 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol
 
 import msgspec
-from msgspec import Struct
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -26,7 +24,21 @@ from lambdascale.core import Request, UserError
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
 from lambdascale.live.backend import Sink
-from lambdascale.live.state import TTFT_BUCKETS_S, ClusterState
+from lambdascale.live.exposition import Collector
+from lambdascale.live.openai_api import (
+    Answer,
+    ApiError,
+    ChatBody,
+    ChatForm,
+    CommonBody,
+    CompletionBody,
+    CompletionForm,
+    Form,
+    decode,
+    plain,
+    prompts_of,
+)
+from lambdascale.live.state import ClusterState
 from lambdascale.live.text import Growing, Text
 
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI's
@@ -47,75 +59,6 @@ class Cluster(Protocol):
     def abort(self, request_id: int) -> None:
         """Its client is gone."""
         ...
-
-
-class StreamOptions(Struct):
-    """Of a streamed answer."""
-
-    include_usage: bool = False
-
-
-class _Common(Struct, kw_only=True):
-    """What both kinds of request have. Names and defaults are OpenAI's; ``ignore_eos`` is vLLM's."""
-
-    model: str
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    logprobs: bool | int | None = None
-    best_of: int | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        """Stop strings."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-
-class CompletionBody(_Common, kw_only=True):
-    """/v1/completions."""
-
-    prompt: str | list[int | str | list[int]]
-    echo: bool = False
-
-
-class ContentPart(Struct):
-    """A part of a message."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(Struct):
-    """A message of a conversation."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-
-
-class ChatBody(_Common, kw_only=True):
-    """/v1/chat/completions."""
-
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
-
-    def response(self) -> Response:
-        """As HTTP."""
-        return JSONResponse(self.body, status_code=self.status)
 
 
 @dataclass(frozen=True)
@@ -147,17 +90,6 @@ class _Waiting:
             self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
 
-@dataclass
-class _Answer:
-    """What came of one prompt."""
-
-    index: int
-    prompt_tokens: int
-    completion_tokens: int = 0
-    text: str = ""
-    reason: Literal["stop", "length"] | None = None
-
-
 class FrontEnd:
     """``model`` is the name served. ``alive`` says whether the cluster takes requests. A sequence has ``slot_tokens`` at most."""
 
@@ -180,7 +112,7 @@ class FrontEnd:
         self._ids = itertools.count()
         self._created = int(time.time())
         self._registry = CollectorRegistry()
-        self._registry.register(_Collector(state))
+        self._registry.register(Collector(state))
         self.app = Starlette(
             routes=[
                 Route("/v1/completions", self._completions, methods=["POST"]),
@@ -225,13 +157,13 @@ class FrontEnd:
 
     async def _completions(self, http: HttpRequest) -> Response:
         try:
-            body = _decode(await http.body(), CompletionBody)
+            body = decode(await http.body(), CompletionBody)
             self._check(body)
             if body.echo:
                 raise ApiError(400, "echo is not supported", param="echo")
-            prompts = [self._text.encode(p) if isinstance(p, str) else self._ids_of(p) for p in _prompts(body.prompt)]
+            prompts = [self._text.encode(p) if isinstance(p, str) else self._ids_of(p) for p in prompts_of(body.prompt)]
             bound = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-            return await self._answer(http, body, prompts, bound, _CompletionForm(self._model))
+            return await self._answer(http, body, prompts, bound, CompletionForm(self._model))
         except ApiError as error:
             return error.response()
 
@@ -242,21 +174,21 @@ class FrontEnd:
 
     async def _chat(self, http: HttpRequest) -> Response:
         try:
-            body = _decode(await http.body(), ChatBody)
+            body = decode(await http.body(), ChatBody)
             self._check(body)
             if not body.messages:
                 raise ApiError(400, "messages must not be empty", param="messages")
             try:
-                prompt = self._text.chat([_plain(message) for message in body.messages])
+                prompt = self._text.chat([plain(message) for message in body.messages])
             except UserError as error:
                 raise ApiError(400, str(error), param="messages") from error
             bound = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
             room = max(1, self._slot_tokens - len(prompt))
-            return await self._answer(http, body, [prompt], room if bound is None else bound, _ChatForm(self._model))
+            return await self._answer(http, body, [prompt], room if bound is None else bound, ChatForm(self._model))
         except ApiError as error:
             return error.response()
 
-    def _check(self, body: _Common) -> None:
+    def _check(self, body: CommonBody) -> None:
         if not self._alive():
             raise ApiError(503, "the server is stopping", kind="server_error")
         if body.model != self._model:
@@ -272,7 +204,7 @@ class FrontEnd:
     def _unknown(self, model: str) -> ApiError:
         return ApiError(404, f"the model {model} does not exist; this server has {self._model}", param="model")
 
-    async def _answer(self, http: HttpRequest, body: _Common, prompts: list[list[int]], bound: int, form: _Form) -> Response:
+    async def _answer(self, http: HttpRequest, body: CommonBody, prompts: list[list[int]], bound: int, form: Form) -> Response:
         tickets = [self._ticket(body, prompt, bound) for prompt in prompts]
         streams = [self._stream(ticket, body.stops, index) for index, ticket in enumerate(tickets)]
         if body.stream:
@@ -281,7 +213,7 @@ class FrontEnd:
         answers = await asyncio.gather(*(self._whole(http, stream) for stream in streams))
         return Response(_json(form.whole(answers)), media_type="application/json")
 
-    def _ticket(self, body: _Common, prompt: list[int], bound: int) -> Ticket:
+    def _ticket(self, body: CommonBody, prompt: list[int], bound: int) -> Ticket:
         if bound < 1:
             raise ApiError(400, f"max_tokens must be at least 1, not {bound}", param="max_tokens")
         if not prompt:
@@ -303,10 +235,10 @@ class FrontEnd:
         ends = frozenset[int]() if body.ignore_eos else self._text.stop_tokens
         return Ticket(next(self._ids), list(prompt), len(prompt), bound, sampling, ends)
 
-    async def _stream(self, ticket: Ticket, stops: Sequence[str], index: int) -> AsyncIterator[tuple[str, _Answer]]:
+    async def _stream(self, ticket: Ticket, stops: Sequence[str], index: int) -> AsyncIterator[tuple[str, Answer]]:
         """The answer's text as it comes, with its state so far. ApiError if the cluster gives it up."""
         waiting, text = _Waiting(), Growing(self._text, stops)
-        answer = _Answer(index, ticket.prompt_tokens)
+        answer = Answer(index, ticket.prompt_tokens)
         request = Request(ticket.request_id, self._cluster.now(), self._model, ticket.prompt_tokens, ticket.max_tokens)
         self._cluster.offer(request, ticket, waiting)
         try:
@@ -326,7 +258,7 @@ class FrontEnd:
             if answer.reason is None or text.stopped:
                 self._cluster.abort(ticket.request_id)
 
-    async def _whole(self, http: HttpRequest, stream: AsyncIterator[tuple[str, _Answer]]) -> _Answer:
+    async def _whole(self, http: HttpRequest, stream: AsyncIterator[tuple[str, Answer]]) -> Answer:
         """All of it; given up when the client hangs up."""
         collecting = asyncio.ensure_future(_last(stream))
         while True:
@@ -337,9 +269,9 @@ class FrontEnd:
                 collecting.cancel()
                 raise ApiError(499, "the client has gone")
 
-    async def _events(self, streams: list[AsyncIterator[tuple[str, _Answer]]], form: _Form, usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, streams: list[AsyncIterator[tuple[str, Answer]]], form: Form, usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events. An error after the first byte is an event too, as OpenAI's clients expect."""
-        answers: dict[int, _Answer] = {}
+        answers: dict[int, Answer] = {}
         try:
             async for new, answer in _merged(streams):
                 first = answer.index not in answers
@@ -354,7 +286,7 @@ class FrontEnd:
         yield b"data: [DONE]\n\n"
 
 
-async def _last(stream: AsyncIterator[tuple[str, _Answer]]) -> _Answer:
+async def _last(stream: AsyncIterator[tuple[str, Answer]]) -> Answer:
     last = None
     async for _, answer in stream:
         last = answer
@@ -362,15 +294,15 @@ async def _last(stream: AsyncIterator[tuple[str, _Answer]]) -> _Answer:
     return last
 
 
-async def _merged(streams: list[AsyncIterator[tuple[str, _Answer]]]) -> AsyncIterator[tuple[str, _Answer]]:
+async def _merged(streams: list[AsyncIterator[tuple[str, Answer]]]) -> AsyncIterator[tuple[str, Answer]]:
     """Items of several streams as they come."""
     if len(streams) == 1:
         async for only in streams[0]:
             yield only
         return
-    queue: asyncio.Queue[tuple[str, _Answer] | ApiError | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[str, Answer] | ApiError | None] = asyncio.Queue()
 
-    async def pump(stream: AsyncIterator[tuple[str, _Answer]]) -> None:
+    async def pump(stream: AsyncIterator[tuple[str, Answer]]) -> None:
         try:
             async for item in stream:
                 await queue.put(item)
@@ -393,130 +325,3 @@ async def _merged(streams: list[AsyncIterator[tuple[str, _Answer]]]) -> AsyncIte
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Form:
-    """How answers are written."""
-
-    prefix = ""
-    object_whole = ""
-    object_chunk = ""
-
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-
-    def whole(self, answers: Sequence[_Answer]) -> dict[str, Any]:
-        """All at once."""
-        return {
-            **self._head,
-            "object": self.object_whole,
-            "choices": [self._choice(answer) for answer in answers],
-            "usage": _usage(answers),
-        }
-
-    def usage(self, answers: Sequence[_Answer]) -> dict[str, Any]:
-        """The last chunk, if it was asked for."""
-        return {**self._head, "object": self.object_chunk, "choices": [], "usage": _usage(answers)}
-
-    def chunks(self, new: str, answer: _Answer, first: bool) -> list[dict[str, Any]]:
-        """Events for a piece of an answer."""
-        return [{**self._head, "object": self.object_chunk, "choices": [self._part(new, answer, first)]}]
-
-    def _choice(self, answer: _Answer) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _part(self, new: str, answer: _Answer, first: bool) -> dict[str, Any]:
-        raise NotImplementedError
-
-
-class _CompletionForm(_Form):
-    prefix, object_whole, object_chunk = "cmpl", "text_completion", "text_completion"
-
-    def _choice(self, answer: _Answer) -> dict[str, Any]:
-        return {"index": answer.index, "text": answer.text, "finish_reason": answer.reason, "logprobs": None}
-
-    def _part(self, new: str, answer: _Answer, first: bool) -> dict[str, Any]:
-        return {"index": answer.index, "text": new, "finish_reason": answer.reason, "logprobs": None}
-
-
-class _ChatForm(_Form):
-    prefix, object_whole, object_chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def _choice(self, answer: _Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text}
-        return {"index": answer.index, "message": message, "finish_reason": answer.reason, "logprobs": None}
-
-    def _part(self, new: str, answer: _Answer, first: bool) -> dict[str, Any]:
-        delta = {"role": "assistant", "content": new} if first else {"content": new}
-        return {"index": answer.index, "delta": delta, "finish_reason": answer.reason, "logprobs": None}
-
-
-def _usage(answers: Sequence[_Answer]) -> dict[str, int]:
-    prompt = sum(answer.prompt_tokens for answer in answers)
-    completion = sum(answer.completion_tokens for answer in answers)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-_Body = TypeVar("_Body", bound=_Common)
-
-
-def _decode(data: bytes, body: type[_Body]) -> _Body:
-    try:
-        return msgspec.json.decode(data, type=body)
-    except msgspec.MsgspecError as error:
-        raise ApiError(400, str(error)) from error
-
-
-def _prompts(prompt: str | list[Any]) -> list[Any]:
-    """One prompt or several, as text or token ids."""
-    if isinstance(prompt, str):
-        return [prompt]
-    kinds = {type(part) for part in prompt}
-    if len(kinds) != 1:
-        raise ApiError(400, "prompt must be a text, token ids, or a list of either", param="prompt")
-    return [prompt] if kinds == {int} else list(prompt)
-
-
-def _plain(message: ChatMessage) -> dict[str, str]:
-    content = message.content
-    if isinstance(content, list):
-        if any(part.type != "text" for part in content):
-            raise ApiError(400, "only text is understood", param="messages")
-        content = "".join(part.text for part in content)
-    return {"role": message.role, "content": content or ""}
-
-
-class _Collector:
-    """The cluster's state as Prometheus metrics."""
-
-    def __init__(self, state: ClusterState) -> None:
-        self._state = state
-
-    def collect(self) -> list[Metric]:
-        """All metrics, now."""
-        state, snapshot = self._state, self._state.snapshot()
-        requests, counts = snapshot["requests"], state.counts
-        values: list[tuple[type[Any], str, str, float]] = [
-            (CounterMetricFamily, "requests_arrived", "requests received", counts.arrived),
-            (CounterMetricFamily, "requests_finished", "requests answered", counts.finished),
-            (CounterMetricFamily, "requests_failed", "requests given up", counts.failed),
-            (CounterMetricFamily, "request_restarts", "dispatches after a request's first", counts.restarts),
-            (CounterMetricFamily, "output_tokens", "tokens of finished answers", counts.tokens),
-            (CounterMetricFamily, "first_tokens_from_pipelines", "first tokens that a pipeline produced", counts.from_pipelines),
-            (CounterMetricFamily, "scale_outs", "replicas begun after the start", counts.scale_outs),
-            (CounterMetricFamily, "nodes_lost", "nodes that died", counts.nodes_lost),
-            (CounterMetricFamily, "gpu_seconds", "GPU-seconds allocated", snapshot["gpu_seconds"]),
-            (GaugeMetricFamily, "requests_queued", "requests waiting for an instance", requests["queued"]),
-            (GaugeMetricFamily, "requests_running", "requests on an instance", requests["running"]),
-            (GaugeMetricFamily, "nodes", "nodes alive", sum(node["alive"] for node in snapshot["nodes"])),
-            (GaugeMetricFamily, "replicas", "replicas in service", len(snapshot["replicas"])),
-            (GaugeMetricFamily, "pipelines", "pipelines in service", len(snapshot["pipelines"])),
-            (GaugeMetricFamily, "transfers", "multicasts and loads under way", len(snapshot["transfers"])),
-        ]
-        families: list[Metric] = [kind(f"lambdascale_{name}", text, value=value) for kind, name, text, value in values]
-        totals = list(itertools.accumulate(state.ttft_counts))
-        buckets = [(str(bound), float(total)) for bound, total in zip((*TTFT_BUCKETS_S, "+Inf"), totals, strict=True)]
-        return [
-            *families,
-            HistogramMetricFamily("lambdascale_ttft_seconds", "time to the first token", buckets, state.ttft_sum),
-        ]

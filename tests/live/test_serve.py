@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Server:
     process: subprocess.Popen[str]
     port: int
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60)
 
@@ -82,6 +83,7 @@ def stop(server: Server) -> int:
 def server(tiny: Path) -> Iterator[Server]:
     running = start(tiny, "--nodes", "3", "--link", "1MB/s", "--keep-alive", "1")
     yield running
+    running.client.close()
     if running.process.poll() is None:
         stop(running)
 
