@@ -11,6 +11,7 @@ from lambdascale.inference.sampling import Sampling
 from lambdascale.inference.stage import Stage
 from lambdascale.inference.store import BlockError, BlockInUseError, BlockStore, Load, StoreConfig
 from lambdascale.inference.tiers import NodeMemory
+from lambdascale.inference.warmup import warm_up
 from lambdascale.inference.weights import BlockWeights, load_blocks
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "StoreConfig",
     "Ticket",
     "load_blocks",
+    "warm_up",
 ]

@@ -294,9 +294,15 @@ class BlockStore:
             return residency.arena.extents.free_bytes - before
 
     def demote(self, name: str) -> int:
-        """Copy the model's blocks from the device to host memory where they are missing there, and drop them from the device.
+        """``mirror``, then drop the model's blocks from the device; the bytes copied. BlockInUseError as ``evict``."""
+        copied = self.mirror(name)
+        self.evict(name, "gpu")
+        return copied
 
-        The bytes copied. CapacityError, and nothing done, if host memory has no room; BlockInUseError as ``evict``.
+    def mirror(self, name: str) -> int:
+        """Copy the model's blocks from the device to host memory where they are missing there; the bytes copied.
+
+        CapacityError, and nothing done, if host memory has no room.
         """
         model = self.model(name)
         with self._lock:
@@ -308,7 +314,6 @@ class BlockStore:
                 residency.arena.view(residency.offsets[key], source.numel()).copy_(source)
         with self._lock:
             self._tiers["host"].complete.update(missing)
-            self.evict(name, "gpu")
         return sum(model.block_bytes[block] for _, block in missing)
 
     # -- blocks that other nodes bring -------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ class Agent:
         # torch takes its time to load; the process that agents are forked from has it already.
         import torch
 
-        from lambdascale.inference import BlockStore, StoreConfig
+        from lambdascale.inference import BlockStore, StoreConfig, warm_up
         from lambdascale.live.collective import Collective, Outlet
         from lambdascale.live.compute import Compute
         from lambdascale.live.mover import BLOCK_BITS, Links, Mover
@@ -200,6 +200,9 @@ class Agent:
             self.endpoint.register_source(self.store.host_memory())
         for name, directory in config.models:
             self.store.add(PackedModel.open(Path(directory), name))
+        if config.device != "cpu" and config.executor != "timed":
+            for name, _ in config.models:
+                warm_up(self.store.model(name), config.device)
         if config.preloaded:
             for name, _ in config.models:
                 self.store.load(name, range(len(self.store.model(name).blocks)), keep_host=False).wait()

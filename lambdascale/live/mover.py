@@ -75,6 +75,7 @@ class _State:
     ended: set[int] = field(default_factory=set)
     loads: dict[int, Load] = field(default_factory=dict)
     delayed: list[LoadBlocks] = field(default_factory=list)
+    placing: set[str] = field(default_factory=set)
     told: set[tuple[str, int]] = field(default_factory=set)
 
 
@@ -177,6 +178,8 @@ class Mover:
             return
         sends = deque(t for transfers in plan.rounds for t in transfers if t.src == self._node)
         if sends:
+            if self._store.landing_tier == "host":
+                self._store.mirror(command.model)  # endpoints send from host memory
             self._state.outgoing[number] = _Outgoing(command, self._source_tier(command), sends)
         receives = [t for transfers in plan.rounds for t in transfers if t.dst == self._node]
         if receives:
@@ -355,6 +358,10 @@ class Mover:
         model = incoming.command.model
         wanted = {block for other in self._state.incoming.values() if other.command.model == model for block in other.missing}
         self._store.abandon(model, incoming.missing - wanted)
+        self._load_delayed()
+
+    def _load_delayed(self) -> None:
+        """Try again the loads that had to wait."""
         delayed, self._state.delayed = self._state.delayed, []
         for command in delayed:
             self._load(command)
@@ -362,6 +369,7 @@ class Mover:
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def _cancel(self, number: int) -> None:
+        self._state.delayed = [command for command in self._state.delayed if command.transfer_id != number]
         if number in self._state.loads:
             self._state.loads.pop(number).cancel()
         out = self._state.outgoing.get(number)
@@ -395,8 +403,9 @@ class Mover:
 
     def _load(self, command: LoadBlocks) -> None:
         model, number = command.model, command.transfer_id
-        if any(self._store.awaited(model, block) for block in command.blocks):
-            self._state.delayed.append(command)  # until the senders of a cancelled multicast are known to be through
+        # Until the senders of a cancelled multicast are known to be through, or a host copy that a GPU's load needs is there.
+        if any(self._store.awaited(model, block) for block in command.blocks) or model in self._state.placing:
+            self._state.delayed.append(command)
             return
         if command.tier == "remote":
             self._fail("LoadBlocks", "a live cluster has no remote store", number)
@@ -469,7 +478,13 @@ class Mover:
             if error is not None:
                 self._report(CommandFailed(0.0, "PlaceCopy", str(error)))
             done()
+            self._do(placed)
 
+        def placed() -> None:
+            self._state.placing.discard(model)
+            self._load_delayed()
+
+        self._state.placing.add(model)
         self._store.load(model, everything, to="host").when_ended(ended)
 
     def _release(self, model: str, keep_host: bool, after: Future[None]) -> None:
@@ -484,6 +499,8 @@ class Mover:
         except BlockInUseError:
             pass  # copied, and still being sent from the device: it goes when that has ended
         self._evict(model, "gpu", _RETRIES)
+        if self._store.landing_tier == "host" and not keep_host:
+            self._evict(model, "host", _RETRIES)
 
     def _evict(self, model: str, tier: StoreTier, tries: int) -> None:
         """The last read of a copy may be ending just now: then again a moment later."""

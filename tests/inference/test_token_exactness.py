@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lambdascale.checkpoints import HfCheckpoint, PackedModel, pack
 from lambdascale.control import BatchLimits
-from lambdascale.inference import BlockWeights, Engine, Segment, Stage, StageBatch, Ticket, load_blocks
+from lambdascale.inference import BlockWeights, Engine, Segment, Stage, StageBatch, Ticket, load_blocks, warm_up
 
 from .conftest import VARIANTS, Answer
 
@@ -174,3 +174,10 @@ def test_half_precision_is_as_close_as_transformers_is(
     with torch.inference_mode():
         theirs = reference(models("llama"))(ids[None]).logits[0]
     assert (ours - theirs).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_device_is_warmed_up_with_any_model(blocks: int, models: Callable[[str], Path], tmp_path: Path) -> None:
+    """Tied embeddings and one block for all are the odd cases."""
+    pack(models("llama_tied"), tmp_path / "packed", blocks)
+    warm_up(PackedModel.open(tmp_path / "packed"), "cpu")

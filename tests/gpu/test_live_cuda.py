@@ -1,0 +1,52 @@
+"""A live cluster whose nodes share one CUDA device: blocks land in pinned host memory and go on while it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lambdascale.checkpoints import PackedModel, pack
+from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.core.commands import FormPipeline, SwitchMode
+from tests.live.harness import burst, expected, run, system_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.live,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
+]
+REQUESTS = burst(32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("cuda-live")
+    (root / "source").mkdir()
+    write_random(PRESETS["tiny"], root / "source", seed=3)
+    pack(root / "source", root / "tiny", 8)
+    return root / "tiny"
+
+
+@pytest.mark.parametrize(("transport", "kv", "copies"), [("shm", "recompute", 1), ("shm", "copy", 0), ("tcp", "copy", 1)])
+def test_execute_while_load(tiny: Path, transport: str, kv: str, copies: int) -> None:
+    """Tokens of pipelines, across a mode switch and of replicas are those of one node on a CPU (float32, without TF32).
+
+    Without a copy in host memory, the source makes one of what it has on the device.
+    """
+    system = system_of("lambdascale", f"system.kv={kv}", f"system.memory.initial_copies={copies}")
+    outcome = run(tiny, REQUESTS, system=system, transport=transport, device="cuda")
+    assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), REQUESTS)
+    assert (outcome.rows.status == "ok").all()
+    assert {FormPipeline.__name__, SwitchMode.__name__} <= set(outcome.kinds())
+    assert (outcome.rows.first_token_mode == "pipeline").any()
+
+
+def test_load_from_host_memory_and_back(tiny: Path) -> None:
+    """Released nodes keep host copies and come back from them over PCIe."""
+    system = system_of("lambdascale", "system.memory.initial_copies=2", "system.autoscaler.keep_alive_s=0.3")
+    again = [type(r)(r.request_id + 100, 6.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
+    requests = [*REQUESTS, *again]
+    outcome = run(tiny, requests, system=system, link="2MB/s", device="cuda")
+    assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)
