@@ -268,11 +268,11 @@ class RdmaConnection:
             if self._freed:
                 return
             self._freed = True
+            self._gate.close()  # first: a queue pair waits for the windows bound to it
             for lane in self.lanes:
                 self._endpoint.watch.remove(lane.fd)
                 lane.close()
             self._endpoint.watch.remove(self.sock.fileno())
-            self._gate.close()
             self._slots.close()
             self.sock.close()
             futures = self._outbox.fail()
