@@ -53,6 +53,7 @@ class _Incoming:
     turns: deque[Transfer] = field(default_factory=deque)
     granted: dict[int, NodeId] = field(default_factory=dict)
     cancelled: bool = False
+    admitted: tuple[NodeId, ...] = ()  # who may write to this node's memory for it
 
     def forget(self, sender: NodeId) -> None:
         """This sender writes nothing any more."""
@@ -292,8 +293,12 @@ class Mover:
         except ValueError as error:
             self._fail("StartMulticast", str(error), command.transfer_id)
             return
-        incoming = _Incoming(command, set(blocks), offsets, deque(receives))
+        senders = tuple(dict.fromkeys(t.src for t in receives))
+        incoming = _Incoming(command, set(blocks), offsets, deque(receives), admitted=senders)
         self._state.incoming[command.transfer_id] = incoming
+        for sender in senders:
+            with suppress(TransportError):  # as below
+                self._endpoint.admit(sender)
         self._take_turns(command.transfer_id, incoming)
 
     def _take_turns(self, number: int, incoming: _Incoming) -> None:
@@ -330,7 +335,12 @@ class Mover:
         for other in list(self._state.outgoing):
             self._pump(other)
         if not incoming.missing and not incoming.cancelled:
-            del self._state.incoming[number]
+            self._end_incoming(number)
+
+    def _end_incoming(self, number: int) -> None:
+        """Nobody writes for it any more."""
+        for peer in self._state.incoming.pop(number).admitted:
+            self._endpoint.dismiss(peer)
 
     def _landed(self, incoming: _Incoming, block: int, xxh3_64: int | None) -> bool:
         number, model = incoming.command.transfer_id, incoming.command.model
@@ -354,7 +364,7 @@ class Mover:
         """Free the memory of a cancelled multicast once nobody writes to it any more."""
         if not incoming.cancelled or incoming.granted:
             return
-        del self._state.incoming[number]
+        self._end_incoming(number)
         model = incoming.command.model
         wanted = {block for other in self._state.incoming.values() if other.command.model == model for block in other.missing}
         self._store.abandon(model, incoming.missing - wanted)

@@ -88,6 +88,10 @@ class Carrier:
         self._sends = deque(t for t in transfers if t.src == self.node)
         self._expected = {t.block for t in transfers if t.dst == self.node} - self._held
         self._busy = True
+        for sender in {t.src for t in transfers if t.dst == self.node}:
+            # Not taken back: after a death, what others had under way arrives later than this node is idle.
+            with suppress(TransportError):
+                self._endpoint.admit(sender)
         self._pump()
 
     def _react(self, what: str, value: int) -> None:

@@ -55,6 +55,17 @@ class Endpoint(Protocol):
         """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
         ...
 
+    def admit(self, peer: NodeId) -> None:
+        """Let the peer write to registered memory; counted. Where a transport cannot keep it out, it may write at any time.
+
+        Until then, and after as many ``dismiss``, its writes wait. TransportError if it is not connected.
+        """
+        ...
+
+    def dismiss(self, peer: NodeId) -> None:
+        """Take an ``admit`` back, after all that the peer had to write has arrived (or it has said that it writes no more)."""
+        ...
+
     def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
         """Bring ``data`` to ``offset`` in the peer's registered memory, then tell the peer ``immediate`` (64 bits, unsigned).
 

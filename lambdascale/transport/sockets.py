@@ -127,6 +127,12 @@ class SocketEndpoint(ABC, Generic[C]):
             raise
         self._add(connection)
 
+    def admit(self, peer: NodeId) -> None:
+        """See Endpoint. Whoever is connected may write."""
+
+    def dismiss(self, peer: NodeId) -> None:
+        """See Endpoint."""
+
     def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
         return self._connection(peer).write(data, offset, immediate)

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4, help="of the multicast (default: %(default)s)")
     parser.add_argument("--paced", type=float, default=4e6, help="bytes/s of a paced link, slow enough for the machine")
     given = parser.parse_args()
-    options = RdmaOptions(devices=(given.device,), gid_index=given.gid_index)
+    options = RdmaOptions(devices=(given.device,), gid_index=given.gid_index, windows=False)
     pairs = [(perftest(given.device, given.gid_index, given.mib), transport(options, given.mib)) for _ in range(given.repeat)]
     reference, ours = (median(column) for column in zip(*pairs, strict=True))
     report = {

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import random
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 
-from lambdascale.testing.transports import TransportConformance
-from lambdascale.transport import Endpoint, Handlers, TokenBucket
+import pytest
+
+from lambdascale.testing.transports import Heard, Node, TransportConformance
+from lambdascale.transport import Endpoint, Handlers, TokenBucket, TransportError
 from lambdascale.transport.rdma import RdmaOptions, load
+from lambdascale.transport.rdma.connection import RdmaConnection
 
 KEY = b"k" * 32
 RdmaEndpoint = load()
 
 
-class TestRdma(TransportConformance):
+class Hospitable(RdmaEndpoint):
+    """Admits whoever connects, for as long as it is connected."""
+
+    def _add(self, connection: RdmaConnection) -> None:
+        super()._add(connection)
+        connection.admit()
+
+
+class TestWindows(TransportConformance):
+    """As the live cluster has it."""
+
     options = RdmaOptions()
 
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
-        return RdmaEndpoint(node, handlers, KEY, options=self.options)
+        return Hospitable(node, handlers, KEY, options=self.options)
 
     def break_off(self, endpoint: Endpoint) -> None:
         assert isinstance(endpoint, RdmaEndpoint)
@@ -24,14 +40,72 @@ class TestRdma(TransportConformance):
             connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class TestPaced(TestRdma):
-    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
-        return RdmaEndpoint(node, handlers, KEY, link=TokenBucket(200e6))
-
-
-class TestTwoRails(TestRdma):
+class TestTwoRails(TestWindows):
     options = RdmaOptions(devices=("rxe0", "rxe1"), chunk_bytes=64 << 10)
 
 
-class TestShallow(TestRdma):
-    options = RdmaOptions(chunk_bytes=4096, depth=2)
+class TestStanding(TestWindows):
+    options = RdmaOptions(windows=False)
+
+    def break_off(self, endpoint: Endpoint) -> None:
+        """A queue pair fails, the sockets do not."""
+        assert isinstance(endpoint, RdmaEndpoint)
+        for connection in list(endpoint._connections.values()):
+            connection.lanes[0].fail()
+
+
+class TestPaced(TestWindows):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return Hospitable(node, handlers, KEY, link=TokenBucket(200e6))
+
+
+class TestShallow(TestWindows):
+    options = RdmaOptions(chunk_bytes=16 << 10, depth=2, windows=False)
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[Node, Node]]:
+    """Connected, and neither admits the other."""
+    with ExitStack() as stack:
+        nodes = []
+        for number in range(2):
+            heard = Heard()
+            endpoint = RdmaEndpoint(number, heard.handlers(), KEY)
+            stack.callback(endpoint.close)
+            nodes.append(Node(endpoint, heard, 1 << 16))
+        nodes[0].endpoint.connect(1, nodes[1].endpoint.address)
+        yield nodes[0], nodes[1]
+
+
+class TestKeys:
+    """Who may write when."""
+
+    def test_a_write_waits_until_it_is_admitted(self, two: tuple[Node, Node]) -> None:
+        one, other = two
+        data = random.Random(1).randbytes(5000)
+        for round_ in range(3):
+            future = one.endpoint.write(1, memoryview(data), 5000 * round_, round_)
+            one.endpoint.send(1, b"ready").result(30)
+            assert not future.done()
+            other.endpoint.admit(0)
+            future.result(30)
+            other.heard.wait(lambda heard: len(heard.writes) == round_ + 1)  # noqa: B023
+            other.endpoint.dismiss(0)
+            other.endpoint.send(0, b"dismissed")
+            one.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
+        assert other.memory[:15000] == data * 3
+
+    def test_an_old_key_is_worth_nothing(self, two: tuple[Node, Node]) -> None:
+        one, other = two
+        other.endpoint.admit(0)
+        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        (connection,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
+        stale = list(connection._outbox.keys)
+        other.endpoint.dismiss(0)
+        other.endpoint.send(0, b"dismissed")
+        one.heard.wait(lambda heard: bool(heard.messages))
+        connection._outbox.keys = stale
+        with pytest.raises(TransportError):
+            one.endpoint.write(1, memoryview(b"intruder"), 100, 0).result(30)
+        assert not any(other.memory[100:200])
+        assert one.heard.lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ from lambdascale.core import UserError
 from lambdascale.transport import TransportError, rdma
 from lambdascale.transport.rdma import RdmaOptions, frames
 from lambdascale.transport.rdma.frames import Assembly, Card, Frame, Gather, Kind, RailCard, Receives
+from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.outbox import Outbox, Source
 from lambdascale.transport.rdma.ports import Gid, GidType, Port, choose
@@ -150,6 +152,9 @@ class FakeLane:
         data = memoryview(self._end.slots.content(address))
         self.under_way.append((lambda end, rail: end.inbox.frame(data), False, done))
 
+    def bind(self, window: object, done: Callable[[], None]) -> None:
+        self.under_way.append((lambda end, rail: None, False, done))
+
     def write(self, address: int, size: int, key: int, *, to: int, remote_key: int, immediate: int | None, done: Any) -> None:
         data = self._end.source[address : address + size].copy()
 
@@ -163,20 +168,23 @@ class FakeLane:
 class End:
     """One end: what is sent, what has come."""
 
-    def __init__(self, rails: int, posted: int, size: int, step: int) -> None:
+    def __init__(self, rails: int, posted: int, size: int, step: int, key: int = 9) -> None:
         self.source = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
         self.memory = np.zeros(size, np.uint8)
         self.slots = FakeSlots(4)
         spare = 8 * rails
         self.lanes = [FakeLane(self, posted, spare if rail == 0 else 0, depth=3) for rail in range(rails)]
-        card = Card(0, size, posted, tuple(RailCard(0, 0, 0, b"", 4096, False, 0) for _ in range(rails)))
+        card = Card(0, size, posted, tuple(RailCard(0, 0, 0, b"", 4096, False, key) for _ in range(rails)))
         self.outbox = Outbox(self.lanes, self.slots, card, step)  # type: ignore[arg-type]
         self.written: list[tuple[int, int, int]] = []
         self.messages: list[bytes] = []
-        self.inbox = Inbox(lambda *write: self.written.append(write), self.messages.append, self._credited)
+        self.inbox = Inbox(lambda *write: self.written.append(write), self.messages.append, self._credited, self._new_keys)
 
     def _credited(self, rail: int, count: int) -> None:
         self.lanes[rail].receives.credits += count
+
+    def _new_keys(self, keys: list[int]) -> None:
+        self.outbox.keys = keys
 
     def write(self, begin: int, size: int, immediate: int) -> Future[None]:
         source = Source(begin, size, [0] * len(self.lanes), lambda: None)
@@ -268,3 +276,54 @@ def test_watch() -> None:
     watch.close()
     assert names == ["watch"]
     assert not watch.thread.is_alive()
+
+
+class FakeWindow:
+    def __init__(self, key: int) -> None:
+        self.key, self.closed = key, False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_write_waits_until_it_is_admitted() -> None:
+    """Windows open with the first plan and close with the last; the keys are told only while they are good for something."""
+    one, two = End(2, 8, 100, 10, key=0), End(2, 8, 100, 10, key=0)
+    windows: list[FakeWindow] = []
+
+    def window(region: object, rail: int) -> FakeWindow:
+        windows.append(FakeWindow(7 + len(windows)))
+        return windows[-1]
+
+    for lane in two.lanes:
+        lane.window = window  # type: ignore[attr-defined]
+    gate = Gate(two.lanes, two.outbox, object(), threading.RLock())  # type: ignore[arg-type]
+
+    def settle() -> None:
+        while any([one.post(), two.post(), *(a.deliver(r, b) for a, b in ((one, two), (two, one)) for r in range(2))]):
+            pass
+
+    future = one.write(0, 50, 1)
+    settle()
+    assert not future.done()
+    assert one.outbox.is_shut_out
+    for _ in range(2):
+        gate.admit()
+    settle()
+    assert future.done()
+    assert one.outbox.keys == [7, 8]
+    gate.dismiss()
+    settle()
+    assert not any(w.closed for w in windows)
+    gate.dismiss()
+    settle()
+    assert [w.closed for w in windows] == [True, True]
+    assert one.outbox.keys == []
+    gate.admit()
+    gate.dismiss()  # before it was open
+    settle()
+    assert [w.closed for w in windows] == [True] * 4
+    assert one.outbox.keys == []
+    assert one.write(0, 0, 2).done() is False
+    settle()
+    assert two.written == [(1, 0, 50), (2, 0, 0)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import TransportError
+from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
+from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
 from lambdascale.transport.rdma.outbox import Outbox, Step
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 # How long what was given may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
+_GRACE_S = 0.5
 # A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
 _LOST_S = 30.0
 _GO = b"!"
@@ -37,17 +41,26 @@ class RdmaConnection:
     """See Connection."""
 
     def __init__(
-        self, endpoint: RdmaEndpoint, peer: NodeId, sock: socket.socket, lanes: list[Lane], slots: Slots, theirs: Card
+        self,
+        endpoint: RdmaEndpoint,
+        peer: NodeId,
+        sock: socket.socket,
+        lanes: list[Lane],
+        slots: Slots,
+        theirs: Card,
+        guarded: Region | None,
     ) -> None:
         self.peer = peer
         self.sock = sock
         self.lanes = lanes
         self._endpoint = endpoint
         self._slots = slots
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
+        self._gate = Gate(lanes, self._outbox, guarded, self._lock)
         handlers = endpoint.handlers
-        self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited)
-        self._changed = threading.Condition()
+        self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
         self._ending = False  # this end says goodbye once everything is through
         self._reason = ""  # why nothing is accepted any more
         self._gone = threading.Event()  # the peer has nothing to say any more
@@ -77,6 +90,24 @@ class RdmaConnection:
     def send(self, data: bytes) -> Future[None]:
         """See Connection."""
         return self._give(lambda: self._outbox.message(data)) or self._refusal()
+
+    def admit(self) -> None:
+        """See Endpoint."""
+        self._at_the_gate(self._gate.admit)
+
+    def dismiss(self) -> None:
+        """See Endpoint."""
+        self._at_the_gate(self._gate.dismiss)
+
+    def _at_the_gate(self, act: Callable[[], None]) -> None:
+        with self._changed:
+            if self._reason:
+                return
+            try:
+                act()
+            except LaneError as error:
+                raise TransportError(f"node {self.peer}: {error}") from error
+            self._changed.notify()
 
     def _give(self, put: Callable[[], Future[None]]) -> Future[None] | None:
         with self._changed:
@@ -171,6 +202,10 @@ class RdmaConnection:
         with self._changed:
             self.lanes[rail].receives.credits += count
 
+    def _new_keys(self, keys: list[int]) -> None:
+        with self._changed:
+            self._outbox.keys = keys
+
     def _socket_readable(self) -> None:
         """The peer's process has ended, or it has closed the connection: it never says anything there."""
         for rail, lane in enumerate(self.lanes):
@@ -204,7 +239,9 @@ class RdmaConnection:
             self._ending = True
             self._outbox.goodbye()
             self._changed.notify()
-        self._thread.join(_DRAIN_S)
+        deadline = time.monotonic() + _DRAIN_S
+        while self._thread.is_alive() and time.monotonic() < deadline and not self._outbox.is_shut_out:
+            self._thread.join(_GRACE_S)
         if not self._reason:
             self._gone.wait(TIMEOUT_S)
         self._break("disconnected", tell=False)
@@ -231,6 +268,7 @@ class RdmaConnection:
             if self._freed:
                 return
             self._freed = True
+            self._gate.close()  # first: a queue pair waits for the windows bound to it
             for lane in self.lanes:
                 self._endpoint.watch.remove(lane.fd)
                 lane.close()

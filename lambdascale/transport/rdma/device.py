@@ -44,6 +44,10 @@ class Region:
         """For each device."""
         return [region.rkey for region in self._regions]
 
+    def of(self, rail: int) -> MR:
+        """A device's own."""
+        return self._regions[rail]
+
     def has(self, address: int, size: int) -> bool:
         """Whether all of it lies in here."""
         return self.address <= address and address + size <= self.address + self.size
@@ -65,19 +69,27 @@ class Device:
         except PyverbsError as error:
             raise TransportError(f"{choice.port.device} cannot be opened: {error}") from error
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether there are memory windows of type 2B."""
+        attributes = self.context.query_device()
+        return attributes.max_mw > 0 and bool(attributes.device_cap_flags & enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B)
+
     def close(self) -> None:
         """All that uses it has been closed before."""
         self.domain.close()
         self.context.close()
 
 
-def register(devices: Sequence[Device], address: int, size: int, *, local: bool = False, remote: bool = False) -> Region:
-    """Register memory: to be read by our devices, for their receives if ``local``, for peers' writes if ``remote``.
+def register(
+    devices: Sequence[Device], address: int, size: int, *, local: bool = False, remote: bool = False, windows: bool = False
+) -> Region:
+    """Register memory to be read by our devices; for their receives too if ``local``, for peers' writes if ``remote``.
 
-    TransportError where it cannot be (the limit on locked memory).
+    ``windows``: for peers' writes through memory windows only. TransportError where it cannot be (the limit on locked memory).
     """
-    access = enums.IBV_ACCESS_LOCAL_WRITE if local or remote else 0
-    access |= enums.IBV_ACCESS_REMOTE_WRITE if remote else 0
+    access = enums.IBV_ACCESS_LOCAL_WRITE if local or remote or windows else 0
+    access |= (enums.IBV_ACCESS_REMOTE_WRITE if remote else 0) | (enums.IBV_ACCESS_MW_BIND if windows else 0)
     regions: list[MR] = []
     try:
         for device in devices:

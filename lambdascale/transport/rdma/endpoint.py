@@ -53,11 +53,18 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         self.options = options or RdmaOptions()
         self.choices = choose(list_ports(), self.options, host)
         self._devices = [Device(choice) for choice in self.choices]
+        self.windows = self._use_windows()
         self._target: Region | None = None
         self._sources: list[Region] = []
         self._live: set[RdmaConnection] = set()
         self.watch = Watch(f"rdma-watch-{node}", self._check)
         super().__init__(node, handlers, key, host=host, link=link)
+
+    def _use_windows(self) -> bool:
+        possible = all(device.has_windows for device in self._devices)
+        wanted = self.options.windows
+        require(possible or not wanted, "rdma.windows: a device has no memory windows of type 2B")
+        return possible if wanted is None else wanted
 
     @property
     def step_bytes(self) -> int:
@@ -69,7 +76,8 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         require(self._target is None, "an endpoint's memory is registered once")
         super().register(memory)
         if memory.nbytes:
-            self._target = register(self._devices, address_of(self.memory), memory.nbytes, remote=True)
+            address = address_of(self.memory)
+            self._target = register(self._devices, address, memory.nbytes, remote=not self.windows, windows=self.windows)
             self._sources.append(self._target)
 
     def register_source(self, memory: memoryview) -> None:
@@ -86,6 +94,15 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
                 return Source(address, size, region.local_keys, lambda: None)
         region = register(self._devices, address, size)
         return Source(address, size, region.local_keys, region.close)
+
+    def admit(self, peer: NodeId) -> None:
+        """See Endpoint."""
+        self._connection(peer).admit()
+
+    def dismiss(self, peer: NodeId) -> None:
+        """See Endpoint."""
+        with suppress(TransportError):  # it is gone, and its keys with it
+            self._connection(peer).dismiss()
 
     def make(self, peer: NodeId, sock: socket.socket) -> RdmaConnection:
         """See SocketEndpoint. Both ends are ready to receive before either gets to know that the connection is made."""
@@ -105,7 +122,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
                 lane.close()
             slots.close()
             raise
-        connection = RdmaConnection(self, peer, sock, lanes, slots, theirs)
+        connection = RdmaConnection(self, peer, sock, lanes, slots, theirs, self._target if self.windows else None)
         self._live.add(connection)
         return connection
 
@@ -124,7 +141,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         return lane
 
     def _card(self, lanes: list[Lane]) -> Card:
-        keys = self._target.remote_keys if self._target else [0] * len(lanes)
+        keys = self._target.remote_keys if self._target and not self.windows else [0] * len(lanes)
         address = self._target.address if self._target else 0
         rails = tuple(lane.card(key) for lane, key in zip(lanes, keys, strict=True))
         return Card(address, len(self.memory), _RECEIVES, rails)

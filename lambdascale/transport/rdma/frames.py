@@ -26,7 +26,7 @@ class Kind(IntEnum):
     MESSAGE = 2  # a piece; size: of the whole message
     CREDIT = 3  # receives posted again
     BYE = 4
-    KEYS = 5
+    KEYS = 5  # of the memory, behind the head; none: they are void
 
 
 class RailCard(Struct, frozen=True):

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from lambdascale.transport.rdma import frames
 from lambdascale.transport.rdma.frames import Assembly, Frame, Gather, Kind
+from lambdascale.transport.rdma.gate import unpack_keys
 
 _LARGEST_MESSAGE = 1 << 30
 
 
 class Inbox:
-    """Tells of writes by ``on_write(immediate, offset, size)``, messages by ``on_message``, credits by ``on_credit(rail, n)``.
+    """Tells of writes by ``on_write(immediate, offset, size)``, messages by ``on_message``, credits by ``on_credit(rail, n)``,
+    keys of the peer's memory by ``on_keys``.
 
     One thread calls it, in the order in which completions come on each rail.
     """
@@ -21,8 +23,9 @@ class Inbox:
         on_write: Callable[[int, int, int], None],
         on_message: Callable[[bytes], None],
         on_credit: Callable[[int, int], None],
+        on_keys: Callable[[list[int]], None],
     ) -> None:
-        self._on_write, self._on_message, self._on_credit = on_write, on_message, on_credit
+        self._on_write, self._on_message, self._on_credit, self._on_keys = on_write, on_message, on_credit, on_keys
         self._gather = Gather()
         self._assembly = Assembly(_LARGEST_MESSAGE)
         self._goodbye = -1  # how many writes the peer had given before it
@@ -48,6 +51,8 @@ class Inbox:
                 self._on_message(message)
         elif frame.kind is Kind.CREDIT:
             self._on_credit(frame.number, frame.first)
+        elif frame.kind is Kind.KEYS:
+            self._on_keys(unpack_keys(data[frames.HEAD_BYTES :]))
         else:
             self._goodbye = frame.first
         return frame.kind is not Kind.CREDIT

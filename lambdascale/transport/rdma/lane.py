@@ -18,11 +18,12 @@ from typing import Any
 from pyverbs import enums
 from pyverbs.addr import GID, AHAttr, GlobalRoute
 from pyverbs.cq import CQ, CompChannel
+from pyverbs.mr import MW, MWBindInfo
 from pyverbs.pyverbs_error import PyverbsError
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
 
-from lambdascale.transport.rdma.device import Device
+from lambdascale.transport.rdma.device import Device, Region
 from lambdascale.transport.rdma.frames import RailCard, Receives
 from lambdascale.transport.rdma.ports import mtu_code
 
@@ -60,6 +61,22 @@ class _Posted:
     at: float
     chunk: bool
     done: Callable[[], None] | None
+
+
+class Window:
+    """A memory window of type 2 that one peer may write through, once it is bound. ``request`` binds it."""
+
+    def __init__(self, device: Device, region: Region, rail: int) -> None:
+        self._window = MW(device.domain, enums.IBV_MW_TYPE_2)
+        self._info = MWBindInfo(region.of(rail), region.address, region.size, enums.IBV_ACCESS_REMOTE_WRITE)
+        self.request = SendWR(opcode=enums.IBV_WR_BIND_MW)
+        self.request.set_bind_wr(self._window, self._info)
+        self.key: int = self.request.rkey
+
+    def close(self) -> None:
+        """The key is void from now on."""
+        with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
+            self._window.close()
 
 
 class Lane:
@@ -160,9 +177,23 @@ class Lane:
         signalled = immediate is not None or self._unsignalled + 1 >= max(1, self._depth // 4)
         self._post(address, size, key, done, chunk=True, signalled=signalled)
 
+    def window(self, region: Region, rail: int) -> Window:
+        """A window for this lane's peer, to be bound. LaneError if the device has no more."""
+        try:
+            return Window(self._device, region, rail)
+        except PyverbsError as error:
+            raise LaneError(f"no memory window is to be had: {error}") from error
+
+    def bind(self, window: Window, done: Callable[[], None]) -> None:
+        """Open a window; what is sent afterwards on this lane finds it open."""
+        self._submit(window.request, done, chunk=False, signalled=True)
+
     def _post(self, address: int, size: int, key: int, done: Callable[[], None] | None, *, chunk: bool, signalled: bool) -> None:
-        place, request = self._place, self._request
+        place = self._place
         place.addr, place.length, place.lkey = address, size, key
+        self._submit(self._request, done, chunk=chunk, signalled=signalled)
+
+    def _submit(self, request: SendWR, done: Callable[[], None] | None, *, chunk: bool, signalled: bool) -> None:
         self._number += 1
         request.wr_id = self._number << 1 | 1
         request.send_flags = enums.IBV_SEND_SIGNALED if signalled else 0
@@ -223,6 +254,11 @@ class Lane:
     def _arrival(completion: Any) -> Arrival:
         written = completion.opcode == enums.IBV_WC_RECV_RDMA_WITH_IMM
         return Arrival(completion.wr_id >> 1, completion.byte_len, completion.imm_data if written else None)
+
+    def fail(self) -> None:
+        """Put the queue pair into its error state, as a fault of the device would: what is under way is flushed. For tests."""
+        attributes = QPAttr(qp_state=enums.IBV_QPS_ERR)
+        self.qp.modify(attributes, enums.IBV_QP_STATE)
 
     def close(self) -> None:
         """End the queue pair; whatever is under way is dropped."""

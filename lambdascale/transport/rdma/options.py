@@ -15,7 +15,8 @@ class RdmaOptions:
 
     ``devices``: several make rails, every block is striped over them; the n-th device of a node talks with its peers' n-th.
     ``port``, ``gid_index`` and ``mtu`` (bytes) hold for all of them. A write goes as chunks of ``chunk_bytes``, of which a queue
-    pair has up to ``depth`` under way.
+    pair has up to ``depth`` under way. ``windows``: a peer may write only while it is admitted (memory windows of type 2; None:
+    where the devices have them); False: as long as it is connected.
     """
 
     devices: tuple[str, ...] = ()
@@ -24,6 +25,7 @@ class RdmaOptions:
     mtu: int | None = None
     chunk_bytes: int = 1 << 20
     depth: int = 16
+    windows: bool | None = None
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -17,7 +17,7 @@ from lambdascale.transport.rdma import frames
 from lambdascale.transport.rdma.frames import Card, Chunk, Frame, Kind
 
 if TYPE_CHECKING:
-    from lambdascale.transport.rdma.lane import Lane
+    from lambdascale.transport.rdma.lane import Lane, Window
     from lambdascale.transport.rdma.slots import Slots
 
 _NOTHING = memoryview(b"")
@@ -78,6 +78,10 @@ class Outbox:
         self._writes: deque[Write] = deque()
         self._incomplete: set[Write | Message] = set()
         self._frames: deque[Frame] = deque()  # those that need no credit
+        self._own_frames: deque[tuple[Frame, bytes]] = deque()  # and those that do
+        self._binds: deque[tuple[int, Window, Callable[[], None]]] = deque()
+        keys = [card.key for card in theirs.rails]
+        self.keys = keys if any(keys) else []  # of the peer's memory; none: it does not admit this node now
         self._written = 0
         self._goodbye = False
         self.said_goodbye = False
@@ -104,6 +108,14 @@ class Outbox:
         """Tell the peer that ``count`` receives are posted again."""
         self._frames.append(Frame(Kind.CREDIT, rail, count))
 
+    def bind(self, rail: int, window: Window, done: Callable[[], None]) -> None:
+        """Open a window."""
+        self._binds.append((rail, window, done))
+
+    def tell_keys(self, keys: bytes) -> None:
+        """Tell the peer the keys of this node's memory."""
+        self._own_frames.append((Frame(Kind.KEYS), keys))
+
     def goodbye(self) -> None:
         """Nothing more will be given: say so after everything else."""
         self._goodbye = True
@@ -121,19 +133,38 @@ class Outbox:
     def step(self) -> Step | None:
         """The next step; None if there is nothing to send or no room. TransportError for a write outside the peer's memory."""
         lane = self._lanes[0]
+        if self._binds:
+            rail, window, done = self._binds[0]
+            return Step(0, lambda: self._bind(rail, window, done))
         if self._slots.free:
             if self._frames:
                 return Step(0, lambda: self._send(self._frames.popleft()))
             if lane.receives.credits:
+                if self._own_frames:
+                    return Step(0, self._send_own_frame)
                 if self._messages:
                     return self._message_step(self._messages[0])
-                if self._writes and self._writes[0].serial < 0:
+                if self._writes and self._writes[0].serial < 0 and not self.is_shut_out:
                     return self._announce_step(self._writes[0])
                 if self._goodbye and not self._writes and not self.said_goodbye:
                     return Step(0, self._say_goodbye)
         if self._writes and self._writes[0].serial >= 0:
             return self._chunk_step(self._writes[0])
         return None
+
+    def _bind(self, rail: int, window: Window, done: Callable[[], None]) -> None:
+        self._binds.popleft()
+        self._lanes[rail].bind(window, done)
+
+    def _send_own_frame(self) -> None:
+        frame, piece = self._own_frames.popleft()
+        self._lanes[0].receives.take()
+        self._send(frame, memoryview(piece))
+
+    @property
+    def is_shut_out(self) -> bool:
+        """The next write waits until the peer admits this node."""
+        return bool(self._writes) and self._writes[0].serial < 0 and not self.keys and self._writes[0].source.size > 0
 
     def _say_goodbye(self) -> None:
         self.said_goodbye = True
@@ -185,7 +216,7 @@ class Outbox:
             chunk.size,
             job.source.keys[chunk.rail],
             to=self._theirs.address + job.offset + chunk.begin,
-            remote_key=self._theirs.rails[chunk.rail].key,
+            remote_key=self.keys[chunk.rail] if self.keys else 0,  # an empty write needs none
             immediate=job.serial if chunk.last else None,
             done=(lambda: self._rail_arrived(job)) if chunk.last else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ def loopback(options: RdmaOptions, size: int) -> Loopback:
 
     handlers = Handlers(on_write=lambda *_: written.release(), on_message=lambda *_: None, on_lost=note_loss)
     key = secrets.token_bytes(_KEY_BYTES)
+    options = replace(options, windows=False)
     one, two = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
     try:
         source, target = (endpoint.allocate(size) for endpoint in (one, two))
