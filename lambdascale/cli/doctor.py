@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lambdascale.core import UserError
 from lambdascale.diagnostics.checks import Check, machine_checks
 from lambdascale.diagnostics.disk import check_request, disk
+from lambdascale.diagnostics.rdma import rdma_checks
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -37,18 +39,36 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--disk-mib", type=int, default=256, metavar="N", help="size in MiB of the file to measure with (default: %(default)s)"
     )
     parser.add_argument("--no-disk", action="store_true", help="do not measure the disk")
+    parser.add_argument(
+        "--rdma", action="store_true", help="check only what --transport rdma needs, with a write through every port"
+    )
+    parser.add_argument(
+        "--rdma-mib", type=int, default=64, metavar="N", help="MiB to write through a port (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check and print."""
+    if arguments.rdma:
+        return _report(rdma_checks(mib=_positive(arguments.rdma_mib)), arguments.json)
     directory = arguments.disk.absolute()
     if not arguments.no_disk:
         check_request(directory, arguments.disk_mib)
     checks = machine_checks()
     if not arguments.no_disk:
         checks.append(disk(directory, arguments.disk_mib))
-    if arguments.json:
+    return _report(checks, arguments.json)
+
+
+def _positive(mib: int) -> int:
+    if mib <= 0:
+        raise UserError(f"--rdma-mib must be positive, not {mib}")
+    return mib
+
+
+def _report(checks: list[Check], as_json: bool) -> int:
+    if as_json:
         print(json.dumps({"checks": [asdict(check) for check in checks]}))
     else:
         show(checks)

@@ -38,6 +38,18 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--min-nodes", type=int, default=1, metavar="N", help="replicas kept at all times (default: %(default)s)")
     parser.add_argument("--system", choices=SYSTEMS, default="lambdascale", help="(default: %(default)s)")
     parser.add_argument("--transport", choices=("shm", "tcp", "rdma", "cuda_ipc"), default="shm", help="(default: %(default)s)")
+    parser.add_argument(
+        "--rdma-device",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="for --transport rdma, e.g. mlx5_0; several make rails (default: the fastest)",
+    )
+    parser.add_argument("--rdma-port", type=int, metavar="N", help="port of the device (default: the active one)")
+    parser.add_argument(
+        "--rdma-gid-index", type=int, metavar="N", help="GID of the port (default: a RoCE v2 one with an IP address)"
+    )
+    parser.add_argument("--rdma-mtu", type=int, metavar="BYTES", help="packets' size (default: what the port's link allows)")
     parser.add_argument("--link", metavar="RATE", help="make every node's link this slow, e.g. 200MB/s (default: full speed)")
     parser.add_argument("--disk", metavar="RATE", help="make every node's disk this slow (default: full speed)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
@@ -63,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     # torch takes seconds to import: only here.
     from lambdascale.live.config import LiveConfig
     from lambdascale.live.server import Service, serve
+    from lambdascale.transport.rdma import RdmaOptions
 
     console = Console(stderr=True)
     config = LiveConfig(
@@ -70,6 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         launcher=arguments.launcher,
         transport=arguments.transport,
+        rdma=RdmaOptions(
+            devices=tuple(arguments.rdma_device),
+            port=arguments.rdma_port,
+            gid_index=arguments.rdma_gid_index,
+            mtu=arguments.rdma_mtu,
+        ),
         device=arguments.device,
         slot_tokens=arguments.slot_tokens,
         paced=arguments.link is not None or arguments.disk is not None,
@@ -84,8 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.transport in ("rdma", "cuda_ipc"):
-        raise UserError(f"--transport {arguments.transport} is not there yet: shm and tcp are")
+    if arguments.transport == "cuda_ipc":
+        raise UserError("--transport cuda_ipc is not there yet: shm, tcp and rdma are")
     if not 1 <= arguments.nodes <= 256:
         raise UserError(f"--nodes must be between 1 and 256, not {arguments.nodes}")
     if not 0 <= arguments.min_nodes <= arguments.nodes:

@@ -245,16 +245,24 @@ def pyverbs(module: str = "pyverbs.device") -> Check:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError:
-        advice = "pip install pyverbs, or the distribution's python3-pyverbs and its Python's venv --system-site-packages"
+        advice = (
+            "the distribution's python3-pyverbs, its folder linked into the venv's site-packages (same Python version), or "
+            "pip install 'lambdascale[rdma]' where rdma-core is as new as PyPI's pyverbs"
+        )
         return Check("pyverbs", "missing", "not installed", f"{advice} {RDMA_ONLY}")
     except (ImportError, OSError) as error:
+        # PyPI's pyverbs asks for symbols of its own version of rdma-core.
+        needed = re.search(r"IBVERBS_PRIVATE_(\d+)", str(error))
         advice = f"install the libraries it is linked with (libibverbs1, librdmacm1, ibverbs-providers) {RDMA_ONLY}"
+        if needed:
+            advice = f"it needs rdma-core {needed[1]}: upgrade that, or use the distribution's python3-pyverbs {RDMA_ONLY}"
         return Check("pyverbs", "warning", f"cannot be imported: {_first_line(error)}", advice)
     return Check("pyverbs", "ok", origin(Path(loaded.__file__ or "")))
 
 
 def origin(file: Path) -> str:
     """Who installed a module, told by its file's path: distributions below /usr/lib, pip in other package folders."""
+    file = file.resolve()
     if file.is_relative_to("/usr/lib") or file.is_relative_to("/usr/lib64"):
         return "the distribution's python3-pyverbs"
     return "from PyPI" if {"site-packages", "dist-packages"} & set(file.parts) else f"from {file.parent}"

@@ -110,7 +110,7 @@ SOURCES = (1, 2, 4)
 BURST = (
     "workload=burst",
     "workload.count=50",
-    "workload.at_s=0.5",
+    "workload.at_s=0.55",
     "workload.prompt_tokens=16",
     "workload.output_tokens=16",
 )

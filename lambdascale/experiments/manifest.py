@@ -31,7 +31,7 @@ _RESULT_CODE = (
     "inference",
 )
 # Settings that say where results go or how a run is watched, not what it computes.
-_NOT_IDENTITY = ("out", "force", "results", "logger", "traces", "study")
+_NOT_IDENTITY = ("out", "force", "results", "logger", "tags", "objective", "traces", "study")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep ended. They may be other processes, so each leaves word in a folder that all of them see."""
+"""How the jobs of a sweep ended. They may run on other machines, so each leaves word in a folder that all of them see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lambdascale.metrics import comparison, print_comparison
 
 
 class Outcome(msgspec.Struct):
-    """How one job ended: a folder, or the error and the status it stands for."""
+    """How one job ended: a folder, or the error and the status it stands for. ``value`` is that of ``objective``, in a search."""
 
     job: int
     label: str
@@ -22,6 +22,8 @@ class Outcome(msgspec.Struct):
     reused: bool = False
     error: str = ""
     status: int = 0
+    objective: str = ""
+    value: float | None = None
 
 
 def note(folder: Path, outcome: Outcome) -> None:
@@ -41,7 +43,7 @@ def worst(outcomes: Sequence[Outcome]) -> int:
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """One table of the finished runs and their folders on stdout, and the errors on stderr."""
+    """One table of the finished runs and their folders on stdout, one line per error on stderr."""
     console = Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)
     finished = [outcome for outcome in outcomes if outcome.folder]
     if finished:
@@ -54,14 +56,11 @@ def report(outcomes: Sequence[Outcome]) -> None:
 
 
 def report_errors(outcomes: Sequence[Outcome]) -> None:
-    """A line on stderr for every different error."""
-    lines: dict[str, str] = {}
+    """One line per error on stderr."""
     for outcome in outcomes:
         if outcome.error:
             where = f" ({outcome.label})" if len(outcomes) > 1 else ""
-            lines.setdefault(outcome.error, f"error: {' '.join(outcome.error.split())}{where}")
-    for line in lines.values():
-        print(line, file=sys.stderr)
+            print(f"error: {' '.join(outcome.error.split())}{where}", file=sys.stderr)
 
 
 def _common_overrides(outcomes: Sequence[Outcome]) -> set[str]:

@@ -15,10 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from lambdascale.control import Backend, Observer, drive
 from lambdascale.core import Request
 from lambdascale.experiments.build import Experiment, build
+from lambdascale.experiments.finished import finished_run
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
-from lambdascale.metrics import FinishedRun, Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace
 
@@ -45,14 +46,12 @@ def run(config: DictConfig, group: str = "") -> RunResult:
     if not config.force or config.out is not None:
         check_usable(folder, digest)
     if is_finished(folder, digest) and not config.force:
-        return RunResult(folder, read_json(folder / SUMMARY), reused=True)
-    summary = _execute(settings, experiment, trace, digest, folder, begin)
-    label = f"{experiment.system.name}-{experiment.models[0].name}-{config.seed}"
-    finished = FinishedRun(
-        folder=folder, name=label, group=group or settings["name"], experiment=settings["name"], config=settings, summary=summary
-    )
-    experiment.logger.log_run(finished)
-    return RunResult(folder, summary, reused=False)
+        result = RunResult(folder, read_json(folder / SUMMARY), reused=True)
+    else:
+        result = RunResult(folder, _execute(settings, experiment, trace, digest, folder, begin), reused=False)
+    # Reused ones too: what was not reported yet, because it ran without this logger or was killed before, is reported now.
+    experiment.logger.log_run(finished_run(folder, group))
+    return result
 
 
 def run_folder(settings: dict[str, Any], experiment: Experiment, digest: str) -> Path:

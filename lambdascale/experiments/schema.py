@@ -5,7 +5,7 @@ The groups are left open here; what they instantiate are frozen dataclasses that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -23,6 +23,8 @@ class RunConfig:
     backend: Any = MISSING
     logger: Any = MISSING
     name: str = MISSING
+    tags: list[str] = field(default_factory=list)
+    objective: str | None = None
     model_count: int = 1
     seed: int = 1
     out: str | None = None

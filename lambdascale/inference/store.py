@@ -210,6 +210,10 @@ class BlockStore:
     def __exit__(self, *details: object) -> None:
         self.close()
 
+    def host_memory(self) -> memoryview:
+        """The host tier's arena, for transports that want to know the memory they send from."""
+        return self._tiers["host"].arena.bytes.numpy().data
+
     # -- what is where -----------------------------------------------------------------------------------------------
 
     def add(self, model: PackedModel) -> None:

@@ -38,12 +38,12 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import AnyEvent
 from lambdascale.live import wire
-from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError
+from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError, rdma
 
 _BEAT_S = 0.25
 _SILENCE_S = 20.0  # without a word of the controller for so long, an agent leaves
 _PDEATHSIG = 1
-TRANSPORTS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
+_SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
 
 
 class Access(Struct, frozen=True):
@@ -76,6 +76,15 @@ class NodeConfig(Struct, frozen=True):
     ssd: float | None = None
     pcie: float | None = None
     preloaded: bool = False
+    rdma: rdma.RdmaOptions = rdma.RdmaOptions()
+
+
+def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None) -> Endpoint:
+    """The configured transport's end. UserError if the node has no such thing."""
+    key, host = config.access.nodes_key, config.host
+    if config.transport == "rdma":
+        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma)
+    return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
 
 
 def run(config: NodeConfig, *, local: bool = True) -> None:
@@ -176,14 +185,14 @@ class Agent:
         self._stops: list[Any] = []
         link = None if config.link is None else TokenBucket(config.link)
         handlers = Handlers(on_write=self._on_write, on_message=self._on_message, on_lost=self._on_lost)
-        self.endpoint: Endpoint = TRANSPORTS[config.transport](
-            config.node, handlers, config.access.nodes_key, host=config.host, link=link
-        )
+        self.endpoint = make_endpoint(config, handlers, link)
         on_host = config.device == "cpu"
         landing = self.endpoint.allocate(config.device_bytes if on_host else config.host_bytes)
         self.endpoint.register(landing)
         store_config = StoreConfig(host_bytes=config.host_bytes, device_bytes=config.device_bytes, device=config.device)
         self.store = BlockStore(store_config, landing)
+        if on_host:
+            self.endpoint.register_source(self.store.host_memory())
         for name, directory in config.models:
             self.store.add(PackedModel.open(Path(directory), name))
         if config.preloaded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from lambdascale.live.agent import NodeConfig
 from lambdascale.live.backend import LiveBackend
 from lambdascale.live.hub import Hub
 from lambdascale.live.launch import Launcher, LocalLauncher
+from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
 _FIRST_TOKEN, _TRACE_STREAM = 64, 7
@@ -34,19 +35,21 @@ class LiveConfig:
     ``paced``: links, disks and host-to-device
     copies are made as slow as the cluster's configuration says, otherwise they are as fast as this machine is.
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
+    ``rdma`` is for the transport of that name.
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
     """
 
     checkpoint: str = "smollm2"
     dtype: str = "bf16"
     launcher: Literal["local", "ray"] = "local"
-    transport: Literal["shm", "tcp"] = "shm"
+    transport: Literal["shm", "tcp", "rdma"] = "shm"
     executor: Literal["torch", "paced", "timed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
     paced: bool = True
     slot_tokens: int = 512
     threads: int | None = None
     silence_s: float = 10.0
+    rdma: RdmaOptions = field(default_factory=RdmaOptions)
     kind: str = "live"
 
     def __post_init__(self) -> None:
@@ -171,6 +174,7 @@ class LiveConfig:
             ssd=float(cluster.ssd_bytes_per_s) if self.paced else None,
             pcie=float(cluster.pcie_bytes_per_s) if self.paced else None,
             preloaded=preloaded,
+            rdma=self.rdma,
         )
 
 

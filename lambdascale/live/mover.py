@@ -1,10 +1,12 @@
 """A node's part in multicasts and loads: it carries whole plans out by itself.
 
-Every node sends its own transfers in the plan's order, each as soon as it holds the block and knows where its receiver wants it;
-nobody asks the controller. A block is verified before it counts and before it is passed on. All state belongs to one thread.
+Every node sends and receives its own transfers in the plan's order: a receiver says whose turn it is and where it wants the
+block, the sender writes as soon as it holds it; nobody asks the controller. So later rounds never overtake earlier ones, and a
+paced link carries one block at a time in each direction. A block is verified before it counts and before it is passed on. All
+state belongs to one thread.
 
-A one-sided write cannot be called back. So a cancelled multicast keeps its receivers' memory until every sender has said that it
-writes no more (a fence: an empty write behind all others).
+A one-sided write cannot be called back. So a cancelled multicast keeps its receivers' memory until every sender whose turn it was
+has written or has said that it writes no more (a fence: an empty write behind all others).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from threading import Timer
 
@@ -37,19 +39,24 @@ class _Outgoing:
     command: StartMulticast
     tier: StoreTier
     sends: deque[Transfer]
-    receivers: tuple[NodeId, ...]
     in_flight: int = 0
     cancelled: bool = False
 
 
 @dataclass
 class _Incoming:
-    """What this node receives in a multicast, and from whom."""
+    """What this node receives in a multicast: where to, in which order, and who may write which block now."""
 
     command: StartMulticast
     missing: set[int]
-    senders: set[NodeId]
+    offsets: dict[int, int] = field(default_factory=dict)
+    turns: deque[Transfer] = field(default_factory=deque)
+    granted: dict[int, NodeId] = field(default_factory=dict)
     cancelled: bool = False
+
+    def forget(self, sender: NodeId) -> None:
+        """This sender writes nothing any more."""
+        self.granted = {block: node for block, node in self.granted.items() if node != sender}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +71,16 @@ class Links:
 class _State:
     outgoing: dict[int, _Outgoing] = field(default_factory=dict)
     incoming: dict[int, _Incoming] = field(default_factory=dict)
-    ready: dict[int, dict[NodeId, dict[int, int]]] = field(default_factory=dict)
+    ready: dict[int, dict[NodeId, dict[int, int | None]]] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
     loads: dict[int, Load] = field(default_factory=dict)
     delayed: list[LoadBlocks] = field(default_factory=list)
     told: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Mover:
-    """``report`` takes events for the controller. ``window``: how many of this node's sends may be under way at once.
+    """``report`` takes events for the controller. ``window``: how many of this node's sends may be under
+    way at once, and how many of its receives.
 
     ``collective`` takes broadcasts over; it tells of its progress by ``written`` and ``broadcast_ended``, as a peer would.
 
@@ -168,9 +177,7 @@ class Mover:
             return
         sends = deque(t for transfers in plan.rounds for t in transfers if t.src == self._node)
         if sends:
-            tier = self._source_tier(command)
-            receivers = tuple(dict.fromkeys(t.dst for t in sends))
-            self._state.outgoing[number] = _Outgoing(command, tier, sends, receivers)
+            self._state.outgoing[number] = _Outgoing(command, self._source_tier(command), sends)
         receives = [t for transfers in plan.rounds for t in transfers if t.dst == self._node]
         if receives:
             self._receive(command, receives)
@@ -186,7 +193,8 @@ class Mover:
             except ValueError as error:
                 self._fail("StartMulticast", str(error), command.transfer_id)
                 return
-            self._state.incoming[command.transfer_id] = _Incoming(command, blocks, {self._node})
+            granted = dict.fromkeys(blocks, self._node)
+            self._state.incoming[command.transfer_id] = _Incoming(command, blocks, granted=granted)
         self._collective(command, self._source_tier(command))
 
     def broadcast_ended(self, number: int, error: str) -> None:
@@ -201,7 +209,7 @@ class Mover:
             # If a member died, the controller knows already or will soon; this tells it only what it would wait for in vain.
             incoming.cancelled = True
             self._fail("StartMulticast", error, number)
-        incoming.senders.discard(self._node)
+        incoming.forget(self._node)
         self._settle(number, incoming)
 
     def _source_tier(self, command: StartMulticast) -> StoreTier:
@@ -211,18 +219,21 @@ class Mover:
         return "host" if tier == "host" else "gpu" if self._store.landing_tier == "gpu" else "host"
 
     def _pump(self, number: int) -> None:
-        """Start the next sends, in order, as far as the window, the blocks and the receivers allow."""
+        """Start the next sends, in order, as far as the window, the blocks and the receivers' turns allow."""
         out = self._state.outgoing.get(number)
         if out is None:
             return
         while out.sends and out.in_flight < self._window:
             transfer, model = out.sends[0], out.command.model
-            offsets = self._state.ready.get(number, {}).get(transfer.dst)
-            if offsets is None or not self._store.holds(model, transfer.block, out.tier):
+            offsets = self._state.ready.get(number, {}).get(transfer.dst, {})
+            if transfer.block not in offsets:
+                return
+            offset = offsets[transfer.block]
+            if offset is not None and not self._store.holds(model, transfer.block, out.tier):
                 return
             out.sends.popleft()
-            if transfer.block in offsets:  # otherwise it came to the receiver another way
-                self._send(number, out, transfer, offsets[transfer.block])
+            if offset is not None:  # otherwise it came to the receiver another way
+                self._send(number, out, transfer, offset)
         if not out.sends and not out.in_flight:
             self._end_outgoing(number, out)
 
@@ -249,17 +260,24 @@ class Mover:
 
     def _end_outgoing(self, number: int, out: _Outgoing) -> None:
         del self._state.outgoing[number]
+        self._state.ended.add(number)
         told = self._state.ready.pop(number, {})
         if out.cancelled:
             for receiver in told:
-                try:
-                    self._endpoint.write(receiver, memoryview(b""), 0, number << BLOCK_BITS | _FENCE)
-                except TransportError:
-                    continue  # it is gone itself
+                self._fence(receiver, number)
+
+    def _fence(self, receiver: NodeId, number: int) -> None:
+        """Tell a receiver that this node writes no more in a multicast."""
+        with suppress(TransportError):  # it is gone itself
+            self._endpoint.write(receiver, memoryview(b""), 0, number << BLOCK_BITS | _FENCE)
 
     def _note_ready(self, peer: NodeId, message: Ready) -> None:
-        self._state.ready.setdefault(message.transfer_id, {})[peer] = message.offsets
-        self._pump(message.transfer_id)
+        number = message.transfer_id
+        if number in self._state.ended:  # cancelled here, and not yet there
+            self._fence(peer, number)
+            return
+        self._state.ready.setdefault(number, {}).setdefault(peer, {})[message.block] = message.offset
+        self._pump(number)
 
     # -- receiving ---------------------------------------------------------------------------------------------------
 
@@ -271,23 +289,36 @@ class Mover:
         except ValueError as error:
             self._fail("StartMulticast", str(error), command.transfer_id)
             return
-        senders = {t.src for t in receives}
-        self._state.incoming[command.transfer_id] = _Incoming(command, set(blocks), senders)
-        for sender in senders:
-            mine = {t.block: offsets[t.block] for t in receives if t.src == sender and t.block in offsets}
-            try:
-                self._endpoint.send(sender, encode(Ready(command.transfer_id, mine)))
-            except TransportError:
-                continue  # the controller hears of the loss and re-plans
+        incoming = _Incoming(command, set(blocks), offsets, deque(receives))
+        self._state.incoming[command.transfer_id] = incoming
+        self._take_turns(command.transfer_id, incoming)
+
+    def _take_turns(self, number: int, incoming: _Incoming) -> None:
+        """Let the next senders write, in the plan's order, as far as the window allows."""
+        while incoming.turns and not incoming.cancelled and len(incoming.granted) < self._window:
+            transfer = incoming.turns.popleft()
+            wanted = transfer.block in incoming.missing
+            message = Ready(number, transfer.block, incoming.offsets[transfer.block] if wanted else None)
+            with suppress(TransportError):  # the controller hears of the loss and re-plans
+                self._endpoint.send(transfer.src, encode(message))
+                if wanted:
+                    incoming.granted[transfer.block] = transfer.src
 
     def _written(self, peer: NodeId, number: int, block: int) -> None:
         incoming = self._state.incoming.get(number)
         if incoming is None:
             return
         if block == _FENCE:
-            incoming.senders.discard(peer)
+            incoming.forget(peer)
             self._settle(number, incoming)
             return
+        incoming.granted.pop(block, None)
+        self._take_turns(number, incoming)
+        self._arrived(number, incoming, block)
+        self._settle(number, incoming)
+
+    def _arrived(self, number: int, incoming: _Incoming, block: int) -> None:
+        """A block's bytes are all there: verify, tell, pass on."""
         model = incoming.command.model
         if block in incoming.missing:
             incoming.missing.discard(block)
@@ -318,7 +349,7 @@ class Mover:
 
     def _settle(self, number: int, incoming: _Incoming) -> None:
         """Free the memory of a cancelled multicast once nobody writes to it any more."""
-        if not incoming.cancelled or incoming.senders:
+        if not incoming.cancelled or incoming.granted:
             return
         del self._state.incoming[number]
         model = incoming.command.model
@@ -346,7 +377,9 @@ class Mover:
 
     def _lost(self, peer: NodeId) -> None:
         for number, incoming in list(self._state.incoming.items()):
-            incoming.senders.discard(peer)
+            incoming.forget(peer)
+            incoming.turns = deque(t for t in incoming.turns if t.src != peer)
+            self._take_turns(number, incoming)
             self._settle(number, incoming)
         for told in self._state.ready.values():
             told.pop(peer, None)

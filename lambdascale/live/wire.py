@@ -143,10 +143,11 @@ ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resume
 
 
 class Ready(Message, frozen=True, tag=True):
-    """A destination of a multicast has memory for the blocks: ``offsets`` by block."""
+    """It is a block's turn at a destination of a multicast: write it to ``offset``, or skip it (None): it is there already."""
 
     transfer_id: int
-    offsets: dict[int, int]
+    block: int
+    offset: int | None
 
 
 class Pass(Struct, frozen=True, array_like=True):

@@ -2,6 +2,7 @@
 
 from lambdascale.metrics.compare import comparison, print_comparison
 from lambdascale.metrics.files import read_table, write_json, write_table
+from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.sinks import FilesLogger, FinishedRun, RunLogger
 from lambdascale.metrics.summary import summarise
@@ -15,6 +16,7 @@ __all__ = [
     "comparison",
     "events_table",
     "gpu_usage",
+    "over_time",
     "print_comparison",
     "read_table",
     "requests_table",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,22 +10,24 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run whose folder is complete. ``group`` is the sweep it belongs to."""
+    """A run whose folder is complete, with what config.yaml, summary.json and manifest.json in it say.
+
+    ``group`` is the sweep it belongs to. ``draw`` draws the run's figures into a folder and names their files.
+    """
 
     folder: Path
-    name: str
     group: str
-    experiment: str
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
-    figures: tuple[Path, ...] = ()
+    manifest: Mapping[str, Any]
+    draw: Callable[[Path], Sequence[Path]]
 
 
 class RunLogger(Protocol):
     """A sink for finished runs."""
 
-    def log_run(self, run: FinishedRun) -> None:
-        """Report a run."""
+    def log_run(self, run: FinishedRun) -> bool:
+        """Report a run, once; whether that was done now."""
         ...
 
 
@@ -33,5 +35,6 @@ class RunLogger(Protocol):
 class FilesLogger:
     """The default: the run's folder is all there is."""
 
-    def log_run(self, run: FinishedRun) -> None:
+    def log_run(self, run: FinishedRun) -> bool:
         """Nothing to do: the folder was written by the run."""
+        return False

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
+from lambdascale.core import UserError
 from lambdascale.core.checks import check_types, require
+from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.sinks import FinishedRun
+
+# In the folder of a W&B run that holds all there is to say: one that was cut short is made again.
+_COMPLETE = "lambdascale-complete"
+# What runs of each backend are, in words.
+_KINDS = {
+    "sim": "Simulated: decisions are the control plane's, times come from the model of cluster {cluster}, not from hardware.",
+    "live": "Live: real processes, bytes and tokens on {host}, as cluster {cluster}.",
+    "live-paced": "Live, computation held back to the model of cluster {cluster}: real processes, bytes and tokens on {host}.",
+    "live-timed": "Live, computation replaced by waiting as the model of {cluster} says: real processes and bytes on {host}.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbLogger:
     """Report runs to W&B: offline by default, so that it needs neither network nor account.
 
-    ``request_rows``: request tables above this size are sampled to it, seeded by the run. ``directory`` holds wandb's files.
+    ``group``: instead of the sweep's. ``tags``: beside the run's own. ``request_rows``: larger request tables are sampled to this
+    size, seeded by the run. ``directory`` holds wandb's files, in which it is also looked up what was reported already.
     """
 
     project: str = "lambdascale"
     entity: str | None = None
+    group: str | None = None
     mode: Literal["offline", "online", "disabled"] = "offline"
     directory: str = "results"
     request_rows: int = 2000
@@ -32,48 +50,137 @@ class WandbLogger:
         check_types(self)
         require(self.request_rows >= 0, f"logger.request_rows must not be negative, not {self.request_rows}")
 
-    def log_run(self, run: FinishedRun) -> None:
-        """Log configuration, summary, request table, figures and the folder as an artifact, as one finished W&B run."""
-        folder = Path(self.directory).resolve() / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        # wandb reads these when it is first imported: everything it writes stays in one folder of ours.
-        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
-            os.environ.setdefault(variable, str(folder))
+    def log_run(self, run: FinishedRun) -> bool:
+        """Log configuration, summary, curves, request table, figures and the folder, as one finished W&B run.
+
+        False if that was done before: an execution of a run is one W&B run, whoever finds it again. UserError if W&B refuses.
+        """
+        run_id = _run_id(run)
+        if self._is_logged(run_id):
+            return False
+        self._keep_files_together()
         import wandb
 
-        active = wandb.init(
-            project=self.project,
-            entity=self.entity,
-            mode=self.mode,
-            dir=self.directory,
-            name=run.name,
-            group=run.group,
-            job_type=run.experiment,
-            tags=[*self.tags, run.experiment, str(run.summary["backend"])],
-            config=dict(run.config),
-            reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
-        )
-        active.summary.update(_flat(run.summary))
-        active.log({"requests": wandb.Table(dataframe=self._sample(run))})
-        if run.figures:
-            active.log({path.stem: wandb.Image(str(path)) for path in run.figures})
-        artifact = wandb.Artifact(name=f"run-{active.id}", type="run-folder", metadata={"folder": run.folder.name})
-        for path in sorted(run.folder.iterdir()):
-            artifact.add_file(str(path))
-        active.log_artifact(artifact)
-        active.finish()
+        requests = pd.read_parquet(run.folder / "requests.parquet")
+        sample = self._sample(requests, int(run.config["seed"]))
+        try:
+            active = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=self.mode,
+                dir=self.directory,
+                id=run_id,
+                name=run.folder.name,
+                group=self.group or run.group,
+                job_type=_job_type(run),
+                tags=_tags(run, self.tags),
+                notes=notes(run, len(sample), len(requests)),
+                config={**run.config, "run": _origin(run)},
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True),
+            )
+            _log_curves(active, run, requests)
+            active.log({"requests": wandb.Table(dataframe=sample)})
+            with tempfile.TemporaryDirectory() as scratch:
+                for path in run.draw(Path(scratch)):
+                    active.log({path.stem: wandb.Image(str(path))})
+            artifact = wandb.Artifact(name=f"run-{run_id}", type="run-folder", metadata=_origin(run))
+            for path in sorted(path for path in run.folder.rglob("*") if path.is_file()):
+                artifact.add_file(str(path), name=path.relative_to(run.folder).as_posix())
+            active.log_artifact(artifact)
+            active.summary.update(flat_summary(run.summary) | {"requests_logged": len(sample), "requests_total": len(requests)})
+            active.finish()
+            # wandb's service may write on after finish(); it is through when it has ended.
+            wandb.teardown()
+        except wandb.errors.Error as error:
+            raise UserError(f"W&B: {error} (logger.mode=offline needs no account; {run.folder} is complete)") from error
+        for folder in self._folders(run_id):
+            (folder / _COMPLETE).touch()
+        return True
 
-    def _sample(self, run: FinishedRun) -> pd.DataFrame:
-        table = pd.read_parquet(run.folder / "requests.parquet")
-        if len(table) <= self.request_rows:
-            return table
-        return table.sample(self.request_rows, random_state=int(run.config["seed"])).sort_index()
+    def _folders(self, run_id: str) -> list[Path]:
+        return sorted(Path(self.directory, "wandb").glob(f"*run-*-{run_id}"))
+
+    def _is_logged(self, run_id: str) -> bool:
+        """Whether a complete report is there; incomplete ones are dropped."""
+        folders = self._folders(run_id)
+        if any((folder / _COMPLETE).is_file() for folder in folders):
+            return True
+        for folder in folders:
+            shutil.rmtree(folder)
+        return False
+
+    def _keep_files_together(self) -> None:
+        """wandb reads these when it is first imported: everything it writes stays in one folder of ours."""
+        folder = Path(self.directory).resolve() / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            os.environ.setdefault(variable, str(folder))
+
+    def _sample(self, requests: pd.DataFrame, seed: int) -> pd.DataFrame:
+        if len(requests) <= self.request_rows:
+            return requests
+        return requests.sample(self.request_rows, random_state=seed).sort_index()
 
 
-def _flat(summary: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested numbers as ``ttft_s.p90``: what W&B can plot over a sweep."""
+def _run_id(run: FinishedRun) -> str:
+    """The same for the same execution of a run, another one after ``force=true``."""
+    return hashlib.sha256(f"{run.manifest['run_sha256']} {run.manifest['started']}".encode()).hexdigest()[:16]
+
+
+def _job_type(run: FinishedRun) -> str:
+    backend = str(run.summary["backend"])
+    return "simulated" if backend == "sim" else backend
+
+
+def _tags(run: FinishedRun, more: tuple[str, ...]) -> list[str]:
+    """What runs are filtered by, each once, in W&B's 64 characters."""
+    parts = [str(run.config[key]["name"]) for key in ("system", "model", "cluster")]
+    tags = [run.config["name"], _job_type(run), *parts, *run.config.get("tags", ()), *more]
+    return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
+
+
+def notes(run: FinishedRun, logged: int, total: int) -> str:
+    """What of the run is real, how much of its request table is logged, and where it is."""
+    kind = _KINDS[run.summary["backend"]].format(cluster=run.config["cluster"]["name"], host=run.manifest["host"]["name"])
+    return f"{kind} Request table: {logged} of {total} rows. Folder: {run.folder}."
+
+
+def _origin(run: FinishedRun) -> dict[str, Any]:
+    """Where the run is and what made it."""
+    manifest = run.manifest
+    return {
+        "folder": str(run.folder),
+        "sha256": manifest["run_sha256"],
+        "git_sha": manifest["git"]["sha"],
+        "git_dirty": manifest["git"]["dirty"],
+        "host": manifest["host"]["name"],
+        "started": manifest["started"],
+    }
+
+
+def _log_curves(active: Any, run: FinishedRun, requests: pd.DataFrame) -> None:
+    """Curves over the run's own time, which W&B can lay over each other for many runs."""
+    end_s = run.summary["simulated_s"] if run.summary["simulated_s"] is not None else run.summary["wall_s"]
+    active.define_metric("over_time/time_s", summary="none")
+    active.define_metric("over_time/*", step_metric="over_time/time_s", summary="none")
+    for row in over_time(requests, pd.read_parquet(run.folder / "gpus.parquet"), end_s).to_dict("records"):
+        active.log({f"over_time/{name}": value for name, value in row.items() if value == value})
+
+
+def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of summary.json under the names they have in the tables: ttft_p90_s, tpot_mean_s, requests_failed, gpu_seconds.
+
+    Those of one model of several are model/NAME/ttft_p90_s.
+    """
     flat: dict[str, Any] = {}
     for key, value in summary.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if key == "per_model":
+            for model, numbers in value.items():
+                flat |= {f"model/{model}/{name}": number for name, number in flat_summary(numbers).items()}
+        elif isinstance(value, Mapping):
+            stem, unit = (key.removesuffix("_s"), "_s") if key.endswith("_s") else (key, "")
+            flat |= {f"{stem}_{name}{unit}": number for name, number in value.items()}
+        else:
+            flat[key] = value
     return flat

@@ -12,7 +12,7 @@ import pytest
 
 from lambdascale.transport import Endpoint, Handlers, TransportError
 
-_WAIT_S = 10.0
+_WAIT_S = 30.0
 
 
 class Heard:

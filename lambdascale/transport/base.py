@@ -45,6 +45,10 @@ class Endpoint(Protocol):
         """The memory that peers may write to, before anybody connects. Not copied, not resized."""
         ...
 
+    def register_source(self, memory: memoryview) -> None:
+        """More memory that writes come from: whoever must prepare memory does it now, not for each write."""
+        ...
+
     def connect(self, peer: NodeId, address: str) -> None:
         """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
         ...

@@ -12,7 +12,8 @@ import socket
 import struct
 
 from lambdascale.core.checks import require
-from lambdascale.transport.tcp import TcpEndpoint, fill
+from lambdascale.transport.sockets import fill
+from lambdascale.transport.tcp import TcpEndpoint
 
 _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 

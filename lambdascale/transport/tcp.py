@@ -1,14 +1,7 @@
-"""TCP: writes are received straight into the registered memory's final place. Authenticated by a key both ends know.
-
-A connection begins with a challenge either side answers with an HMAC of the key, so that nobody else's bytes reach the memory;
-the data itself is neither encrypted nor authenticated further: for trusted networks and loopback.
-"""
+"""TCP: writes are received straight into the registered memory's final place."""
 
 from __future__ import annotations
 
-import hmac
-import mmap
-import secrets
 import socket
 import struct
 import threading
@@ -21,16 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import Handlers, TransportError
-from lambdascale.transport.pacing import TokenBucket
+from lambdascale.transport.base import TransportError
+from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
 # Bytes of a write, in pieces; the word that it is complete; a message; a goodbye.
 _DATA, _WRITTEN, _MESSAGE, _BYE = range(4)
-_HELLO = struct.Struct("!32sI")  # challenge, node
-_PROOF_BYTES = 32
 _LARGEST_MESSAGE = 1 << 30
-_TIMEOUT_S = 5.0
 _BUFFER_BYTES = 4 << 20
 # A write moves in pieces of this size at most, and messages slip in between them.
 _PIECE_BYTES = 1 << 20
@@ -76,7 +66,19 @@ class _Connection:
         for thread in self.threads:
             thread.start()
 
-    def give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
+    def abandon(self) -> None:
+        """See Connection."""
+        self.sock.close()
+
+    def write(self, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        """See Connection."""
+        return self._give(_WRITTEN, immediate, offset, data)
+
+    def send(self, data: bytes) -> Future[None]:
+        """See Connection."""
+        return self._give(_MESSAGE, 0, 0, memoryview(data))
+
+    def _give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
         """Queue a write or message."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
@@ -88,8 +90,8 @@ class _Connection:
         return job.done
 
     def finish(self) -> None:
-        """Say goodbye after what was given, and wait until the peer has had it all."""
-        self.give(_BYE, 0, 0, memoryview(b""))
+        """See Connection."""
+        self._give(_BYE, 0, 0, memoryview(b""))
         self._end(self._reason or "disconnected")
         self._join()
         if self.threads[1].is_alive():
@@ -99,7 +101,7 @@ class _Connection:
     def _join(self) -> None:
         for thread in self.threads:
             if thread is not threading.current_thread():
-                thread.join(_TIMEOUT_S)
+                thread.join(TIMEOUT_S)
 
     def _wake(self) -> None:
         """Let calls that wait on the socket return."""
@@ -242,147 +244,13 @@ class _Connection:
         return True
 
 
-def fill(sock: socket.socket, target: memoryview) -> None:
-    """Receive exactly as much as ``target`` holds; EOFError if the connection ends before."""
-    at = 0
-    while at < len(target):
-        count = sock.recv_into(target[at:])
-        if count == 0:
-            raise EOFError("the connection ended")
-        at += count
+class TcpEndpoint(SocketEndpoint[_Connection]):
+    """An Endpoint over TCP."""
 
-
-class TcpEndpoint:
-    """An Endpoint over TCP, listening on ``host`` (loopback unless told otherwise). ``link`` paces all it sends."""
-
-    def __init__(
-        self, node: NodeId, handlers: Handlers, key: bytes, *, host: str = "127.0.0.1", link: TokenBucket | None = None
-    ) -> None:
-        self.node = node
-        self.handlers = handlers
-        self.link = link
-        self.memory = memoryview(bytearray())
-        self._key = key
-        self._lock = threading.Lock()
-        self._connections: dict[NodeId, _Connection] = {}
-        self._closed = False
-        self._server = socket.create_server((host, 0))
-        self._listener = threading.Thread(target=self._accept_all, name=f"tcp-accept-{node}", daemon=True)
-        self._listener.start()
-
-    @property
-    def address(self) -> str:
-        """host:port."""
-        host, port = self._server.getsockname()[:2]
-        return f"{host}:{port}"
-
-    def allocate(self, size: int) -> memoryview:
-        """See Endpoint. Any memory will do for TCP."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        return memoryview(mmap.mmap(-1, max(1, size), flags=flags))[:size]
-
-    def register(self, memory: memoryview) -> None:
-        """See Endpoint."""
-        self.memory = memory.cast("B")
-
-    def connect(self, peer: NodeId, address: str) -> None:
-        """See Endpoint."""
-        host, _, port = address.rpartition(":")
-        try:
-            sock = socket.create_connection((host, int(port)), timeout=_TIMEOUT_S)
-        except OSError as error:
-            raise TransportError(f"node {peer} at {address} cannot be reached: {error}") from error
-        try:
-            found, theirs = self._shake(sock), self.introduce(sock)
-        except (OSError, EOFError) as error:
-            sock.close()
-            raise TransportError(f"node {peer} at {address} does not answer as one of this cluster: {error}") from error
-        if found != peer:
-            sock.close()
-            raise TransportError(f"{address} is node {found}, not {peer}")
-        self._add(_Connection(self, peer, sock, theirs))
-
-    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
-        """See Endpoint."""
-        return self._connection(peer).give(_WRITTEN, immediate, offset, data)
-
-    def send(self, peer: NodeId, data: bytes) -> Future[None]:
-        """See Endpoint."""
-        return self._connection(peer).give(_MESSAGE, 0, 0, memoryview(data))
-
-    def disconnect(self, peer: NodeId) -> None:
-        """See Endpoint."""
-        with self._lock:
-            connection = self._connections.pop(peer, None)
-        if connection is not None:
-            connection.finish()
-
-    def close(self) -> None:
-        """See Endpoint."""
-        with self._lock:
-            self._closed = True
-            connections = list(self._connections)
-        for peer in connections:
-            self.disconnect(peer)
-        # A blocked accept() is woken by shutting the socket down.
-        with suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        self._listener.join(_TIMEOUT_S)
-
-    def forget(self, connection: _Connection) -> None:
-        """Called by a connection that is over."""
-        with self._lock:
-            if self._connections.get(connection.peer) is connection:
-                del self._connections[connection.peer]
-
-    def _connection(self, peer: NodeId) -> _Connection:
-        with self._lock:
-            if peer not in self._connections:
-                raise TransportError(f"node {peer} is not connected")
-            return self._connections[peer]
-
-    def _add(self, connection: _Connection) -> None:
-        with self._lock:
-            refused = self._closed or connection.peer in self._connections
-            if not refused:
-                self._connections[connection.peer] = connection
-                connection.start()
-        if refused:
-            connection.sock.close()
-            raise TransportError(f"node {connection.peer} is connected already")
-
-    def _accept_all(self) -> None:
-        while True:
-            try:
-                sock, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._admit, args=(sock,), name="tcp-admit", daemon=True).start()
-
-    def _admit(self, sock: socket.socket) -> None:
-        try:
-            sock.settimeout(_TIMEOUT_S)
-            self._add(_Connection(self, self._shake(sock), sock, self.introduce(sock)))
-        except (OSError, EOFError, TransportError):
-            sock.close()  # not one of us, or twice the same: the other side sees its connection end
+    def make(self, peer: NodeId, sock: socket.socket) -> _Connection:
+        """See SocketEndpoint."""
+        return _Connection(self, peer, sock, self.introduce(sock))
 
     def introduce(self, sock: socket.socket) -> memoryview | None:
         """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
         return None
-
-    def _shake(self, sock: socket.socket) -> NodeId:
-        """Exchange challenges and prove to know the key, both ways; the peer's node id."""
-        mine = secrets.token_bytes(32)
-        sock.sendall(_HELLO.pack(mine, self.node))
-        hello, proof = bytearray(_HELLO.size), bytearray(_PROOF_BYTES)
-        fill(sock, memoryview(hello))
-        theirs, peer = _HELLO.unpack(hello)
-        sock.sendall(self._proof(theirs, self.node))
-        fill(sock, memoryview(proof))
-        if theirs == mine or not hmac.compare_digest(self._proof(mine, peer), bytes(proof)):
-            raise EOFError("it does not know the cluster's key")
-        return int(peer)
-
-    def _proof(self, challenge: bytes, node: NodeId) -> bytes:
-        return hmac.digest(self._key, challenge + struct.pack("!I", node), "sha256")

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": PURE,
     "figures": PURE,
     "checkpoints": PURE,
-    "diagnostics": PURE,
+    "diagnostics": PURE | {"transport"},
     "inference": PURE | {"checkpoints", "control", "memory"},
     "transport": PURE,
     "live": PURE | {"checkpoints", "control", "inference", "transport"},

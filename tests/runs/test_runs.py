@@ -59,7 +59,9 @@ class TestReuse:
 
     def test_where_results_go_is_no_part_of_a_run(self, tmp_path: Path) -> None:
         small_run(tmp_path, f"out={tmp_path / 'x'}")
-        assert small_run(tmp_path, f"out={tmp_path / 'x'}", "logger.project=p", "logger=wandb").reused
+        assert small_run(
+            tmp_path, f"out={tmp_path / 'x'}", "logger.project=p", "logger=wandb", f"logger.directory={tmp_path}"
+        ).reused
 
     def test_force_runs_again(self, tmp_path: Path) -> None:
         first = small_run(tmp_path)

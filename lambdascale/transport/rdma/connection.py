@@ -1,0 +1,243 @@
+"""A connection to one peer: its queue pairs (a rail for each device) and its socket.
+
+One thread sends; the endpoint's watching thread takes completions and tells the node of what has arrived. The socket over which
+the two ends have introduced themselves stays open: a process that dies closes it, long before retries are exhausted.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lambdascale.core import NodeId
+from lambdascale.transport.base import TransportError
+from lambdascale.transport.rdma.frames import Card
+from lambdascale.transport.rdma.inbox import Inbox
+from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
+from lambdascale.transport.rdma.outbox import Outbox, Step
+from lambdascale.transport.rdma.slots import Slots, address_of
+from lambdascale.transport.sockets import TIMEOUT_S, fill
+
+if TYPE_CHECKING:
+    from lambdascale.transport.rdma.endpoint import RdmaEndpoint
+
+# How long what was given may take to arrive when a connection is ended on purpose.
+_DRAIN_S = 60.0
+# A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
+_LOST_S = 30.0
+_GO = b"!"
+
+
+class RdmaConnection:
+    """See Connection."""
+
+    def __init__(
+        self, endpoint: RdmaEndpoint, peer: NodeId, sock: socket.socket, lanes: list[Lane], slots: Slots, theirs: Card
+    ) -> None:
+        self.peer = peer
+        self.sock = sock
+        self.lanes = lanes
+        self._endpoint = endpoint
+        self._slots = slots
+        self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
+        handlers = endpoint.handlers
+        self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited)
+        self._changed = threading.Condition()
+        self._ending = False  # this end says goodbye once everything is through
+        self._reason = ""  # why nothing is accepted any more
+        self._gone = threading.Event()  # the peer has nothing to say any more
+        self._freed = False
+        self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
+
+    def start(self) -> None:
+        """See Connection. The peer sends nothing before it is told that this end listens."""
+        self._endpoint.watch.call(self._watch_lanes)
+        with suppress(OSError):  # then this end will hear of it, too
+            self.sock.sendall(_GO)
+        self._thread.start()
+
+    def abandon(self) -> None:
+        """See Connection."""
+        self._free()
+
+    def write(self, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        """See Connection."""
+        flat = data.cast("B") if data.nbytes else memoryview(b"")
+        source = self._endpoint.source(address_of(flat), len(flat))
+        future = self._give(lambda: self._outbox.write(flat, source, offset, immediate))
+        if future is None:
+            source.release()
+        return future or self._refusal()
+
+    def send(self, data: bytes) -> Future[None]:
+        """See Connection."""
+        return self._give(lambda: self._outbox.message(data)) or self._refusal()
+
+    def _give(self, put: Callable[[], Future[None]]) -> Future[None] | None:
+        with self._changed:
+            if self._reason or self._ending:
+                return None
+            self._changed.notify()
+            return put()
+
+    def _refusal(self) -> Future[None]:
+        refused: Future[None] = Future()
+        refused.set_exception(TransportError(f"node {self.peer}: {self._reason or 'disconnected'}"))
+        return refused
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        try:
+            answer = bytearray(1)
+            fill(self.sock, memoryview(answer))
+            self.sock.setblocking(False)
+            self._endpoint.watch.call(self._watch_socket)
+            while (step := self._next()) is not None:
+                self._take(step)
+        except (OSError, EOFError, LaneError, TransportError) as error:
+            self._break(str(error) or "the connection is gone")
+
+    def _next(self) -> Step | None:
+        """What to post next, once there is something; None when the connection has ended."""
+        with self._changed:
+            while not self._reason:
+                step = self._outbox.step()
+                if step is not None:
+                    return step
+                if self._outbox.said_goodbye and all(lane.idle for lane in self.lanes):
+                    return None
+                self._changed.wait()
+        return None
+
+    def _take(self, step: Step) -> None:
+        link = self._endpoint.link
+        if link is not None and step.paced_bytes:
+            link.take(step.paced_bytes)
+        with self._changed:
+            if not self._reason:
+                step.post()
+
+    # -- what the watching thread does -------------------------------------------------------------------------------
+
+    def _watch_lanes(self) -> None:
+        for rail, lane in enumerate(self.lanes if not self._freed else []):
+            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True))
+
+    def _watch_socket(self) -> None:
+        if not self._freed:
+            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
+
+    def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
+        """Take a rail's completions and act on them."""
+        items: list[Arrival | Callable[[], None]] = []
+        failure = ""
+        with self._changed:
+            try:
+                if acknowledge:
+                    lane.acknowledge()
+                lane.completed(items)
+            except LaneError as error:
+                failure = str(error)
+        try:
+            for item in items:
+                self._arrived(rail, lane, item) if isinstance(item, Arrival) else item()
+        except (LaneError, ValueError) as error:
+            failure = failure or str(error)
+        with self._changed:
+            self._changed.notify()
+        if self._inbox.peer_has_left:
+            self._peer_left()
+        elif failure:
+            self._break(failure)
+
+    def _arrived(self, rail: int, lane: Lane, arrival: Arrival) -> None:
+        if arrival.immediate is not None:
+            counts = self._inbox.immediate(arrival.immediate)
+        else:
+            counts = self._inbox.frame(self._slots.view(arrival.slot, arrival.size))
+        lane.receive_again(arrival.slot)
+        back = lane.receives.used() if counts else 0
+        if back:
+            with self._changed:
+                self._outbox.credit(rail, back)
+
+    def _credited(self, rail: int, count: int) -> None:
+        with self._changed:
+            self.lanes[rail].receives.credits += count
+
+    def _socket_readable(self) -> None:
+        """The peer's process has ended, or it has closed the connection: it never says anything there."""
+        for rail, lane in enumerate(self.lanes):
+            if not self._freed:
+                self._completed(rail, lane, acknowledge=False)
+        if self._freed:
+            return
+        self._endpoint.watch.remove(self.sock.fileno())
+        if self._ending:
+            self._gone.set()
+        else:
+            self._break("the connection is gone")
+
+    def check(self) -> None:
+        """Called every now and then: has a completion been lost?"""
+        with self._changed:
+            stuck_s = max(lane.stuck_s() for lane in self.lanes) if not self._freed else 0.0
+        if stuck_s > _LOST_S:
+            self._break(f"no completion for {stuck_s:.0f} s")
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    def _peer_left(self) -> None:
+        self._gone.set()
+        if not self._ending:
+            self._break("the peer has disconnected", tell=False)
+
+    def finish(self) -> None:
+        """See Connection. Not from a handler."""
+        with self._changed:
+            self._ending = True
+            self._outbox.goodbye()
+            self._changed.notify()
+        self._thread.join(_DRAIN_S)
+        if not self._reason:
+            self._gone.wait(TIMEOUT_S)
+        self._break("disconnected", tell=False)
+        self._endpoint.watch.call_and_wait(self._free, TIMEOUT_S)
+        self._thread.join(TIMEOUT_S)
+
+    def _break(self, reason: str, *, tell: bool = True) -> None:
+        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        with self._changed:
+            if self._reason:
+                return
+            self._reason = reason
+            self._changed.notify()
+        self._endpoint.forget(self)
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self._endpoint.watch.call(self._free)
+        if tell and not self._ending:
+            self._endpoint.handlers.on_lost(self.peer, reason)
+
+    def _free(self) -> None:
+        """Close queue pairs, memory and socket; in the watching thread, or before the connection has been started."""
+        with self._changed:
+            if self._freed:
+                return
+            self._freed = True
+            for lane in self.lanes:
+                self._endpoint.watch.remove(lane.fd)
+                lane.close()
+            self._endpoint.watch.remove(self.sock.fileno())
+            self._slots.close()
+            self.sock.close()
+            futures = self._outbox.fail()
+        self._endpoint.freed(self)
+        for future in futures:
+            future.set_exception(TransportError(f"node {self.peer}: {self._reason}"))

@@ -1,0 +1,165 @@
+"""The RDMA transport: one-sided writes into registered memory over reliable connections, by pyverbs.
+
+Peers introduce themselves over an authenticated socket, where each tells the other its queue pairs and the key of its memory: a
+process that does not know the cluster's key learns neither. Connections are made once and kept: no scale-out waits for one.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+
+from msgspec import MsgspecError, msgpack
+from pyverbs.pyverbs_error import PyverbsError
+
+from lambdascale.core import NodeId
+from lambdascale.core.checks import require
+from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.pacing import TokenBucket
+from lambdascale.transport.rdma.connection import RdmaConnection
+from lambdascale.transport.rdma.device import Device, Region, guarded, list_ports, register
+from lambdascale.transport.rdma.frames import Card
+from lambdascale.transport.rdma.lane import Lane
+from lambdascale.transport.rdma.options import RdmaOptions
+from lambdascale.transport.rdma.outbox import Source
+from lambdascale.transport.rdma.ports import choose
+from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots, address_of
+from lambdascale.transport.rdma.watch import Watch
+from lambdascale.transport.sockets import SocketEndpoint, fill
+
+# Receives per rail; spare ones for frames without credit: a goodbye, and per rail as many credit frames as can be under way.
+_RECEIVES, _SPARE_PER_RAIL = 64, 8
+_SENDS = 16
+_LENGTH = struct.Struct("!I")
+_LARGEST_CARD = 1 << 16
+# Made here: msgspec crashes when two threads are the first to decode a type.
+_cards = msgpack.Decoder(Card)
+
+
+class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
+    """An Endpoint over RDMA devices. UserError if there is none, or not the one that ``options`` name."""
+
+    def __init__(
+        self,
+        node: NodeId,
+        handlers: Handlers,
+        key: bytes,
+        *,
+        host: str = "127.0.0.1",
+        link: TokenBucket | None = None,
+        options: RdmaOptions | None = None,
+    ) -> None:
+        self.options = options or RdmaOptions()
+        self.choices = choose(list_ports(), self.options, host)
+        self._devices = [Device(choice) for choice in self.choices]
+        self._target: Region | None = None
+        self._sources: list[Region] = []
+        self._live: set[RdmaConnection] = set()
+        self.watch = Watch(f"rdma-watch-{node}", self._check)
+        super().__init__(node, handlers, key, host=host, link=link)
+
+    @property
+    def step_bytes(self) -> int:
+        """Size of a chunk: a paced link's are small, so that messages need not wait for long."""
+        return self.options.chunk_bytes if self.link is None else min(self.options.chunk_bytes, self.link.piece_bytes)
+
+    def register(self, memory: memoryview) -> None:
+        """See Endpoint. Once; TransportError if more than may be locked."""
+        require(self._target is None, "an endpoint's memory is registered once")
+        super().register(memory)
+        if memory.nbytes:
+            self._target = register(self._devices, address_of(self.memory), memory.nbytes, remote=True)
+            self._sources.append(self._target)
+
+    def register_source(self, memory: memoryview) -> None:
+        """See Endpoint."""
+        if memory.nbytes:
+            self._sources.append(register(self._devices, address_of(memory), memory.nbytes))
+
+    def source(self, address: int, size: int) -> Source:
+        """Where a write comes from. What has not been registered is now, until the write is through."""
+        if not size:
+            return Source(address, 0, [0] * len(self._devices), lambda: None)
+        for region in self._sources:
+            if region.has(address, size):
+                return Source(address, size, region.local_keys, lambda: None)
+        region = register(self._devices, address, size)
+        return Source(address, size, region.local_keys, region.close)
+
+    def make(self, peer: NodeId, sock: socket.socket) -> RdmaConnection:
+        """See SocketEndpoint. Both ends are ready to receive before either gets to know that the connection is made."""
+        lanes: list[Lane] = []
+        slots = Slots(self._devices[0], self._receives(0), _SENDS)
+        try:
+            for rail, device in enumerate(self._devices):
+                lanes.append(guarded(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
+            theirs = self._exchange(sock, self._card(lanes))
+            if len(theirs.rails) != len(lanes):
+                raise TransportError(f"node {peer} has {len(theirs.rails)} rails, this one {len(lanes)}: name as many devices")
+            for lane, card in zip(lanes, theirs.rails, strict=True):
+                guarded(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
+                lane.receives.credits = theirs.receives
+        except BaseException:
+            for lane in lanes:
+                lane.close()
+            slots.close()
+            raise
+        connection = RdmaConnection(self, peer, sock, lanes, slots, theirs)
+        self._live.add(connection)
+        return connection
+
+    def _receives(self, rail: int) -> int:
+        """Of these, the peer has credit for the first _RECEIVES."""
+        return _RECEIVES + (_SPARE_PER_RAIL * len(self._devices) if rail == 0 else 0)
+
+    def _lane(self, rail: int, device: Device, slots: Slots) -> Lane:
+        count = self._receives(rail)
+        lane = Lane(
+            device, receives=_RECEIVES, spare=count - _RECEIVES, sends=_SENDS + self.options.depth, depth=self.options.depth
+        )
+        for slot in range(count):
+            # Sends come on the first rail; on the others, receives are only for immediates.
+            lane.receive(slot, slots.address(slot), SLOT_BYTES if rail == 0 else 0, slots.key)
+        return lane
+
+    def _card(self, lanes: list[Lane]) -> Card:
+        keys = self._target.remote_keys if self._target else [0] * len(lanes)
+        address = self._target.address if self._target else 0
+        rails = tuple(lane.card(key) for lane, key in zip(lanes, keys, strict=True))
+        return Card(address, len(self.memory), _RECEIVES, rails)
+
+    @staticmethod
+    def _exchange(sock: socket.socket, mine: Card) -> Card:
+        data = msgpack.encode(mine)
+        sock.sendall(_LENGTH.pack(len(data)) + data)
+        head = bytearray(_LENGTH.size)
+        fill(sock, memoryview(head))
+        (size,) = _LENGTH.unpack(head)
+        if size > _LARGEST_CARD:
+            raise EOFError(f"it introduces itself with {size} bytes")
+        answer = bytearray(size)
+        fill(sock, memoryview(answer))
+        try:
+            return _cards.decode(answer)
+        except MsgspecError as error:
+            raise EOFError(f"it does not introduce itself as expected: {error}") from error
+
+    def freed(self, connection: RdmaConnection) -> None:
+        """Called by a connection that has closed its queue pairs."""
+        self._live.discard(connection)
+
+    def _check(self) -> None:
+        for connection in list(self._live):
+            connection.check()
+
+    def close(self) -> None:
+        """See Endpoint."""
+        if self._closed:
+            return
+        super().close()
+        self.watch.close()
+        closing: list[Region | Device] = [*self._sources, *self._devices]
+        for each in closing:
+            with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
+                each.close()

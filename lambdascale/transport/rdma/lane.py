@@ -1,0 +1,260 @@
+"""One queue pair of a connection, with its completions: work requests go in, completions come out in batches.
+
+Work requests are objects of pyverbs that are filled in anew for each use: it never frees the memory of those it makes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from pyverbs import enums
+from pyverbs.addr import GID, AHAttr, GlobalRoute
+from pyverbs.cq import CQ, CompChannel
+from pyverbs.pyverbs_error import PyverbsError
+from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
+from pyverbs.wr import SGE, RecvWR, SendWR
+
+from lambdascale.transport.rdma.device import Device
+from lambdascale.transport.rdma.frames import RailCard, Receives
+from lambdascale.transport.rdma.ports import mtu_code
+
+_BATCH = 32
+# A packet not acknowledged is sent again after 4.096 us * 2**17 = 0.54 s, seven times: a peer is dead after about four seconds
+# (its process' death is seen at once, by the socket). Receives not posted in time are waited for, without limit (7).
+_ACK_TIMEOUT, _RETRIES, _RNR_RETRIES, _RNR_TIMER = 17, 7, 7, 12
+_HOPS = 64
+_PSN_BITS = 24
+_REASONS = {
+    "IBV_WC_RETRY_EXC_ERR": "it does not answer any more (retries exceeded)",
+    "IBV_WC_REM_ACCESS_ERR": "it refuses a write (remote access error)",
+    "IBV_WC_WR_FLUSH_ERR": "its queue pair has failed (flushed)",
+    "IBV_WC_RNR_RETRY_EXC_ERR": "it posts no receives (retries exceeded)",
+}
+_opening = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A receive that was used: by a write's immediate, or by a send of ``size`` bytes into a slot."""
+
+    slot: int
+    size: int
+    immediate: int | None
+
+
+class LaneError(RuntimeError):
+    """The queue pair has failed; the message says how, of the peer."""
+
+
+@dataclass(slots=True)
+class _Posted:
+    number: int
+    at: float
+    chunk: bool
+    done: Callable[[], None] | None
+
+
+class Lane:
+    """A reliable connection's end. One thread calls ``send`` and ``write``, another ``completed``, under one lock."""
+
+    def __init__(self, device: Device, *, receives: int, spare: int, sends: int, depth: int) -> None:
+        self.receives = Receives(receives)
+        self._device, self._depth = device, depth
+        self._channel, self.fd = _open_channel(device)
+        self._cq = CQ(device.context, receives + spare + sends + 1, None, self._channel, 0)
+        self._cq.req_notify(False)
+        cap = QPCap(max_send_wr=sends, max_recv_wr=receives + spare, max_send_sge=1, max_recv_sge=1)
+        initial = QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=self._cq, rcq=self._cq, cap=cap, sq_sig_all=0)
+        self.qp = QP(device.domain, initial)
+        self.qp.to_init(self._attributes())
+        self._psn = secrets.randbits(_PSN_BITS)
+        self._place = SGE(0, 0, 0)
+        self._request = SendWR(num_sge=1, sg=[self._place])
+        self._request.sg_list = self._place
+        self._waiting: dict[int, RecvWR] = {}
+        self._posted: deque[_Posted] = deque()
+        self._number = 0
+        self._chunks = 0
+        self._unsignalled = 0
+
+    def card(self, key: int) -> RailCard:
+        """What the other end must know."""
+        choice = self._device.choice
+        return RailCard(
+            self.qp.qp_num, self._psn, choice.port.lid, choice.gid.address.packed, choice.mtu, choice.port.infiniband, key
+        )
+
+    def connect(self, theirs: RailCard) -> None:
+        """Bring the queue pair into a state to send in."""
+        choice, attributes = self._device.choice, self._attributes()
+        attributes.path_mtu = mtu_code(min(choice.mtu, theirs.mtu))
+        attributes.dest_qp_num = theirs.qp
+        attributes.rq_psn, attributes.sq_psn = theirs.psn, self._psn
+        attributes.min_rnr_timer = _RNR_TIMER
+        attributes.timeout, attributes.retry_cnt, attributes.rnr_retry = _ACK_TIMEOUT, _RETRIES, _RNR_RETRIES
+        attributes.max_rd_atomic = attributes.max_dest_rd_atomic = 1
+        attributes.ah_attr = self._route(theirs)
+        self.qp.to_rts(attributes)
+
+    def _attributes(self) -> QPAttr:
+        attributes = QPAttr(port_num=self._device.choice.port.number)
+        attributes.qp_access_flags = enums.IBV_ACCESS_LOCAL_WRITE | enums.IBV_ACCESS_REMOTE_WRITE
+        return attributes
+
+    def _route(self, theirs: RailCard) -> AHAttr:
+        """Within an InfiniBand subnet by LID, otherwise by GID."""
+        choice = self._device.choice
+        port, mine = choice.port, choice.gid.address.packed
+        if port.infiniband and theirs.infiniband and mine[:8] == theirs.gid[:8]:
+            return AHAttr(dlid=theirs.lid, is_global=0, port_num=port.number)
+        gid = ":".join(theirs.gid[at : at + 2].hex() for at in range(0, 16, 2))
+        route = GlobalRoute(dgid=GID(gid), sgid_index=choice.gid.index, hop_limit=_HOPS)
+        return AHAttr(dlid=theirs.lid, is_global=1, port_num=port.number, gr=route)
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_room(self) -> bool:
+        """For another chunk."""
+        return self._chunks < self._depth
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way."""
+        return not self._posted
+
+    def stuck_s(self) -> float:
+        """For how long the oldest work request has been waiting for its completion."""
+        posted = self._posted
+        return time.monotonic() - posted[0].at if posted else 0.0
+
+    def send(self, address: int, size: int, key: int, done: Callable[[], None] | None) -> None:
+        """Send from registered memory; ``done`` is given back once it has arrived."""
+        self._request.opcode = enums.IBV_WR_SEND
+        self._post(address, size, key, done, chunk=False, signalled=True)
+
+    def write(
+        self,
+        address: int,
+        size: int,
+        key: int,
+        *,
+        to: int,
+        remote_key: int,
+        immediate: int | None,
+        done: Callable[[], None] | None,
+    ) -> None:
+        """Write a chunk; the last of a write has an immediate. Only every so many chunks ask for a completion of their own."""
+        request = self._request
+        request.opcode = enums.IBV_WR_RDMA_WRITE if immediate is None else enums.IBV_WR_RDMA_WRITE_WITH_IMM
+        request.imm_data = immediate or 0
+        request.set_wr_rdma(remote_key, to)
+        signalled = immediate is not None or self._unsignalled + 1 >= max(1, self._depth // 4)
+        self._post(address, size, key, done, chunk=True, signalled=signalled)
+
+    def _post(self, address: int, size: int, key: int, done: Callable[[], None] | None, *, chunk: bool, signalled: bool) -> None:
+        place, request = self._place, self._request
+        place.addr, place.length, place.lkey = address, size, key
+        self._number += 1
+        request.wr_id = self._number << 1 | 1
+        request.send_flags = enums.IBV_SEND_SIGNALED if signalled else 0
+        self._unsignalled = 0 if signalled else self._unsignalled + 1
+        self._posted.append(_Posted(self._number, time.monotonic(), chunk, done))
+        self._chunks += chunk
+        try:
+            self.qp.post_send(request)
+        except PyverbsError as error:
+            raise LaneError(f"a work request is refused: {error}") from error
+
+    # -- receiving ---------------------------------------------------------------------------------------------------
+
+    def receive(self, slot: int, address: int, size: int, key: int) -> None:
+        """Post a receive into a slot of registered memory (``size`` 0: for immediates only)."""
+        self._waiting[slot] = RecvWR(wr_id=slot << 1, num_sge=1, sg=[SGE(address, size, key)])
+        self.qp.post_recv(self._waiting[slot])
+
+    def receive_again(self, slot: int) -> None:
+        """Post a slot's receive again."""
+        try:
+            self.qp.post_recv(self._waiting[slot])
+        except PyverbsError as error:
+            raise LaneError(f"a receive is refused: {error}") from error
+
+    def acknowledge(self) -> None:
+        """The channel is readable: take the event, and ask for the next. Completions are to be looked at afterwards."""
+        try:
+            self._channel.get_cq_event(self._cq)
+            self._cq.ack_events(1)
+            self._cq.req_notify(False)
+        except PyverbsError as error:
+            raise LaneError(f"its completions cannot be waited for: {error}") from error
+
+    def completed(self, into: list[Arrival | Callable[[], None]]) -> None:
+        """Put what has completed into a list: arrivals, and what was to be done then. LaneError at the first failure."""
+        while True:
+            count, completions = self._cq.poll(_BATCH)
+            for completion in completions:
+                if completion.status != enums.IBV_WC_SUCCESS:
+                    raise LaneError(_reason(completion.status))
+                if completion.wr_id & 1:
+                    into.extend(self._retire(completion.wr_id >> 1))
+                else:
+                    into.append(self._arrival(completion))
+            if count < _BATCH:
+                return
+
+    def _retire(self, number: int) -> Iterator[Callable[[], None]]:
+        """A completion stands for all work requests before it, too."""
+        while self._posted and self._posted[0].number <= number:
+            posted = self._posted.popleft()
+            self._chunks -= posted.chunk
+            if posted.done is not None:
+                yield posted.done
+
+    @staticmethod
+    def _arrival(completion: Any) -> Arrival:
+        written = completion.opcode == enums.IBV_WC_RECV_RDMA_WITH_IMM
+        return Arrival(completion.wr_id >> 1, completion.byte_len, completion.imm_data if written else None)
+
+    def close(self) -> None:
+        """End the queue pair; whatever is under way is dropped."""
+        # What remains of a device that went away cannot be freed, and need not.
+        for each in (self.qp, self._cq, self._channel):
+            with suppress(PyverbsError):
+                each.close()
+
+
+def _reason(status: int) -> str:
+    for name, text in _REASONS.items():
+        if status == getattr(enums, name):
+            return text
+    return f"a work request has failed (status {status} of ibv_wc_status)"
+
+
+def _open_channel(device: Device) -> tuple[CompChannel, int]:
+    """A completion channel and its file descriptor, which pyverbs does not tell: the one that is new among this process' own.
+
+    Waiting in pyverbs itself would stop all threads, it does so with the interpreter's lock held.
+    """
+    with _opening:
+        before = _event_descriptors()
+        channel = CompChannel(device.context)
+        (new,) = _event_descriptors() - before
+    return channel, new
+
+
+def _event_descriptors() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile, as the folder's own is
+            if os.readlink(f"/proc/self/fd/{name}").endswith("[infinibandevent]"):
+                found.add(int(name))
+    return found

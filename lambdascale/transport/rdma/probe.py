@@ -1,0 +1,58 @@
+"""A port tried out: two endpoints of this process write to each other through it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.rdma.endpoint import RdmaEndpoint
+from lambdascale.transport.rdma.options import RdmaOptions
+from lambdascale.transport.rdma.ports import Choice
+
+_PATIENCE_S = 60.0
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loopback:
+    """What came of it. ``choice``: the GID and MTU that were chosen; ``intact``: every byte arrived as it was."""
+
+    choice: Choice
+    bytes_per_s: float
+    intact: bool
+
+
+def loopback(options: RdmaOptions, size: int) -> Loopback:
+    """Write ``size`` random bytes through a port and compare. TransportError or UserError if they do not arrive."""
+    written = threading.Semaphore(0)
+    lost: list[str] = []
+
+    def note_loss(peer: int, reason: str) -> None:
+        lost.append(reason)
+        written.release()
+
+    handlers = Handlers(on_write=lambda *_: written.release(), on_message=lambda *_: None, on_lost=note_loss)
+    key = secrets.token_bytes(_KEY_BYTES)
+    one, two = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
+    try:
+        source, target = (endpoint.allocate(size) for endpoint in (one, two))
+        source[:] = secrets.token_bytes(size)
+        one.register(source)
+        two.register(target)
+        one.connect(1, two.address)
+        began = time.monotonic()
+        one.write(1, source, 0, 0)
+        told = written.acquire(timeout=_PATIENCE_S)
+        took_s = time.monotonic() - began
+        if lost or not told:
+            raise TransportError(lost[0] if lost else f"nothing has arrived after {_PATIENCE_S:.0f} s")
+        intact = bool(np.array_equal(np.frombuffer(source, np.uint8), np.frombuffer(target, np.uint8)))
+        return Loopback(choice=one.choices[0], bytes_per_s=size / took_s, intact=intact)
+    finally:
+        one.close()
+        two.close()
