@@ -34,6 +34,9 @@ class Recovery:
             transfer.waiting.discard(node)
             if transfer.waiting:
                 self._replan(transfer)
+        if not fleet.gpus_free:
+            for state in fleet.models.values():
+                self._router.give_up(state)
 
     def transfer_failed(self, transfer_id: int) -> None:
         """Give up the nodes a failed transfer was for; the autoscaler will ask again."""

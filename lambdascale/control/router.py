@@ -8,6 +8,8 @@ from lambdascale.control.state import Fleet, Instance, ModelState
 from lambdascale.core import Request
 from lambdascale.core.commands import Dispatch, FailRequest
 
+_NO_NODE = "no node is left to serve it"
+
 
 class Router:
     """Holds requests back until an instance has a free slot, so that new capacity takes over the queue at once."""
@@ -16,8 +18,11 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """A new request: dispatch it, queue it, or refuse it when its KV cache could never fit a replica."""
+        """A new request: dispatch it, queue it, or refuse it when its KV cache could never fit a replica, or no node is left."""
         state = self._fleet.models[request.model]
+        if not self._fleet.gpus_free:
+            self._fleet.out.append(FailRequest(request.request_id, _NO_NODE))
+            return
         needed = request.prompt_tokens + request.output_tokens
         if needed > state.kv_tokens:
             reason = f"needs {needed} tokens of KV cache, a replica of {request.model} has {state.kv_tokens}"
@@ -29,6 +34,11 @@ class Router:
             return
         self._take(state, instance, request)
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
+
+    def give_up(self, state: ModelState) -> None:
+        """No node is left: nobody will answer what is queued."""
+        self._fleet.out += [FailRequest(request.request_id, _NO_NODE) for request in state.queue]
+        state.queue.clear()
 
     def finish(self, instance: Instance, request_id: int) -> None:
         """A request is done: its slot goes to the head of the queue."""

@@ -33,7 +33,8 @@ def _run_one(study: Study, overrides: Sequence[str], multirun: Multirun) -> int:
     experiment = str(chosen(overrides, "experiment"))
     lines = command_lines(study, overrides)
     outcomes = [outcome for number, line in enumerate(lines) for outcome in multirun(line, f"{experiment}-{number}")]
-    report_errors(outcomes)
+    # What is wrong with one run is often wrong with all of them.
+    report_errors(list({outcome.error: outcome for outcome in reversed(outcomes)}.values()))
     print(f"{experiment}: {len(outcomes)} runs, {sum(outcome.reused for outcome in outcomes)} of them reused", flush=True)
     if not worst(outcomes):
         # Grids may meet in a run where the user's overrides took their differences away.

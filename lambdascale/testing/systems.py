@@ -126,6 +126,18 @@ class SystemConformance:
         """The survivor does everything."""
         self.run(burst(30), failures=[(node, 0.1 + 0.12 * node) for node in range(5)])
 
+    def test_when_all_nodes_are_lost_requests_fail(self) -> None:
+        """Those that wait and those that come later: a run without nodes ends."""
+        config, cluster = self.make_system(), small_cluster(3)
+        requests = burst(30) + burst(2, 5.0, 30)
+        backend = SimConfig(node_failures=((0, 0.1), (1, 0.1), (2, 0.15))).build(
+            cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0
+        )
+        checker = InvariantChecker(cluster, config.blocks)
+        drive(config.build(cluster=cluster, models=[small_model()]), backend, [checker])
+        checker.finish()
+        assert {30, 31} <= checker.failed
+
     def test_prototype_barrier(self) -> None:
         """The same plans under the prototype's round barrier."""
         self.run(burst(60), transfers={"barrier": True})
