@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import re
 import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -26,6 +27,7 @@ from lambdascale.transport.rdma import RdmaOptions, load
 
 MIB = 1 << 20
 BLOCKS = 16
+_TRIES = 20
 
 
 def main() -> None:
@@ -38,7 +40,10 @@ def main() -> None:
     parser.add_argument("--paced", type=float, default=4e6, help="bytes/s of a paced link, slow enough for the machine")
     given = parser.parse_args()
     options = RdmaOptions(devices=(given.device,), gid_index=given.gid_index, windows=False)
-    pairs = [(perftest(given.device, given.gid_index, given.mib), transport(options, given.mib)) for _ in range(given.repeat)]
+    pairs = []
+    for _ in range(given.repeat):
+        pairs.append((perftest(given.device, given.gid_index, given.mib), transport(options, given.mib)))
+        print(f"ib_write_bw, transport: {pairs[-1]}", file=sys.stderr, flush=True)
     reference, ours = (median(column) for column in zip(*pairs, strict=True))
     report = {
         "ib_write_bw_bytes_per_s": reference,
@@ -54,10 +59,15 @@ def main() -> None:
 def perftest(device: str, gid_index: int, mib: int) -> float:
     """ib_write_bw with messages of 1 MiB over one queue pair; bytes/s."""
     command = ["ib_write_bw", "-d", device, "-x", str(gid_index), "-s", str(MIB), "-n", str(max(5, mib)), "-F"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
-        time.sleep(1)
-        done = subprocess.run([*command, "localhost"], capture_output=True, text=True, timeout=120)
-        server.wait(30)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(_TRIES):  # until the server listens
+                time.sleep(1)
+                done = subprocess.run([*command, "127.0.0.1"], capture_output=True, text=True, timeout=120)
+                if done.returncode == 0:
+                    break
+        finally:
+            server.kill()
     rows = re.findall(rf"^ *{MIB} +\d+ +[\d.]+ +([\d.]+)", done.stdout, re.MULTILINE)
     if not rows:
         raise RuntimeError(f"ib_write_bw says: {done.stdout}{done.stderr}")

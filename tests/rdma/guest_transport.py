@@ -109,3 +109,42 @@ class TestKeys:
             one.endpoint.write(1, memoryview(b"intruder"), 100, 0).result(30)
         assert not any(other.memory[100:200])
         assert one.heard.lost
+
+
+class TestFaults:
+    """What only verbs can get wrong ends as every other loss does."""
+
+    @pytest.fixture
+    def ends(self, two: tuple[Node, Node]) -> tuple[Node, RdmaConnection, RdmaConnection]:
+        """The writer, its connection, and the other's; the writer is admitted."""
+        one, other = two
+        other.endpoint.admit(0)
+        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        (writing,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
+        (reading,) = other.endpoint._connections.values()  # type: ignore[attr-defined]
+        return one, writing, reading
+
+    def lose(self, one: Node, says: str) -> None:
+        future = one.endpoint.write(1, memoryview(b"in vain"), 0, 1)
+        with pytest.raises(TransportError, match=says):
+            future.result(60)
+        one.heard.wait(lambda heard: bool(heard.lost))
+        assert [peer for peer, _ in one.heard.lost] == [1]
+
+    def test_a_peer_that_does_not_answer(self, ends: tuple[Node, RdmaConnection, RdmaConnection]) -> None:
+        """Its machine is gone: no socket is closed."""
+        one, _, reading = ends
+        reading.lanes[0].qp.close()
+        self.lose(one, "does not answer")
+
+    def test_a_lost_completion(self, ends: tuple[Node, RdmaConnection, RdmaConnection], monkeypatch: pytest.MonkeyPatch) -> None:
+        one, writing, _ = ends
+        monkeypatch.setattr("lambdascale.transport.rdma.connection._LOST_S", 1.0)
+        monkeypatch.setattr(writing.lanes[0], "completed", lambda into: None)
+        self.lose(one, "no completion")
+
+    def test_a_flushed_queue_pair(self, ends: tuple[Node, RdmaConnection, RdmaConnection]) -> None:
+        one, writing, _ = ends
+        writing.lanes[0].fail()
+        one.heard.wait(lambda heard: bool(heard.lost))
+        assert "flushed" in one.heard.lost[0][1]
