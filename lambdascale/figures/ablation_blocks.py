@@ -11,17 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from lambdascale.figures.grid import checked
-from lambdascale.figures.style import PAGE_IN, say_backend, sizes_in_order
+from lambdascale.figures.style import PAGE_IN, require_columns, say_backend, sizes_in_order
 
 _COLORS = {False: "#D55E00", True: "#0072B2"}
 _ENOUGH = 1.1
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run; models have blocks of their own, so completeness is asked for per model."""
+    """One row per run; models have blocks of their own, so completeness is asked for per model.
+
+    Live runs leave ``barrier`` empty, since a live cluster has none.
+    """
+    require_columns(frame, ["model", "barrier"], "ablation_blocks")
+    frame = frame.assign(barrier=frame.barrier.eq(True))
     parts = [
         checked(part, ["model", "sources", "barrier", "blocks"], ["all_nodes_s", "ttft_max_s"], "ablation_blocks")
-        for _, part in (frame.groupby("model", sort=False) if "model" in frame and len(frame) else [("", frame)])
+        for _, part in frame.groupby("model", sort=False)
     ]
     return pd.concat(parts, ignore_index=True)
 
