@@ -11,7 +11,7 @@ import pytest
 from lambdascale.testing.transports import TransportConformance
 from lambdascale.transport import Endpoint, Handlers
 from lambdascale.transport.rdma import load
-from tests.rdma.remote import KEY, RemoteEndpoint, break_off, reach
+from tests.rdma.remote import KEY, STANDING, RemoteEndpoint, break_off, reach
 
 HERE, THERE = os.environ["GUEST_HERE"], os.environ["GUEST_THERE"]
 
@@ -29,7 +29,7 @@ class TestAcrossGuests(TransportConformance):
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
         if node % 2:
             return RemoteEndpoint(self.other, node, handlers, THERE)
-        return load()(node, handlers, KEY, host=HERE)
+        return load()(node, handlers, KEY, host=HERE, options=STANDING)
 
     def break_off(self, endpoint: Endpoint) -> None:
         endpoint.break_off() if isinstance(endpoint, RemoteEndpoint) else break_off(endpoint)
