@@ -28,9 +28,10 @@ from lambdascale.transport.rdma.frames import RailCard, Receives
 from lambdascale.transport.rdma.ports import mtu_code
 
 _BATCH = 32
-# A packet not acknowledged is sent again after 4.096 us * 2**17 = 0.54 s, seven times: a peer is dead after about four seconds
-# (its process' death is seen at once, by the socket). Receives not posted in time are waited for, without limit (7).
-_ACK_TIMEOUT, _RETRIES, _RNR_RETRIES, _RNR_TIMER = 17, 7, 7, 12
+# A packet not acknowledged is sent again after 4.096 us * 2**17 = 0.54 s, six times (to rxe, seven means without limit): a peer
+# is dead after about four seconds; its process' death is seen at once, by the socket. Receives not posted in time are waited
+# for, without limit (7).
+_ACK_TIMEOUT, _RETRIES, _RNR_RETRIES, _RNR_TIMER = 17, 6, 7, 12
 _HOPS = 64
 _PSN_BITS = 24
 _REASONS = {
