@@ -1,7 +1,7 @@
 """Make the tables of live runs: python scripts/live_tables.py --cluster measured/NAME [--only NAME] [--out DIR].
 
 NAME is a profile of this machine: lambdascale profile --threads 1 --model smollm2 --out conf/cluster/measured/NAME.yaml.
-About an hour; finished runs are reused.
+About 40 minutes; finished runs are reused.
 """
 
 import argparse

@@ -40,7 +40,7 @@ class Case:
     executor: str
 
 
-CASES = (Case("12 nodes, timed", 12, "timed"), Case("4 nodes, real", 4, "torch"), Case("4 nodes, real, paced", 4, "paced"))
+CASES = (Case("12 nodes, timed", 12, "timed"), Case("4 nodes, real", 4, "torch"))
 
 
 def sim_vs_live(
