@@ -13,19 +13,18 @@ from lambdascale.experiments.live_study import MEASURES, Case, execute_while_loa
 
 
 def test_durations_of_scale_outs() -> None:
-    """From the command to the last block; what was there before the first request does not count, nor what never arrived."""
+    """From the command to the last block; what a run starts with does not count, nor what never arrived."""
     rows = [
-        ("LoadBlocks", 0.0, 1),
-        ("BlockArrived", 0.0, 1),
-        ("RequestArrived", 1.0, None),
-        ("StartMulticast", 2.0, 2),
-        ("LoadBlocks", 2.5, 3),
-        ("BlockArrived", 3.0, 2),
-        ("BlockArrived", 5.0, 2),
-        ("LoadBlocks", 5.5, 4),
-        ("BlockArrived", 6.0, 3),
+        ("LoadBlocks", 0.0, 1, '{"tier":"instant"}'),
+        ("BlockArrived", 0.0, 1, None),
+        ("StartMulticast", 2.0, 2, '{"sources":[0]}'),
+        ("LoadBlocks", 2.5, 3, '{"tier":"host"}'),
+        ("BlockArrived", 3.0, 2, None),
+        ("BlockArrived", 5.0, 2, None),
+        ("LoadBlocks", 5.5, 4, '{"tier":"ssd"}'),
+        ("BlockArrived", 6.0, 3, None),
     ]
-    events = pd.DataFrame(rows, columns=["kind", "at_s", "transfer_id"])
+    events = pd.DataFrame(rows, columns=["kind", "at_s", "transfer_id", "detail"])
     assert scale_out_durations(events) == [3.0, 3.5]
 
 
