@@ -32,9 +32,8 @@ def test_execute_while_load_of_the_simulator(tmp_path: Path) -> None:
     """More sources, earlier pipelines; without pipelines nothing is served by one."""
     table = execute_while_load(str(tmp_path), seeds=(1,), backend="sim").set_index(["sources", "executes"])
     assert (table.first_tokens_of_pipelines.xs("after loading", level="executes") == 0).all()
-    early, late = (table.ttft_p50_s.xs(kind, level="executes") for kind in ("while loading", "after loading"))
-    assert (early <= late).all()
-    assert early[4] < late[4]
+    early, late = (table.all_served_s.xs(kind, level="executes") for kind in ("while loading", "after loading"))
+    assert (early < late).all()
 
 
 @pytest.mark.live
