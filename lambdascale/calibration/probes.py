@@ -17,17 +17,18 @@ _TCP_CHUNK = 1 << 20
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
-    """Median time of ``work`` after one run that does not count, with the device's queue empty before and after."""
+    """Median time of ``work`` after one run that does not count."""
+    once(work, device)
+    return median(once(work, device) for _ in range(rounds))
 
-    def once() -> float:
-        _synchronize(device)
-        begin = time.perf_counter()
-        work()
-        _synchronize(device)
-        return time.perf_counter() - begin
 
-    once()
-    return median(once() for _ in range(rounds))
+def once(work: Callable[[], object], device: torch.device) -> float:
+    """Time of ``work``, with the device's queue empty before and after."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _synchronize(device: torch.device) -> None:
