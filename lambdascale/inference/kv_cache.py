@@ -24,16 +24,19 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class KvCache:
-    """``keys`` and ``values``: [layers of the stage, slots, kv heads, slot tokens, head size]."""
+    """``keys`` and ``values``: [layers of the stage, slots, kv heads, slot tokens, head size], views of ``both`` (keys, then
+    values).
+    """
 
     def __init__(
         self, architecture: Architecture, layers: int, slots: int, slot_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         require(slots >= 1 and slot_tokens >= 1, f"a KV cache needs slots and tokens, not {slots} x {slot_tokens}")
-        shape = (layers, slots, architecture.kv_heads, slot_tokens, architecture.head_dim)
+        shape = (layers, slots, 2 * architecture.kv_heads, slot_tokens, architecture.head_dim)
         self.slots = slots
         self.slot_tokens = slot_tokens
-        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        self.both = _zeros(shape, dtype, device)
+        self.keys, self.values = self.both.chunk(2, dim=2)
 
     def read(self, slot: int, tokens: int) -> Tensor:
         """A copy of a slot's first ``tokens`` tokens: [2, layers, kv heads, tokens, head size]."""

@@ -1,12 +1,15 @@
 """y = x W^T + b for weights as checkpoints store them, [outputs, inputs]: the one place that knows which kernel is fast where.
 
-For float32 on a CPU, oneDNN's matrix kernels are 2 to 3 times faster than the BLAS behind torch.nn.functional.linear for the few
-rows of a decode step (tests/benchmarks/test_bench_engine.py). torch exposes them as an operator of its compiler's; where a build
-lacks it, or cannot run it, ``KERNEL`` says so and the plain function is used.
+For float32 on a CPU torch has two: its BLAS (MKL in the published wheels) and oneDNN's, an operator of torch's compiler. For the
+few rows of a decode step MKL is 1.5 times as fast on Intel's processors, and oneDNN 2 to 3 times on others, where MKL goes slower
+ways; for the many rows of a prefill both reach what the processor can do (tests/benchmarks/test_bench_engine.py). ``KERNEL`` says
+which is in use: by the processor's maker, so that all nodes on alike machines round alike.
 """
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +18,9 @@ from torch.nn import functional
 Tensor = torch.Tensor
 
 
-def _find_onednn() -> Any:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+def choose_kernel(processor: str, *, has_mkl: bool) -> Any:
+    """oneDNN's operator; None for BLAS: on Intel's processors, or where a build lacks the operator or cannot run it."""
+    if (has_mkl and "GenuineIntel" in processor) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:
         operator = torch.ops.mkldnn._linear_pointwise
@@ -26,7 +30,14 @@ def _find_onednn() -> Any:
     return operator
 
 
-_ONEDNN = _find_onednn()
+def _processor() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+
+
+_ONEDNN = choose_kernel(_processor(), has_mkl=torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 KERNEL = "oneDNN" if _ONEDNN is not None else "BLAS"
 
 
@@ -36,3 +47,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
         return result
     return functional.linear(x, weight, bias)
+
+
+def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Add ``linear(x, weight, bias)`` to ``total`` [rows, outputs], in place."""
+    if _ONEDNN is not None or bias is not None:
+        total.add_(linear(x, weight, bias))
+    else:
+        total.addmm_(x, weight.t())

@@ -15,7 +15,7 @@ from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.core.checks import require
 from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.kv_cache import KvCache
-from lambdascale.inference.linear import linear
+from lambdascale.inference.linear import add_linear, linear
 from lambdascale.inference.weights import BlockWeights, LayerWeights
 
 Tensor = torch.Tensor
@@ -97,29 +97,33 @@ class Stage:
         slots, positions = self._places(batch)
         prefills, decodes = self._prefills(batch), self._decodes(batch)
         cos, sin = self._cos[positions, None], self._sin[positions, None]
-        hidden = inputs
-        if self.is_first:
-            assert self.blocks[0].embedding is not None, "the first block has the embedding"
-            hidden = functional.embedding(inputs.to(self.device), self.blocks[0].embedding)
-        eps, shape = self.architecture.norm_eps, (self.architecture.hidden,)
+        hidden, eps = self._entering(inputs), self.architecture.norm_eps
         for index, layer in enumerate(self._layers):
-            normed = functional.rms_norm(hidden, shape, layer.input_norm, eps)
-            query = self._project(index, layer, normed, cos, sin, slots, positions)
-            attended = self._attend(index, query, prefills, decodes)
-            hidden = hidden + linear(attended, layer.output, layer.output_bias)
-            normed = functional.rms_norm(hidden, shape, layer.post_norm, eps)
+            query = self._project(index, layer, rms_norm(hidden, layer.input_norm, eps), cos, sin, slots, positions)
+            if self.is_last and index == len(self._layers) - 1 and len(batch.wanted) < batch.rows:
+                # The other rows have left their keys and values, which is all that is needed of them.
+                batch = answering(batch)
+                wanted = torch.tensor(batch.wanted, dtype=torch.long, device=self.device)
+                hidden, query = hidden[wanted], query[wanted]
+                prefills, decodes = self._prefills(batch), self._decodes(batch)
+            add_linear(hidden, self._attend(index, query, prefills, decodes), layer.output, layer.output_bias)
+            normed = rms_norm(hidden, layer.post_norm, eps)
             gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            hidden = hidden + linear(functional.silu(gate).mul_(up), layer.down, layer.down_bias)
-        return self._logits(hidden, batch) if self.is_last else hidden
+            add_linear(hidden, functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+        return self._logits(hidden) if self.is_last else hidden
 
-    def _logits(self, hidden: Tensor, batch: StageBatch) -> Tensor:
+    def _entering(self, inputs: Tensor) -> Tensor:
+        """The hidden states that the layers add to: memory of this iteration's own."""
+        if not self.is_first:
+            return inputs.clone()
+        assert self.blocks[0].embedding is not None, "the first block has the embedding"
+        return functional.embedding(inputs.to(self.device), self.blocks[0].embedding)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
         block = self.blocks[-1]
         assert block.norm is not None, "the last block has the norm"
         assert block.head is not None, "the last block has the head"
-        if len(batch.wanted) < hidden.shape[0]:
-            hidden = hidden[torch.tensor(batch.wanted, dtype=torch.long, device=self.device)]
-        normed = functional.rms_norm(hidden, (self.architecture.hidden,), block.norm, self.architecture.norm_eps)
-        return linear(normed, block.head).float()
+        return linear(rms_norm(hidden, block.norm, self.architecture.norm_eps), block.head).float()
 
     def _project(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor
@@ -127,16 +131,16 @@ class Stage:
         """Queries [rows, heads, head size], rotated; rotated keys and values go to the cache."""
         a = self.architecture
         states = linear(x, layer.qkv, layer.qkv_bias).view(-1, a.heads + 2 * a.kv_heads, a.head_dim)
-        turned, values = states[:, : a.heads + a.kv_heads], states[:, a.heads + a.kv_heads :]
-        low, high = turned.chunk(2, dim=-1)
-        turned = torch.addcmul(turned * cos, torch.cat((-high, low), dim=-1), sin)
-        self.kv.keys[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), turned[:, a.heads :])
-        self.kv.values[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), values)
-        return turned[:, : a.heads]
+        low, high = states[:, : a.heads + a.kv_heads].chunk(2, dim=-1)
+        turned_high = (high * cos).addcmul_(low, sin)
+        low.mul_(cos).addcmul_(high, sin, value=-1)
+        high.copy_(turned_high)
+        self.kv.both[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), states[:, a.heads :])
+        return states[:, : a.heads]
 
     @cached_property
     def _kv_heads(self) -> Tensor:
-        return torch.arange(self.architecture.kv_heads, device=self.device)[None]
+        return torch.arange(2 * self.architecture.kv_heads, device=self.device)[None]
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +150,8 @@ class Stage:
         if decodes is not None:
             begin = prefills[-1].end if prefills else 0
             parts.append(self._attend_decodes(index, query[begin:], decodes, window))
+        if not parts:  # a prefill's part that gives no token yet, in the last layer
+            return query.flatten(1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_prefill(self, index: int, query: Tensor, part: _Prefill, window: _Window) -> Tensor:
@@ -223,13 +229,30 @@ class Stage:
         return torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf")).to(self.device)
 
 
+def answering(batch: StageBatch) -> StageBatch:
+    """The rows whose logits are wanted, each a segment of one token; ``wanted`` still counts the rows of ``batch``."""
+    places = [(s.slot, s.start + token) for s in batch.segments for token in range(s.tokens)]
+    segments = tuple(Segment(*places[row], 1) for row in batch.wanted)
+    decodes = sum(row >= batch.rows - batch.decodes for row in batch.wanted)
+    return StageBatch(segments, decodes, batch.wanted)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x`` [rows, hidden] over the root of its mean square, times ``weight``."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu":
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    # torch composes its own of nine operators here, and each costs more than the arithmetic of a decode step.
+    size = x.shape[-1]
+    scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight)
+
+
 def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding for positions below ``tokens``, from float32: [tokens, head size] each."""
+    """Cosines and sines of the rotary embedding for positions below ``tokens``, from float32: [tokens, head size / 2] each."""
     half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
     frequencies = _stretched(architecture, 1.0 / architecture.rope_theta**half)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
-    both = torch.cat((angles, angles), dim=-1)
-    return both.cos().to(device, dtype), both.sin().to(device, dtype)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def _stretched(architecture: Architecture, frequencies: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits
 from lambdascale.inference import Engine, Stage, Ticket, load_blocks
 
-PROMPT, STEPS, ROUNDS = 128, 20, 7
+PROMPT, STEPS, ROUNDS = 128, 20, 15
 
 
 @pytest.fixture(scope="module")
