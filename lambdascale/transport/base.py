@@ -22,7 +22,7 @@ class Handlers:
     message. ``on_lost(peer, reason)``: the connection is gone without having been closed; nothing more comes over it. Writes
     of one peer are told in the order they were given to its endpoint, and so are messages; a message does not wait for the
     writes given before it. ``on_checked(peer, immediate, offset, size, xxh3_64)`` is called instead of ``on_write`` by transports
-    that have hashed the bytes in the registered memory while these were in a cache, which spares whoever verifies them a pass.
+    that have hashed the bytes as they moved them, while these were in a cache, which spares whoever verifies them a pass.
     """
 
     on_write: Callable[[NodeId, int, int, int], None]

@@ -15,6 +15,7 @@ from lambdascale.core.checks import require
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
+_MADV_POPULATE_WRITE = 23  # linux/mman.h; Python has no name for it
 _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 
 
@@ -29,7 +30,7 @@ class ShmEndpoint(TcpEndpoint):
         require(self._descriptor < 0, "an endpoint's shared memory is allocated once")
         self._descriptor, self._size = os.memfd_create("lambdascale"), size
         os.ftruncate(self._descriptor, max(1, size))
-        return memoryview(mmap.mmap(self._descriptor, max(1, size), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))[:size]
+        return memoryview(_mapped(self._descriptor, max(1, size)))[:size]
 
     def register(self, memory: memoryview) -> None:
         """See Endpoint. UserError for memory that ``allocate`` did not give."""
@@ -47,8 +48,7 @@ class ShmEndpoint(TcpEndpoint):
             return memoryview(b"")
         opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
         try:
-            # Populated now: a page fault for every 4 KiB would cost more than the copy.
-            return memoryview(mmap.mmap(opened, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE))
+            return memoryview(_mapped(opened, size))
         finally:
             os.close(opened)
 
@@ -58,3 +58,18 @@ class ShmEndpoint(TcpEndpoint):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The file's memory, its pages entered for writing now: a fault for every 4 KiB would cost more than the copy.
+
+    MAP_POPULATE enters the pages of shared memory as if for reading. The processor then marks each as written in the page table
+    at the first write to it, which in a virtual machine halves that copy's rate (7 GiB by 7 processes: 0.74 s, then 0.33).
+    """
+    memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError:  # before Linux 5.14
+        memory.close()
+        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return memory

@@ -1,0 +1,62 @@
+"""Parts of a stage: kernels chosen by processor, norms, and which rows reach the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lambdascale.checkpoints import HfCheckpoint
+from lambdascale.inference import Segment, Stage, StageBatch, load_blocks
+from lambdascale.inference.linear import choose_kernel
+from lambdascale.inference.stage import rms_norm
+
+MIXED = (Segment(0, 0, 5), Segment(1, 0, 3), Segment(2, 0, 1), Segment(3, 0, 1))
+
+
+@pytest.fixture
+def stage(models: Callable[[str], Path]) -> Stage:
+    source = HfCheckpoint(models("llama3"))
+    return Stage(source.architecture, load_blocks(source, 1), 4, 32)
+
+
+def logits(stage: Stage, wanted: tuple[int, ...]) -> torch.Tensor:
+    return stage.run(StageBatch(MIXED, 2, wanted), torch.arange(10))
+
+
+def test_the_kernel_follows_the_processors_maker() -> None:
+    assert choose_kernel("vendor_id : GenuineIntel", has_mkl=True) is None
+    if torch.backends.mkldnn.is_available():
+        assert choose_kernel("vendor_id : GenuineIntel", has_mkl=False) is not None
+        assert choose_kernel("vendor_id : AuthenticAMD", has_mkl=True) is not None
+
+
+@pytest.mark.parametrize("wanted", [(4, 7, 8, 9), (7,), (0, 2, 4), (8,), (4, 9)])
+def test_rows_nobody_asked_for_do_not_change_those_asked_for(stage: Stage, wanted: tuple[int, ...]) -> None:
+    everything = logits(stage, tuple(range(10)))
+    assert torch.allclose(logits(stage, wanted), everything[list(wanted)], atol=1e-5)
+
+
+def test_an_iteration_that_gives_no_token_leaves_its_keys(stage: Stage) -> None:
+    whole = stage.run(StageBatch((Segment(0, 0, 8),), 0, (7,)), torch.arange(8))
+    assert stage.run(StageBatch((Segment(1, 0, 5),), 0, ()), torch.arange(5)).shape == (0, whole.shape[1])
+    rest = stage.run(StageBatch((Segment(1, 5, 3),), 0, (2,)), torch.arange(5, 8))
+    assert torch.allclose(rest, whole, atol=1e-5)
+
+
+def test_inputs_are_left_as_they_were(models: Callable[[str], Path]) -> None:
+    source = HfCheckpoint(models("llama3"))
+    last = Stage(source.architecture, load_blocks(source, 2)[1:], 1, 32)
+    states = torch.randn(4, source.architecture.hidden)
+    before = states.clone()
+    last.run(StageBatch((Segment(0, 0, 4),), 0, (3,)), states)
+    assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_norms_are_torchs(size: float) -> None:
+    x, weight = torch.randn(5, 64) * size, torch.rand(64)
+    assert torch.allclose(rms_norm(x, weight, 1e-5), functional.rms_norm(x, (64,), weight, 1e-5), rtol=1e-5, atol=0)
