@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from lambdascale.calibration.probes import once
-from lambdascale.checkpoints import Architecture
+from lambdascale.checkpoints import Architecture, PackedModel
 from lambdascale.core import ComputeTable
-from lambdascale.inference import BlockWeights, Segment, Stage, StageBatch
+from lambdascale.inference import BlockStore, BlockWeights, Segment, Stage, StageBatch, StoreConfig
 
 Tensor = torch.Tensor
 
@@ -33,6 +34,19 @@ class BlockTimes:
     block: int
     prefill_s: tuple[float, ...]
     decode_s: tuple[tuple[float, ...], ...]
+
+
+@contextmanager
+def loaded(model: PackedModel, device: str) -> Iterator[list[BlockWeights]]:
+    """All blocks of a model, brought by the block store."""
+    arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+    # On the way to a GPU every block passes through host memory.
+    config = StoreConfig(host_bytes=0 if device == "cpu" else arena, device_bytes=arena, device=device)
+    with BlockStore(config) as store:
+        store.add(model)
+        store.load(model.name, range(len(model.blocks)), keep_host=False).wait()
+        with store.weights(model.name, range(len(model.blocks))) as weights:
+            yield weights
 
 
 def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], grid: Grid) -> list[BlockTimes]:
@@ -70,14 +84,15 @@ def decode(batch: int, context: int) -> StageBatch:
 def _in_turn(stages: Sequence[Stage], batch: StageBatch, rounds: int) -> list[float]:
     """Median seconds of each stage over ``rounds`` passes through all of them; a pass before does not count."""
     times: list[list[float]] = [[] for _ in stages]
-    inputs = [_inputs(stage, batch) for stage in stages]
+    inputs = [inputs_of(stage, batch) for stage in stages]
     for _ in range(rounds + 1):
         for stage, given, found in zip(stages, inputs, times, strict=True):
             found.append(once(lambda: stage.run(batch, given), stage.device))  # noqa: B023
     return [median(found[1:]) for found in times]
 
 
-def _inputs(stage: Stage, batch: StageBatch) -> Tensor:
+def inputs_of(stage: Stage, batch: StageBatch) -> Tensor:
+    """Something of the right shape to run a stage with."""
     if stage.is_first:
         return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
     shape = (batch.rows, stage.architecture.hidden)

@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from lambdascale.calibration import probes
-from lambdascale.calibration.compute import BlockTimes, Grid, measure_blocks, table
+from lambdascale.calibration.compute import BlockTimes, Grid, loaded, measure_blocks, table
+from lambdascale.calibration.sharing import shared_slowdown
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import ComputeTable, UserError
 from lambdascale.diagnostics.disk import measure as measure_disk
-from lambdascale.inference import BlockStore, StoreConfig
 from lambdascale.inference.linear import KERNEL
 
 MIB = 1 << 20
@@ -29,7 +29,8 @@ _NO_PRICE = 0.0
 class ProfileRequest:
     """What to measure. ``nodes`` of this kind make the cluster; ``disk`` is the directory whose disk counts; sizes in MiB.
 
-    ``threads`` to compute with, None: torch's default.
+    ``threads`` to compute with, None: torch's default. ``sharing``: also measure how much slower iterations (of the first model)
+    are while up to so many processes compute at once, as nodes of a live cluster on one machine do; 1: not measured.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ProfileRequest:
     disk_mib: int = 512
     memory_mib: int = 256
     threads: int | None = None
+    sharing: int = 1
     grid: Grid = field(default_factory=Grid)
 
 
@@ -77,6 +79,10 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
         say(f"{model.name}: {len(model.blocks)} blocks")
         blocks[model.name] = measure_model(model, request.device, request.grid)
         tables.append(table(model.name, blocks[model.name], request.grid))
+    slowdown: tuple[float, ...] = ()
+    if request.sharing > 1:
+        say(f"up to {request.sharing} processes computing at once")
+        slowdown = shared_slowdown(request.models[0], request.sharing, request.threads)
     provenance = _provenance(device)
     cluster = {
         "_target_": "lambdascale.core.ClusterSpec",
@@ -97,6 +103,7 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
             "flops_efficiency": 1.0,
             "bandwidth_efficiency": 1.0,
             "measured": [_plain(t) for t in tables],
+            "shared_slowdown": list(slowdown),
         },
         "nic_bytes_per_s": stream,
         "rdma_efficiency": 1.0,
@@ -115,14 +122,8 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
 
 def measure_model(model: PackedModel, device: str, grid: Grid) -> list[BlockTimes]:
     """Load a model through the block store and time its blocks."""
-    arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
-    # On the way to a GPU every block passes through host memory.
-    config = StoreConfig(host_bytes=0 if device == "cpu" else arena, device_bytes=arena, device=device)
-    with BlockStore(config) as store:
-        store.add(model)
-        store.load(model.name, range(len(model.blocks)), keep_host=False).wait()
-        with store.weights(model.name, range(len(model.blocks))) as weights:
-            return measure_blocks(model.architecture, weights, grid)
+    with loaded(model, device) as weights:
+        return measure_blocks(model.architecture, weights, grid)
 
 
 def write(profile: Profile, out: Path) -> None:

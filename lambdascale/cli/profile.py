@@ -35,6 +35,13 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
     parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="measure this directory's disk")
     parser.add_argument("--threads", type=int, metavar="T", help="compute with so many threads, as a node of a live cluster does")
+    parser.add_argument(
+        "--sharing",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also measure how much slower up to N nodes on this machine compute at once, as those of a live cluster do",
+    )
     parser.add_argument("--quick", action="store_true", help="few and small measurements, for a first look")
     parser.set_defaults(run=run)
 
@@ -47,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--nodes must be at least 1, not {arguments.nodes}")
     if arguments.threads is not None and arguments.threads < 1:
         raise UserError(f"--threads must be at least 1, not {arguments.threads}")
+    if arguments.sharing < 1:
+        raise UserError(f"--sharing must be at least 1, not {arguments.sharing}")
+    if arguments.sharing > 1 and arguments.device != "cpu":
+        raise UserError("--sharing measures nodes that share this machine's cores: only with --device cpu")
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
     # torch takes seconds to import: only here.
@@ -66,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             disk_mib=32 if arguments.quick else 512,
             memory_mib=32 if arguments.quick else 256,
             threads=arguments.threads,
+            sharing=arguments.sharing,
             grid=quick if arguments.quick else Grid(),
         )
         profile = measure(request, lambda what: status.update(f"measuring {what} ..."))
@@ -79,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         decode = 1e3 * table["decode_s"][0]
         rate = table["prefill_tokens"][-1] / table["prefill_s"][-1]
         print(f"{table['model']}: decode {decode:.2f} ms a token, prefill {rate:.0f} tokens/s")
+    if len(cluster["compute"]["shared_slowdown"]) > 1:
+        print("while 1, 2, ... compute at once:", ", ".join(f"{times:.2f}" for times in cluster["compute"]["shared_slowdown"]))
     print(f"wrote {arguments.out}; use it with cluster=measured/{arguments.out.stem}")
     return 0
 

@@ -171,13 +171,16 @@ class ComputeTable:
 class ComputeSpec:
     """How fast an engine is on a GPU: efficiencies against the datasheet, or ``measured`` tables for the models that have one.
 
-    ``iteration_overhead_s`` is a fixed cost of every iteration.
+    ``iteration_overhead_s`` is a fixed cost of every iteration. ``shared_slowdown``: nodes that are processes of one machine
+    share its cores; how many times longer an iteration takes while one, two, ... of them compute (beyond the last: in
+    proportion). For simulations of such a machine, live nodes share what they share; () for nodes that share nothing.
     """
 
     flops_efficiency: float
     bandwidth_efficiency: float
     iteration_overhead_s: float = 0.0
     measured: tuple[ComputeTable, ...] = ()
+    shared_slowdown: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -188,6 +191,11 @@ class ComputeSpec:
         require(
             self.iteration_overhead_s >= 0,
             f"ComputeSpec.iteration_overhead_s must not be negative: {self.iteration_overhead_s!r}",
+        )
+        slowdowns = (1.0, *self.shared_slowdown)
+        require(
+            all(one <= two for one, two in pairwise(slowdowns)),
+            f"ComputeSpec.shared_slowdown must start at 1 at least and not fall: {self.shared_slowdown!r}",
         )
 
 

@@ -86,6 +86,8 @@ def sim_vs_live(
 def _compared(common: Sequence[str], case: Case, system: str, seed: int, backend: str) -> Path:
     which = ["backend=live", f"backend.executor={case.executor}", "backend.threads=1"] if backend == "live" else ["backend=sim"]
     place = ["model=smollm2", f"cluster.nodes={case.nodes}", *PACE]
+    if case.executor == "timed":  # whoever only waits does not slow others down
+        place.append("++cluster.compute.shared_slowdown=[]")
     return run(compose([*which, *common, *place, f"system={system}", f"seed={seed}", "name=sim_vs_live"])).folder
 
 

@@ -35,6 +35,7 @@ from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, R
 from lambdascale.sim.instances import SimInstance, SimPipeline, SimReplica
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.sharing import SharedCores
 from lambdascale.sim.transfers import TransferEngine
 
 
@@ -104,6 +105,7 @@ class SimBackend:
         self._kv_tokens = {model.name: cluster.kv_tokens(model) for model in models}
         self._compute = {model.name: ComputeModel(cluster, model) for model in models}
         self.kernel = Kernel()
+        self._cores = SharedCores(cluster.compute.shared_slowdown)
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         self._requests = requests
         self._next_request = 0
@@ -178,7 +180,7 @@ class SimBackend:
         if command.node in self._lost:
             return
         compute, kv_tokens = self._compute[command.model], self._kv_tokens[command.model]
-        replica = SimReplica(command.instance, self.kernel, compute, self._events.append, self._limits, kv_tokens)
+        replica = SimReplica(command.instance, self.kernel, self._cores, compute, self._events.append, self._limits, kv_tokens)
         if self._occupied.get(command.node):
             replica.occupy(True)
         self._placed[command.instance] = _Placed(replica, command.model, (command.node,))
@@ -192,6 +194,7 @@ class SimBackend:
         pipeline = SimPipeline(
             command.instance,
             self.kernel,
+            self._cores,
             self._compute[command.model],
             self._events.append,
             self._limits,

@@ -14,6 +14,7 @@ from lambdascale.control.compute import ComputeModel
 from lambdascale.core import NodeId, Request
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
 from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.sharing import SharedCores
 
 Emit = Callable[[TokensProduced | RequestFinished], None]
 
@@ -27,9 +28,10 @@ class SimInstance:
     mode: Mode
     stages: tuple[tuple[NodeId, float], ...] = ()  # of a pipeline: node and its share of the model
 
-    def __init__(self, instance_id: int, kernel: Kernel, compute: ComputeModel, emit: Emit) -> None:
+    def __init__(self, instance_id: int, kernel: Kernel, cores: SharedCores, compute: ComputeModel, emit: Emit) -> None:
         self.instance_id = instance_id
         self._kernel = kernel
+        self._cores = cores
         self.compute = compute
         self._emit = emit
         self._stopped = False
@@ -73,12 +75,20 @@ class SimReplica(SimInstance):
     mode: Mode = "local"
 
     def __init__(
-        self, instance_id: int, kernel: Kernel, compute: ComputeModel, emit: Emit, limits: BatchLimits, kv_tokens: int
+        self,
+        instance_id: int,
+        kernel: Kernel,
+        cores: SharedCores,
+        compute: ComputeModel,
+        emit: Emit,
+        limits: BatchLimits,
+        kv_tokens: int,
     ) -> None:
-        super().__init__(instance_id, kernel, compute, emit)
+        super().__init__(instance_id, kernel, cores, compute, emit)
         self._scheduler = BatchScheduler(limits, kv_tokens)
         self._iteration: Iteration | None = None
         self._began_s = 0.0
+        self._ticket, self._pace = -1, 1.0
         self._steps = 0
         self._version = 0
         self._woken = False
@@ -89,13 +99,13 @@ class SimReplica(SimInstance):
             self._scheduler.add(work)
         if self._iteration is None:
             self._wake()
-        elif self._steps > 1 and self._scheduler.admits:
+        elif self._scheduler.admits:
             self._cut()
 
     def occupy(self, busy: bool) -> None:
         """The iteration under way ends first."""
         super().occupy(busy)
-        if busy and self._iteration is not None and self._steps > 1:
+        if busy:
             self._cut()
 
     def drain(self) -> list[Work]:
@@ -107,6 +117,7 @@ class SimReplica(SimInstance):
             done = self._steps_by_now(iteration) - 1
             if done:
                 self._complete(self._scheduler, iteration, done)
+        self._cores.leave(self._ticket)
         return self._scheduler.drain()
 
     def _wake(self) -> None:
@@ -128,20 +139,23 @@ class SimReplica(SimInstance):
             took = self.compute.iteration_s(iteration)
         else:
             took = self.compute.decode_run_s(iteration.decodes, iteration.context_tokens, iteration.max_steps)
-        self._kernel.at(now + took, self._end, self._version)
+        self._ticket, self._pace = self._cores.enter(self._cut)
+        self._kernel.at(now + took * self._pace, self._end, self._version)
 
     def _cut(self) -> None:
+        """End a long decode run with the iteration under way."""
         iteration = self._iteration
-        assert iteration is not None, "only a run under way can be cut"
+        if iteration is None or self._steps <= 1:
+            return
         steps = self._steps_by_now(iteration)
         if steps < self._steps:
             self._steps = steps
             self._version += 1
-            took = self.compute.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+            took = self._pace * self.compute.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
             self._kernel.at(max(self._began_s + took, self._kernel.now), self._end, self._version)
 
     def _steps_by_now(self, iteration: Iteration) -> int:
-        elapsed = self._kernel.now - self._began_s
+        elapsed = (self._kernel.now - self._began_s) / self._pace
         return min(self.compute.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self._steps)
 
     def _end(self, version: int) -> None:
@@ -150,6 +164,7 @@ class SimReplica(SimInstance):
         iteration = self._iteration
         assert iteration is not None, "an iteration ends that never began"
         self._iteration = None
+        self._cores.leave(self._ticket)
         self._complete(self._scheduler, iteration, self._steps)
         self._begin(None)
 
@@ -163,6 +178,7 @@ class SimPipeline(SimInstance):
         self,
         instance_id: int,
         kernel: Kernel,
+        cores: SharedCores,
         compute: ComputeModel,
         emit: Emit,
         limits: BatchLimits,
@@ -170,14 +186,14 @@ class SimPipeline(SimInstance):
         stages: Sequence[tuple[NodeId, float]],
         hop_s: float,
     ) -> None:
-        super().__init__(instance_id, kernel, compute, emit)
+        super().__init__(instance_id, kernel, cores, compute, emit)
         self.stages = tuple(stages)
         self._hop_s = hop_s
         # Each node keeps the KV of its own stage only, for every batch in flight: a stage's share for each of as many
         # batches is what one node keeps for one batch alone.
         self._node_free_s = dict.fromkeys((node for node, _ in stages), 0.0)
         self._batches = [BatchScheduler(limits, kv_tokens) for _ in self._node_free_s]
-        self._running: dict[int, Iteration] = {}
+        self._running: dict[int, tuple[Iteration, int]] = {}
         self._woken = False
 
     def resume(self, works: Iterable[Work]) -> None:
@@ -194,6 +210,8 @@ class SimPipeline(SimInstance):
     def drain(self) -> list[Work]:
         """Stop; every iteration in flight is lost and its token redone."""
         self._stopped = True
+        for _, ticket in self._running.values():
+            self._cores.leave(ticket)
         return [work for batch in self._batches for work in batch.drain()]
 
     def _begin_all(self, _: object) -> None:
@@ -206,14 +224,16 @@ class SimPipeline(SimInstance):
         iteration = None if self._stopped or self._occupied else self._batches[index].schedule()
         if iteration is None:
             return
-        self._running[index] = iteration
-        self._kernel.at(self._through_stages(iteration), self._end, index)
+        # A batch is at one stage at a time.
+        ticket, pace = self._cores.enter(_nothing)
+        self._running[index] = (iteration, ticket)
+        self._kernel.at(self._through_stages(iteration, pace), self._end, index)
 
-    def _through_stages(self, iteration: Iteration) -> float:
+    def _through_stages(self, iteration: Iteration, pace: float) -> float:
         """When the iteration leaves the last stage and its tokens are back at the first, if it enters now."""
         at = self._kernel.now
         for node, share in self.stages:
-            at = max(at, self._node_free_s[node]) + self.compute.iteration_s(iteration, share)
+            at = max(at, self._node_free_s[node]) + pace * self.compute.iteration_s(iteration, share)
             self._node_free_s[node] = at
             at += self._hop_s
         return at
@@ -221,5 +241,11 @@ class SimPipeline(SimInstance):
     def _end(self, index: int) -> None:
         if self._stopped:
             return
-        self._complete(self._batches[index], self._running.pop(index), 1)
+        iteration, ticket = self._running.pop(index)
+        self._cores.leave(ticket)
+        self._complete(self._batches[index], iteration, 1)
         self._begin(index)
+
+
+def _nothing() -> None:
+    """An iteration of a pipeline keeps the pace it began with."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lambdascale.calibration.sharing import slowdowns
 from lambdascale.checkpoints import pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.main import main
@@ -25,7 +26,7 @@ def conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack(root / "source", root / "mite", 4)
     arguments = ["--model", str(root / "mite"), "--model-configs", str(root / "conf" / "model" / "measured")]
     out = root / "conf" / "cluster" / "measured" / "here.yaml"
-    assert main(["profile", "--out", str(out), "--quick", "--nodes", "3", "--disk", str(root), *arguments]) == 0
+    assert main(["profile", "--out", str(out), "--quick", "--sharing", "3", "--nodes", "3", "--disk", str(root), *arguments]) == 0
     return root / "conf"
 
 
@@ -37,6 +38,8 @@ def test_the_simulator_takes_it(conf: Path, tmp_path: Path) -> None:
     (table,) = experiment.cluster.compute.measured
     assert table.model == experiment.models[0].name == "mite"
     assert min(*table.prefill_s, *table.decode_s) > 0
+    first, second, third = experiment.cluster.compute.shared_slowdown
+    assert first == 1.0 <= second <= third
     result = run(compose(overrides, directory=conf))
     assert result.summary["requests"]["completed"] == result.summary["requests"]["submitted"] > 0
     assert '"provenance": "measured ' in (result.folder / "manifest.json").read_text()
@@ -53,6 +56,8 @@ def test_it_says_where_and_when(conf: Path) -> None:
     [
         (["--out", "x.txt"], ".yaml"),
         (["--out", "x.yaml", "--nodes", "0"], "--nodes"),
+        (["--out", "x.yaml", "--sharing", "0"], "--sharing"),
+        (["--out", "x.yaml", "--sharing", "2", "--device", "cuda"], "--device cpu"),
         (["--out", "x.yaml", "--disk", "nowhere"], "nowhere"),
         (["--out", "x.yaml", "--model", "nowhere"], "nowhere is not a packed model"),
     ],
@@ -64,3 +69,7 @@ def test_mistakes(
     assert main(["profile", *arguments]) == 2
     assert about in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_slowdowns_are_against_one_alone_and_do_not_fall() -> None:
+    assert slowdowns([[10.0], [8.0, 8.0], [9.0, 8.0, 10.0], [4.0, 5.0, 4.0, 3.0]]) == (1.0, 1.25, 1.25, 2.5)
