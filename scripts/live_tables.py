@@ -1,6 +1,7 @@
 """Make the tables of live runs: python scripts/live_tables.py --cluster measured/NAME [--only NAME] [--out DIR].
 
-NAME is a profile of this machine: lambdascale profile --threads 1 --sharing 4 --model smollm2 --out conf/cluster/measured/NAME.yaml.
+NAME is a profile of this machine:
+lambdascale profile --threads 1 --sharing 4 --model smollm2 --out conf/cluster/measured/NAME.yaml.
 About 40 minutes; finished runs are reused.
 """
 
