@@ -37,7 +37,12 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--min-nodes", type=int, default=1, metavar="N", help="replicas kept at all times (default: %(default)s)")
     parser.add_argument("--system", choices=SYSTEMS, default="lambdascale", help="(default: %(default)s)")
-    parser.add_argument("--transport", choices=("shm", "tcp", "rdma", "cuda_ipc"), default="shm", help="(default: %(default)s)")
+    parser.add_argument(
+        "--transport",
+        choices=("shm", "tcp", "rdma", "cuda_ipc"),
+        default="shm",
+        help="cuda_ipc: between the GPUs of this host, with --device cuda (default: %(default)s)",
+    )
     parser.add_argument(
         "--rdma-device",
         action="append",
@@ -103,8 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.transport == "cuda_ipc":
-        raise UserError("--transport cuda_ipc is not there yet: shm, tcp and rdma are")
     if not 1 <= arguments.nodes <= 256:
         raise UserError(f"--nodes must be between 1 and 256, not {arguments.nodes}")
     if not 0 <= arguments.min_nodes <= arguments.nodes:

@@ -42,7 +42,7 @@ class LiveConfig:
     checkpoint: str = "smollm2"
     dtype: str = "bf16"
     launcher: Literal["local", "ray"] = "local"
-    transport: Literal["shm", "tcp", "rdma"] = "shm"
+    transport: Literal["shm", "tcp", "rdma", "cuda_ipc"] = "shm"
     executor: Literal["torch", "paced", "timed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
     paced: bool = True
@@ -58,6 +58,10 @@ class LiveConfig:
         require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
         require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
+        require(
+            self.transport != "cuda_ipc" or self.device == "cuda",
+            f"the cuda_ipc transport moves blocks between GPUs: it needs device cuda, not {self.device}",
+        )
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property

@@ -18,13 +18,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from threading import Timer
 
+import torch
+
 from lambdascale.core import NodeId
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, StartMulticast, Tier
 from lambdascale.core.events import AnyEvent, BlockArrived, CommandFailed
 from lambdascale.core.plan import Transfer
 from lambdascale.inference.store import BlockInUseError, BlockStore, Load, StoreTier
 from lambdascale.live.wire import Ready, encode
-from lambdascale.transport import Endpoint, TokenBucket, TransportError
+from lambdascale.transport import DeviceMemory, Endpoint, Memory, TokenBucket, TransportError, gpu_of
 
 BLOCK_BITS = 24
 _FENCE = (1 << BLOCK_BITS) - 1
@@ -252,7 +254,7 @@ class Mover:
 
         immediate = number << BLOCK_BITS | transfer.block
         try:
-            self._endpoint.write(transfer.dst, data.numpy().data, offset, immediate).add_done_callback(sent)
+            self._endpoint.write(transfer.dst, _memory(data), offset, immediate).add_done_callback(sent)
         except TransportError:
             # The receiver is gone: the controller will re-plan, and what is still to be sent to others goes on.
             stack.close()
@@ -525,3 +527,10 @@ class Mover:
         timer = Timer(_RETRY_S, self._do, (job,))
         timer.daemon = True
         timer.start()
+
+
+def _memory(data: torch.Tensor) -> Memory:
+    """A block, as endpoints take it."""
+    if data.device.type == "cpu":
+        return data.numpy().data
+    return DeviceMemory(gpu_of(data.device.index), data.data_ptr(), data.numel())

@@ -15,7 +15,8 @@ from pyverbs.pyverbs_error import PyverbsError
 
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
-from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
+from lambdascale.transport.cuda import address_of
 from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma.connection import RdmaConnection
 from lambdascale.transport.rdma.device import Device, Region, guarded, list_ports, register
@@ -24,7 +25,7 @@ from lambdascale.transport.rdma.lane import Lane
 from lambdascale.transport.rdma.options import RdmaOptions
 from lambdascale.transport.rdma.outbox import Source
 from lambdascale.transport.rdma.ports import choose
-from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots, address_of
+from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots
 from lambdascale.transport.rdma.watch import Watch
 from lambdascale.transport.sockets import SocketEndpoint, fill
 
@@ -71,7 +72,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         """Size of a chunk: a paced link's are small, so that messages need not wait for long."""
         return self.options.chunk_bytes if self.link is None else min(self.options.chunk_bytes, self.link.piece_bytes)
 
-    def register(self, memory: memoryview) -> None:
+    def register(self, memory: Memory) -> None:
         """See Endpoint. Once; TransportError if more than may be locked."""
         require(self._target is None, "an endpoint's memory is registered once")
         super().register(memory)
