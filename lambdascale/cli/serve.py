@@ -44,6 +44,12 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="cuda_ipc: between the GPUs of this host, with --device cuda (default: %(default)s)",
     )
     parser.add_argument(
+        "--collective",
+        choices=("auto", "nccl", "gloo"),
+        default="auto",
+        help="what --system nccl_broadcast broadcasts by; auto: nccl where every node has a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
         "--rdma-device",
         action="append",
         default=[],
@@ -95,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
             mtu=arguments.rdma_mtu,
         ),
         device=arguments.device,
+        collective=arguments.collective,
         slot_tokens=arguments.slot_tokens,
         paced=arguments.link is not None or arguments.disk is not None,
     )

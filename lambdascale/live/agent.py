@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import zmq
 from msgspec import Struct
@@ -92,6 +92,7 @@ class NodeConfig(Struct, frozen=True):
     pcie: float | None = None
     preloaded: bool = False
     rdma: rdma.RdmaOptions = rdma.RdmaOptions()
+    collective: Literal["nccl", "gloo"] = "gloo"
 
 
 def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
@@ -123,17 +124,17 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStor
     from lambdascale.inference import BlockStore, StoreConfig
 
     on_device = endpoint.on_device or config.device == "cpu"
+    store_config = StoreConfig(
+        host_bytes=config.host_bytes,
+        device_bytes=config.device_bytes,
+        device=device,
+        land_on_device=on_device or config.collective == "nccl",
+    )
+    if store_config.land_on_device and not on_device:
+        return BlockStore(store_config)  # blocks come by NCCL, and none over the endpoint
     landing = endpoint.allocate(config.device_bytes if on_device else config.host_bytes)
     endpoint.register(landing)
-    store = BlockStore(
-        StoreConfig(
-            host_bytes=config.host_bytes,
-            device_bytes=config.device_bytes,
-            device=device,
-            land_on_device=on_device,
-        ),
-        torch.as_tensor(landing, device=device) if isinstance(landing, DeviceMemory) else landing,
-    )
+    store = BlockStore(store_config, torch.as_tensor(landing, device=device) if isinstance(landing, DeviceMemory) else landing)
     if on_device:
         endpoint.register_source(store.host_memory())
     return store
@@ -266,7 +267,7 @@ class Agent:
             occupy=lambda busy: self.compute.occupy(busy).result(),
             send=self._send,
         )
-        self.collective = Collective(config.node, config.host, self.store, link, outlet)
+        self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
         # One send at a time fills a paced link; without pacing, the next should be under way before the last is through.
         self.mover = Mover(
             config.node,
@@ -360,6 +361,7 @@ class Agent:
 
     def _on_lost(self, peer: NodeId, reason: str) -> None:
         self.mover.lost(peer)
+        self.collective.lost(peer)
         self.compute.lost(peer)
 
     # -- commands that concern more than one part --------------------------------------------------------------------
