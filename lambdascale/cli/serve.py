@@ -61,6 +61,12 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--rdma-gid-index", type=int, metavar="N", help="GID of the port (default: a RoCE v2 one with an IP address)"
     )
     parser.add_argument("--rdma-mtu", type=int, metavar="BYTES", help="packets' size (default: what the port's link allows)")
+    parser.add_argument(
+        "--rdma-gpudirect",
+        choices=("off", "dmabuf", "peermem"),
+        default="off",
+        help="with --device cuda, have NICs write to the GPUs' memory, not to the host's (default: %(default)s)",
+    )
     parser.add_argument("--link", metavar="RATE", help="make every node's link this slow, e.g. 200MB/s (default: full speed)")
     parser.add_argument("--disk", metavar="RATE", help="make every node's disk this slow (default: full speed)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
@@ -99,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
             port=arguments.rdma_port,
             gid_index=arguments.rdma_gid_index,
             mtu=arguments.rdma_mtu,
+            gpudirect=arguments.rdma_gpudirect,
         ),
         device=arguments.device,
         collective=arguments.collective,

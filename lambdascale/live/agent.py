@@ -102,7 +102,8 @@ def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | No
         require(gpu is not None, "the cuda_ipc transport moves blocks between GPUs: it needs device cuda")
         return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), host=host, link=link)
     if config.transport == "rdma":
-        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma)
+        owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
+        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma, gpu=owner)
     return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
 
 
@@ -249,6 +250,8 @@ class Agent:
             torch.cuda.set_device(gpu)
         self.endpoint = make_endpoint(config, handlers, link, gpu)
         self.store = make_store(config, self.endpoint, device)
+        if config.transport == "rdma" and self.endpoint.on_device:
+            print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
         for name, directory in config.models:
             self.store.add(PackedModel.open(Path(directory), name))
         if gpu is not None and config.executor != "timed":

@@ -68,6 +68,11 @@ class LiveConfig:
             f"the cuda_ipc transport moves blocks between GPUs: it needs device cuda, not {self.device}",
         )
         require(
+            self.rdma.gpudirect == "off" or (self.transport == "rdma" and self.device == "cuda"),
+            f"backend.rdma.gpudirect={self.rdma.gpudirect} needs transport rdma and device cuda, "
+            f"not {self.transport} and {self.device}",
+        )
+        require(
             self.collective != "nccl" or self.device == "cuda",
             f"backend.collective=nccl moves the memory of GPUs: it needs device cuda, not {self.device}",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 from lambdascale.transport.cuda import HANDLE_BYTES
@@ -46,6 +47,15 @@ class FakeCuda:
     def _cuMemGetInfo(self, free: Any, total: Any) -> None:
         total._obj.value = self.capacity
         free._obj.value = self.capacity - sum(map(len, self.allocated.values()))
+
+    def _cuDeviceGetAttribute(self, value: Any, attribute: Any, device: Any) -> None:
+        value._obj.value = 1  # it can do everything
+
+    def _cuMemGetHandleForAddressRange(self, handle: Any, address: Any, size: Any, kind: Any, flags: Any) -> int:
+        if address.value not in self.allocated or size.value % os.sysconf("SC_PAGE_SIZE"):
+            return _INVALID
+        handle._obj.value = os.memfd_create("dma-buf")
+        return 0
 
     def _cuMemAlloc(self, address: Any, size: Any) -> int:
         if size.value + sum(map(len, self.allocated.values())) > self.capacity:

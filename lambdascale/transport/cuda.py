@@ -62,11 +62,12 @@ class Gpu:
         self.ordinal = ordinal
         self._library = library
         self._context = c_void_p()
-        count, device = c_int(), c_int()
+        count, device = c_int(), c_int()  # a device's handle is a number of its own
         self._call("cuInit", c_uint(0))
         self._call("cuDeviceGetCount", byref(count))
         require(ordinal < count.value, f"there is no GPU {ordinal}: CUDA finds {count.value}")
         self._call("cuDeviceGet", byref(device), c_int(ordinal))
+        self.device = device.value
         # Never released: the process's other CUDA code lives in it.
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 

@@ -36,7 +36,7 @@ def loopback(options: RdmaOptions, size: int) -> Loopback:
 
     handlers = Handlers(on_write=lambda *_: written.release(), on_message=lambda *_: None, on_lost=note_loss)
     key = secrets.token_bytes(_KEY_BYTES)
-    options = replace(options, windows=False)
+    options = replace(options, windows=False, gpudirect="off")
     one, two = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
     try:
         source, target = (endpoint.allocate(size) for endpoint in (one, two))
