@@ -82,7 +82,8 @@ class Gloo:
 class Nccl:
     """From GPU to GPU. Set up here and now, as much as NCCL does at all before it moves data.
 
-    ``gone``: says who of the members is lost, "" for nobody: NCCL itself would wait for them between GPUs of a host.
+    ``gone``: says who of the members is lost, "" for nobody: between GPUs of a host, NCCL itself would wait for them. The set-up
+    cannot be broken off: a member that dies within it may leave this thread waiting.
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, gone: Callable[[], str]) -> None:
@@ -90,15 +91,17 @@ class Nccl:
         nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]
         self._device = device
         self._gone = gone
-        with torch.cuda.device(device):
+        # Its own: what the node computes meanwhile, in the default stream, does not wait for a broadcast.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
             self._group = nccl(store, rank, size, nccl.Options())
             self._group.eager_connect_single_device(device)
 
     def broadcast(self, data: torch.Tensor, root: int) -> None:
-        """See Communicator. A source may have its data in host memory."""
-        with torch.cuda.device(self._device):
+        """See Communicator. A source may have its data in host memory; nothing may be pending on them."""
+        with torch.cuda.stream(self._stream):
             work = self._group.broadcast([data.to(self._device)], _from(root))
-            work.wait()  # lets this thread's stream wait, not the thread
+            work.wait()  # lets the stream wait, not the thread
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
             self._until(done)

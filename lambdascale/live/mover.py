@@ -115,10 +115,14 @@ class Mover:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mover")
 
     def close(self) -> None:
-        """Cancel what is under way."""
-        for load in list(self._state.loads.values()):
+        """Cancel what is under way; no load touches the node's memory afterwards, which may be the endpoint's."""
+        loads = list(self._state.loads.values())
+        for load in loads:
             load.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        for load in loads:
+            with suppress(Exception):  # nobody is left to be told
+                load.wait()
 
     def _do(self, job: Callable[[], None]) -> None:
         try:

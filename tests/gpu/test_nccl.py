@@ -44,6 +44,7 @@ def be_a_member(rank: int, size: int, pipe: Connection) -> None:
             # The root's in host memory, as a warm source has it.
             data = torch.arange(SIZE, dtype=torch.int64).remainder(251).to(torch.uint8)
             target = data if rank == 1 else torch.zeros(SIZE, dtype=torch.uint8, device=device)
+            torch.cuda.synchronize(device)
             group.broadcast(target, 1)
             pipe.send((bool(torch.equal(target.cpu(), data)), setup_s))
             if pipe.recv() == "die":
