@@ -37,7 +37,18 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--min-nodes", type=int, default=1, metavar="N", help="replicas kept at all times (default: %(default)s)")
     parser.add_argument("--system", choices=SYSTEMS, default="lambdascale", help="(default: %(default)s)")
-    parser.add_argument("--transport", choices=("shm", "tcp", "rdma", "cuda_ipc"), default="shm", help="(default: %(default)s)")
+    parser.add_argument(
+        "--transport",
+        choices=("shm", "tcp", "rdma", "cuda_ipc"),
+        default="shm",
+        help="cuda_ipc: between the GPUs of this host, with --device cuda (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--collective",
+        choices=("auto", "nccl", "gloo"),
+        default="auto",
+        help="what --system nccl_broadcast broadcasts by; auto: nccl where every node has a GPU (default: %(default)s)",
+    )
     parser.add_argument(
         "--rdma-device",
         action="append",
@@ -50,6 +61,12 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--rdma-gid-index", type=int, metavar="N", help="GID of the port (default: a RoCE v2 one with an IP address)"
     )
     parser.add_argument("--rdma-mtu", type=int, metavar="BYTES", help="packets' size (default: what the port's link allows)")
+    parser.add_argument(
+        "--rdma-gpudirect",
+        choices=("off", "dmabuf", "peermem"),
+        default="off",
+        help="with --device cuda, have NICs write to the GPUs' memory, not to the host's (default: %(default)s)",
+    )
     parser.add_argument("--link", metavar="RATE", help="make every node's link this slow, e.g. 200MB/s (default: full speed)")
     parser.add_argument("--disk", metavar="RATE", help="make every node's disk this slow (default: full speed)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
@@ -88,8 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
             port=arguments.rdma_port,
             gid_index=arguments.rdma_gid_index,
             mtu=arguments.rdma_mtu,
+            gpudirect=arguments.rdma_gpudirect,
         ),
         device=arguments.device,
+        collective=arguments.collective,
         slot_tokens=arguments.slot_tokens,
         paced=arguments.link is not None or arguments.disk is not None,
     )
@@ -103,8 +122,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.transport == "cuda_ipc":
-        raise UserError("--transport cuda_ipc is not there yet: shm, tcp and rdma are")
     if not 1 <= arguments.nodes <= 256:
         raise UserError(f"--nodes must be between 1 and 256, not {arguments.nodes}")
     if not 0 <= arguments.min_nodes <= arguments.nodes:

@@ -85,6 +85,7 @@ def _execute(
         "run_sha256": digest,
         "seed": settings["seed"],
         "backend": experiment.backend.label,
+        "communicator": _communicator(experiment),
         "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": experiment.cluster.provenance},
         "workload": asdict(trace.provenance),
         "started": started,
@@ -109,6 +110,12 @@ def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: 
         progress = stack.enter_context(Progress(len(requests), title))
         observers: list[Observer] = [recorder, progress] if progress.visible else [recorder]
         drive(system, backend, observers)
+
+
+def _communicator(experiment: Experiment) -> str | None:
+    """What a live run's broadcasts went by."""
+    config = experiment.backend
+    return None if isinstance(config, SimConfig) else config.communicator(experiment.system, experiment.cluster.nodes)[0]
 
 
 def _backend(experiment: Experiment, requests: Sequence[Request], seed: int, stack: ExitStack) -> Backend:

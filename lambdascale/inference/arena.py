@@ -70,18 +70,22 @@ class Arena:
     """``capacity`` bytes on a device, allocated and touched at once; CapacityError if they are not there.
 
     In host memory it begins on a page, so that O_DIRECT can read into it, and is registered with CUDA where that is present.
-    ``memory``: use this instead of allocating (host memory of a transport, on a page boundary).
+    ``memory``: use this instead of allocating (a transport's: in host memory on a page boundary, on a GPU a uint8 tensor).
     """
 
-    def __init__(self, capacity: int, device: torch.device, what: str, memory: memoryview | None = None) -> None:
+    def __init__(self, capacity: int, device: torch.device, what: str, memory: memoryview | Tensor | None = None) -> None:
         require(capacity >= 0, f"{what} must not be negative, not {capacity}")
         capacity = capacity // ALIGNMENT * ALIGNMENT
         self.device = device
         self.pinned = False
         if memory is None:
             _check_room(capacity, device, what)
-        on_host = device.type == "cpu"
-        self.bytes = self._host(capacity, memory) if on_host else torch.zeros(capacity, dtype=torch.uint8, device=device)
+        if isinstance(memory, Tensor):
+            self.bytes = memory[:capacity]
+        elif device.type == "cpu":
+            self.bytes = self._host(capacity, memory)
+        else:
+            self.bytes = torch.zeros(capacity, dtype=torch.uint8, device=device)
         self.extents = Extents(capacity)
 
     def _host(self, capacity: int, given: memoryview | None) -> Tensor:

@@ -22,6 +22,7 @@ from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import CapacityError, UserError, parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.arena import Arena
+from lambdascale.inference.read_back import ReadBack
 from lambdascale.inference.reader import ChunkReader, Direct
 from lambdascale.inference.weights import BlockWeights
 
@@ -48,6 +49,7 @@ class StoreConfig:
     """``host_bytes`` and ``device_bytes`` are the arenas. ``device`` "cpu" makes the device arena a stand-in in host memory.
 
     ``readers`` threads read ``chunk_bytes`` at a time; ``direct``: see ChunkReader. ``verify``: compare checksums.
+    ``land_on_device``: other nodes bring blocks straight into the arena of a GPU; into a stand-in's they always do.
     """
 
     host_bytes: int | str
@@ -57,6 +59,7 @@ class StoreConfig:
     chunk_bytes: int | str = "8MiB"
     direct: Direct = "auto"
     verify: bool = True
+    land_on_device: bool = False
 
     def __post_init__(self) -> None:
         """Normalise sizes and validate."""
@@ -174,10 +177,10 @@ class BlockStore:
     """Blocks of packed models in two tiers. Thread-safe. CapacityError at start if an arena does not fit the machine.
 
     ``landing``: memory that other nodes may write blocks to, used as the arena of ``landing_tier``: the device's where that is
-    host memory itself, else the host's.
+    host memory itself or ``config.land_on_device`` says so (then a tensor), else the host's.
     """
 
-    def __init__(self, config: StoreConfig, landing: memoryview | None = None) -> None:
+    def __init__(self, config: StoreConfig, landing: memoryview | Tensor | None = None) -> None:
         self.config = config
         self.device = torch.device(config.device)
         require(self.device.type in ("cpu", "cuda"), f"device must be cpu or cuda, not {config.device}")
@@ -186,7 +189,8 @@ class BlockStore:
         self._models: dict[str, PackedModel] = {}
         self._loads: set[Load] = set()
         self._awaited: set[_Key] = set()
-        self.landing_tier: StoreTier = "gpu" if self.device.type == "cpu" else "host"
+        self.landing_tier: StoreTier = "gpu" if self.device.type == "cpu" or config.land_on_device else "host"
+        self._read_back = ReadBack(self.device) if self.device.type != "cpu" and config.land_on_device else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
@@ -344,14 +348,17 @@ class BlockStore:
         model, key, residency = self.model(name), (name, block), self._tiers[self.landing_tier]
         require(key in self._awaited, f"block {block} of {name} is not awaited")
         wanted = model.blocks[block]
-        data = residency.arena.view(residency.offsets[key], wanted.size_bytes).numpy().data
+        data = residency.arena.view(residency.offsets[key], wanted.size_bytes)
         if self.config.verify:
-            found = xxhash.xxh3_64_hexdigest(data) if xxh3_64 is None else f"{xxh3_64:016x}"
+            found = self._checksum(data) if xxh3_64 is None else f"{xxh3_64:016x}"
             if found != wanted.xxh3_64:
                 raise BlockError(name, block, model.path(block), f"arrived with checksum {found} instead of {wanted.xxh3_64}")
         with self._lock:
             self._awaited.discard(key)
             residency.complete.add(key)
+
+    def _checksum(self, landed: Tensor) -> str:
+        return xxhash.xxh3_64_hexdigest(landed.numpy().data) if self._read_back is None else self._read_back.xxh3_64(landed)
 
     def abandon(self, name: str, blocks: Iterable[int]) -> None:
         """Nobody will write these reserved blocks any more: free their memory. Others are left alone."""

@@ -17,7 +17,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import zmq
 from msgspec import Struct
@@ -25,6 +25,7 @@ from msgspec import Struct
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.core.checks import require
 from lambdascale.core.commands import (
     CancelTransfer,
     EvictBlocks,
@@ -38,7 +39,21 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import AnyEvent
 from lambdascale.live import wire
-from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError, rdma
+from lambdascale.transport import (
+    CudaIpcEndpoint,
+    DeviceMemory,
+    Endpoint,
+    Handlers,
+    ShmEndpoint,
+    TcpEndpoint,
+    TokenBucket,
+    TransportError,
+    gpu_of,
+    rdma,
+)
+
+if TYPE_CHECKING:
+    from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
 _SILENCE_S = 20.0  # without a word of the controller for so long, an agent leaves
@@ -77,14 +92,53 @@ class NodeConfig(Struct, frozen=True):
     pcie: float | None = None
     preloaded: bool = False
     rdma: rdma.RdmaOptions = rdma.RdmaOptions()
+    collective: Literal["nccl", "gloo"] = "gloo"
 
 
-def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None) -> Endpoint:
-    """The configured transport's end. UserError if the node has no such thing."""
+def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
+    """The configured transport's end, for a node with this GPU. UserError if the node has no such thing."""
     key, host = config.access.nodes_key, config.host
+    if config.transport == "cuda_ipc":
+        require(gpu is not None, "the cuda_ipc transport moves blocks between GPUs: it needs device cuda")
+        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), host=host, link=link)
     if config.transport == "rdma":
-        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma)
+        owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
+        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma, gpu=owner)
     return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
+
+
+def pick_gpu(config: NodeConfig) -> int | None:
+    """The GPU of a node, None on ``device: cpu``: nodes take turns at those they see. UserError if there is none."""
+    if config.device == "cpu":
+        return None
+    import torch
+
+    count = torch.cuda.device_count()
+    require(count > 0, "device cuda is asked for, but torch finds no GPU")
+    return config.node % count
+
+
+def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStore:
+    """A node's blocks; the arena that peers write to is memory that the endpoint has registered."""
+    import torch
+
+    from lambdascale.inference import BlockStore, StoreConfig
+
+    on_device = endpoint.on_device or config.device == "cpu"
+    store_config = StoreConfig(
+        host_bytes=config.host_bytes,
+        device_bytes=config.device_bytes,
+        device=device,
+        land_on_device=on_device or config.collective == "nccl",
+    )
+    if store_config.land_on_device and not on_device:
+        return BlockStore(store_config)  # blocks come by NCCL, and none over the endpoint
+    landing = endpoint.allocate(config.device_bytes if on_device else config.host_bytes)
+    endpoint.register(landing)
+    store = BlockStore(store_config, torch.as_tensor(landing, device=device) if isinstance(landing, DeviceMemory) else landing)
+    if on_device:
+        endpoint.register_source(store.host_memory())
+    return store
 
 
 def run(config: NodeConfig, *, local: bool = True) -> None:
@@ -172,7 +226,7 @@ class Agent:
         # torch takes its time to load; the process that agents are forked from has it already.
         import torch
 
-        from lambdascale.inference import BlockStore, StoreConfig, warm_up
+        from lambdascale.inference import warm_up
         from lambdascale.live.collective import Collective, Outlet
         from lambdascale.live.compute import Compute
         from lambdascale.live.mover import BLOCK_BITS, Links, Mover
@@ -190,19 +244,19 @@ class Agent:
             on_message=self._on_message,
             on_lost=self._on_lost,
         )
-        self.endpoint = make_endpoint(config, handlers, link)
-        on_host = config.device == "cpu"
-        landing = self.endpoint.allocate(config.device_bytes if on_host else config.host_bytes)
-        self.endpoint.register(landing)
-        store_config = StoreConfig(host_bytes=config.host_bytes, device_bytes=config.device_bytes, device=config.device)
-        self.store = BlockStore(store_config, landing)
-        if on_host:
-            self.endpoint.register_source(self.store.host_memory())
+        gpu = pick_gpu(config)
+        device = "cpu" if gpu is None else f"cuda:{gpu}"
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        self.endpoint = make_endpoint(config, handlers, link, gpu)
+        self.store = make_store(config, self.endpoint, device)
+        if config.transport == "rdma" and self.endpoint.on_device:
+            print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
         for name, directory in config.models:
             self.store.add(PackedModel.open(Path(directory), name))
-        if config.device != "cpu" and config.executor != "timed":
+        if gpu is not None and config.executor != "timed":
             for name, _ in config.models:
-                warm_up(self.store.model(name), config.device)
+                warm_up(self.store.model(name), device)
         if config.preloaded:
             for name, _ in config.models:
                 self.store.load(name, range(len(self.store.model(name).blocks)), keep_host=False).wait()
@@ -216,7 +270,7 @@ class Agent:
             occupy=lambda busy: self.compute.occupy(busy).result(),
             send=self._send,
         )
-        self.collective = Collective(config.node, config.host, self.store, link, outlet)
+        self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
         # One send at a time fills a paced link; without pacing, the next should be under way before the last is through.
         self.mover = Mover(
             config.node,
@@ -310,20 +364,21 @@ class Agent:
 
     def _on_lost(self, peer: NodeId, reason: str) -> None:
         self.mover.lost(peer)
+        self.collective.lost(peer)
         self.compute.lost(peer)
 
     # -- commands that concern more than one part --------------------------------------------------------------------
 
     def _connect(self, directory: wire.Directory) -> None:
-        """Connect to the nodes with a lower id, so that every pair has one connection."""
-
-        def connect() -> None:
+        """Connect to the nodes with a lower id, so that every pair has one connection. What is in the way is the user's."""
+        try:
             for node, address in directory.addresses.items():
                 if node < self._config.node:
                     self.endpoint.connect(node, address)
+        except TransportError as error:
+            self._line.say(wire.Fault(self._config.node, str(error), users=True))
+        else:
             self._line.say(wire.Connected(self._config.node))
-
-        connect()
 
     def _place_copy(self, command: PlaceCopy) -> None:
         self.mover.place_copy(command.model, lambda: self._line.say(wire.Placed(command.node, command.model)))

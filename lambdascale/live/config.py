@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
@@ -19,6 +21,7 @@ from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
 from lambdascale.live.agent import NodeConfig
 from lambdascale.live.backend import LiveBackend
+from lambdascale.live.communicators import Choice, Kind, choose, has_nccl
 from lambdascale.live.hub import Hub
 from lambdascale.live.launch import Launcher, LocalLauncher
 from lambdascale.transport.rdma import RdmaOptions
@@ -35,16 +38,18 @@ class LiveConfig:
     ``paced``: links, disks and host-to-device
     copies are made as slow as the cluster's configuration says, otherwise they are as fast as this machine is.
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
-    ``rdma`` is for the transport of that name.
+    ``rdma`` is for the transport of that name. ``collective``: what the NCCL baseline broadcasts by; "auto" is NCCL where every
+    node has a GPU of its own, else gloo.
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
     """
 
     checkpoint: str = "smollm2"
     dtype: str = "bf16"
     launcher: Literal["local", "ray"] = "local"
-    transport: Literal["shm", "tcp", "rdma"] = "shm"
+    transport: Literal["shm", "tcp", "rdma", "cuda_ipc"] = "shm"
     executor: Literal["torch", "paced", "timed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
+    collective: Choice = "auto"
     paced: bool = True
     slot_tokens: int = 512
     threads: int | None = None
@@ -58,12 +63,36 @@ class LiveConfig:
         require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
         require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
+        require(
+            self.transport != "cuda_ipc" or self.device == "cuda",
+            f"the cuda_ipc transport moves blocks between GPUs: it needs device cuda, not {self.device}",
+        )
+        require(
+            self.rdma.gpudirect == "off" or (self.transport == "rdma" and self.device == "cuda"),
+            f"backend.rdma.gpudirect={self.rdma.gpudirect} needs transport rdma and device cuda, "
+            f"not {self.transport} and {self.device}",
+        )
+        require(
+            self.collective != "nccl" or self.device == "cuda",
+            f"backend.collective=nccl moves the memory of GPUs: it needs device cuda, not {self.device}",
+        )
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property
     def label(self) -> str:
         """What rows and summaries call the backend: compute that was timed or slowed down is not passed off as this machine's."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
+
+    def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
+        """What the system's broadcasts go by, None if it has none; and why not by NCCL where one might expect that.
+
+        UserError if it is to be NCCL and cannot be.
+        """
+        if system.transport != "collective":
+            return None, ""
+        # Ray gives every node a GPU.
+        gpus = nodes if self.launcher == "ray" else torch.cuda.device_count() if self.device == "cuda" else 0
+        return choose(self.collective, device=self.device, nodes=nodes, gpus=gpus, nccl=has_nccl())
 
     def packed(self, blocks: int) -> PackedModel:
         """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
@@ -118,6 +147,9 @@ class LiveConfig:
             )
             limit = model.architecture.max_position
             require(self.slot_tokens <= limit, f"backend.slot_tokens {self.slot_tokens} exceeds the {limit} positions of {name}")
+        collective, why = self.communicator(system, cluster.nodes)
+        if why:
+            print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
         launcher = self._launcher()
         hub = Hub(launcher.host)
         backend = LiveBackend(
@@ -129,7 +161,7 @@ class LiveConfig:
             silence_s=self.silence_s,
             open_ended=open_ended,
         )
-        configs = [self._node(node, hub, cluster, models, system) for node in range(cluster.nodes)]
+        configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]
         try:
             backend.start(lambda: launcher.start(configs))
         except BaseException:
@@ -145,7 +177,13 @@ class LiveConfig:
         return LocalLauncher()
 
     def _node(
-        self, node: int, hub: Hub, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig
+        self,
+        node: int,
+        hub: Hub,
+        cluster: ClusterSpec,
+        models: Sequence[tuple[str, PackedModel]],
+        system: SystemConfig,
+        collective: Kind,
     ) -> NodeConfig:
         """What one agent is told."""
         sizes = sorted((_room(model) for _, model in models), reverse=True)
@@ -175,6 +213,7 @@ class LiveConfig:
             pcie=float(cluster.pcie_bytes_per_s) if self.paced else None,
             preloaded=preloaded,
             rdma=self.rdma,
+            collective=collective,
         )
 
 

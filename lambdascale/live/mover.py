@@ -18,13 +18,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from threading import Timer
 
+import torch
+
 from lambdascale.core import NodeId
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, StartMulticast, Tier
 from lambdascale.core.events import AnyEvent, BlockArrived, CommandFailed
 from lambdascale.core.plan import Transfer
 from lambdascale.inference.store import BlockInUseError, BlockStore, Load, StoreTier
 from lambdascale.live.wire import Ready, encode
-from lambdascale.transport import Endpoint, TokenBucket, TransportError
+from lambdascale.transport import DeviceMemory, Endpoint, Memory, TokenBucket, TransportError, gpu_of
 
 BLOCK_BITS = 24
 _FENCE = (1 << BLOCK_BITS) - 1
@@ -113,10 +115,14 @@ class Mover:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mover")
 
     def close(self) -> None:
-        """Cancel what is under way."""
-        for load in list(self._state.loads.values()):
+        """Cancel what is under way; no load touches the node's memory afterwards, which may be the endpoint's."""
+        loads = list(self._state.loads.values())
+        for load in loads:
             load.cancel()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        for load in loads:
+            with suppress(Exception):  # nobody is left to be told
+                load.wait()
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
@@ -252,7 +258,7 @@ class Mover:
 
         immediate = number << BLOCK_BITS | transfer.block
         try:
-            self._endpoint.write(transfer.dst, data.numpy().data, offset, immediate).add_done_callback(sent)
+            self._endpoint.write(transfer.dst, _memory(data), offset, immediate).add_done_callback(sent)
         except TransportError:
             # The receiver is gone: the controller will re-plan, and what is still to be sent to others goes on.
             stack.close()
@@ -525,3 +531,10 @@ class Mover:
         timer = Timer(_RETRY_S, self._do, (job,))
         timer.daemon = True
         timer.start()
+
+
+def _memory(data: torch.Tensor) -> Memory:
+    """A block, as endpoints take it."""
+    if data.device.type == "cpu":
+        return data.numpy().data
+    return DeviceMemory(gpu_of(data.device.index), data.data_ptr(), data.numel())

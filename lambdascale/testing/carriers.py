@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from lambdascale.core import MulticastPlan, NodeId, Transfer
-from lambdascale.transport import Endpoint, Handlers, TransportError
+from lambdascale.transport import DeviceMemory, Endpoint, Handlers, Memory, TransportError
 
 _PATIENCE_S = 120.0
 Make = Callable[[NodeId, Handlers], Endpoint]
@@ -48,7 +48,7 @@ class Carrier:
         contents = [content(block, block_bytes) for block in range(blocks)]
         self._sums = [xxhash.xxh3_64_intdigest(data.data) for data in contents]
         if holds:
-            np.frombuffer(self._memory, dtype=np.uint8)[:] = np.concatenate(contents)
+            _fill(self._memory, np.concatenate(contents).tobytes())
         self._endpoint.register(self._memory)
         self._held = set(range(blocks)) if holds else set()
         self._sends: deque[Transfer] = deque()
@@ -108,7 +108,7 @@ class Carrier:
 
     def _landed(self, block: int) -> None:
         data = self._memory[block * self._size : (block + 1) * self._size]
-        if xxhash.xxh3_64_intdigest(data) != self._sums[block]:
+        if xxhash.xxh3_64_intdigest(data if isinstance(data, memoryview) else bytes(data)) != self._sums[block]:
             raise ValueError(f"block {block} has arrived damaged at node {self.node}")
         self._held.add(block)
         self._expected.discard(block)
@@ -133,11 +133,23 @@ class Carrier:
         self._events.put(("sent", 0))
 
 
-class Carriers:
-    """``nodes`` processes, the first ``sources`` of which hold every block. Use as a context."""
+def _fill(memory: Memory, data: bytes) -> None:
+    if isinstance(memory, DeviceMemory):
+        memory.fill(data)
+    else:
+        memory[:] = data
 
-    def __init__(self, make: Make, *, nodes: int, sources: int, blocks: int, block_bytes: int) -> None:
-        context = multiprocessing.get_context("fork")
+
+class Carriers:
+    """``nodes`` processes, the first ``sources`` of which hold every block. Use as a context.
+
+    CUDA does not survive a fork: with GPUs, ``start_method`` is "spawn" and ``make`` a module's function.
+    """
+
+    def __init__(
+        self, make: Make, *, nodes: int, sources: int, blocks: int, block_bytes: int, start_method: str = "fork"
+    ) -> None:
+        context: Any = multiprocessing.get_context(start_method)
         self.heard: list[tuple[NodeId, tuple[Any, ...]]] = []
         self._pipes: dict[NodeId, Connection] = {}
         self._processes = {}

@@ -5,9 +5,22 @@ write with the number the writer attached. Small messages (hidden states, tokens
 plans and no models.
 """
 
-from lambdascale.transport.base import Endpoint, Handlers, TransportError
+from lambdascale.transport.base import Endpoint, Handlers, Memory, TransportError
+from lambdascale.transport.cuda import DeviceMemory, gpu_of
+from lambdascale.transport.cuda_ipc import CudaIpcEndpoint
 from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.shm import ShmEndpoint
 from lambdascale.transport.tcp import TcpEndpoint
 
-__all__ = ["Endpoint", "Handlers", "ShmEndpoint", "TcpEndpoint", "TokenBucket", "TransportError"]
+__all__ = [
+    "CudaIpcEndpoint",
+    "DeviceMemory",
+    "Endpoint",
+    "Handlers",
+    "Memory",
+    "ShmEndpoint",
+    "TcpEndpoint",
+    "TokenBucket",
+    "TransportError",
+    "gpu_of",
+]

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lambdascale.core import NodeId
+from lambdascale.transport.cuda import DeviceMemory
+
+# Of the host, or of a GPU.
+Memory = memoryview | DeviceMemory
 
 
 class TransportError(RuntimeError):
@@ -39,11 +43,16 @@ class Endpoint(Protocol):
         """What a peer needs to connect; travels over the control channel."""
         ...
 
-    def allocate(self, size: int) -> memoryview:
+    @property
+    def on_device(self) -> bool:
+        """Whether peers write to a GPU's memory: then that is what ``allocate`` gives."""
+        ...
+
+    def allocate(self, size: int) -> Memory:
         """Touched memory of ``size`` bytes that this transport can register."""
         ...
 
-    def register(self, memory: memoryview) -> None:
+    def register(self, memory: Memory) -> None:
         """The memory that peers may write to, before anybody connects. Not copied, not resized."""
         ...
 
@@ -66,9 +75,10 @@ class Endpoint(Protocol):
         """Take an ``admit`` back, after all that the peer had to write has arrived (or it has said that it writes no more)."""
         ...
 
-    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
         """Bring ``data`` to ``offset`` in the peer's registered memory, then tell the peer ``immediate`` (64 bits, unsigned).
 
+        The host's memory can always be written from, a GPU's where ``on_device``.
         Returns at once; the future is done when ``data`` may be changed again, or has a TransportError.
         """
         ...

@@ -11,12 +11,46 @@ import os
 import socket
 import struct
 
+import numpy as np
+import xxhash
+
+from lambdascale.core import NodeId
 from lambdascale.core.checks import require
+from lambdascale.transport.base import Memory
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; Python has no name for it
 _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
+
+
+class _Mapped:
+    """The peer's memory, mapped. See Reachable.
+
+    Hashing brings a piece into a cache, from where it is copied past the caches (lambdascale.live.launch): memory is read once.
+    What is hashed is what is copied; that a copy within one host's memory arrives is taken for granted, as everywhere.
+    """
+
+    step_bytes = 1 << 20
+
+    def __init__(self, memory: memoryview) -> None:
+        self.nbytes = memory.nbytes
+        self._memory = np.frombuffer(memory, dtype=np.uint8)
+        self._copied = xxhash.xxh3_64()
+
+    def put(self, data: Memory, at: int) -> None:
+        assert isinstance(data, memoryview), "it is on the host"
+        self._copied.update(data)
+        # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
+        self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
+
+    def complete(self) -> int:
+        found = self._copied.intdigest()
+        self._copied.reset()
+        return found
+
+    def close(self) -> None:
+        """It is unmapped with the last reference."""
 
 
 class ShmEndpoint(TcpEndpoint):
@@ -32,23 +66,23 @@ class ShmEndpoint(TcpEndpoint):
         os.ftruncate(self._descriptor, max(1, size))
         return memoryview(_mapped(self._descriptor, max(1, size)))[:size]
 
-    def register(self, memory: memoryview) -> None:
+    def register(self, memory: Memory) -> None:
         """See Endpoint. UserError for memory that ``allocate`` did not give."""
-        ours = memory.nbytes == self._size and isinstance(memory.obj, mmap.mmap)
+        ours = memory.nbytes == self._size and isinstance(memory, memoryview) and isinstance(memory.obj, mmap.mmap)
         require(ours, "shared memory must come from the endpoint's allocate()")
         super().register(memory)
 
-    def introduce(self, sock: socket.socket) -> memoryview | None:
+    def introduce(self, peer: NodeId, sock: socket.socket) -> _Mapped:
         """Exchange where the memories are and map the peer's. OSError if it is another user's or on another host."""
         sock.sendall(_WHERE.pack(os.getpid(), max(0, self._descriptor), self._size))
         answer = bytearray(_WHERE.size)
         fill(sock, memoryview(answer))
         process, descriptor, size = _WHERE.unpack(answer)
         if size == 0:
-            return memoryview(b"")
+            return _Mapped(memoryview(b""))
         opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
         try:
-            return memoryview(_mapped(opened, size))
+            return _Mapped(memoryview(_mapped(opened, size)))
         finally:
             os.close(opened)
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.pacing import TokenBucket
 
 _HELLO = struct.Struct("!32sI")  # challenge, node
@@ -40,7 +40,7 @@ class Connection(Protocol):
         """Free everything; it has never been started."""
         ...
 
-    def write(self, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
         ...
 
@@ -56,6 +56,11 @@ class Connection(Protocol):
 C = TypeVar("C", bound=Connection)
 
 
+def flat(memory: Memory) -> Memory:
+    """The same memory in bytes."""
+    return memory.cast("B") if isinstance(memory, memoryview) and memory.nbytes else memory
+
+
 def fill(sock: socket.socket, target: memoryview) -> None:
     """Receive exactly as much as ``target`` holds; EOFError if the connection ends before."""
     at = 0
@@ -69,13 +74,15 @@ def fill(sock: socket.socket, target: memoryview) -> None:
 class SocketEndpoint(ABC, Generic[C]):
     """The common part of an Endpoint, listening on ``host`` (loopback unless told otherwise). ``link`` paces all it sends."""
 
+    on_device = False
+
     def __init__(
         self, node: NodeId, handlers: Handlers, key: bytes, *, host: str = "127.0.0.1", link: TokenBucket | None = None
     ) -> None:
         self.node = node
         self.handlers = handlers
         self.link = link
-        self.memory = memoryview(bytearray())
+        self.memory: Memory = memoryview(bytearray())
         self._key = key
         self._lock = threading.Lock()
         self._connections: dict[NodeId, C] = {}
@@ -95,14 +102,14 @@ class SocketEndpoint(ABC, Generic[C]):
         host, port = self._server.getsockname()[:2]
         return f"{host}:{port}"
 
-    def allocate(self, size: int) -> memoryview:
+    def allocate(self, size: int) -> Memory:
         """See Endpoint. Any memory will do, unless a transport says otherwise."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         return memoryview(mmap.mmap(-1, max(1, size), flags=flags))[:size]
 
-    def register(self, memory: memoryview) -> None:
+    def register(self, memory: Memory) -> None:
         """See Endpoint."""
-        self.memory = memory.cast("B")
+        self.memory = flat(memory)
 
     def register_source(self, memory: memoryview) -> None:
         """See Endpoint. Sockets take any memory."""
@@ -133,7 +140,7 @@ class SocketEndpoint(ABC, Generic[C]):
     def dismiss(self, peer: NodeId) -> None:
         """See Endpoint."""
 
-    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
         return self._connection(peer).write(data, offset, immediate)
 

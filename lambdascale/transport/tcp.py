@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
-import numpy as np
 import xxhash
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import TransportError
-from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill
+from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill, flat
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
 # Bytes of a write, in pieces; their hash, where the sender has it; the word that it is complete; a message; a goodbye.
@@ -27,8 +27,25 @@ _BUFFER_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 # Received and hashed in parts that stay in a core's cache in between.
 _HASHED_BYTES = 1 << 18
-# Copied into a peer's memory in pieces that are long enough to go past the caches (lambdascale.live.launch).
-_COPY_BYTES = 1 << 20
+
+
+class Reachable(Protocol):
+    """A peer's memory that can be written to without the socket, ``step_bytes`` at a time. Used by one thread."""
+
+    nbytes: int
+    step_bytes: int
+
+    def put(self, data: Memory, at: int) -> None:
+        """Copy a piece there; OSError if it cannot be. It may be under way yet when this returns."""
+        ...
+
+    def complete(self) -> int | None:
+        """Wait until all that was put is there; its hash (xxh3_64) where it was in a cache, since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Reach it no longer."""
+        ...
 
 
 @dataclass
@@ -38,16 +55,16 @@ class _Job:
     kind: int
     immediate: int
     offset: int
-    payload: memoryview
+    payload: Memory
     done: Future[None] = field(default_factory=Future)
 
 
 class _Connection:
     """A socket with a thread for each direction."""
 
-    def __init__(self, endpoint: TcpEndpoint, peer: NodeId, sock: socket.socket, theirs: memoryview | None) -> None:
+    def __init__(self, endpoint: TcpEndpoint, peer: NodeId, sock: socket.socket, theirs: Reachable | None) -> None:
         self.peer = peer
-        self._theirs = theirs  # the peer's memory where it can be reached without the socket
+        self._theirs = theirs
         self.sock = sock
         self._endpoint = endpoint
         self._messages: deque[_Job] = deque()
@@ -75,9 +92,15 @@ class _Connection:
 
     def abandon(self) -> None:
         """See Connection."""
+        self._let_go()
         self.sock.close()
 
-    def write(self, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def _let_go(self) -> None:
+        """Nothing is written any more."""
+        if self._theirs is not None:
+            self._theirs.close()
+
+    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
         """See Connection."""
         return self._give(_WRITTEN, immediate, offset, data)
 
@@ -85,7 +108,7 @@ class _Connection:
         """See Connection."""
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
-    def _give(self, kind: int, immediate: int, offset: int, payload: memoryview) -> Future[None]:
+    def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
         """Queue a write or message."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
@@ -146,7 +169,8 @@ class _Connection:
     def _send_all(self) -> None:
         while (job := self._next()) is not None:
             self._carry_out(job)
-        # The peer sees the end of what this side sends, after all of it.
+        # The peer sees the end of what this side sends, after all of it, and that its memory is its own again.
+        self._let_go()
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self._leave()
@@ -177,38 +201,34 @@ class _Connection:
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
             bucket.take(job.payload.nbytes)
+        assert isinstance(job.payload, memoryview), "a message is on the host"
         self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
 
     def _write(self, job: _Job) -> None:
         """Bring the bytes over in pieces, messages in between; then say that they are complete."""
         theirs = self._theirs
-        if theirs is not None and job.offset + job.payload.nbytes > len(theirs):
-            raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {len(theirs)}")
-        target = None if theirs is None else np.frombuffer(theirs, dtype=np.uint8)
-        copied = xxhash.xxh3_64()
-        for begin, piece in self._pieces(job.payload, _PIECE_BYTES if target is None else _COPY_BYTES):
-            at = job.offset + begin
-            if target is None:
-                self._sendall(_HEAD.pack(_DATA, 0, at, len(piece)), piece)
+        if theirs is not None and job.offset + job.payload.nbytes > theirs.nbytes:
+            raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
+        for begin, piece in self._pieces(job.payload, _PIECE_BYTES if theirs is None else theirs.step_bytes):
+            if theirs is None:
+                assert isinstance(piece, memoryview), "sockets take the host's memory"
+                self._sendall(_HEAD.pack(_DATA, 0, job.offset + begin, len(piece)), piece)
             else:
-                # Hashing brings the piece into a cache, from where it is copied past the caches: memory is read once. What is
-                # hashed is what is copied; that a copy within one host's memory arrives is taken for granted, as everywhere.
-                copied.update(piece)
-                # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
-                target[at : at + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+                theirs.put(piece, job.offset + begin)
             while self._messages:
                 self._carry_out(self._messages.popleft())
-        if target is not None:
-            self._sendall(_HEAD.pack(_HASH, copied.intdigest(), 0, 0), memoryview(b""))
+        written = None if theirs is None else theirs.complete()
+        if written is not None:
+            self._sendall(_HEAD.pack(_HASH, written, 0, 0), memoryview(b""))
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
-    def _pieces(self, payload: memoryview, largest: int) -> Iterator[tuple[int, memoryview]]:
+    def _pieces(self, payload: Memory, largest: int) -> Iterator[tuple[int, Memory]]:
         """The payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
-        flat = payload.cast("B") if payload.nbytes else payload
+        data = flat(payload)
         step = largest if bucket is None else min(largest, bucket.piece_bytes)
-        for begin in range(0, len(flat), step):
-            piece = flat[begin : begin + step]
+        for begin in range(0, len(data), step):
+            piece = data[begin : begin + step]
             if bucket is not None:
                 bucket.take(len(piece))
             yield begin, piece
@@ -245,6 +265,7 @@ class _Connection:
             if offset + size > len(memory):
                 raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
             if kind == _DATA:
+                assert isinstance(memory, memoryview), "who can reach a GPU's memory does not send"
                 self._receive_piece(memory[offset : offset + size])
             else:
                 self._complete(immediate, offset, size)
@@ -283,8 +304,8 @@ class TcpEndpoint(SocketEndpoint[_Connection]):
 
     def make(self, peer: NodeId, sock: socket.socket) -> _Connection:
         """See SocketEndpoint."""
-        return _Connection(self, peer, sock, self.introduce(sock))
+        return _Connection(self, peer, sock, self.introduce(peer, sock))
 
-    def introduce(self, sock: socket.socket) -> memoryview | None:
+    def introduce(self, peer: NodeId, sock: socket.socket) -> Reachable | None:
         """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
         return None

@@ -9,7 +9,9 @@ import xxhash
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits
-from lambdascale.inference import BlockStore, Engine, Stage, StoreConfig, Ticket, load_blocks
+from lambdascale.inference import BlockError, BlockStore, Engine, Stage, StoreConfig, Ticket, load_blocks
+from lambdascale.inference.read_back import ReadBack
+from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 BLOCKS = 4
@@ -29,6 +31,46 @@ def store_for(model: PackedModel) -> BlockStore:
     store = BlockStore(StoreConfig(host_bytes=arena, device_bytes=arena, device="cuda"))
     store.add(model)
     return store
+
+
+def test_checksums_of_what_is_on_the_device() -> None:
+    """Pieces of any size, also while the device computes something else."""
+    read_back = ReadBack(torch.device("cuda:0"))
+    data = torch.randint(0, 256, ((9 << 20) + 3,), dtype=torch.uint8, device="cuda:0")
+    torch.cuda.synchronize()
+    work = torch.ones(4096, 4096, device="cuda:0")
+    for size in (0, 1, 4 << 20, (4 << 20) + 1, data.numel()):
+        work = work @ work / 4096
+        assert read_back.xxh3_64(data[:size]) == xxhash.xxh3_64_hexdigest(data[:size].cpu().numpy().tobytes())
+
+
+def test_blocks_that_others_write_into_the_device_arena(model: PackedModel) -> None:
+    """Verified there; a damaged one does not count, and what landed can be used, copied to the host and evicted."""
+    arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+    memory = gpu_of(0).allocate(arena)
+    landing = torch.as_tensor(memory, device="cuda:0")
+    config = StoreConfig(host_bytes=arena, device_bytes=arena, device="cuda:0", land_on_device=True)
+    with BlockStore(config, landing) as store:
+        store.add(model)
+        assert store.landing_tier == "gpu"
+        offsets = store.reserve(model.name, range(BLOCKS))
+        for block, offset in offsets.items():
+            with model.path(block).open("rb") as file:
+                file.seek(model.blocks[block].data_offset)
+                memory[offset : offset + model.block_bytes[block]].fill(file.read(model.block_bytes[block]))
+        landing[offsets[2] + 5] += 1
+        torch.cuda.synchronize()
+        with pytest.raises(BlockError, match="block 2"):
+            store.land(model.name, 2)
+        landing[offsets[2] + 5] -= 1
+        torch.cuda.synchronize()
+        for block in range(BLOCKS):
+            store.land(model.name, block)
+        assert store.demote(model.name) == sum(model.block_bytes)
+        assert store.resident(model.name, "host") == frozenset(range(BLOCKS))
+        assert store.free_bytes("gpu") == arena
+    del landing
+    gpu_of(0).free(memory)
 
 
 @pytest.mark.parametrize("keep_host", [True, False])

@@ -1,4 +1,4 @@
-"""A live cluster whose nodes share one CUDA device: blocks land in pinned host memory and go on while it computes."""
+"""A live cluster whose nodes take turns at the GPUs; blocks land there, or in pinned host memory and go on while it computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.core.commands import FormPipeline, SwitchMode
-from tests.live.harness import burst, expected, run, system_of
+from lambdascale.core.events import BlockArrived, NodeLost
+from tests.live.harness import Watcher, burst, expected, run, system_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,11 +30,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tiny"
 
 
-@pytest.mark.parametrize(("transport", "kv", "copies"), [("shm", "recompute", 1), ("shm", "copy", 0), ("tcp", "copy", 1)])
+@pytest.mark.parametrize(
+    ("transport", "kv", "copies"),
+    [
+        ("shm", "recompute", 1),
+        ("shm", "copy", 0),
+        ("tcp", "copy", 1),
+        ("cuda_ipc", "recompute", 1),
+        ("cuda_ipc", "copy", 0),
+    ],
+)
 def test_execute_while_load(tiny: Path, transport: str, kv: str, copies: int) -> None:
     """Tokens of pipelines, across a mode switch and of replicas are those of one node on a CPU (float32, without TF32).
 
-    Without a copy in host memory, the source makes one of what it has on the device.
+    Without a copy in host memory, the source makes one of what it has on the device, or sends it from there.
     """
     system = system_of("lambdascale", f"system.kv={kv}", f"system.memory.initial_copies={copies}")
     outcome = run(tiny, REQUESTS, system=system, transport=transport, device="cuda")
@@ -43,10 +53,26 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str, copies: int) ->
     assert (outcome.rows.first_token_mode == "pipeline").any()
 
 
-def test_load_from_host_memory_and_back(tiny: Path) -> None:
+@pytest.mark.parametrize("transport", ["shm", "cuda_ipc"])
+def test_load_from_host_memory_and_back(tiny: Path, transport: str) -> None:
     """Released nodes keep host copies and come back from them over PCIe."""
     system = system_of("lambdascale", "system.memory.initial_copies=2", "system.autoscaler.keep_alive_s=0.3")
     again = [type(r)(r.request_id + 100, 6.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
     requests = [*REQUESTS, *again]
-    outcome = run(tiny, requests, system=system, link="2MB/s", device="cuda")
+    outcome = run(tiny, requests, system=system, link="2MB/s", transport=transport, device="cuda")
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)
+
+
+@pytest.mark.parametrize("node", [0, 2])
+def test_a_killed_node_loses_no_request(tiny: Path, node: int) -> None:
+    """Its GPU memory was open in all the others, and theirs in it."""
+    watcher = Watcher(
+        lambda entry: isinstance(entry, BlockArrived) and (entry.node, entry.block) == (2, 3),
+        lambda backend: backend.launcher.kill(node),
+        after_s=0.05,
+    )
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="cuda_ipc", device="cuda", watchers=[watcher])
+    assert watcher.acted
+    assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), REQUESTS)
+    assert (outcome.rows.status == "ok").all()
+    assert any(isinstance(entry, NodeLost) for _, entry in outcome.recorder.entries)

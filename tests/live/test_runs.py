@@ -36,9 +36,12 @@ def test_a_run_folder_like_any_other(tmp_path: Path) -> None:
     assert run(compose([*LIVE, f"out={tmp_path / 'run'}"])).reused
 
 
-def test_timed_nodes_say_so(tmp_path: Path) -> None:
-    result = run(compose([*LIVE, "backend.executor=timed", "cluster.nodes=6", f"out={tmp_path / 'run'}"]))
+@pytest.mark.parametrize(("system", "communicator"), [("lambdascale", None), ("nccl_broadcast", "gloo")])
+def test_timed_nodes_say_so(tmp_path: Path, system: str, communicator: str | None) -> None:
+    settings = [f"system={system}", "backend.executor=timed", "cluster.nodes=6", f"out={tmp_path / 'run'}"]
+    result = run(compose([*LIVE, *settings]))
     assert result.summary["backend"] == "live-timed"
+    assert json.loads((result.folder / "manifest.json").read_text())["communicator"] == communicator
     assert result.summary["requests"]["completed"] == 24
 
 
@@ -62,6 +65,9 @@ def test_the_model_of_the_configuration_is_the_one_on_disk() -> None:
         (["backend.slot_tokens=9999"], "9999"),
         (["backend.transport=pigeon"], "pigeon"),
         (["backend.executor=guess"], "guess"),
+        (["backend.collective=mpi"], "mpi"),
+        (["backend.collective=nccl"], "needs device cuda"),
+        (["backend.transport=cuda_ipc"], "needs device cuda"),
     ],
 )
 def test_mistakes(overrides: list[str], says: str) -> None:

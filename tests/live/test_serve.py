@@ -20,6 +20,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 pytestmark = pytest.mark.live
 COMMAND = [str(Path(sys.executable).with_name("lambdascale")), "serve"]
@@ -235,6 +236,12 @@ def test_a_signal_ends_everything(server: Server) -> None:
         (["--model", "tiny", "--link", "fast"], "fast"),
         (["--model", "tiny", "--blocks", "8", "--transport", "rdma"], "rdma"),
         (["--model", "tiny", "--blocks", "8", "--transport", "rdma", "--rdma-mtu", "1500"], "rdma.mtu"),
+        (["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc"], "device cuda, not cpu"),
+        pytest.param(
+            ["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc", "--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is there"),
+        ),
         (["--model", "tiny", "--blocks", "99"], "blocks"),
         (["--model", "tiny", "--port", "99999"], "99999"),
         (["--model", "tiny", "--blocks", "8", "--slot-tokens", "99999"], "99999"),

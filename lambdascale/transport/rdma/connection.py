@@ -16,15 +16,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import TransportError
+from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.cuda import address_of
 from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
 from lambdascale.transport.rdma.outbox import Outbox, Step
-from lambdascale.transport.rdma.slots import Slots, address_of
-from lambdascale.transport.sockets import TIMEOUT_S, fill
+from lambdascale.transport.rdma.slots import Slots
+from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 
 if TYPE_CHECKING:
     from lambdascale.transport.rdma.endpoint import RdmaEndpoint
@@ -78,11 +79,10 @@ class RdmaConnection:
         """See Connection."""
         self._free()
 
-    def write(self, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
         """See Connection."""
-        flat = data.cast("B") if data.nbytes else memoryview(b"")
-        source = self._endpoint.source(address_of(flat), len(flat))
-        future = self._give(lambda: self._outbox.write(flat, source, offset, immediate))
+        source = self._endpoint.source(address_of(flat(data)), data.nbytes)
+        future = self._give(lambda: self._outbox.write(data, source, offset, immediate))
         if future is None:
             source.release()
         return future or self._refusal()

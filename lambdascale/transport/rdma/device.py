@@ -28,10 +28,10 @@ _GID_TYPES: dict[int, GidType] = {
 
 
 class Region:
-    """Memory registered with every device of a node."""
+    """Memory registered with every device of a node. ``origin``: the address that devices know its first byte by."""
 
-    def __init__(self, address: int, size: int, regions: list[MR]) -> None:
-        self.address, self.size = address, size
+    def __init__(self, address: int, size: int, regions: list[MR], origin: int) -> None:
+        self.address, self.size, self.origin = address, size, origin
         self._regions = regions
 
     @property
@@ -51,6 +51,10 @@ class Region:
     def has(self, address: int, size: int) -> bool:
         """Whether all of it lies in here."""
         return self.address <= address and address + size <= self.address + self.size
+
+    def place(self, address: int) -> int:
+        """What devices call an address in here."""
+        return self.origin + address - self.address
 
     def close(self) -> None:
         """Register it no longer."""
@@ -82,25 +86,35 @@ class Device:
 
 
 def register(
-    devices: Sequence[Device], address: int, size: int, *, local: bool = False, remote: bool = False, windows: bool = False
+    devices: Sequence[Device],
+    address: int,
+    size: int,
+    *,
+    local: bool = False,
+    remote: bool = False,
+    windows: bool = False,
+    make: Callable[[PD, int], MR] | None = None,
+    origin: int | None = None,
 ) -> Region:
     """Register memory to be read by our devices; for their receives too if ``local``, for peers' writes if ``remote``.
 
-    ``windows``: for peers' writes through memory windows only. TransportError where it cannot be (the limit on locked memory).
+    ``windows``: for peers' writes through memory windows only. ``make(domain, access)``: for memory that is not registered by its
+    address; devices begin to count at ``origin`` then. TransportError where it cannot be (the limit on locked memory).
     """
+    make = make or (lambda domain, access: MR(domain, size, access, address=address))
     access = enums.IBV_ACCESS_LOCAL_WRITE if local or remote or windows else 0
     access |= (enums.IBV_ACCESS_REMOTE_WRITE if remote else 0) | (enums.IBV_ACCESS_MW_BIND if windows else 0)
     regions: list[MR] = []
     try:
         for device in devices:
-            regions.append(MR(device.domain, size, access, address=address))  # noqa: PERF401 (what was made is closed below)
+            regions.append(make(device.domain, access))  # noqa: PERF401 (what was made is closed below)
     except PyverbsError as error:
         for region in regions:
             region.close()
         raise TransportError(
             f"{size} bytes cannot be registered for RDMA: {error}; 'ulimit -l' must allow as much as a node's memory"
         ) from error
-    return Region(address, size, regions)
+    return Region(address, size, regions, address if origin is None else origin)
 
 
 def list_ports(root: Path = SYSFS) -> list[Port]:

@@ -15,8 +15,10 @@ from pyverbs.pyverbs_error import PyverbsError
 
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
-from lambdascale.transport.base import Handlers, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
+from lambdascale.transport.cuda import CudaError, DeviceMemory, Gpu, address_of
 from lambdascale.transport.pacing import TokenBucket
+from lambdascale.transport.rdma import gpudirect
 from lambdascale.transport.rdma.connection import RdmaConnection
 from lambdascale.transport.rdma.device import Device, Region, guarded, list_ports, register
 from lambdascale.transport.rdma.frames import Card
@@ -24,7 +26,7 @@ from lambdascale.transport.rdma.lane import Lane
 from lambdascale.transport.rdma.options import RdmaOptions
 from lambdascale.transport.rdma.outbox import Source
 from lambdascale.transport.rdma.ports import choose
-from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots, address_of
+from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots
 from lambdascale.transport.rdma.watch import Watch
 from lambdascale.transport.sockets import SocketEndpoint, fill
 
@@ -38,7 +40,10 @@ _cards = msgpack.Decoder(Card)
 
 
 class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
-    """An Endpoint over RDMA devices. UserError if there is none, or not the one that ``options`` name."""
+    """An Endpoint over RDMA devices. UserError if there is none, or not the one that ``options`` name.
+
+    ``gpu``: whose memory is registered where ``options.gpudirect`` says so.
+    """
 
     def __init__(
         self,
@@ -49,8 +54,13 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         host: str = "127.0.0.1",
         link: TokenBucket | None = None,
         options: RdmaOptions | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.options = options or RdmaOptions()
+        self.on_device = self.options.gpudirect != "off"
+        require(not self.on_device or gpu is not None, f"rdma.gpudirect={self.options.gpudirect} needs device cuda")
+        self._gpu = gpu
+        self._arena: DeviceMemory | None = None
         self.choices = choose(list_ports(), self.options, host)
         self._devices = [Device(choice) for choice in self.choices]
         self.windows = self._use_windows()
@@ -71,14 +81,27 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         """Size of a chunk: a paced link's are small, so that messages need not wait for long."""
         return self.options.chunk_bytes if self.link is None else min(self.options.chunk_bytes, self.link.piece_bytes)
 
-    def register(self, memory: memoryview) -> None:
-        """See Endpoint. Once; TransportError if more than may be locked."""
+    def allocate(self, size: int) -> Memory:
+        """See Endpoint. The host's memory, or once a GPU's."""
+        if self._gpu is None or not self.on_device:
+            return super().allocate(size)
+        require(self._arena is None, "an endpoint's GPU memory is allocated once")
+        self._arena = self._gpu.allocate(size)
+        return self._arena
+
+    def register(self, memory: Memory) -> None:
+        """See Endpoint. Once; TransportError if more than may be locked, UserError if ``gpudirect`` does not work."""
         require(self._target is None, "an endpoint's memory is registered once")
         super().register(memory)
         if memory.nbytes:
-            address = address_of(self.memory)
-            self._target = register(self._devices, address, memory.nbytes, remote=not self.windows, windows=self.windows)
+            self._target = self._register_target()
             self._sources.append(self._target)
+
+    def _register_target(self) -> Region:
+        memory, windows = self.memory, self.windows
+        if isinstance(memory, DeviceMemory):
+            return gpudirect.register(self._devices, memory, self.options.gpudirect, remote=not windows, windows=windows)
+        return register(self._devices, address_of(memory), memory.nbytes, remote=not windows, windows=windows)
 
     def register_source(self, memory: memoryview) -> None:
         """See Endpoint."""
@@ -91,7 +114,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
             return Source(address, 0, [0] * len(self._devices), lambda: None)
         for region in self._sources:
             if region.has(address, size):
-                return Source(address, size, region.local_keys, lambda: None)
+                return Source(region.place(address), size, region.local_keys, lambda: None)
         region = register(self._devices, address, size)
         return Source(address, size, region.local_keys, region.close)
 
@@ -142,7 +165,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
 
     def _card(self, lanes: list[Lane]) -> Card:
         keys = self._target.remote_keys if self._target and not self.windows else [0] * len(lanes)
-        address = self._target.address if self._target else 0
+        address = self._target.origin if self._target else 0
         rails = tuple(lane.card(key) for lane, key in zip(lanes, keys, strict=True))
         return Card(address, len(self.memory), _RECEIVES, rails)
 
@@ -180,3 +203,6 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         for each in closing:
             with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
                 each.close()
+        if self._arena is not None:
+            with suppress(CudaError):
+                self._arena.gpu.free(self._arena)

@@ -69,7 +69,7 @@ class Window:
 
     def __init__(self, device: Device, region: Region, rail: int) -> None:
         self._window = MW(device.domain, enums.IBV_MW_TYPE_2)
-        self._info = MWBindInfo(region.of(rail), region.address, region.size, enums.IBV_ACCESS_REMOTE_WRITE)
+        self._info = MWBindInfo(region.of(rail), region.origin, region.size, enums.IBV_ACCESS_REMOTE_WRITE)
         self.request = SendWR(opcode=enums.IBV_WR_BIND_MW)
         self.request.set_bind_wr(self._window, self._info)
         self.key: int = self.request.rkey

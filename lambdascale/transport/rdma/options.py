@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lambdascale.core.checks import check_types, require
 
+GpuDirect = Literal["off", "dmabuf", "peermem"]
 MTUS = (256, 512, 1024, 2048, 4096)
 
 
@@ -16,7 +18,8 @@ class RdmaOptions:
     ``devices``: several make rails, every block is striped over them; the n-th device of a node talks with its peers' n-th.
     ``port``, ``gid_index`` and ``mtu`` (bytes) hold for all of them. A write goes as chunks of ``chunk_bytes``, of which a queue
     pair has up to ``depth`` under way. ``windows``: a peer may write only while it is admitted (memory windows of type 2; None:
-    where the devices have them); False: as long as it is connected.
+    where the devices have them); False: as long as it is connected. ``gpudirect``: blocks land in the GPU's memory, registered by
+    dma-buf or nvidia-peermem; off: in the host's.
     """
 
     devices: tuple[str, ...] = ()
@@ -26,6 +29,7 @@ class RdmaOptions:
     chunk_bytes: int = 1 << 20
     depth: int = 16
     windows: bool | None = None
+    gpudirect: GpuDirect = "off"
 
     def __post_init__(self) -> None:
         """Validate."""

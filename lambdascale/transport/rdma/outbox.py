@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lambdascale.transport.base import TransportError
+from lambdascale.transport.base import Memory, TransportError
 from lambdascale.transport.rdma import frames
 from lambdascale.transport.rdma.frames import Card, Chunk, Frame, Kind
 
@@ -37,7 +37,7 @@ class Source:
 class Write:
     """A write of which not everything has arrived. ``data`` keeps the memory alive."""
 
-    data: memoryview
+    data: Memory
     source: Source
     offset: int
     immediate: int
@@ -88,7 +88,7 @@ class Outbox:
 
     # -- what is given -----------------------------------------------------------------------------------------------
 
-    def write(self, data: memoryview, source: Source, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, source: Source, offset: int, immediate: int) -> Future[None]:
         """Queue a write."""
         size, count = source.size, len(self._lanes)
         used = frames.rails_used(size, self._step_bytes, count)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import deque
 
-import numpy as np
-
+from lambdascale.transport.cuda import address_of
 from lambdascale.transport.rdma.device import Device, register
 from lambdascale.transport.rdma.frames import HEAD_BYTES, Frame
 
@@ -48,8 +47,3 @@ class Slots:
         self._region.close()
         self._memory.release()
         self._map.close()
-
-
-def address_of(memory: memoryview) -> int:
-    """Where memory is; 0 for none."""
-    return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]) if memory.nbytes else 0

@@ -1,0 +1,129 @@
+"""What a broadcast goes by: NCCL from GPU to GPU, or gloo through the memory of hosts. A communicator serves one broadcast.
+
+Which of them is decided once for a cluster, before its nodes start, and never changed on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import distributed
+
+from lambdascale.core import UserError
+
+Kind = Literal["nccl", "gloo"]
+Choice = Literal["auto", "nccl", "gloo"]
+TIMEOUT_S = 20.0
+_POLL_S = 0.0002
+# A broken broadcast is this module's business. torch's own watchdog would end the process, with all that it serves.
+_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+def choose(wanted: Choice, *, device: str, nodes: int, gpus: int, nccl: bool) -> tuple[Kind, str]:
+    """What ``nodes`` nodes with ``gpus`` GPUs among them broadcast by, and why it is not NCCL where one might expect it.
+
+    ``nccl``: whether torch has it. UserError where it is asked for and cannot be.
+    """
+    if device == "cpu":
+        why = "it moves the memory of GPUs, and device is cpu"
+    elif not nccl:
+        why = "this torch has none"
+    elif gpus < nodes:
+        why = f"it refuses two nodes on one GPU, and {nodes} nodes have {gpus}"
+    else:
+        return ("gloo", "") if wanted == "gloo" else ("nccl", "")
+    if wanted == "nccl":
+        raise UserError(f"backend.collective=nccl cannot be: {why}")
+    return "gloo", "" if wanted == "gloo" or device == "cpu" else why
+
+
+def has_nccl() -> bool:
+    """Whether this torch has NCCL; those for CPUs have not."""
+    return bool(distributed.is_available() and distributed.is_nccl_available())
+
+
+class Communicator(Protocol):
+    """A context: left with an exception, it is torn down without waiting for anybody."""
+
+    def broadcast(self, data: torch.Tensor, root: int) -> None:
+        """Bring the root's bytes to all members; complete when it returns. RuntimeError if it breaks."""
+        ...
+
+    def __enter__(self) -> Communicator: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class Gloo:
+    """Over TCP, through host memory. A GPU's tensors are staged there by gloo."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._group: Any = distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=TIMEOUT_S))
+
+    def broadcast(self, data: torch.Tensor, root: int) -> None:
+        """See Communicator."""
+        self._group.broadcast([data], _from(root)).wait()
+        if data.is_cuda:  # until now, only this thread's stream waits for the last copy
+            torch.cuda.current_stream(data.device).synchronize()
+
+    def __enter__(self) -> Gloo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Its sockets close with the last reference."""
+
+
+class Nccl:
+    """From GPU to GPU. Set up here and now, as much as NCCL does at all before it moves data.
+
+    ``gone``: says who of the members is lost, "" for nobody: between GPUs of a host, NCCL itself would wait for them. The set-up
+    cannot be broken off: a member that dies within it may leave this thread waiting.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device, gone: Callable[[], str]) -> None:
+        os.environ.update(_WATCHDOG)
+        nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]
+        self._device = device
+        self._gone = gone
+        # Its own: what the node computes meanwhile, in the default stream, does not wait for a broadcast.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            self._group = nccl(store, rank, size, nccl.Options())
+            self._group.eager_connect_single_device(device)
+
+    def broadcast(self, data: torch.Tensor, root: int) -> None:
+        """See Communicator. A source may have its data in host memory; nothing may be pending on them."""
+        with torch.cuda.stream(self._stream):
+            work = self._group.broadcast([data.to(self._device)], _from(root))
+            work.wait()  # lets the stream wait, not the thread
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+            self._until(done)
+
+    def _until(self, done: torch.cuda.Event) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not done.query():  # type: ignore[no-untyped-call]
+            if gone := self._gone():
+                raise RuntimeError(gone)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"NCCL has not moved a piece of a block within {TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def __enter__(self) -> Nccl:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Broken, its kernels are stopped: they would occupy the GPU for ever."""
+        self._group.shutdown() if kind is None else self._group.abort()
+
+
+def _from(root: int) -> distributed.BroadcastOptions:
+    options = distributed.BroadcastOptions()
+    options.rootRank = root
+    return options

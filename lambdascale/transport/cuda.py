@@ -1,0 +1,215 @@
+"""GPU memory by the CUDA driver's own interface (libcuda.so.1): what transports need of it, without torch.
+
+All happens in a device's primary context, which torch computes in too, so each may use the other's memory. Memory allocated here
+is no part of torch's caching allocator: an exported handle is of exactly this memory, whatever PYTORCH_CUDA_ALLOC_CONF says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from lambdascale.core import CapacityError, UserError
+from lambdascale.core.checks import require
+
+HANDLE_BYTES = 64
+# Smaller pieces would share a page with other allocations, and a handle is of whole pages.
+_PAGE_BYTES = 2 << 20
+_STREAM_NON_BLOCKING = 1
+_EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2
+_IPC_LAZY_ENABLE_PEER_ACCESS = 1
+_OUT_OF_MEMORY = 2
+
+
+class CudaError(OSError):
+    """A call of the CUDA driver failed; the message names the call. ``status`` is CUDA's number."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class IpcHandle(ctypes.Structure):
+    """CUipcMemHandle."""
+
+    _fields_ = (("reserved", c_ubyte * HANDLE_BYTES),)
+
+
+@cache
+def gpu_of(ordinal: int) -> Gpu:
+    """A GPU of this process, numbered as torch does. UserError if there is no CUDA, or no such GPU."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise UserError("there is no CUDA on this machine: libcuda.so.1, a part of NVIDIA's driver, cannot be loaded") from error
+    try:
+        return Gpu(ordinal, library)
+    except CudaError as error:
+        raise UserError(f"CUDA does not work on this machine: {error}") from error
+
+
+class Gpu:
+    """A device and its primary context; may be used from any thread. ``library``: the driver's functions by their names."""
+
+    def __init__(self, ordinal: int, library: Any) -> None:
+        self.ordinal = ordinal
+        self._library = library
+        self._context = c_void_p()
+        count, device = c_int(), c_int()  # a device's handle is a number of its own
+        self._call("cuInit", c_uint(0))
+        self._call("cuDeviceGetCount", byref(count))
+        require(ordinal < count.value, f"there is no GPU {ordinal}: CUDA finds {count.value}")
+        self._call("cuDeviceGet", byref(device), c_int(ordinal))
+        self.device = device.value
+        # Never released: the process's other CUDA code lives in it.
+        self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the driver in this device's context; CudaError if it fails."""
+        with self._current():
+            self._call(name, *arguments)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            text = c_char_p()
+            self._library.cuGetErrorString(c_int(status), byref(text))
+            raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({status})", status)
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """Threads have a current context each; this one's is as it was afterwards."""
+        self._call("cuCtxPushCurrent_v2", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    def allocate(self, size: int) -> DeviceMemory:
+        """``size`` zeroed bytes in whole pages, to be given to ``free``. CapacityError if they are not there."""
+        address, whole = c_uint64(), max(1, -(-size // _PAGE_BYTES)) * _PAGE_BYTES
+        try:
+            self.call("cuMemAlloc_v2", byref(address), c_size_t(whole))
+        except CudaError as error:
+            if error.status != _OUT_OF_MEMORY:
+                raise
+            free = self.free_bytes() / 1e9
+            raise CapacityError(f"{whole / 1e9:.2f} GB do not fit: GPU {self.ordinal} has {free:.2f} GB free") from error
+        self.call("cuMemsetD8_v2", address, c_ubyte(0), c_size_t(whole))
+        self.call("cuCtxSynchronize")
+        return DeviceMemory(self, address.value, size)
+
+    def free(self, memory: DeviceMemory) -> None:
+        """Give back what ``allocate`` gave, after all that was to use it has."""
+        self.call("cuMemFree_v2", c_uint64(memory.address))
+
+    def free_bytes(self) -> int:
+        """Bytes that nobody has allocated."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
+
+    def share(self, memory: DeviceMemory) -> bytes:
+        """A handle with which other processes of this host can ``open`` what ``allocate`` gave."""
+        handle = IpcHandle()
+        self.call("cuIpcGetMemHandle", byref(handle), c_uint64(memory.address))
+        return bytes(handle)
+
+    def open(self, handle: bytes) -> int:
+        """The address of another process's memory, on this GPU or on one that it can reach. Undone by ``shut``."""
+        address = c_uint64()
+        opened = IpcHandle.from_buffer_copy(handle)
+        self.call("cuIpcOpenMemHandle_v2", byref(address), opened, c_uint(_IPC_LAZY_ENABLE_PEER_ACCESS))
+        return address.value
+
+    def shut(self, address: int) -> None:
+        """See ``open``."""
+        self.call("cuIpcCloseMemHandle", c_uint64(address))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Copy between addresses of the host or of GPUs, and wait for it."""
+        self.call("cuMemcpy", c_uint64(target), c_uint64(source), c_size_t(size))
+        self.call("cuCtxSynchronize")  # from pageable memory, the call returns a little early
+
+
+class Copies:
+    """Copies one after the other in a stream of their own, beside whatever the GPU computes. For one thread.
+
+    At most two are under way: ``start`` waits for the one before the last.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._stream = c_void_p()
+        self._events = (c_void_p(), c_void_p())
+        self._turn = 0
+        gpu.call("cuStreamCreate", byref(self._stream), c_uint(_STREAM_NON_BLOCKING))
+        for event in self._events:
+            gpu.call("cuEventCreate", byref(event), c_uint(_EVENT_BLOCKING_SYNC | _EVENT_DISABLE_TIMING))
+
+    def start(self, target: int, source: int, size: int) -> None:
+        """Copy between addresses of the host or of GPUs; both stay as they are until ``wait`` has returned."""
+        event = self._events[self._turn]
+        self._turn = 1 - self._turn
+        self._gpu.call("cuEventSynchronize", event)
+        self._gpu.call("cuMemcpyAsync", c_uint64(target), c_uint64(source), c_size_t(size), self._stream)
+        self._gpu.call("cuEventRecord", event, self._stream)
+
+    def wait(self) -> None:
+        """Until all of them are complete, and may be told to others."""
+        for event in self._events:
+            self._gpu.call("cuEventSynchronize", event)
+
+    def close(self) -> None:
+        """Free stream and events."""
+        for event in self._events:
+            self._gpu.call("cuEventDestroy_v2", event)
+        self._gpu.call("cuStreamDestroy_v2", self._stream)
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceMemory:
+    """A piece of a GPU's memory. Sliced like a memoryview; ``bytes()`` copies it to the host. Keeps nothing alive."""
+
+    gpu: Gpu
+    address: int
+    nbytes: int
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __getitem__(self, piece: slice) -> DeviceMemory:
+        begin, end, step = piece.indices(self.nbytes)
+        assert step == 1, "memory is cut, not sampled"
+        return DeviceMemory(self.gpu, self.address + begin, max(0, end - begin))
+
+    def __bytes__(self) -> bytes:
+        found = bytearray(self.nbytes)
+        if found:
+            self.gpu.copy(address_of(memoryview(found)), self.address, self.nbytes)
+        return bytes(found)
+
+    def fill(self, data: bytes) -> None:
+        """Copy as many bytes from the host."""
+        assert len(data) == self.nbytes, "it is filled as a whole"
+        if data:
+            self.gpu.copy(self.address, address_of(memoryview(data)), self.nbytes)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For ``torch.as_tensor``: bytes."""
+        return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+
+
+def address_of(memory: memoryview | DeviceMemory) -> int:
+    """Where memory is; 0 for none."""
+    if isinstance(memory, DeviceMemory):
+        return memory.address
+    return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]) if memory.nbytes else 0

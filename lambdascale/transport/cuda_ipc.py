@@ -1,0 +1,136 @@
+"""CUDA IPC: GPUs of one host. A write is a copy into the peer's GPU memory, told over the TCP connection that all else goes over.
+
+A node's registered memory is on its GPU, allocated here. Peers open it through a handle when they connect, so blocks never pass
+the host's memory, unless they are sent from there.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from lambdascale.core import NodeId
+from lambdascale.core.checks import require
+from lambdascale.transport.base import Handlers, Memory, TransportError
+from lambdascale.transport.cuda import HANDLE_BYTES, Copies, CudaError, DeviceMemory, Gpu, address_of
+from lambdascale.transport.sockets import fill
+from lambdascale.transport.tcp import TcpEndpoint
+
+# Boot of the host, process, address, size, handle.
+_CARD = struct.Struct(f"!16s20sQQ{HANDLE_BYTES}s")
+_PROCESS = struct.Struct("!16sI")
+_TOKEN = secrets.token_bytes(16)
+_LENGTH = struct.Struct("!H")
+_LONGEST = 1000
+# Messages slip in between pieces of a write; so much takes a tenth of a millisecond within a GPU, and milliseconds over PCIe.
+_STEP_BYTES = 64 << 20
+
+
+class _Opened:
+    """The peer's memory in this GPU's address space. See Reachable."""
+
+    step_bytes = _STEP_BYTES
+
+    def __init__(self, gpu: Gpu, address: int, nbytes: int, *, foreign: bool) -> None:
+        self.nbytes = nbytes
+        self._gpu, self._address, self._foreign = gpu, address, foreign
+        self._copies = Copies(gpu)
+
+    def put(self, data: Memory, at: int) -> None:
+        self._copies.start(self._address + at, address_of(data), data.nbytes)
+
+    def complete(self) -> None:
+        # No hash: the bytes have not been in any cache. Whoever verifies them reads them back from the GPU.
+        self._copies.wait()
+
+    def close(self) -> None:
+        with suppress(CudaError):  # a context that is broken frees nothing any more
+            self._copies.close()
+            if self._foreign:
+                self._gpu.shut(self._address)
+
+
+class CudaIpcEndpoint(TcpEndpoint):
+    """An Endpoint among processes of one host with GPUs, or with shares of one."""
+
+    on_device = True
+
+    def __init__(self, node: NodeId, handlers: Handlers, key: bytes, *, gpu: Gpu, **options: Any) -> None:
+        self.gpu = gpu
+        self.host_id = UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+        self.process_id = _PROCESS.pack(_TOKEN, os.getpid())
+        self._arena: DeviceMemory | None = None
+        super().__init__(node, handlers, key, **options)
+
+    def allocate(self, size: int) -> DeviceMemory:
+        """See Endpoint. GPU memory, once per endpoint; CapacityError if there is not so much."""
+        require(self._arena is None, "an endpoint's GPU memory is allocated once")
+        self._arena = self.gpu.allocate(size)
+        return self._arena
+
+    def register(self, memory: Memory) -> None:
+        """See Endpoint. UserError for memory that ``allocate`` did not give."""
+        require(memory is self._arena, "GPU memory must come from the endpoint's allocate()")
+        super().register(memory)
+
+    def introduce(self, peer: NodeId, sock: socket.socket) -> _Opened:
+        """Exchange handles and open the peer's; either end hears of the other's failure. TransportError then."""
+        sock.sendall(self._card())
+        answer = bytearray(_CARD.size)
+        fill(sock, memoryview(answer))
+        try:
+            opened = self._open(peer, *_CARD.unpack(answer))
+        except TransportError as error:
+            with suppress(OSError, EOFError):
+                _compare(sock, str(error))
+            raise
+        with ExitStack() as undo:
+            undo.callback(opened.close)
+            problem = _compare(sock, "")
+            if problem:
+                raise TransportError(problem)
+            undo.pop_all()
+        return opened
+
+    def _card(self) -> bytes:
+        arena = self._arena
+        where = (0, 0, b"") if arena is None else (arena.address, arena.nbytes, self.gpu.share(arena))
+        return _CARD.pack(self.host_id, self.process_id, *where)
+
+    def _open(self, peer: NodeId, host: bytes, process: bytes, address: int, size: int, handle: bytes) -> _Opened:
+        """The peer's memory; TransportError if it cannot be reached."""
+        if host != self.host_id:
+            raise TransportError(f"nodes {self.node} and {peer} are on different hosts: cuda_ipc is for the GPUs of one host")
+        # CUDA opens no handle in the process that it comes from, and there it need not be opened.
+        foreign = size > 0 and process != self.process_id
+        try:
+            return _Opened(self.gpu, self.gpu.open(handle) if foreign else address, size, foreign=foreign)
+        except CudaError as error:
+            raise TransportError(
+                f"node {self.node} (GPU {self.gpu.ordinal}) cannot open the GPU memory of node {peer}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """See Endpoint. The memory is gone: nobody may use it any more."""
+        super().close()
+        if self._arena is not None:
+            with suppress(CudaError):
+                self.gpu.free(self._arena)
+            self._arena = None
+
+
+def _compare(sock: socket.socket, problem: str) -> str:
+    """Tell the peer of a problem, "" for none; its own."""
+    said = problem.encode()[:_LONGEST]
+    sock.sendall(_LENGTH.pack(len(said)) + said)
+    head = bytearray(_LENGTH.size)
+    fill(sock, memoryview(head))
+    heard = bytearray(min(_LONGEST, _LENGTH.unpack(head)[0]))
+    fill(sock, memoryview(heard))
+    return heard.decode(errors="replace")

@@ -1,0 +1,193 @@
+"""The cuda_ipc transport over a driver in host memory; tests/gpu has it on GPUs."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lambdascale.core import CapacityError, UserError
+from lambdascale.testing.cuda import FakeCuda
+from lambdascale.testing.transports import Heard, Node, TransportConformance
+from lambdascale.transport import CudaIpcEndpoint, Endpoint, Handlers, TokenBucket, TransportError, cuda
+from lambdascale.transport.cuda import Copies, CudaError, DeviceMemory, Gpu
+
+KEY = b"k" * 32
+Make = Callable[..., list[Node]]
+
+
+class TestCudaIpc(TransportConformance):
+    """Peers as in one process, where memory need not be opened."""
+
+    @pytest.fixture(autouse=True)
+    def driver(self) -> None:
+        self.driver = FakeCuda()
+
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return CudaIpcEndpoint(node, handlers, KEY, gpu=Gpu(0, self.driver))
+
+    def break_off(self, endpoint: Endpoint) -> None:
+        assert isinstance(endpoint, CudaIpcEndpoint)
+        for connection in list(endpoint._connections.values()):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def test_nothing_is_left(self, nodes: Make) -> None:
+        one, two = self.pair(nodes)
+        one.endpoint.write(1, self.source(b"x" * 100), 0, 0).result(10)
+        for node in (one, two):
+            node.endpoint.close()
+        assert not self.driver.allocated
+        assert not self.driver.opened
+        made = sum(name.endswith("Create") for name in self.driver.calls)
+        assert made == sum("Destroy" in name for name in self.driver.calls) > 0
+
+
+class TestForeign(TestCudaIpc):
+    """Peers as in processes of their own, which open each other's memory; sources on the GPU."""
+
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        endpoint = CudaIpcEndpoint(node, handlers, KEY, gpu=Gpu(0, self.driver))
+        endpoint.process_id = b"%020d" % node
+        return endpoint
+
+    def source(self, data: bytes) -> DeviceMemory:
+        memory = Gpu(0, self.driver).allocate(len(data))
+        self.keep = (*getattr(self, "keep", ()), memory)
+        memory.fill(data)
+        return memory
+
+    def test_nothing_is_left(self, nodes: Make) -> None:
+        one, two = self.pair(nodes)
+        assert sorted(self.driver.opened) == sorted(node.memory.address for node in (one, two))
+        one.endpoint.disconnect(1)
+        assert not self.driver.opened, "who ends a connection may free its memory: the peer has shut it"
+        for node in (one, two):
+            node.endpoint.close()
+        assert not self.driver.allocated
+
+    def test_a_write_is_told_when_it_is_complete(self, nodes: Make) -> None:
+        """Waited for, by an event, before a word is said; a failed copy is never told."""
+        one, two = self.pair(nodes)
+        data = self.source(b"y" * 1000)
+        self.driver.calls.clear()
+        one.endpoint.write(1, data, 0, 1).result(10)
+        two.heard.wait(lambda heard: bool(heard.writes))
+        steps = [name for name in self.driver.calls if not name.startswith("cuCtx")]
+        assert steps == ["cuEventSynchronize", "cuMemcpyAsync", "cuEventRecord", "cuEventSynchronize", "cuEventSynchronize"]
+        self.driver.failing["cuMemcpyAsync"] = 700
+        with pytest.raises(TransportError, match=r"node 1: cuMemcpyAsync: status 700 of a fake \(700\)"):
+            one.endpoint.write(1, data, 0, 2).result(10)
+        one.heard.wait(lambda heard: bool(heard.lost))
+        assert [write[1] for write in two.heard.writes] == [1]
+
+
+class TestPaced(TestCudaIpc):
+    def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
+        return CudaIpcEndpoint(node, handlers, KEY, gpu=Gpu(0, self.driver), link=TokenBucket(200e6))
+
+
+class TestRefusals:
+    @pytest.fixture
+    def pair(self) -> tuple[CudaIpcEndpoint, CudaIpcEndpoint]:
+        self.drivers = FakeCuda(), FakeCuda()
+        made = []
+        for node, driver in enumerate(self.drivers):
+            endpoint = CudaIpcEndpoint(node, Heard().handlers(), KEY, gpu=Gpu(0, driver))
+            endpoint.register(endpoint.allocate(1000))
+            endpoint.process_id = b"%020d" % node
+            made.append(endpoint)
+        yield made[0], made[1]
+        for endpoint in made:
+            endpoint.close()
+
+    def test_another_host(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint]) -> None:
+        one, two = pair
+        two.host_id = b"elsewhere".ljust(16)
+        with pytest.raises(TransportError, match="different hosts"):
+            one.connect(1, two.address)
+        assert not one._connections
+        assert not any(driver.opened for driver in self.drivers)
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_memory_that_cannot_be_opened(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint], which: int) -> None:
+        """Whichever end cannot: who connects says why, and keeps nothing open."""
+        one, two = pair
+        self.drivers[which].failing["cuIpcOpenMemHandle_v2"] = 217
+        with pytest.raises(TransportError, match=rf"node {which} \(GPU 0\) cannot open .* of node {1 - which}: .*\(217\)"):
+            one.connect(1, two.address)
+        assert not self.drivers[0].opened
+        assert not one._connections
+
+    def test_other_memory(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint]) -> None:
+        for memory in (memoryview(bytearray(1000)), pair[0].gpu.allocate(1000)):
+            with pytest.raises(UserError, match="allocate"):
+                pair[0].register(memory)
+
+
+class TestDriver:
+    def test_no_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str) -> object:
+            raise OSError(f"{name}: cannot open shared object file")
+
+        monkeypatch.setattr(cuda.ctypes, "CDLL", load)
+        cuda.gpu_of.cache_clear()
+        with pytest.raises(UserError, match="no CUDA on this machine") as caught:
+            cuda.gpu_of(0)
+        assert "\n" not in str(caught.value)
+
+    def test_a_driver_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        driver = FakeCuda()
+        driver.failing["cuInit"] = 100
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
+        cuda.gpu_of.cache_clear()
+        with pytest.raises(UserError, match=r"cuInit: .*\(100\)"):
+            cuda.gpu_of(0)
+
+    def test_a_gpu_that_is_not_there(self) -> None:
+        with pytest.raises(UserError, match="no GPU 2: CUDA finds 2"):
+            Gpu(2, FakeCuda(devices=2))
+
+    def test_no_room(self) -> None:
+        gpu = Gpu(0, FakeCuda(capacity=4 << 20))
+        first = gpu.allocate(1)
+        with pytest.raises(CapacityError, match=r"GPU 0 has 0\.00 GB free"):
+            gpu.allocate((2 << 20) + 1)
+        gpu.free(first)
+        gpu.allocate((2 << 20) + 1)
+
+    def test_a_fault_is_no_lack_of_room(self) -> None:
+        driver = FakeCuda()
+        driver.failing["cuMemAlloc_v2"] = 700
+        with pytest.raises(CudaError, match="700"):
+            Gpu(0, driver).allocate(1)
+
+    def test_the_context_of_the_thread_is_given_back(self) -> None:
+        driver = FakeCuda()
+        gpu = Gpu(0, driver)
+        driver.failing["cuMemcpyAsync"] = 1
+        copies = Copies(gpu)
+        with pytest.raises(CudaError):
+            copies.start(0, 0, 0)
+        copies.close()
+        assert driver.calls.count("cuCtxPushCurrent_v2") == driver.calls.count("cuCtxPopCurrent_v2") > 0
+
+    def test_pieces_of_memory(self) -> None:
+        memory = Gpu(0, FakeCuda()).allocate(10)
+        assert bytes(memory) == bytes(10)
+        memory[2:5].fill(b"abc")
+        assert bytes(memory) == b"\0\0abc" + bytes(5)
+        assert (len(memory[2:5]), memory[2:5].address - memory.address) == (3, 2)
+        assert bytes(memory[20:30]) == b""
+        described = memory[1:5].__cuda_array_interface__
+        assert (described["shape"], described["data"]) == ((4,), (memory.address + 1, False))
+
+
+def test_a_block_on_the_cpu_is_sent_as_before() -> None:
+    from lambdascale.live.mover import _memory
+
+    data = torch.arange(10, dtype=torch.uint8)
+    found = _memory(data)
+    assert isinstance(found, memoryview)
+    assert cuda.address_of(found) == data.data_ptr()
