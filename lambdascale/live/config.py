@@ -21,7 +21,7 @@ from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
 from lambdascale.live.agent import NodeConfig
 from lambdascale.live.backend import LiveBackend
-from lambdascale.live.communicators import Choice, Kind, choose, has_nccl
+from lambdascale.live.communicators import Kind, choose, has_nccl
 from lambdascale.live.hub import Hub
 from lambdascale.live.launch import Launcher, LocalLauncher
 from lambdascale.transport.rdma import RdmaOptions
@@ -49,7 +49,7 @@ class LiveConfig:
     transport: Literal["shm", "tcp", "rdma", "cuda_ipc"] = "shm"
     executor: Literal["torch", "paced", "timed"] = "torch"
     device: Literal["cpu", "cuda"] = "cpu"
-    collective: Choice = "auto"
+    collective: Literal["auto", "nccl", "gloo"] = "auto"
     paced: bool = True
     slot_tokens: int = 512
     threads: int | None = None

@@ -29,7 +29,7 @@ class RdmaOptions:
     chunk_bytes: int = 1 << 20
     depth: int = 16
     windows: bool | None = None
-    gpudirect: GpuDirect = "off"
+    gpudirect: Literal["off", "dmabuf", "peermem"] = "off"
 
     def __post_init__(self) -> None:
         """Validate."""
