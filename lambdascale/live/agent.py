@@ -311,6 +311,7 @@ class Agent:
     def _on_lost(self, peer: NodeId, reason: str) -> None:
         self.mover.lost(peer)
         self.compute.lost(peer)
+        self._line.say(wire.Severed(peer, reason))
 
     # -- commands that concern more than one part --------------------------------------------------------------------
 
