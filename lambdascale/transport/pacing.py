@@ -10,7 +10,7 @@ from lambdascale.core.checks import require
 
 # How far a link may run ahead of its rate: long enough for a sleep's inaccuracy, short beside any block's time.
 _BURST_S = 0.002
-# How much of its own oversleeping a bucket makes up: on a busy machine, a thread is woken later than it asked for, time and again.
+# How much of its own oversleeping a bucket makes up: on a busy machine, threads are woken later than they asked for.
 _OVERSLEPT_S = 0.05
 
 
