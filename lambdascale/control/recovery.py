@@ -25,25 +25,41 @@ class Recovery:
             return
         broken = [t for t in fleet.transfers.values() if node in t.members]
         for transfer in broken:
-            fleet.out.append(CancelTransfer(transfer.transfer_id))
-            self._scaler.end_transfer(transfer)
+            self._cancel(transfer)
         fleet.host.forget(node)
         for state in fleet.models.values():
             self._forget_allocation(state, node)
         for transfer in broken:
             transfer.waiting.discard(node)
             if transfer.waiting:
-                self._replan(transfer)
+                self._replan(transfer, again=transfer.again)
         if not fleet.gpus_free:
             for state in fleet.models.values():
                 self._router.give_up(state)
 
     def transfer_failed(self, transfer_id: int) -> None:
-        """Give up the nodes a failed transfer was for; the autoscaler will ask again."""
+        """Something was wrong on nodes that live: a damaged block, no room.
+
+        What a multicast has not brought is planned anew from what nodes hold; if that fails too, each loads the rest from its own
+        storage; nodes whose loads fail are given up, and the autoscaler will ask again.
+        """
         transfer = self._fleet.transfers.get(transfer_id)
         if transfer is None:
             return
+        self._cancel(transfer)
+        if not transfer.multicast:
+            self._give_up(transfer)
+        elif not transfer.again:
+            self._replan(transfer, again=True)
+        else:
+            for node in sorted(transfer.waiting):
+                self._scaler.load_missing(self._fleet.models[transfer.model], node)
+
+    def _cancel(self, transfer: TransferState) -> None:
+        self._fleet.out.append(CancelTransfer(transfer.transfer_id))
         self._scaler.end_transfer(transfer)
+
+    def _give_up(self, transfer: TransferState) -> None:
         state = self._fleet.models[transfer.model]
         for node in sorted(transfer.waiting):
             allocation = state.allocations[node]
@@ -87,7 +103,7 @@ class Recovery:
         del state.allocations[node]
         state.pending = [p for p in state.pending if node not in p.plan.nodes]
 
-    def _replan(self, transfer: TransferState) -> None:
+    def _replan(self, transfer: TransferState, *, again: bool) -> None:
         """Bring the rest of a broken transfer about: from what the survivors hold, else from each node's own storage."""
         state = self._fleet.models[transfer.model]
         destinations = sorted(transfer.waiting)
@@ -101,7 +117,7 @@ class Recovery:
             for node in destinations:
                 self._scaler.load_missing(state, node)
             return
-        self._scaler.start_multicast(state, plan, [(node, tiers[node]) for node in plan.sources])
+        self._scaler.start_multicast(state, plan, [(node, tiers[node]) for node in plan.sources], again=again)
 
     def _holdings(
         self, state: ModelState, destinations: list[NodeId], blocks: int

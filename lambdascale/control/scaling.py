@@ -133,9 +133,11 @@ class Scaler:
         self.start_multicast(state, plan, used)
         self._expect(state, self._config.pipelines.pipelines(plan))
 
-    def start_multicast(self, state: ModelState, plan: MulticastPlan, sources: Sequence[tuple[NodeId, Tier]]) -> None:
-        """Issue a plan over real nodes."""
-        transfer_id = self._begin(state, plan.destinations, sources, multicast=True)
+    def start_multicast(
+        self, state: ModelState, plan: MulticastPlan, sources: Sequence[tuple[NodeId, Tier]], *, again: bool = False
+    ) -> None:
+        """Issue a plan over real nodes; ``again``: see TransferState."""
+        transfer_id = self._begin(state, plan.destinations, sources, multicast=True, again=again)
         tiers = tuple(tier for _, tier in sources)
         command = StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._config.transport)
         self._fleet.out.append(command)
@@ -171,12 +173,18 @@ class Scaler:
         self._fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 
     def _begin(
-        self, state: ModelState, waiting: Sequence[NodeId], sources: Sequence[tuple[NodeId, Tier]], *, multicast: bool
+        self,
+        state: ModelState,
+        waiting: Sequence[NodeId],
+        sources: Sequence[tuple[NodeId, Tier]],
+        *,
+        multicast: bool,
+        again: bool = False,
     ) -> int:
         transfer_id = self._fleet.new_id()
         members = frozenset([*waiting, *(node for node, _ in sources)])
         held = tuple(allocation for node, allocation in state.allocations.items() if node in members)
-        transfer = TransferState(transfer_id, state.spec.name, set(waiting), members, held, tuple(sources), multicast)
+        transfer = TransferState(transfer_id, state.spec.name, set(waiting), members, held, tuple(sources), multicast, again)
         self._fleet.transfers[transfer_id] = transfer
         for allocation in held:
             allocation.transfers += 1

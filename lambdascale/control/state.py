@@ -52,7 +52,8 @@ class TransferState:
     """A multicast (``sources`` and many nodes) or a load (one node) under way; ``waiting`` are the nodes not yet complete.
 
     ``members`` are all nodes that have a part in it: a complete one may still have to pass blocks on. ``held`` are
-    their allocations and ``sources`` the (node, tier) pairs it reads from: both must stay until it ends.
+    their allocations and ``sources`` the (node, tier) pairs it reads from: both must stay until it ends. ``again``: it brings the
+    rest of a multicast that failed on nodes that live.
     """
 
     transfer_id: int
@@ -62,6 +63,7 @@ class TransferState:
     held: tuple[Allocation, ...]
     sources: tuple[tuple[NodeId, str], ...]
     multicast: bool
+    again: bool = False
 
 
 @dataclass(slots=True, eq=False)

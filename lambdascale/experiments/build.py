@@ -47,6 +47,12 @@ def build(config: DictConfig) -> Experiment:
 
 
 def _backend(config: DictConfig) -> SimConfig | LiveConfig:
+    simulated = config.backend.get("_target_") == "lambdascale.sim.SimConfig"
+    if simulated and "transport" in config.backend:
+        raise UserError(
+            f"transport={config.backend.transport} is how a live cluster moves bytes, it needs backend=live; "
+            "the simulated network is that of cluster="
+        )
     backend = instantiate(config.backend, _convert_="all")
     if isinstance(backend, SimConfig):
         return backend

@@ -366,6 +366,7 @@ class Agent:
         self.mover.lost(peer)
         self.collective.lost(peer)
         self.compute.lost(peer)
+        self._line.say(wire.Severed(peer, reason))
 
     # -- commands that concern more than one part --------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -55,6 +55,7 @@ from lambdascale.live.launch import Launcher
 
 _START_S = 120.0
 _PING_S = 1.0
+_SEVERED_S = 1.0  # a peer that died is known to be dead by then
 
 
 class Sink(Protocol):
@@ -127,6 +128,7 @@ class LiveBackend:
         self._holding: set[object] = set()  # what the clock waits for
         self._alive: set[NodeId] = set()
         self._heard: dict[NodeId, float] = {}
+        self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is gone, since when
         self._pinged = 0.0
         self._started: float | None = None
         self._at = 0.0
@@ -153,6 +155,7 @@ class LiveBackend:
             wire.Resumed: lambda node, m: self._resumed(m),
             wire.Placed: lambda node, m: self._let_go(("copy", m.node, m.model)),
             wire.Fault: self._fault,
+            wire.Severed: self._sever,
             wire.Beat: lambda node, m: None,
         }
 
@@ -305,8 +308,26 @@ class LiveBackend:
                 self._hub.send(node, wire.Ping())
         dead = set(self.launcher.dead()) if looking else set()
         dead |= {node for node, heard in self._heard.items() if now - heard > self._silence_s}
+        dead |= self._cut_off(now)
         for node in dead & self._alive:
             self._lose(node)
+
+    def _sever(self, node: NodeId, message: wire.Severed) -> None:
+        pair = frozenset((node, message.peer))
+        if pair <= self._alive and pair not in self._severed:
+            print(f"node {node} has lost its connection to node {message.peer}: {message.reason}", file=sys.stderr)
+            self._severed[pair] = time.monotonic()
+
+    def _cut_off(self, now: float) -> set[NodeId]:
+        """A node that lives and has lost its connection to another one: of the two, the one that has lost more.
+
+        Blocks and hidden states may take any connection, and nobody knows which end has failed: such a node is taken for dead.
+        """
+        self._severed = {pair: since for pair, since in self._severed.items() if pair <= self._alive}
+        if not any(now - since >= _SEVERED_S for since in self._severed.values()):
+            return set()
+        losses = Counter(node for pair in self._severed for node in pair)
+        return {max(losses, key=lambda node: (losses[node], node))}
 
     def _lose(self, node: NodeId) -> None:
         """A node is dead or silent: it is none of the cluster any more, and what was on it is gone."""

@@ -335,9 +335,9 @@ class Mover:
         """A block's bytes are all there: verify, tell, pass on."""
         model = incoming.command.model
         if block in incoming.missing:
-            incoming.missing.discard(block)
             if not self._store.holds(model, block, self._store.landing_tier) and not self._landed(incoming, block, xxh3_64):
                 return
+            incoming.missing.discard(block)
         for other in list(self._state.outgoing):
             self._pump(other)
         if not incoming.missing and not incoming.cancelled:

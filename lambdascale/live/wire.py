@@ -123,6 +123,13 @@ class Resumed(Message, frozen=True, tag=True):
     requests: tuple[int, ...]
 
 
+class Severed(Message, frozen=True, tag=True):
+    """An agent has lost its connection to a peer, which may be alive."""
+
+    peer: NodeId
+    reason: str
+
+
 class Beat(Message, frozen=True, tag=True):
     """An agent is alive."""
 
@@ -136,7 +143,7 @@ class Fault(Message, frozen=True, tag=True):
 
 
 ToAgent = Directory | Do | Assign | Switch | Abort | Ping | Shutdown
-ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Beat | Fault
+ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Beat | Fault
 
 
 # -- agent to agent ------------------------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lambdascale.control import SystemConfig, drive
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, Request
+from lambdascale.control import Backend, SystemConfig, drive
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, Request
+from lambdascale.core.commands import CancelTransfer, Command, ReleaseNode
+from lambdascale.core.events import BlockArrived, CommandFailed, Event
 from lambdascale.metrics import Recorder, events_table
 from lambdascale.sim import SimConfig, TransferOptions
 from lambdascale.testing.invariants import InvariantChecker
@@ -43,6 +46,45 @@ def small_model(name: str = "small") -> ModelSpec:
 def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[Request]:
     """Requests that all arrive at once."""
     return [Request(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4)) for i in range(count)]
+
+
+class Damaging:
+    """A cluster where, of each of the first ``times`` transfers, the ``arrival``-th block to arrive somewhere is damaged.
+
+    Nodes tell of a block once, as real ones do, although it may be under way a second time when its transfer is called off.
+    """
+
+    def __init__(self, backend: Backend, times: int, arrival: int) -> None:
+        self._backend, self._times, self._arrival = backend, times, arrival
+        self._arrived: Counter[int] = Counter()
+        self._told: set[tuple[NodeId, int]] = set()
+        self.failed: list[int] = []
+
+    def submit(self, command: Command) -> None:
+        """See Backend."""
+        if isinstance(command, ReleaseNode):
+            self._told = {(node, block) for node, block in self._told if node != command.node}
+        self._backend.submit(command)
+
+    def next_event(self) -> Event | None:
+        """See Backend."""
+        while True:
+            event = self._backend.next_event()
+            if not isinstance(event, BlockArrived):
+                return event
+            if (event.node, event.block) in self._told:
+                continue
+            if event.at and self._is_damaged(event.transfer_id):  # what runs start with is in place already
+                return CommandFailed(event.at, "StartMulticast", f"block {event.block}", transfer_id=event.transfer_id)
+            self._told.add((event.node, event.block))
+            return event
+
+    def _is_damaged(self, number: int) -> bool:
+        self._arrived[number] += 1
+        if self._arrived[number] != self._arrival or len(self.failed) == self._times:
+            return False
+        self.failed.append(number)
+        return True
 
 
 class SystemConformance:
@@ -137,6 +179,19 @@ class SystemConformance:
         drive(config.build(cluster=cluster, models=[small_model()]), backend, [checker])
         checker.finish()
         assert {30, 31} <= checker.failed
+
+    @pytest.mark.parametrize("arrival", [1, 7, 16])
+    @pytest.mark.parametrize("times", [1, 2, 3])
+    def test_damaged_blocks_lose_no_request(self, times: int, arrival: int) -> None:
+        """The transfer, and also the one that makes up for it, may fail: what is missing is brought another way."""
+        config, cluster, requests = self.make_system(), small_cluster(), burst(60)
+        backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
+        damaging, checker, recorder = Damaging(backend, times, arrival), InvariantChecker(cluster, config.blocks), Recorder()
+        drive(config.build(cluster=cluster, models=[small_model()]), damaging, [checker, recorder])
+        checker.finish()
+        assert checker.finished == {request.request_id: request.output_tokens for request in requests}
+        entries = [entry for _, entry in recorder.entries]
+        assert set(damaging.failed) <= {entry.transfer_id for entry in entries if isinstance(entry, CancelTransfer)}
 
     def test_prototype_barrier(self) -> None:
         """The same plans under the prototype's round barrier."""

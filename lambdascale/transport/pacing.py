@@ -10,6 +10,8 @@ from lambdascale.core.checks import require
 
 # How far a link may run ahead of its rate: long enough for a sleep's inaccuracy, short beside any block's time.
 _BURST_S = 0.002
+# How much of its own oversleeping a bucket makes up: on a busy machine, threads are woken later than they asked for.
+_OVERSLEPT_S = 0.05
 
 
 class TokenBucket:
@@ -26,6 +28,7 @@ class TokenBucket:
         self._clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
         self._busy_until = 0.0
+        self._overslept = 0.0
 
     @property
     def piece_bytes(self) -> int:
@@ -36,8 +39,10 @@ class TokenBucket:
         """Wait until ``size_bytes`` have passed the link."""
         with self._lock:
             now = self._clock()
-            begin = max(self._busy_until, now - _BURST_S)
-            self._busy_until = begin + size_bytes / self.bytes_per_s
-            wait = self._busy_until - now
-        if wait > 0:
-            self._sleep(wait)
+            begin = max(self._busy_until, now - _BURST_S - self._overslept)
+            self._overslept = 0.0
+            self._busy_until = due = begin + size_bytes / self.bytes_per_s
+        if due > now:
+            self._sleep(due - now)
+            with self._lock:
+                self._overslept = min(_OVERSLEPT_S, max(0.0, self._clock() - due))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 import pytest
@@ -16,6 +16,7 @@ from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.study import Study, command_lines, load_study
 from lambdascale.figures.registry import FIGURES
+from lambdascale.live.config import LiveConfig
 
 GROUPS = {
     "system": "system",
@@ -32,13 +33,23 @@ EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.y
 
 
 def test_no_group_is_forgotten() -> None:
-    tested_elsewhere = {"workload", "experiment", "hydra"}
+    tested_elsewhere = {"workload", "experiment", "hydra", "transport"}
     assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(GROUPS) | tested_elsewhere
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
     build(compose([f"{GROUPS[group]}={choice}"]))
+
+
+def test_transports() -> None:
+    """``transport=`` offers all that the live cluster has, and the key of the backend itself has the last word."""
+    transports = get_args(get_type_hints(LiveConfig)["transport"])
+    assert {path.stem for path in (conf_dir() / "transport").glob("*.yaml")} == set(transports)
+    live = ["experiment=fig07_multicast", "backend=live", "backend.checkpoint=tiny", "system.blocks=8"]
+    for transport in transports:
+        assert build(compose([*live, f"transport={transport}"])).backend.transport == transport
+        assert compose([*live, "transport=shm", f"backend.transport={transport}"]).backend.transport == transport
 
 
 CONSTANTS = [path for group in ("cluster", "model") for path in sorted((conf_dir() / group).glob("*.yaml"))]

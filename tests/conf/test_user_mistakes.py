@@ -19,6 +19,8 @@ MISTAKES = {
     "a misspelt group": (["sytem=faasnet"], "sytem"),
     "an unknown system": (["system=blitz"], "blitz"),
     "an unknown model": (["model=gpt5"], "gpt5"),
+    "an unknown transport": (["backend=live", "transport=pigeon"], "transport/pigeon"),
+    "a transport for the simulated cluster": (["transport=rdma"], "backend=live"),
     "an unknown experiment": (["experiment=fig99"], "fig99"),
     "a negative rate": (["workload=constant", "workload.rate_rps=-1"], "rate"),
     "a rate that is no number": (["workload=constant", "workload.rate_rps=fast"], "rate"),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from hydra.utils import instantiate
@@ -29,6 +29,7 @@ SLOT_TOKENS = 160
 # pipeline is there.
 ITERATION_S = 0.006
 PATIENCE_S = 40.0
+T = TypeVar("T")
 
 
 @dataclass
@@ -42,6 +43,11 @@ class Outcome:
 
     def kinds(self) -> list[str]:
         return [type(entry).__name__ for _, entry in self.recorder.entries]
+
+
+def of(outcome: Outcome, kind: type[T]) -> list[T]:
+    """Its events or commands of a kind."""
+    return [entry for _, entry in outcome.recorder.entries if isinstance(entry, kind)]
 
 
 class Watcher:

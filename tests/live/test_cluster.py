@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from lambdascale.checkpoints import PackedModel
-from lambdascale.core.commands import Command, FormPipeline, StartMulticast, SwitchMode
+from lambdascale.core.commands import Command, FormPipeline, LoadBlocks, StartMulticast, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, NodeLost, RequestFinished
 from lambdascale.live.backend import LiveBackend
 from lambdascale.live.launch import LocalLauncher
-from tests.live.harness import Outcome, Watcher, burst, expected, run, system_of
+from tests.live.faults import Break, Damage, check_damage, inject
+from tests.live.harness import Outcome, Watcher, burst, expected, of, run, system_of
 
 pytestmark = pytest.mark.live
 REQUESTS = burst(32)
@@ -164,3 +165,35 @@ def test_a_silent_node_is_given_up(tiny: Path) -> None:
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher], silence_s=2.0)
     check(outcome, tiny)
     assert [entry.node for _, entry in outcome.recorder.entries if isinstance(entry, NodeLost)] == [2]
+
+
+# -- faults of the transport ---------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_block_is_brought_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was damaged on the way is planned anew from what everybody holds; nobody computes with it, nobody starts over."""
+    inject(Damage(block=3), monkeypatch)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="tcp")
+    check(outcome, tiny)
+    check_damage(outcome, block=3)
+    assert not of(outcome, NodeLost)
+    assert not [load for load in of(outcome, LoadBlocks) if load.tier != "instant"]
+    assert (outcome.rows.restarts == 0).all()
+
+
+def test_a_block_that_is_damaged_every_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the second time, nodes that lack it load from their own disks."""
+    inject(Damage(block=3, times=1000, node=None), monkeypatch)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="tcp")
+    check(outcome, tiny)
+    check_damage(outcome, block=3)
+    assert any(3 in load.blocks for load in of(outcome, LoadBlocks) if load.tier == "ssd")
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_broken_connection(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of its ends live on: one of them is given up, and everything is answered."""
+    inject(Break(node=0, peer=2, after=2), monkeypatch)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport=transport)
+    check(outcome, tiny)
+    assert [event.node for event in of(outcome, NodeLost)] == [2]

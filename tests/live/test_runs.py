@@ -96,7 +96,7 @@ def test_nodes_placed_by_ray(ray_cluster: None, tmp_path: Path) -> None:
         "scripts/run.py",
         *LIVE,
         "backend.launcher=ray",
-        "backend.transport=tcp",
+        "transport=tcp",
         f"out={tmp_path / 'run'}",
     ]
     root = Path(__file__).resolve().parents[2]

@@ -3,7 +3,8 @@
 In the Soft-RoCE machine:   scripts/softroce -- python tests/rdma/bandwidth.py
 With hardware:              python tests/rdma/bandwidth.py --device mlx5_0 --gid-index 3 --mib 4096
 
-Both ends run on this machine: they share its cores, and emulated devices their emulation. Runs alternate, medians are compared.
+Both ends run on this machine: they share its cores, and emulated devices their emulation. What else the machine does changes from
+second to second, so short measurements alternate, and each of ours is compared with the two of the other kind around it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from statistics import median
+from statistics import median, quantiles
+from typing import Any
 
 from lambdascale.multicast import BinomialPipeline, completion_rounds
 from lambdascale.testing.carriers import Carriers
@@ -34,26 +38,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="rxe0")
     parser.add_argument("--gid-index", type=int, default=1)
-    parser.add_argument("--mib", type=int, default=32, help="bytes written in a measurement (default: %(default)s MiB)")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--mib", type=int, default=16, help="bytes written in a measurement (default: %(default)s MiB)")
+    parser.add_argument("--repeat", type=int, default=9, help="measurements of the transport (default: %(default)s)")
+    parser.add_argument("--multicasts", type=int, default=3, help="and of the multicast (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, help="of the multicast (default: %(default)s)")
     parser.add_argument("--paced", type=float, default=4e6, help="bytes/s of a paced link, slow enough for the machine")
     given = parser.parse_args()
     options = RdmaOptions(devices=(given.device,), gid_index=given.gid_index, windows=False)
-    pairs = []
-    for _ in range(given.repeat):
-        pairs.append((perftest(given.device, given.gid_index, given.mib), transport(options, given.mib)))
-        print(f"ib_write_bw, transport: {pairs[-1]}", file=sys.stderr, flush=True)
-    reference, ours = (median(column) for column in zip(*pairs, strict=True))
+    with pair(options, given.mib * MIB) as write:
+        reference = partial(perftest, given.device, given.gid_index, given.mib)
+        theirs, ours = alternate("ib_write_bw, transport", reference, write, given.repeat)
+        spread = partial(multicast, options, given.nodes, given.mib)
+        around, each = alternate("transport, multicast per node", write, spread, given.multicasts)
     report = {
-        "ib_write_bw_bytes_per_s": reference,
-        "transport_bytes_per_s": ours,
-        "ratio": ours / reference,
-        "each": pairs,
-        **multicast(options, given.nodes, given.mib, ours),
+        "ib_write_bw_bytes_per_s": median(theirs),
+        "transport_bytes_per_s": median(ours),
+        **ratios("transport_of_ib_write_bw", theirs, ours),
+        "multicast_nodes": given.nodes,
+        "multicast_per_node_bytes_per_s": median(each),
+        **ratios("multicast_per_node_of_point_to_point", around, each),
         **paced_multicast(options, given.nodes, given.paced),
     }
     print(json.dumps(report))
+
+
+def alternate(names: str, outer: Any, inner: Any, repeat: int) -> tuple[list[float], list[float]]:
+    """Rates of ``outer`` and ``inner`` in turn: one more of the outer, which the inner ones lie between."""
+    rates, others = [outer()], []
+    for _ in range(repeat):
+        others.append(inner())
+        rates.append(outer())
+        print(f"{names}: {rates[-2] / 1e6:.1f}, {others[-1] / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+    return rates, others
+
+
+def ratios(name: str, outer: Sequence[float], inner: Sequence[float]) -> dict[str, Any]:
+    """Each of the inner against the mean of its neighbours: median, quartiles, and all."""
+    found = [2 * rate / (before + after) for rate, before, after in zip(inner, outer, outer[1:], strict=False)]
+    first, _, third = quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return {name: median(found), f"{name}_quartiles": (first, third), f"{name}_each": [round(ratio, 3) for ratio in found]}
 
 
 def perftest(device: str, gid_index: int, mib: int) -> float:
@@ -74,25 +97,29 @@ def perftest(device: str, gid_index: int, mib: int) -> float:
     return float(rows[0]) * MIB
 
 
-def transport(options: RdmaOptions, mib: int) -> float:
-    """One write of as many bytes, in chunks of 1 MiB, between two processes; bytes/s until the receiver has been told."""
+@contextmanager
+def pair(options: RdmaOptions, size: int) -> Iterator[Any]:
+    """Two processes; gives a function that writes so many bytes in chunks of 1 MiB: bytes/s until the receiver has been told."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    receiver = context.Process(target=_receive, args=(options, mib * MIB, theirs), daemon=True)
+    receiver = context.Process(target=_receive, args=(options, size, theirs), daemon=True)
     receiver.start()
     endpoint = load()(0, _handlers(), b"k" * 32, options=options)
-    source = endpoint.allocate(mib * MIB)
+    source = endpoint.allocate(size)
     endpoint.register(source)
     endpoint.connect(1, ours.recv())
-    endpoint.write(1, source[:MIB], 0, 0).result(60)
-    ours.recv()
-    began = time.monotonic()
-    endpoint.write(1, source, 0, 1)
-    ours.recv()
-    took_s = time.monotonic() - began
+
+    def write() -> float:
+        began = time.monotonic()
+        endpoint.write(1, source, 0, 0)
+        ours.recv()
+        return size / (time.monotonic() - began)
+
+    write()  # what comes first only once
+    yield write
+    ours.send("end")
     endpoint.close()
     receiver.join()
-    return mib * MIB / took_s
 
 
 def _handlers(written: threading.Semaphore | None = None) -> Handlers:
@@ -106,9 +133,9 @@ def _receive(options: RdmaOptions, size: int, pipe: Connection) -> None:
     endpoint = load()(1, _handlers(written), b"k" * 32, options=options)
     endpoint.register(endpoint.allocate(size))
     pipe.send(endpoint.address)
-    for _ in range(2):
-        written.acquire()
-        pipe.send("written")
+    while not pipe.poll():
+        if written.acquire(timeout=0.05):
+            pipe.send("written")
     endpoint.close()
 
 
@@ -116,16 +143,10 @@ def _make(options: RdmaOptions, link: float | None, node: int, handlers: Handler
     return load()(node, handlers, b"k" * 32, options=options, link=TokenBucket(link) if link else None)
 
 
-def multicast(options: RdmaOptions, nodes: int, mib: int, point_to_point: float) -> dict[str, float]:
-    """All nodes share this machine's cores: what all receive together is compared with one connection's rate."""
+def multicast(options: RdmaOptions, nodes: int, mib: int) -> float:
+    """Bytes/s that each of ``nodes`` - 1 receivers gets, all at once."""
     size = mib * MIB // BLOCKS
-    took_s = _carry(partial(_make, options, None), nodes, size)
-    together = (nodes - 1) * BLOCKS * size / took_s
-    return {
-        "multicast_nodes": nodes,
-        "multicast_per_node_bytes_per_s": together / (nodes - 1),
-        "multicast_together_of_point_to_point": together / point_to_point,
-    }
+    return BLOCKS * size / _carry(partial(_make, options, None), nodes, size)
 
 
 def paced_multicast(options: RdmaOptions, nodes: int, link: float) -> dict[str, float]:

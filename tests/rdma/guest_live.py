@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,36 +11,65 @@ import pytest
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.main import main
-from lambdascale.core.commands import StartMulticast
-from lambdascale.core.events import BlockArrived
+from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core.events import BlockArrived, NodeLost
 from tests.live import harness
+from tests.live.faults import Break, Damage, check_damage, inject
 
-NODES = 3
+REQUESTS = harness.burst(12, prompt=10, output=8)
+Serve = Callable[[], harness.Outcome]
 
 
-def test_a_scale_out_is_token_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other nodes get the model by a multicast over rdma; whoever answers, the tokens are the engine's."""
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("live")
+    (root / "source").mkdir()
+    write_random(PRESETS["tiny"], root / "source", seed=3)
+    pack(root / "source", root / "tiny", 8)
+    return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> dict[int, list[int]]:
+    return harness.expected(PackedModel.open(tiny, "tiny"), REQUESTS)
+
+
+@pytest.fixture
+def serve(tiny: Path, expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Three nodes serve a burst; two of them get the model over rdma. Whoever answers, the tokens are the engine's."""
     monkeypatch.setattr(harness, "PATIENCE_S", 400.0)
-    (tmp_path / "source").mkdir()
-    write_random(PRESETS["tiny"], tmp_path / "source", seed=3)
-    pack(tmp_path / "source", tmp_path / "tiny", 8)
-    requests = harness.burst(12, prompt=10, output=20)
-    outcome = harness.run(
-        tmp_path / "tiny",
-        requests,
-        system=harness.system_of("lambdascale"),
-        nodes=NODES,
-        link="1MB/s",
-        transport="rdma",
-        executor="torch",
-        silence_s=120.0,
-    )
-    assert outcome.answers == harness.expected(PackedModel.open(tmp_path / "tiny", "tiny"), requests)
-    assert (outcome.rows.status == "ok").all()
-    entries = [entry for _, entry in outcome.recorder.entries]
-    (plan, *_) = [entry.plan for entry in entries if isinstance(entry, StartMulticast)]
-    arrived = {(entry.node, entry.block) for entry in entries if isinstance(entry, BlockArrived)}
+    system = harness.system_of("lambdascale")
+
+    def run() -> harness.Outcome:
+        options = {"link": "1MB/s", "transport": "rdma", "executor": "torch", "silence_s": 120.0}
+        outcome = harness.run(tiny, REQUESTS, system=system, nodes=3, **options)
+        assert outcome.answers == expected
+        assert (outcome.rows.status == "ok").all()
+        return outcome
+
+    return run
+
+
+def test_a_scale_out_is_token_exact(serve: Serve) -> None:
+    outcome = serve()
+    plan = harness.of(outcome, StartMulticast)[0].plan
+    arrived = {(event.node, event.block) for event in harness.of(outcome, BlockArrived)}
     assert {(node, block) for node in plan.destinations for block in range(8)} <= arrived
+
+
+def test_a_damaged_block(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checksum gives it away where it lands; what is missing is planned anew and comes over rdma, too."""
+    inject(Damage(block=3), monkeypatch)
+    outcome = serve()
+    check_damage(outcome, block=3)
+    assert not harness.of(outcome, NodeLost)
+    assert not [load for load in harness.of(outcome, LoadBlocks) if load.tier != "instant"]
+
+
+def test_a_queue_pair_fails(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a multicast, and both its nodes live: one of them is given up."""
+    inject(Break(node=1, peer=2, after=2), monkeypatch)
+    assert [event.node for event in harness.of(serve(), NodeLost)] == [2]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,11 +143,11 @@ def test_a_killed_process_is_noticed_within_two_seconds() -> None:
 
 class TestPacing:
     @staticmethod
-    def bucket(rate: float) -> tuple[TokenBucket, list[float]]:
+    def bucket(rate: float, oversleeps: float = 0.0) -> tuple[TokenBucket, list[float]]:
         now = [100.0]
 
         def sleep(seconds: float) -> None:
-            now[0] += seconds
+            now[0] += seconds + oversleeps
 
         return TokenBucket(rate, clock=lambda: now[0], sleep=sleep), now
 
@@ -156,6 +156,12 @@ class TestPacing:
         for _ in range(100):
             bucket.take(50)
         assert now[0] - 100.0 == pytest.approx(5.0, abs=0.01)
+
+    def test_oversleeping_is_made_up(self) -> None:
+        bucket, now = self.bucket(1000.0, oversleeps=0.03)
+        for _ in range(100):
+            bucket.take(50)
+        assert now[0] - 100.0 == pytest.approx(5.0, abs=0.05)
 
     def test_idle_time_is_not_saved_up(self) -> None:
         bucket, now = self.bucket(1000.0)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyverbs import enums
 from pyverbs.device import Context, get_device_list
 from pyverbs.mr import MR
 from pyverbs.pd import PD
@@ -17,6 +16,7 @@ from lambdascale.core import UserError
 from lambdascale.transport.base import TransportError
 from lambdascale.transport.rdma.options import MTUS
 from lambdascale.transport.rdma.ports import Choice, Gid, GidType, Port
+from lambdascale.transport.rdma.verbs import enums
 
 SYSFS = Path("/sys/class/infiniband")
 _GBIT = 1e9 / 8

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pyverbs import enums
 from pyverbs.addr import GID, AHAttr, GlobalRoute
 from pyverbs.cq import CQ, CompChannel
 from pyverbs.mr import MW, MWBindInfo
@@ -26,6 +25,7 @@ from pyverbs.wr import SGE, RecvWR, SendWR
 from lambdascale.transport.rdma.device import Device, Region
 from lambdascale.transport.rdma.frames import RailCard, Receives
 from lambdascale.transport.rdma.ports import mtu_code
+from lambdascale.transport.rdma.verbs import enums
 
 _BATCH = 32
 # A packet not acknowledged is sent again after 4.096 us * 2**17 = 0.54 s, six times (to rxe, seven means without limit): a peer
