@@ -48,7 +48,8 @@ def test_transports() -> None:
     assert {path.stem for path in (conf_dir() / "transport").glob("*.yaml")} == set(transports)
     live = ["experiment=fig07_multicast", "backend=live", "backend.checkpoint=tiny", "system.blocks=8"]
     for transport in transports:
-        assert build(compose([*live, f"transport={transport}"])).backend.transport == transport
+        device = "cuda" if transport == "cuda_ipc" else "cpu"
+        assert build(compose([*live, f"transport={transport}", f"backend.device={device}"])).backend.transport == transport
         assert compose([*live, "transport=shm", f"backend.transport={transport}"]).backend.transport == transport
 
 

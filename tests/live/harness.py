@@ -28,7 +28,7 @@ SLOT_TOKENS = 160
 # With the paced executor an iteration takes at least so long: else a fast machine's only replica would answer everything before a
 # pipeline is there.
 ITERATION_S = 0.006
-PATIENCE_S = 40.0
+PATIENCE_S = 90.0
 T = TypeVar("T")
 
 
