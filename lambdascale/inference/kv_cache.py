@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from math import prod
 
-import numpy as np
 import torch
 
 from lambdascale.checkpoints import Architecture
@@ -16,11 +17,16 @@ Tensor = torch.Tensor
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, so that masked places never hold a NaN. Host memory is zeroed by the system page by page as it is used: a replica
     starts at once.
+
+    By small pages, where there is a choice: a sequence begins in many places, one for each layer and head, and huge pages zeroed
+    for each of them add up to 0.3 s before a slot's first token.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    raw = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        raw.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(raw, dtype=dtype).view(shape)
 
 
 class KvCache:
