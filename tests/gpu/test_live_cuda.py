@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lambdascale.checkpoints import PackedModel, pack
-from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.checkpoints import PackedModel
 from lambdascale.core.commands import FormPipeline, SwitchMode
 from lambdascale.core.events import BlockArrived, NodeLost
-from tests.live.harness import Watcher, burst, expected, run, system_of
+from tests.live.harness import Watcher, burst, expected, pack_tiny, run, system_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,11 +22,7 @@ REQUESTS = burst(32)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cuda-live")
-    (root / "source").mkdir()
-    write_random(PRESETS["tiny"], root / "source", seed=3)
-    pack(root / "source", root / "tiny", 8)
-    return root / "tiny"
+    return pack_tiny(tmp_path_factory.mktemp("cuda-live"))
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch import distributed
 
-from lambdascale.checkpoints import PackedModel, pack
-from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.checkpoints import PackedModel
 from lambdascale.core.events import BlockArrived, NodeLost
 from lambdascale.live.communicators import Nccl, has_nccl
 from lambdascale.live.config import LiveConfig
-from tests.live.harness import Outcome, Watcher, burst, expected, run, system_of
+from tests.live.harness import Outcome, Watcher, burst, expected, pack_tiny, run, system_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 nccl = pytest.mark.skipif(not has_nccl() or torch.cuda.device_count() < 2, reason="needs NCCL and two GPUs")
@@ -121,11 +120,7 @@ REQUESTS = burst(32)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("nccl")
-    (root / "source").mkdir()
-    write_random(PRESETS["tiny"], root / "source", seed=3)
-    pack(root / "source", root / "tiny", 8)
-    return root / "tiny"
+    return pack_tiny(tmp_path_factory.mktemp("nccl"))
 
 
 def check(outcome: Outcome, tiny: Path) -> None:

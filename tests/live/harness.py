@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from hydra.utils import instantiate
 
-from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints import PackedModel, pack
+from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits, SystemConfig, drive
 from lambdascale.core import Request
 from lambdascale.core.commands import Command
@@ -79,6 +80,14 @@ def system_of(name: str, *overrides: str) -> SystemConfig:
     built = instantiate(group, _convert_="all")
     assert isinstance(built, SystemConfig)
     return built
+
+
+def pack_tiny(root: Path) -> Path:
+    """A packed model under ``root``: random weights, eight blocks of float32, 1.7 MB."""
+    (root / "source").mkdir()
+    write_random(PRESETS["tiny"], root / "source", seed=3)
+    pack(root / "source", root / "tiny", 8)
+    return root / "tiny"
 
 
 def burst(count: int, prompt: int = 20, output: int = 100, at_s: float = 0.1) -> list[Request]:

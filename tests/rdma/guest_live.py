@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lambdascale.checkpoints import PackedModel, pack
-from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.checkpoints import PackedModel
 from lambdascale.cli.main import main
 from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.core.events import BlockArrived, NodeLost
@@ -22,11 +21,7 @@ Serve = Callable[[], harness.Outcome]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("live")
-    (root / "source").mkdir()
-    write_random(PRESETS["tiny"], root / "source", seed=3)
-    pack(root / "source", root / "tiny", 8)
-    return root / "tiny"
+    return harness.pack_tiny(tmp_path_factory.mktemp("live"))
 
 
 @pytest.fixture(scope="module")
