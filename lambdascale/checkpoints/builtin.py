@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lambdascale.checkpoints.layout import SHORT_NAMES
-from lambdascale.checkpoints.packed import PackedModel
+from lambdascale.checkpoints.packed import FORMAT, PackedModel
 from lambdascale.checkpoints.packing import pack
 from lambdascale.core import UserError
 
@@ -32,7 +32,8 @@ def builtin_model(name: str, blocks: int, dtype: str = "bf16") -> PackedModel:
         raise UserError(f"there is no built-in model {name}: choose one of {', '.join(NAMES)} or give a packed model's directory")
     if dtype not in SHORT_NAMES:
         raise UserError(f"dtype must be one of {', '.join(SHORT_NAMES)}, not {dtype}")
-    target = cache_directory() / "models" / f"{name}-{blocks}-{dtype}"
+    # Those of an older version stay where they are, for whoever still runs it.
+    target = cache_directory() / "models" / f"{name}-{blocks}-{dtype}-v{FORMAT}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:

@@ -9,14 +9,19 @@ import msgspec
 
 from lambdascale.checkpoints.architecture import Architecture, load_architecture
 from lambdascale.checkpoints.layout import WEIGHT_TYPES, BlockLayout, block_layout, model_spec
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import ModelSpec, UserError
 
 MANIFEST = "blocks.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class PackedBlock(msgspec.Struct, frozen=True):
-    """A block on disk: ``size_bytes`` bytes of ``file`` from ``data_offset``, with their xxh3-64 checksum in hexadecimal."""
+    """A block on disk: ``size_bytes`` bytes of ``file`` from ``data_offset``, with their xxh3-64 checksum in hexadecimal.
+
+    ``parts``: the checksums of its parts of the manifest's ``part_bytes`` each (the last may be shorter), so that several threads
+    can verify a block in any order.
+    """
 
     file: str
     data_offset: int
@@ -24,6 +29,13 @@ class PackedBlock(msgspec.Struct, frozen=True):
     xxh3_64: str
     first_layer: int
     last_layer: int
+    parts: tuple[str, ...]
+
+
+class _Version(msgspec.Struct, frozen=True):
+    """What every version of blocks.json begins with."""
+
+    format: int
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -32,6 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
     format: int
     dtype: str
     source: str
+    part_bytes: int
     blocks: tuple[PackedBlock, ...]
 
 
@@ -43,6 +56,7 @@ class PackedModel:
     name: str
     architecture: Architecture
     dtype: str
+    part_bytes: int
     blocks: tuple[PackedBlock, ...]
     layouts: tuple[BlockLayout, ...]
 
@@ -51,19 +65,22 @@ class PackedModel:
         """Read and check the description; block data is checked when it is loaded. UserError if it is no packed model."""
         path = directory / MANIFEST
         try:
-            manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+            content = path.read_bytes()
+            found = msgspec.json.decode(content, type=_Version).format
+            if found != FORMAT:
+                raise UserError(f"{path} has format {found}; this version reads {FORMAT}: pack the model again")
+            manifest = msgspec.json.decode(content, type=Manifest)
         except FileNotFoundError:
             raise UserError(f"{directory} is not a packed model (no {MANIFEST}); make one with: lambdascale pack") from None
         except (OSError, msgspec.MsgspecError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
-        if manifest.format != FORMAT:
-            raise UserError(f"{path} has format {manifest.format}; this version reads {FORMAT}: pack the model again")
         architecture = load_architecture(directory)
         layouts = tuple(_layout(directory, architecture, manifest, index) for index in range(len(manifest.blocks)))
         layers = [layer for layout in layouts for layer in range(layout.first_layer, layout.last_layer + 1)]
         if layers != list(range(architecture.layers)):
             raise UserError(f"the blocks in {path} do not cover the {architecture.layers} layers of config.json once, in order")
-        return cls(directory, name or directory.resolve().name, architecture, manifest.dtype, manifest.blocks, layouts)
+        model = name or directory.resolve().name
+        return cls(directory, model, architecture, manifest.dtype, manifest.part_bytes, manifest.blocks, layouts)
 
     @property
     def block_bytes(self) -> tuple[int, ...]:
@@ -86,7 +103,8 @@ def _layout(directory: Path, architecture: Architecture, manifest: Manifest, ind
     if manifest.dtype not in WEIGHT_TYPES or not 0 <= block.first_layer <= block.last_layer < architecture.layers:
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
     layout = block_layout(architecture, manifest.dtype, index, range(block.first_layer, block.last_layer + 1))
-    if layout.size_bytes != block.size_bytes:
+    parts_fit = manifest.part_bytes > 0 and manifest.part_bytes % ALIGNMENT == 0
+    if layout.size_bytes != block.size_bytes or not parts_fit or len(block.parts) != -(-block.size_bytes // manifest.part_bytes):
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
     path = directory / block.file
     size, wanted = path.stat().st_size if path.is_file() else 0, block.data_offset + block.size_bytes

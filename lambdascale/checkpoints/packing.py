@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-import xxhash
 
+from lambdascale.checkpoints.checksums import Checksums
 from lambdascale.checkpoints.layout import EMBEDDING, HEAD, BlockLayout, TensorSlot, block_layouts
 from lambdascale.checkpoints.packed import FORMAT, MANIFEST, Manifest, PackedBlock
-from lambdascale.checkpoints.safetensors_file import ITEM_BYTES, header_bytes
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT, ITEM_BYTES, header_bytes
 from lambdascale.checkpoints.source import INDEX, HfCheckpoint
 from lambdascale.core import UserError
+from lambdascale.core.checks import require
 
 _CHUNK_BYTES = 16 << 20
+# Several to a read of the block store, and few enough that a 70B model's manifest stays below 1 MB.
+PART_BYTES = 4 << 20
 # What a model directory has besides weights and is worth keeping.
 _COMPANIONS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _NOT_COPIED = (INDEX, MANIFEST)
@@ -26,20 +29,31 @@ _NOT_COPIED = (INDEX, MANIFEST)
 Advance = Callable[[int], None]
 
 
-def pack(source: Path, target: Path, blocks: int, dtype: str | None = None, advance: Advance = lambda written: None) -> None:
+def pack(
+    source: Path,
+    target: Path,
+    blocks: int,
+    dtype: str | None = None,
+    advance: Advance = lambda written: None,
+    *,
+    part_bytes: int = PART_BYTES,
+) -> None:
     """Write the checkpoint in ``source`` as ``target``, cut into ``blocks`` blocks of element type ``dtype`` (None: as it is).
 
     ``advance`` is told the bytes of each piece written. ``target`` appears when it is complete; UserError if it exists, if the
-    disk is full, or for anything wrong with the source.
+    disk is full, or for anything wrong with the source. ``part_bytes``, whole pages: what gets a checksum of its own.
     """
+    require(part_bytes > 0 and part_bytes % ALIGNMENT == 0, f"part_bytes must be a multiple of {ALIGNMENT}, not {part_bytes}")
     checkpoint = HfCheckpoint(source)
     dtype = dtype or checkpoint.dtype
     layouts = block_layouts(checkpoint.architecture, dtype, blocks, source.name)
     with new_directory(target) as temporary:
-        written = [_write_block(checkpoint, layout, temporary, len(layouts), advance) for layout in layouts]
+        written = [
+            _write_block(checkpoint, layout, temporary, len(layouts), Checksums(part_bytes), advance) for layout in layouts
+        ]
         _write_index(temporary, layouts, written)
         _copy_companions(source, temporary, dtype)
-        manifest = Manifest(FORMAT, dtype, source.resolve().name, tuple(written))
+        manifest = Manifest(FORMAT, dtype, source.resolve().name, part_bytes, tuple(written))
         (temporary / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1))
 
 
@@ -60,20 +74,22 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_block(checkpoint: HfCheckpoint, layout: BlockLayout, directory: Path, count: int, advance: Advance) -> PackedBlock:
+def _write_block(
+    checkpoint: HfCheckpoint, layout: BlockLayout, directory: Path, count: int, checksums: Checksums, advance: Advance
+) -> PackedBlock:
     name = f"model-{layout.index + 1:05d}-of-{count:05d}.safetensors"
     entries = {s.name: (layout.dtype, s.shape, s.offset, s.offset + s.size_bytes) for s in layout.slots}
     head = header_bytes(entries)
-    checksum = xxhash.xxh3_64()
     with (directory / name).open("wb") as file:
         file.write(head)
         for piece in block_pieces(checkpoint, layout):
-            checksum.update(piece)
+            checksums.update(piece)
             file.write(piece)
             advance(len(piece))
         file.flush()
         os.fsync(file.fileno())
-    return PackedBlock(name, len(head), layout.size_bytes, checksum.hexdigest(), layout.first_layer, layout.last_layer)
+    first, last = layout.first_layer, layout.last_layer
+    return PackedBlock(name, len(head), layout.size_bytes, checksums.whole, first, last, checksums.parts)
 
 
 def block_pieces(checkpoint: HfCheckpoint, layout: BlockLayout) -> Iterator[bytes]:

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import xxhash
 
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
 
 Direct = Literal["auto", "always", "never"]
+# What is read through the page cache at a time when it is to be hashed: it is in a core's cache still when that is done. Where
+# plain reads keep all cores busy, verified ones reach 85 % of them so, not 65 (tests/benchmarks/test_bench_store.py).
+_HOT_BYTES = 512 << 10
+
+
+class ChecksumError(Exception):
+    """Bytes that are not those that were packed."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What to verify a range against: the xxh3-64 checksums of its parts of ``size`` bytes each, the last may be shorter."""
+
+    size: int
+    checksums: Sequence[str]
 
 
 class ChunkReader:
@@ -58,26 +77,55 @@ class ChunkReader:
         return os.open(path, os.O_RDONLY)
 
     def read(
-        self, descriptor: int, offset: int, target: memoryview, size: int, after: Callable[[int, int], None]
-    ) -> list[tuple[int, int, Future[None]]]:
-        """Read ``size`` bytes from ``offset`` into ``target``; (begin, end, future) for each chunk, in order.
+        self,
+        descriptor: int,
+        offset: int,
+        target: memoryview,
+        size: int,
+        after: Callable[[int, int], None],
+        parts: Parts | None = None,
+    ) -> list[Future[None]]:
+        """Read ``size`` bytes from ``offset`` into ``target``, verified if ``parts`` are given: a future for each chunk.
 
         ``target`` may be longer, by up to a page: whole pages are read. ``after(begin, end)`` runs in the reader's thread as soon
-        as a chunk is there.
+        as a chunk is there. The futures raise OSError, EOFError and ChecksumError.
         """
+        # Past the page cache the disk is what takes time, and it likes long reads.
+        hot = self._chunk_bytes if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else _HOT_BYTES
 
         def chunk(begin: int, end: int) -> None:
-            whole, at = -(-end // ALIGNMENT) * ALIGNMENT, begin
-            while at < end:
-                count = os.preadv(descriptor, [target[at:whole]], offset + at)
-                if count == 0:
-                    raise EOFError(f"the file ends {end - at} bytes too early")
-                at += count
+            if parts is None:
+                _read(descriptor, offset, target, begin, end)
+            else:
+                for part in range(begin, end, parts.size):
+                    _read_part(descriptor, offset, target, part, min(part + parts.size, end), hot, parts)
             after(begin, end)
 
-        return self.each_chunk(size, chunk)
+        return self.each_chunk(size, chunk, 1 if parts is None else parts.size)
 
-    def each_chunk(self, size: int, work: Callable[[int, int], None]) -> list[tuple[int, int, Future[None]]]:
-        """Have the readers' threads do ``work(begin, end)`` for each chunk of ``size`` bytes; (begin, end, future), in order."""
-        ranges = [(begin, min(begin + self._chunk_bytes, size)) for begin in range(0, size, self._chunk_bytes)]
-        return [(begin, end, self._pool.submit(work, begin, end)) for begin, end in ranges]
+    def each_chunk(self, size: int, work: Callable[[int, int], None], unit: int = 1) -> list[Future[None]]:
+        """Have the readers' threads do ``work(begin, end)`` for each chunk, of whole units: futures, in order."""
+        step = max(unit, self._chunk_bytes // unit * unit)
+        return [self._pool.submit(work, begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+
+def _read(descriptor: int, offset: int, target: memoryview, begin: int, end: int) -> None:
+    """Bytes [begin, end) of what starts at ``offset``, and the rest of the last page."""
+    whole, at = -(-end // ALIGNMENT) * ALIGNMENT, begin
+    while at < end:
+        count = os.preadv(descriptor, [target[at:whole]], offset + at)
+        if count == 0:
+            raise EOFError(f"the file ends {end - at} bytes too early")
+        at += count
+
+
+def _read_part(descriptor: int, offset: int, target: memoryview, begin: int, end: int, hot: int, parts: Parts) -> None:
+    """Read a part ``hot`` bytes at a time, and hash each piece right away."""
+    checksum = xxhash.xxh3_64()
+    for at in range(begin, end, hot):
+        until = min(at + hot, end)
+        _read(descriptor, offset, target, at, until)
+        checksum.update(target[at:until])
+    found, wanted = checksum.hexdigest(), parts.checksums[begin // parts.size]
+    if found != wanted:
+        raise ChecksumError(f"checksum of bytes {begin} to {end - 1} is {found}, the manifest says {wanted}")

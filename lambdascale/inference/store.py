@@ -1,7 +1,7 @@
 """The block store of a node: disk to host arena to device arena. It carries out; what to keep is decided elsewhere.
 
 A load reserves its memory before anything moves, so that it can not fail halfway for lack of room. Blocks land in the order
-asked for and are usable one by one. While a block's checksum is computed the next one is being read already.
+asked for and are usable one by one; the next one is being read while the last is finished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lambdascale.core import CapacityError, UserError, parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.arena import Arena
 from lambdascale.inference.read_back import ReadBack
-from lambdascale.inference.reader import ChunkReader, Direct
+from lambdascale.inference.reader import ChecksumError, ChunkReader, Direct, Parts
 from lambdascale.inference.weights import BlockWeights
 
 Tensor = torch.Tensor
@@ -156,20 +156,19 @@ class _Job:
 
 @dataclass
 class _Move:
-    """A block on its way: the memory its file is read into (None: it is not read), its chunks in order, what to close."""
+    """A block on its way: its chunks in order, what to close."""
 
     block: int
     path: Path
-    read_into: Tensor | None
     failure: str = ""
-    chunks: list[tuple[int, int, Future[None]]] = field(default_factory=list)
+    chunks: list[Future[None]] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
 
     def abandon(self) -> None:
         """Wait until no thread touches its memory any more; close its file."""
-        for _, _, future in self.chunks:
-            future.cancel()
-        wait([future for _, _, future in self.chunks])
+        for chunk in self.chunks:
+            chunk.cancel()
+        wait(self.chunks)
         self.files.close()
 
 
@@ -473,17 +472,18 @@ class BlockStore:
     def _begin(self, job: _Job, block: int) -> _Move:
         """Start the reads or copies that bring a block; they go on in the readers' threads."""
         key, path = (job.model.name, block), job.model.path(block)
-        move = _Move(block, path, None)
+        move = _Move(block, path)
         if key in self._tiers[job.to].complete:
             return move
-        size = job.model.blocks[block].size_bytes
+        described = job.model.blocks[block]
+        size = described.size_bytes
         if key in self._tiers["host"].complete:
             move.chunks = self.reader.each_chunk(size, self._copier(key, size))
             return move
         through_host = key in self._tiers["host"].offsets
         target = self._tiers["host" if through_host else "gpu"]
         # Whole pages are read: the extent is as long as that.
-        move.read_into = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT)
+        memory = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
         after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
         try:
             descriptor = move.files.enter_context(self.reader.open(path))
@@ -491,7 +491,8 @@ class BlockStore:
             # Told when it is this block's turn, after those before it have landed.
             move.failure = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
             return move
-        move.chunks = self.reader.read(descriptor, job.model.blocks[block].data_offset, move.read_into.numpy().data, size, after)
+        parts = Parts(job.model.part_bytes, described.parts) if self.config.verify else None
+        move.chunks = self.reader.read(descriptor, described.data_offset, memory, size, after, parts)
         return move
 
     def _copier(self, key: _Key, size: int) -> Callable[[int, int], None]:
@@ -506,24 +507,21 @@ class BlockStore:
         return copy
 
     def _finish(self, job: _Job, move: _Move) -> None:
-        """Wait for a block's chunks, compare the checksum, and make it resident."""
-        key, block = (job.model.name, move.block), job.model.blocks[move.block]
+        """Wait for a block's chunks, and make it resident."""
+        key = job.model.name, move.block
         if move.failure:
             raise BlockError(*key, move.path, move.failure)
-        checksum = xxhash.xxh3_64()
         try:
-            for begin, end, future in move.chunks:
-                future.result()
-                if self.config.verify and move.read_into is not None:
-                    checksum.update(move.read_into[begin:end].numpy().data)
+            for chunk in move.chunks:
+                chunk.result()
+        except ChecksumError as error:
+            raise BlockError(*key, move.path, f"is damaged: {error}") from error
         except (OSError, EOFError) as error:
             raise BlockError(*key, move.path, f"cannot be read: {error}") from error
         finally:
             move.abandon()
         if self._stream is not None:
             self._stream.synchronize()
-        if self.config.verify and move.read_into is not None and checksum.hexdigest() != block.xxh3_64:
-            raise BlockError(*key, move.path, f"checksum is {checksum.hexdigest()}, the manifest says {block.xxh3_64}")
         with self._lock:
             for tier in _ON_THE_WAY[job.to]:
                 residency = self._tiers[tier]

@@ -24,13 +24,14 @@ from lambdascale.inference.read_back import ReadBack
 
 BLOCKS = 8
 PAGE = 4096
+PART = 4 * PAGE
 
 
 def packed(root: Path, name: str, seed: int) -> PackedModel:
     source = root / f"{name}-source"
     source.mkdir()
     write_random(PRESETS["tiny"], source, seed)
-    pack(source, root / name, BLOCKS)
+    pack(source, root / name, BLOCKS, part_bytes=PART)
     return PackedModel.open(root / name)
 
 
@@ -51,7 +52,8 @@ def make(two: dict[str, PackedModel]) -> Iterator[Callable[..., BlockStore]]:
 
         def build(host: float = 2, gpu: float = 2, **changes: object) -> BlockStore:
             size = pages(two["a"])
-            config = StoreConfig(host_bytes=int(host * size), device_bytes=int(gpu * size), chunk_bytes=64 * 1024, **changes)
+            sizes = {"host_bytes": int(host * size), "device_bytes": int(gpu * size), "chunk_bytes": 64 * 1024}
+            config = StoreConfig(**sizes | changes)
             store = stack.enter_context(BlockStore(config))
             for model in two.values():
                 store.add(model)
@@ -218,11 +220,23 @@ class TestDamage:
 
     def test_a_flipped_bit(self, make: Callable[..., BlockStore], damaged: PackedModel) -> None:
         with damaged.path(3).open("r+b") as file:
-            file.seek(damaged.blocks[3].data_offset + 1000)
+            file.seek(damaged.blocks[3].data_offset + 5 * PART)
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
-        self.check(make(host=3), damaged, "checksum is")
+        self.check(make(host=3), damaged, f"is damaged: checksum of bytes {5 * PART} to {6 * PART - 1} is")
+
+    @pytest.mark.parametrize("chunk", [PAGE, PART + PAGE, 3 * PART, 100 * PART])
+    def test_a_flipped_last_bit_with_chunks_of_any_length(
+        self, make: Callable[..., BlockStore], damaged: PackedModel, chunk: int
+    ) -> None:
+        with damaged.path(3).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 128]))
+        size = damaged.block_bytes[3]
+        self.check(make(host=3, chunk_bytes=chunk), damaged, f"checksum of bytes {size // PART * PART} to {size - 1} is")
 
     def test_a_truncated_shard(self, make: Callable[..., BlockStore], damaged: PackedModel) -> None:
         os.truncate(damaged.path(3), damaged.path(3).stat().st_size - 5000)

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lambdascale.checkpoints import HfCheckpoint, PackedModel, block_layouts, pack, parse_architecture
+from lambdascale.checkpoints.checksums import Checksums
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT, read_header
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.main import main
@@ -49,6 +51,24 @@ class TestPacked:
                 file, info = HfCheckpoint(tiny).find(name)
                 begin = block.data_offset + slot.offset
                 assert data[begin : begin + slot.size_bytes] == file.read_bytes()[info.begin : info.end]
+
+    def test_every_part_has_its_checksum(self, tiny: Path, tmp_path: Path) -> None:
+        pack(tiny, tmp_path / "p", 3, part_bytes=5 * ALIGNMENT)
+        model = PackedModel.open(tmp_path / "p")
+        assert model.part_bytes == 5 * ALIGNMENT
+        for block in model.blocks:
+            data = (tmp_path / "p" / block.file).read_bytes()[block.data_offset :]
+            parts = [data[at : at + model.part_bytes] for at in range(0, len(data), model.part_bytes)]
+            assert [xxhash.xxh3_64_hexdigest(part) for part in parts] == list(block.parts)
+
+    @given(st.binary(max_size=60), st.integers(1, 9), st.lists(st.integers(0, 60), max_size=6))
+    def test_checksums_do_not_depend_on_how_the_bytes_come(self, data: bytes, part: int, cuts: list[int]) -> None:
+        checksums = Checksums(part)
+        bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+        for begin, end in pairwise(bounds):
+            checksums.update(data[begin:end])
+        assert checksums.whole == xxhash.xxh3_64_hexdigest(data)
+        assert list(checksums.parts) == [xxhash.xxh3_64_hexdigest(data[at : at + part]) for at in range(0, len(data), part)]
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_transformers_loads_it(self, tmp_path: Path, tied: bool) -> None:
@@ -156,6 +176,25 @@ class TestOpening:
         path = PackedModel.open(tmp_path / "p").path(2)
         path.write_bytes(path.read_bytes()[:-1])
         with pytest.raises(UserError, match=r"block 2: .*truncated"):
+            PackedModel.open(tmp_path / "p")
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"format": 1}, "has format 1; this version reads 2: pack the model again"),
+            ({"part_bytes": ALIGNMENT}, "block 0 .* does not fit config.json"),
+            ({"part_bytes": 0}, "block 0 .* does not fit config.json"),
+            ({"part_bytes": 5}, "block 0 .* does not fit config.json"),
+            ({"dtype": "I8"}, "block 0 .* does not fit config.json"),
+            ({"blocks": []}, "do not cover the 8 layers"),
+            ({"blocks": None}, "cannot be read"),
+        ],
+    )
+    def test_a_manifest_that_does_not_fit(self, tiny: Path, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+        pack(tiny, tmp_path / "p", 2)
+        path = tmp_path / "p" / "blocks.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(UserError, match=reason):
             PackedModel.open(tmp_path / "p")
 
     @pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 20, b"\x08\0\0\0\0\0\0\0[1,2,3] "])
