@@ -41,12 +41,17 @@ _ONEDNN = choose_kernel(_processor(), has_mkl=torch.backends.mkl.is_available())
 KERNEL = "oneDNN" if _ONEDNN is not None else "BLAS"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, plus ``bias`` [outputs]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, plus ``bias`` [outputs].
+
+    ``out`` [rows, outputs], contiguous: memory for the result. oneDNN's operator takes none, and returns memory of its own.
+    """
     if _ONEDNN is not None and x.dtype is torch.float32 and x.device.type == "cpu":
         result: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
         return result
-    return functional.linear(x, weight, bias)
+    if out is None:
+        return functional.linear(x, weight, bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def add_linear(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -16,6 +16,7 @@ from lambdascale.core.checks import require
 from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.linear import add_linear, linear
+from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import BlockWeights, LayerWeights
 
 Tensor = torch.Tensor
@@ -80,6 +81,7 @@ class Stage:
         self._windows = architecture.windows[first : first + len(self._layers)]
         self.kv = KvCache(architecture, len(self._layers), slots, slot_tokens, self.dtype, self.device)
         self._cos, self._sin = rope_tables(architecture, slot_tokens, self.dtype, self.device)
+        self._scratch = Scratch(self.dtype, self.device)
 
     @cached_property
     def is_first(self) -> bool:
@@ -97,9 +99,9 @@ class Stage:
         slots, positions = self._places(batch)
         prefills, decodes = self._prefills(batch), self._decodes(batch)
         cos, sin = self._cos[positions, None], self._sin[positions, None]
-        hidden, eps = self._entering(inputs), self.architecture.norm_eps
+        hidden = self._entering(inputs)
         for index, layer in enumerate(self._layers):
-            query = self._project(index, layer, rms_norm(hidden, layer.input_norm, eps), cos, sin, slots, positions)
+            query = self._project(index, layer, self._norm(hidden, layer.input_norm), cos, sin, slots, positions)
             if self.is_last and index == len(self._layers) - 1 and len(batch.wanted) < batch.rows:
                 # The other rows have left their keys and values, which is all that is needed of them.
                 batch = answering(batch)
@@ -107,9 +109,7 @@ class Stage:
                 hidden, query = hidden[wanted], query[wanted]
                 prefills, decodes = self._prefills(batch), self._decodes(batch)
             add_linear(hidden, self._attend(index, query, prefills, decodes), layer.output, layer.output_bias)
-            normed = rms_norm(hidden, layer.post_norm, eps)
-            gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            add_linear(hidden, functional.silu(gate).mul_(up), layer.down, layer.down_bias)
+            self._feed_forward(hidden, layer)
         return self._logits(hidden) if self.is_last else hidden
 
     def _entering(self, inputs: Tensor) -> Tensor:
@@ -123,20 +123,33 @@ class Stage:
         block = self.blocks[-1]
         assert block.norm is not None, "the last block has the norm"
         assert block.head is not None, "the last block has the head"
-        return linear(rms_norm(hidden, block.norm, self.architecture.norm_eps), block.head).float()
+        return linear(self._norm(hidden, block.norm), block.head).float()
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Normed hidden states, to be used before the next are asked for."""
+        return rms_norm(hidden, weight, self.architecture.norm_eps, self._scratch.take("normed", *hidden.shape))
+
+    def _wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear``, its result to be used before the next is asked for."""
+        return linear(x, weight, bias, self._scratch.take("wide", len(x), len(weight)))
 
     def _project(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor
     ) -> Tensor:
         """Queries [rows, heads, head size], rotated; rotated keys and values go to the cache."""
         a = self.architecture
-        states = linear(x, layer.qkv, layer.qkv_bias).view(-1, a.heads + 2 * a.kv_heads, a.head_dim)
+        states = self._wide(x, layer.qkv, layer.qkv_bias).view(-1, a.heads + 2 * a.kv_heads, a.head_dim)
         low, high = states[:, : a.heads + a.kv_heads].chunk(2, dim=-1)
         turned_high = (high * cos).addcmul_(low, sin)
         low.mul_(cos).addcmul_(high, sin, value=-1)
         high.copy_(turned_high)
         self.kv.both[index].index_put_((slots[:, None], self._kv_heads, positions[:, None]), states[:, a.heads :])
         return states[:, : a.heads]
+
+    def _feed_forward(self, hidden: Tensor, layer: LayerWeights) -> None:
+        gate, up = self._wide(self._norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        gated = torch.mul(functional.silu(gate, inplace=True), up, out=self._scratch.take("gated", *gate.shape))
+        add_linear(hidden, gated, layer.down, layer.down_bias)
 
     @cached_property
     def _kv_heads(self) -> Tensor:
@@ -152,7 +165,9 @@ class Stage:
             parts.append(self._attend_decodes(index, query[begin:], decodes, window))
         if not parts:  # a prefill's part that gives no token yet, in the last layer
             return query.flatten(1)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, out=self._scratch.take("attended", len(query), query.shape[1] * query.shape[2]))
 
     def _attend_prefill(self, index: int, query: Tensor, part: _Prefill, window: _Window) -> Tensor:
         keys = self.kv.keys[index, part.slot, :, : part.context]
@@ -237,14 +252,14 @@ def answering(batch: StageBatch) -> StageBatch:
     return StageBatch(segments, decodes, batch.wanted)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x`` [rows, hidden] over the root of its mean square, times ``weight``."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """``x`` [rows, hidden] over the root of its mean square, times ``weight``; perhaps in ``out``, memory for it."""
     if x.dtype is not torch.float32 or x.device.type != "cpu":
         return functional.rms_norm(x, weight.shape, weight, eps)
     # torch composes its own of nine operators here, and each costs more than the arithmetic of a decode step.
     size = x.shape[-1]
     scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
-    return (x * scale).mul_(weight)
+    return torch.mul(x, scale, out=out).mul_(weight)
 
 
 def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
