@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.inference import Segment, Stage, StageBatch, load_blocks
+from lambdascale.inference import linear as kernels
 from lambdascale.inference.linear import choose_kernel
 from lambdascale.inference.stage import rms_norm
 
@@ -32,6 +33,19 @@ def test_the_kernel_follows_the_processors_maker() -> None:
     if torch.backends.mkldnn.is_available():
         assert choose_kernel("vendor_id : GenuineIntel", has_mkl=False) is not None
         assert choose_kernel("vendor_id : AuthenticAMD", has_mkl=True) is not None
+
+
+@pytest.mark.parametrize("blas", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_memory_for_a_product_changes_nothing(monkeypatch: pytest.MonkeyPatch, blas: bool, biased: bool) -> None:
+    if blas:
+        monkeypatch.setattr(kernels, "_ONEDNN", None)
+    x, weight = torch.randn(5, 64), torch.randn(96, 64)
+    bias = torch.randn(96) if biased else None
+    out = torch.full((5, 96), float("nan"))
+    result = kernels.linear(x, weight, bias, out)
+    assert torch.allclose(result, functional.linear(x, weight, bias), atol=1e-4)
+    assert not blas or result.data_ptr() == out.data_ptr()
 
 
 @pytest.mark.parametrize("wanted", [(4, 7, 8, 9), (7,), (0, 2, 4), (8,), (4, 9)])
