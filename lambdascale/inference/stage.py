@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import pi
 
@@ -36,11 +36,14 @@ class _Decodes:
 
 @dataclass(frozen=True)
 class _Prefill:
-    """A segment of several tokens: its rows, its slot, and masks by window (None: plain causal)."""
+    """Segments alike in all but their slots [low, high), which follow one another: their rows, and masks by window (None: plain
+    causal).
+    """
 
     begin: int
     end: int
-    slot: int
+    low: int
+    high: int
     context: int
     masks: dict[_Window, Tensor | None]
 
@@ -170,13 +173,14 @@ class Stage:
         return torch.cat(parts, out=self._scratch.take("attended", len(query), query.shape[1] * query.shape[2]))
 
     def _attend_prefill(self, index: int, query: Tensor, part: _Prefill, window: _Window) -> Tensor:
-        keys = self.kv.keys[index, part.slot, :, : part.context]
-        values = self.kv.values[index, part.slot, :, : part.context]
+        keys = self.kv.keys[index, part.low : part.high, :, : part.context]
+        values = self.kv.values[index, part.low : part.high, :, : part.context]
         mask = part.masks[window]
+        each = query.unflatten(0, (part.high - part.low, -1)).transpose(1, 2)
         result = functional.scaled_dot_product_attention(
-            query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            each, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
-        return result[0].transpose(0, 1).reshape(query.shape[0], -1)
+        return result.transpose(1, 2).reshape(query.shape[0], -1)
 
     def _attend_decodes(self, index: int, query: Tensor, part: _Decodes, window: _Window) -> Tensor:
         """The queries that share a kv head stand in for the rows of one attention, so that keys are read once for all of them."""
@@ -204,12 +208,17 @@ class Stage:
         return places[0], places[1]
 
     def _prefills(self, batch: StageBatch) -> list[_Prefill]:
-        found, begin = [], 0
+        found: list[_Prefill] = []
+        begin, first = 0, None
         for segment in batch.segments[: len(batch.segments) - batch.decodes]:
-            context = segment.start + segment.tokens
-            masks = {window: self._prefill_mask(segment, window) for window in set(self._windows)}
-            found.append(_Prefill(begin, begin + segment.tokens, segment.slot, context, masks))
-            begin += segment.tokens
+            end = begin + segment.tokens
+            if first is not None and segment == Segment(found[-1].high, first.start, first.tokens):
+                found[-1] = replace(found[-1], end=end, high=segment.slot + 1)
+            else:
+                first = segment
+                masks = {window: self._prefill_mask(segment, window) for window in set(self._windows)}
+                found.append(_Prefill(begin, end, segment.slot, segment.slot + 1, segment.start + segment.tokens, masks))
+            begin = end
         return found
 
     def _prefill_mask(self, segment: Segment, window: _Window) -> Tensor | None:

@@ -74,3 +74,23 @@ def test_inputs_are_left_as_they_were(models: Callable[[str], Path]) -> None:
 def test_norms_are_torchs(size: float) -> None:
     x, weight = torch.randn(5, 64) * size, torch.rand(64)
     assert torch.allclose(rms_norm(x, weight, 1e-5), functional.rms_norm(x, (64,), weight, 1e-5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["llama3", "mistral"])
+@pytest.mark.parametrize("slots", [(0, 1, 2, 3), (0, 1, 3, 2), (3, 2, 1, 0), (0, 2, 1, 3)])
+def test_prefills_attended_together_give_what_each_gives_alone(
+    models: Callable[[str], Path], variant: str, slots: tuple[int, ...]
+) -> None:
+    source = HfCheckpoint(models(variant))
+    together, alone = (Stage(source.architecture, load_blocks(source, 1), 4, 64) for _ in range(2))
+    for start, tokens in ((0, 20), (20, 6)):
+        # The last is a token shorter: alike in its start only.
+        lengths = [tokens, tokens, tokens, tokens - 1]
+        ids = [torch.arange(length) * 7 + 31 * slot for slot, length in zip(slots, lengths, strict=True)]
+        segments = tuple(Segment(slot, start, length) for slot, length in zip(slots, lengths, strict=True))
+        found = together.run(StageBatch(segments, 0, tuple(range(sum(lengths)))), torch.cat(ids))
+        wanted = [
+            alone.run(StageBatch((segment,), 0, tuple(range(segment.tokens))), own)
+            for segment, own in zip(segments, ids, strict=True)
+        ]
+        assert torch.allclose(found, torch.cat(wanted), atol=1e-4)
