@@ -77,7 +77,10 @@ def _report(checks: list[Check], as_json: bool) -> int:
 
 def show(checks: list[Check]) -> None:
     """A readable table: one row a check."""
-    table = Table("check", "status", "found", "what to do", title="This machine, for a live cluster", show_lines=True)
+    table = Table("check", "status", title="This machine, for a live cluster", show_lines=True)
+    for heading in ("found", "what to do"):
+        # Paths and commands are to be copied from here: never cut.
+        table.add_column(heading, overflow="fold")
     for check in checks:
         colour = _COLOURS[check.status]
         table.add_row(escape(check.name), f"[{colour}]{check.status}[/{colour}]", escape(check.found), escape(check.advice))

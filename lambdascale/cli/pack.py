@@ -64,10 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
             _make(Path(scratch) / arguments.target.name, arguments)
             _pack(Path(scratch) / arguments.target.name, arguments)
     model = PackedModel.open(arguments.target)
-    total, largest = sum(model.block_bytes), max(model.block_bytes)
-    sizes = f"{total / 1e9:.3f} GB, the largest {largest / 1e9:.3f} GB"
-    print(f"{arguments.target}: {len(model.blocks)} blocks of {model.dtype}, {sizes}")
+    total, largest = _size(sum(model.block_bytes)), _size(max(model.block_bytes))
+    print(f"{arguments.target}: {len(model.blocks)} blocks of {model.dtype}, {total}, the largest {largest}")
     return 0
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 
 def _make(directory: Path, arguments: argparse.Namespace) -> None:

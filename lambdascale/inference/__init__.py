@@ -7,9 +7,10 @@ class the simulator uses.
 from lambdascale.inference.batch import Batch, BatchPlan, Produced, Segment, StageBatch, Ticket
 from lambdascale.inference.engine import Engine
 from lambdascale.inference.kv_cache import KvCache
+from lambdascale.inference.loading import BlockError, Load
 from lambdascale.inference.sampling import Sampling
 from lambdascale.inference.stage import Stage
-from lambdascale.inference.store import BlockError, BlockInUseError, BlockStore, Load, StoreConfig
+from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
 from lambdascale.inference.tiers import NodeMemory
 from lambdascale.inference.warmup import warm_up
 from lambdascale.inference.weights import BlockWeights, load_blocks

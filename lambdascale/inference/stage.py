@@ -176,7 +176,7 @@ class Stage:
         keys = self.kv.keys[index, part.low : part.high, :, : part.context]
         values = self.kv.values[index, part.low : part.high, :, : part.context]
         mask = part.masks[window]
-        each = query.unflatten(0, (part.high - part.low, -1)).transpose(1, 2)
+        each = query.view(part.high - part.low, -1, *query.shape[1:]).transpose(1, 2)
         result = functional.scaled_dot_product_attention(
             each, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )

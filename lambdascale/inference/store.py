@@ -1,43 +1,29 @@
-"""The block store of a node: disk to host arena to device arena. It carries out; what to keep is decided elsewhere.
+"""The block store of a node: what lies in its host and device arenas, comes from disk or other nodes, is used and evicted.
 
-A load reserves its memory before anything moves, so that it can not fail halfway for lack of room. Blocks land in the order
-asked for and are usable one by one; the next one is being read while the last is finished.
+It carries out; what to keep is decided elsewhere.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import xxhash
 
 from lambdascale.checkpoints import PackedModel
-from lambdascale.checkpoints.safetensors_file import ALIGNMENT
-from lambdascale.core import CapacityError, UserError, parse_size
+from lambdascale.core import parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.arena import Arena
+from lambdascale.inference.loading import BlockError, Load, Loader, OnBlock
 from lambdascale.inference.read_back import ReadBack
-from lambdascale.inference.reader import ChecksumError, ChunkReader, Direct, Parts
+from lambdascale.inference.reader import ChunkReader, Direct
+from lambdascale.inference.residency import Key, Residency, StoreTier
 from lambdascale.inference.weights import BlockWeights
 
 Tensor = torch.Tensor
-StoreTier = Literal["host", "gpu"]
-OnBlock = Callable[[str, int], None]
-_Key = tuple[str, int]  # model and block
-
-
-class BlockError(UserError):
-    """A block that could not be brought: the message names block and file. The store is as it was before the block."""
-
-    def __init__(self, model: str, block: int, file: Path, reason: str) -> None:
-        super().__init__(f"block {block} of {model} ({file}): {reason}")
-        self.model, self.block, self.file = model, block, file
 
 
 class BlockInUseError(RuntimeError):
@@ -70,108 +56,6 @@ class StoreConfig:
         require(int(self.chunk_bytes) >= 4096, f"chunk_bytes must be at least 4096, not {self.chunk_bytes}")
 
 
-class Load:
-    """A load under way. ``blocks`` is its order; ``landed`` grows as blocks become usable."""
-
-    def __init__(self, model: str, blocks: Sequence[int]) -> None:
-        self.model = model
-        self.blocks = tuple(blocks)
-        self.landed: list[int] = []
-        self._lock = threading.Lock()
-        self._callbacks: list[Callable[[Exception | None], None]] = []
-        self._cancelled = threading.Event()
-        self._ended = threading.Event()
-        self._error: Exception | None = None
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Until it has ended; raises what went wrong (BlockError), TimeoutError if it takes longer."""
-        if not self._ended.wait(timeout_s):
-            raise TimeoutError(f"loading {self.model} takes longer than {timeout_s} s")
-        if self._error is not None:
-            raise self._error
-
-    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
-        """``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
-        with self._lock:
-            if not self.ended:
-                self._callbacks.append(call)
-                return
-        call(self._error)
-
-    def cancel(self) -> None:
-        """Stop after the block under way; blocks that landed stay."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether ``cancel`` was called."""
-        return self._cancelled.is_set()
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will land."""
-        return self._ended.is_set()
-
-    def end(self, error: Exception | None) -> None:
-        """Called by the store."""
-        with self._lock:
-            self._error = error
-            self._ended.set()
-        for call in self._callbacks:
-            call(error)
-
-
-@dataclass
-class _Residency:
-    """A tier: its arena, where each block lies, and which are complete and how often used."""
-
-    arena: Arena
-    offsets: dict[_Key, int] = field(default_factory=dict)
-    complete: set[_Key] = field(default_factory=set)
-    uses: dict[_Key, int] = field(default_factory=dict)
-
-    def release(self, key: _Key) -> None:
-        """Undo one use."""
-        self.uses[key] -= 1
-        if not self.uses[key]:
-            del self.uses[key]
-
-    def drop(self, key: _Key) -> None:
-        """Free a block's memory."""
-        self.complete.discard(key)
-        self.arena.extents.give_back(self.offsets.pop(key))
-
-
-@dataclass
-class _Job:
-    """A load and its memory: what it took for blocks to come, and what was there already and is held until it ends."""
-
-    model: PackedModel
-    load: Load
-    to: StoreTier
-    keep_host: bool
-    taken: list[tuple[StoreTier, _Key]] = field(default_factory=list)
-    held: list[tuple[StoreTier, _Key]] = field(default_factory=list)
-
-
-@dataclass
-class _Move:
-    """A block on its way: its chunks in order, what to close."""
-
-    block: int
-    path: Path
-    failure: str = ""
-    chunks: list[Future[None]] = field(default_factory=list)
-    files: ExitStack = field(default_factory=ExitStack)
-
-    def abandon(self) -> None:
-        """Wait until no thread touches its memory any more; close its file."""
-        for chunk in self.chunks:
-            chunk.cancel()
-        wait(self.chunks)
-        self.files.close()
-
-
 class BlockStore:
     """Blocks of packed models in two tiers. Thread-safe. CapacityError at start if an arena does not fit the machine.
 
@@ -186,23 +70,19 @@ class BlockStore:
         require(self.device.type == "cpu" or torch.cuda.is_available(), "device cuda is asked for, but torch finds no GPU")
         self._lock = threading.RLock()
         self._models: dict[str, PackedModel] = {}
-        self._loads: set[Load] = set()
-        self._awaited: set[_Key] = set()
+        self._awaited: set[Key] = set()
         self.landing_tier: StoreTier = "gpu" if self.device.type == "cpu" or config.land_on_device else "host"
         self._read_back = ReadBack(self.device) if self.device.type != "cpu" and config.land_on_device else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
-        self._stream = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._tiers: dict[StoreTier, _Residency] = {"host": _Residency(host), "gpu": _Residency(device)}
+        self._tiers: dict[StoreTier, Residency] = {"host": Residency("host", host), "gpu": Residency("gpu", device)}
         self.reader = ChunkReader(config.readers, int(config.chunk_bytes), config.direct)
+        self._loader = Loader(self._tiers, self._lock, self.device, self.reader, verify=config.verify)
 
     def close(self) -> None:
         """Cancel loads, wait for them, free the memory."""
-        for load in list(self._loads):
-            load.cancel()
-        for load in list(self._loads):
-            load._ended.wait()
+        self._loader.close()
         self.reader.close()
         for tier in self._tiers.values():
             tier.arena.close()
@@ -261,7 +141,7 @@ class BlockStore:
             for key in keys:
                 require(key in residency.complete, f"block {key[1]} of {name} is not in {tier} memory")
             for key in keys:
-                residency.uses[key] = residency.uses.get(key, 0) + 1
+                residency.use(key)
         try:
             sizes = self.model(name).block_bytes
             yield [residency.arena.view(residency.offsets[key], sizes[key[1]]) for key in keys]
@@ -367,12 +247,12 @@ class BlockStore:
                     self._awaited.discard(key)
                     self._tiers[self.landing_tier].drop(key)
 
-    def _take_all(self, model: PackedModel, keys: Sequence[_Key], tier: StoreTier) -> None:
+    def _take_all(self, model: PackedModel, keys: Sequence[Key], tier: StoreTier) -> None:
         """Memory for all of them or none."""
-        taken: list[_Key] = []
+        taken: list[Key] = []
         try:
             for key in keys:
-                self._take(model, key, tier)
+                self._tiers[tier].take(model, key)
                 taken.append(key)
         except ValueError:
             for key in taken:
@@ -394,147 +274,5 @@ class BlockStore:
         unknown = [block for block in order if not 0 <= block < len(model.blocks)]
         require(not unknown, f"{name} has blocks 0 to {len(model.blocks) - 1}, not {unknown}")
         load = Load(name, order)
-        with self._lock:
-            job = self._reserve(model, load, to, keep_host)
-            self._loads.add(load)
-        threading.Thread(target=self._run, args=(job, on_block), name=f"load-{name}", daemon=True).start()
+        self._loader.begin(model, load, to, keep_host=keep_host, on_block=on_block)
         return load
-
-    def _reserve(self, model: PackedModel, load: Load, to: StoreTier, keep_host: bool) -> _Job:
-        """Take memory for every block that needs it, all or nothing, and hold what is there already."""
-        # A stand-in device is host memory itself: what is not to be kept twice is read straight into it.
-        via_host = keep_host or to == "host" or self.device.type != "cpu"
-        job = _Job(model, load, to, keep_host)
-        try:
-            for key in [(model.name, block) for block in load.blocks]:
-                there = key in self._tiers[to].complete
-                for tier in _ON_THE_WAY[to]:
-                    if key in self._tiers[tier].complete:
-                        job.held.append((tier, key))
-                    elif not there and (tier == "gpu" or via_host):
-                        self._take(model, key, tier)
-                        job.taken.append((tier, key))
-        except ValueError:
-            for tier, key in job.taken:
-                self._tiers[tier].drop(key)
-            raise
-        for tier, key in job.held:
-            self._tiers[tier].uses[key] = self._tiers[tier].uses.get(key, 0) + 1
-        return job
-
-    def _take(self, model: PackedModel, key: _Key, tier: StoreTier) -> None:
-        residency, size = self._tiers[tier], model.block_bytes[key[1]]
-        require(key not in residency.offsets, f"block {key[1]} of {key[0]} is being loaded already")
-        offset = residency.arena.extents.take(size)
-        if offset is None:
-            free = residency.arena.extents.free_bytes
-            why = f"{free} bytes are free" + (", in pieces too small" if free >= size else "")
-            raise CapacityError(f"no room for block {key[1]} of {key[0]} ({size} bytes) in {tier} memory: {why}")
-        residency.offsets[key] = offset
-
-    def _run(self, job: _Job, on_block: OnBlock | None) -> None:
-        error: Exception | None = None
-        try:
-            self._bring(job, on_block)
-        except Exception as failure:  # whoever waits for the load is told, also of a fault of on_block's
-            error = failure
-        finally:
-            with self._lock:
-                self._settle(job)
-                self._loads.discard(job.load)
-            job.load.end(error)
-
-    def _settle(self, job: _Job) -> None:
-        """Give back what did not land, and host copies that were only for the way."""
-        for tier, key in job.held:
-            self._tiers[tier].release(key)
-        for tier, key in job.taken:
-            residency = self._tiers[tier]
-            if key in residency.offsets and key not in residency.complete:
-                residency.drop(key)
-
-    def _bring(self, job: _Job, on_block: OnBlock | None) -> None:
-        """Block after block, the next one being read while the last is checked."""
-        ahead: _Move | None = None
-        blocks = list(job.load.blocks)
-        try:
-            while (ahead is not None or blocks) and not job.load.cancelled:
-                move = ahead or self._begin(job, blocks.pop(0))
-                ahead = None
-                ahead = self._begin(job, blocks.pop(0)) if blocks else None
-                self._finish(job, move)
-                if on_block is not None:
-                    on_block(job.model.name, move.block)
-        finally:
-            if ahead is not None:
-                ahead.abandon()
-
-    def _begin(self, job: _Job, block: int) -> _Move:
-        """Start the reads or copies that bring a block; they go on in the readers' threads."""
-        key, path = (job.model.name, block), job.model.path(block)
-        move = _Move(block, path)
-        if key in self._tiers[job.to].complete:
-            return move
-        described = job.model.blocks[block]
-        size = described.size_bytes
-        if key in self._tiers["host"].complete:
-            move.chunks = self.reader.each_chunk(size, self._copier(key, size))
-            return move
-        through_host = key in self._tiers["host"].offsets
-        target = self._tiers["host" if through_host else "gpu"]
-        # Whole pages are read: the extent is as long as that.
-        memory = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
-        after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
-        try:
-            descriptor = move.files.enter_context(self.reader.open(path))
-        except (OSError, UserError) as error:
-            # Told when it is this block's turn, after those before it have landed.
-            move.failure = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
-            return move
-        parts = Parts(job.model.part_bytes, described.parts) if self.config.verify else None
-        move.chunks = self.reader.read(descriptor, described.data_offset, memory, size, after, parts)
-        return move
-
-    def _copier(self, key: _Key, size: int) -> Callable[[int, int], None]:
-        """Copies a range of a block from host to device memory, on a GPU without waiting for it."""
-        host, device = self._tiers["host"], self._tiers["gpu"]
-        source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
-
-        def copy(begin: int, end: int) -> None:
-            with torch.cuda.stream(self._stream):
-                target[begin:end].copy_(source[begin:end], non_blocking=True)
-
-        return copy
-
-    def _finish(self, job: _Job, move: _Move) -> None:
-        """Wait for a block's chunks, and make it resident."""
-        key = job.model.name, move.block
-        if move.failure:
-            raise BlockError(*key, move.path, move.failure)
-        try:
-            for chunk in move.chunks:
-                chunk.result()
-        except ChecksumError as error:
-            raise BlockError(*key, move.path, f"is damaged: {error}") from error
-        except (OSError, EOFError) as error:
-            raise BlockError(*key, move.path, f"cannot be read: {error}") from error
-        finally:
-            move.abandon()
-        if self._stream is not None:
-            self._stream.synchronize()
-        with self._lock:
-            for tier in _ON_THE_WAY[job.to]:
-                residency = self._tiers[tier]
-                if (tier, key) in job.taken and (tier == job.to or job.keep_host):
-                    residency.complete.add(key)
-                elif (tier, key) in job.taken:
-                    residency.drop(key)
-        job.load.landed.append(move.block)
-
-
-# The tiers a block passes on its way up from the disk.
-_ON_THE_WAY: dict[StoreTier, tuple[StoreTier, ...]] = {"host": ("host",), "gpu": ("host", "gpu")}
-
-
-def _nothing(begin: int, end: int) -> None:
-    """A chunk that stays where it was read to."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import CapacityError
-from lambdascale.inference.store import BlockStore, Load, OnBlock, StoreTier
+from lambdascale.inference.loading import Load, OnBlock
+from lambdascale.inference.residency import StoreTier
+from lambdascale.inference.store import BlockStore
 from lambdascale.memory import HostCacheConfig, HostCaches
 
 _NODE = 0

@@ -24,7 +24,9 @@ from lambdascale.core import NodeId
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, StartMulticast, Tier
 from lambdascale.core.events import AnyEvent, BlockArrived, CommandFailed
 from lambdascale.core.plan import Transfer
-from lambdascale.inference.store import BlockInUseError, BlockStore, Load, StoreTier
+from lambdascale.inference.loading import Load
+from lambdascale.inference.residency import StoreTier
+from lambdascale.inference.store import BlockInUseError, BlockStore
 from lambdascale.live.wire import Ready, encode
 from lambdascale.transport import DeviceMemory, Endpoint, Memory, TokenBucket, TransportError, gpu_of
 

@@ -1,8 +1,8 @@
 """Loading against the floor: a plain read of the same bytes into memory that is there and touched; and against safetensors.
 
 Each test prints and records the percentage of the floor's rate: that of as many threads as the store has, which keep a small
-machine's cores busy, and that of one thread. Cold means dropped from the page cache by posix_fadvise, which
-the kernel honours for clean pages only.
+machine's cores busy, and that of one thread. A load to a GPU has the same floor: copies go on while the next piece is read.
+Cold means dropped from the page cache by posix_fadvise, which the kernel honours for clean pages only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BLOCKS, ROUNDS = 8, 5
 # About 1 GB in float32.
 SIZE = PRESETS["small"] | {"hidden_size": 1152, "num_attention_heads": 18, "intermediate_size": 3072, "num_hidden_layers": 18}
 CHUNK = 8 << 20
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"))
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +80,18 @@ def seconds(work: Callable[[], object], before: Callable[[], object]) -> float:
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
-def test_load(benchmark: BenchmarkFixture, model: PackedModel, cold: bool, direct: bool, verify: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_load(benchmark: BenchmarkFixture, model: PackedModel, device: str, cold: bool, direct: bool, verify: bool) -> None:
     total = sum(model.block_bytes)
     arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
     config = StoreConfig(
-        host_bytes=0, device_bytes=arena, direct="always" if direct else "never", verify=verify, chunk_bytes=CHUNK, readers=4
+        host_bytes=arena if device == "cuda" else 0,
+        device_bytes=arena,
+        device=device,
+        direct="always" if direct else "never",
+        verify=verify,
+        chunk_bytes=CHUNK,
+        readers=4,
     )
     with BlockStore(config) as store:
         store.add(model)

@@ -1,0 +1,281 @@
+"""Bringing blocks into the tiers of a store: disk to host arena to device arena.
+
+A load reserves its memory before anything moves, so that it can not fail halfway for lack of room. Blocks land in the order
+asked for and are usable one by one; the next one is being read while the last is finished.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
+from lambdascale.core import UserError
+from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
+from lambdascale.inference.residency import Key, Residency, StoreTier
+
+OnBlock = Callable[[str, int], None]
+
+
+class BlockError(UserError):
+    """A block that could not be brought: the message names block and file. The store is as it was before the block."""
+
+    def __init__(self, model: str, block: int, file: Path, reason: str) -> None:
+        super().__init__(f"block {block} of {model} ({file}): {reason}")
+        self.model, self.block, self.file = model, block, file
+
+
+class Load:
+    """A load under way. ``blocks`` is its order; ``landed`` grows as blocks become usable."""
+
+    def __init__(self, model: str, blocks: Sequence[int]) -> None:
+        self.model = model
+        self.blocks = tuple(blocks)
+        self.landed: list[int] = []
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[Exception | None], None]] = []
+        self._cancelled = threading.Event()
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until it has ended; raises what went wrong (BlockError), TimeoutError if it takes longer."""
+        if not self._ended.wait(timeout_s):
+            raise TimeoutError(f"loading {self.model} takes longer than {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+
+    def join(self) -> None:
+        """Until it has ended, well or not."""
+        self._ended.wait()
+
+    def when_ended(self, call: Callable[[Exception | None], None]) -> None:
+        """``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
+        with self._lock:
+            if not self.ended:
+                self._callbacks.append(call)
+                return
+        call(self._error)
+
+    def cancel(self) -> None:
+        """Stop after the block under way; blocks that landed stay."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether ``cancel`` was called."""
+        return self._cancelled.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will land."""
+        return self._ended.is_set()
+
+    def end(self, error: Exception | None) -> None:
+        """Called by the loader."""
+        with self._lock:
+            self._error = error
+            self._ended.set()
+        for call in self._callbacks:
+            call(error)
+
+
+@dataclass
+class _Job:
+    """A load and its memory: what it took for blocks to come, and what was there already and is held until it ends."""
+
+    model: PackedModel
+    load: Load
+    to: StoreTier
+    keep_host: bool
+    taken: list[tuple[StoreTier, Key]] = field(default_factory=list)
+    held: list[tuple[StoreTier, Key]] = field(default_factory=list)
+
+
+@dataclass
+class _Move:
+    """A block on its way: its chunks in order, what to close."""
+
+    block: int
+    path: Path
+    failure: str = ""
+    chunks: list[Future[None]] = field(default_factory=list)
+    files: ExitStack = field(default_factory=ExitStack)
+
+    def abandon(self) -> None:
+        """Wait until no thread touches its memory any more; close its file."""
+        for chunk in self.chunks:
+            chunk.cancel()
+        wait(self.chunks)
+        self.files.close()
+
+
+class Loader:
+    """Loads into ``tiers``, which ``lock`` guards; the threads of ``reader`` do the reading and copying.
+
+    ``device``: of the tier "gpu". ``verify``: compare checksums of what is read.
+    """
+
+    def __init__(
+        self,
+        tiers: Mapping[StoreTier, Residency],
+        lock: threading.RLock,
+        device: torch.device,
+        reader: ChunkReader,
+        *,
+        verify: bool,
+    ) -> None:
+        self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._loads: set[Load] = set()
+
+    def close(self) -> None:
+        """Cancel loads and wait for them."""
+        loads = list(self._loads)
+        for load in loads:
+            load.cancel()
+        for load in loads:
+            load.join()
+
+    def begin(self, model: PackedModel, load: Load, to: StoreTier, *, keep_host: bool, on_block: OnBlock | None) -> None:
+        """See ``BlockStore.load``. Nothing has begun if it raises."""
+        with self._lock:
+            job = self._reserve(model, load, to, keep_host)
+            self._loads.add(load)
+        threading.Thread(target=self._run, args=(job, on_block), name=f"load-{model.name}", daemon=True).start()
+
+    def _reserve(self, model: PackedModel, load: Load, to: StoreTier, keep_host: bool) -> _Job:
+        """Take memory for every block that needs it, all or nothing, and hold what is there already."""
+        # A stand-in device is host memory itself: what is not to be kept twice is read straight into it.
+        via_host = keep_host or to == "host" or self._device.type != "cpu"
+        job = _Job(model, load, to, keep_host)
+        try:
+            for key in [(model.name, block) for block in load.blocks]:
+                there = key in self._tiers[to].complete
+                for tier in _ON_THE_WAY[to]:
+                    if key in self._tiers[tier].complete:
+                        job.held.append((tier, key))
+                    elif not there and (tier == "gpu" or via_host):
+                        self._tiers[tier].take(model, key)
+                        job.taken.append((tier, key))
+        except ValueError:
+            for tier, key in job.taken:
+                self._tiers[tier].drop(key)
+            raise
+        for tier, key in job.held:
+            self._tiers[tier].use(key)
+        return job
+
+    def _run(self, job: _Job, on_block: OnBlock | None) -> None:
+        error: Exception | None = None
+        try:
+            self._bring(job, on_block)
+        except Exception as failure:  # whoever waits for the load is told, also of a fault of on_block's
+            error = failure
+        finally:
+            with self._lock:
+                self._settle(job)
+                self._loads.discard(job.load)
+            job.load.end(error)
+
+    def _settle(self, job: _Job) -> None:
+        """Give back what did not land, and host copies that were only for the way."""
+        for tier, key in job.held:
+            self._tiers[tier].release(key)
+        for tier, key in job.taken:
+            residency = self._tiers[tier]
+            if key in residency.offsets and key not in residency.complete:
+                residency.drop(key)
+
+    def _bring(self, job: _Job, on_block: OnBlock | None) -> None:
+        """Block after block, the next one being read while the last is checked."""
+        ahead: _Move | None = None
+        blocks = list(job.load.blocks)
+        try:
+            while (ahead is not None or blocks) and not job.load.cancelled:
+                move = ahead or self._begin(job, blocks.pop(0))
+                ahead = None
+                ahead = self._begin(job, blocks.pop(0)) if blocks else None
+                self._finish(job, move)
+                if on_block is not None:
+                    on_block(job.model.name, move.block)
+        finally:
+            if ahead is not None:
+                ahead.abandon()
+
+    def _begin(self, job: _Job, block: int) -> _Move:
+        """Start the reads or copies that bring a block; they go on in the readers' threads."""
+        key, path = (job.model.name, block), job.model.path(block)
+        move = _Move(block, path)
+        if key in self._tiers[job.to].complete:
+            return move
+        described = job.model.blocks[block]
+        size = described.size_bytes
+        if key in self._tiers["host"].complete:
+            move.chunks = self._reader.each_chunk(size, self._copier(key, size))
+            return move
+        through_host = key in self._tiers["host"].offsets
+        target = self._tiers["host" if through_host else "gpu"]
+        # Whole pages are read: the extent is as long as that.
+        memory = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
+        after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
+        try:
+            descriptor = move.files.enter_context(self._reader.open(path))
+        except (OSError, UserError) as error:
+            # Told when it is this block's turn, after those before it have landed.
+            move.failure = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+            return move
+        parts = Parts(job.model.part_bytes, described.parts) if self._verify else None
+        move.chunks = self._reader.read(descriptor, described.data_offset, memory, size, after, parts)
+        return move
+
+    def _copier(self, key: Key, size: int) -> Callable[[int, int], None]:
+        """Copies a range of a block from host to device memory, on a GPU without waiting for it."""
+        host, device = self._tiers["host"], self._tiers["gpu"]
+        source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
+
+        def copy(begin: int, end: int) -> None:
+            with torch.cuda.stream(self._stream):
+                target[begin:end].copy_(source[begin:end], non_blocking=True)
+
+        return copy
+
+    def _finish(self, job: _Job, move: _Move) -> None:
+        """Wait for a block's chunks, and make it resident."""
+        key = job.model.name, move.block
+        if move.failure:
+            raise BlockError(*key, move.path, move.failure)
+        try:
+            for chunk in move.chunks:
+                chunk.result()
+        except ChecksumError as error:
+            raise BlockError(*key, move.path, f"is damaged: {error}") from error
+        except (OSError, EOFError) as error:
+            raise BlockError(*key, move.path, f"cannot be read: {error}") from error
+        finally:
+            move.abandon()
+        if self._stream is not None:
+            self._stream.synchronize()
+        with self._lock:
+            for tier in _ON_THE_WAY[job.to]:
+                residency = self._tiers[tier]
+                if (tier, key) in job.taken and (tier == job.to or job.keep_host):
+                    residency.complete.add(key)
+                elif (tier, key) in job.taken:
+                    residency.drop(key)
+        job.load.landed.append(move.block)
+
+
+# The tiers a block passes on its way up from the disk.
+_ON_THE_WAY: dict[StoreTier, tuple[StoreTier, ...]] = {"host": ("host",), "gpu": ("host", "gpu")}
+
+
+def _nothing(begin: int, end: int) -> None:
+    """A chunk that stays where it was read to."""

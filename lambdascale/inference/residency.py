@@ -1,0 +1,51 @@
+"""A tier of a block store: its arena, which block lies where in it, which are complete, and which are in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lambdascale.checkpoints import PackedModel
+from lambdascale.core import CapacityError
+from lambdascale.core.checks import require
+from lambdascale.inference.arena import Arena
+
+StoreTier = Literal["host", "gpu"]
+Key = tuple[str, int]  # model and block
+
+
+@dataclass
+class Residency:
+    """Not thread-safe: the store's lock guards it. ``name`` is the tier's, for messages."""
+
+    name: StoreTier
+    arena: Arena
+    offsets: dict[Key, int] = field(default_factory=dict)
+    complete: set[Key] = field(default_factory=set)
+    uses: dict[Key, int] = field(default_factory=dict)
+
+    def take(self, model: PackedModel, key: Key) -> None:
+        """Memory for a block that is to come. CapacityError if there is no room, UserError if it has memory already."""
+        size = model.block_bytes[key[1]]
+        require(key not in self.offsets, f"block {key[1]} of {key[0]} is being loaded already")
+        offset = self.arena.extents.take(size)
+        if offset is None:
+            free = self.arena.extents.free_bytes
+            why = f"{free} bytes are free" + (", in pieces too small" if free >= size else "")
+            raise CapacityError(f"no room for block {key[1]} of {key[0]} ({size} bytes) in {self.name} memory: {why}")
+        self.offsets[key] = offset
+
+    def drop(self, key: Key) -> None:
+        """Free a block's memory."""
+        self.complete.discard(key)
+        self.arena.extents.give_back(self.offsets.pop(key))
+
+    def use(self, key: Key) -> None:
+        """Hold a block where it is."""
+        self.uses[key] = self.uses.get(key, 0) + 1
+
+    def release(self, key: Key) -> None:
+        """Undo one use."""
+        self.uses[key] -= 1
+        if not self.uses[key]:
+            del self.uses[key]
