@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -87,7 +88,7 @@ def _in_turn(stages: Sequence[Stage], batch: StageBatch, rounds: int) -> list[fl
     inputs = [inputs_of(stage, batch) for stage in stages]
     for _ in range(rounds + 1):
         for stage, given, found in zip(stages, inputs, times, strict=True):
-            found.append(once(lambda: stage.run(batch, given), stage.device))  # noqa: B023
+            found.append(once(partial(stage.run, batch, given), stage.device))
     return [median(found[1:]) for found in times]
 
 

@@ -229,7 +229,9 @@ class Agent:
         from lambdascale.inference import warm_up
         from lambdascale.live.collective import Collective, Outlet
         from lambdascale.live.compute import Compute
-        from lambdascale.live.mover import BLOCK_BITS, Links, Mover
+        from lambdascale.live.loads import Links
+        from lambdascale.live.mover import Mover
+        from lambdascale.live.multicasts import BLOCK_BITS
         from lambdascale.live.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)

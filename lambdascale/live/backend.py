@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -52,10 +52,9 @@ from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.hub import Hub
 from lambdascale.live.launch import Launcher
+from lambdascale.live.membership import PING_S, Membership
 
 _START_S = 120.0
-_PING_S = 1.0
-_SEVERED_S = 1.0  # a peer that died is known to be dead by then
 
 
 class Sink(Protocol):
@@ -112,7 +111,6 @@ class LiveBackend:
         self._trace = trace
         self._next_request = 0
         self._ticket_of = ticket_of
-        self._silence_s = silence_s
         self._open_ended = open_ended
         self._ended = threading.Event()
         self._offered: deque[tuple[Request, Ticket, Sink]] = deque()
@@ -126,10 +124,7 @@ class LiveBackend:
         self._transfers: dict[int, tuple[str, set[tuple[NodeId, int]]]] = {}
         self._members: dict[int, tuple[NodeId, ...]] = {}
         self._holding: set[object] = set()  # what the clock waits for
-        self._alive: set[NodeId] = set()
-        self._heard: dict[NodeId, float] = {}
-        self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is gone, since when
-        self._pinged = 0.0
+        self._membership = Membership(launcher, hub, silence_s)
         self._started: float | None = None
         self._at = 0.0
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
@@ -155,7 +150,7 @@ class LiveBackend:
             wire.Resumed: lambda node, m: self._resumed(m),
             wire.Placed: lambda node, m: self._let_go(("copy", m.node, m.model)),
             wire.Fault: self._fault,
-            wire.Severed: self._sever,
+            wire.Severed: self._membership.sever,
             wire.Beat: lambda node, m: None,
         }
 
@@ -213,10 +208,8 @@ class LiveBackend:
             if time.monotonic() > deadline:
                 missing = sorted(set(range(self._nodes)) - connected)
                 raise RuntimeError(f"nodes {missing} did not come up within {_START_S:.0f} s")
-        self._alive = set(addresses)
-        self._heard = dict.fromkeys(self._alive, time.monotonic())
-        self._hub.watch(set(self.launcher.sentinels()))
-        self._events.extend(NodeJoined(0.0, node) for node in sorted(self._alive))
+        self._membership.begin(addresses)
+        self._events.extend(NodeJoined(0.0, node) for node in sorted(addresses))
 
     def close(self) -> None:
         """End all agents; no process, port or memory stays behind."""
@@ -287,54 +280,24 @@ class LiveBackend:
 
     def _until_due(self) -> float:
         """How long to wait for messages."""
-        due = self._timers[0][0] if self._timers else self._at + _PING_S
+        due = self._timers[0][0] if self._timers else self._at + PING_S
         if self._next_request < len(self._trace):
             due = min(due, self._trace[self._next_request].arrival_s)
-        return max(0.0, min(due - self.now(), _PING_S)) if self._started is not None else _PING_S
+        return max(0.0, min(due - self.now(), PING_S)) if self._started is not None else PING_S
 
     def _listen(self, timeout_s: float) -> None:
         messages, ended = self._hub.poll(timeout_s)
-        now = time.monotonic()
         for node, message in messages:
-            if node in self._alive:
-                self._heard[node] = now
+            if self._membership.hear(node):
                 self._listeners[type(message)](node, message)
         while self._aborts:
             self._abort(self._aborts.popleft())
-        looking = bool(ended) or now - self._pinged >= _PING_S
-        if now - self._pinged >= _PING_S:
-            self._pinged = now
-            for node in self._alive:
-                self._hub.send(node, wire.Ping())
-        dead = set(self.launcher.dead()) if looking else set()
-        dead |= {node for node, heard in self._heard.items() if now - heard > self._silence_s}
-        dead |= self._cut_off(now)
-        for node in dead & self._alive:
+        for node in self._membership.gone(ended=bool(ended)):
             self._lose(node)
-
-    def _sever(self, node: NodeId, message: wire.Severed) -> None:
-        pair = frozenset((node, message.peer))
-        if pair <= self._alive and pair not in self._severed:
-            print(f"node {node} has lost its connection to node {message.peer}: {message.reason}", file=sys.stderr)
-            self._severed[pair] = time.monotonic()
-
-    def _cut_off(self, now: float) -> set[NodeId]:
-        """A node that lives and has lost its connection to another one: of the two, the one that has lost more.
-
-        Blocks and hidden states may take any connection, and nobody knows which end has failed: such a node is taken for dead.
-        """
-        self._severed = {pair: since for pair, since in self._severed.items() if pair <= self._alive}
-        if not any(now - since >= _SEVERED_S for since in self._severed.values()):
-            return set()
-        losses = Counter(node for pair in self._severed for node in pair)
-        return {max(losses, key=lambda node: (losses[node], node))}
 
     def _lose(self, node: NodeId) -> None:
         """A node is dead or silent: it is none of the cluster any more, and what was on it is gone."""
-        self._alive.discard(node)
-        self._heard.pop(node, None)
-        self.launcher.kill(node)
-        self._hub.watch(set(self.launcher.sentinels()))
+        self._membership.remove(node)
         for number, (_, waiting) in list(self._transfers.items()):
             self._arrived(number, {pair for pair in waiting if pair[0] == node})
         self._holding = {held for held in self._holding if not (isinstance(held, tuple) and node in held)}
@@ -410,7 +373,7 @@ class LiveBackend:
         """Bookkeeping of the control plane."""
 
     def _tell(self, node: NodeId, message: wire.ToAgent) -> None:
-        if node in self._alive:
+        if node in self._membership.alive:
             self._hub.send(node, message)
 
     def _tell_node(self, command: ReleaseNode | EvictBlocks) -> None:
@@ -433,7 +396,7 @@ class LiveBackend:
         self._tell(command.node, wire.Do(command))
 
     def _begin(self, number: int, model: str, members: tuple[NodeId, ...], pairs: set[tuple[NodeId, int]]) -> None:
-        waiting = {pair for pair in pairs if pair[0] in self._alive}
+        waiting = {pair for pair in pairs if pair[0] in self._membership.alive}
         if waiting:
             self._transfers[number] = (model, waiting)
         self._members[number] = members
@@ -478,7 +441,7 @@ class LiveBackend:
         if command.kv == "recompute":
             for node in nodes[1:]:
                 self._tell(node, wire.Do(StopInstance(command.pipeline)))
-        if nodes[0] not in self._alive:
+        if nodes[0] not in self._membership.alive:
             self._redo_switch(command.pipeline)
 
     def _redo_switch(self, pipeline: int) -> None:
@@ -491,7 +454,7 @@ class LiveBackend:
                 for target in answer.owners:
                     if target in self._instances:
                         self._tell(self._instances[target].nodes[0], wire.Assign(target, (answer.ticket,)))
-        for node in self._alive:
+        for node in self._membership.alive:
             self._tell(node, wire.Do(StopInstance(pipeline)))
 
     def _stop_instance(self, command: StopInstance) -> None:

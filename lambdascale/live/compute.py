@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core import NodeId
@@ -135,14 +137,14 @@ class Compute:
 
     def peer(self, message: wire.Peer) -> None:
         """A message of another node's agent."""
-        handlers: dict[type, Callable[[], None]] = {
-            wire.Forward: lambda: self._take_forward(message),  # type: ignore[arg-type]
-            wire.Chosen: lambda: self._chosen(message),  # type: ignore[arg-type]
-            wire.Handover: lambda: self._handover(message),  # type: ignore[arg-type]
-            wire.Collect: lambda: self._collect(message),  # type: ignore[arg-type]
-            wire.KvPart: lambda: self._kv_part(message),  # type: ignore[arg-type]
+        handlers: dict[type, Callable[[Any], None]] = {
+            wire.Forward: self._take_forward,
+            wire.Chosen: self._chosen,
+            wire.Handover: self._handover,
+            wire.Collect: self._collect,
+            wire.KvPart: self._kv_part,
         }
-        self.post(handlers[type(message)])
+        self.post(partial(handlers[type(message)], message))
 
     def lost(self, peer: NodeId) -> None:
         """A peer is gone: KV that may not come is computed anew."""
@@ -192,7 +194,7 @@ class Compute:
             if idle:
                 # To the end of the queue, so that instances take turns.
                 self._instances[number] = self._instances.pop(number)
-                self._guarded(lambda: self._begin(instance, idle[0]), number)  # noqa: B023
+                self._guarded(partial(self._begin, instance, idle[0]), number)
                 return
 
     # -- iterations --------------------------------------------------------------------------------------------------

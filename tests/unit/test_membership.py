@@ -1,0 +1,99 @@
+"""Which nodes a live cluster counts as its own: silence, deaths and connections lost between nodes that live."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+
+from lambdascale.live import membership, wire
+from lambdascale.live.hub import Hub
+from lambdascale.live.launch import Launcher
+from lambdascale.live.membership import Membership
+
+
+class Cluster:
+    """Stands in for the hub and the launcher, and for the time."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.pinged: list[int] = []
+        self.killed: list[int] = []
+        self.ended: list[int] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def send(self, node: int, message: wire.ToAgent) -> None:
+        assert isinstance(message, wire.Ping)
+        self.pinged.append(node)
+
+    def watch(self, descriptors: set[int]) -> None:
+        assert not descriptors & {-node for node in self.killed}
+
+    def sentinels(self) -> dict[int, int]:
+        return {-node: node for node in range(1, 5) if node not in self.killed}
+
+    def dead(self) -> list[int]:
+        return self.ended
+
+    def kill(self, node: int) -> None:
+        self.killed.append(node)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    cluster = Cluster()
+    monkeypatch.setattr(membership, "time", cluster)
+    return cluster
+
+
+@pytest.fixture
+def members(cluster: Cluster) -> Membership:
+    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), 3.0)
+    members.begin([1, 2, 3, 4])
+    return members
+
+
+def test_a_silent_node_is_taken_for_dead_and_those_heard_of_are_not(cluster: Cluster, members: Membership) -> None:
+    for _ in range(3):
+        cluster.now += 0.9
+        assert members.gone(ended=False) == set()
+        assert all(members.hear(node) for node in (1, 2, 4))
+    cluster.now += 1.0
+    assert members.gone(ended=False) == {3}
+    members.remove(3)
+    assert cluster.killed == [3]
+    assert not members.hear(3)
+    assert members.gone(ended=False) == set()
+
+
+def test_pings_once_a_second_and_only_who_is_there(cluster: Cluster, members: Membership) -> None:
+    members.remove(2)
+    for _ in range(10):
+        members.gone(ended=False)
+        cluster.now += 0.25
+    assert sorted(cluster.pinged) == sorted([1, 3, 4] * 3)
+
+
+def test_a_process_that_ended_is_dead_at_once(cluster: Cluster, members: Membership) -> None:
+    assert members.gone(ended=False) == set()
+    cluster.ended = [4]
+    assert members.gone(ended=True) == {4}
+
+
+def test_of_two_that_lost_each_other_the_one_that_lost_more_goes(cluster: Cluster, members: Membership) -> None:
+    members.sever(1, wire.Severed(3, "reset"))
+    members.sever(3, wire.Severed(2, "reset"))
+    assert members.gone(ended=False) == set()  # a death would be known a moment later
+    cluster.now += 1.0
+    assert members.gone(ended=False) == {3}
+    members.remove(3)
+    assert members.gone(ended=False) == set()
+
+
+def test_a_peer_that_is_gone_cuts_nobody_off(cluster: Cluster, members: Membership) -> None:
+    members.remove(3)
+    members.sever(1, wire.Severed(3, "reset"))
+    cluster.now += 2.0
+    assert members.gone(ended=False) == set()
