@@ -1,6 +1,6 @@
 """Processes that carry multicast plans out over a transport, and nothing else: for tests and measurements of transports.
 
-A live node does the same with a model's blocks (lambdascale.live.mover); here they are random bytes with known checksums.
+A live node does the same with a model's blocks (lambdascale.live.multicasts); here they are random bytes with known checksums.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from lambdascale.core.events import CommandFailed
 from lambdascale.live import agent, config
 from lambdascale.live.agent import NodeConfig
 from lambdascale.live.launch import LocalLauncher
-from lambdascale.live.mover import BLOCK_BITS
+from lambdascale.live.multicasts import BLOCK_BITS
 from tests.live.harness import Outcome, of
 
 
