@@ -127,11 +127,15 @@ def write_smollm2(directory: Path) -> None:
     try:
         from safetensors.torch import save_file
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
-        # Their progress bars, one for every step, say less than ours.
+        # Their progress bars, one for every step, say less than ours; their advice is about computing, which nobody does here.
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
         with redirect_stderr(StringIO()):
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        logging.set_verbosity(before)
     except ImportError as error:
         raise UserError(f"reading SmolLM2 needs more packages: pip install 'lambdascale[demo]' ({error})") from error
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != HEAD}

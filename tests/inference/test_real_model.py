@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lambdascale.checkpoints import HfCheckpoint, PackedModel, pack
 from lambdascale.checkpoints.synthetic import smollm2_file, write_smollm2
@@ -73,3 +74,21 @@ def test_it_is_an_ordinary_checkpoint(smollm2: Path) -> None:
     config = (smollm2 / "config.json").read_text()
     assert "quantization" not in config
     assert str(Path.home()) not in config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packed", "ordinary"),
+    [
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.0.attn_norm.weight", "model.layers.0.input_layernorm.weight"),
+        ("blk.5.attn_v.weight", "model.layers.5.self_attn.v_proj.weight"),
+        ("blk.29.ffn_down.weight", "model.layers.29.mlp.down_proj.weight"),
+    ],
+)
+def test_its_weights_are_those_of_the_package(smollm2: Path, packed: str, ordinary: str) -> None:
+    """Dequantised by gguf itself, without transformers (which keeps them quantised in memory in its newer versions)."""
+    gguf, safetensors = pytest.importorskip("gguf"), pytest.importorskip("safetensors.torch")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(smollm2_file())).tensors}
+    wanted = torch.tensor(gguf.dequantize(tensors[packed].data, tensors[packed].tensor_type))
+    assert torch.equal(safetensors.load_file(smollm2 / "model.safetensors")[ordinary], wanted.to(torch.bfloat16))
