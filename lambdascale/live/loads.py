@@ -96,11 +96,13 @@ class Loads:
         """Everything into host memory before the first block goes to the device."""
         model, number = command.model, command.transfer_id
         sizes = self._store.model(model).block_bytes
+        coming = set(command.blocks)
 
         def on_host(_: str, block: int) -> None:
             if self._links.ssd is not None:
                 self._links.ssd.take(sizes[block])
-            if len(load.landed) == len(load.blocks):
+            coming.discard(block)
+            if not coming:
                 self._do(second)
 
         def second() -> None:
@@ -110,7 +112,7 @@ class Loads:
                 self._watch(number, up)
                 up.when_ended(lambda _: self._do(lambda: self.evict(model, "host")))
 
-        load = self._loads[number] = self._store.load(model, command.blocks, to="host", on_block=on_host)
+        self._loads[number] = self._store.load(model, command.blocks, to="host", on_block=on_host)
 
     def _arrival(self, command: LoadBlocks, pace: TokenBucket | None) -> Callable[[str, int], None]:
         sizes = self._store.model(command.model).block_bytes
