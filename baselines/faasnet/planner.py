@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lambdascale.core import MulticastPlan, PlanError, Transfer
+from lambdascale.core import MulticastPlan, PlanError, Send
 from lambdascale.multicast import check_counts, near_equal_groups
 
 # The prototype's tree: levels [0], [1], [2, 3], [4-6], [7-11] (reference, section 4).
@@ -61,12 +61,12 @@ def _prototype_children(nodes: int) -> _Children:
 def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _Children]) -> MulticastPlan:
     check_counts(sources, destinations, blocks)
     groups = near_equal_groups(sources, destinations)
-    rounds: list[list[Transfer]] = []
+    rounds: list[list[Send]] = []
     for group in groups:
         for number, transfers in enumerate(_tree_rounds(tree(len(group)), blocks)):
             if number == len(rounds):
                 rounds.append([])
-            rounds[number] += [Transfer(group[t.src], group[t.dst], t.block) for t in transfers]
+            rounds[number] += [Send(group[t.src], group[t.dst], t.block) for t in transfers]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),
@@ -77,14 +77,14 @@ def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _C
     )
 
 
-def _tree_rounds(children: _Children, blocks: int) -> list[list[Transfer]]:
+def _tree_rounds(children: _Children, blocks: int) -> list[list[Send]]:
     """Every node sends block 0 to each child, then block 1, ..., as soon as it holds them: one turn a round."""
     turns = [deque((block, child) for block in range(blocks) for child in of_node) for of_node in children]
     held = [blocks, *(0 for _ in children[1:])]
-    rounds: list[list[Transfer]] = []
+    rounds: list[list[Send]] = []
     while any(turns):
         ready = [(node, queue.popleft()) for node, queue in enumerate(turns) if queue and queue[0][0] < held[node]]
-        transfers = [Transfer(node, child, block) for node, (block, child) in ready if child is not None]
+        transfers = [Send(node, child, block) for node, (block, child) in ready if child is not None]
         for t in transfers:
             held[t.dst] += 1
         rounds.append(transfers)

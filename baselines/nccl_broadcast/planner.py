@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lambdascale.core import MulticastPlan, Transfer
+from lambdascale.core import MulticastPlan, Send
 from lambdascale.multicast import check_counts
 
 
@@ -27,7 +27,7 @@ def _chain(sources: int, destinations: int, blocks: int) -> MulticastPlan:
     nodes = (0, *range(sources, sources + destinations))
     hops = range(destinations)
     rounds = [
-        tuple(Transfer(nodes[hop], nodes[hop + 1], number - hop) for hop in hops if 0 <= number - hop < blocks)
+        tuple(Send(nodes[hop], nodes[hop + 1], number - hop) for hop in hops if 0 <= number - hop < blocks)
         for number in range(blocks + destinations - 1 if destinations else 0)
     ]
     return MulticastPlan(

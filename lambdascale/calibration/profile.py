@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lambdascale.calibration import probes
-from lambdascale.calibration.compute import BlockTimes, Grid, loaded, measure_blocks, table
+from lambdascale.calibration.iterations import BlockTimes, Grid, loaded, measure_blocks, table
 from lambdascale.calibration.sharing import shared_slowdown
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import ComputeTable, UserError

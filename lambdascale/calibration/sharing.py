@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lambdascale.calibration.compute import decode, inputs_of, loaded
+from lambdascale.calibration.iterations import decode, inputs_of, loaded
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import UserError
-from lambdascale.inference import Stage
+from lambdascale.inference import TransformerStage
 
 _CONTEXT = 64
 _PATIENCE_S = 300.0
@@ -55,7 +55,7 @@ def _compute(
     model = PackedModel.open(directory, name)
     slot_tokens = min(model.architecture.max_position, 2 * _CONTEXT)
     with loaded(model, "cpu") as weights:
-        stages = [Stage(model.architecture, [block], 1, slot_tokens) for block in weights]
+        stages = [TransformerStage(model.architecture, [block], 1, slot_tokens) for block in weights]
         batch = decode(1, slot_tokens // 2)
         inputs = [inputs_of(stage, batch) for stage in stages]
 

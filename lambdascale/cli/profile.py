@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
     # torch takes seconds to import: only here.
-    from lambdascale.calibration.compute import Grid
+    from lambdascale.calibration.iterations import Grid
     from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
 
     console = Console(stderr=True)

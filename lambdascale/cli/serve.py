@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     # torch takes seconds to import: only here.
     from lambdascale.live.config import LiveConfig
-    from lambdascale.live.server import Service, serve
+    from lambdascale.live.serving.server import Service, serve
     from lambdascale.transport.rdma import RdmaOptions
 
     console = Console(stderr=True)

@@ -4,7 +4,7 @@ It turns events into commands. It must not know what carries them out: no clock,
 """
 
 from lambdascale.control.autoscaler import Autoscaler
-from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration, Sequence
+from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.control.loop import Backend, Observer, ServingSystem, drive
 from lambdascale.control.plane import ControlPlane
 from lambdascale.control.system import SystemConfig
@@ -14,10 +14,10 @@ __all__ = [
     "Backend",
     "BatchLimits",
     "BatchScheduler",
+    "BatchedRequest",
     "ControlPlane",
     "Iteration",
     "Observer",
-    "Sequence",
     "ServingSystem",
     "SystemConfig",
     "drive",

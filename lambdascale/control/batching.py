@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import Literal, Protocol
+from typing import Literal
 
 from lambdascale.core.checks import check_types, require
 
@@ -42,7 +42,7 @@ class BatchLimits:
         )
 
 
-class Sequence:
+class BatchedRequest:
     """A request inside a scheduler.
 
     ``produced`` output tokens exist already when it enters (more than 0 after a mode switch); ``cached`` says that the KV
@@ -71,26 +71,6 @@ class Sequence:
         return self.prompt_tokens + self.output_tokens
 
 
-class IterationSize(Protocol):
-    """What an iteration's duration depends on."""
-
-    @property
-    def decodes(self) -> int:
-        """Sequences that decode one token each."""
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens of KV that the decodes read."""
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Tokens prefilled."""
-
-    @property
-    def attended_tokens(self) -> int:
-        """Query-key pairs of the prefills."""
-
-
 class Iteration:
     """One iteration, as ``schedule()`` orders it.
 
@@ -101,7 +81,7 @@ class Iteration:
 
     __slots__ = ("attended_tokens", "context_tokens", "decodes", "max_steps", "prefill_tokens", "prefills")
 
-    def __init__(self, prefills: list[tuple[Sequence, int]], decodes: int, context_tokens: int, max_steps: int) -> None:
+    def __init__(self, prefills: list[tuple[BatchedRequest, int]], decodes: int, context_tokens: int, max_steps: int) -> None:
         self.prefills = prefills
         self.decodes = decodes
         self.context_tokens = context_tokens
@@ -122,9 +102,9 @@ class BatchScheduler:
     def __init__(self, limits: BatchLimits, kv_tokens: int) -> None:
         self.limits = limits
         self.kv_tokens = kv_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.decoding: dict[int, Sequence] = {}
-        self._prefilling: deque[Sequence] = deque()
+        self.waiting: deque[BatchedRequest] = deque()
+        self.decoding: dict[int, BatchedRequest] = {}
+        self._prefilling: deque[BatchedRequest] = deque()
         self._ends: list[tuple[int, int]] = []
         self._step = 0
         self._context = 0
@@ -139,7 +119,7 @@ class BatchScheduler:
         """Sequences admitted to the batch."""
         return len(self._prefilling) + len(self.decoding)
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: BatchedRequest) -> None:
         """Queue a sequence. One that could never fit the KV memory is a fault of the caller, who must refuse it first."""
         assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
         assert sequence.produced < sequence.output_tokens, f"request {sequence.request_id} is already complete"
@@ -173,7 +153,7 @@ class BatchScheduler:
             else:
                 self._prefilling.append(sequence)
 
-    def _prefills(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _prefills(self, budget: int) -> list[tuple[BatchedRequest, int]]:
         if self.limits.mode == "static":
             budget = _UNBOUNDED
         prefills = []
@@ -185,7 +165,7 @@ class BatchScheduler:
             budget -= count
         return prefills
 
-    def _join(self, sequence: Sequence) -> None:
+    def _join(self, sequence: BatchedRequest) -> None:
         """Let a sequence whose context is in the KV cache decode from the next iteration on."""
         sequence._joined = self._step
         self.decoding[sequence.request_id] = sequence
@@ -195,7 +175,7 @@ class BatchScheduler:
 
     def complete(
         self, iteration: Iteration, steps: int = 1, stopped: Collection[int] = ()
-    ) -> tuple[list[Sequence], list[Sequence]]:
+    ) -> tuple[list[BatchedRequest], list[BatchedRequest]]:
         """Take note that ``iteration`` was run ``steps`` times; (sequences with a new first token, finished sequences).
 
         ``produced`` of the sequences returned is up to date. ``stopped`` names decoding or just prefilled sequences that
@@ -219,7 +199,7 @@ class BatchScheduler:
                 self._join(sequence)
         return first, finished
 
-    def _advance(self, steps: int, stopped: Collection[int]) -> list[Sequence]:
+    def _advance(self, steps: int, stopped: Collection[int]) -> list[BatchedRequest]:
         self._step += steps
         self._context += steps * len(self.decoding)
         finished = []
@@ -227,7 +207,7 @@ class BatchScheduler:
             finished.append(self._leave(heappop(self._ends)[1]))
         return finished + [self._drop(request_id) for request_id in stopped if request_id in self.decoding]
 
-    def _leave(self, request_id: int) -> Sequence:
+    def _leave(self, request_id: int) -> BatchedRequest:
         sequence = self.decoding.pop(request_id)
         steps = self._step - sequence._joined
         self._context -= sequence.context_tokens - 1 + steps
@@ -235,12 +215,12 @@ class BatchScheduler:
         self._reserved -= sequence.kv_tokens
         return sequence
 
-    def _drop(self, request_id: int) -> Sequence:
+    def _drop(self, request_id: int) -> BatchedRequest:
         self._ends = [end for end in self._ends if end[1] != request_id]
         heapify(self._ends)
         return self._leave(request_id)
 
-    def remove(self, request_id: int) -> Sequence | None:
+    def remove(self, request_id: int) -> BatchedRequest | None:
         """Take a sequence out (its client is gone), None if it is not here. Not while an iteration runs it."""
         if request_id in self.decoding:
             return self._drop(request_id)
@@ -252,7 +232,7 @@ class BatchScheduler:
                     return sequence
         return None
 
-    def drain(self) -> list[Sequence]:
+    def drain(self) -> list[BatchedRequest]:
         """Empty the scheduler: running sequences in the order they joined, then waiting ones; ``produced`` is up to date."""
         running = [self._drop(request_id) for request_id in list(self.decoding)]
         rest = [*self._prefilling, *self.waiting]

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 from lambdascale.control.placement import Placement, by_locality, by_startup_time, sparing_copies
 from lambdascale.control.router import Router
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline, TransferState
-from lambdascale.core import ClusterSpec, MulticastPlan, NodeId, PipelinePlan, Transfer
+from lambdascale.core import ClusterSpec, MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.commands import (
     AllocateNode,
     EvictBlocks,
-    FormPipeline,
     LoadBlocks,
     ReleaseNode,
+    Serve,
     StartMulticast,
-    StartReplica,
     StopInstance,
     SwitchMode,
     Tier,
@@ -139,7 +138,7 @@ class Scaler:
         """Issue a plan over real nodes; ``again``: see TransferState."""
         transfer_id = self._begin(state, plan.destinations, sources, multicast=True, again=again)
         tiers = tuple(tier for _, tier in sources)
-        command = StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._config.transport)
+        command = StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._config.multicast)
         self._fleet.out.append(command)
 
     def _load_together(self, state: ModelState, nodes: Sequence[NodeId]) -> None:
@@ -230,7 +229,7 @@ class Scaler:
         # A pipeline keeps as many batches in flight as it has nodes (reference, section 2.4).
         nodes = pending.plan.nodes
         instance = self._new_instance(state, nodes, len(nodes) * self._config.batching.max_batch, is_pipeline=True)
-        self._fleet.out.append(FormPipeline(instance.instance_id, state.spec.name, stages, state.block_bytes))
+        self._fleet.out.append(Serve(instance.instance_id, state.spec.name, stages, state.block_bytes))
         self._router.fill(state)
 
     def _node_complete(self, state: ModelState, allocation: Allocation) -> None:
@@ -251,7 +250,8 @@ class Scaler:
 
     def _start_replica(self, state: ModelState, allocation: Allocation) -> Instance:
         instance = self._new_instance(state, (allocation.node,), self._config.batching.max_batch, is_pipeline=False)
-        self._fleet.out.append(StartReplica(instance.instance_id, state.spec.name, allocation.node))
+        whole = (Stage(allocation.node, 0, len(state.block_bytes) - 1),)
+        self._fleet.out.append(Serve(instance.instance_id, state.spec.name, whole, state.block_bytes))
         return instance
 
     def _switch_mode(self, state: ModelState, pipeline: Instance) -> None:
@@ -316,7 +316,7 @@ class Scaler:
 def _plan_of_loads(nodes: Sequence[NodeId], orders: Sequence[Sequence[int]]) -> MulticastPlan:
     """Nodes that load for themselves at one rate, written as a plan whose sub-groups are the single nodes."""
     rounds = tuple(
-        tuple(Transfer(_STORE, node, order[r]) for node, order in zip(nodes, orders, strict=True)) for r in range(len(orders[0]))
+        tuple(Send(_STORE, node, order[r]) for node, order in zip(nodes, orders, strict=True)) for r in range(len(orders[0]))
     )
     return MulticastPlan(
         members=(_STORE, *nodes),

@@ -11,7 +11,7 @@ from lambdascale.control.batching import BatchLimits
 from lambdascale.control.plane import ControlPlane
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.commands import KvPolicy, Loader, Transport
+from lambdascale.core.commands import KvPolicy, Loader, MulticastKind
 from lambdascale.memory import HostCacheConfig
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.pipelines.base import PipelineBuilder
@@ -22,7 +22,7 @@ class SystemConfig:
     """A serving system composed of a multicast planner, a pipeline builder, an autoscaler and a memory policy.
 
     ``scale_out``: how new replicas get their weights. "multicast": from nodes that have them, by ``planner`` over
-    ``transport``; "local": every node loads for itself; "instant": no time at all (ideal scaling).
+    ``multicast`` writes; "local": every node loads for itself; "instant": no time at all (ideal scaling).
     ``blocks``: into how many blocks a model is cut. ``sources``: sub-groups k of a multicast, or "auto" for as many as there
     are sources and destinations. ``placement`` orders the free nodes (see control/placement.py). ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination
@@ -38,7 +38,7 @@ class SystemConfig:
     memory: HostCacheConfig
     batching: BatchLimits
     scale_out: Literal["multicast", "local", "instant"] = "multicast"
-    transport: Transport = "rdma"
+    multicast: MulticastKind = "one_sided"
     blocks: int = 16
     sources: int | Literal["auto"] = "auto"
     placement: Literal["locality", "startup_time"] = "locality"

@@ -1,7 +1,7 @@
 """Vocabulary of the package: requests, events, commands, plans, specs, errors, units. Frozen values; no I/O, no policy."""
 
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
-from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Stage, Transfer
+from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.request import Request
 from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec
 from lambdascale.core.units import parse_rate, parse_size
@@ -20,9 +20,9 @@ __all__ = [
     "PipelinePlan",
     "PlanError",
     "Request",
+    "Send",
     "Stage",
     "TraceError",
-    "Transfer",
     "UserError",
     "parse_rate",
     "parse_size",

@@ -1,6 +1,6 @@
 """What a control plane may ask of a backend. Coarse on purpose: a backend carries a whole plan out without asking back.
 
-An *instance* is something requests can be dispatched to: a replica (one node, local mode) or a pipeline.
+An *instance* takes requests: a list of stages that cover a model. A replica has one stage (local mode), a pipeline several.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lambdascale.core.request import Request
 Tier = Literal["gpu", "host", "ssd", "remote", "instant"]
 KvPolicy = Literal["recompute", "copy"]
 Loader = Literal["pipelined", "sequential"]
-Transport = Literal["rdma", "collective"]
+MulticastKind = Literal["one_sided", "collective"]
 
 
 class Command(Struct, frozen=True, gc=False, tag=True):
@@ -52,8 +52,8 @@ class PlaceCopy(Command, frozen=True, gc=False, tag=True):
 class StartMulticast(Command, frozen=True, gc=False, tag=True):
     """Carry ``plan`` out for ``model``, whose block i has ``block_bytes[i]`` bytes.
 
-    ``source_tiers[i]`` is the tier source i sends from (gpu or host). ``transport`` "collective" needs a communicator
-    over all members first and occupies the sources' GPUs; "rdma" does neither.
+    ``source_tiers[i]`` is the tier source i sends from (gpu or host). ``multicast`` "collective" needs a communicator
+    over all members first and occupies the sources' GPUs; "one_sided" writes do neither.
     """
 
     transfer_id: int
@@ -61,7 +61,7 @@ class StartMulticast(Command, frozen=True, gc=False, tag=True):
     plan: MulticastPlan
     block_bytes: tuple[int, ...]
     source_tiers: tuple[Tier, ...]
-    transport: Transport
+    multicast: MulticastKind
 
 
 class LoadBlocks(Command, frozen=True, gc=False, tag=True):
@@ -86,21 +86,33 @@ class CancelTransfer(Command, frozen=True, gc=False, tag=True):
     transfer_id: int
 
 
-class StartReplica(Command, frozen=True, gc=False, tag=True):
-    """``node`` holds the whole model: serve it alone as ``instance``."""
+class Serve(Command, frozen=True, gc=False, tag=True):
+    """Serve ``model`` as ``instance``: the nodes of ``stages`` hold their blocks. A replica is an instance of one stage.
 
-    instance: int
-    model: str
-    node: NodeId
-
-
-class FormPipeline(Command, frozen=True, gc=False, tag=True):
-    """The nodes of ``stages`` together hold the model: serve as ``instance``. ``block_bytes`` as in StartMulticast."""
+    ``stages`` cover the model once, in order; a node may have several. ``block_bytes`` as in StartMulticast.
+    """
 
     instance: int
     model: str
     stages: tuple[Stage, ...]
     block_bytes: tuple[int, ...]
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True with more than one stage."""
+        return len(self.stages) > 1
+
+
+class Repartition(Command, frozen=True, gc=False, tag=True):
+    """Serve ``instance`` by ``stages`` from its next iterations on; iterations under way end on the stages they began with.
+
+    The nodes of ``stages`` hold their blocks. ``kv``: the KV of running requests is copied to the nodes that take blocks over, or
+    computed anew from their tokens.
+    """
+
+    instance: int
+    stages: tuple[Stage, ...]
+    kv: KvPolicy
 
 
 class Dispatch(Command, frozen=True, gc=False, tag=True):
@@ -157,8 +169,8 @@ AnyCommand = (
     | StartMulticast
     | LoadBlocks
     | CancelTransfer
-    | StartReplica
-    | FormPipeline
+    | Serve
+    | Repartition
     | Dispatch
     | SwitchMode
     | StopInstance

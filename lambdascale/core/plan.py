@@ -12,7 +12,7 @@ from msgspec import Struct
 NodeId = int
 
 
-class Transfer(Struct, frozen=True, gc=False):
+class Send(Struct, frozen=True, gc=False):
     """One block from ``src`` to ``dst``."""
 
     src: NodeId
@@ -33,7 +33,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
     members: tuple[NodeId, ...]
     sources: tuple[NodeId, ...]
     blocks: int
-    rounds: tuple[tuple[Transfer, ...], ...]
+    rounds: tuple[tuple[Send, ...], ...]
     groups: tuple[tuple[NodeId, ...], ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     streaming: bool = False
@@ -60,7 +60,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             members=tuple(nodes),
             sources=tuple(names[n] for n in self.sources),
             blocks=self.blocks,
-            rounds=tuple(tuple(Transfer(names[t.src], names[t.dst], t.block) for t in r) for r in self.rounds),
+            rounds=tuple(tuple(Send(names[t.src], names[t.dst], t.block) for t in r) for r in self.rounds),
             groups=tuple(tuple(names[n] for n in g) for g in self.groups),
             orders=self.orders,
             streaming=self.streaming,

@@ -64,5 +64,5 @@ def _seconds(system: str, model: str, nodes: int, *, barrier: bool) -> float:
     plan = config.planner.plan(sources=1, destinations=nodes - 1, blocks=config.blocks)
     sizes = [experiment.models[0].size_bytes // config.blocks] * config.blocks
     options = TransferOptions(barrier=barrier, communicator_setup=system != _NO_SETUP)
-    seeds = _SEEDS if config.transport == "collective" and options.communicator_setup else range(1)
-    return median(multicast_times(plan, sizes, cluster, options, transport=config.transport, seed=s).total_s for s in seeds)
+    seeds = _SEEDS if config.multicast == "collective" and options.communicator_setup else range(1)
+    return median(multicast_times(plan, sizes, cluster, options, multicast=config.multicast, seed=s).total_s for s in seeds)

@@ -9,7 +9,7 @@ from lambdascale.inference.engine import Engine
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.loading import BlockError, Load
 from lambdascale.inference.sampling import Sampling
-from lambdascale.inference.stage import Stage
+from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
 from lambdascale.inference.tiers import NodeMemory
 from lambdascale.inference.warmup import warm_up
@@ -29,10 +29,10 @@ __all__ = [
     "Produced",
     "Sampling",
     "Segment",
-    "Stage",
     "StageBatch",
     "StoreConfig",
     "Ticket",
+    "TransformerStage",
     "load_blocks",
     "warm_up",
 ]

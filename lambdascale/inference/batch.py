@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
-from lambdascale.control.batching import Sequence as Work
+from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import CapacityError
 from lambdascale.core.checks import require
 from lambdascale.inference.sampling import GREEDY, Sampling
@@ -128,7 +127,7 @@ class Batch:
         self.check(ticket)
         require(not cached or ticket.produced > 0, f"request {ticket.request_id} has no token yet: its KV cannot be handed over")
         self._tickets[ticket.request_id] = ticket
-        self._scheduler.add(Work(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached))
+        self._scheduler.add(BatchedRequest(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached))
 
     def check(self, ticket: Ticket) -> None:
         """CapacityError or UserError unless the batch can take the request."""

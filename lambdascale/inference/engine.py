@@ -14,7 +14,7 @@ from lambdascale.control.batching import BatchLimits
 from lambdascale.core.checks import require
 from lambdascale.inference.batch import Batch, Produced, Ticket
 from lambdascale.inference.sampling import choose
-from lambdascale.inference.stage import Stage
+from lambdascale.inference.stage import TransformerStage
 
 Tensor = torch.Tensor
 
@@ -26,7 +26,7 @@ class Engine:
     request whose prompt and answer do not fit a slot.
     """
 
-    def __init__(self, stages: Sequence[Stage], limits: BatchLimits) -> None:
+    def __init__(self, stages: Sequence[TransformerStage], limits: BatchLimits) -> None:
         require(bool(stages) and stages[0].is_first and stages[-1].is_last, "an engine's stages must cover the model")
         for one, two in pairwise(stages):
             require(one.blocks[-1].layout.index + 1 == two.blocks[0].layout.index, "an engine's stages must follow one another")

@@ -48,7 +48,7 @@ class _Prefill:
     masks: dict[_Window, Tensor | None]
 
 
-class Stage:
+class TransformerStage:
     """Blocks ``first`` to ``last`` of a model with their KV memory.
 
     Input: token ids [rows] if the stage has the first block, else hidden states [rows, hidden]. Output: hidden states, or logits

@@ -7,7 +7,7 @@ import torch
 from lambdascale.checkpoints import PackedModel
 from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.sampling import GREEDY, choose
-from lambdascale.inference.stage import Stage
+from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.weights import BlockWeights
 
 _PROMPT = 4
@@ -17,7 +17,7 @@ def warm_up(model: PackedModel, device: str) -> None:
     """Run a prefill and a decode through zeros in the shape of the model's first and last block; the memory is freed."""
     for layout in {layout.index: layout for layout in (model.layouts[0], model.layouts[-1])}.values():
         buffer = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
-        stage = Stage(model.architecture, [BlockWeights(layout, buffer)], 2, 2 * _PROMPT)
+        stage = TransformerStage(model.architecture, [BlockWeights(layout, buffer)], 2, 2 * _PROMPT)
         mixed = StageBatch((Segment(0, 0, _PROMPT), Segment(1, 0, 1)), 1, (_PROMPT - 1, _PROMPT))
         rows = mixed.rows
         inputs = torch.zeros(rows, dtype=torch.long)

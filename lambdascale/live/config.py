@@ -19,11 +19,11 @@ from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
-from lambdascale.live.agent import NodeConfig
-from lambdascale.live.backend import LiveBackend
-from lambdascale.live.communicators import Kind, choose, has_nccl
-from lambdascale.live.hub import Hub
-from lambdascale.live.launch import Launcher, LocalLauncher
+from lambdascale.live.controller.backend import LiveBackend
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.launch import Launcher, LocalLauncher
+from lambdascale.live.node.communicators import Kind, choose, has_nccl
+from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
@@ -88,7 +88,7 @@ class LiveConfig:
 
         UserError if it is to be NCCL and cannot be.
         """
-        if system.transport != "collective":
+        if system.multicast != "collective":
             return None, ""
         # Ray gives every node a GPU.
         gpus = nodes if self.launcher == "ray" else torch.cuda.device_count() if self.device == "cuda" else 0
@@ -171,7 +171,7 @@ class LiveConfig:
 
     def _launcher(self) -> Launcher:
         if self.launcher == "ray":
-            from lambdascale.live.ray_launcher import RayLauncher
+            from lambdascale.live.controller.ray_launcher import RayLauncher
 
             return RayLauncher(gpus_per_node=1 if self.device == "cuda" else 0)
         return LocalLauncher()

@@ -27,7 +27,8 @@ def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
     blocks = later[(later.kind == "BlockArrived") & later.node.isin(nodes)].drop_duplicates(["node", "block"])
     per_node = blocks.groupby("node").at_s.agg(["max", "size"])
     complete = per_node["max"][per_node["size"] == per_node["size"].max()] - start_s
-    formed = later.at_s[later.kind == "FormPipeline"]
+    serves = later[later.kind == "Serve"]
+    formed = serves.at_s[[len(json.loads(detail)["stages"]) > 1 for detail in serves.detail]]
     return {
         "start_s": start_s,
         "new_nodes": len(complete),

@@ -17,9 +17,9 @@ from lambdascale.core.commands import (
     Dispatch,
     EvictBlocks,
     FailRequest,
-    FormPipeline,
     LoadBlocks,
     ReleaseNode,
+    Serve,
     StartMulticast,
     SwitchMode,
 )
@@ -143,7 +143,7 @@ def _multicast_detail(command: StartMulticast) -> dict[str, Any]:
         "blocks": plan.blocks,
         "rounds": len(plan.rounds),
         "bytes": sum(command.block_bytes),
-        "transport": command.transport,
+        "multicast": command.multicast,
     }
 
 
@@ -155,7 +155,7 @@ _DETAILS: dict[type, Callable[[Any], Any]] = {
         "blocks": c.blocks,
         "bytes": sum(c.block_bytes[b] for b in c.blocks),
     },
-    FormPipeline: lambda c: {"stages": [(s.node, s.first_block, s.last_block) for s in c.stages]},
+    Serve: lambda c: {"stages": [(s.node, s.first_block, s.last_block) for s in c.stages]},
     SwitchMode: lambda c: {"pipeline": c.pipeline, "moves": c.moves, "kv": c.kv},
     EvictBlocks: lambda c: {"tier": c.tier},
     AllocateNode: lambda c: {"gpus": c.gpus},

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lambdascale.core import MulticastPlan, PlanError, Transfer
+from lambdascale.core import MulticastPlan, PlanError, Send
 from lambdascale.core.checks import check_types
 from lambdascale.multicast.grouping import Chunks, Order, injection_orders, near_equal_groups
 
@@ -58,12 +58,12 @@ def check_counts(sources: int, destinations: int, blocks: int) -> None:
 def _plan(sources: int, destinations: int, blocks: int, order: Order, chunks: Chunks) -> MulticastPlan:
     groups = near_equal_groups(sources, destinations)
     orders = injection_orders(blocks, len(groups), order, chunks)
-    rounds: list[list[Transfer]] = []
+    rounds: list[list[Send]] = []
     for group, injected in zip(groups, orders, strict=True):
         schedule = _schedule(len(group), blocks)
         rounds += [[] for _ in range(len(schedule) - len(rounds))]
         for transfers, moves in zip(rounds, schedule, strict=False):
-            transfers += [Transfer(group[src], group[dst], injected[position]) for src, dst, position in moves]
+            transfers += [Send(group[src], group[dst], injected[position]) for src, dst, position in moves]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from lambdascale.core import MulticastPlan, NodeId, PlanError, Transfer
+from lambdascale.core import MulticastPlan, NodeId, PlanError, Send
 
 
 def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations: Sequence[NodeId], blocks: int) -> MulticastPlan:
@@ -23,7 +23,7 @@ def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations:
     if lost and destinations:
         raise PlanError(f"no survivor holds block {lost[0]}")
     sent: Counter[NodeId] = Counter()
-    rounds: list[tuple[Transfer, ...]] = []
+    rounds: list[tuple[Send, ...]] = []
     while transfers := _greedy_round(held, destinations, blocks, copies, sent):
         for t in transfers:
             held[t.dst].add(t.block)
@@ -43,7 +43,7 @@ def _greedy_round(
     blocks: int,
     copies: Mapping[int, int],
     sent: Mapping[NodeId, int],
-) -> tuple[Transfer, ...]:
+) -> tuple[Send, ...]:
     idle = set(held)
     transfers = []
     for receiver in sorted(destinations, key=lambda node: (len(held[node]), node)):
@@ -52,6 +52,6 @@ def _greedy_round(
             if holders:
                 sender = min(holders, key=lambda node: (sent[node], node))
                 idle.discard(sender)
-                transfers.append(Transfer(sender, receiver, block))
+                transfers.append(Send(sender, receiver, block))
                 break
     return tuple(transfers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from lambdascale.core import MulticastPlan, NodeId, PlanError, Transfer
+from lambdascale.core import MulticastPlan, NodeId, PlanError, Send
 
 Holdings = Mapping[NodeId, Collection[int]]
 
@@ -60,13 +60,13 @@ def _check_shape(plan: MulticastPlan) -> None:
         raise PlanError(f"members must be distinct and begin with the sources {plan.sources}: {plan.members}")
 
 
-def _check_ports(plan: MulticastPlan, number: int, transfers: Collection[Transfer]) -> None:
+def _check_ports(plan: MulticastPlan, number: int, transfers: Collection[Send]) -> None:
     node, sends = Counter(t.src for t in transfers).most_common(1)[0] if transfers else (0, 0)
     if sends > 1:
         raise PlanError(f"round {number}: node {node} sends {sends} blocks at once")
 
 
-def _check_transfer(number: int, t: Transfer, held: Mapping[NodeId, set[int]], blocks: int) -> None:
+def _check_transfer(number: int, t: Send, held: Mapping[NodeId, set[int]], blocks: int) -> None:
     if t.src not in held or t.dst not in held or t.src == t.dst:
         raise PlanError(f"round {number}: a transfer from {t.src} to {t.dst} is not between two members")
     if not 0 <= t.block < blocks:

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lambdascale.control.batching import BatchLimits
-from lambdascale.control.batching import Sequence as Work
-from lambdascale.control.compute import ComputeModel
+from lambdascale.control.batching import BatchedRequest, BatchLimits
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, Request
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import (
@@ -21,17 +19,17 @@ from lambdascale.core.commands import (
     Dispatch,
     EvictBlocks,
     FailRequest,
-    FormPipeline,
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Serve,
     SetTimer,
     StartMulticast,
-    StartReplica,
     StopInstance,
     SwitchMode,
 )
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
+from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.instances import SimInstance, SimPipeline, SimReplica
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
@@ -133,8 +131,7 @@ class SimBackend:
             StartMulticast: self._transfers.multicast,
             LoadBlocks: self._transfers.load,
             CancelTransfer: self._cancel,
-            StartReplica: self._start_replica,
-            FormPipeline: self._form_pipeline,
+            Serve: self._serve,
             Dispatch: self._dispatch,
             SwitchMode: self._switch_mode,
             StopInstance: self._stop_instance,
@@ -176,19 +173,20 @@ class SimBackend:
     def _timer_fired(self, timer_id: int) -> None:
         self._events.append(TimerFired(self.kernel.now, timer_id))
 
-    def _start_replica(self, command: StartReplica) -> None:
-        if command.node in self._lost:
-            return
+    def _serve(self, command: Serve) -> None:
+        if self._lost.isdisjoint(stage.node for stage in command.stages):
+            self._start_replica(command) if len(command.stages) == 1 else self._form_pipeline(command)
+
+    def _start_replica(self, command: Serve) -> None:
+        node = command.stages[0].node
         compute, kv_tokens = self._compute[command.model], self._kv_tokens[command.model]
         replica = SimReplica(command.instance, self.kernel, self._cores, compute, self._events.append, self._limits, kv_tokens)
-        if self._occupied.get(command.node):
+        if self._occupied.get(node):
             replica.occupy(True)
-        self._placed[command.instance] = _Placed(replica, command.model, (command.node,))
+        self._placed[command.instance] = _Placed(replica, command.model, (node,))
 
-    def _form_pipeline(self, command: FormPipeline) -> None:
+    def _form_pipeline(self, command: Serve) -> None:
         nodes = tuple(stage.node for stage in command.stages)
-        if not self._lost.isdisjoint(nodes):
-            return
         total = sum(command.block_bytes)
         stages = [(s.node, sum(command.block_bytes[s.first_block : s.last_block + 1]) / total) for s in command.stages]
         pipeline = SimPipeline(
@@ -227,12 +225,12 @@ class SimBackend:
             else:
                 self._resume(targets[work.request_id], work, cached=False)
 
-    def _resume(self, target: int, work: Work, *, cached: bool) -> None:
+    def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
         if target in self._placed:
-            moved = Work(work.request_id, work.prompt_tokens, work.output_tokens, work.produced, cached)
+            moved = BatchedRequest(work.request_id, work.prompt_tokens, work.output_tokens, work.produced, cached)
             self._placed[target].instance.resume([moved])
 
-    def _copy_kv(self, pipeline: _Placed, work: Work, target: int) -> None:
+    def _copy_kv(self, pipeline: _Placed, work: BatchedRequest, target: int) -> None:
         """Fetch the KV of the layers the target never ran from the stages that did; go on when all of it is there."""
         if target not in self._placed:
             return

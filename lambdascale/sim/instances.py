@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
-from lambdascale.control.batching import Sequence as Work
-from lambdascale.control.compute import ComputeModel
+from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import NodeId, Request
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
+from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.sharing import SharedCores
 
@@ -39,13 +38,13 @@ class SimInstance:
 
     def dispatch(self, requests: Iterable[Request]) -> None:
         """Take requests from the router."""
-        self.resume([Work(r.request_id, r.prompt_tokens, r.output_tokens) for r in requests])
+        self.resume([BatchedRequest(r.request_id, r.prompt_tokens, r.output_tokens) for r in requests])
 
-    def resume(self, works: Iterable[Work]) -> None:
+    def resume(self, works: Iterable[BatchedRequest]) -> None:
         """Take requests that may have produced tokens elsewhere."""
         raise NotImplementedError
 
-    def drain(self) -> list[Work]:
+    def drain(self) -> list[BatchedRequest]:
         """Stop for good; what was running and waiting. Iterations in flight are lost: their tokens are redone."""
         raise NotImplementedError
 
@@ -93,7 +92,7 @@ class SimReplica(SimInstance):
         self._version = 0
         self._woken = False
 
-    def resume(self, works: Iterable[Work]) -> None:
+    def resume(self, works: Iterable[BatchedRequest]) -> None:
         """Queue the work; a long decode run is cut at the end of the iteration under way."""
         for work in works:
             self._scheduler.add(work)
@@ -108,7 +107,7 @@ class SimReplica(SimInstance):
         if busy:
             self._cut()
 
-    def drain(self) -> list[Work]:
+    def drain(self) -> list[BatchedRequest]:
         """Stop; completed steps of the run under way count, the step in flight does not."""
         self._stopped = True
         self._version += 1
@@ -196,7 +195,7 @@ class SimPipeline(SimInstance):
         self._running: dict[int, tuple[Iteration, int]] = {}
         self._woken = False
 
-    def resume(self, works: Iterable[Work]) -> None:
+    def resume(self, works: Iterable[BatchedRequest]) -> None:
         """Give each request to the batch that has the fewest."""
         for work in works:
             min(self._batches, key=len).add(work)
@@ -207,7 +206,7 @@ class SimPipeline(SimInstance):
             self._woken = True
             self._kernel.at(self._kernel.now, self._begin_all, priority=_LAST)
 
-    def drain(self) -> list[Work]:
+    def drain(self) -> list[BatchedRequest]:
         """Stop; every iteration in flight is lost and its token redone."""
         self._stopped = True
         for _, ticket in self._running.values():

@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
-from lambdascale.core.commands import StartMulticast, Tier, Transport
+from lambdascale.core.commands import MulticastKind, StartMulticast, Tier
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.transfers import TransferEngine
@@ -32,7 +32,7 @@ def multicast_times(
     cluster: ClusterSpec,
     options: TransferOptions,
     *,
-    transport: Transport = "rdma",
+    multicast: MulticastKind = "one_sided",
     seed: int = 0,
 ) -> MulticastTimes:
     """Simulate ``plan`` on an idle cluster."""
@@ -47,7 +47,7 @@ def multicast_times(
 
     engine = TransferEngine(kernel, cluster, options, np.random.default_rng(seed), deliver, lambda node, busy: None)
     tiers: tuple[Tier, ...] = tuple("gpu" for _ in plan.sources)
-    engine.multicast(StartMulticast(1, "model", plan, tuple(block_bytes), tiers, transport))
+    engine.multicast(StartMulticast(1, "model", plan, tuple(block_bytes), tiers, multicast))
     while kernel.step():
         pass
     assert not any(missing.values()), f"multicast stalled, blocks missing per node: {missing}"

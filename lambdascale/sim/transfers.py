@@ -94,7 +94,7 @@ class TransferEngine:
         if not transfer.left:
             return
         self._transfers[command.transfer_id] = transfer
-        if command.transport == "rdma":
+        if command.multicast == "one_sided":
             self._begin_multicast(transfer)
             return
         setup_s = 0.0

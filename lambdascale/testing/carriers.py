@@ -1,6 +1,7 @@
 """Processes that carry multicast plans out over a transport, and nothing else: for tests and measurements of transports.
 
-A live node does the same with a model's blocks (lambdascale.live.multicasts); here they are random bytes with known checksums.
+A live node does the same with a model's blocks (lambdascale.live.node.multicasts); here they are random bytes with known
+checksums.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lambdascale.core import MulticastPlan, NodeId, Transfer
+from lambdascale.core import MulticastPlan, NodeId, Send
 from lambdascale.transport import DeviceMemory, Endpoint, Handlers, Memory, TransportError
 
 _PATIENCE_S = 120.0
@@ -51,7 +52,7 @@ class Carrier:
             _fill(self._memory, np.concatenate(contents).tobytes())
         self._endpoint.register(self._memory)
         self._held = set(range(blocks)) if holds else set()
-        self._sends: deque[Transfer] = deque()
+        self._sends: deque[Send] = deque()
         self._expected: set[int] = set()
         self._under_way = 0
         self._busy = False

@@ -8,12 +8,11 @@ from lambdascale.core.commands import (
     Command,
     Dispatch,
     FailRequest,
-    FormPipeline,
     LoadBlocks,
     ReleaseNode,
+    Serve,
     SetTimer,
     StartMulticast,
-    StartReplica,
     StopInstance,
     SwitchMode,
 )
@@ -104,10 +103,7 @@ class InvariantChecker:
         validate_plan(plan, holdings=holdings)
 
     def _check_serving(self, command: Command) -> None:
-        if isinstance(command, StartReplica):
-            self._serve(command.instance, command.model, (command.node,))
-            assert len(self._held[command.node, command.model]) == self._blocks, f"node {command.node} is not complete"
-        elif isinstance(command, FormPipeline):
+        if isinstance(command, Serve):
             self._serve(command.instance, command.model, tuple(stage.node for stage in command.stages))
             for stage in command.stages:
                 needed = set(range(stage.first_block, stage.last_block + 1))

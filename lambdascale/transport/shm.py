@@ -27,8 +27,9 @@ _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 class _Mapped:
     """The peer's memory, mapped. See Reachable.
 
-    Hashing brings a piece into a cache, from where it is copied past the caches (lambdascale.live.launch): memory is read once.
-    What is hashed is what is copied; that a copy within one host's memory arrives is taken for granted, as everywhere.
+    Hashing brings a piece into a cache, from where it is copied past the caches (see the launcher in
+    lambdascale.live.controller): memory is read once. What is hashed
+    is what is copied; that a copy within one host's memory arrives is taken for granted, as everywhere.
     """
 
     step_bytes = 1 << 20

@@ -19,7 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits
-from lambdascale.inference import Engine, Stage, Ticket, load_blocks
+from lambdascale.inference import Engine, Ticket, TransformerStage, load_blocks
 
 PROMPT, LONG_PROMPT, STEPS, ROUNDS = 128, 1024, 20, 15
 
@@ -68,7 +68,7 @@ class TestAgainstTransformers:
     def engine(self, small: Path, batch: int) -> Engine:
         source, slot = HfCheckpoint(small), LONG_PROMPT + 1
         limits = BatchLimits(max_batch=batch, max_tokens=batch * slot)
-        return Engine([Stage(source.architecture, load_blocks(source, 4), batch, slot)], limits)
+        return Engine([TransformerStage(source.architecture, load_blocks(source, 4), batch, slot)], limits)
 
     @pytest.mark.parametrize("length", [PROMPT, LONG_PROMPT])
     def test_prefill(self, benchmark: BenchmarkFixture, engine: Engine, eager: Any, length: int, batch: int) -> None:

@@ -33,10 +33,10 @@ from lambdascale.core.events import BlockArrived, Event, NodeJoined, TimerFired
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.runner import drive_experiment
-from lambdascale.inference import Engine, Stage, Ticket, load_blocks
+from lambdascale.inference import Engine, Ticket, TransformerStage, load_blocks
 from lambdascale.live import wire
 from lambdascale.live.config import LiveConfig
-from lambdascale.live.hub import Hub
+from lambdascale.live.controller.hub import Hub
 from lambdascale.metrics import Recorder
 from lambdascale.multicast import BinomialPipeline
 
@@ -139,7 +139,7 @@ def test_first_token_through_the_front_end(benchmark: BenchmarkFixture, tmp_path
 
 
 def _engine_first_token_s(packed: PackedModel) -> float:
-    stage = Stage(packed.architecture, load_blocks(packed), 1, 256)
+    stage = TransformerStage(packed.architecture, load_blocks(packed), 1, 256)
     engine = Engine([stage], BatchLimits(max_batch=1))
     engine.add(Ticket(0, [5] * 32, 32, 1))
     began = time.perf_counter()

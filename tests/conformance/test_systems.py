@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lambdascale.control import SystemConfig
+from lambdascale.core.commands import Serve
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.pipelines import ComplementaryPipelines, NoPipelines
@@ -67,8 +68,8 @@ class Suite(SystemConformance):
 def test_pipelines_serve_first_tokens_before_any_node_is_complete(kv: str) -> None:
     with_pipelines, recorder = Suite(pipelined(kv=kv)).run(burst(60), target_per_replica=1)
     entries = [(at, type(entry).__name__, entry) for at, entry in recorder.entries]
-    formed = [at for at, kind, _ in entries if kind == "FormPipeline"]
-    replicas = [at for at, kind, _ in entries if kind == "StartReplica" and at > 0]
+    formed = [at for at, kind, entry in entries if kind == "Serve" and entry.is_pipeline]
+    replicas = [at for at, kind, entry in entries if kind == "Serve" and not entry.is_pipeline and at > 0]
     assert formed
     assert min(formed) < min(replicas)
     assert "pipeline" in with_pipelines.first_modes.values()
@@ -83,7 +84,7 @@ def test_more_sources_make_pipelines_ready_earlier() -> None:
         base = configured("lambdascale", f"system.memory.initial_copies={copies}")
         config = replace(base, pipelines=ComplementaryPipelines())
         _, recorder = Suite(config).run(burst(200), cluster=small_cluster(12), target_per_replica=1)
-        ready = [at for at, entry in recorder.entries if type(entry).__name__ == "FormPipeline"]
+        ready = [at for at, entry in recorder.entries if isinstance(entry, Serve) and entry.is_pipeline]
         first.append(min(ready, default=float("inf")))
     assert first[1] < first[0]
 

@@ -9,7 +9,7 @@ import xxhash
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits
-from lambdascale.inference import BlockError, BlockStore, Engine, Stage, StoreConfig, Ticket, load_blocks
+from lambdascale.inference import BlockError, BlockStore, Engine, StoreConfig, Ticket, TransformerStage, load_blocks
 from lambdascale.inference.read_back import ReadBack
 from lambdascale.transport import gpu_of
 
@@ -100,9 +100,9 @@ def test_tokens_are_those_of_the_cpu(model: PackedModel) -> None:
         return [ticket.output for ticket in tickets]
 
     limits = BatchLimits(max_batch=6, max_tokens=64)
-    cpu = answers(Engine([Stage(model.architecture, load_blocks(model), 6, 256)], limits))
+    cpu = answers(Engine([TransformerStage(model.architecture, load_blocks(model), 6, 256)], limits))
     with store_for(model) as store:
         store.load(model.name, range(BLOCKS)).wait(60)
         with store.weights(model.name, range(BLOCKS)) as weights:
-            stages = [Stage(model.architecture, part, 6, 256) for part in (weights[:2], weights[2:])]
+            stages = [TransformerStage(model.architecture, part, 6, 256) for part in (weights[:2], weights[2:])]
             assert answers(Engine(stages, limits)) == cpu

@@ -16,8 +16,8 @@ from torch import distributed
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core.events import BlockArrived, NodeLost
-from lambdascale.live.communicators import Nccl, has_nccl
 from lambdascale.live.config import LiveConfig
+from lambdascale.live.node.communicators import Nccl, has_nccl
 from tests.live.harness import Outcome, Watcher, burst, expected, pack_tiny, run, system_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]

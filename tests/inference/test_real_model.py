@@ -13,7 +13,7 @@ from lambdascale.checkpoints import HfCheckpoint, PackedModel, pack
 from lambdascale.checkpoints.synthetic import smollm2_file, write_smollm2
 from lambdascale.control import BatchLimits
 from lambdascale.core import UserError
-from lambdascale.inference import BlockStore, Engine, Stage, StoreConfig, Ticket
+from lambdascale.inference import BlockStore, Engine, StoreConfig, Ticket, TransformerStage
 
 from .conftest import Answer
 
@@ -55,7 +55,7 @@ def test_answers_of_a_packed_real_model(smollm2: Path, tmp_path: Path, answers: 
         store.add(model)
         store.load(model.name, range(6), keep_host=False).wait(60)
         with store.weights(model.name, range(6)) as blocks:
-            stages = [Stage(model.architecture, blocks[2 * i : 2 * i + 2], 4, 256) for i in range(3)]
+            stages = [TransformerStage(model.architecture, blocks[2 * i : 2 * i + 2], 4, 256) for i in range(3)]
             engine = Engine(stages, BatchLimits(max_batch=4, max_tokens=32))
             sent = [Ticket(index, list(prompt), len(prompt), 64) for index, prompt in enumerate(asked)]
             for ticket in sent:

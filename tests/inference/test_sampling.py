@@ -12,7 +12,7 @@ import torch
 from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.control import BatchLimits
 from lambdascale.core import CapacityError, UserError
-from lambdascale.inference import Engine, Sampling, Stage, Ticket, load_blocks
+from lambdascale.inference import Engine, Sampling, Ticket, TransformerStage, load_blocks
 from lambdascale.inference.sampling import choose
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
@@ -53,7 +53,9 @@ class TestInTheEngine:
         blocks = load_blocks(source, 2)
 
         def build(max_batch: int = 4, slot_tokens: int = 128) -> Engine:
-            return Engine([Stage(source.architecture, blocks, max_batch, slot_tokens)], BatchLimits(max_batch=max_batch))
+            return Engine(
+                [TransformerStage(source.architecture, blocks, max_batch, slot_tokens)], BatchLimits(max_batch=max_batch)
+            )
 
         return build
 

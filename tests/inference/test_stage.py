@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lambdascale.checkpoints import HfCheckpoint
-from lambdascale.inference import Segment, Stage, StageBatch, load_blocks
+from lambdascale.inference import Segment, StageBatch, TransformerStage, load_blocks
 from lambdascale.inference import linear as kernels
 from lambdascale.inference.linear import choose_kernel
 from lambdascale.inference.stage import rms_norm
@@ -19,12 +19,12 @@ MIXED = (Segment(0, 0, 5), Segment(1, 0, 3), Segment(2, 0, 1), Segment(3, 0, 1))
 
 
 @pytest.fixture
-def stage(models: Callable[[str], Path]) -> Stage:
+def stage(models: Callable[[str], Path]) -> TransformerStage:
     source = HfCheckpoint(models("llama3"))
-    return Stage(source.architecture, load_blocks(source, 1), 4, 32)
+    return TransformerStage(source.architecture, load_blocks(source, 1), 4, 32)
 
 
-def logits(stage: Stage, wanted: tuple[int, ...]) -> torch.Tensor:
+def logits(stage: TransformerStage, wanted: tuple[int, ...]) -> torch.Tensor:
     return stage.run(StageBatch(MIXED, 2, wanted), torch.arange(10))
 
 
@@ -49,12 +49,12 @@ def test_memory_for_a_product_changes_nothing(monkeypatch: pytest.MonkeyPatch, b
 
 
 @pytest.mark.parametrize("wanted", [(4, 7, 8, 9), (7,), (0, 2, 4), (8,), (4, 9)])
-def test_rows_nobody_asked_for_do_not_change_those_asked_for(stage: Stage, wanted: tuple[int, ...]) -> None:
+def test_rows_nobody_asked_for_do_not_change_those_asked_for(stage: TransformerStage, wanted: tuple[int, ...]) -> None:
     everything = logits(stage, tuple(range(10)))
     assert torch.allclose(logits(stage, wanted), everything[list(wanted)], atol=1e-5)
 
 
-def test_an_iteration_that_gives_no_token_leaves_its_keys(stage: Stage) -> None:
+def test_an_iteration_that_gives_no_token_leaves_its_keys(stage: TransformerStage) -> None:
     whole = stage.run(StageBatch((Segment(0, 0, 8),), 0, (7,)), torch.arange(8))
     assert stage.run(StageBatch((Segment(1, 0, 5),), 0, ()), torch.arange(5)).shape == (0, whole.shape[1])
     rest = stage.run(StageBatch((Segment(1, 5, 3),), 0, (2,)), torch.arange(5, 8))
@@ -63,7 +63,7 @@ def test_an_iteration_that_gives_no_token_leaves_its_keys(stage: Stage) -> None:
 
 def test_inputs_are_left_as_they_were(models: Callable[[str], Path]) -> None:
     source = HfCheckpoint(models("llama3"))
-    last = Stage(source.architecture, load_blocks(source, 2)[1:], 1, 32)
+    last = TransformerStage(source.architecture, load_blocks(source, 2)[1:], 1, 32)
     states = torch.randn(4, source.architecture.hidden)
     before = states.clone()
     last.run(StageBatch((Segment(0, 0, 4),), 0, (3,)), states)
@@ -82,7 +82,7 @@ def test_prefills_attended_together_give_what_each_gives_alone(
     models: Callable[[str], Path], variant: str, slots: tuple[int, ...]
 ) -> None:
     source = HfCheckpoint(models(variant))
-    together, alone = (Stage(source.architecture, load_blocks(source, 1), 4, 64) for _ in range(2))
+    together, alone = (TransformerStage(source.architecture, load_blocks(source, 1), 4, 64) for _ in range(2))
     for start, tokens in ((0, 20), (20, 6)):
         # The last is a token shorter: alike in its start only.
         lengths = [tokens, tokens, tokens, tokens - 1]

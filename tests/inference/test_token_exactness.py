@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lambdascale.checkpoints import HfCheckpoint, PackedModel, pack
 from lambdascale.control import BatchLimits
-from lambdascale.inference import BlockWeights, Engine, Segment, Stage, StageBatch, Ticket, load_blocks, warm_up
+from lambdascale.inference import BlockWeights, Engine, Segment, StageBatch, Ticket, TransformerStage, load_blocks, warm_up
 
 from .conftest import VARIANTS, Answer
 
@@ -33,7 +33,7 @@ def engine(blocks: Sequence[BlockWeights], source: HfCheckpoint | PackedModel, s
     limits = {"max_batch": 8, "max_tokens": 64} | limits
     stages, first = [], 0
     for count in split:
-        stages.append(Stage(source.architecture, blocks[first : first + count], limits["max_batch"], SLOT_TOKENS))
+        stages.append(TransformerStage(source.architecture, blocks[first : first + count], limits["max_batch"], SLOT_TOKENS))
         first += count
     return Engine(stages, BatchLimits(**limits))
 
@@ -68,7 +68,7 @@ def test_logits_are_within_a_ten_thousandth(
     variant: str, models: Callable[[str], Path], reference: Callable[[Path], Any]
 ) -> None:
     source = HfCheckpoint(models(variant))
-    stage = Stage(source.architecture, load_blocks(source), 1, SLOT_TOKENS)
+    stage = TransformerStage(source.architecture, load_blocks(source), 1, SLOT_TOKENS)
     ids = torch.tensor(prompts()[-1])
     ours = stage.run(StageBatch((Segment(0, 0, len(ids)),), 0, tuple(range(len(ids)))), ids)
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def test_half_precision_is_as_close_as_transformers_is(
 ) -> None:
     """Stated tolerance, for logits of spread 3: the engine in half precision against transformers in float32."""
     source = HfCheckpoint(models("llama"))
-    stage = Stage(source.architecture, load_blocks(source, 2, dtype), 1, SLOT_TOKENS)
+    stage = TransformerStage(source.architecture, load_blocks(source, 2, dtype), 1, SLOT_TOKENS)
     assert stage.dtype == name
     ids = torch.tensor(prompts()[-1])
     ours = stage.run(StageBatch((Segment(0, 0, len(ids)),), 0, tuple(range(len(ids)))), ids)

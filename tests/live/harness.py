@@ -19,9 +19,9 @@ from lambdascale.core import Request
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
 from lambdascale.experiments.compose import compose
-from lambdascale.inference import Engine, Stage, Ticket, load_blocks
-from lambdascale.live.backend import LiveBackend
+from lambdascale.inference import Engine, Ticket, TransformerStage, load_blocks
 from lambdascale.live.config import LiveConfig
+from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.testing.invariants import InvariantChecker
 
@@ -100,7 +100,7 @@ def prompts(requests: Sequence[Request], vocab: int = 256) -> dict[int, list[int
 
 def expected(model: PackedModel, requests: Sequence[Request]) -> dict[int, list[int]]:
     """The engine's answers, one after the other on one node."""
-    stage = Stage(model.architecture, load_blocks(model), 1, SLOT_TOKENS)
+    stage = TransformerStage(model.architecture, load_blocks(model), 1, SLOT_TOKENS)
     answers = {}
     for request in requests:
         engine = Engine([stage], BatchLimits(max_batch=1))

@@ -13,7 +13,7 @@ PROGRAM = """
 import os
 from pathlib import Path
 from multiprocessing import forkserver, get_context
-from lambdascale.live.launch import LocalLauncher
+from lambdascale.live.controller.launch import LocalLauncher
 
 
 def tell(connection):

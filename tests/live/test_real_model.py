@@ -18,7 +18,7 @@ from lambdascale.core.events import BlockArrived
 from lambdascale.experiments.compose import compose
 from lambdascale.inference import Ticket
 from lambdascale.live.config import LiveConfig
-from lambdascale.live.text import Text
+from lambdascale.live.serving.text import Text
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.testing.invariants import InvariantChecker
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 import zmq
 
 from lambdascale.live import wire
-from lambdascale.live.hub import Hub
+from lambdascale.live.controller.hub import Hub
 
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], hub: Hub, *, known: bool = True, curve: bool = True) -> zmq.Socket[bytes]:

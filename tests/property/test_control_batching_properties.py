@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdascale.control import BatchLimits, BatchScheduler, Sequence
+from lambdascale.control import BatchedRequest, BatchLimits, BatchScheduler
 
 REQUEST = st.tuples(st.integers(1, 40), st.integers(1, 12))
 KV = 60
@@ -35,7 +35,7 @@ def test_every_sequence_gets_exactly_its_tokens_within_the_limits(
     while pending or len(scheduler):
         while pending and pending[0][1][0] <= clock:
             index, (_, (prompt, output)) = pending.pop(0)
-            scheduler.add(Sequence(index, prompt, output))
+            scheduler.add(BatchedRequest(index, prompt, output))
         iteration = scheduler.schedule()
         if iteration is None:
             assert pending, "idle with work inside"
@@ -70,7 +70,7 @@ def test_a_drained_sequence_goes_on_where_it_was(requests: list[tuple[int, int]]
     limits = BatchLimits(max_batch=3, max_tokens=16)
     here, there = BatchScheduler(limits, KV), BatchScheduler(limits, KV)
     for index, (prompt, output) in enumerate(requests):
-        here.add(Sequence(index, prompt, output))
+        here.add(BatchedRequest(index, prompt, output))
     finished = []
     for _ in range(steps):
         iteration = here.schedule()
@@ -82,7 +82,7 @@ def test_a_drained_sequence_goes_on_where_it_was(requests: list[tuple[int, int]]
     assert len(here) == 0
     assert here.schedule() is None
     for s in moved:
-        there.add(Sequence(s.request_id, s.prompt_tokens, s.output_tokens, s.produced, cached and s.produced > 0))
+        there.add(BatchedRequest(s.request_id, s.prompt_tokens, s.output_tokens, s.produced, cached and s.produced > 0))
     firsts = {s.request_id for s in moved if s.produced == 0}
     seen_first: set[int] = set()
     while (iteration := there.schedule()) is not None:

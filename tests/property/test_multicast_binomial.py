@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core import MulticastPlan, PlanError, Transfer
+from lambdascale.core import MulticastPlan, PlanError, Send
 from lambdascale.multicast import (
     BinomialPipeline,
     arrival_rounds,
@@ -146,16 +146,16 @@ def test_survivors_complete_each_other_or_a_block_is_lost(case: tuple[int, list[
 @pytest.mark.parametrize(
     ("rounds", "message"),
     [
-        (((Transfer(1, 2, 0),),), "round 1: node 1 sends block 0, which it does not hold yet"),
-        (((Transfer(0, 1, 0), Transfer(1, 2, 0)),), "round 1: node 1 sends block 0, which it does not hold yet"),
-        (((Transfer(0, 1, 0),), (Transfer(0, 1, 0),)), "round 2: node 1 gets block 0 again"),
-        (((Transfer(0, 1, 0), Transfer(0, 2, 0)),), "round 1: node 0 sends 2 blocks at once"),
-        (((Transfer(0, 1, 7),),), "round 1: there is no block 7 of 2"),
-        (((Transfer(0, 9, 0),),), "round 1: a transfer from 0 to 9 is not between two members"),
-        (((Transfer(0, 1, 0),), (Transfer(0, 1, 1),)), "node 2 never gets block 0"),
+        (((Send(1, 2, 0),),), "round 1: node 1 sends block 0, which it does not hold yet"),
+        (((Send(0, 1, 0), Send(1, 2, 0)),), "round 1: node 1 sends block 0, which it does not hold yet"),
+        (((Send(0, 1, 0),), (Send(0, 1, 0),)), "round 2: node 1 gets block 0 again"),
+        (((Send(0, 1, 0), Send(0, 2, 0)),), "round 1: node 0 sends 2 blocks at once"),
+        (((Send(0, 1, 7),),), "round 1: there is no block 7 of 2"),
+        (((Send(0, 9, 0),),), "round 1: a transfer from 0 to 9 is not between two members"),
+        (((Send(0, 1, 0),), (Send(0, 1, 1),)), "node 2 never gets block 0"),
     ],
 )
-def test_the_validator_names_what_is_wrong(rounds: tuple[tuple[Transfer, ...], ...], message: str) -> None:
+def test_the_validator_names_what_is_wrong(rounds: tuple[tuple[Send, ...], ...], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         validate_plan(MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=2, rounds=rounds))
 

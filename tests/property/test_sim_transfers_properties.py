@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baselines.faasnet import BalancedTree
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Transfer
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send
 from lambdascale.core.commands import StartMulticast
 from lambdascale.multicast import BinomialPipeline
 from lambdascale.multicast.base import MulticastPlanner
@@ -69,14 +69,14 @@ def random_plans(draw: st.DrawFn) -> MulticastPlan:
     """Valid plans without any structure: in each round some holders send something somebody lacks."""
     nodes, blocks = draw(st.integers(2, 6)), draw(st.integers(1, 4))
     held = [set(range(blocks)), *(set[int]() for _ in range(nodes - 1))]
-    rounds: list[tuple[Transfer, ...]] = []
+    rounds: list[tuple[Send, ...]] = []
     while any(len(blocks_held) < blocks for blocks_held in held):
-        sent: list[Transfer] = []
+        sent: list[Send] = []
         for src in draw(st.permutations(range(nodes))):
             taken = {(t.dst, t.block) for t in sent}
             useful = [(d, b) for d in range(nodes) for b in held[src] if b not in held[d] and (d, b) not in taken]
             if useful and (src == 0 or draw(st.booleans())):
-                sent.append(Transfer(src, *draw(st.sampled_from(useful))))
+                sent.append(Send(src, *draw(st.sampled_from(useful))))
         for t in sent:
             held[t.dst].add(t.block)
         rounds.append(tuple(sent))

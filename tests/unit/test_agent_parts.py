@@ -10,8 +10,8 @@ import torch
 
 from lambdascale.core import UserError
 from lambdascale.live import wire
-from lambdascale.live.agent import Agent, make_endpoint, pick_gpu
 from lambdascale.live.config import LiveConfig
+from lambdascale.live.node.agent import Agent, make_endpoint, pick_gpu
 from lambdascale.transport import Handlers, TransportError
 
 NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=lambda *_: None)

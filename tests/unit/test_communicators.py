@@ -15,10 +15,11 @@ from hydra.utils import instantiate
 from lambdascale.control import SystemConfig
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
-from lambdascale.live import communicators, config
-from lambdascale.live.collective import Collective
-from lambdascale.live.communicators import Nccl, choose
+from lambdascale.live import config
 from lambdascale.live.config import LiveConfig
+from lambdascale.live.node import communicators
+from lambdascale.live.node.collective import Collective
+from lambdascale.live.node.communicators import Nccl, choose
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from lambdascale.control import BatchLimits, BatchScheduler, Sequence
+from lambdascale.control import BatchedRequest, BatchLimits, BatchScheduler
 from lambdascale.core import UserError
 
 
 def test_a_prompt_longer_than_the_budget_is_prefilled_in_chunks_beside_decodes() -> None:
     scheduler = BatchScheduler(BatchLimits(max_batch=2, max_tokens=10), kv_tokens=1000)
-    scheduler.add(Sequence(1, prompt_tokens=4, output_tokens=9))
+    scheduler.add(BatchedRequest(1, prompt_tokens=4, output_tokens=9))
     scheduler.complete(scheduler.schedule())
-    scheduler.add(Sequence(2, prompt_tokens=25, output_tokens=1))
+    scheduler.add(BatchedRequest(2, prompt_tokens=25, output_tokens=1))
     counts = []
     for _ in range(3):
         iteration = scheduler.schedule()
@@ -24,7 +24,7 @@ def test_a_prompt_longer_than_the_budget_is_prefilled_in_chunks_beside_decodes()
 def test_static_batches_are_not_joined_and_ignore_the_token_budget() -> None:
     scheduler = BatchScheduler(BatchLimits(mode="static", max_batch=2, max_tokens=4), kv_tokens=1000)
     for index, output in enumerate([2, 5, 3]):
-        scheduler.add(Sequence(index, prompt_tokens=10, output_tokens=output))
+        scheduler.add(BatchedRequest(index, prompt_tokens=10, output_tokens=output))
     assert scheduler.schedule().prefill_tokens == 20
     finished = []
     while not finished or finished[-1] != 1:
@@ -37,14 +37,14 @@ def test_static_batches_are_not_joined_and_ignore_the_token_budget() -> None:
 def test_admission_waits_for_kv_memory_and_keeps_the_order() -> None:
     scheduler = BatchScheduler(BatchLimits(max_batch=8), kv_tokens=100)
     for index, prompt in enumerate([60, 50, 10]):
-        scheduler.add(Sequence(index, prompt, output_tokens=10))
+        scheduler.add(BatchedRequest(index, prompt, output_tokens=10))
     assert [s.request_id for s, _ in scheduler.schedule().prefills] == [0], "2 would fit but came after 1"
 
 
 def test_a_stopped_sequence_frees_its_slot_at_once() -> None:
     scheduler = BatchScheduler(BatchLimits(max_batch=1), kv_tokens=100)
-    scheduler.add(Sequence(1, 5, 50))
-    scheduler.add(Sequence(2, 5, 1))
+    scheduler.add(BatchedRequest(1, 5, 50))
+    scheduler.add(BatchedRequest(2, 5, 1))
     scheduler.complete(scheduler.schedule())
     _, finished = scheduler.complete(scheduler.schedule(), 1, stopped={1})
     assert [(s.request_id, s.produced) for s in finished] == [(1, 2)]
@@ -53,7 +53,7 @@ def test_a_stopped_sequence_frees_its_slot_at_once() -> None:
 
 def test_end_of_sequence_as_the_very_first_token() -> None:
     scheduler = BatchScheduler(BatchLimits(), kv_tokens=100)
-    scheduler.add(Sequence(1, 5, 50))
+    scheduler.add(BatchedRequest(1, 5, 50))
     first, finished = scheduler.complete(scheduler.schedule(), 1, stopped={1})
     assert first == finished
     assert scheduler.schedule() is None
@@ -62,7 +62,7 @@ def test_end_of_sequence_as_the_very_first_token() -> None:
 @pytest.mark.parametrize("stage", ["waiting", "prefilling", "decoding"])
 def test_remove_from_any_stage_returns_its_memory(stage: str) -> None:
     scheduler = BatchScheduler(BatchLimits(max_batch=2, max_tokens=4), kv_tokens=40)
-    scheduler.add(Sequence(1, 10, 10))
+    scheduler.add(BatchedRequest(1, 10, 10))
     if stage != "waiting":
         scheduler.complete(scheduler.schedule())
     if stage == "decoding":

@@ -12,8 +12,8 @@ from lambdascale.core.commands import LoadBlocks
 from lambdascale.core.events import AnyEvent, BlockArrived, CommandFailed
 from lambdascale.inference.loading import Load
 from lambdascale.inference.store import BlockStore
-from lambdascale.live.loads import Links, Loads
-from lambdascale.live.reports import Reports
+from lambdascale.live.node.loads import Links, Loads
+from lambdascale.live.node.reports import Reports
 
 
 class InstantStore:

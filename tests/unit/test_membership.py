@@ -6,10 +6,11 @@ from typing import cast
 
 import pytest
 
-from lambdascale.live import membership, wire
-from lambdascale.live.hub import Hub
-from lambdascale.live.launch import Launcher
-from lambdascale.live.membership import Membership
+from lambdascale.live import wire
+from lambdascale.live.controller import membership
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.membership import Membership
 
 
 class Cluster:

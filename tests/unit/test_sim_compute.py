@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lambdascale.control.batching import Iteration, Sequence
-from lambdascale.control.compute import ComputeModel, interpolate
+from lambdascale.control.batching import BatchedRequest, Iteration
 from lambdascale.core import ComputeTable
+from lambdascale.core.timing import ComputeModel, interpolate
 from lambdascale.testing.systems import small_cluster, small_model
 
 MODEL = ComputeModel(small_cluster(), small_model())
@@ -40,7 +40,7 @@ def test_steps_by_is_the_smallest_that_reaches(batch: int, context: int, elapsed
 
 
 def test_stages_add_up_to_the_model() -> None:
-    iteration = Iteration([(Sequence(0, 100, 5), 100)], 3, 300, 1)
+    iteration = Iteration([(BatchedRequest(0, 100, 5), 100)], 3, 300, 1)
     whole = MODEL.iteration_s(iteration)
     assert sum(MODEL.iteration_s(iteration, share) for share in (0.25, 0.25, 0.5)) == pytest.approx(whole)
 

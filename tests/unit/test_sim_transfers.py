@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Transfer, UserError
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send, UserError
 from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.sim import SimConfig
 from lambdascale.sim.communicator import draw_setup_s, setup_distribution
@@ -36,13 +36,13 @@ TRIANGLE = MulticastPlan(  # 2 receives both blocks in round 2
     members=(0, 1, 2),
     sources=(0,),
     blocks=2,
-    rounds=((Transfer(0, 1, 0),), (Transfer(0, 2, 1), Transfer(1, 2, 0)), (Transfer(2, 1, 1),)),
+    rounds=((Send(0, 1, 0),), (Send(0, 2, 1), Send(1, 2, 0)), (Send(2, 1, 1),)),
 )
 CHAIN = MulticastPlan(
     members=(0, 1, 2),
     sources=(0,),
     blocks=2,
-    rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1), Transfer(1, 2, 0)), (Transfer(1, 2, 1),)),
+    rounds=((Send(0, 1, 0),), (Send(0, 1, 1), Send(1, 2, 0)), (Send(1, 2, 1),)),
     streaming=True,
 )
 
@@ -67,8 +67,10 @@ class Rig:
         return self.arrived
 
 
-def multicast(plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, transport: str = "rdma") -> StartMulticast:
-    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), transport)  # type: ignore[arg-type]
+def multicast(
+    plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, multicast: str = "one_sided"
+) -> StartMulticast:
+    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), multicast)  # type: ignore[arg-type]
 
 
 def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> None:
@@ -86,14 +88,14 @@ def test_the_barrier_costs_its_time_once_a_round_but_not_after_the_last() -> Non
 
 def test_two_multicasts_share_their_source() -> None:
     rig = Rig()
-    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Transfer(0, 1, 0),),))
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
     rig.engine.multicast(multicast(pair, 1))
     rig.engine.multicast(multicast(pair.on([0, 2]), 2))
     assert rig.run() == [(2.0, 1, 1, 0), (2.0, 2, 2, 0)]
 
 
 def test_latency_keeps_the_port_busy() -> None:
-    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1),)))
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Send(0, 1, 0),), (Send(0, 1, 1),)))
     times = multicast_times(pair, [50, 50], replace(CLUSTER, link_latency_s=0.1), TransferOptions())
     assert times.total_s == pytest.approx(2.2)
 
@@ -119,9 +121,7 @@ def test_a_node_lost_in_the_last_round_receives_nothing_and_the_rest_stalls() ->
 
 
 def test_a_survivor_sends_what_it_holds_from_a_broken_multicast() -> None:
-    plan = MulticastPlan(
-        members=(5, 6), sources=(5,), blocks=3, rounds=((Transfer(5, 6, 2), Transfer(6, 5, 0)), (Transfer(5, 6, 1),))
-    )
+    plan = MulticastPlan(members=(5, 6), sources=(5,), blocks=3, rounds=((Send(5, 6, 2), Send(6, 5, 0)), (Send(5, 6, 1),)))
     rig = Rig()
     rig.engine.multicast(multicast(plan))
     assert rig.run() == [(1.0, 1, 6, 2), (1.0, 1, 5, 0), (2.0, 1, 6, 1)]
@@ -129,14 +129,14 @@ def test_a_survivor_sends_what_it_holds_from_a_broken_multicast() -> None:
 
 def test_a_streaming_broadcast_takes_the_time_of_one_hop_and_the_fill() -> None:
     rig = Rig(chunk_bytes=10, communicator_setup=False)
-    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     assert [at for at, *_ in rig.run()] == [pytest.approx(1.1)] * 4
     assert rig.occupied == [(0.0, 0, True), (pytest.approx(1.1), 0, False)]
 
 
 def test_cancelling_a_collective_gives_the_gpu_back() -> None:
     rig = Rig(communicator_setup=False)
-    rig.engine.multicast(multicast(transport="collective"))
+    rig.engine.multicast(multicast(multicast="collective"))
     rig.kernel.at(0.5, rig.engine.cancel, 1)
     rig.run()
     assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
@@ -253,13 +253,13 @@ def test_finished_and_cancelled_transfers_are_forgotten() -> None:
 def test_a_plan_without_transfers_neither_draws_a_set_up_nor_keeps_the_gpu() -> None:
     alone = MulticastPlan(members=(0,), sources=(0,), blocks=2, rounds=(), streaming=True)
     rig = Rig()
-    rig.engine.multicast(multicast(alone, transport="collective"))
+    rig.engine.multicast(multicast(alone, multicast="collective"))
     assert rig.run() == rig.occupied == []
     assert (rig.engine.active, rig.engine.setup_s) == ((), {})
 
 
 def test_a_round_without_transfers_costs_its_barrier() -> None:
-    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (), (Transfer(0, 1, 1),)))
+    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Send(0, 1, 0),), (), (Send(0, 1, 1),)))
     rig = Rig(barrier=True, barrier_s=0.25)
     rig.engine.multicast(multicast(plan))
     assert [at for at, *_ in rig.run()] == [1.0, 2.5]
@@ -268,7 +268,7 @@ def test_a_round_without_transfers_costs_its_barrier() -> None:
 @pytest.mark.parametrize("at", [0.5, 1.05])  # while the bytes flow; while the last chunks drain
 def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float) -> None:
     rig = Rig(chunk_bytes=10, communicator_setup=False)
-    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     rig.kernel.at(at, rig.engine.node_lost, 2)
     assert rig.run() == []
     rig.engine.cancel(1)
@@ -277,14 +277,14 @@ def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float)
 
 def test_a_member_lost_during_the_set_up_keeps_the_sources_free() -> None:
     rig = Rig()
-    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     rig.engine.node_lost(1)
     assert rig.run() == rig.occupied == []
 
 
 def test_a_streaming_broadcast_and_a_load_from_the_remote_store_share_the_nic() -> None:
     rig = Rig(replace(CLUSTER, remote_bytes_per_s=60.0, pcie_bytes_per_s=1000.0), chunk_bytes=10, communicator_setup=False)
-    rig.engine.multicast(multicast(CHAIN, transport="collective"))
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     rig.engine.load(load("remote", node=2, transfer_id=2, blocks=(0,)))
     # Both get half of node 2's 100 B/s: 100 bytes each in 2 s, and the chain has its fill of 0.1 s to go.
     assert [(at, t) for at, t, *_ in rig.run()] == [(2.0, 2), *[(pytest.approx(2.1), 1)] * 4]
@@ -293,7 +293,7 @@ def test_a_streaming_broadcast_and_a_load_from_the_remote_store_share_the_nic() 
 def test_many_equal_flows_through_one_port_end_together_in_the_order_they_began() -> None:
     rig = Rig()
     for transfer_id in range(1, 8):
-        pair = MulticastPlan(members=(0, transfer_id), sources=(0,), blocks=1, rounds=((Transfer(0, transfer_id, 0),),))
+        pair = MulticastPlan(members=(0, transfer_id), sources=(0,), blocks=1, rounds=((Send(0, transfer_id, 0),),))
         rig.engine.multicast(multicast(pair, transfer_id, size=10**9))
     arrived = rig.run()
     assert [t for _, t, *_ in arrived] == list(range(1, 8))
@@ -314,7 +314,7 @@ def test_what_unpacked_tensors_and_buffers_made_on_the_way_cost() -> None:
     assert packed.block_overhead_s(50.0, 3) == 0.0
     assert unpacked.block_overhead_s(50.0, 3) == 6.0
     assert allocating.block_overhead_s(50.0, 3) == 0.75
-    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Transfer(0, 1, 0),), (Transfer(0, 1, 1),)))
+    plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Send(0, 1, 0),), (Send(0, 1, 1),)))
     # A block of 50 bytes takes 1 s at half of 100 bytes/s; a model without known layers has one a block.
     assert [multicast_times(plan, [50, 50], CLUSTER, options).total_s for options in (packed, unpacked, allocating)] == [
         2.0,
@@ -336,7 +336,7 @@ def test_a_slow_node_slows_what_crosses_its_port() -> None:
         lambda node, busy: None,
         nic_shares=dict(config.slow_nodes),
     )
-    star = MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=1, rounds=((Transfer(0, 1, 0),), (Transfer(0, 2, 0),)))
+    star = MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),), (Send(0, 2, 0),)))
     engine.multicast(multicast(star))
     while kernel.step():
         pass

@@ -124,7 +124,7 @@ def test_times_of_the_first_scale_out() -> None:
         (1.5, "AllocateNode", 2, None, None, {}),
         (2.0, "BlockArrived", 1, 2, 0, None),
         (2.0, "BlockArrived", 2, 2, 1, None),
-        (2.1, "FormPipeline", None, None, None, {}),
+        (2.1, "Serve", None, None, None, {"stages": [[1, 0, 0], [2, 1, 1]]}),
         (2.2, "AllocateNode", 3, None, None, {}),
         (2.5, "BlockArrived", 1, 2, 1, None),
         (3.5, "BlockArrived", 2, 2, 0, None),

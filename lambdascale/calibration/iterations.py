@@ -13,7 +13,7 @@ import torch
 from lambdascale.calibration.probes import once
 from lambdascale.checkpoints import Architecture, PackedModel
 from lambdascale.core import ComputeTable
-from lambdascale.inference import BlockStore, BlockWeights, Segment, Stage, StageBatch, StoreConfig
+from lambdascale.inference import BlockStore, BlockWeights, Segment, StageBatch, StoreConfig, TransformerStage
 
 Tensor = torch.Tensor
 
@@ -56,7 +56,7 @@ def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], g
     A block that is repeated alone has its weights in a cache and looks a quarter faster than it is.
     """
     longest = min(architecture.max_position, max(*grid.prefill_tokens, *(context + 1 for context in grid.contexts)))
-    stages = [Stage(architecture, [block], max(grid.decode_batch), longest) for block in blocks]
+    stages = [TransformerStage(architecture, [block], max(grid.decode_batch), longest) for block in blocks]
     prefills = [_in_turn(stages, prefill(min(tokens, longest)), grid.rounds) for tokens in grid.prefill_tokens]
     decodes = [
         [_in_turn(stages, decode(batch, min(context, longest - 1)), grid.rounds) for context in grid.contexts]
@@ -82,7 +82,7 @@ def decode(batch: int, context: int) -> StageBatch:
     return StageBatch(tuple(Segment(slot, context, 1) for slot in range(batch)), batch, tuple(range(batch)))
 
 
-def _in_turn(stages: Sequence[Stage], batch: StageBatch, rounds: int) -> list[float]:
+def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int) -> list[float]:
     """Median seconds of each stage over ``rounds`` passes through all of them; a pass before does not count."""
     times: list[list[float]] = [[] for _ in stages]
     inputs = [inputs_of(stage, batch) for stage in stages]
@@ -92,7 +92,7 @@ def _in_turn(stages: Sequence[Stage], batch: StageBatch, rounds: int) -> list[fl
     return [median(found[1:]) for found in times]
 
 
-def inputs_of(stage: Stage, batch: StageBatch) -> Tensor:
+def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
     """Something of the right shape to run a stage with."""
     if stage.is_first:
         return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)

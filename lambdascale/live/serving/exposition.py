@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from lambdascale.live.state import TTFT_BUCKETS_S, ClusterState
+from lambdascale.live.serving.state import TTFT_BUCKETS_S, ClusterState
 
 
 class Collector:

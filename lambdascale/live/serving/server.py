@@ -14,12 +14,12 @@ import uvicorn
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control import SystemConfig, drive
 from lambdascale.core import ClusterSpec
-from lambdascale.live.backend import LiveBackend
 from lambdascale.live.config import LiveConfig
-from lambdascale.live.frontend import FrontEnd
-from lambdascale.live.state import ClusterState
-from lambdascale.live.text import Text
-from lambdascale.live.view import View
+from lambdascale.live.controller.backend import LiveBackend
+from lambdascale.live.serving.frontend import FrontEnd
+from lambdascale.live.serving.state import ClusterState
+from lambdascale.live.serving.text import Text
+from lambdascale.live.serving.view import View
 
 _LINGER_S = 5
 

@@ -26,13 +26,12 @@ from lambdascale.core.commands import (
     Dispatch,
     EvictBlocks,
     FailRequest,
-    FormPipeline,
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Serve,
     SetTimer,
     StartMulticast,
-    StartReplica,
     StopInstance,
     SwitchMode,
 )
@@ -50,9 +49,9 @@ from lambdascale.core.events import (
 )
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
-from lambdascale.live.hub import Hub
-from lambdascale.live.launch import Launcher
-from lambdascale.live.membership import PING_S, Membership
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.membership import PING_S, Membership
 
 _START_S = 120.0
 
@@ -135,8 +134,7 @@ class LiveBackend:
             StartMulticast: self._multicast,
             LoadBlocks: self._load,
             CancelTransfer: self._cancel,
-            StartReplica: self._start_replica,
-            FormPipeline: self._form_pipeline,
+            Serve: self._serve,
             Dispatch: self._dispatch,
             SwitchMode: self._switch_mode,
             StopInstance: self._stop_instance,
@@ -406,11 +404,7 @@ class LiveBackend:
         for node in self._members.pop(command.transfer_id, ()):
             self._tell(node, wire.Do(command))
 
-    def _start_replica(self, command: StartReplica) -> None:
-        self._instances[command.instance] = _Served((command.node,))
-        self._tell(command.node, wire.Do(command))
-
-    def _form_pipeline(self, command: FormPipeline) -> None:
+    def _serve(self, command: Serve) -> None:
         nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
         self._instances[command.instance] = _Served(nodes)
         for node in nodes:

@@ -12,7 +12,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
-from lambdascale.live.agent import Access
+from lambdascale.live.node_config import Access
 
 
 class _OnlyOurs:

@@ -23,9 +23,9 @@ from starlette.routing import Route
 from lambdascale.core import Request, UserError
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
-from lambdascale.live.backend import Sink
-from lambdascale.live.exposition import Collector
-from lambdascale.live.openai_api import (
+from lambdascale.live.controller.backend import Sink
+from lambdascale.live.serving.exposition import Collector
+from lambdascale.live.serving.openai_api import (
     Answer,
     ApiError,
     ChatBody,
@@ -38,8 +38,8 @@ from lambdascale.live.openai_api import (
     plain,
     prompts_of,
 )
-from lambdascale.live.state import ClusterState
-from lambdascale.live.text import Growing, Text
+from lambdascale.live.serving.state import ClusterState
+from lambdascale.live.serving.text import Growing, Text
 
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI's
 _json = msgspec.json.Encoder().encode

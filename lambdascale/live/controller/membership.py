@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
-from lambdascale.live.hub import Hub
-from lambdascale.live.launch import Launcher
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.launch import Launcher
 
 PING_S = 1.0
 _SEVERED_S = 1.0  # a peer that died is known to be dead by then

@@ -11,7 +11,7 @@ from lambdascale.core.commands import LoadBlocks
 from lambdascale.inference.loading import Load
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockInUseError, BlockStore
-from lambdascale.live.reports import Reports
+from lambdascale.live.node.reports import Reports
 from lambdascale.transport import TokenBucket
 
 _RETRY_S = 0.01

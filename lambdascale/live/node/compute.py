@@ -19,12 +19,12 @@ from typing import Any
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core import NodeId
-from lambdascale.core.commands import FormPipeline, StartReplica
+from lambdascale.core.commands import Serve
 from lambdascale.core.events import CommandFailed, Mode
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Batch, BatchPlan, Ticket
 from lambdascale.live import wire
-from lambdascale.live.runners import Executor, Runner
+from lambdascale.live.node.runners import Executor, Runner
 
 SendPeer = Callable[[NodeId, wire.Peer], None]
 
@@ -106,14 +106,10 @@ class Compute:
 
     # -- what the node is told (from any thread) ---------------------------------------------------------------------
 
-    def start_replica(self, command: StartReplica, blocks: int) -> None:
-        """Serve alone."""
-        stages = (Stage(self._node, 0, blocks - 1),)
-        self.post(lambda: self._start(command.instance, command.model, "local", stages))
-
-    def form_pipeline(self, command: FormPipeline) -> None:
-        """Serve a share."""
-        self.post(lambda: self._start(command.instance, command.model, "pipeline", command.stages))
+    def serve(self, command: Serve) -> None:
+        """Serve this node's stages of an instance."""
+        mode: Mode = "local" if len(command.stages) == 1 else "pipeline"
+        self.post(lambda: self._start(command.instance, command.model, mode, command.stages))
 
     def assign(self, message: wire.Assign) -> None:
         """Requests for an instance whose head is here."""

@@ -14,7 +14,8 @@ from typing import Any
 from msgspec import msgpack, structs
 
 from lambdascale.core import NodeId, UserError
-from lambdascale.live.agent import NodeConfig, run
+from lambdascale.live.node.agent import run
+from lambdascale.live.node_config import NodeConfig
 
 _JOIN_S = 10.0
 

@@ -9,36 +9,31 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import zmq
-from msgspec import Struct
+from typing import TYPE_CHECKING, Any
 
 from lambdascale.checkpoints import PackedModel
-from lambdascale.control.batching import BatchLimits
-from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.core import NodeId
 from lambdascale.core.checks import require
 from lambdascale.core.commands import (
     CancelTransfer,
     EvictBlocks,
-    FormPipeline,
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Serve,
     StartMulticast,
-    StartReplica,
     StopInstance,
 )
 from lambdascale.core.events import AnyEvent
 from lambdascale.live import wire
+from lambdascale.live.node.line import Line
+from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
     DeviceMemory,
@@ -59,40 +54,6 @@ _BEAT_S = 0.25
 _SILENCE_S = 20.0  # without a word of the controller for so long, an agent leaves
 _PDEATHSIG = 1
 _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
-
-
-class Access(Struct, frozen=True):
-    """Where the controller is and how to prove to belong: CURVE keys, and the key of the nodes among themselves."""
-
-    controller: str
-    server_public: bytes
-    client_public: bytes
-    client_secret: bytes
-    nodes_key: bytes
-
-
-class NodeConfig(Struct, frozen=True):
-    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes."""
-
-    node: NodeId
-    access: Access
-    models: tuple[tuple[str, str], ...]
-    cluster: ClusterSpec
-    limits: BatchLimits
-    transport: str
-    executor: str
-    device: str
-    slot_tokens: int
-    host_bytes: int
-    device_bytes: int
-    threads: int
-    host: str = "127.0.0.1"
-    link: float | None = None
-    ssd: float | None = None
-    pcie: float | None = None
-    preloaded: bool = False
-    rdma: rdma.RdmaOptions = rdma.RdmaOptions()
-    collective: Literal["nccl", "gloo"] = "gloo"
 
 
 def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
@@ -164,61 +125,6 @@ def run(config: NodeConfig, *, local: bool = True) -> None:
         line.close()
 
 
-class Line:
-    """The socket to the controller. ``say`` may be called from any thread; the rest belongs to the main one."""
-
-    def __init__(self, config: NodeConfig) -> None:
-        access = config.access
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.identity = b"%d" % config.node
-        self._socket.curve_serverkey = access.server_public
-        self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
-        self._socket.linger = 1000
-        self._socket.connect(access.controller)
-        self._out: deque[wire.ToController] = deque()
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._woken.setblocking(False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._woken.fileno(), zmq.POLLIN)
-
-    def say(self, message: wire.ToController) -> None:
-        """Queue a message for the controller."""
-        self._out.append(message)
-        try:
-            self._waker.send(b"x")
-        except BlockingIOError:
-            pass  # awake already
-        except OSError:
-            return  # closed
-
-    def poll(self, timeout_s: float) -> list[wire.ToAgent]:
-        """Send what is queued; what the controller said within the time."""
-        self._flush()
-        ready = dict(self._poller.poll(int(timeout_s * 1000)))
-        if self._woken.fileno() in ready:
-            self._woken.recv(4096)
-        self._flush()
-        messages = []
-        while self._socket.poll(0, zmq.POLLIN):
-            messages.append(wire.to_agent(self._socket.recv()))
-        return messages
-
-    def _flush(self) -> None:
-        while self._out:
-            self._socket.send(wire.encode(self._out.popleft()))
-
-    def close(self) -> None:
-        """Say what is left and hang up."""
-        self._flush()
-        self._socket.close()
-        self._context.term()
-        self._waker.close()
-        self._woken.close()
-
-
 class Agent:
     """The parts of a node, joined."""
 
@@ -227,12 +133,12 @@ class Agent:
         import torch
 
         from lambdascale.inference import warm_up
-        from lambdascale.live.collective import Collective, Outlet
-        from lambdascale.live.compute import Compute
-        from lambdascale.live.loads import Links
-        from lambdascale.live.mover import Mover
-        from lambdascale.live.multicasts import BLOCK_BITS
-        from lambdascale.live.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
+        from lambdascale.live.node.collective import Collective, Outlet
+        from lambdascale.live.node.compute import Compute
+        from lambdascale.live.node.loads import Links
+        from lambdascale.live.node.mover import Mover
+        from lambdascale.live.node.multicasts import BLOCK_BITS
+        from lambdascale.live.node.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)
         self._config = config
@@ -307,8 +213,7 @@ class Agent:
             EvictBlocks: self.mover.evict,
             PlaceCopy: self._place_copy,
             ReleaseNode: self._release,
-            StartReplica: lambda c: self.compute.start_replica(c, len(self.store.model(c.model).blocks)),
-            FormPipeline: self.compute.form_pipeline,
+            Serve: self.compute.serve,
             StopInstance: self._stop,
         }
         self._messages: dict[type, Callable[[Any], None]] = {

@@ -17,12 +17,11 @@ from lambdascale.core.commands import (
     Dispatch,
     EvictBlocks,
     FailRequest,
-    FormPipeline,
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Serve,
     StartMulticast,
-    StartReplica,
     StopInstance,
     SwitchMode,
 )
@@ -216,12 +215,9 @@ class ClusterState:
             self._transfers[command.transfer_id] = made
 
     def _serve(self, command: Command) -> None:
-        if isinstance(command, StartReplica):
-            whole = ((command.node, 0, self._blocks - 1),)
-            self._instances[command.instance] = _Instance(command.model, whole, pipeline=False)
-        elif isinstance(command, FormPipeline):
+        if isinstance(command, Serve):
             stages = tuple((s.node, s.first_block, s.last_block) for s in command.stages)
-            self._instances[command.instance] = _Instance(command.model, stages, pipeline=True)
+            self._instances[command.instance] = _Instance(command.model, stages, pipeline=len(stages) > 1)
         elif isinstance(command, SwitchMode):
             del self._instances[command.pipeline]
             for request_id, target in command.moves:

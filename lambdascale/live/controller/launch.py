@@ -12,7 +12,8 @@ from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 from lambdascale.core import NodeId
-from lambdascale.live.agent import NodeConfig, run
+from lambdascale.live.node.agent import run
+from lambdascale.live.node_config import NodeConfig
 
 _JOIN_S = 10.0
 _TUNABLES = "GLIBC_TUNABLES"
@@ -54,7 +55,7 @@ class LocalLauncher:
 
     def __init__(self) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["lambdascale.live.agent", "lambdascale.live.preload"])
+        self._context.set_forkserver_preload(["lambdascale.live.node.agent", "lambdascale.live.node.preload"])
         with _tuned():
             forkserver.ensure_running()
         self._processes: dict[NodeId, BaseProcess] = {}

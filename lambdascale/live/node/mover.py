@@ -10,9 +10,9 @@ from lambdascale.core.commands import EvictBlocks, LoadBlocks, StartMulticast
 from lambdascale.core.events import AnyEvent
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
-from lambdascale.live.loads import Links, Loads
-from lambdascale.live.multicasts import Multicasts
-from lambdascale.live.reports import Reports
+from lambdascale.live.node.loads import Links, Loads
+from lambdascale.live.node.multicasts import Multicasts
+from lambdascale.live.node.reports import Reports
 from lambdascale.live.wire import Ready
 from lambdascale.transport import Endpoint
 

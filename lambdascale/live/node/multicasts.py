@@ -20,10 +20,10 @@ import torch
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import StartMulticast, Tier
-from lambdascale.core.plan import Transfer
+from lambdascale.core.plan import Send
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
-from lambdascale.live.reports import Reports
+from lambdascale.live.node.reports import Reports
 from lambdascale.live.wire import Ready, encode
 from lambdascale.transport import DeviceMemory, Endpoint, Memory, TransportError, gpu_of
 
@@ -37,7 +37,7 @@ class _Outgoing:
 
     command: StartMulticast
     tier: StoreTier
-    sends: deque[Transfer]
+    sends: deque[Send]
     in_flight: int = 0
     cancelled: bool = False
 
@@ -49,7 +49,7 @@ class _Incoming:
     command: StartMulticast
     missing: set[int]
     offsets: dict[int, int] = field(default_factory=dict)
-    turns: deque[Transfer] = field(default_factory=deque)
+    turns: deque[Send] = field(default_factory=deque)
     granted: dict[int, NodeId] = field(default_factory=dict)
     cancelled: bool = False
     admitted: tuple[NodeId, ...] = ()  # who may write to this node's memory for it
@@ -122,7 +122,7 @@ class Multicasts:
     def start(self, command: StartMulticast) -> None:
         """Take part in a multicast."""
         plan, number = command.plan, command.transfer_id
-        if command.transport == "collective":
+        if command.multicast == "collective":
             self._join_broadcast(command)
             return
         sends = deque(t for transfers in plan.rounds for t in transfers if t.src == self._node)
@@ -186,7 +186,7 @@ class Multicasts:
         if not out.sends and not out.in_flight:
             self._end_outgoing(number, out)
 
-    def _send(self, number: int, out: _Outgoing, transfer: Transfer, offset: int) -> None:
+    def _send(self, number: int, out: _Outgoing, transfer: Send, offset: int) -> None:
         stack = ExitStack()
         (data,) = stack.enter_context(self._store.using(out.command.model, [transfer.block], out.tier))
         out.in_flight += 1
@@ -231,7 +231,7 @@ class Multicasts:
 
     # -- receiving ---------------------------------------------------------------------------------------------------
 
-    def _receive(self, command: StartMulticast, receives: list[Transfer]) -> None:
+    def _receive(self, command: StartMulticast, receives: list[Send]) -> None:
         model = command.model
         blocks = [t.block for t in receives if not self._store.holds(model, t.block, self._store.landing_tier)]
         try:

@@ -11,10 +11,10 @@ import torch
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.convert import TORCH_TYPES
-from lambdascale.control.compute import ComputeModel
 from lambdascale.core import ClusterSpec
 from lambdascale.core.checks import require
-from lambdascale.inference import BlockStore, Stage
+from lambdascale.core.timing import ComputeModel
+from lambdascale.inference import BlockStore, TransformerStage
 from lambdascale.inference.sampling import choose
 from lambdascale.live.wire import Pass
 
@@ -71,7 +71,7 @@ class TorchRunner:
         self._dtype = TORCH_TYPES[packed.dtype]
         self._stack = ExitStack()
         weights = self._stack.enter_context(store.weights(model, list(blocks)))
-        self._stage = Stage(packed.architecture, weights, slots, slot_tokens)
+        self._stage = TransformerStage(packed.architecture, weights, slots, slot_tokens)
         self.first_layer = weights[0].layout.first_layer
         self.layers = weights[-1].layout.last_layer + 1 - self.first_layer
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lambdascale.live.state import ClusterState
+from lambdascale.live.serving.state import ClusterState
 
 _EVERY_S = 0.25
 _FULL, _EMPTY = "█", "·"

@@ -1,4 +1,4 @@
-"""How long an iteration takes on a node: a roofline with efficiencies, or tables measured on real hardware. Simulated and timed
+"""Duration of an iteration on a node: a roofline with efficiencies, or tables measured on real hardware. Simulated and timed
 nodes share it.
 
 Roofline: an iteration reads the weights once and does 2 FLOP per parameter and token, whichever takes longer; on top come
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from math import ceil, sqrt
+from typing import Protocol
 
-from lambdascale.control.batching import IterationSize
-from lambdascale.core import ClusterSpec, ComputeTable, ModelSpec
+from lambdascale.core.specs import ClusterSpec, ComputeTable, ModelSpec
 
 
 def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float:
@@ -23,6 +23,26 @@ def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float
     right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
     slope = (ys[right] - ys[right - 1]) / (xs[right] - xs[right - 1])
     return max(0.0, ys[right - 1] + slope * (x - xs[right - 1]))
+
+
+class IterationSize(Protocol):
+    """What an iteration's duration depends on."""
+
+    @property
+    def decodes(self) -> int:
+        """Sequences that decode one token each."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of KV that the decodes read."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens prefilled."""
+
+    @property
+    def attended_tokens(self) -> int:
+        """Query-key pairs of the prefills."""
 
 
 class ComputeModel:

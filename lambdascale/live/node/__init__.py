@@ -1,0 +1,1 @@
+"""A node process: agent, block mover, compute thread, stage runners and collectives."""

@@ -1,0 +1,66 @@
+"""A node's socket to the controller."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+
+import zmq
+
+from lambdascale.live import wire
+from lambdascale.live.node_config import NodeConfig
+
+
+class Line:
+    """The socket to the controller. ``say`` may be called from any thread; the rest belongs to the main one."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        access = config.access
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.identity = b"%d" % config.node
+        self._socket.curve_serverkey = access.server_public
+        self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
+        self._socket.linger = 1000
+        self._socket.connect(access.controller)
+        self._out: deque[wire.ToController] = deque()
+        self._waker, self._woken = socket.socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken.fileno(), zmq.POLLIN)
+
+    def say(self, message: wire.ToController) -> None:
+        """Queue a message for the controller."""
+        self._out.append(message)
+        try:
+            self._waker.send(b"x")
+        except BlockingIOError:
+            pass  # awake already
+        except OSError:
+            return  # closed
+
+    def poll(self, timeout_s: float) -> list[wire.ToAgent]:
+        """Send what is queued; what the controller said within the time."""
+        self._flush()
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._woken.fileno() in ready:
+            self._woken.recv(4096)
+        self._flush()
+        messages = []
+        while self._socket.poll(0, zmq.POLLIN):
+            messages.append(wire.to_agent(self._socket.recv()))
+        return messages
+
+    def _flush(self) -> None:
+        while self._out:
+            self._socket.send(wire.encode(self._out.popleft()))
+
+    def close(self) -> None:
+        """Say what is left and hang up."""
+        self._flush()
+        self._socket.close()
+        self._context.term()
+        self._waker.close()
+        self._woken.close()

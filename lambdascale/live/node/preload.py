@@ -1,0 +1,7 @@
+"""What every agent needs and takes long to load: imported once by the process that local agents are forked from."""
+
+import lambdascale.inference
+import lambdascale.live.node.collective
+import lambdascale.live.node.compute
+import lambdascale.live.node.mover
+import lambdascale.live.node.runners  # noqa: F401

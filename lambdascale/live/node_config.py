@@ -1,0 +1,45 @@
+"""Configuration of one node process, as the controller sends it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from lambdascale.control.batching import BatchLimits
+from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.transport import rdma
+
+
+class Access(Struct, frozen=True):
+    """Where the controller is and how to prove to belong: CURVE keys, and the key of the nodes among themselves."""
+
+    controller: str
+    server_public: bytes
+    client_public: bytes
+    client_secret: bytes
+    nodes_key: bytes
+
+
+class NodeConfig(Struct, frozen=True):
+    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes."""
+
+    node: NodeId
+    access: Access
+    models: tuple[tuple[str, str], ...]
+    cluster: ClusterSpec
+    limits: BatchLimits
+    transport: str
+    executor: str
+    device: str
+    slot_tokens: int
+    host_bytes: int
+    device_bytes: int
+    threads: int
+    host: str = "127.0.0.1"
+    link: float | None = None
+    ssd: float | None = None
+    pcie: float | None = None
+    preloaded: bool = False
+    rdma: rdma.RdmaOptions = rdma.RdmaOptions()
+    collective: Literal["nccl", "gloo"] = "gloo"
