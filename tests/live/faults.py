@@ -12,8 +12,9 @@ import pytest
 
 from lambdascale.core.commands import CancelTransfer, StartMulticast
 from lambdascale.core.events import CommandFailed
+from lambdascale.live import config
 from lambdascale.live.controller.launch import LocalLauncher
-from lambdascale.live.node import agent, config
+from lambdascale.live.node import agent
 from lambdascale.live.node.multicasts import BLOCK_BITS
 from lambdascale.live.node_config import NodeConfig
 from tests.live.harness import Outcome, of
