@@ -69,13 +69,16 @@ class Transfers:
 
     def block_arrived(self, allocation: Allocation, block: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
-        for transfer in list(allocation.incoming.values()):
-            left = transfer.waiting[allocation.node]
+        node, through = allocation.node, []
+        for transfer in allocation.incoming.values():
+            left = transfer.waiting[node]
             left.discard(block)
             if not left:
-                del transfer.waiting[allocation.node], allocation.incoming[transfer.transfer_id]
-                if not transfer.waiting:
-                    self.end(transfer)
+                through.append(transfer)
+        for transfer in through:
+            del transfer.waiting[node], allocation.incoming[transfer.transfer_id]
+            if not transfer.waiting:
+                self.end(transfer)
 
     def end(self, transfer: TransferState) -> None:
         """Free the members of a transfer that is done or given up."""

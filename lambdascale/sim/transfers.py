@@ -75,6 +75,7 @@ class TransferEngine:
         self._deliver = deliver
         self._occupy = occupy
         self._layers = layers or {}
+        self._rate = None if cluster.overrides else float(cluster.nic_bytes_per_s)  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
         self._transfers: dict[int, FlowGroup] = {}
         self._copies = FlowGroup()
@@ -183,13 +184,11 @@ class TransferEngine:
         payload = command.block_bytes[block]
         layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
         overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
-        size = payload / cluster.rdma_efficiency + overhead_s * self._nic_rate((src, dst))
+        size = payload / cluster.rdma_efficiency + overhead_s * (self._rate or self._nic_rate((src, dst)))
         self._fabric.flow(transfer, (src, dst), self._fabric.hop(src, dst), size, on_done)
 
     def _nic_rate(self, nodes: Collection[NodeId]) -> float:
         """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
-        if not self._cluster.overrides:
-            return float(self._cluster.nic_bytes_per_s)
         return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _stream(self, transfer: _Multicast) -> None:
