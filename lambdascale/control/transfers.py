@@ -37,12 +37,12 @@ class Transfers:
         self._fleet.out.append(command)
 
     def load_missing(self, state: ModelState, node: NodeId) -> None:
-        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or SSD."""
+        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or storage."""
         allocation = state.allocations[node]
         coming = {block for transfer in allocation.incoming.values() for block in transfer.waiting[node]}
         missing = sorted(allocation.wanted - allocation.blocks - coming)
         if missing:
-            self.load(state, node, "host" if self._fleet.is_warm(state, node) else "ssd", missing)
+            self.load(state, node, self._fleet.own_tier(state, node), missing)
 
     def _begin(
         self,

@@ -66,13 +66,13 @@ class SimConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend."""
+        """Name of the backend in rows and summaries."""
         return self.kind
 
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:
-        """The backend of one run."""
+        """Return the backend of one run."""
         for name in ("node_failures", "slow_nodes"):
             for node, _ in getattr(self, name):
                 require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
@@ -143,7 +143,7 @@ class SimBackend:
         self._handlers[type(command)](command)
 
     def next_event(self) -> Event | None:
-        """The next event; requests arrive before anything else that happens at the same time."""
+        """Return the next event; requests arrive before anything else that happens at the same time."""
         events = self._events
         if events:
             return events.popleft()
@@ -160,7 +160,7 @@ class SimBackend:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
-        """Bookkeeping of the control plane that takes no time and changes nothing here."""
+        """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)

@@ -13,7 +13,7 @@ _LAST = 1
 
 
 class Run(Protocol):
-    """What occupies a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
+    """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
 
     def begin(self, pace: float) -> float:
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""

@@ -124,7 +124,7 @@ class TransferEngine:
                 self._send_next(transfer, node)
 
     def _send_next(self, transfer: _Multicast, node: NodeId) -> None:
-        """Start the node's next send if its port is free, the block is there, and the receiver is through with earlier rounds."""
+        """Start the node's next send if its port is free, it holds the block, and the receiver has ended earlier rounds."""
         sends = transfer.sends.get(node)
         if node in transfer.busy or not sends:
             return
@@ -157,7 +157,7 @@ class TransferEngine:
         self._deliver(transfer.command.transfer_id, node, transfer.command.model, block)
 
     def _run_round(self, entry: tuple[_Multicast, int]) -> None:
-        """The prototype's controller: all transfers of a round, then a barrier, then the next round."""
+        """Run a round as the prototype's controller does: all its sends, then a barrier, then the next round."""
         transfer, index = entry
         rounds = transfer.command.plan.rounds
         if transfer.cancelled or index == len(rounds):
