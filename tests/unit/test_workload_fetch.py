@@ -148,7 +148,7 @@ def test_licence_and_digest_are_shown_on_download(upstream: str, tmp_path: Path,
 def test_an_unknown_name_is_refused_before_anything_is_downloaded(upstream: str, tmp_path: Path) -> None:
     sources = registry(f"{upstream}/trace.txt", DIGEST)
     for arguments in (["it", "that"], []):
-        with pytest.raises(UserError, match=r"unknown trace 'that'; there are it|at least one trace: it"):
+        with pytest.raises(UserError, match=r"unknown trace 'that'; choose from it|at least one trace: it"):
             main([*arguments, "--out", str(tmp_path)], sources)
     assert Upstream.asked == 0
 
