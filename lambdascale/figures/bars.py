@@ -23,7 +23,7 @@ class BarLook:
 def grouped_bars(
     axis: Axes, frame: pd.DataFrame, *, groups: str, series: str, value: str, order: Sequence[str], looks: dict[str, BarLook]
 ) -> None:
-    """A group of bars per value of ``groups`` (in ``order``), a bar in it per value of ``series``."""
+    """Draw a group of bars per value of ``groups`` (in ``order``), with one bar per value of ``series`` that has a look."""
     names = list(looks)
     width = 0.8 / len(names)
     for index, name in enumerate(names):

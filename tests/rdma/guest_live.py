@@ -73,6 +73,6 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert checks["pyverbs"]["found"] == "the distribution's python3-pyverbs"
     assert checks["RDMA devices"]["status"] == checks["memory lock limit"]["status"] == "ok"
     for name in ("rxe0 port 1", "rxe1 port 1"):
-        assert "8 MiB written to itself are intact" in checks[name]["found"]
+        assert "a loopback write of 8 MiB is intact" in checks[name]["found"]
     assert "GID 1 (RoCE v2, 127.0.0.1), MTU 4096" in checks["rxe0 port 1"]["found"]
     assert "GID 1 (RoCE v2, 10.78.0.1), MTU 1024" in checks["rxe1 port 1"]["found"]
