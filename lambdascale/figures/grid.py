@@ -37,6 +37,6 @@ def checked(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], fig
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """One row per combination of ``keys``, in the table's order: ``median``, ``low`` (smallest), ``high`` (largest) of ``value``."""
+    """One row per combination of ``keys``, in table order: ``median``, ``low`` (smallest), ``high`` (largest) of ``value``."""
     grouped = frame.groupby(list(keys), sort=False, dropna=False)[value]
     return grouped.agg(median="median", low="min", high="max").reset_index()

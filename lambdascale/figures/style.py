@@ -1,4 +1,4 @@
-"""One palette and style for all figures. The colours of Okabe and Ito are safe for colour-blind readers; line styles differ too."""
+"""One palette and style for all figures. Okabe and Ito's colours are safe for colour-blind readers; line styles differ too."""
 
 from __future__ import annotations
 
