@@ -1,4 +1,4 @@
-"""How every command ends: 0 on success, 2 with one line on a user's mistake, 1 on a fault of ours."""
+"""Exit status of every command: 0 on success, 2 with one line for a user's mistake, 1 for a fault in this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lambdascale.core import UserError
 
 
 def run_guarded(fn: Callable[[], int | None]) -> int:
-    """Call ``fn`` and turn what it raises into an exit status; the traceback of a fault is shown if LAMBDASCALE_DEBUG is set."""
+    """Call ``fn`` and return an exit status, 130 after an interrupt; LAMBDASCALE_DEBUG=1 shows the traceback of an error."""
     try:
         return fn() or 0
     except KeyboardInterrupt:
@@ -34,7 +34,7 @@ def run_guarded(fn: Callable[[], int | None]) -> int:
 
 
 def user_message(error: BaseException) -> str | None:
-    """One line for a user's mistake, also one that Hydra wrapped; None if the error is not the user's."""
+    """One-line message of a user's mistake, also of one wrapped by Hydra; None if the error is not the user's."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
@@ -51,7 +51,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_lines(error: BaseException) -> str:
-    """What Hydra's and OmegaConf's messages say, without the hints at their internals that follow."""
+    """First lines of a message of Hydra or OmegaConf, without the hints about their internals that follow."""
     lines = []
     for line in (line.strip() for line in str(error).splitlines()):
         if "$VALUE" in line or line.startswith(

@@ -208,14 +208,14 @@ class TestArchitectures:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported; known are LlamaForCausalLM"),
+            ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported; choose from LlamaForCausalLM"),
             ({}, "none given"),
             (TINY | {"hidden_act": "gelu"}, "gelu"),
             (TINY | {"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
             ({key: value for key, value in TINY.items() if key != "hidden_size"}, "hidden_size"),
             ([1, 2], "does not hold a model's configuration"),
-            (TINY | {"num_hidden_layers": "many"}, "makes no sense"),
-            (TINY | {"num_attention_heads": 0}, "makes no sense"),
+            (TINY | {"num_hidden_layers": "many"}, "holds an invalid value"),
+            (TINY | {"num_attention_heads": 0}, "holds an invalid value"),
         ],
     )
     def test_unknown_ones_are_refused(self, config: dict[str, Any], reason: str) -> None:
@@ -284,7 +284,7 @@ class TestCommand:
             (["--random", "tiny", "OUT", "--blocks", "few"], "number or auto"),
             (["--random", "tiny", "OUT", "--nodes", "1"], "--nodes must be at least 2"),
             (["--random", "tiny", "OUT", "--profile", "moon"], "moon"),
-            (["--random", "tiny", "."], "exists already"),
+            (["--random", "tiny", "."], "already exists"),
         ],
     )
     def test_mistakes(self, arguments: list[str], about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
