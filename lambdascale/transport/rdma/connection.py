@@ -1,7 +1,7 @@
 """A connection to one peer: its queue pairs (a rail for each device) and its socket.
 
-One thread sends; the endpoint's watching thread takes completions and tells the node of what has arrived. The socket over which
-the two ends have introduced themselves stays open: a process that dies closes it, long before retries are exhausted.
+One thread sends; the endpoint's watch thread polls completions and notifies the node of arrivals. The socket over which the two
+ends introduced themselves stays open: a process that dies closes it long before retries are exhausted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 if TYPE_CHECKING:
     from lambdascale.transport.rdma.endpoint import RdmaEndpoint
 
-# How long what was given may take to arrive when a connection is ended on purpose.
+# Longest time in seconds for the remaining writes and messages to arrive when a connection is closed on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
-# A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
+# Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
 _LOST_S = 30.0
 _GO = b"!"
 
@@ -62,16 +62,16 @@ class RdmaConnection:
         self._gate = Gate(lanes, self._outbox, guarded, self._lock)
         handlers = endpoint.handlers
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
-        self._ending = False  # this end says goodbye once everything is through
-        self._reason = ""  # why nothing is accepted any more
-        self._gone = threading.Event()  # the peer has nothing to say any more
+        self._ending = False  # this end says goodbye once everything has arrived
+        self._reason = ""  # why further writes and messages are refused
+        self._gone = threading.Event()  # the peer sends nothing more
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
 
     def start(self) -> None:
-        """See Connection. The peer sends nothing before it is told that this end listens."""
+        """See Connection. The peer sends nothing before it is notified that this end listens."""
         self._endpoint.watch.call(self._watch_lanes)
-        with suppress(OSError):  # then this end will hear of it, too
+        with suppress(OSError):  # the watch thread will see the closed socket, too
             self.sock.sendall(_GO)
         self._thread.start()
 
@@ -135,7 +135,7 @@ class RdmaConnection:
             self._break(str(error) or "the connection is gone")
 
     def _next(self) -> Step | None:
-        """What to post next, once there is something; None when the connection has ended."""
+        """Wait for the next step to post; None when the connection has ended."""
         with self._changed:
             while not self._reason:
                 step = self._outbox.step()
@@ -154,7 +154,7 @@ class RdmaConnection:
             if not self._reason:
                 step.post()
 
-    # -- what the watching thread does -------------------------------------------------------------------------------
+    # -- on the watch thread -----------------------------------------------------------------------------------------
 
     def _watch_lanes(self) -> None:
         for rail, lane in enumerate(self.lanes if not self._freed else []):
@@ -165,7 +165,7 @@ class RdmaConnection:
             self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
 
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
-        """Take a rail's completions and act on them."""
+        """Poll a rail's completions and act on them."""
         items: list[Arrival | Callable[[], None]] = []
         failure = ""
         with self._changed:
@@ -207,7 +207,7 @@ class RdmaConnection:
             self._outbox.keys = keys
 
     def _socket_readable(self) -> None:
-        """The peer's process has ended, or it has closed the connection: it never says anything there."""
+        """Handle the closed socket: the peer's process has ended or it has closed the connection, since it never sends data."""
         for rail, lane in enumerate(self.lanes):
             if not self._freed:
                 self._completed(rail, lane, acknowledge=False)
@@ -220,7 +220,7 @@ class RdmaConnection:
             self._break("the connection is gone")
 
     def check(self) -> None:
-        """Called every now and then: has a completion been lost?"""
+        """Break the connection if a completion is overdue; called periodically."""
         with self._changed:
             stuck_s = max(lane.stuck_s() for lane in self.lanes) if not self._freed else 0.0
         if stuck_s > _LOST_S:
@@ -234,7 +234,7 @@ class RdmaConnection:
             self._break("the peer has disconnected", tell=False)
 
     def finish(self) -> None:
-        """See Connection. Not from a handler."""
+        """See Connection. Must not be called from a handler."""
         with self._changed:
             self._ending = True
             self._outbox.goodbye()
@@ -249,7 +249,7 @@ class RdmaConnection:
         self._thread.join(TIMEOUT_S)
 
     def _break(self, reason: str, *, tell: bool = True) -> None:
-        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        """End the connection: refuse further writes and messages, fail those that wait, and report the loss if ``tell``."""
         with self._changed:
             if self._reason:
                 return
@@ -263,12 +263,12 @@ class RdmaConnection:
             self._endpoint.handlers.on_lost(self.peer, reason)
 
     def _free(self) -> None:
-        """Close queue pairs, memory and socket; in the watching thread, or before the connection has been started."""
+        """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""
         with self._changed:
             if self._freed:
                 return
             self._freed = True
-            self._gate.close()  # first: a queue pair waits for the windows bound to it
+            self._gate.close()  # first, since a queue pair waits for the windows bound to it
             for lane in self.lanes:
                 self._endpoint.watch.remove(lane.fd)
                 lane.close()
