@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--cluster", metavar="NAME", help="measured profile of this machine (for sim_vs_live)")
     parser.add_argument("--only", choices=TABLES, help="make this table only")
     parser.add_argument("--results", default="results", metavar="DIR", help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="folder of the tables (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/tables"), metavar="DIR", help="folder of the tables (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     wanted = [arguments.only] if arguments.only else list(TABLES)
     if "sim_vs_live" in wanted and arguments.cluster is None:

@@ -17,7 +17,9 @@ def main() -> None:
         description="Compare the studies' tables with the paper and with the reference's measurements."
     )
     parser.add_argument("--tables", type=Path, default=Path("results/tables"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE", help="document to update (default: %(default)s)")
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), metavar="FILE", help="document to update (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     table = paper_table(load_tables(arguments.tables))
     readme = with_block(arguments.readme.read_text(), "paper_vs_ours", markdown(table))

@@ -78,7 +78,7 @@ class Endpoint(Protocol):
         ...
 
     def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
-        """Write ``data`` to byte ``offset`` of the peer's registered memory, then notify it with ``immediate`` (64 unsigned bits).
+        """Write ``data`` to byte ``offset`` of the peer's registered memory, then notify it with ``immediate`` (64 bits, >= 0).
 
         ``data`` is host memory, or GPU memory if ``on_device``. The call returns at once; the future is done when ``data`` may be
         changed again, or has a TransportError.
