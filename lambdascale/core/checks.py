@@ -33,7 +33,9 @@ def _matches(value: object, hint: Any) -> bool:
     if origin is tuple:
         args = typing.get_args(hint)
         return isinstance(value, tuple) and (len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value))
-    if origin is not None or getattr(hint, "_is_protocol", False):
+    if getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint) if getattr(hint, "_is_runtime_protocol", False) else True
+    if origin is not None:
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
 
@@ -41,8 +43,8 @@ def _matches(value: object, hint: Any) -> bool:
 def check_types(config: Any) -> None:
     """Raise UserError if a field of the dataclass ``config`` holds a value its annotation does not allow.
 
-    Lists become tuples where a tuple is annotated, since Hydra passes lists. Scalars, literals, unions and homogeneous
-    tuples are checked; protocols and generic mappings are not.
+    Lists become tuples where a tuple is annotated, since Hydra passes lists. Scalars, literals, unions, homogeneous tuples and
+    runtime-checkable protocols (names of their members) are checked; other protocols and generic mappings are not.
     """
     hints = _hints(type(config))
     for field in fields(config):
