@@ -202,7 +202,7 @@ class ComputeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """Hardware of one node: ``gpus`` GPUs of one kind, their engine's speed, NIC (per direction), PCIe and SSD rates in bytes/s."""
+    """Hardware of one node: ``gpus`` GPUs of one kind, their engine's speed; NIC (per direction), PCIe and SSD in bytes/s."""
 
     gpus: int
     gpu: GpuSpec

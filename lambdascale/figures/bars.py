@@ -13,7 +13,7 @@ from lambdascale.figures.grid import over_seeds
 
 @dataclass(frozen=True)
 class BarLook:
-    """How one series of bars is drawn."""
+    """Label, colour and hatch of one series of bars."""
 
     label: str
     color: str

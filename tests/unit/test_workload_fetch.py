@@ -1,4 +1,4 @@
-"""The trace downloader against a server on loopback that lies, stalls and breaks off."""
+"""The trace downloader against a loopback server that sends wrong bytes, stalls and closes connections early."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Serves ``content`` at /trace.txt, breaks off half-way at /short.txt, knows nothing else."""
+    """Serves ``content`` at /trace.txt, closes half-way through /short.txt, and answers 404 otherwise."""
 
     content = CONTENT
     asked = 0
