@@ -34,7 +34,7 @@ def run_guarded(fn: Callable[[], int | None]) -> int:
 
 
 def user_message(error: BaseException) -> str | None:
-    """One-line message of a user's mistake, also of one wrapped by Hydra; None if the error is not the user's."""
+    """One line for a user's mistake, also one that Hydra wrapped; None if the error is not the user's."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
@@ -51,7 +51,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_lines(error: BaseException) -> str:
-    """First lines of a message of Hydra or OmegaConf, without the hints about their internals that follow."""
+    """What Hydra's and OmegaConf's messages say, without the hints at their internals that follow."""
     lines = []
     for line in (line.strip() for line in str(error).splitlines()):
         if "$VALUE" in line or line.startswith(

@@ -123,12 +123,12 @@ class HostCaches:
         return expired
 
     def oldest(self, node: NodeId, besides: str) -> str | None:
-        """Model whose copy would be evicted next, excluding ``besides`` and pinned copies; None if no copy qualifies."""
+        """The copy that would go next, ``besides`` and those being read aside; None if there is none."""
         names = (name for name in self._nodes.get(node, ()) if name != besides and not self._pinned(node, name))
         return next(names, None)
 
     def remove(self, node: NodeId, model: str) -> None:
-        """Evict a copy; KeyError if ``node`` has none of ``model``."""
+        """Drop a copy on purpose."""
         self._drop(node, model)
 
     def forget(self, node: NodeId) -> None:
