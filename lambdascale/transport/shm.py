@@ -25,7 +25,7 @@ _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 
 
 class _Mapped:
-    """The peer's memory, mapped into this process. See Reachable.
+    """The peer's memory, mapped. See Reachable.
 
     Hashing brings a piece into a cache, from where it is copied past the caches (see the launcher in
     lambdascale.live.controller): memory is read once. What is hashed
@@ -42,7 +42,7 @@ class _Mapped:
     def put(self, data: Memory, at: int) -> None:
         assert isinstance(data, memoryview), "it is on the host"
         self._copied.update(data)
-        # numpy's copy releases the interpreter lock, a memoryview's does not.
+        # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
         self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
     def complete(self) -> int:

@@ -36,15 +36,15 @@ class Reachable(Protocol):
     step_bytes: int
 
     def put(self, data: Memory, at: int) -> None:
-        """Copy a piece to byte ``at``; OSError on failure. The copy may still be in flight when this returns."""
+        """Copy a piece there; OSError if it cannot be. It may be under way yet when this returns."""
         ...
 
     def complete(self) -> int | None:
-        """Wait for all copies since the last call; return their hash (xxh3_64), None if the bytes were not hashed."""
+        """Wait until all that was put is there; its hash (xxh3_64) where it was in a cache, since the last call."""
         ...
 
     def close(self) -> None:
-        """Stop using the peer's memory."""
+        """Reach it no longer."""
         ...
 
 
@@ -96,7 +96,7 @@ class _Connection:
         self.sock.close()
 
     def _let_go(self) -> None:
-        """Stop using the peer's memory: nothing more is written."""
+        """Nothing is written any more."""
         if self._theirs is not None:
             self._theirs.close()
 
@@ -147,7 +147,7 @@ class _Connection:
             self.sock.close()
 
     def _end(self, reason: str) -> bool:
-        """Refuse further writes and messages; return True for the first call. The sender ends after sending what is queued."""
+        """Accept nothing any more; whether this is the first word of it. The sender leaves once it is through."""
         with self._given:
             first, self._reason = not self._reason, self._reason or reason
             self._ending = True
@@ -155,7 +155,7 @@ class _Connection:
         return first
 
     def _break(self, reason: str, *, tell: bool) -> None:
-        """End the connection: refuse further writes and messages, fail those that wait, and report the loss if ``tell``."""
+        """The connection is over: nothing is accepted any more, and what waits has failed."""
         first = self._end(reason)
         if tell:
             self._wake()
@@ -176,7 +176,7 @@ class _Connection:
         self._leave()
 
     def _next(self) -> _Job | None:
-        """Return the next job, messages first; None when the connection ends and nothing is left."""
+        """What to send next, messages first; None when the connection ends and nothing is left."""
         with self._given:
             while not self._messages and not self._writes:
                 if self._ending:
@@ -197,7 +197,7 @@ class _Connection:
             job.done.set_result(None)
 
     def _send(self, job: _Job) -> None:
-        """Send a message, or the end of the connection."""
+        """A message or a goodbye."""
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
             bucket.take(job.payload.nbytes)
@@ -223,7 +223,7 @@ class _Connection:
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
     def _pieces(self, payload: Memory, largest: int) -> Iterator[tuple[int, Memory]]:
-        """Yield the payload in pieces with their offsets, each when the paced link has room for it."""
+        """The payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
         data = flat(payload)
         step = largest if bucket is None else min(largest, bucket.piece_bytes)
@@ -290,7 +290,7 @@ class _Connection:
             self._hash.update(part)
 
     def _complete(self, immediate: int, offset: int, size: int) -> None:
-        """Report a complete write, with its hash if one is known."""
+        """A write is there: tell, with its hash where there is one."""
         handlers, found = self._endpoint.handlers, self._told if self._hash is None else self._hash.intdigest()
         self._hash = self._told = None
         if handlers.on_checked is None or found is None:
@@ -307,5 +307,5 @@ class TcpEndpoint(SocketEndpoint[_Connection]):
         return _Connection(self, peer, sock, self.introduce(peer, sock))
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> Reachable | None:
-        """Exchange further data after authentication; return the peer's memory if it can be written to directly, else None."""
+        """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
         return None

@@ -30,7 +30,7 @@ from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 if TYPE_CHECKING:
     from lambdascale.transport.rdma.endpoint import RdmaEndpoint
 
-# Longest time in seconds for the remaining writes and messages to arrive when a connection is closed on purpose.
+# How long what was given may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
 # Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
@@ -62,16 +62,16 @@ class RdmaConnection:
         self._gate = Gate(lanes, self._outbox, guarded, self._lock)
         handlers = endpoint.handlers
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
-        self._ending = False  # this end says goodbye once everything has arrived
-        self._reason = ""  # why further writes and messages are refused
-        self._gone = threading.Event()  # the peer sends nothing more
+        self._ending = False  # this end says goodbye once everything is through
+        self._reason = ""  # why nothing is accepted any more
+        self._gone = threading.Event()  # the peer has nothing to say any more
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
 
     def start(self) -> None:
-        """See Connection. The peer sends nothing before it is notified that this end listens."""
+        """See Connection. The peer sends nothing before it is told that this end listens."""
         self._endpoint.watch.call(self._watch_lanes)
-        with suppress(OSError):  # the watch thread will see the closed socket, too
+        with suppress(OSError):  # then this end will hear of it, too
             self.sock.sendall(_GO)
         self._thread.start()
 
@@ -135,7 +135,7 @@ class RdmaConnection:
             self._break(str(error) or "the connection is gone")
 
     def _next(self) -> Step | None:
-        """Wait for the next step to post; None when the connection has ended."""
+        """What to post next, once there is something; None when the connection has ended."""
         with self._changed:
             while not self._reason:
                 step = self._outbox.step()
@@ -207,7 +207,7 @@ class RdmaConnection:
             self._outbox.keys = keys
 
     def _socket_readable(self) -> None:
-        """Handle the closed socket: the peer's process has ended or it has closed the connection, since it never sends data."""
+        """The peer's process has ended, or it has closed the connection: it never says anything there."""
         for rail, lane in enumerate(self.lanes):
             if not self._freed:
                 self._completed(rail, lane, acknowledge=False)
@@ -220,7 +220,7 @@ class RdmaConnection:
             self._break("the connection is gone")
 
     def check(self) -> None:
-        """Break the connection if a completion is overdue; called periodically."""
+        """Called every now and then: has a completion been lost?"""
         with self._changed:
             stuck_s = max(lane.stuck_s() for lane in self.lanes) if not self._freed else 0.0
         if stuck_s > _LOST_S:
@@ -249,7 +249,7 @@ class RdmaConnection:
         self._thread.join(TIMEOUT_S)
 
     def _break(self, reason: str, *, tell: bool = True) -> None:
-        """End the connection: refuse further writes and messages, fail those that wait, and report the loss if ``tell``."""
+        """The connection is over: nothing is accepted any more, and what waits has failed."""
         with self._changed:
             if self._reason:
                 return
@@ -268,7 +268,7 @@ class RdmaConnection:
             if self._freed:
                 return
             self._freed = True
-            self._gate.close()  # first, since a queue pair waits for the windows bound to it
+            self._gate.close()  # first: a queue pair waits for the windows bound to it
             for lane in self.lanes:
                 self._endpoint.watch.remove(lane.fd)
                 lane.close()
