@@ -97,7 +97,7 @@ class TransportConformance:
         assert not left, f"threads are left: {left}"
 
     def pair(self, nodes: Callable[..., list[Node]], size: int = 1 << 20) -> tuple[Node, Node]:
-        """Make two connected nodes."""
+        """Two connected nodes."""
         one, two = nodes(2, size)
         one.endpoint.connect(1, two.endpoint.address)
         return one, two
@@ -149,7 +149,7 @@ class TransportConformance:
         assert bytes(two.memory[: 1 << 21]) == bytes(one.memory[1 << 21 :]) == data
 
     def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
-        """Each of several peers gets its own data."""
+        """Each gets its own."""
         first, *others = nodes(6)
         for peer, node in enumerate(others, start=1):
             first.endpoint.connect(peer, node.endpoint.address)
@@ -203,7 +203,7 @@ class TransportConformance:
             one.endpoint.connect(1, two.endpoint.address)
 
     def test_nobody_there(self, nodes: Callable[..., list[Node]]) -> None:
-        """Connecting to a closed endpoint fails."""
+        """A peer that has closed cannot be reached."""
         one, two = nodes(2)
         address = two.endpoint.address
         two.endpoint.close()
@@ -211,7 +211,7 @@ class TransportConformance:
             one.endpoint.connect(1, address)
 
     def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
-        """Connecting to the address of another node than named fails."""
+        """An address that belongs to somebody else."""
         one, two = nodes(2)
         with pytest.raises(TransportError, match="is node 1, not 5"):
             one.endpoint.connect(5, two.endpoint.address)

@@ -62,7 +62,7 @@ class Endpoint(Protocol):
         ...
 
     def connect(self, peer: NodeId, address: str) -> None:
-        """Connect to a peer (needed in one direction only); TransportError if that fails."""
+        """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
         ...
 
     def admit(self, peer: NodeId) -> None:

@@ -102,7 +102,7 @@ class TestStrangers:
         endpoint.close()
 
     def test_an_echo_of_the_challenge(self) -> None:
-        """A stranger that echoes the challenge is refused."""
+        """A stranger that sends back what it gets proves nothing."""
         heard = Heard()
         endpoint = TcpEndpoint(0, heard.handlers(), KEY)
         host, _, port = endpoint.address.rpartition(":")
