@@ -1,6 +1,6 @@
-"""Make the comparison tables: python scripts/tables.py [--tables DIR] [--readme FILE].
+"""Make the tables of comparison: python scripts/tables.py [--tables DIR] [--readme FILE].
 
-paper_vs_ours.csv (also written into the README) is made from the studies' tables, multicast_vs_reference.csv by new simulations.
+From the tables of the studies: paper_vs_ours.csv, also as the README's block. Simulated on the spot: multicast_vs_reference.csv.
 """
 
 import argparse
@@ -16,10 +16,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare the studies' tables with the paper and with the reference's measurements."
     )
-    parser.add_argument("--tables", type=Path, default=Path("results/tables"), metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument(
-        "--readme", type=Path, default=Path("README.md"), metavar="FILE", help="document to update (default: %(default)s)"
-    )
+    parser.add_argument("--tables", type=Path, default=Path("results/tables"), metavar="DIR")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
     arguments = parser.parse_args()
     table = paper_table(load_tables(arguments.tables))
     readme = with_block(arguments.readme.read_text(), "paper_vs_ours", markdown(table))
