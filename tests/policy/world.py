@@ -92,6 +92,8 @@ class World:
 
     Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one. One request a batch slot, ``max_batch`` 2; a replica wanted for
     every ``target`` 2 requests; no host copies, unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace.
+    ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance each request
+    was sent to last. ``requests``: number of requests so far.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class World:
         system: str = "lambdascale",
         *,
         nodes: int = 4,
+        joined: int | None = None,
         gpus: int = 1,
         models: str = "a",
         cluster: dict[str, Any] | None = None,
@@ -116,11 +119,15 @@ class World:
         self._instances: dict[int, str] = {}
         self._open: dict[str, StartMulticast | LoadBlocks] = {}
         self._timer: SetTimer | None = None
-        self._requests = 0
-        self._at_instance: dict[int, int] = {}
-        self.start = [line for node in range(nodes) for line in self.play(NodeJoined(0.0, node))]
+        self.requests = 0
+        self.at_instance: dict[int, int] = {}
+        self.start = [line for node in range(nodes if joined is None else joined) for line in self.play(NodeJoined(0.0, node))]
 
     # -- events ------------------------------------------------------------------------------------------------------
+
+    def stale(self, instance: int, request: int) -> list[str]:
+        """An answer comes from an instance (its id) that has the request no more, or never had it; the checker is not told."""
+        return [self._show(command) for command in self.plane.on_event(RequestFinished(self.at, instance, request, 10))]
 
     def play(self, event: Event) -> list[str]:
         """Give the plane an event; its commands, shown. Instant loads are acknowledged at once."""
@@ -142,14 +149,18 @@ class World:
         """``count`` requests arrive now, ids counted on from the last one's."""
         lines = []
         for _ in range(count):
-            request = Request(self._requests, self.at, model, prompt, output)
-            self._requests += 1
+            request = Request(self.requests, self.at, model, prompt, output)
+            self.requests += 1
             lines += self.play(RequestArrived(self.at, request))
         return lines
 
     def finish(self, *requests: int) -> list[str]:
         """Requests end where they are."""
-        return [line for r in requests for line in self.play(RequestFinished(self.at, self._at_instance[r], r, 10))]
+        return [line for r in requests for line in self.finish_at(self.at_instance[r], r)]
+
+    def finish_at(self, instance: int, request: int) -> list[str]:
+        """A request ends, reported by an instance (its id): where it is, or the pipeline it was moved from."""
+        return self.play(RequestFinished(self.at, instance, request, 10))
 
     def tick(self, at: float | None = None) -> list[str]:
         """The timer set last fires, at its time or at ``at``."""
@@ -162,15 +173,22 @@ class World:
         """Blocks arrive at a node, whichever transfer brings them."""
         return [line for block in blocks for line in self.play(BlockArrived(self.at, 1, node, model, block))]
 
+    def untold_block(self, node: int, block: int) -> list[str]:
+        """A block arrives that the node has already, or on a node that nobody knows; the checker is not told."""
+        return [self._show(command) for command in self.plane.on_event(BlockArrived(self.at, 1, node, "a", block))]
+
     def deliver(self, transfer: str, sends: int | None = None) -> list[str]:
         """A transfer brings its blocks in order, all or the first ``sends``; what a node holds already is left out."""
         command = self._open[transfer]
+        moves = self._moves(command)[:sends]
+        return [line for node, block in moves for line in self.block(node, block, model=command.model)]
+
+    def _moves(self, command: StartMulticast | LoadBlocks) -> list[tuple[int, int]]:
         if isinstance(command, LoadBlocks):
             moves = [(command.node, block) for block in command.blocks]
         else:
-            moves = [(send.dst, send.block) for sent in command.plan.rounds for send in sent]
-        moves = [(node, block) for node, block in moves if block not in self.held(node, command.model)]
-        return [line for node, block in moves[:sends] for line in self.block(node, block, model=command.model)]
+            moves = [(send.dst, send.block) for sends in command.plan.rounds for send in sends]
+        return [(node, block) for node, block in moves if block not in self.held(node, command.model)]
 
     def lose(self, node: int) -> list[str]:
         """A node is lost."""
@@ -187,6 +205,10 @@ class World:
         """The blocks a node holds in GPU memory."""
         return self.checker.held(node, model)
 
+    def open_transfers(self) -> list[str]:
+        """Names of the transfers with blocks still to bring."""
+        return [name for name, command in self._open.items() if self._moves(command)]
+
     def command(self, transfer: str) -> StartMulticast | LoadBlocks:
         """The command behind a transfer's name."""
         return self._open[transfer]
@@ -199,9 +221,9 @@ class World:
         elif isinstance(command, SetTimer):
             self._timer = command
         elif isinstance(command, Dispatch):
-            self._at_instance |= dict.fromkeys((request.request_id for request in command.requests), command.instance)
+            self.at_instance |= dict.fromkeys((request.request_id for request in command.requests), command.instance)
         elif isinstance(command, SwitchMode):
-            self._at_instance |= dict(command.moves)
+            self.at_instance |= dict(command.moves)
 
     def _transfer(self, number: int) -> str:
         return self._transfers.setdefault(number, f"t{len(self._transfers) + 1}")
@@ -259,3 +281,16 @@ def _other(model: str) -> str:
 def without(lines: Sequence[str], *kinds: str) -> list[str]:
     """The commands that are of none of these kinds."""
     return [line for line in lines if line.split()[0] not in kinds]
+
+
+def pipelined(**settings: object) -> World:
+    """Two replicas (i1 on node 0, i2 on 1) with two requests each; the multicast t3 to nodes 2 and 3 has brought half of each.
+
+    Blocks 0 and 1 are on node 2, blocks 2 and 3 on node 3: pipeline i3 serves there and has requests 4 to 7; 8 waits.
+    """
+    world = World(nodes=4, min_replicas=2, **settings)
+    world.arrive(9)
+    assert world.tick() == ["allocate 2", "allocate 3", "multicast t3 0:gpu,1:gpu>2,3", "timer 0.1"]
+    assert world.deliver("t3", 3) == []
+    assert world.deliver("t3", 1) == ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]
+    return world
