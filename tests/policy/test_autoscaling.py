@@ -10,7 +10,14 @@ from tests.policy.world import World, without
 
 def test_replicas_are_in_place_when_all_nodes_have_joined() -> None:
     world = World(nodes=3, min_replicas=2)
-    assert world.start == ["allocate 0", "load t1 0 instant 0123", "allocate 1", "load t2 1 instant 0123", "serve i1 0", "serve i2 1"]
+    assert world.start == [
+        "allocate 0",
+        "load t1 0 instant 0123",
+        "allocate 1",
+        "load t2 1 instant 0123",
+        "serve i1 0",
+        "serve i2 1",
+    ]
     early = World(nodes=3, joined=2, min_replicas=2)
     assert early.start == []
     assert early.play(NodeJoined(0.0, 2))[0] == "allocate 0"

@@ -175,7 +175,9 @@ def test_warm_nodes_load_while_they_could_feed_others_from_host_memory() -> None
     assert scaled(5, nodes=4, copies=1, min_replicas=2) == ["allocate 3", "multicast t3 1:gpu>3"]
     assert scaled(8, nodes=4, copies=1, min_replicas=2) == [*taken, "load t3 0 host 0123", "multicast t4 1:gpu>3"]
     assert scaled(8, nodes=4, copies=1, min_replicas=2, host_sources=False)[-1] == "multicast t3 1:gpu,2:gpu>3,0"
-    assert scaled(6, nodes=3, copies=1, min_replicas=2)[-1] == "multicast t3 1:gpu>0", "nobody else to feed: the network is faster"
+    assert scaled(6, nodes=3, copies=1, min_replicas=2)[-1] == "multicast t3 1:gpu>0", (
+        "nobody else to feed: the network is faster"
+    )
     assert scaled(8, nodes=4, copies=1, min_replicas=2, warm_loads="never")[-1] == "multicast t3 1:gpu,2:gpu>3,0"
 
 
@@ -187,7 +189,9 @@ def test_the_loader_is_the_systems() -> None:
         assert {c.loader for c in world.commands if isinstance(c, LoadBlocks) and c.tier == "ssd"} == {loader}
 
 
-@pytest.mark.parametrize(("system", "kind"), [("lambdascale", "one_sided"), ("faasnet", "one_sided"), ("nccl_broadcast", "collective")])
+@pytest.mark.parametrize(
+    ("system", "kind"), [("lambdascale", "one_sided"), ("faasnet", "one_sided"), ("nccl_broadcast", "collective")]
+)
 def test_the_kind_of_multicast_is_the_systems(system: str, kind: str) -> None:
     world = World(system, nodes=3)
     world.arrive(6)
@@ -244,7 +248,7 @@ def test_the_emptiest_node_is_taken_when_none_loads() -> None:
 
 
 def test_startup_time_weighs_a_queue_on_a_node_against_the_tier() -> None:
-    """ServerlessLLM: host at 2 GB/s against SSD at 0.5 GB/s: a warm node with three models ahead is as late as a cold idle one."""
+    """ServerlessLLM: host memory at 2 GB/s against SSD at 0.5 GB/s, so that a warm node may have more to load first."""
     world = World("serverlessllm", nodes=2, gpus=4, models="abcde", min_replicas=0, copies=0, host_budget=10**9)
     assert world.start == []
     world.arrive(1, "e")
@@ -257,7 +261,9 @@ def test_startup_time_weighs_a_queue_on_a_node_against_the_tier() -> None:
         world.arrive(1, model)
         assert without(world.tick(), "load", "timer") == [f"allocate {node}{'' if model == 'a' else model}"]
     world.arrive(1, "e")
-    assert without(world.tick(), "timer")[:2] == ["allocate 0e", "load t6 0e host 0123"], "3 GB at 2 GB/s against 3 GB at 0.5 GB/s"
+    assert without(world.tick(), "timer")[:2] == ["allocate 0e", "load t6 0e host 0123"], (
+        "3 GB at 2 GB/s against 3 GB at 0.5 GB/s"
+    )
 
 
 def test_nodes_without_enough_gpus_are_not_taken() -> None:

@@ -92,8 +92,8 @@ class World:
 
     Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one. One request a batch slot, ``max_batch`` 2; a replica wanted for
     every ``target`` 2 requests; no host copies, unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace.
-    ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance each request
-    was sent to last. ``requests``: number of requests so far.
+    ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance that each
+    request was sent to last. ``requests``: number of requests so far.
     """
 
     def __init__(
