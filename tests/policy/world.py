@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from lambdascale.control import SystemConfig
+from lambdascale.control import SystemConfig, build_system
 from lambdascale.core import Request
 from lambdascale.core.commands import (
     AllocateNode,
@@ -53,13 +53,13 @@ from lambdascale.testing.systems import small_cluster, small_model
 
 # The settings tests change, by their keys in conf/.
 _KEYS = {
-    "sources": "system.sources",
-    "share_sources": "system.share_sources",
-    "host_sources": "system.host_sources",
-    "warm_loads": "system.warm_loads",
-    "loader": "system.loader",
+    "sources": "system.start.sources",
+    "share_sources": "system.start.share_sources",
+    "host_sources": "system.start.host_sources",
+    "warm_loads": "system.start.warm_loads",
+    "loader": "system.start.loader",
     "kv": "system.kv",
-    "order": "system.planner.order",
+    "order": "system.start.planner.order",
     "blocks": "system.blocks",
     "max_batch": "system.batching.max_batch",
     "copies": "system.memory.initial_copies",
@@ -110,7 +110,7 @@ class World:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
         self.config = configured(system, **(defaults | settings))
         hardware = replace(small_cluster(nodes, gpus), **(cluster or {}))
-        self.plane = self.config.build(cluster=hardware, models=[small_model(name) for name in models])
+        self.plane = build_system(self.config, cluster=hardware, models=[small_model(name) for name in models])
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
         self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch)
         self.at = 0.0
