@@ -37,26 +37,22 @@ class Room:
 ROOMS = {
     "multicast": Room(
         ("lambdascale/multicast/*", "baselines/*/planner.py"),
-        (
-            "tests/property/test_multicast_binomial.py",
-            "tests/conformance/test_multicast_planners.py",
-            "tests/policy/test_planners.py",
-        ),
+        ("tests/policy/test_planners.py", "tests/property/test_multicast_binomial.py"),
     ),
-    "pipelines": Room(
-        ("lambdascale/pipelines/*",), ("tests/property/test_multicast_binomial.py", "tests/policy/test_pipelines.py")
-    ),
+    "pipelines": Room(("lambdascale/pipelines/*",), ("tests/policy/test_pipelines.py",)),
     "control": Room(
         ("lambdascale/control/*",),
-        ("tests/policy", "tests/unit/test_control_batching.py", "tests/unit/test_control_autoscaler.py", "tests/golden"),
+        (
+            *("tests/policy/test_router.py", "tests/policy/test_scale_out.py", "tests/policy/test_recovery.py"),
+            *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
+            *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/golden"),
+        ),
     ),
     "sim": Room(
         ("lambdascale/sim/*",),
         (
-            "tests/unit/test_sim_transfers.py",
-            "tests/unit/test_sim_sharing.py",
-            "tests/property/test_sim_links_properties.py",
-            "tests/golden",
+            *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/policy/test_simulator.py"),
+            *("tests/property/test_sim_links_properties.py", "tests/golden"),
         ),
     ),
 }

@@ -14,7 +14,7 @@ from lambdascale.multicast import check_counts, near_equal_groups
 _PROTOTYPE_PARENTS = {1: 0, 2: 1, 3: 0, 4: 2, 5: 1, 6: 3, 7: 4, 8: 2, 9: 5, 10: 6, 11: 3}
 
 
-# A node's children in the order of their turns; None: the turn of a child that is not there.
+# Children of a node in the order of their turns; None: the turn of a child beyond the tree's size.
 _Children = Sequence[Sequence[int | None]]
 
 
@@ -35,8 +35,8 @@ class BalancedTree:
 class PrototypeTree:
     """The λScale prototype's FaaSNet: one fixed tree for up to 12 nodes.
 
-    A node alternates between its children of the full tree, and waits out the turn of one that is not there, unless there are
-    two nodes only: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
+    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass, unless there
+    are only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:

@@ -1,4 +1,4 @@
-"""Plans for the survivors of a broken multicast, from what they hold."""
+"""Plans for the survivors of a broken multicast, from the blocks they hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An observer that knows what no system may do, whatever its policy."""
+"""Observer that asserts what holds for every system, whatever its policy."""
 
 from __future__ import annotations
 
@@ -240,6 +240,6 @@ class InvariantChecker:
             assert needed <= self._held[stage.node, model], f"node {stage.node} lacks blocks of its stage"
 
     def finish(self) -> None:
-        """Every request that arrived is accounted for, with all its tokens."""
+        """Assert that every request that arrived was answered or failed, and none both."""
         assert self.failed.isdisjoint(self.finished)
         assert self.failed | set(self.finished) == set(self._arrived)
