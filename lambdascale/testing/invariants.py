@@ -26,6 +26,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeJoined,
     NodeLost,
     RequestArrived,
     RequestFinished,
@@ -77,7 +78,8 @@ class InvariantChecker:
         self._running: dict[int, int] = {}
         self._at = 0.0
         self._events_left = 1_000_000
-        self._gpus = dict.fromkeys(range(cluster.nodes), cluster.gpus_per_node)
+        self._cluster = cluster
+        self._gpus: dict[NodeId, int] = {}
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
         self._models_of: dict[int, str] = {}
@@ -94,7 +96,10 @@ class InvariantChecker:
         self._at, self._event, self._cancelled = event.at, event, []
         self._events_left -= 1
         assert self._events_left, "the run does not end"
-        if isinstance(event, RequestArrived):
+        if isinstance(event, NodeJoined):
+            self._lose(event.node)
+            self._gpus[event.node] = self._cluster.node(event.node).gpus
+        elif isinstance(event, RequestArrived):
             self._arrived[event.request.request_id] = event.at
             self._model_of[event.request.request_id] = event.request.model
         elif isinstance(event, BlockArrived):
@@ -110,9 +115,13 @@ class InvariantChecker:
             assert event.request_id not in self.finished, f"request {event.request_id} is answered twice"
             self.finished[event.request_id] = event.tokens
             self._running.pop(event.request_id, None)
-        elif isinstance(event, NodeLost) and event.node in self._gpus:
-            self._gpus.pop(event.node)
-            self._held = {key: blocks for key, blocks in self._held.items() if key[0] != event.node}
+        elif isinstance(event, NodeLost):
+            self._lose(event.node)
+
+    def _lose(self, node: NodeId) -> None:
+        """Forget a node: lost, or back without anything it held before."""
+        self._gpus.pop(node, None)
+        self._held = {key: blocks for key, blocks in self._held.items() if key[0] != node}
 
     def on_command(self, at: float, command: Command) -> None:
         """Check a command against the state of the cluster."""

@@ -41,16 +41,13 @@ UNFINISHED = {
 
 def side_effects(source: str) -> list[int]:
     """Lines of assertions whose condition changes something: an assignment, or a call of a changing method."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assert):
-            for part in ast.walk(node.test):
-                if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom) or _changes(part):
-                    found.append(node.lineno)
-    return found
+    assertions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+    return [assertion.lineno for assertion in assertions if any(_changes(part) for part in ast.walk(assertion.test))]
 
 
 def _changes(part: ast.AST) -> bool:
+    if isinstance(part, ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom):
+        return True
     called = part.func if isinstance(part, ast.Call) else None
     if isinstance(called, ast.Name):
         return called.id in FUNCTIONS

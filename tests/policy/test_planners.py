@@ -108,7 +108,7 @@ def test_a_node_never_takes_from_itself_and_newcomers_hold_nothing() -> None:
     plan = plan_from_holdings({1: {0}, 2: {1}}, [1, 2, 7], 2)
     validate_plan(plan, holdings={1: {0}, 2: {1}})
     assert plan.sources == ()
-    assert shown(plan)[0] == "1>7:0 2>1:1" or shown(plan)[0] == "2>7:1 1>2:0" or len(plan.rounds) == 2
+    assert len(plan.rounds) == 2
 
 
 def test_nothing_lacking_is_an_empty_plan_and_a_lost_block_an_error_only_if_somebody_wants_it() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lambdascale.core.commands import StartMulticast
-from lambdascale.core.events import CommandFailed
+from lambdascale.core import MulticastPlan
+from lambdascale.core.commands import FailRequest, StartMulticast
+from lambdascale.core.events import CommandFailed, NodeJoined
 from tests.policy.world import World, pipelined, without
 
 
@@ -30,7 +31,7 @@ def test_a_lost_destination_is_left_out_of_the_new_plan() -> None:
     assert world.deliver("t3") == ["serve i2 1", "dispatch i2 2,3", "serve i3 3", "dispatch i3 4,5"]
 
 
-def plan_of(world: World, transfer: str) -> StartMulticast.plan:  # type: ignore[valid-type]
+def plan_of(world: World, transfer: str) -> MulticastPlan:
     command = world.command(transfer)
     assert isinstance(command, StartMulticast)
     return command.plan
@@ -261,3 +262,129 @@ def test_a_failure_sets_the_timer() -> None:
     world = World(nodes=2, min_replicas=2)
     assert world.fail(instance="i1") == ["stop i1", "serve i3 0", "timer 0"]
     assert World(nodes=2, min_replicas=2).lose(1) == ["stop i2", "timer 0"]
+
+
+def test_a_failure_that_names_nothing_ends_the_run() -> None:
+    with pytest.raises(RuntimeError, match="Serve failed, and the failure names neither a transfer nor an instance: broken"):
+        World(nodes=1).fail()
+
+
+def reasons(world: World) -> list[str]:
+    return [command.reason for command in world.commands if isinstance(command, FailRequest)]
+
+
+def test_a_request_that_was_on_three_failed_instances_is_failed() -> None:
+    """And only such a request: the others start anew, oldest first."""
+    world = World(nodes=4, min_replicas=3)
+    world.arrive(1)
+    assert without(world.fail(instance="i1"), "timer") == ["stop i1", "serve i4 0", "dispatch i2 0"]
+    assert world.fail(instance="i2") == ["stop i2", "serve i5 1", "dispatch i3 0"]
+    world.arrive(5)
+    assert {world.at_instance[r] for r in (0, 3)} == {world.at_instance[0]}, "1 to 5 fill the three replicas"
+    assert world.fail(instance="i3") == ["stop i3", "fail 0", "serve i6 2", "dispatch i6 3"]
+    assert reasons(world) == ["its instance failed 3 times: broken"]
+
+
+def test_failures_of_lost_nodes_are_not_the_requests() -> None:
+    world = World(nodes=5, min_replicas=5)
+    world.arrive(1)
+    for instance in ("i1", "i2"):
+        world.fail(instance=instance)
+    assert world.lose(2) == ["stop i3", "dispatch i4 0"]
+    assert world.fail(instance="i4")[:2] == ["stop i4", "fail 0"]
+
+
+def test_a_finished_request_leaves_no_count_behind() -> None:
+    world = World(nodes=3, min_replicas=3)
+    world.arrive(1)
+    world.fail(instance="i1")
+    world.fail(instance="i2")
+    world.finish(0)
+    assert not world.plane.fleet.failures
+
+
+def test_a_node_is_given_up_for_a_model_after_three_failures_in_a_row() -> None:
+    world = World(nodes=2, models="ab", gpus=2, min_replicas=1, max_replicas=1, target=100)
+    for instance, anew in (("i1", "i3"), ("i3", "i4")):
+        assert without(world.fail(instance=instance), "timer") == [f"stop {instance}", f"serve {anew} 0"]
+    assert world.fail(instance="i4") == ["stop i4", "release 0"]
+    assert without(world.tick(), "timer") == ["allocate 1", "load t3 1 ssd 0123"], "the other node, without a copy"
+    world.deliver("t3")
+    for instance in ("i5", "i6", "i7"):
+        last = world.fail(instance=instance)
+    assert last == ["stop i7", "release 1"]
+    assert world.arrive(1, "a") == ["fail 0"]
+    assert reasons(world) == ["a fails on every node: broken"]
+    assert world.arrive(1, "b") == ["dispatch i2 1"], "only for that model"
+
+
+def test_an_answer_in_between_makes_a_node_good_again() -> None:
+    world = World(nodes=1)
+    world.fail(instance="i1")
+    world.fail(instance="i2")
+    world.arrive()
+    world.finish(0)
+    assert world.fail(instance="i3") == ["stop i3", "serve i4 0"]
+    assert world.fail(instance="i4") == ["stop i4", "serve i5 0"]
+    assert without(world.fail(instance="i5"), "timer") == ["stop i5", "release 0"]
+
+
+def test_what_is_queued_is_failed_when_no_node_is_left_that_could_serve_it() -> None:
+    world = World(nodes=1)
+    world.arrive(4)
+    world.fail(instance="i1")
+    world.fail(instance="i2")
+    lines = world.fail(instance="i3")
+    assert lines == ["stop i3", "fail 1", "fail 0", "release 0", "fail 2", "fail 3"]
+    assert reasons(world) == ["its instance failed 3 times: broken"] * 2 + ["a fails on every node: broken"] * 2
+
+
+def test_a_node_that_feeds_a_transfer_is_not_given_up_before_it_ends() -> None:
+    world = World(nodes=2)
+    world.arrive(3)
+    assert world.tick()[:2] == ["allocate 1", "multicast t2 0:gpu>1"]
+    for instance in ("i1", "i2", "i3"):
+        last = world.fail(instance=instance)
+    assert last == ["stop i3", "fail 1", "fail 0", "serve i4 0", "dispatch i4 2"]
+    world.deliver("t2")
+    world.finish(2)
+    assert world.fail(instance="i4") == ["stop i4", "serve i6 0"], "an answer in between"
+
+
+# -- nodes that join -------------------------------------------------------------------------------------------------
+
+
+def test_a_node_that_joins_later_is_taken_in() -> None:
+    world = World(nodes=2)
+    world.arrive(6)
+    world.lose(1)
+    world.tick()
+    assert world.play(NodeJoined(world.at, 1)) == []
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
+
+
+def test_a_node_that_joins_sets_the_timer() -> None:
+    world = World(nodes=2)
+    world.lose(1)
+    world.tick()
+    assert world.play(NodeJoined(0.0, 1)) == ["timer 0"]
+
+
+def test_a_node_that_comes_back_is_empty_even_if_nobody_noticed_its_loss() -> None:
+    world = World("serverlessllm", nodes=2, copies=1)
+    assert world.start[:2] == ["place 0", "allocate 0"]
+    world.arrive(1)
+    lines = world.play(NodeJoined(world.at, 0))
+    assert lines == ["stop i1"]
+    assert without(world.tick(), "timer") == ["allocate 0", "load t2 0 ssd 0123"], "its copy is lost as well"
+
+
+def test_a_node_that_comes_back_may_serve_a_model_again_that_failed_on_it() -> None:
+    world = World(nodes=1)
+    for instance in ("i1", "i2", "i3"):
+        last = world.fail(instance=instance)
+    assert last[-1] == "release 0"
+    assert world.arrive() == ["fail 0"]
+    world.play(NodeJoined(world.at, 0))
+    assert world.arrive() == []
+    assert without(world.tick(), "timer") == ["allocate 0", "load t2 0 ssd 0123"]

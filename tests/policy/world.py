@@ -6,6 +6,7 @@ with transfers (t1, t2, ...) and instances (i1, i2, ...) numbered in the order i
     allocate 2 · release 2 (a copy stays: release 2 keep) · place 1 · evict 2 · timer 0.1 · fail 7
     multicast t1 0:gpu>1,2 · load t2 1 ssd 0123 · cancel t1
     serve i1 0 · serve i2 1:0-1,2:2-3 · dispatch i1 0,1,2 · switch i2 0>i3,1>i4 recompute · stop i1
+    reshape i1 1:0-0,0:1-3 copy
 
 With several models, the name of one that is not "a" stands behind the node or request: allocate 2b. Every event and command
 is also shown to the invariant checker.
@@ -19,7 +20,8 @@ from functools import lru_cache
 from typing import Any
 
 from lambdascale.control import SystemConfig, build_system
-from lambdascale.core import Request
+from lambdascale.control.start import StartPolicy
+from lambdascale.core import Request, Stage
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -30,6 +32,7 @@ from lambdascale.core.commands import (
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Repartition,
     Serve,
     SetTimer,
     StartMulticast,
@@ -91,7 +94,8 @@ class World:
     """A fleet of ``nodes`` nodes of ``gpus`` GPUs, joined at time 0, with the replicas a run starts with in place.
 
     Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one. One request a batch slot, ``max_batch`` 2; a replica wanted for
-    every ``target`` 2 requests; no host copies, unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace.
+    every ``target`` 2 requests; no host copies, unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace;
+    ``start``: another start policy than the system's.
     ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance that each
     request was sent to last. ``requests``: number of requests so far.
     """
@@ -105,10 +109,13 @@ class World:
         gpus: int = 1,
         models: str = "a",
         cluster: dict[str, Any] | None = None,
+        start: StartPolicy | None = None,
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
         self.config = configured(system, **(defaults | settings))
+        if start is not None:
+            self.config = replace(self.config, start=start)
         hardware = replace(small_cluster(nodes, gpus), **(cluster or {}))
         self.plane = build_system(self.config, cluster=hardware, models=[small_model(name) for name in models])
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
@@ -198,7 +205,7 @@ class World:
         """A transfer or an instance fails; with neither, a command nobody knows."""
         transfers, instances = ({shown: n for n, shown in table.items()} for table in (self._transfers, self._instances))
         return self.play(
-            CommandFailed(self.at, "Test", "broken", transfers.get(transfer or "", -1), instances.get(instance or "", -1))
+            CommandFailed(self.at, "Serve", "broken", transfers.get(transfer or "", -1), instances.get(instance or "", -1))
         )
 
     def held(self, node: int, model: str = "a") -> set[int]:
@@ -262,10 +269,11 @@ class World:
         match command:
             case Serve():
                 name, other = self._instance(command.instance), _other(command.model)
-                stages = ",".join(f"{s.node}:{s.first_block}-{s.last_block}" for s in command.stages)
-                return f"serve {name} {stages if command.is_pipeline else command.stages[0].node}{other}"
+                return f"serve {name} {_stages(command.stages) if command.is_pipeline else command.stages[0].node}{other}"
             case Dispatch():
                 return f"dispatch {self._instance(command.instance)} {','.join(str(r.request_id) for r in command.requests)}"
+            case Repartition():
+                return f"reshape {self._instance(command.instance)} {_stages(command.stages)} {command.kv}"
             case SwitchMode():
                 moves = ",".join(f"{request}>{self._instance(instance)}" for request, instance in command.moves)
                 return f"switch {self._instance(command.pipeline)} {moves} {command.kv}"
@@ -276,6 +284,10 @@ class World:
 
 def _other(model: str) -> str:
     return "" if model == "a" else model
+
+
+def _stages(stages: Sequence[Stage]) -> str:
+    return ",".join(f"{s.node}:{s.first_block}-{s.last_block}" for s in stages)
 
 
 def without(lines: Sequence[str], *kinds: str) -> list[str]:
