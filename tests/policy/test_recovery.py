@@ -388,3 +388,25 @@ def test_a_node_that_comes_back_may_serve_a_model_again_that_failed_on_it() -> N
     world.play(NodeJoined(world.at, 0))
     assert world.arrive() == []
     assert without(world.tick(), "timer") == ["allocate 0", "load t2 0 ssd 0123"]
+
+
+def test_the_rest_is_loaded_from_a_nodes_own_host_copy_if_it_has_one() -> None:
+    world = World("faasnet", nodes=3, copies=1, cluster={"pcie_bytes_per_s": 8e9})
+    world.arrive(6)
+    assert world.tick()[:3] == ["allocate 2", "allocate 0", "multicast t2 1:gpu>2,0"]
+    world.deliver("t2", 2)
+    lacking = {node: "".join(str(b) for b in range(4) if b not in world.held(node)) for node in (0, 2)}
+    world.fail(transfer="t2")
+    assert world.fail(transfer="t3") == ["cancel t3", f"load t4 0 host {lacking[0]}", f"load t5 2 ssd {lacking[2]}"]
+
+
+def test_a_node_that_is_given_up_keeps_its_other_gpus() -> None:
+    world = World(nodes=1, gpus=3, models="abc", min_replicas=0)
+    world.arrive(1, "a")
+    world.tick()
+    world.deliver("t1")
+    world.arrive(1, "b")
+    world.tick()
+    assert world.fail(transfer="t2") == ["cancel t2", "release 0b"]
+    world.arrive(1, "c")
+    assert without(world.tick(), "timer", "load") == ["allocate 0b", "allocate 0c"], "two of three are free"
