@@ -1,4 +1,4 @@
-"""What a pipeline builder is."""
+"""Protocol of pipeline builders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lambdascale.core import MulticastPlan, PipelinePlan
 
 
 class PipelineBuilder(Protocol):
-    """Decides which destinations of a multicast serve together, and from which round on. Pure."""
+    """Part of a system that decides which destinations of a multicast serve together, and from which round on. Pure."""
 
     def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
-        """Disjoint pipelines over ``plan.destinations``, ordered by ready_round; empty for load-then-execute systems."""
+        """Return disjoint pipelines over ``plan.destinations``, ordered by ready_round; empty for load-then-execute systems."""
         ...
