@@ -9,7 +9,7 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, PlanError, Stage
@@ -24,7 +24,7 @@ _NEVER = 1 << 60
 class NoPipelines:
     """Load, then execute: builder of systems whose nodes serve only once they hold the whole model."""
 
-    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
         """Return no pipelines."""
         return ()
 
@@ -46,8 +46,8 @@ class ComplementaryPipelines:
         check_types(self)
         require(self.max_stages >= 2, f"pipelines.max_stages must be at least 2, not {self.max_stages}")
 
-    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
-        """See PipelineBuilder."""
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
         arrivals = arrival_rounds(plan)
         starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
         found = (_pipeline(_in_stage_order(nodes, starts, arrivals), arrivals, plan.blocks) for nodes in self._candidates(plan))
@@ -158,8 +158,11 @@ def _cuts(late: Sequence[Sequence[int]], blocks: int, ready: int, longest: int) 
     return cuts[::-1]
 
 
-def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan) -> None:
-    """Raise PlanError unless the stages cover the model once, in order, and are held after ``ready_round`` rounds."""
+def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan, holders: Collection[NodeId] = ()) -> None:
+    """Raise PlanError unless the stages cover the model once, in order, and are held after ``ready_round`` rounds.
+
+    ``holders`` hold every block from the start.
+    """
     arrivals = arrival_rounds(plan)
     expected = 0
     for stage in pipeline.stages:
@@ -167,7 +170,9 @@ def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan) -> None:
             raise PlanError(f"stage on node {stage.node} begins at block {stage.first_block}, expected {expected}")
         expected = stage.last_block + 1
         for block in range(stage.first_block, expected):
-            if arrivals[stage.node].get(block, _NEVER) > pipeline.ready_round:
+            if stage.node in holders:
+                continue
+            if arrivals.get(stage.node, {}).get(block, _NEVER) > pipeline.ready_round:
                 raise PlanError(f"node {stage.node} does not hold block {block} after round {pipeline.ready_round}")
     if expected != plan.blocks:
         raise PlanError(f"the pipeline ends before block {expected} of {plan.blocks}")
