@@ -210,7 +210,7 @@ class Chosen(Message, frozen=True, tag=True):
 
 
 class MoveBatch(Message, frozen=True, tag=True):
-    """A batch runs on partition ``version`` from its next iteration on, from the head to all nodes of the partitions in use.
+    """A batch runs on partition ``version`` from its next iteration on, from the head to all that have or had stages.
 
     It ran on partition ``before`` with stages ``stages_before`` so far and has no iteration under way. ``kv``: (slot, tokens)
     whose KV goes along, from each layer's old node to its new one.

@@ -106,9 +106,14 @@ class Instance:
     head: Head | None = None
     partitions: dict[int, Partition] = field(default_factory=dict)
     at: dict[int, int] = field(default_factory=dict)
+    _nodes: dict[NodeId, None] = field(default_factory=dict)
     _held: list[wire.ForInstance] = field(default_factory=list)
     _missing: dict[int, set[Place]] = field(default_factory=dict)
     _came: dict[tuple[int, int], set[Place]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Count the head among the nodes: it may have no stage in later partitions."""
+        self._nodes[self.head_node] = None
 
     @property
     def newest(self) -> int:
@@ -117,8 +122,13 @@ class Instance:
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
-        """The head and the nodes of all partitions in use."""
-        return tuple(dict.fromkeys((self.head_node, *(n for part in self.partitions.values() for n in part.nodes))))
+        """The head and all nodes that have or had stages."""
+        return tuple(self._nodes)
+
+    def add(self, version: int, partition: Partition) -> None:
+        """Add a partition."""
+        self.partitions[version] = partition
+        self._nodes |= dict.fromkeys(partition.nodes)
 
     @property
     def whole(self) -> Runner | None:

@@ -44,7 +44,7 @@ class Repartitioner:
                 if runner not in kept.values():
                     runner.close()
             raise
-        instance.partitions[version] = Partition(stages, runners, kv)
+        instance.add(version, Partition(stages, runners, kv))
 
     def _make(self, model: str, stage: Stage, slots: int) -> Runner:
         return self._executor.runner(model, stage.first_block, stage.last_block, slots)
