@@ -113,7 +113,7 @@ class Recovery:
         for node in dict.fromkeys(nodes):
             allocation = state.allocations.get(node)
             if allocation is not None and allocation.is_share and not allocation.instances:
-                allocation.wanted = set(range(state.blocks))
+                self._allocations.widen(state, allocation, range(state.blocks))
                 self._transfers.load_missing(state, node)
         self._serving.serve_alone(state, nodes)
 

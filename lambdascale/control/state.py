@@ -94,7 +94,8 @@ class TransferState:
 class ModelState:
     """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
 
-    ``hosts``: nodes whose GPUs can hold it. ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
+    ``spared``: number of blocks that its allocations are not to hold. ``hosts``: nodes whose GPUs can hold it.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
     """
 
     spec: ModelSpec
@@ -108,6 +109,7 @@ class ModelState:
     unfit: set[NodeId] = field(default_factory=set)
     reason: str = ""
     running: int = 0
+    spared: int = 0
 
     @property
     def blocks(self) -> int:
@@ -117,7 +119,7 @@ class ModelState:
     @property
     def replicas(self) -> int:
         """Number of copies of the model that its allocations hold or are to hold; shares add up."""
-        return -(-sum(len(allocation.wanted) for allocation in self.allocations.values()) // self.blocks)
+        return len(self.allocations) - self.spared // len(self.block_bytes)
 
 
 class Fleet:
@@ -150,6 +152,12 @@ class Fleet:
         """Return a fresh id for an instance, a transfer or a timer."""
         self._next_id += 1
         return self._next_id
+
+    def can_serve(self, state: ModelState) -> bool:
+        """True if some living node can serve the model at all."""
+        if not state.unfit and len(state.hosts) == self.cluster.nodes:
+            return bool(self.gpus_free)
+        return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)
 
     def candidates(self, state: ModelState) -> Iterable[NodeId]:
         """Living nodes on which the model can be served at all, busy ones included."""

@@ -37,10 +37,12 @@ class Transfers:
         self._fleet.out.append(command)
 
     def load_missing(self, state: ModelState, node: NodeId) -> None:
-        """Let a node load the wanted blocks it lacks from its own host memory or SSD."""
+        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or SSD."""
         allocation = state.allocations[node]
-        missing = sorted(allocation.wanted - allocation.blocks)
-        self.load(state, node, "host" if self._fleet.is_warm(state, node) else "ssd", missing)
+        coming = {block for transfer in allocation.incoming.values() for block in transfer.waiting[node]}
+        missing = sorted(allocation.wanted - allocation.blocks - coming)
+        if missing:
+            self.load(state, node, "host" if self._fleet.is_warm(state, node) else "ssd", missing)
 
     def _begin(
         self,

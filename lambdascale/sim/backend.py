@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,8 @@ class SimBackend:
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
         self._ports: dict[NodeId, ComputePort] = {}
         self.kernel = Kernel()
-        self._cores = SharedCores(cluster.compute.shared_slowdown)
+        slowdown = cluster.compute.shared_slowdown
+        self._cores = SharedCores(slowdown) if slowdown else None
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         self._requests = requests
         self._next_request = 0
@@ -142,17 +144,17 @@ class SimBackend:
 
     def next_event(self) -> Event | None:
         """The next event; requests arrive before anything else that happens at the same time."""
-        events, kernel = self._events, self.kernel
-        while not events:
-            due = kernel.next_time()
-            if self._next_request < len(self._requests):
-                request = self._requests[self._next_request]
-                if due is None or request.arrival_s <= due:
-                    self._next_request += 1
-                    kernel.now = request.arrival_s
-                    return RequestArrived(request.arrival_s, request)
-            if not kernel.step():
-                return None
+        events = self._events
+        if events:
+            return events.popleft()
+        if self._next_request < len(self._requests):
+            request = self._requests[self._next_request]
+            if not self.kernel.advance(request.arrival_s, events):
+                self._next_request += 1
+                self.kernel.now = request.arrival_s
+                return RequestArrived(request.arrival_s, request)
+        elif not self.kernel.advance(inf, events):
+            return None
         return events.popleft()
 
     # -- commands ----------------------------------------------------------------------------------------------------
@@ -238,11 +240,7 @@ class SimBackend:
             return
         (home,) = self._instances[target].nodes
         kv_bytes = (work.context_tokens - 1) * self._models[self._model_of[target]].kv_bytes_per_token
-        missing = [
-            (stage.node, pipeline.share(stage.first_block, stage.last_block) * kv_bytes)
-            for stage in pipeline.stages
-            if stage.node != home
-        ]
+        missing = [(node, share * kv_bytes) for node, share in pipeline.shares if node != home]
         left = len(missing)
 
         def arrived() -> None:

@@ -43,9 +43,12 @@ class Owner(Protocol):
 
 
 class ComputePort:
-    """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns)."""
+    """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns).
 
-    def __init__(self, kernel: Kernel, cores: SharedCores) -> None:
+    ``cores``: the cores that the node shares with others, if it does.
+    """
+
+    def __init__(self, kernel: Kernel, cores: SharedCores | None) -> None:
         self._kernel = kernel
         self._cores = cores
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
@@ -61,14 +64,21 @@ class ComputePort:
 
         ``at_once``: a free port begins before requests that arrive at this very time can join.
         """
-        self._turns.add_head(owner)
         if at_once and self._running is None:
-            self._next()
-        else:
-            self._look(owner)
+            if self._turns or self._occupied:
+                self._turns.add_head(owner)
+                self._next()
+            elif (run := owner.next_run(alone=True)) is not None:
+                self._begin(owner, run)
+            return
+        self._turns.add_head(owner)
+        self._look(owner)
 
     def add_pass(self, owner: Owner, run: Run) -> None:
-        """Queue a later stage's part of an iteration under way."""
+        """Run a later stage's part of an iteration under way: at once on a free port, else before all that is to begin."""
+        if self._running is None and not self._occupied and not self._turns:
+            self._begin(owner, run)
+            return
         self._turns.add_pass(owner, run)
         self._look(owner)
 
@@ -126,8 +136,10 @@ class ComputePort:
         self._running = owner, run
         self._began_s = self._kernel.now
         self._version += 1
-        self._ticket, pace = self._cores.enter(self.cut)
-        self._kernel.at(self._kernel.now + run.begin(pace), self._end, self._version)
+        pace = 1.0
+        if self._cores is not None:
+            self._ticket, pace = self._cores.enter(self.cut)
+        self._kernel.at(self._began_s + run.begin(pace), self._end, self._version)
 
     def _end(self, version: int) -> None:
         if version != self._version or self._running is None:
@@ -135,9 +147,11 @@ class ComputePort:
         _, run = self._running
         self._free()
         run.end()
-        self._next()
+        if self._turns and self._running is None:
+            self._next()
 
     def _free(self) -> None:
         self._running = None
         self._version += 1
-        self._cores.leave(self._ticket)
+        if self._cores is not None:
+            self._cores.leave(self._ticket)

@@ -188,6 +188,8 @@ class TransferEngine:
 
     def _nic_rate(self, nodes: Collection[NodeId]) -> float:
         """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
+        if not self._cluster.overrides:
+            return float(self._cluster.nic_bytes_per_s)
         return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _stream(self, transfer: _Multicast) -> None:
