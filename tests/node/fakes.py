@@ -204,6 +204,16 @@ class FakeCluster:
             self.happen(choices[0] if rng is None else rng.choice(choices))
         assert steps is not None, "the nodes never come to rest"
 
+    def run_noting(self) -> list[wire.Peer]:
+        """Go on until nothing can happen; return the messages that went from node to node, in order."""
+        sent = []
+        while choices := self.choices():
+            kind, src, dst = choices[0]
+            if kind == "deliver":
+                sent.append(self.wires[src, dst][0])
+            self.happen(choices[0])
+        return sent
+
     # -- what came of it ---------------------------------------------------------------------------------------------
 
     def failures(self) -> list[CommandFailed]:

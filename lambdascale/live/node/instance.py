@@ -156,7 +156,8 @@ class Instance:
         """True if nothing that the message builds on is still to come.
 
         A pass runs when its batch is on its partition with all KV; KV needs the partition; a batch leaves a partition that it
-        has reached (``held_back``: batches with an earlier move that waits); a pipeline is collected when its KV is complete.
+        has reached (``held_back``: batches with an earlier move that waits); a pipeline is collected when its KV is complete and
+        none of it is owed to another node.
         """
         if isinstance(message, wire.Forward):
             return self.ready(message.batch, message.version)
@@ -165,7 +166,8 @@ class Instance:
         if isinstance(message, wire.MoveBatch):
             return message.version in self.partitions and message.batch not in held_back and self._may_leave(message)
         if isinstance(message, wire.Collect):
-            return all(self.ready(m.batch, m.version) for m in message.moves if self._has_stage(m.version))
+            complete = all(self.ready(m.batch, m.version) for m in message.moves if self._has_stage(m.version))
+            return complete and not held_back
         return True
 
     def _may_leave(self, move: wire.MoveBatch) -> bool:
