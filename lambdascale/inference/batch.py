@@ -98,7 +98,10 @@ class BatchPlan:
 
 
 class Batch:
-    """Requests in KV slots of ``slot_tokens`` tokens each; at most one per slot runs. ``vocab`` bounds token ids."""
+    """Requests in KV slots of ``slot_tokens`` tokens each; at most one per slot runs. ``vocab`` bounds token ids.
+
+    A batch gives out the slots in ``slots``. Requests absorbed from another batch keep the other's slots until they end.
+    """
 
     def __init__(self, limits: BatchLimits, slots: range, slot_tokens: int, vocab: int) -> None:
         require(len(slots) >= limits.max_batch, f"{len(slots)} KV slots are too few for batches of {limits.max_batch}")
@@ -108,6 +111,7 @@ class Batch:
         self._tickets: dict[int, Ticket] = {}
         self._works: dict[int, BatchedRequest] = {}
         self._slots: dict[int, int] = {}
+        self.slots = slots
         self._free = list(slots)
 
     def __len__(self) -> int:
@@ -153,16 +157,39 @@ class Batch:
 
     def cached_slot(self, request_id: int) -> int | None:
         """Return the slot with the KV of all of a request's tokens but the newest; None while that KV is not complete."""
-        return self._slots.get(request_id) if request_id in self._scheduler.decoding else None
+        return self._slots.get(request_id) if self._is_complete(request_id) else None
+
+    def _is_complete(self, request_id: int) -> bool:
+        return request_id in self._scheduler.decoding or self._works[request_id].cached
 
     def kv_slots(self) -> list[tuple[int, int]]:
-        """Return (slot, tokens) for the KV of all running requests, also in the middle of their prefill. Between iterations."""
-        decoding = self._scheduler.decoding
-        found = [
-            (slot, len(self._tickets[request_id].tokens) - 1 if request_id in decoding else self._works[request_id].prefilled)
-            for request_id, slot in self._slots.items()
-        ]
+        """Return (slot, tokens) for all KV in slots, also of requests in the middle of their prefill. Between iterations."""
+        found = [(slot, self._kv_tokens(request_id)) for request_id, slot in self._slots.items()]
         return [(slot, tokens) for slot, tokens in found if tokens]
+
+    def _kv_tokens(self, request_id: int) -> int:
+        if self._is_complete(request_id):
+            return len(self._tickets[request_id].tokens) - 1
+        return self._works[request_id].prefilled
+
+    @property
+    def borrowed(self) -> list[int]:
+        """Slots of other batches that absorbed requests are in."""
+        return [slot for slot in self._slots.values() if slot not in self.slots]
+
+    def absorb(self, other: Batch) -> None:
+        """Take all requests of ``other``, between two of its iterations. Complete KV stays in its slot, without a prefill.
+
+        Requests in the middle of their prefill begin it anew. ``other`` must take no requests while its slots are borrowed.
+        """
+        complete = {request_id for request_id in other if other._is_complete(request_id)}
+        slots, other._slots, other._free = other._slots, {}, list(other.slots)
+        for work in other._scheduler.drain():
+            request_id = work.request_id
+            del other._works[request_id]
+            if request_id in complete and request_id in slots:
+                self._slots[request_id] = slots[request_id]
+            self._enter(other._tickets.pop(request_id), cached=request_id in complete)
 
     def recompute(self) -> None:
         """Give up the KV of all requests: each is prefilled anew from its tokens so far. Between iterations."""
@@ -171,8 +198,8 @@ class Batch:
             self._enter(self._tickets[work.request_id], cached=False)
 
     def uncache(self) -> list[int]:
-        """Give up the KV that waiting requests bring along: they are prefilled instead. Return their ids."""
-        changed = [work for work in self._scheduler.waiting if work.cached]
+        """Give up KV that waiting requests bring along outside of slots: they are prefilled instead. Return their ids."""
+        changed = [work for work in self._scheduler.waiting if work.cached and work.request_id not in self._slots]
         for work in changed:
             work.cached = False
         return [work.request_id for work in changed]
@@ -245,5 +272,5 @@ class Batch:
 
     def _release(self, request_id: int) -> None:
         slot = self._slots.pop(request_id, None)
-        if slot is not None:
+        if slot is not None and slot in self.slots:
             self._free.append(slot)

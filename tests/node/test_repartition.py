@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lambdascale.control import BatchLimits
 from lambdascale.core.commands import KvPolicy
 from lambdascale.core.plan import Stage
+from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
-from tests.node.fakes import BLOCKS, FakeCluster, stages
+from lambdascale.live.node.instance import Head
+from tests.node.fakes import BLOCKS, FakeCluster, expected_answer, stages
 
 ALONE = stages((0, 0, 3))
 SOURCE_FIRST = stages((0, 0, 1), (1, 2, 3))
@@ -141,16 +144,46 @@ def test_a_pass_waits_for_its_kv() -> None:
     cluster.check()
 
 
-def test_two_batches_on_one_node_take_turns() -> None:
-    """After a consolidation the batches of the old pipeline share a node: none waits until another is empty."""
-    cluster = FakeCluster(2)
+def test_batches_take_turns() -> None:
+    """In a circle: a batch whose iterations end at once is not served alone."""
+    head = Head(lambda index: Batch(BatchLimits(max_batch=1), range(index, index + 1), 20, 50))
+    head.resize(3)
+    for request_id in range(3):
+        head.add(Ticket(request_id, [1], 1, 9))
+    assert [head.next_batch() for _ in range(4)] == [0, 1, 2, 0]
+    head.batches[1].take(1)
+    assert [head.next_batch() for _ in range(3)] == [2, 0, 2]
+
+
+def consolidated(max_batch: int) -> tuple[FakeCluster, int]:
+    """Requests 1 and 2, each in a batch of its own, moved onto one node when each has a token; the tokens so far."""
+    cluster = FakeCluster(2, max_batch=max_batch)
     story = Story(cluster, SOURCE_FIRST)
     story.assign(1, 2)
+    while {token.request_id for token in cluster.tokens()} != {1, 2}:
+        cluster.run(steps=1)
     story.repartition(ALONE, "copy")
     cluster.run()
-    order = [token.request_id for token in cluster.tokens()]
-    assert order[:8] in ([1, 2] * 4, [2, 1] * 4)
     cluster.check()
+    on_pipeline = sum(len(m.tokens) for m in cluster.said if isinstance(m, wire.Tokens) and m.mode == "pipeline")
+    return cluster, on_pipeline
+
+
+def test_batches_that_are_too_many_are_merged() -> None:
+    """Where there is room, the requests of both decode in the same iterations."""
+    cluster, on_pipeline = consolidated(max_batch=2)
+    left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
+    assert cluster.executors[0].log.count("run 0-8") < left
+    assert any(len(m.tokens) == 2 for m in cluster.said if isinstance(m, wire.Tokens))
+
+
+def test_merged_requests_wait_with_their_kv() -> None:
+    """Where there is none, one waits for the other, and decodes then without a prefill."""
+    cluster, on_pipeline = consolidated(max_batch=1)
+    left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
+    assert cluster.executors[0].log.count("run 0-8") == left
+    local = [token.request_id for m in cluster.said if isinstance(m, wire.Tokens) and m.mode == "local" for token in m.tokens]
+    assert local == sorted(local) or local == sorted(local, reverse=True)
 
 
 def test_a_growing_instance_keeps_more_batches_in_flight() -> None:

@@ -54,7 +54,7 @@ class Compute:
         self._ended: Recent[int] = Recent()
         self._early: dict[int, list[wire.ForInstance]] = {}  # for instances not yet started here
         self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
-        self._repartitioner = Repartitioner(node, executor, limits.max_batch, self._tell)
+        self._repartitioner = Repartitioner(node, executor, self._tell)
         self._inbox = KvInbox()
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed)
@@ -226,7 +226,7 @@ class Compute:
     def _start(self, command: Serve) -> None:
         """Make runners for this node's stages of a new instance, and take what came for it before."""
         nodes = len({stage.node for stage in command.stages})
-        instance = Instance(command.instance, command.model, command.stages[0].node, batches=nodes)
+        instance = Instance(command.instance, command.model, command.stages[0].node, self._limits.max_batch, nodes)
         self._instances[command.instance] = instance
         try:
             self._divide(instance, 0, command.stages)
@@ -243,7 +243,9 @@ class Compute:
         command = message.command
         if command.instance in self._ended:
             return
-        instance = self._instances.setdefault(command.instance, Instance(command.instance, message.model, message.head))
+        instance = self._instances.setdefault(
+            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch)
+        )
         instance.batches = message.batches
         self._divide(instance, message.version, command.stages, command.kv)
         for ticket in self._inbox.give_up(command.instance):
@@ -302,8 +304,11 @@ class Compute:
         return here or self._inbox.expects(instance.number, request_id)
 
     def _move_batches(self, instance: Instance) -> None:
+        """Bring batches without an iteration under way to the newest partition, and merge those that are too many."""
         for request_id in self._repartitioner.move_batches(instance):
             self._inbox.drop(instance.number, request_id)
+        if instance.head is not None:
+            instance.head.merge(instance.newest)
 
     def _stop(self, number: int) -> None:
         self._inbox.stop(number)

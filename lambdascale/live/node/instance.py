@@ -7,7 +7,7 @@ left it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lambdascale.core import NodeId
@@ -46,8 +46,8 @@ class Partition:
 class Head:
     """The batches of an instance at the node that owns them: the node of its first stage when it was started.
 
-    Every partition keeps as many batches in flight as it has nodes (reference, section 2.4). Batches beyond that number take no
-    new requests and end with those they have. ``make_batch`` makes the batch of an index, in its own KV slots.
+    Every partition keeps as many batches in flight as it has nodes (reference, section 2.4). Batches beyond that number are
+    merged into the others. ``make_batch`` makes the batch of an index, in its own KV slots.
     """
 
     def __init__(self, make_batch: Callable[[int], Batch]) -> None:
@@ -67,7 +67,20 @@ class Head:
 
     def add(self, ticket: Ticket, *, cached: bool = False) -> None:
         """Give a request to the batch that has the fewest."""
-        min(self.batches[: self._in_flight], key=len).add(ticket, cached=cached)
+        min((self.batches[index] for index in self._open), key=len).add(ticket, cached=cached)
+
+    @property
+    def _open(self) -> list[int]:
+        """Batches that take requests: not more than are in flight, and none whose slots another has borrowed."""
+        borrowed = {slot for batch in self.batches for slot in batch.borrowed}
+        return [index for index in range(self._in_flight) if borrowed.isdisjoint(self.batches[index].slots)]
+
+    def merge(self, version: int) -> None:
+        """Merge batches that are too many into others, once both are on partition ``version``."""
+        for index in self.idle:
+            targets = [target for target in self._open if self.versions[target] == version]
+            if index >= self._in_flight and len(self.batches[index]) and self.versions[index] == version and targets:
+                min((self.batches[target] for target in targets), key=len).absorb(self.batches[index])
 
     def batch_of(self, request_id: int) -> int | None:
         """Return the index of the batch that has a request."""
@@ -96,12 +109,14 @@ class Head:
 class Instance:
     """``head_node`` owns the batches; ``head`` has them if that is this node.
 
-    ``batches`` is the largest number of them so far, and ``at`` the partition that each is on as far as this node knows.
+    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots; ``at`` is the partition that each is
+    on as far as this node knows.
     """
 
     number: int
     model: str
     head_node: NodeId
+    slots_per_batch: int
     batches: int = 0
     head: Head | None = None
     partitions: dict[int, Partition] = field(default_factory=dict)
@@ -160,27 +175,36 @@ class Instance:
         none of it is owed to another node.
         """
         if isinstance(message, wire.Forward):
-            return self.ready(message.batch, message.version)
+            return self.ready(message.batch, message.version, (segment.slot for segment in message.work.batch.segments))
         if isinstance(message, wire.SlotKv):
             return message.version in self.partitions
         if isinstance(message, wire.MoveBatch):
             return message.version in self.partitions and message.batch not in held_back and self._may_leave(message)
         if isinstance(message, wire.Collect):
-            complete = all(self.ready(m.batch, m.version) for m in message.moves if self._has_stage(m.version))
+            complete = all(self.ready(m.batch, m.version, [m.slot]) for m in message.moves if self._has_stage(m.version))
             return complete and not held_back
         return True
 
     def _may_leave(self, move: wire.MoveBatch) -> bool:
-        return move.before == move.version or not self._has_stage(move.before) or self.ready(move.batch, move.before)
+        if move.before == move.version or not self._has_stage(move.before):
+            return True
+        return self.ready(move.batch, move.before, (slot for slot, _ in move.kv))
 
     def _has_stage(self, version: int) -> bool:
         return version in self.partitions and bool(self.partitions[version].runners)
 
     # -- batches on partitions ---------------------------------------------------------------------------------------
 
-    def ready(self, batch: int, version: int) -> bool:
-        """True if a batch is on a partition here, with all KV that the stages on this node need."""
-        return self.at.get(batch) == version and not self._missing.get(batch)
+    def ready(self, batch: int, version: int, slots: Iterable[int]) -> bool:
+        """True if a batch is on a partition here, with all KV that the stages on this node need.
+
+        ``slots`` of other batches hold requests absorbed from them: their KV came to the partition with the other batch, which
+        may be ahead since.
+        """
+        if self.at.get(batch) != version or self._missing.get(batch):
+            return False
+        owners = {slot // self.slots_per_batch for slot in slots}
+        return all(self.at.get(owner, -1) >= version and not self._missing.get(owner) for owner in owners)
 
     def moved(self, batch: int, version: int, expected: set[Place]) -> None:
         """Take note that a batch is on a partition, and of the KV that others send for it."""

@@ -19,12 +19,11 @@ from lambdascale.live.node.runners import Executor, Runner
 
 
 class Repartitioner:
-    """``slots_per_batch`` KV slots belong to each batch of an instance; ``tell`` sends to any node, this one too."""
+    """``tell`` sends to any node, this one too."""
 
-    def __init__(self, node: NodeId, executor: Executor, slots_per_batch: int, tell: Callable[[NodeId, wire.Peer], None]) -> None:
+    def __init__(self, node: NodeId, executor: Executor, tell: Callable[[NodeId, wire.Peer], None]) -> None:
         self._node = node
         self._executor = executor
-        self._slots_per_batch = slots_per_batch
         self._tell = tell
 
     def add(self, instance: Instance, version: int, stages: tuple[Stage, ...], kv: KvPolicy = "copy") -> None:
@@ -32,7 +31,7 @@ class Repartitioner:
 
         A stage that stays as it was keeps its runner, and so its KV. Raises what the executor raises, and leaves no runner then.
         """
-        slots = instance.batches * self._slots_per_batch
+        slots = instance.batches * instance.slots_per_batch
         kept = self._kept(instance, slots)
         runners: dict[int, Runner] = {}
         try:
