@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.core import CapacityError, UserError
-from lambdascale.inference import BlockError, BlockInUseError, BlockStore, NodeMemory, StoreConfig
+from lambdascale.inference import BlockError, BlockInUseError, BlockStore, StoreConfig
 from lambdascale.inference.arena import Arena, Extents
 from lambdascale.inference.read_back import ReadBack
 
@@ -266,53 +266,10 @@ class TestDamage:
         with damaged.path(3).open("r+b") as file:
             file.seek(damaged.blocks[3].data_offset)
             file.write(b"\xff")
-        store = make(host=3, verify=False)
+        store = make(host=3, verify="off")
         store.add(damaged)
         store.load("c", range(BLOCKS)).wait(30)
         assert not right(store, "c", "gpu")
-
-
-class TestNodeMemory:
-    def test_the_longest_unused_model_goes(self, make: Callable[..., BlockStore]) -> None:
-        store = make(host=1, gpu=1)
-        memory = NodeMemory(store)
-        for now, name in enumerate("aba"):
-            memory.acquire(name, now).wait(30)
-            assert right(store, name, "gpu")
-            memory.release(name, now)
-            other = "b" if name == "a" else "a"
-            assert not store.resident(other, "gpu")
-
-    def test_what_is_in_use_does_not_go(self, make: Callable[..., BlockStore]) -> None:
-        memory = NodeMemory(make(host=1, gpu=1))
-        memory.acquire("a", 0.0).wait(30)
-        with pytest.raises(CapacityError, match="beside what is in use"):
-            memory.acquire("b", 1.0)
-        memory.release("a", 2.0)
-        memory.acquire("b", 3.0).wait(30)
-
-    def test_warm_and_hot(self, make: Callable[..., BlockStore], monkeypatch: pytest.MonkeyPatch) -> None:
-        store = make(host=2, gpu=1)
-        memory = NodeMemory(store)
-        for now, name in enumerate("ab"):
-            memory.acquire(name, now).wait(30)
-            memory.release(name, now)
-        monkeypatch.setattr(store.reader, "open", lambda path: pytest.fail("the disk is read"))
-        memory.acquire("a", 3.0).wait(30)
-        assert right(store, "a", "gpu")
-
-    def test_keep_alive(self, make: Callable[..., BlockStore]) -> None:
-        store = make()
-        memory = NodeMemory(store, gpu_keep_alive_s=5.0)
-        memory.acquire("a", 0.0).wait(30)
-        memory.expire(100.0)
-        assert store.resident("a", "gpu"), "in use"
-        memory.release("a", 100.0)
-        memory.expire(104.0)
-        assert store.resident("a", "gpu")
-        memory.expire(106.0)
-        assert not store.resident("a", "gpu")
-        assert store.resident("a", "host")
 
 
 class StoreMachine(RuleBasedStateMachine):
