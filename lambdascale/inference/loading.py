@@ -26,7 +26,7 @@ OnBlock = Callable[[str, int], None]
 
 
 class BlockError(UserError):
-    """A block that could not be loaded or is damaged: the message names block and file. The store is as it was before the block."""
+    """A block that cannot be loaded or is damaged: the message names block and file. The store is as it was before the block."""
 
     def __init__(self, model: str, block: int, file: Path, reason: str) -> None:
         super().__init__(f"block {block} of {model} ({file}): {reason}")

@@ -10,7 +10,7 @@ import torch
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core.checks import require
-from lambdascale.inference.residency import Key, Residency, StoreTier
+from lambdascale.inference.residency import Key, Residency
 
 Tensor = torch.Tensor
 # (model, block, the bytes that arrived, their hash if a transport has computed it): raises BlockError unless they are the block.
@@ -29,8 +29,9 @@ class BlockState(Enum):
 class Reception:
     """Blocks of one model that a transfer brings to this node, from ``BlockStore.expect`` to ``close``. Thread-safe.
 
-    ``offsets`` are the places, in the landing arena, of the blocks that others are to write. The other blocks of the reception are
-    resident already, where blocks land or on the device: nobody needs to write them, but ``arrived`` makes them usable all the same.
+    ``offsets`` are the places, in the landing arena, of the blocks that others are to write. The other blocks of the reception
+    are resident already, where blocks land or on the device: nobody needs to write them, but ``arrived`` makes them usable all
+    the same.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class Reception:
     def arrived(self, block: int, xxh3_64: int | None = None) -> None:
         """Make a block usable: all its bytes are there. Blocks the caller while it verifies them and copies them to the device.
 
-        ``xxh3_64``: hash of the bytes, if a transport has computed it. BlockError if the bytes are damaged; the block is then still
-        expected. CapacityError if the device has no room; the block is then present.
+        ``xxh3_64``: hash of the bytes, if a transport has computed it. BlockError if the bytes are damaged; the block is then
+        still expected. CapacityError if the device has no room; the block is then present.
         """
         if self._states[block] is BlockState.EXPECTED:
             self._receptions.land(self._model, block, xxh3_64)
@@ -89,8 +90,9 @@ class Reception:
 class Receptions:
     """A store's receptions. ``landing`` is the tier that others write to, ``device`` the tier where blocks become usable.
 
-    ``lock`` is the store's: it guards both tiers and ``_expected``, the number of receptions that expect each block. A block has memory
-    in ``landing`` as long as that number is positive. ``lift(model, block)`` copies a landed block to the device and waits.
+    ``lock`` is the store's: it guards both tiers and ``_expected``, the number of receptions that expect each block. A block has
+    memory in ``landing`` as long as that number is positive. ``lift(model, block)`` copies a landed block to the device and
+    waits.
     """
 
     def __init__(

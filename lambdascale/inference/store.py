@@ -34,11 +34,12 @@ class BlockInUseError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """``host_bytes`` and ``device_bytes`` are the sizes of the arenas. ``device`` "cpu": the device arena is a stand-in in host memory.
+    """``host_bytes`` and ``device_bytes`` are the sizes of the arenas. ``device`` "cpu": the device arena is a stand-in in host
+    memory.
 
     ``readers`` threads read ``chunk_bytes`` at a time; ``direct``: see ChunkReader. ``verify``: the blocks whose checksums are
-    compared, when they are loaded and when they arrive (see ``is_verified``). ``land_on_device``: other nodes write blocks straight
-    into the device arena; otherwise they write them into the host arena, from where the store copies them to the device.
+    compared, when they are loaded and when they arrive (see ``is_verified``). ``land_on_device``: other nodes write blocks
+    straight into the device arena; otherwise they write them into the host arena, from where the store copies them to the device.
     """
 
     host_bytes: int | str
@@ -80,9 +81,7 @@ class BlockStore:
         self._tiers: dict[StoreTier, Residency] = {"host": Residency("host", host), "gpu": Residency("gpu", device)}
         self.reader = ChunkReader(config.readers, int(config.chunk_bytes), config.direct)
         self._loader = Loader(self._tiers, self._lock, self.device, self.reader, verify=config.verify)
-        self._receptions = Receptions(
-            self._lock, self._tiers[self.landing_tier], self._tiers["gpu"], self._check, self._lift
-        )
+        self._receptions = Receptions(self._lock, self._tiers[self.landing_tier], self._tiers["gpu"], self._check, self._lift)
 
     def close(self) -> None:
         """Cancel loads, wait for their ends and free the memory."""

@@ -20,8 +20,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.inference import BlockStore, StoreConfig
-from lambdascale.inference.verification import Verify
 from lambdascale.inference.arena import touched_memory
+from lambdascale.inference.verification import Verify
 
 BLOCKS, ROUNDS = 8, 5
 # About 1 GB in float32.
