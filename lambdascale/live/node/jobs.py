@@ -14,6 +14,13 @@ from lambdascale.core.events import AnyEvent, CommandFailed
 Job = Callable[[], object]
 
 
+def start_timer(delay_s: float, job: Job) -> None:
+    """Call ``job`` after a while, from a thread of its own."""
+    timer = Timer(delay_s, job)
+    timer.daemon = True
+    timer.start()
+
+
 @dataclass(frozen=True)
 class About:
     """The command that a job belongs to, and the transfer or the model that its failure concerns (-1 and "": none)."""
@@ -47,12 +54,18 @@ class Failures:
 class Jobs:
     """Runs jobs in order, on ``thread`` (state and decisions) or on ``worker`` (hashing, copies between memories).
 
-    Both are executors with one thread, or a test's that it steps itself. Nothing on ``thread`` may wait: turns, sends and fences
-    of all transfers go through it.
+    Both are executors with one thread, or a test's that it steps itself, as is ``timer``. Nothing on ``thread`` may wait: turns,
+    sends and fences of all transfers go through it.
     """
 
-    def __init__(self, thread: Executor, worker: Executor, failures: Failures) -> None:
-        self._thread, self._worker, self._failures = thread, worker, failures
+    def __init__(
+        self,
+        thread: Executor,
+        worker: Executor,
+        failures: Failures,
+        timer: Callable[[float, Job], None] = start_timer,
+    ) -> None:
+        self._thread, self._worker, self._failures, self._timer = thread, worker, failures, timer
 
     def do(self, about: About, job: Job) -> None:
         """Run a job on the thread. Its exception is reported as a failure of what it is about."""
@@ -73,9 +86,7 @@ class Jobs:
 
     def later(self, delay_s: float, about: About, job: Job) -> None:
         """Run a job on the thread after a while."""
-        timer = Timer(delay_s, self.do, (about, job))
-        timer.daemon = True
-        timer.start()
+        self._timer(delay_s, lambda: self.do(about, job))
 
     def close(self) -> None:
         """Drop jobs that have not begun and wait for those that have; jobs given from now on are dropped."""

@@ -10,7 +10,7 @@ from lambdascale.core.commands import EvictBlocks, LoadBlocks, ReleaseNode, Star
 from lambdascale.core.events import AnyEvent
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
-from lambdascale.live.node.jobs import About, Jobs
+from lambdascale.live.node.jobs import About, Job, Jobs, start_timer
 from lambdascale.live.node.loads import Links, Loads
 from lambdascale.live.node.multicasts import Multicasts, number_of
 from lambdascale.live.node.order import Order
@@ -23,7 +23,7 @@ class Mover:
     """Carries out what concerns blocks; may be told from any thread.
 
     ``report`` takes events for the controller, ``fault`` the reason why this node cannot be relied on any more. ``window`` and
-    ``collective``: see Multicasts; ``preloaded``: see Loads. ``thread`` and ``worker``: executors of one thread each, see Jobs.
+    ``collective``: see Multicasts; ``preloaded``: see Loads. ``thread``, ``worker`` and ``timer``: see Jobs.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class Mover:
         preloaded: bool = False,
         thread: Executor | None = None,
         worker: Executor | None = None,
+        timer: Callable[[float, Job], None] = start_timer,
     ) -> None:
         reports = Reports(node, report, fault)
         self._jobs = Jobs(
-            thread or ThreadPoolExecutor(1, "mover", store.use_device),
-            worker or ThreadPoolExecutor(1, "lander", store.use_device),
+            ThreadPoolExecutor(1, "mover", store.use_device) if thread is None else thread,
+            ThreadPoolExecutor(1, "lander", store.use_device) if worker is None else worker,
             reports.failures,
+            timer,
         )
         self._order = Order(reports.failed)
         self._loads = Loads(store, reports, self._jobs, self._order, links=links, preloaded=preloaded)
