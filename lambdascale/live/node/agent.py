@@ -238,7 +238,7 @@ class Agent:
             Serve: self.compute.serve,
             StopInstance: lambda c: self.compute.stop(c.instance),
         }
-        self._messages: dict[type, Callable[[Any], None]] = {
+        self._messages: dict[type, Callable[[Any], object]] = {
             wire.Do: lambda m: self._commands[type(m.command)](m.command),
             wire.Assign: self.compute.assign,
             wire.Switch: self.compute.switch,
