@@ -1,4 +1,4 @@
-"""The one type check of configured dataclasses: Hydra's ``instantiate`` does not enforce annotations."""
+"""Type check of configured dataclasses, since Hydra's ``instantiate`` does not enforce annotations."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ def _matches(value: object, hint: Any) -> bool:
     if origin is tuple:
         args = typing.get_args(hint)
         return isinstance(value, tuple) and (len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value))
-    if origin is not None or getattr(hint, "_is_protocol", False):
+    if getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint) if getattr(hint, "_is_runtime_protocol", False) else True
+    if origin is not None:
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
 
 
 def check_types(config: Any) -> None:
-    """Raise UserError when a field of the dataclass ``config`` holds a value its annotation does not allow.
+    """Raise UserError if a field of the dataclass ``config`` holds a value its annotation does not allow.
 
-    Lists become tuples where a tuple is annotated (Hydra hands lists over). Checks scalars, literals, unions and
-    homogeneous tuples; protocols and generic mappings are left to their users.
+    Lists become tuples where a tuple is annotated, since Hydra passes lists. Scalars, literals, unions, homogeneous tuples and
+    runtime-checkable protocols (names of their members) are checked; other protocols and generic mappings are not.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -56,6 +58,6 @@ def check_types(config: Any) -> None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless ``condition``: for a user's values, at the edge."""
+    """Raise UserError(message) unless ``condition`` holds; for values that come from the user."""
     if not condition:
         raise UserError(message)

@@ -1,4 +1,4 @@
-"""Studies: what a command line means, what their tables are made of, and the comparison with the paper."""
+"""Studies: meaning of command lines, rows of their tables, and the comparison with the paper."""
 
 from __future__ import annotations
 
@@ -77,7 +77,13 @@ class TestScript:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
 
     def test_a_study_makes_a_table_and_a_figure_and_reuses_its_runs(self, tmp_path: Path) -> None:
-        small = ["experiment=ablation_order", "model=llama2_7b", "system.planner.order=shift,none", "workload.count=8", "-m"]
+        small = [
+            "experiment=ablation_order",
+            "model=llama2_7b",
+            "system.start.planner.order=shift,none",
+            "workload.count=8",
+            "-m",
+        ]
         first, again = (self.script(tmp_path, *small, "hydra/launcher=basic") for _ in range(2))
         assert first.returncode == 0, first.stderr
         assert "8 runs, 0 of them reused" in first.stdout
@@ -106,7 +112,7 @@ def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
-# -- what tables are made of ---------------------------------------------------------------------------------------------
+# -- rows of tables ------------------------------------------------------------------------------------------------------
 
 
 def events(*rows: tuple[float, str, int | None, int | None, int | None, dict[str, object] | None]) -> pd.DataFrame:
