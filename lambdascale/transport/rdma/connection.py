@@ -81,7 +81,7 @@ class RdmaConnection:
         self.lanes = lanes
         self._endpoint = endpoint
         self._slots = slots
-        # Guards the outbox, the gate, the lanes' requests and the fields below: callers, the sending and the watch thread use them.
+        # Guards the outbox, the gate, the lanes' requests and the fields below: callers, sender and watch thread use them.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
