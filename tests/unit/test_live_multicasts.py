@@ -10,7 +10,7 @@ import pytest
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import MulticastPlan
-from lambdascale.core.commands import LoadBlocks
+from lambdascale.core.commands import EvictBlocks, LoadBlocks
 from lambdascale.core.plan import Send
 from lambdascale.live import wire
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
@@ -365,6 +365,18 @@ class TestFailures:
         node.run()
         assert node.failed == []
         assert node.faults == ["the loss of node 3: node 1: ZeroDivisionError: division by zero"]
+
+    def test_of_a_cancellation_or_release(self, make: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The controller would do nothing about a transfer that it has cancelled, or about memory that is never freed."""
+        node = make(1, held="gpu")
+        monkeypatch.setattr(node.mover._multicasts, "cancel", lambda number: 1 / 0)
+        monkeypatch.setattr(node.store, "evict", lambda name, tier: 1 / 0)
+        node.mover.cancel(3)
+        node.mover.evict(EvictBlocks(1, "tiny", "gpu"))
+        node.run()
+        assert node.failed == []
+        assert [fault.partition(":")[0] for fault in node.faults] == ["the cancellation of transfer 3", "EvictBlocks"]
+        assert not node.mover._order._held, "later commands go on"
 
     def test_of_a_host_copy(self, make: Callable[..., Node]) -> None:
         node, placed = make(1), list[str]()

@@ -58,7 +58,8 @@ class Loads:
         if load is not None:
             load.cancel()
             self._order.hold(load.model)
-            self._when_ended(load, About("CancelTransfer", number, load.model), lambda _: self._order.let_go(load.model))
+            about = About(f"the cancellation of transfer {number}", model=load.model)
+            self._when_ended(load, about, lambda _: self._order.let_go(load.model))
 
     def cancel_all(self, model: str) -> None:
         """Stop all loads of a model that leaves this node."""
