@@ -119,10 +119,17 @@ class BatchScheduler:
         """Sequences admitted to the batch."""
         return len(self._prefilling) + len(self.decoding)
 
+    @property
+    def kv_in_use(self) -> int:
+        """Tokens of KV cache that the admitted requests have filled."""
+        return self._context + sum(sequence.prefilled for sequence in self._prefilling)
+
     def add(self, sequence: BatchedRequest) -> None:
         """Queue a sequence. One that could never fit the KV memory is a fault of the caller, who must refuse it first."""
         assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
-        assert sequence.produced < sequence.output_tokens, f"request {sequence.request_id} is already complete"
+        assert sequence.produced < sequence.output_tokens, (
+            f"request {sequence.request_id} already has {sequence.produced} of its {sequence.output_tokens} tokens"
+        )
         self.waiting.append(sequence)
 
     @property
@@ -188,7 +195,8 @@ class BatchScheduler:
             sequence.prefilled += count
             if sequence.prefilled < sequence.context_tokens:
                 continue
-            assert self._prefilling.popleft() is sequence, "prefills end in the order they began"
+            ended = self._prefilling.popleft()
+            assert ended is sequence, "prefills end in the order they began"
             sequence.produced += 1
             if sequence.produced == 1:
                 first.append(sequence)

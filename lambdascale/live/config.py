@@ -88,7 +88,7 @@ class LiveConfig:
 
         UserError if it is to be NCCL and cannot be.
         """
-        if system.multicast != "collective":
+        if system.start.multicast != "collective":
             return None, ""
         # Ray gives every node a GPU.
         gpus = nodes if self.launcher == "ray" else torch.cuda.device_count() if self.device == "cuda" else 0
@@ -187,14 +187,15 @@ class LiveConfig:
     ) -> NodeConfig:
         """What one agent is told."""
         sizes = sorted((_room(model) for _, model in models), reverse=True)
-        at_once = max(1, cluster.gpus_per_node)
-        preloaded = system.scale_out == "instant"
+        at_once = max(1, cluster.node(node).gpus)
+        preloaded = system.start.instant
         # With several models there is room for one more than run: memory comes back in pieces.
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
-        budget = int(cluster.host_memory_bytes) if system.memory.budget is None else int(system.memory.budget)
-        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.loader == "sequential" else 0)
+        budget = cluster.node(node).host_memory_bytes if system.memory.budget is None else int(system.memory.budget)
+        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
         through_host = sizes[0] if self.device != "cpu" else 0
-        network = float(cluster.nic_bytes_per_s) * cluster.rdma_efficiency
+        hardware = cluster.node(node)
+        network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
             access=hub.access,
@@ -209,8 +210,8 @@ class LiveConfig:
             device_bytes=device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,
-            ssd=float(cluster.ssd_bytes_per_s) if self.paced else None,
-            pcie=float(cluster.pcie_bytes_per_s) if self.paced else None,
+            ssd=hardware.ssd_bytes_per_s if self.paced else None,
+            pcie=hardware.pcie_bytes_per_s if self.paced else None,
             preloaded=preloaded,
             rdma=self.rdma,
             collective=collective,

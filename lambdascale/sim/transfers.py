@@ -8,7 +8,7 @@ from a load; a transfer's start-up keeps its port for ``link_latency_s``. Loads:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import takewhile
 
@@ -183,8 +183,12 @@ class TransferEngine:
         payload = command.block_bytes[block]
         layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
         overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
-        size = payload / cluster.rdma_efficiency + overhead_s * float(cluster.nic_bytes_per_s)
+        size = payload / cluster.rdma_efficiency + overhead_s * self._nic_rate((src, dst))
         self._fabric.flow(transfer, (src, dst), self._fabric.hop(src, dst), size, on_done)
+
+    def _nic_rate(self, nodes: Collection[NodeId]) -> float:
+        """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
+        return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
@@ -193,7 +197,7 @@ class TransferEngine:
         ports = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
         hops = _longest_path(plan)
-        rate = float(cluster.nic_bytes_per_s) * cluster.collective_efficiency
+        rate = self._nic_rate(plan.members) * cluster.collective_efficiency
         fill_s = (hops - 1) * self._options.chunk_bytes / rate + hops * cluster.link_latency_s
         size = sum(transfer.command.block_bytes) / cluster.collective_efficiency
 
