@@ -25,4 +25,5 @@ class TestStar(PlannerConformance):
 
 class TestStarSystem(SystemConformance):
     def make_system(self) -> SystemConfig:
-        return replace(build(compose(["system=lambdascale"])).system, planner=Star())
+        config = build(compose(["system=lambdascale"])).system
+        return replace(config, start=replace(config.start, planner=Star()))

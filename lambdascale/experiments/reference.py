@@ -173,13 +173,18 @@ def _fields(cls: type) -> list[dataclasses.Field[Any]]:
 
 
 def _class_tables(sections: Iterable[_Section]) -> Iterator[str]:
-    """A table for each class; what several classes inherit is shown once, before the first of them."""
+    """A table for each class, once: before it those of the classes it inherits from, after it those of what its lists hold."""
     shown: set[type] = set()
     for section in sections:
         for cls in [c for c in reversed(section.cls.__mro__) if dataclasses.is_dataclass(c)]:
             if cls not in shown:
                 shown.add(cls)
                 yield _class_table(section, cls)
+        for name, hint in typing.get_type_hints(section.cls).items():
+            for element in filter(dataclasses.is_dataclass, typing.get_args(hint)):
+                if element not in shown:
+                    shown.add(element)
+                    yield _class_table(_Section(element, f"{section.place}.{name}[]", {}, choices=["no choice: a list"]), element)
 
 
 def _class_table(section: _Section, cls: type) -> str:
@@ -216,10 +221,9 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _meaning(section: _Section, name: str) -> str:
     """What a key means: the comment in conf/ and, where that only says where the value is from, the docstring before it."""
     comment, described = section.comments.get(name, ""), _of_docstring(section.cls, name)
-    if not comment or not described or not _SOURCE.match(comment):
-        is_part = isinstance(section.values.get(name), Mapping) or name in _GROUPS
-        return comment or described or ("a part: its keys are below" if is_part else "")
-    return f"{described} Default: {comment}"
+    if name in _GROUPS or isinstance(section.values.get(name), Mapping):
+        return comment or "a part: its keys are below"
+    return f"{described} Default: {comment}" if described and _SOURCE.match(comment) else comment or described
 
 
 def _of_docstring(cls: type, name: str) -> str:
