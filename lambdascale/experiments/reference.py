@@ -184,7 +184,7 @@ def _class_tables(sections: Iterable[_Section]) -> Iterator[str]:
             for element in filter(dataclasses.is_dataclass, typing.get_args(hint)):
                 if element not in shown:
                     shown.add(element)
-                    yield _class_table(_Section(element, f"{section.place}.{name}[]", {}, choices=["no choice: a list"]), element)
+                    yield _class_table(_Section(element, f"{section.place}.{name}[]", {}), element)
 
 
 def _class_table(section: _Section, cls: type) -> str:
@@ -197,7 +197,8 @@ def _class_table(section: _Section, cls: type) -> str:
         if f.name in cls.__annotations__
     ]
     table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
-    chosen = f" At `{section.place}` in {', '.join(dict.fromkeys(section.choices))}." if cls is section.cls else ""
+    where = f"in {', '.join(dict.fromkeys(section.choices))}" if section.choices else "for each element"
+    chosen = f" At `{section.place}` {where}." if cls is section.cls else ""
     return "\n".join([f"### {name}\n", f"{_summary(cls)}{chosen}", "", *table])
 
 
@@ -213,7 +214,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
     """The default of a field that no YAML file sets."""
     if f.default is not dataclasses.MISSING:
         return f.default
-    if f.name in _GROUPS:
+    if f.name in ("autoscaler", "batching", "memory"):
         return _choice_names(f.name)[0]
     return "set by its own keys" if f.default_factory is not dataclasses.MISSING else "required"
 
@@ -221,7 +222,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _meaning(section: _Section, name: str) -> str:
     """What a key means: the comment in conf/ and, where that only says where the value is from, the docstring before it."""
     comment, described = section.comments.get(name, ""), _of_docstring(section.cls, name)
-    if name in _GROUPS or isinstance(section.values.get(name), Mapping):
+    if f"{section.place}.{name}" in _GROUPS.values() or isinstance(section.values.get(name), Mapping):
         return comment or "a part: its keys are below"
     return f"{described} Default: {comment}" if described and _SOURCE.match(comment) else comment or described
 
