@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from hydra.utils import get_class
@@ -38,10 +39,12 @@ _HEAD = """# Configuration keys
 <!-- written by scripts/reference.py: change the comments in conf/ and the docstrings, not this page -->
 
 A key is set on the command line as `KEY=VALUE`, in an experiment's YAML, or in a file of a group. The default is that of
-`python scripts/run.py` without arguments (for a class that is not part of it, that of its YAML file). Sizes take units
-(`512GiB`, `26GB`), rates too (`400Gb/s`, `5GB/s`); times are seconds. A misspelt key or an impossible value ends the command
-with one line and status 2.
+`python scripts/run.py` without arguments; for a class that is not part of it, that of the first YAML file that names it.
+Sizes take units (`512GiB`, `26GB`), rates too (`400Gb/s`, `5GB/s`); times are seconds. A misspelt key or an impossible
+value ends the command with one line and status 2.
 """
+# Columns of a line of prose.
+_WIDTH = 119
 # Comments that say where a value is from, not what the key means.
 _SOURCE = re.compile(r"(reference|assumption|datasheet|measured|contained|no |\d)")
 _KEY = re.compile(r"^(?P<indent>\s*)(?P<key>\w+):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
@@ -199,7 +202,7 @@ def _class_table(section: _Section, cls: type) -> str:
     table = ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""] if rows else []
     where = f"in {', '.join(dict.fromkeys(section.choices))}" if section.choices else "for each element"
     chosen = f" At `{section.place}` {where}." if cls is section.cls else ""
-    return "\n".join([f"### {name}\n", f"{_summary(cls)}{chosen}", "", *table])
+    return "\n".join([f"### {name}\n", fill(_summary(cls) + chosen, _WIDTH), "", *table])
 
 
 def _summary(cls: type) -> str:

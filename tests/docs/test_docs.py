@@ -30,6 +30,9 @@ RUN = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-
 # Paths of the repository in a page's prose, and those of them that runs make or that stand for any.
 PATH = re.compile(r"`((?:lambdascale|baselines|conf|docs|scripts|tests|results)/[\w./-]*\w/?)`")
 MADE = re.compile(r"^(results/(raw|wandb|\.submitit)|docs/site)|NAME|EXPERIMENT|mine")
+# How code makes threads and locks, and what it calls them.
+THREAD = re.compile(r"""(?:Thread\(.*name=f?|thread_name_prefix=|ThreadPoolExecutor\(1, )"([\w-]+)""")
+LOCK = re.compile(r"(\w+) = threading\.(?:R?Lock|Condition)\(")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     """The README's too, which mkdocs does not see."""
     targets = [target for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()) if "://" not in target]
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_every_thread_and_lock_is_described() -> None:
+    """By its name, and by its file, on the architecture page."""
+    page, lacking = (ROOT / "docs" / "architecture.md").read_text(), []
+    for path in (path for part in ("live", "transport", "inference") for path in (ROOT / "lambdascale" / part).rglob("*.py")):
+        code, file = path.read_text(), path.relative_to(ROOT).as_posix()
+        lacking += [f"{file}: {name}" for name in THREAD.findall(code) if f"`{name}" not in page and f"-{name}" not in page]
+        lacking += [f"{file}: {lock}" for lock in LOCK.findall(code) if f"`{lock}`" not in page]
+    assert not lacking
 
 
 def test_the_reference_is_current() -> None:
