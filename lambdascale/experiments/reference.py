@@ -36,12 +36,12 @@ _GROUPS = {
 }
 _HEAD = """# Configuration keys
 
-<!-- written by scripts/reference.py: change the comments in conf/ and the docstrings, not this page -->
+<!-- written by scripts/reference.py: change comments in conf/ and docstrings, not this page -->
 
-A key is set on the command line as `KEY=VALUE`, in an experiment's YAML, or in a file of a group. The default is that of
-`python scripts/run.py` without arguments; for a class that is not part of it, that of the first YAML file that names it.
-Sizes take units (`512GiB`, `26GB`), rates too (`400Gb/s`, `5GB/s`); times are seconds. A misspelt key or an impossible
-value ends the command with one line and status 2.
+A key is set on the command line as `KEY=VALUE`, in an experiment's YAML, or in a file of a group. The default is that
+of `python scripts/run.py` without arguments; for a class that is not part of it, that of the first YAML file that
+names it. Sizes take units (`512GiB`, `26GB`), rates too (`400Gb/s`, `5GB/s`); times are seconds. A misspelt key or an
+impossible value ends the command with one line and status 2.
 """
 # Columns of a line of prose.
 _WIDTH = 119
