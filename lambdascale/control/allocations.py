@@ -21,6 +21,7 @@ class Allocations:
         self._fleet.gpus_free[node] -= gpus
         blocks = set(range(state.blocks)) if wanted is None else set(wanted)
         state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks)
+        state.spared += state.blocks - len(blocks)
         self._fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 
     def release(self, state: ModelState, allocation: Allocation) -> None:
@@ -45,7 +46,15 @@ class Allocations:
         self._fleet.out.append(ReleaseNode(node, state.spec.name, state.spec.gpus_per_replica))
 
     @staticmethod
+    def widen(state: ModelState, allocation: Allocation, blocks: Iterable[int]) -> None:
+        """Let a node that holds a share hold further ``blocks``."""
+        more = set(blocks) - allocation.wanted
+        allocation.wanted |= more
+        state.spared -= len(more)
+
+    @staticmethod
     def forget(state: ModelState, node: NodeId) -> None:
         """Drop the record of a node, and the pipelines that wait for its blocks."""
-        del state.allocations[node]
+        allocation = state.allocations.pop(node)
+        state.spared -= allocation.total - len(allocation.wanted)
         state.pending = [p for p in state.pending if node not in p.plan.nodes]

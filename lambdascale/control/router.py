@@ -18,9 +18,9 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """A new request: dispatch it, queue it, or refuse it when its KV cache could never fit a replica, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node is left."""
         state = self._fleet.models[request.model]
-        if not any(True for _ in self._fleet.candidates(state)):
+        if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
             return
         needed = request.prompt_tokens + request.output_tokens
@@ -37,7 +37,7 @@ class Router:
 
     def give_up(self, state: ModelState) -> None:
         """Fail what is queued if no node is left that could serve the model."""
-        if state.queue and not any(True for _ in self._fleet.candidates(state)):
+        if state.queue and not self._fleet.can_serve(state):
             self._fleet.out += [FailRequest(request.request_id, self._why(state)) for request in state.queue]
             for request in state.queue:
                 self._fleet.failures.pop(request.request_id, None)

@@ -68,7 +68,7 @@ class Serving:
             self._reshape(state, state.instances[change.instance], change)
             return
         allocation = state.allocations[change.node]
-        allocation.wanted.update(change.blocks)
+        self._allocations.widen(state, allocation, change.blocks)
         self._transfers.load(state, change.node, change.tier, change.blocks)
 
     # -- instances ---------------------------------------------------------------------------------------------------

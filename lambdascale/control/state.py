@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
-from lambdascale.core.commands import Command
+from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
 
 
@@ -94,7 +94,8 @@ class TransferState:
 class ModelState:
     """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
 
-    ``hosts``: nodes whose GPUs can hold it. ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
+    ``spared``: number of blocks that its allocations are not to hold. ``hosts``: nodes whose GPUs can hold it.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
     """
 
     spec: ModelSpec
@@ -108,6 +109,7 @@ class ModelState:
     unfit: set[NodeId] = field(default_factory=set)
     reason: str = ""
     running: int = 0
+    spared: int = 0
 
     @property
     def blocks(self) -> int:
@@ -117,14 +119,25 @@ class ModelState:
     @property
     def replicas(self) -> int:
         """Number of copies of the model that its allocations hold or are to hold; shares add up."""
-        return -(-sum(len(allocation.wanted) for allocation in self.allocations.values()) // self.blocks)
+        return len(self.allocations) - self.spared // len(self.block_bytes)
 
 
 class Fleet:
-    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled."""
+    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    def __init__(self, cluster: ClusterSpec, models: Sequence[ModelSpec], blocks: int, memory: HostMemoryConfig) -> None:
+    ``storage``: the tier in which every node finds models that it has no host copy of.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        blocks: int,
+        memory: HostMemoryConfig,
+        storage: Storage = "ssd",
+    ) -> None:
         self.cluster = cluster
+        self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
@@ -151,6 +164,12 @@ class Fleet:
         self._next_id += 1
         return self._next_id
 
+    def can_serve(self, state: ModelState) -> bool:
+        """True if some living node can serve the model at all."""
+        if not state.unfit and len(state.hosts) == self.cluster.nodes:
+            return bool(self.gpus_free)
+        return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)
+
     def candidates(self, state: ModelState) -> Iterable[NodeId]:
         """Living nodes on which the model can be served at all, busy ones included."""
         return (node for node in self.gpus_free if node in state.hosts and node not in state.unfit)
@@ -163,6 +182,10 @@ class Fleet:
     def is_warm(self, state: ModelState, node: NodeId) -> bool:
         """True if the node has a host copy of the model."""
         return self.host.has(node, state.spec.name, self.at)
+
+    def own_tier(self, state: ModelState, node: NodeId) -> Tier:
+        """Return the fastest tier from which ``node`` can load the model without another node's help."""
+        return "host" if self.is_warm(state, node) else self.storage
 
     def loads_on(self, node: NodeId) -> int:
         """Bytes still to be loaded by ``node``, as a bound: whole models count until they are complete."""

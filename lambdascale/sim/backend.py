@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,12 @@ class SimConfig:
     transfers: TransferOptions = field(default_factory=TransferOptions)
     node_failures: tuple[tuple[int, float], ...] = ()
     slow_nodes: tuple[tuple[int, float], ...] = ()
-    kind: str = "sim"
 
     def __post_init__(self) -> None:
         """Validate."""
         for name in ("node_failures", "slow_nodes"):
             object.__setattr__(self, name, tuple(tuple(pair) for pair in getattr(self, name)))
         check_types(self)
-        require(self.kind == "sim", f"backend.kind of the simulator is 'sim', not {self.kind!r}")
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
         for slow in self.slow_nodes:
@@ -65,13 +64,13 @@ class SimConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend."""
-        return self.kind
+        """Name of the backend in rows and summaries."""
+        return "sim"
 
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:
-        """The backend of one run."""
+        """Return the backend of one run."""
         for name in ("node_failures", "slow_nodes"):
             for node, _ in getattr(self, name):
                 require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
@@ -94,11 +93,11 @@ class SimBackend:
         self._cluster = cluster
         self._limits = batching
         self._models = {model.name: model for model in models}
-        self._kv_tokens = {model.name: cluster.kv_tokens(model) for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
         self._ports: dict[NodeId, ComputePort] = {}
         self.kernel = Kernel()
-        self._cores = SharedCores(cluster.compute.shared_slowdown)
+        slowdown = cluster.compute.shared_slowdown
+        self._cores = SharedCores(slowdown) if slowdown else None
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         self._requests = requests
         self._next_request = 0
@@ -141,24 +140,24 @@ class SimBackend:
         self._handlers[type(command)](command)
 
     def next_event(self) -> Event | None:
-        """The next event; requests arrive before anything else that happens at the same time."""
-        events, kernel = self._events, self.kernel
-        while not events:
-            due = kernel.next_time()
-            if self._next_request < len(self._requests):
-                request = self._requests[self._next_request]
-                if due is None or request.arrival_s <= due:
-                    self._next_request += 1
-                    kernel.now = request.arrival_s
-                    return RequestArrived(request.arrival_s, request)
-            if not kernel.step():
-                return None
+        """Return the next event; requests arrive before anything else that happens at the same time."""
+        events = self._events
+        if events:
+            return events.popleft()
+        if self._next_request < len(self._requests):
+            request = self._requests[self._next_request]
+            if not self.kernel.advance(request.arrival_s, events):
+                self._next_request += 1
+                self.kernel.now = request.arrival_s
+                return RequestArrived(request.arrival_s, request)
+        elif not self.kernel.advance(inf, events):
+            return None
         return events.popleft()
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
-        """Bookkeeping of the control plane that takes no time and changes nothing here."""
+        """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)
@@ -183,7 +182,7 @@ class SimBackend:
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
-            kv_tokens=self._kv_tokens[command.model],
+            kv_tokens=min(self._cluster.node(stage.node).kv_tokens(model) for stage in command.stages),
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,
@@ -238,11 +237,7 @@ class SimBackend:
             return
         (home,) = self._instances[target].nodes
         kv_bytes = (work.context_tokens - 1) * self._models[self._model_of[target]].kv_bytes_per_token
-        missing = [
-            (stage.node, pipeline.share(stage.first_block, stage.last_block) * kv_bytes)
-            for stage in pipeline.stages
-            if stage.node != home
-        ]
+        missing = [(node, share * kv_bytes) for node, share in pipeline.shares if node != home]
         left = len(missing)
 
         def arrived() -> None:

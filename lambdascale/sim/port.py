@@ -13,7 +13,7 @@ _LAST = 1
 
 
 class Run(Protocol):
-    """What occupies a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
+    """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
 
     def begin(self, pace: float) -> float:
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""
@@ -43,9 +43,12 @@ class Owner(Protocol):
 
 
 class ComputePort:
-    """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns)."""
+    """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns).
 
-    def __init__(self, kernel: Kernel, cores: SharedCores) -> None:
+    ``cores``: the cores that the node shares with others, if it does.
+    """
+
+    def __init__(self, kernel: Kernel, cores: SharedCores | None) -> None:
         self._kernel = kernel
         self._cores = cores
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
@@ -61,14 +64,21 @@ class ComputePort:
 
         ``at_once``: a free port begins before requests that arrive at this very time can join.
         """
-        self._turns.add_head(owner)
         if at_once and self._running is None:
-            self._next()
-        else:
-            self._look(owner)
+            if self._turns or self._occupied:
+                self._turns.add_head(owner)
+                self._next()
+            elif (run := owner.next_run(alone=True)) is not None:
+                self._begin(owner, run)
+            return
+        self._turns.add_head(owner)
+        self._look(owner)
 
     def add_pass(self, owner: Owner, run: Run) -> None:
-        """Queue a later stage's part of an iteration under way."""
+        """Run a later stage's part of an iteration under way: at once on a free port, else before all that is to begin."""
+        if self._running is None and not self._occupied and not self._turns:
+            self._begin(owner, run)
+            return
         self._turns.add_pass(owner, run)
         self._look(owner)
 
@@ -82,8 +92,7 @@ class ComputePort:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
         self._turns.remove(owner)
         if self._running is not None and self._running[0] is owner:
-            self._running[1].lose()
-            self._free()
+            self._lose()
             self._wake()
 
     def occupy(self, busy: bool) -> None:
@@ -126,18 +135,27 @@ class ComputePort:
         self._running = owner, run
         self._began_s = self._kernel.now
         self._version += 1
-        self._ticket, pace = self._cores.enter(self.cut)
-        self._kernel.at(self._kernel.now + run.begin(pace), self._end, self._version)
+        pace = 1.0
+        if self._cores is not None:
+            self._ticket, pace = self._cores.enter(self.cut)
+        self._kernel.at(self._began_s + run.begin(pace), self._end, self._version)
 
     def _end(self, version: int) -> None:
-        if version != self._version or self._running is None:
+        running = self._running
+        if version != self._version or running is None:
             return
-        _, run = self._running
-        self._free()
-        run.end()
-        self._next()
+        self._running = None
+        if self._cores is not None:
+            self._cores.leave(self._ticket)
+        running[1].end()
+        if self._turns and self._running is None:
+            self._next()
 
-    def _free(self) -> None:
+    def _lose(self) -> None:
+        """Drop what is running."""
+        assert self._running is not None, "only what runs is lost"
+        self._running[1].lose()
         self._running = None
         self._version += 1
-        self._cores.leave(self._ticket)
+        if self._cores is not None:
+            self._cores.leave(self._ticket)

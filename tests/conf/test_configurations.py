@@ -142,3 +142,10 @@ def test_an_experiment_says_how_to_run_it(experiment: str) -> None:
     head = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert "scripts/" in head, "the command"
     assert "imulated" in head, "what is simulated, and how long it takes"
+
+
+def test_building_a_live_configuration_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDASCALE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    build(compose(["backend=live", "backend.checkpoint=tiny", "system.blocks=8"]))
+    assert not list(tmp_path.rglob("*"))

@@ -13,22 +13,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.cuda import address_of
+from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
-from lambdascale.transport.rdma.outbox import Outbox, Step
+from lambdascale.transport.rdma.outbox import Outbox, Source, Step
 from lambdascale.transport.rdma.slots import Slots
+from lambdascale.transport.rdma.watch import Watch
 from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
-
-if TYPE_CHECKING:
-    from lambdascale.transport.rdma.endpoint import RdmaEndpoint
 
 # How long what was given may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
@@ -38,12 +37,37 @@ _LOST_S = 30.0
 _GO = b"!"
 
 
+class Owner(Protocol):
+    """The endpoint a connection belongs to: its handlers, its watching thread and its pacing, and who hears of the end."""
+
+    handlers: Handlers
+    watch: Watch
+    link: TokenBucket | None
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one work request at most."""
+        ...
+
+    def source(self, address: int, size: int) -> Source:
+        """Return the registered memory that holds these bytes."""
+        ...
+
+    def forget(self, connection: RdmaConnection) -> None:
+        """Take note that a connection accepts nothing any more."""
+        ...
+
+    def freed(self, connection: RdmaConnection) -> None:
+        """Take note that a connection has let go of its device."""
+        ...
+
+
 class RdmaConnection:
     """See Connection."""
 
     def __init__(
         self,
-        endpoint: RdmaEndpoint,
+        endpoint: Owner,
         peer: NodeId,
         sock: socket.socket,
         lanes: list[Lane],
