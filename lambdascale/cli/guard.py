@@ -1,4 +1,4 @@
-"""How every command ends: 0 on success, 2 with one line on a user's mistake, 1 on a fault of ours."""
+"""Exit status of every command: 0 on success, 2 with one line for a user's mistake, 1 for a fault in this package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lambdascale.core import UserError
 
 
 def run_guarded(fn: Callable[[], int | None]) -> int:
-    """Call ``fn`` and turn what it raises into an exit status; the traceback of a fault is shown if LAMBDASCALE_DEBUG is set."""
+    """Call ``fn`` and return an exit status, 130 after an interrupt; LAMBDASCALE_DEBUG=1 shows the traceback of an error."""
     try:
         return fn() or 0
     except KeyboardInterrupt:

@@ -89,10 +89,11 @@ class SpreadStart:
     """A cold start over ``nodes`` nodes that each load a share and serve as a pipeline, then consolidation onto the first.
 
     The mechanism of HydraServe (NSDI'26): when the pipeline serves, its first node loads the rest and takes the whole model over
-    with the KV of the running requests; the others are released.
+    with the KV of the running requests; the others are released. ``consolidate`` false: the pipeline serves until it is idle.
     """
 
     nodes: int = 4
+    consolidate: bool = True
     loader: Loader = "pipelined"
     storage: Storage = "ssd"
     multicast: ClassVar[None] = None
@@ -123,7 +124,7 @@ class SpreadStart:
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
         """See StartPolicy."""
-        for instance in list(allocation.instances.values()):
+        for instance in list(allocation.instances.values()) if self.consolidate else ():
             if not instance.is_pipeline or allocation.transfers:
                 continue
             first = state.allocations[instance.stages[0].node]

@@ -71,6 +71,17 @@ def test_a_cold_start_over_four_nodes_consolidates_onto_one() -> None:
     assert not any(e.keep_host for e in entries if isinstance(e, ReleaseNode) and e.node in released[:3])
 
 
+def test_an_idle_pipeline_is_scaled_in() -> None:
+    """Four nodes with a quarter each serve to the end; idle for the keep-alive, all four are released, without host copies."""
+    config = replace(spread(), start=SpreadStart(consolidate=False))
+    _, recorder = Suite(config).run(burst(4), min_replicas=0, keep_alive_s=0.5, target_per_replica=8)
+    (serve,) = [(at, e) for at, e in recorder.entries if isinstance(e, Serve)]
+    released = [(at, e) for at, e in recorder.entries if isinstance(e, ReleaseNode)]
+    assert {e.node for _, e in released} == {stage.node for stage in serve[1].stages}
+    assert len({at for at, _ in released}) == 1, "together"
+    assert not any(e.keep_host for _, e in released), "a share is no copy of the model"
+
+
 def test_a_share_counts_as_a_part_of_a_replica() -> None:
     """Four nodes that hold a quarter each are one replica: the autoscaler starts no second one for the same load."""
     config = spread(autoscaler=Autoscaler(target_per_replica=8, min_replicas=0, interval_s=0.1))

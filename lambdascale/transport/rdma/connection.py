@@ -1,7 +1,7 @@
 """A connection to one peer: its queue pairs (a rail for each device) and its socket.
 
-One thread sends; the endpoint's watching thread takes completions and tells the node of what has arrived. The socket over which
-the two ends have introduced themselves stays open: a process that dies closes it, long before retries are exhausted.
+One thread sends; the endpoint's watch thread polls completions and notifies the node of arrivals. The socket over which the two
+ends introduced themselves stays open: a process that dies closes it long before retries are exhausted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 # How long what was given may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
-# A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
+# Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
 _LOST_S = 30.0
 _GO = b"!"
 
@@ -178,7 +178,7 @@ class RdmaConnection:
             if not self._reason:
                 step.post()
 
-    # -- what the watching thread does -------------------------------------------------------------------------------
+    # -- on the watch thread -----------------------------------------------------------------------------------------
 
     def _watch_lanes(self) -> None:
         for rail, lane in enumerate(self.lanes if not self._freed else []):
@@ -189,7 +189,7 @@ class RdmaConnection:
             self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
 
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
-        """Take a rail's completions and act on them."""
+        """Poll a rail's completions and act on them."""
         items: list[Arrival | Callable[[], None]] = []
         failure = ""
         with self._changed:
@@ -258,7 +258,7 @@ class RdmaConnection:
             self._break("the peer has disconnected", tell=False)
 
     def finish(self) -> None:
-        """See Connection. Not from a handler."""
+        """See Connection. Must not be called from a handler."""
         with self._changed:
             self._ending = True
             self._outbox.goodbye()
@@ -287,7 +287,7 @@ class RdmaConnection:
             self._endpoint.handlers.on_lost(self.peer, reason)
 
     def _free(self) -> None:
-        """Close queue pairs, memory and socket; in the watching thread, or before the connection has been started."""
+        """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""
         with self._changed:
             if self._freed:
                 return
