@@ -102,7 +102,7 @@ def _note(sections: dict[type, _Section], place: str, node: DictConfig, comments
     cls = get_class(values["_target_"])
     section = sections.setdefault(cls, _Section(cls, place, {str(name): value for name, value in values.items()}))
     for name in values:
-        comment = comments.get(f"{key}.{name}".lstrip("."))
+        comment = comments.get(f"{key}.{name!s}".lstrip("."))
         if comment:
             section.comments.setdefault(str(name), comment)
     return section
@@ -115,11 +115,11 @@ def _targets(node: Any, place: str) -> Iterator[tuple[str, DictConfig]]:
     if "_target_" in node:
         yield place, node
     for name in node:
-        yield from _targets(node._get_node(name), f"{place}.{name}")
+        yield from _targets(node._get_node(name), f"{place}.{name!s}")
 
 
 def _comments(path: Path) -> dict[str, str]:
-    """The comment behind each key of a YAML file (keys of nested mappings joined by dots), with those of its ``defaults``."""
+    """The comment behind each key of a YAML file (keys of nested mappings joined by dots)."""
     found: dict[str, str] = {}
     open_keys: list[tuple[int, str]] = []
     for line in path.read_text().splitlines():
@@ -184,8 +184,8 @@ def _class_tables(sections: Iterable[_Section]) -> Iterator[str]:
                 shown.add(cls)
                 yield _class_table(section, cls)
         for name, hint in typing.get_type_hints(section.cls).items():
-            for element in filter(dataclasses.is_dataclass, typing.get_args(hint)):
-                if element not in shown:
+            for element in typing.get_args(hint):
+                if isinstance(element, type) and dataclasses.is_dataclass(element) and element not in shown:
                     shown.add(element)
                     yield _class_table(_Section(element, f"{section.place}.{name}[]", {}), element)
 
