@@ -115,7 +115,7 @@ def _with_hint(failure: Exception) -> Exception:
     message = user_message(failure)
     if message is None or not any(group in message for group in ("hydra/launcher", "hydra/sweeper")):
         return failure
-    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]', for ray see README.md)")
+    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]'; docs/experiments.md)")
 
 
 def _quoted(text: str) -> str:
