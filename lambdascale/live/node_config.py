@@ -22,7 +22,10 @@ class Access(Struct, frozen=True):
 
 
 class NodeConfig(Struct, frozen=True):
-    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes."""
+    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes.
+
+    ``generation`` is the number of processes that the node has had before this one.
+    """
 
     node: NodeId
     access: Access
@@ -37,6 +40,7 @@ class NodeConfig(Struct, frozen=True):
     device_bytes: int
     threads: int
     host: str = "127.0.0.1"
+    generation: int = 0
     link: float | None = None
     ssd: float | None = None
     pcie: float | None = None

@@ -23,9 +23,14 @@ class Message(Struct, frozen=True, tag=True):
 
 
 class Directory(Message, frozen=True, tag=True):
-    """Where every node's endpoint is: connect to those with a lower id."""
+    """The nodes of the cluster from now on: ``number`` counts directories, ``addresses`` are their endpoints'.
 
+    ``generations``: how many processes each node has had before. Connect to nodes with a lower id, then answer Connected.
+    """
+
+    number: int
     addresses: dict[NodeId, str]
+    generations: dict[NodeId, int]
 
 
 class Do(Message, frozen=True, tag=True):
@@ -74,9 +79,10 @@ class Hello(Message, frozen=True, tag=True):
 
 
 class Connected(Message, frozen=True, tag=True):
-    """An agent is connected to all nodes of the directory with a lower id."""
+    """An agent is connected to all nodes with a lower id in the directory of this number."""
 
     node: NodeId
+    number: int
 
 
 class Happened(Message, frozen=True, tag=True):
@@ -124,7 +130,7 @@ class Resumed(Message, frozen=True, tag=True):
 
 
 class Severed(Message, frozen=True, tag=True):
-    """An agent has lost its connection to a peer, which may be alive."""
+    """An agent has lost its connection to a peer, or cannot connect to it; the peer may be alive."""
 
     peer: NodeId
     reason: str

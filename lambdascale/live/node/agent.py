@@ -58,14 +58,15 @@ _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint
 
 def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
     """The configured transport's end, for a node with this GPU. UserError if the node has no such thing."""
-    key, host = config.access.nodes_key, config.host
+    key = config.access.nodes_key
+    options: dict[str, Any] = {"host": config.host, "link": link, "generation": config.generation}
     if config.transport == "cuda_ipc":
         require(gpu is not None, "the cuda_ipc transport moves blocks between GPUs: it needs device cuda")
-        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), host=host, link=link)
+        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), **options)
     if config.transport == "rdma":
         owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
-        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma, gpu=owner)
-    return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
+        return rdma.load()(config.node, handlers, key, options=config.rdma, gpu=owner, **options)
+    return _SOCKETS[config.transport](config.node, handlers, key, **options)
 
 
 def pick_gpu(config: NodeConfig) -> int | None:
@@ -278,15 +279,14 @@ class Agent:
     # -- commands that concern more than one part --------------------------------------------------------------------
 
     def _connect(self, directory: wire.Directory) -> None:
-        """Connect to the nodes with a lower id, so that every pair has one connection. What is in the way is the user's."""
-        try:
-            for node, address in directory.addresses.items():
-                if node < self._config.node:
-                    self.endpoint.connect(node, address)
-        except TransportError as error:
-            self._line.say(wire.Fault(self._config.node, str(error), users=True))
-        else:
-            self._line.say(wire.Connected(self._config.node))
+        """Connect to the nodes with a lower id that are new, so that every pair has one connection."""
+        for node in self.endpoint.expect(directory.generations):
+            try:
+                self.endpoint.connect(node, directory.addresses[node])
+            except TransportError as error:
+                self._line.say(wire.Severed(node, str(error)))
+                return
+        self._line.say(wire.Connected(self._config.node, directory.number))
 
     def _place_copy(self, command: PlaceCopy) -> None:
         self.mover.place_copy(command.model, lambda: self._line.say(wire.Placed(command.node, command.model)))
