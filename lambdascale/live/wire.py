@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec import Struct, msgpack
 
-from lambdascale.core.commands import AnyCommand, SwitchMode
+from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
 from lambdascale.core.events import AnyEvent, Mode
 from lambdascale.core.plan import NodeId
 from lambdascale.inference.batch import StageBatch, Ticket
@@ -51,6 +51,20 @@ class Switch(Message, frozen=True, tag=True):
 
     command: SwitchMode
     homes: dict[int, NodeId]
+
+
+class NewStages(Message, frozen=True, tag=True):
+    """A repartition, for all nodes that have or had stages of the instance.
+
+    ``version`` numbers the instance's partitions; it was started with number 0. ``head`` owns its batches; ``batches`` is the
+    largest number of them that any partition so far keeps in flight.
+    """
+
+    command: Repartition
+    version: int
+    model: str
+    head: NodeId
+    batches: int
 
 
 class Abort(Message, frozen=True, tag=True):
@@ -148,7 +162,7 @@ class Fault(Message, frozen=True, tag=True):
     users: bool
 
 
-ToAgent = Directory | Do | Assign | Switch | Abort | Ping | Shutdown
+ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
 ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Beat | Fault
 
 
