@@ -28,6 +28,7 @@ from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
 _FIRST_TOKEN, _TRACE_STREAM = 64, 7
+_SERVER_RESTARTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class LiveConfig:
     ``rdma`` is for the transport of that name. ``collective``: what the NCCL baseline broadcasts by; "auto" is NCCL where every
     node has a GPU of its own, else gloo.
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
+    ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
+    never while a trace is replayed, whose failures are part of what is measured.
     """
 
     checkpoint: str = "smollm2"
@@ -54,6 +57,7 @@ class LiveConfig:
     slot_tokens: int = 512
     threads: int | None = None
     silence_s: float = 10.0
+    restarts: int | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
     kind: str = "live"
 
@@ -76,6 +80,7 @@ class LiveConfig:
             self.collective != "nccl" or self.device == "cuda",
             f"backend.collective=nccl moves the memory of GPUs: it needs device cuda, not {self.device}",
         )
+        require(self.restarts is None or self.restarts >= 0, f"backend.restarts must not be negative, not {self.restarts}")
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property
@@ -155,15 +160,15 @@ class LiveConfig:
         backend = LiveBackend(
             launcher=launcher,
             hub=hub,
-            nodes=cluster.nodes,
             trace=trace,
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
+            restarts=(_SERVER_RESTARTS if open_ended else 0) if self.restarts is None else self.restarts,
             open_ended=open_ended,
         )
         configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]
         try:
-            backend.start(lambda: launcher.start(configs))
+            backend.start(configs)
         except BaseException:
             backend.close()
             raise

@@ -144,7 +144,14 @@ class Resumed(Message, frozen=True, tag=True):
 
 
 class Severed(Message, frozen=True, tag=True):
-    """An agent has lost its connection to a peer, or cannot connect to it; the peer may be alive."""
+    """An agent has lost its connection to a peer, which may be alive."""
+
+    peer: NodeId
+    reason: str
+
+
+class Unreached(Message, frozen=True, tag=True):
+    """An agent cannot connect to a peer of the directory."""
 
     peer: NodeId
     reason: str
@@ -163,7 +170,7 @@ class Fault(Message, frozen=True, tag=True):
 
 
 ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
-ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Beat | Fault
+ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 
 # -- agent to agent ------------------------------------------------------------------------------------------------------

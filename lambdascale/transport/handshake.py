@@ -1,11 +1,11 @@
 """Proof that both ends of a new connection belong to the cluster, before either end acts on what the other says.
 
 The end that connects (the caller, the node with the higher id) and the end that listens exchange challenges. Each then proves
-with an HMAC that it knows the cluster's key. The HMAC covers the protocol's version, the role of the one who proves, both challenges,
-both parties and the address that was dialled. A proof is therefore of no use in the other direction, on another connection, for
-another node, or through somebody who listens at another address and passes the bytes on. The caller proves first: a stranger
-gets no proof from a node that listens. What follows the handshake is neither encrypted nor authenticated: for trusted networks
-and loopback.
+with an HMAC that it knows the cluster's key. The HMAC covers the protocol's version, the role of the one who proves, both
+challenges, both parties and the address that was dialled. A proof is therefore of no use in the other direction, on another
+connection, for another node, or through somebody who listens at another address and passes the bytes on. The caller proves first:
+a stranger gets no proof from a node that listens. What follows the handshake is neither encrypted nor authenticated: for trusted
+networks and loopback.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from lambdascale.live.controller.hub import Hub
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], hub: Hub, *, known: bool = True, curve: bool = True) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    socket.identity = b"3"
+    socket.identity = b"3.0"
     socket.linger = 0
     if curve:
         access = hub.access

@@ -45,6 +45,12 @@ def test_cuda_ipc_on_a_cpu() -> None:
 class Deaf:
     """An endpoint that reaches nobody but node 0."""
 
+    def __init__(self, node: int) -> None:
+        self._node = node
+
+    def expect(self, generations: dict[int, int]) -> list[int]:
+        return [node for node in generations if node < self._node]
+
     def connect(self, node: int, address: str) -> None:
         if node:
             raise TransportError(f"nodes 2 and {node} are on different hosts")
@@ -52,9 +58,9 @@ class Deaf:
 
 @pytest.mark.parametrize(("node", "reached"), [(1, True), (2, False)])
 def test_a_peer_that_cannot_be_reached(node: int, reached: bool) -> None:
-    """The controller hears why, in one message, as a matter of the user's."""
+    """The controller hears why, in one message."""
     said: list[Any] = []
     agent = Agent.__new__(Agent)
-    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(), _line=SimpleNamespace(say=said.append))
-    agent._connect(wire.Directory({0: "a", 1: "b", 2: "c"}))
-    assert said == [wire.Connected(1) if reached else wire.Fault(2, "nodes 2 and 1 are on different hosts", True)]
+    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(node), _line=SimpleNamespace(say=said.append))
+    agent._connect(wire.Directory(7, {0: "a", 1: "b", 2: "c"}, {0: 0, 1: 0, 2: 0}))
+    assert said == [wire.Connected(1, 7) if reached else wire.Unreached(1, "nodes 2 and 1 are on different hosts")]

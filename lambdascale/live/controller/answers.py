@@ -87,6 +87,9 @@ class Answers:
         self._instances: dict[int, _Served] = {}
         self._switches: dict[int, _Switch] = {}
 
+    def __len__(self) -> int:
+        return len(self._answers)
+
     @property
     def outstanding(self) -> bool:
         """True if an instance works on a request, or a mode switch carries one."""

@@ -284,7 +284,7 @@ class Agent:
             try:
                 self.endpoint.connect(node, directory.addresses[node])
             except TransportError as error:
-                self._line.say(wire.Severed(node, str(error)))
+                self._line.say(wire.Unreached(node, str(error)))
                 return
         self._line.say(wire.Connected(self._config.node, directory.number))
 
