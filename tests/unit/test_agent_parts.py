@@ -19,7 +19,8 @@ NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=
 
 def config(**fields: Any) -> Any:
     access = SimpleNamespace(nodes_key=b"k")
-    return SimpleNamespace(**{"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1"} | fields)
+    known = {"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1", "generation": 0}
+    return SimpleNamespace(**(known | fields))
 
 
 def test_nodes_take_turns_at_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
