@@ -44,8 +44,9 @@ class Calls:
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        # Guards both below: once the queue is closed, nothing is added that nobody would take.
-        self._lock = threading.Lock()
+        # Guards both below: once the queue is closed, nothing is added that nobody would take. A signal's handler may put a call
+        # while its thread puts another: the lock can be taken again.
+        self._lock = threading.RLock()
         self._waiting: deque[Call] = deque()
         self._closed = ""
 

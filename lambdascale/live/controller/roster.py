@@ -85,9 +85,10 @@ class Roster:
             self._joining.hello(node, message)
         elif isinstance(message, wire.Connected):
             self._joining.connected(node, message)
-        elif isinstance(message, wire.Fault) or (isinstance(message, wire.Unreached | wire.Severed) and (
-            message.peer in self.alive or message.peer in self._joining.coming
-        )):
+        elif isinstance(message, wire.Fault) or (
+            isinstance(message, wire.Unreached | wire.Severed)
+            and (message.peer in self.alive or message.peer in self._joining.coming)
+        ):
             self._doomed[node] = message.reason
 
     def _unreached(self, node: NodeId, message: wire.Unreached) -> None:
