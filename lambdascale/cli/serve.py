@@ -26,8 +26,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "serve",
         help="serve a model from a cluster of processes that grows and shrinks with the load",
         description="Start node processes on this machine and an HTTP server with OpenAI's completions and chat completions. "
-        "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health (it is alive), /ready (the "
-        "model is served), /metrics (Prometheus), /cluster (JSON).",
+        "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health (it is alive), /ready "
+        "(the model is served), /metrics (Prometheus), /cluster (JSON).",
     )
     parser.add_argument(
         "--model", default="smollm2", metavar="DIR", help="a packed model, or smollm2, small, tiny (default: %(default)s)"

@@ -7,7 +7,6 @@ from typing import cast
 import pytest
 
 from lambdascale.live import wire
-from lambdascale.live.controller import membership
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
@@ -45,15 +44,13 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    cluster = Cluster()
-    monkeypatch.setattr(membership, "time", cluster)
-    return cluster
+def cluster() -> Cluster:
+    return Cluster()
 
 
 @pytest.fixture
 def members(cluster: Cluster) -> Membership:
-    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), Log(write=cluster.lines.append), 3.0)
+    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), Log(write=cluster.lines.append), 3.0, cluster.monotonic)
     for node in (1, 2, 3, 4):
         members.admit(node)
     return members

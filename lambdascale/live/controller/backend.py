@@ -60,7 +60,7 @@ class LiveBackend:
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
     ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time. A lost node's
-    process is started again, ``restarts`` times within ten minutes at most.
+    process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class LiveBackend:
         silence_s: float,
         restarts: int = 0,
         open_ended: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.launcher = launcher
         self._hub = hub
@@ -86,9 +87,10 @@ class LiveBackend:
         self._events: deque[Event] = deque()
         self._timers: list[tuple[float, int]] = []
         self._transfers = Transfers()
-        self._log = Log()
-        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts)
+        self._log = Log(clock=clock)
+        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
+        self._clock = clock
         self._started: float | None = None
         self._at = 0.0
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
@@ -119,7 +121,7 @@ class LiveBackend:
 
     def now(self) -> float:
         """Seconds of the run; 0 until the clock starts."""
-        return 0.0 if self._started is None else time.monotonic() - self._started
+        return 0.0 if self._started is None else self._clock() - self._started
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
         """Take a request from a front end. ``sink`` hears its answer, or why there is none."""
@@ -191,7 +193,7 @@ class LiveBackend:
         if self._started is None:
             if self._transfers.initial:
                 return None
-            self._started = time.monotonic()
+            self._started = self._clock()
         at = self._tick()
         if self._timers and self._timers[0][0] <= at:
             return TimerFired(at, heappop(self._timers)[1])

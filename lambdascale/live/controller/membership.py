@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
@@ -18,11 +19,14 @@ _SEVERED_S = 1.0  # a peer that died is known to be dead by then
 class Membership:
     """Asks members for a sign of life each second; one that gives none for ``silence_s`` seconds is taken for dead."""
 
-    def __init__(self, launcher: Launcher, hub: Hub, log: Log, silence_s: float) -> None:
+    def __init__(
+        self, launcher: Launcher, hub: Hub, log: Log, silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._launcher = launcher
         self._hub = hub
         self._log = log
         self._silence_s = silence_s
+        self._clock = clock
         self.alive: set[NodeId] = set()
         self._heard: dict[NodeId, float] = {}
         self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is lost, since when
@@ -31,14 +35,14 @@ class Membership:
     def admit(self, node: NodeId) -> None:
         """Count a node as a member from now on."""
         self.alive.add(node)
-        self._heard[node] = time.monotonic()
+        self._heard[node] = self._clock()
         self.watch()
 
     def hear(self, node: NodeId) -> bool:
         """Note a sign of life. Return False if the node is not a member."""
         if node not in self.alive:
             return False
-        self._heard[node] = time.monotonic()
+        self._heard[node] = self._clock()
         return True
 
     def sever(self, node: NodeId, peer: NodeId, reason: str) -> None:
@@ -46,11 +50,11 @@ class Membership:
         pair = frozenset((node, peer))
         if pair <= self.alive and pair not in self._severed:
             self._log.say(f"node {node} has lost its connection to node {peer}: {reason}")
-            self._severed[pair] = time.monotonic()
+            self._severed[pair] = self._clock()
 
     def gone(self, *, ended: bool) -> dict[NodeId, str]:
         """Ping when it is time; return the members to be taken for dead, and why. ``ended``: some process has."""
-        now = time.monotonic()
+        now = self._clock()
         looking = ended or now - self._pinged >= PING_S
         if now - self._pinged >= PING_S:
             self._pinged = now

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from msgspec import structs
 
@@ -22,13 +23,22 @@ _POLL_S = 0.1
 class Roster:
     """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread."""
 
-    def __init__(self, launcher: Launcher, hub: Hub, log: Log, *, silence_s: float, restarts: int) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        hub: Hub,
+        log: Log,
+        *,
+        silence_s: float,
+        restarts: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._launcher = launcher
         self._hub = hub
         self._log = log
-        self._joining = Joining(launcher, hub)
-        self._membership = Membership(launcher, hub, log, silence_s)
-        self._supervisor = Supervisor(restarts, log.say)
+        self._joining = Joining(launcher, hub, clock)
+        self._membership = Membership(launcher, hub, log, silence_s, clock)
+        self._supervisor = Supervisor(restarts, log.say, clock)
         self._configs: dict[NodeId, NodeConfig] = {}
         self._doomed: dict[NodeId, str] = {}  # to be removed at the next look, and why
 
