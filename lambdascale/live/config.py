@@ -88,6 +88,12 @@ class LiveConfig:
         """What rows and summaries call the backend: compute that was timed or slowed down is not passed off as this machine's."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
 
+    def restart_limit(self, *, open_ended: bool) -> int:
+        """Return how often a node may be restarted by a server (``open_ended``) or by the run of a trace."""
+        if self.restarts is not None:
+            return self.restarts
+        return _SERVER_RESTARTS if open_ended else 0
+
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
         """What the system's broadcasts go by, None if it has none; and why not by NCCL where one might expect that.
 
@@ -163,7 +169,7 @@ class LiveConfig:
             trace=trace,
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
-            restarts=(_SERVER_RESTARTS if open_ended else 0) if self.restarts is None else self.restarts,
+            restarts=self.restart_limit(open_ended=open_ended),
             open_ended=open_ended,
         )
         configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]
