@@ -16,6 +16,7 @@ from lambdascale.core import Request
 from lambdascale.core.events import NodeJoined
 from lambdascale.inference.batch import Ticket
 from lambdascale.live.controller.answers import Sink
+from lambdascale.live.serving import limits
 from lambdascale.live.serving.frontend import FrontEnd
 from lambdascale.live.serving.limits import MOST_PROMPTS, Limits
 from lambdascale.live.serving.state import ClusterState
@@ -120,25 +121,25 @@ class TestBounds:
     """What a body may bring."""
 
     def test_a_declared_length_is_refused_unread(self, served: Served) -> None:
-        """Not a byte of it is taken."""
+        """Not a byte of it is taken, where the client asks first."""
         taken: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
             taken.append(1)
             yield b"{}"
 
-        headers = {"Content-Length": str(served.limits.body_bytes + 1)}
+        headers = {"Content-Length": str(served.limits.body_bytes + 1), "Expect": "100-continue"}
         answer = served.run(lambda client: client.post("/v1/completions", content=body(), headers=headers))
         assert answer.status_code == 413
         assert str(served.limits.body_bytes) in message(answer)
 
     def test_an_undeclared_length_is_refused_while_reading(self, served: Served) -> None:
-        """As soon as it is too long: the rest is not waited for."""
+        """The rest is dropped, and not without end."""
         piece, given = b" " * 65536, 0
 
         async def body() -> AsyncIterator[bytes]:
             nonlocal given
-            while given < 100 * served.limits.body_bytes:
+            while given < 10 * limits.DROPPED_BYTES:
                 given += len(piece)
                 yield piece
 
@@ -157,7 +158,13 @@ class TestBounds:
             return int(messages[0]["status"])
 
         assert asyncio.run(post()) == 413
-        assert given <= served.limits.body_bytes + len(piece)
+        assert given <= served.limits.body_bytes + limits.DROPPED_BYTES + len(piece)
+
+    def test_a_client_that_sends_all_first_hears_why_it_is_refused(self, served: Served) -> None:
+        """It is not cut off while it sends."""
+        answer = served.ask(prompt="a" * (served.limits.body_bytes + 1))
+        assert answer.status_code == 413
+        assert "bytes at most" in message(answer)
 
     def test_the_longest_body_is_read(self, served: Served) -> None:
         body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()

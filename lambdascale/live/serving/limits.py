@@ -10,6 +10,8 @@ from lambdascale.live.serving.openai_api import ApiError
 
 MOST_PROMPTS = 128
 _ESCAPED_BYTES = 6  # a character of a JSON string takes as many when it is written as \uXXXX
+_LONG_NUMBER = 20  # digits
+DROPPED_BYTES = 64 << 20
 _HEAD_BYTES = 64 << 10  # for everything in a body that is not a prompt
 
 
@@ -41,16 +43,25 @@ class Limits:
             )
 
     async def body(self, http: HttpRequest) -> bytes:
-        """Read a request's body. ApiError 413 if it is too long, as soon as that is known."""
+        """Read a request's body. ApiError 413 if it is longer than allowed; no more than that is kept at any time.
+
+        What is too long is read on for a while and dropped: most clients look for a response when they have sent all. Those that
+        ask before they send (``Expect: 100-continue``) get it at once.
+        """
         declared = http.headers.get("content-length", "")
-        if declared.isdecimal() and len(declared) < 20 and int(declared) > self.body_bytes:
+        too_long = declared.isdecimal() and (len(declared) >= _LONG_NUMBER or int(declared) > self.body_bytes)
+        if too_long and "expect" in http.headers:
             raise self._too_long()
         parts, size = [], 0
         async for part in http.stream():
             size += len(part)
-            if size > self.body_bytes:
-                raise self._too_long()
-            parts.append(part)
+            too_long = too_long or size > self.body_bytes
+            if not too_long:
+                parts.append(part)
+            elif size > self.body_bytes + DROPPED_BYTES:
+                break
+        if too_long:
+            raise self._too_long()
         return b"".join(parts)
 
     def _too_long(self) -> ApiError:
