@@ -73,6 +73,31 @@ def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> No
     two.close()
 
 
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
+    """What nobody has taken note of does not seem delivered: the connection ends, at both ends, and the fault is printed."""
+
+    def fail(peer: int, data: bytes) -> None:
+        raise ZeroDivisionError("mine")
+
+    heard, lost, ended = Heard(), list[str](), threading.Event()
+
+    def on_lost(peer: int, reason: str) -> None:
+        lost.append(reason)
+        ended.set()
+
+    one = kind(1, heard.handlers(), KEY)
+    two = kind(0, Handlers(on_write=lambda *_: None, on_message=fail, on_lost=on_lost), KEY)
+    one.connect(0, two.address)
+    one.send(0, b"x").result(10)
+    assert ended.wait(10)
+    heard.wait(lambda heard: bool(heard.lost))
+    assert lost == ["mine"]
+    assert "ZeroDivisionError: mine" in capsys.readouterr().err
+    one.close()
+    two.close()
+
+
 class TestStrangers:
     def test_another_key(self) -> None:
         heard = Heard()
