@@ -17,7 +17,7 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, Event, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.multicast import validate_plan
 
 
@@ -32,7 +32,8 @@ class InvariantChecker:
         self._blocks = blocks
         self._at = 0.0
         self._events_left = 1_000_000
-        self._gpus = dict.fromkeys(range(cluster.nodes), cluster.gpus_per_node)
+        self._gpus_per_node = cluster.gpus_per_node
+        self._gpus = dict.fromkeys(range(cluster.nodes), self._gpus_per_node)
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
         self._models_of: dict[int, str] = {}
@@ -62,6 +63,8 @@ class InvariantChecker:
         elif isinstance(event, RequestFinished):
             assert event.request_id not in self.finished, f"request {event.request_id} is answered twice"
             self.finished[event.request_id] = event.tokens
+        elif isinstance(event, NodeJoined):
+            self._gpus[event.node] = self._gpus_per_node
         elif isinstance(event, NodeLost):
             self._gpus.pop(event.node)
             self._held = {key: blocks for key, blocks in self._held.items() if key[0] != event.node}
