@@ -10,7 +10,7 @@ from msgspec import Struct, msgpack
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
 from lambdascale.core.events import AnyEvent, Mode
-from lambdascale.core.plan import NodeId
+from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
 
@@ -201,35 +201,73 @@ class Pass(Struct, frozen=True, array_like=True):
 
 
 class Forward(Message, frozen=True, tag=True):
-    """Hidden states for stage ``stage`` of a pipeline, from the one before."""
+    """An iteration of a batch, for stage ``stage`` of the instance's partition ``version``.
+
+    ``inputs``: token ids, from the head, for the first stage; for the others hidden states from the stage before.
+    """
 
     instance: int
     batch: int
+    version: int
     stage: int
     work: Pass
-    hidden: bytes
+    inputs: bytes | tuple[int, ...]
 
 
 class Chosen(Message, frozen=True, tag=True):
-    """The tokens of an iteration, from the last stage to the first."""
+    """The tokens of an iteration, from the last stage to the head."""
 
     instance: int
     batch: int
     tokens: tuple[int, ...]
 
 
+class MoveBatch(Message, frozen=True, tag=True):
+    """A batch runs on partition ``version`` from its next iteration on, from the head to all that have or had stages.
+
+    It ran on partition ``before`` with stages ``stages_before`` so far and has no iteration under way. ``kv``: (slot, tokens)
+    whose KV goes along, from each layer's old node to its new one.
+    """
+
+    instance: int
+    batch: int
+    before: int
+    stages_before: tuple[Stage, ...]
+    version: int
+    kv: tuple[tuple[int, int], ...]
+
+
+class SlotKv(Message, frozen=True, tag=True):
+    """The KV of a slot of ``batch`` in ``layers`` layers from ``first_layer`` on, for partition ``version``."""
+
+    instance: int
+    batch: int
+    version: int
+    slot: int
+    first_layer: int
+    layers: int
+    data: bytes
+
+
 class Handover(Message, frozen=True, tag=True):
-    """Requests of a dissolved pipeline for ``instance``. Those in ``with_kv`` wait for their KV, which comes in parts."""
+    """Requests of a dissolved pipeline for ``instance``.
+
+    Those in ``with_kv`` wait for their KV, which comes in parts (KvPart) from the nodes in ``sources``.
+    """
 
     instance: int
     tickets: tuple[Ticket, ...]
+    pipeline: int
     with_kv: frozenset[int] = frozenset()
+    sources: tuple[NodeId, ...] = ()
 
 
 class KvMove(Struct, frozen=True, array_like=True):
-    """The KV of ``tokens`` tokens in ``slot`` goes to ``node`` for ``instance``."""
+    """The KV of ``tokens`` tokens in ``slot`` goes to ``node`` for ``instance``; the request's batch ran on ``version``."""
 
     request_id: int
+    batch: int
+    version: int
     slot: int
     tokens: int
     instance: int
@@ -237,17 +275,18 @@ class KvMove(Struct, frozen=True, array_like=True):
 
 
 class Collect(Message, frozen=True, tag=True):
-    """A pipeline is dissolved: send the KV of these requests off, then forget the pipeline."""
+    """A pipeline, ``instance``, is dissolved: send the KV of these requests off, then forget the pipeline."""
 
-    pipeline: int
+    instance: int
     moves: tuple[KvMove, ...]
 
 
 class KvPart(Message, frozen=True, tag=True):
-    """The KV of a request in the layers from ``first_layer``: ``layers`` of them."""
+    """The KV of a request of a dissolved pipeline in ``layers`` layers from ``first_layer`` on, for ``instance``."""
 
     instance: int
     request_id: int
+    pipeline: int
     first_layer: int
     layers: int
     data: bytes
@@ -260,7 +299,8 @@ class Rendezvous(Message, frozen=True, tag=True):
     address: str
 
 
-Peer = Ready | Rendezvous | Forward | Chosen | Handover | Collect | KvPart
+ForInstance = Assign | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
+Peer = Ready | Rendezvous | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
 
 encode = msgpack.Encoder().encode
 to_agent = msgpack.Decoder(ToAgent).decode

@@ -132,6 +132,25 @@ class TestCalls:
         rig.events()
         assert good.finished
 
+    def test_an_answer_that_ends_while_its_instance_fails(self, rig: Rig) -> None:
+        """The control plane hears of the failure first and restarts the request: its end comes under the new instance's name."""
+        sink = rig.offer(1)
+        rig.events()
+        serve(rig)
+        dispatch(rig, 1)
+        rig.say(0, wire.Happened(CommandFailed(0.0, "Serve", "broken", instance=5)))
+        answer(rig, 1)
+        for _ in range(2):
+            rig.backend._listen(0)
+        assert isinstance(rig.backend.next_event(), CommandFailed)
+        rig.backend.submit(StopInstance(5))
+        serve(rig, node=1, instance=6)
+        rig.sent()
+        dispatch(rig, 1, instance=6)
+        assert rig.sent() == []
+        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]  # type: ignore[attr-defined]
+        assert sink.finished
+
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
         """The request under way, the one not heard of, and one that comes later; each once."""
         first = rig.offer(1)

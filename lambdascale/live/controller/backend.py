@@ -40,6 +40,7 @@ from lambdascale.core.events import (
     NodeJoined,
     NodeLost,
     RequestArrived,
+    RequestFinished,
     TimerFired,
 )
 from lambdascale.inference.batch import Ticket
@@ -189,7 +190,9 @@ class LiveBackend:
     def _ready(self) -> Event | None:
         """Return what has happened or is due, with its time, or None."""
         if self._events:
-            return msgspec.structs.replace(self._events.popleft(), at=self._tick())
+            event = self._events.popleft()
+            event = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+            return msgspec.structs.replace(event, at=self._tick())
         if self._started is None:
             if self._transfers.initial:
                 return None

@@ -231,6 +231,7 @@ class Agent:
             line.say,
             self._send,
         )
+        self.compute.start()
         self._commands: dict[type, Callable[[Any], object]] = {
             StartMulticast: self.mover.multicast,
             LoadBlocks: self.mover.load,
@@ -245,6 +246,7 @@ class Agent:
             wire.Do: lambda m: self._commands[type(m.command)](m.command),
             wire.Assign: self.compute.assign,
             wire.Switch: self.compute.switch,
+            wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
             wire.Directory: self._start_connecting,
             wire.Ping: lambda m: None,
