@@ -206,6 +206,21 @@ def test_a_living_peer_keeps_its_connection_against_its_double(make: Make) -> No
     assert not zero.heard.lost
 
 
+def test_two_processes_of_a_peer_that_prove_themselves_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were let in before either was connected: the second is refused all the same."""
+    zero, one, double = make(0), make(1), make(1)
+    monkeypatch.setattr(zero.endpoint, "_check_caller", lambda caller: None)
+    one.endpoint.connect(0, zero.endpoint.address)
+    one.endpoint.send(0, b"before").result(10)
+    zero.heard.wait(lambda heard: len(heard.messages) == 1)
+    with suppress(TransportError):  # it may notice a moment later only
+        double.endpoint.connect(0, zero.endpoint.address)
+        double.heard.wait(lambda heard: bool(heard.lost))
+    one.endpoint.send(0, b"after").result(10)
+    zero.heard.wait(lambda heard: len(heard.messages) == 2)
+    assert not zero.heard.lost
+
+
 def test_a_restarted_peer_takes_its_place(make: Make) -> None:
     """The node hears of the loss of the earlier process first, once."""
     zero, one, again = make(0), make(1), make(1, 1)

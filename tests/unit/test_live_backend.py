@@ -31,6 +31,7 @@ from lambdascale.core.events import (
 )
 from lambdascale.core.plan import Stage
 from lambdascale.live import wire
+from lambdascale.live.controller.supervisor import Supervisor
 from tests.unit.live_backend_rig import FakeLauncher, Rig, ticket
 
 REQUEST = Request(1, 0.0, "m", 2, 4)
@@ -404,6 +405,48 @@ class TestTables:
         after = self.sizes(rig)
         assert rig.backend._roster.alive == {0, 1}
         assert after == before
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_a_transfer_that_ends_early_is_forgotten(rig: Rig, how: str) -> None:
+    """A trace would otherwise wait for its blocks for ever."""
+    load(rig, 3)
+    if how == "cancelled":
+        rig.backend.submit(CancelTransfer(3))
+    else:
+        rig.say(1, wire.Happened(CommandFailed(0.0, "LoadBlocks", "damaged", transfer_id=3)))
+        rig.events()
+    assert rig.backend._idle()
+
+
+def test_restarts_long_ago_do_not_count() -> None:
+    """Two are allowed within ten minutes: one every ten minutes goes on for ever."""
+    now, lines = [0.0], list[str]()
+    supervisor = Supervisor(2, lines.append, lambda: now[0])
+    for _ in range(20):
+        supervisor.lost(3)
+        assert supervisor.waiting
+        now[0] += 610
+        assert supervisor.take_due() == [3]
+    assert not lines
+    for _ in range(2):
+        supervisor.lost(3)
+        now[0] += 31
+        supervisor.take_due()
+    assert lines == ["node 3 was restarted 2 times within 600 s: given up"]
+
+
+def test_the_delay_has_a_bound() -> None:
+    now = [0.0]
+    supervisor = Supervisor(20, lambda line: None, lambda: now[0])
+    delays = []
+    for _ in range(12):
+        supervisor.lost(3)
+        delays.append(supervisor.wait_s())
+        now[0] += delays[-1]
+        assert supervisor.take_due() == [3]
+    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert delays[-1] == 30.0
 
 
 def test_a_cancelled_transfer_is_cancelled_everywhere(rig: Rig) -> None:
