@@ -22,7 +22,6 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-<<<<<<< HEAD
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
@@ -34,9 +33,6 @@ from lambdascale.core.events import (
     TimerFired,
     TokensProduced,
 )
-=======
-from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
->>>>>>> serving
 from lambdascale.multicast import validate_plan
 
 

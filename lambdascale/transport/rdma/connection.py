@@ -54,8 +54,8 @@ class Owner(Protocol):
         """Return the registered memory that holds these bytes."""
         ...
 
-    def forget(self, connection: RdmaConnection) -> None:
-        """Take note that a connection accepts nothing any more."""
+    def forget(self, connection: RdmaConnection, lost: str = "") -> None:
+        """Take note that a connection accepts nothing any more; ``lost``: the reason to tell the node, "" after a goodbye."""
         ...
 
     def freed(self, connection: RdmaConnection) -> None:
