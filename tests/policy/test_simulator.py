@@ -60,7 +60,7 @@ class Cluster:
 
     def __init__(
         self, *, cluster: ClusterSpec = CLUSTER, requests: tuple[Request, ...] = (), max_batch: int = 8, **config: object
-    ):
+    ) -> None:
         options = TransferOptions(record_grants=True, communicator_setup=False, chunk_bytes=1)
         self.backend: SimBackend = SimConfig(transfers=options, **config).build(  # type: ignore[arg-type]
             cluster=cluster, models=[small_model()], requests=requests, batching=BatchLimits(max_batch=max_batch), seed=0
