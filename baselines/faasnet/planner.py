@@ -1,4 +1,4 @@
-"""Trees: the root sends the blocks in order, every node serves its children block by block in turn."""
+"""Multicast trees: the root sends the blocks in order; every node sends each block to its children in turn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _Children = Sequence[Sequence[int | None]]
 class BalancedTree:
     """FaaSNet's balanced binary function tree for any number of nodes; node i's children are 2i + 1 and 2i + 2.
 
-    One send a round per node: to its children in turn, each block first to the left one. About 2b + depth rounds.
-    With several sources, destinations are split evenly among as many trees.
+    Each node makes one send per round, each block first to the left child, then to the right. About 2b + depth rounds for
+    b blocks. With several sources, destinations are split evenly among as many trees.
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner."""
+        """See MulticastPlanner; PlanError for invalid counts."""
         return _plan(sources, destinations, blocks, _balanced_children)
 
 
@@ -40,7 +40,7 @@ class PrototypeTree:
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner; PlanError for a tree of more than 12 nodes."""
+        """See MulticastPlanner; PlanError for invalid counts or a tree of more than 12 nodes."""
         return _plan(sources, destinations, blocks, _prototype_children)
 
 
@@ -78,7 +78,7 @@ def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _C
 
 
 def _tree_rounds(children: _Children, blocks: int) -> list[list[Send]]:
-    """Every node sends block 0 to each child, then block 1, ..., as soon as it holds them: one turn a round."""
+    """Rounds in which every node sends block 0 to each child, then block 1, ..., once it holds them: one turn per round."""
     turns = [deque((block, child) for block in range(blocks) for child in of_node) for of_node in children]
     held = [blocks, *(0 for _ in children[1:])]
     rounds: list[list[Send]] = []

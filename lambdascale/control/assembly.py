@@ -15,6 +15,10 @@ def build_system(config: SystemConfig, *, cluster: ClusterSpec, models: Sequence
     require(bool(models), "a run needs at least one model")
     names = [model.name for model in models]
     require(len(set(names)) == len(names), f"model names must differ, got {names}")
+    require(
+        config.start.storage != "remote" or float(cluster.remote_bytes_per_s) > 0,
+        f"system.start.storage=remote needs a remote store: cluster {cluster.name} has remote_bytes_per_s=0",
+    )
     for model in models:
         cluster.kv_tokens(model)
         model.partition(config.blocks)

@@ -10,7 +10,7 @@ from lambdascale.core.checks import check_types, require
 
 @runtime_checkable
 class AutoscalingPolicy(Protocol):
-    """How many replicas a model is to have. Pure; looked at every ``interval_s`` seconds while there is work.
+    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while there is work.
 
     ``min_replicas`` are in place when the run starts. A replica idle for ``keep_alive_s`` seconds may be released.
     """
@@ -73,6 +73,6 @@ class Autoscaler:
         return self.max_replicas == self.min_replicas
 
     def desired(self, queued: int, running: int) -> int:
-        """Replicas wanted for ``queued`` + ``running`` requests of one model."""
+        """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         wanted = max(self.min_replicas, -(-(queued + running) // self.target_per_replica))
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

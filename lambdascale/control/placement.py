@@ -31,7 +31,8 @@ def by_startup_time(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) ->
 
     def key(node: NodeId) -> tuple[float, int, NodeId]:
         hardware = fleet.cluster.node(node)
-        rate = hardware.pcie_bytes_per_s if fleet.is_warm(state, node) else hardware.ssd_bytes_per_s
+        storage = hardware.ssd_bytes_per_s if fleet.storage == "ssd" else float(fleet.cluster.remote_bytes_per_s)
+        rate = hardware.pcie_bytes_per_s if fleet.is_warm(state, node) else storage
         return (fleet.loads_on(node) + state.spec.size_bytes) / rate, -fleet.gpus_free[node], node
 
     return sorted(nodes, key=key)

@@ -37,7 +37,7 @@ class ControlPlane:
 
     def __init__(self, *, config: SystemConfig, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> None:
         self.config = config
-        self.fleet = Fleet(cluster, models, config.blocks, config.memory)
+        self.fleet = Fleet(cluster, models, config.blocks, config.memory, config.start.storage)
         fleet, start = self.fleet, config.start
         self._router = Router(fleet)
         transfers = Transfers(fleet, loader=start.loader, multicast=start.multicast or "one_sided")
@@ -61,7 +61,7 @@ class ControlPlane:
         }
 
     def on_event(self, event: Event) -> Sequence[Command]:
-        """Commands to carry out now, in order."""
+        """Return the commands to carry out now, in order."""
         fleet = self.fleet
         fleet.at = event.at
         self._handlers[type(event)](event)

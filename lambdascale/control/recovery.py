@@ -118,7 +118,7 @@ class Recovery:
         self._serving.serve_alone(state, nodes)
 
     def _stop_all(self, state: ModelState, allocation: Allocation) -> list[NodeId]:
-        """Stop the instances that serve on a node; the other nodes they served on."""
+        """Stop the instances that serve on a node; return the other nodes they served on."""
         stopped = list(allocation.instances.values())
         for instance in stopped:
             self._stop(state, instance)
@@ -130,7 +130,7 @@ class Recovery:
         self._router.requeue(state, instance, failed=failed)
 
     def _replan(self, transfer: TransferState, *, again: bool) -> None:
-        """Bring the rest of a broken transfer about: from what the survivors hold, else from each node's own storage."""
+        """Bring what a broken transfer still owes: from what the survivors hold, else from each node's own storage."""
         state = self._fleet.models[transfer.model]
         destinations = sorted(transfer.waiting)
         holdings, tiers = self._holdings(state, destinations)

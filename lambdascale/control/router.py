@@ -18,7 +18,7 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """A new request: dispatch it, queue it, or refuse it when its KV cache could never fit a replica, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node is left."""
         state = self._fleet.models[request.model]
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))

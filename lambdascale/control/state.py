@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
-from lambdascale.core.commands import Command
+from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
 
 
@@ -123,10 +123,21 @@ class ModelState:
 
 
 class Fleet:
-    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled."""
+    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    def __init__(self, cluster: ClusterSpec, models: Sequence[ModelSpec], blocks: int, memory: HostMemoryConfig) -> None:
+    ``storage``: the tier in which every node finds models that it has no host copy of.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        blocks: int,
+        memory: HostMemoryConfig,
+        storage: Storage = "ssd",
+    ) -> None:
         self.cluster = cluster
+        self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
@@ -171,6 +182,10 @@ class Fleet:
     def is_warm(self, state: ModelState, node: NodeId) -> bool:
         """True if the node has a host copy of the model."""
         return self.host.has(node, state.spec.name, self.at)
+
+    def own_tier(self, state: ModelState, node: NodeId) -> Tier:
+        """Return the fastest tier from which ``node`` can load the model without another node's help."""
+        return "host" if self.is_warm(state, node) else self.storage
 
     def loads_on(self, node: NodeId) -> int:
         """Bytes still to be loaded by ``node``, as a bound: whole models count until they are complete."""

@@ -37,12 +37,12 @@ class Transfers:
         self._fleet.out.append(command)
 
     def load_missing(self, state: ModelState, node: NodeId) -> None:
-        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or SSD."""
+        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or storage."""
         allocation = state.allocations[node]
         coming = {block for transfer in allocation.incoming.values() for block in transfer.waiting[node]}
         missing = sorted(allocation.wanted - allocation.blocks - coming)
         if missing:
-            self.load(state, node, "host" if self._fleet.is_warm(state, node) else "ssd", missing)
+            self.load(state, node, self._fleet.own_tier(state, node), missing)
 
     def _begin(
         self,
@@ -69,13 +69,16 @@ class Transfers:
 
     def block_arrived(self, allocation: Allocation, block: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
-        for transfer in list(allocation.incoming.values()):
-            left = transfer.waiting[allocation.node]
+        node, through = allocation.node, []
+        for transfer in allocation.incoming.values():
+            left = transfer.waiting[node]
             left.discard(block)
             if not left:
-                del transfer.waiting[allocation.node], allocation.incoming[transfer.transfer_id]
-                if not transfer.waiting:
-                    self.end(transfer)
+                through.append(transfer)
+        for transfer in through:
+            del transfer.waiting[node], allocation.incoming[transfer.transfer_id]
+            if not transfer.waiting:
+                self.end(transfer)
 
     def end(self, transfer: TransferState) -> None:
         """Free the members of a transfer that is done or given up."""

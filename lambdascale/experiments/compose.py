@@ -1,4 +1,4 @@
-"""Finding conf/ and composing it, with a user's mistakes as one-line UserErrors."""
+"""Location and composition of conf/; a user's mistake becomes a one-line UserError."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from lambdascale.experiments.schema import register_schema
 
 
 def conf_dir() -> Path:
-    """The configuration tree: conf/ of a checkout, or the copy inside an installed wheel."""
+    """Path of the configuration tree: conf/ of a checkout, or the copy inside an installed wheel.
+
+    FileNotFoundError if neither exists.
+    """
     package = Path(lambdascale.__file__).resolve().parent
     for candidate in (package.parent / "conf", package / "_conf"):
         if (candidate / "run.yaml").is_file():
@@ -28,7 +31,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), directory: Path | None = None, config_name: str = "run") -> DictConfig:
-    """The composed configuration for ``overrides`` as on the command line; UserError says what is wrong with them."""
+    """Compose the configuration for ``overrides``, written as on the command line; UserError if they are wrong."""
     register_schema()
     GlobalHydra.instance().clear()
     try:

@@ -55,12 +55,10 @@ class LiveConfig:
     threads: int | None = None
     silence_s: float = 10.0
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
-    kind: str = "live"
 
     def __post_init__(self) -> None:
         """Validate."""
         check_types(self)
-        require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
         require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
         require(
@@ -80,13 +78,13 @@ class LiveConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend: compute that was timed or slowed down is not passed off as this machine's."""
+        """Name of the backend in rows and summaries; it tells compute that was timed or slowed down from this machine's own."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
-        """What the system's broadcasts go by, None if it has none; and why not by NCCL where one might expect that.
+        """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
 
-        UserError if it is to be NCCL and cannot be.
+        UserError if NCCL is asked for and not possible.
         """
         if system.start.multicast != "collective":
             return None, ""
@@ -95,7 +93,7 @@ class LiveConfig:
         return choose(self.collective, device=self.device, nodes=nodes, gpus=gpus, nccl=has_nccl())
 
     def packed(self, blocks: int) -> PackedModel:
-        """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
+        """Return the checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
         if self.checkpoint in NAMES:
             return builtin_model(self.checkpoint, blocks, self.dtype)
         model = PackedModel.open(Path(self.checkpoint))
@@ -114,7 +112,7 @@ class LiveConfig:
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], system: SystemConfig, seed: int
     ) -> LiveBackend:
-        """A started cluster that replays ``requests``; the caller closes it."""
+        """Return a started cluster that replays ``requests``; the caller closes it."""
         packed = self.packed(system.blocks)
         longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
         if longest > self.slot_tokens:
@@ -140,7 +138,7 @@ class LiveConfig:
         ticket_of: Callable[[Request], Ticket] | None = None,
         open_ended: bool = False,
     ) -> LiveBackend:
-        """Launch the nodes and wait for them. UserError for what cannot be: the packed model decides the number of blocks."""
+        """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
         for name, model in models:
             require(
                 len(model.blocks) == system.blocks, f"{name} has {len(model.blocks)} blocks, the system moves {system.blocks}"
@@ -185,7 +183,7 @@ class LiveConfig:
         system: SystemConfig,
         collective: Kind,
     ) -> NodeConfig:
-        """What one agent is told."""
+        """Return the configuration of one node."""
         sizes = sorted((_room(model) for _, model in models), reverse=True)
         at_once = max(1, cluster.node(node).gpus)
         preloaded = system.start.instant

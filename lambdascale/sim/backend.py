@@ -51,14 +51,12 @@ class SimConfig:
     transfers: TransferOptions = field(default_factory=TransferOptions)
     node_failures: tuple[tuple[int, float], ...] = ()
     slow_nodes: tuple[tuple[int, float], ...] = ()
-    kind: str = "sim"
 
     def __post_init__(self) -> None:
         """Validate."""
         for name in ("node_failures", "slow_nodes"):
             object.__setattr__(self, name, tuple(tuple(pair) for pair in getattr(self, name)))
         check_types(self)
-        require(self.kind == "sim", f"backend.kind of the simulator is 'sim', not {self.kind!r}")
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
         for slow in self.slow_nodes:
@@ -66,13 +64,13 @@ class SimConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend."""
-        return self.kind
+        """Name of the backend in rows and summaries."""
+        return "sim"
 
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:
-        """The backend of one run."""
+        """Return the backend of one run."""
         for name in ("node_failures", "slow_nodes"):
             for node, _ in getattr(self, name):
                 require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
@@ -95,7 +93,6 @@ class SimBackend:
         self._cluster = cluster
         self._limits = batching
         self._models = {model.name: model for model in models}
-        self._kv_tokens = {model.name: cluster.kv_tokens(model) for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
         self._ports: dict[NodeId, ComputePort] = {}
         self.kernel = Kernel()
@@ -143,7 +140,7 @@ class SimBackend:
         self._handlers[type(command)](command)
 
     def next_event(self) -> Event | None:
-        """The next event; requests arrive before anything else that happens at the same time."""
+        """Return the next event; requests arrive before anything else that happens at the same time."""
         events = self._events
         if events:
             return events.popleft()
@@ -160,7 +157,7 @@ class SimBackend:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
-        """Bookkeeping of the control plane that takes no time and changes nothing here."""
+        """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)
@@ -185,7 +182,7 @@ class SimBackend:
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
-            kv_tokens=self._kv_tokens[command.model],
+            kv_tokens=min(self._cluster.node(stage.node).kv_tokens(model) for stage in command.stages),
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,

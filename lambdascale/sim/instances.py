@@ -182,7 +182,7 @@ class SimInstance:
         batch.under_way = None
         if batch.on is not self._layout:
             self._move(batch)
-        self._look_for_work(at_once=True)
+        self._layout.ports[0].want(self, at_once=True)
 
     def note(self, batch: _Batch, iteration: Iteration, steps: int) -> None:
         """Report first tokens and finished requests of an iteration that ran ``steps`` times."""
@@ -282,7 +282,7 @@ class _HeadRun:
         self._layout = layout
         self._iteration = iteration
         self._steps = steps
-        self._began_s = 0.0
+        self._began_s = instance.now
         self._pace = 1.0
 
     @property
@@ -291,10 +291,11 @@ class _HeadRun:
 
     def begin(self, pace: float) -> float:
         """See Run."""
-        self._began_s, self._pace = self._instance.now, pace
-        if self._is_decode_run:
-            return pace * self._decode_s(self._steps)
-        return pace * self._layout.iteration_s(self._iteration, 0)
+        self._pace = pace
+        iteration, layout = self._iteration, self._layout
+        if iteration.prefills or len(layout.stages) > 1:
+            return pace * layout.timings[0].iteration_s(iteration, layout.shares[0])
+        return pace * layout.timings[0].decode_run_s(iteration.decodes, iteration.context_tokens, self._steps)
 
     def _decode_s(self, steps: int) -> float:
         return self._layout.timings[0].decode_run_s(self._iteration.decodes, self._iteration.context_tokens, steps)

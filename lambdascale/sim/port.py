@@ -13,7 +13,7 @@ _LAST = 1
 
 
 class Run(Protocol):
-    """What occupies a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
+    """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
 
     def begin(self, pace: float) -> float:
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""
@@ -92,8 +92,7 @@ class ComputePort:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
         self._turns.remove(owner)
         if self._running is not None and self._running[0] is owner:
-            self._running[1].lose()
-            self._free()
+            self._lose()
             self._wake()
 
     def occupy(self, busy: bool) -> None:
@@ -142,15 +141,20 @@ class ComputePort:
         self._kernel.at(self._began_s + run.begin(pace), self._end, self._version)
 
     def _end(self, version: int) -> None:
-        if version != self._version or self._running is None:
+        running = self._running
+        if version != self._version or running is None:
             return
-        _, run = self._running
-        self._free()
-        run.end()
+        self._running = None
+        if self._cores is not None:
+            self._cores.leave(self._ticket)
+        running[1].end()
         if self._turns and self._running is None:
             self._next()
 
-    def _free(self) -> None:
+    def _lose(self) -> None:
+        """Drop what is running."""
+        assert self._running is not None, "only what runs is lost"
+        self._running[1].lose()
         self._running = None
         self._version += 1
         if self._cores is not None:

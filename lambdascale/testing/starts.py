@@ -11,11 +11,10 @@ from typing import ClassVar
 
 from lambdascale.control.placement import by_locality
 from lambdascale.control.start import Change, LoadMore, LoadOrder, MulticastOrder, Reshape, StartDecision
-from lambdascale.control.start.local import own_tier
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.commands import Loader, MulticastKind
+from lambdascale.core.commands import Loader, MulticastKind, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +27,7 @@ class CooperativeStart:
     """
 
     loader: ClassVar[Loader] = "pipelined"
+    storage: ClassVar[Storage] = "ssd"
     multicast: ClassVar[MulticastKind] = "one_sided"
     instant: ClassVar[bool] = False
 
@@ -43,7 +43,7 @@ class CooperativeStart:
         sources = [node for node, a in sorted(state.allocations.items()) if a.complete and not a.transfers and a.instances]
         blocks = tuple(range(state.blocks))
         if not any(allocation.complete for allocation in state.allocations.values()):
-            loads = tuple(LoadOrder(node=n, tier=own_tier(fleet, state, n), blocks=blocks) for n in nodes[:replicas])
+            loads = tuple(LoadOrder(node=n, tier=fleet.own_tier(state, n), blocks=blocks) for n in nodes[:replicas])
             return StartDecision(nodes=tuple(nodes[:replicas]), loads=loads)
         pairs = list(zip(sources, nodes[:replicas], strict=False))
         orders = tuple(MulticastOrder(plan=_chain(s, d, state.blocks), sources=((s, "gpu"),)) for s, d in pairs)
@@ -89,11 +89,13 @@ class SpreadStart:
     """A cold start over ``nodes`` nodes that each load a share and serve as a pipeline, then consolidation onto the first.
 
     The mechanism of HydraServe (NSDI'26): when the pipeline serves, its first node loads the rest and takes the whole model over
-    with the KV of the running requests; the others are released.
+    with the KV of the running requests; the others are released. ``consolidate`` false: the pipeline serves until it is idle.
     """
 
     nodes: int = 4
+    consolidate: bool = True
     loader: Loader = "pipelined"
+    storage: Storage = "ssd"
     multicast: ClassVar[None] = None
     instant: ClassVar[bool] = False
 
@@ -115,14 +117,14 @@ class SpreadStart:
         groups = [tuple(nodes[i * size : (i + 1) * size]) for i in range(min(replicas, len(nodes) // size))]
         stages = [_equal_stages(group, state.blocks) for group in groups]
         shares = [(s.node, tuple(range(s.first_block, s.last_block + 1))) for group in stages for s in group]
-        loads = tuple(LoadOrder(node=node, tier=own_tier(fleet, state, node), blocks=blocks) for node, blocks in shares)
+        loads = tuple(LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=blocks) for node, blocks in shares)
         pipelines = tuple(PipelinePlan(0, group) for group in stages) if size > 1 else ()
         taken = tuple(node for group in groups for node in group)
         return StartDecision(nodes=taken, wanted=tuple(shares), loads=loads, pipelines=pipelines)
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
         """See StartPolicy."""
-        for instance in list(allocation.instances.values()):
+        for instance in list(allocation.instances.values()) if self.consolidate else ():
             if not instance.is_pipeline or allocation.transfers:
                 continue
             first = state.allocations[instance.stages[0].node]
@@ -131,7 +133,7 @@ class SpreadStart:
                 return (Reshape(instance=instance.instance_id, stages=whole, release=instance.nodes[1:]),)
             if first.is_share:
                 rest = tuple(block for block in range(state.blocks) if block not in first.wanted)
-                return (LoadMore(node=first.node, tier=own_tier(fleet, state, first.node), blocks=rest),)
+                return (LoadMore(node=first.node, tier=fleet.own_tier(state, first.node), blocks=rest),)
         return ()
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from lambdascale.control import Autoscaler, SystemConfig
-from lambdascale.core import Request
+from lambdascale.control import Autoscaler, SystemConfig, build_system
+from lambdascale.core import Request, UserError
 from lambdascale.core.commands import LoadBlocks, ReleaseNode, Repartition, Serve, SwitchMode
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.testing.starts import CooperativeStart, SpreadStart
-from lambdascale.testing.systems import SystemConformance, burst, small_cluster
+from lambdascale.testing.systems import SystemConformance, burst, small_cluster, small_model
 
 
 def cooperative(**changes: object) -> SystemConfig:
@@ -71,6 +71,17 @@ def test_a_cold_start_over_four_nodes_consolidates_onto_one() -> None:
     assert not any(e.keep_host for e in entries if isinstance(e, ReleaseNode) and e.node in released[:3])
 
 
+def test_an_idle_pipeline_is_scaled_in() -> None:
+    """Four nodes with a quarter each serve to the end; idle for the keep-alive, all four are released, without host copies."""
+    config = replace(spread(), start=SpreadStart(consolidate=False))
+    _, recorder = Suite(config).run(burst(4), min_replicas=0, keep_alive_s=0.5, target_per_replica=8)
+    (serve,) = [(at, e) for at, e in recorder.entries if isinstance(e, Serve)]
+    released = [(at, e) for at, e in recorder.entries if isinstance(e, ReleaseNode)]
+    assert {e.node for _, e in released} == {stage.node for stage in serve[1].stages}
+    assert len({at for at, _ in released}) == 1, "together"
+    assert not any(e.keep_host for _, e in released), "a share is no copy of the model"
+
+
 def test_a_share_counts_as_a_part_of_a_replica() -> None:
     """Four nodes that hold a quarter each are one replica: the autoscaler starts no second one for the same load."""
     config = spread(autoscaler=Autoscaler(target_per_replica=8, min_replicas=0, interval_s=0.1))
@@ -84,3 +95,15 @@ def test_a_share_counts_as_a_part_of_a_replica() -> None:
 def test_a_node_of_a_spread_replica_dies(node: int, at_s: float) -> None:
     """While its share loads, while the pipeline serves, while the first node loads the rest: the others load what they lack."""
     Suite(spread()).run(burst(12), failures=[(node, at_s)], min_replicas=0)
+
+
+def test_storage_may_be_remote() -> None:
+    """Nodes without a host copy load from the remote store, at its rate; a cluster without one is refused."""
+    base = build(compose(["system=serverlessllm", "system.start.storage=remote", "system.memory.initial_copies=0"])).system
+    with pytest.raises(UserError, match="remote_bytes_per_s=0"):
+        build_system(base, cluster=small_cluster(), models=[small_model()])
+    _, recorder = Suite(base).run(burst(30), cluster=replace(small_cluster(), remote_bytes_per_s=2e8), min_replicas=0)
+    loads = [entry for _, entry in recorder.entries if isinstance(entry, LoadBlocks)]
+    assert {load.tier for load in loads} == {"remote"}
+    first = min(at for at, entry in recorder.entries if isinstance(entry, Serve))
+    assert first == pytest.approx(5.0, rel=0.01), "a model of 1 GB at 0.2 GB/s"

@@ -1,4 +1,4 @@
-"""The bounds of λScale's multicast, exactly, and of the pipelines built from it."""
+"""Exact bounds of λScale's multicast, and bounds of the pipelines built from it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_k_way_rounds_and_first_pipeline(sources: int, destinations: int, blocks
     bound = ceil(blocks / groups) + max(fill(len(group)) for group in plan.groups)
     assume(groups > 1 and blocks >= groups and bound < min(complete.values()))
     assert pipelines[0].ready_round <= bound
-    # One of each sub-group: as many early pipelines as the smallest sub-group has destinations.
+    # One node of each sub-group: as many early pipelines as the smallest sub-group has destinations.
     early = [pipeline for pipeline in pipelines if pipeline.ready_round <= bound]
     assert len(early) >= min(map(len, plan.groups)) - 1
 

@@ -59,7 +59,7 @@ class TestPacedShm(TestTcp):
 
 @pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
 def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> None:
-    """Hidden states of a pipeline pass while blocks arrive over the same connection."""
+    """Messages (such as hidden states) arrive while blocks are being written over the same connection."""
     heard = Heard()
     one, two = kind(0, heard.handlers(), KEY, link=TokenBucket(20e6)), kind(1, heard.handlers(), KEY)
     two.register(two.allocate(10_000_000))
@@ -93,7 +93,7 @@ class TestStrangers:
         with socket.create_connection((host, int(port))) as stranger:
             stranger.sendall(noise)
             stranger.settimeout(10)
-            with suppress(OSError):  # it may have hung up already
+            with suppress(OSError):  # the endpoint may have closed the connection already
                 stranger.shutdown(socket.SHUT_WR)
             with suppress(ConnectionResetError):
                 while stranger.recv(1000):

@@ -1,4 +1,4 @@
-"""Studies: what a command line means, what their tables are made of, and the comparison with the paper."""
+"""Studies: meaning of command lines, rows of their tables, and the comparison with the paper."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
-# -- what tables are made of ---------------------------------------------------------------------------------------------
+# -- rows of tables ------------------------------------------------------------------------------------------------------
 
 
 def events(*rows: tuple[float, str, int | None, int | None, int | None, dict[str, object] | None]) -> pd.DataFrame:

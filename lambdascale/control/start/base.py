@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from lambdascale.control.state import Allocation, Fleet, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Stage
-from lambdascale.core.commands import Loader, MulticastKind, Tier
+from lambdascale.core.commands import Loader, MulticastKind, Storage, Tier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,11 @@ class StartPolicy(Protocol):
     @property
     def loader(self) -> Loader:
         """How loads read storage."""
+        ...
+
+    @property
+    def storage(self) -> Storage:
+        """Tier in which every node finds models that it has no host copy of."""
         ...
 
     @property

@@ -10,7 +10,7 @@ from lambdascale.control.placement import by_locality
 from lambdascale.control.start.base import Change, LoadOrder, StartDecision
 from lambdascale.control.state import Allocation, Fleet, ModelState
 from lambdascale.core import NodeId
-from lambdascale.core.commands import Loader
+from lambdascale.core.commands import Loader, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class InstantStart:
     """Loads that take no time: the lower bound under the same autoscaling policy."""
 
     loader: ClassVar[Loader] = "pipelined"
+    storage: ClassVar[Storage] = "ssd"
     multicast: ClassVar[None] = None
     instant: ClassVar[bool] = True
 

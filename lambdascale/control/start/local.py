@@ -11,7 +11,7 @@ from lambdascale.control.start.base import Change, LoadOrder, StartDecision
 from lambdascale.control.state import Allocation, Fleet, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
 from lambdascale.core.checks import check_types
-from lambdascale.core.commands import Loader, Tier
+from lambdascale.core.commands import Loader, Storage
 from lambdascale.multicast import injection_orders
 from lambdascale.pipelines import PipelineBuilder
 
@@ -21,9 +21,10 @@ _STORE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class LocalStart:
-    """Every new node loads from its own host memory or SSD; nodes are taken by estimated start-up time (ServerlessLLM)."""
+    """Every new node loads from its host memory or ``storage``; nodes are taken by estimated start-up time (ServerlessLLM)."""
 
     loader: Loader = "pipelined"
+    storage: Storage = "ssd"
     multicast: ClassVar[None] = None
     instant: ClassVar[bool] = False
 
@@ -43,17 +44,12 @@ class LocalStart:
         taken = tuple(nodes[:replicas])
         blocks = tuple(range(state.blocks))
         return StartDecision(
-            nodes=taken, loads=tuple(LoadOrder(node=node, tier=own_tier(fleet, state, node), blocks=blocks) for node in taken)
+            nodes=taken, loads=tuple(LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=blocks) for node in taken)
         )
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
         """See StartPolicy; nothing changes."""
         return ()
-
-
-def own_tier(fleet: Fleet, state: ModelState, node: NodeId) -> Tier:
-    """Return the fastest tier of its own from which ``node`` can load the model."""
-    return "host" if fleet.is_warm(state, node) else "ssd"
 
 
 def loads_together(
@@ -66,7 +62,7 @@ def loads_together(
     pipelines = tuple(builder.pipelines(plan)) if len(nodes) > 1 else ()
     plain = tuple(range(state.blocks))
     loads = tuple(
-        LoadOrder(node=node, tier=own_tier(fleet, state, node), blocks=order if pipelines else plain)
+        LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=order if pipelines else plain)
         for node, order in zip(nodes, plan.orders, strict=True)
     )
     return loads, pipelines

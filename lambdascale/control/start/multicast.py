@@ -12,7 +12,7 @@ from lambdascale.control.start.local import loads_together
 from lambdascale.control.state import Allocation, Fleet, ModelState
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.commands import Loader, MulticastKind, Tier
+from lambdascale.core.commands import Loader, MulticastKind, Storage, Tier
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.pipelines import NoPipelines, PipelineBuilder
 
@@ -27,7 +27,8 @@ class MulticastStart:
     sub-groups k of a multicast, or "auto" for as many as there are idle sources and destinations. ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination:
     always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
-    ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``: see LoadBlocks.
+    ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``: see
+    LoadBlocks; ``storage``: the tier of models without a host copy.
     """
 
     planner: MulticastPlanner
@@ -38,6 +39,7 @@ class MulticastStart:
     warm_loads: Literal["always", "faster", "never"] = "faster"
     share_sources: bool = False
     loader: Loader = "pipelined"
+    storage: Storage = "ssd"
     instant: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

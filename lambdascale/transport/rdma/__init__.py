@@ -1,4 +1,4 @@
-"""The RDMA transport. Importing this package needs no verbs; ``load`` does."""
+"""The RDMA transport. Importing this package does not need verbs; ``load`` does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_PYVERBS = (
 
 
 def load() -> type[RdmaEndpoint]:
-    """The endpoint's class. UserError if pyverbs is not there or cannot be loaded."""
+    """Import and return the endpoint's class; UserError if pyverbs is missing or fails to load."""
     try:
         from lambdascale.transport.rdma.endpoint import RdmaEndpoint
     except ImportError as error:
