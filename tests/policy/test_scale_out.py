@@ -349,7 +349,7 @@ def test_warm_nodes_load_together_and_serve_together() -> None:
 
 def test_a_warm_node_loads_its_copy_while_the_only_source_is_busy() -> None:
     """Node 1 was released while 0 feeds 2: it is taken again and loads its copy; 3 would depend on 0 and is not taken."""
-    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, cluster=FAST_PCIE)
+    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, host_sources=False, cluster=FAST_PCIE)
     world.arrive(4)
     world.tick()
     for transfer in ("t1", "t2"):
