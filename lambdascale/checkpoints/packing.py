@@ -89,7 +89,7 @@ def _write_block(
         file.flush()
         os.fsync(file.fileno())
     first, last = layout.first_layer, layout.last_layer
-    return PackedBlock(name, len(head), layout.size_bytes, checksums.whole, first, last, checksums.parts)
+    return PackedBlock(name, len(head), layout.size_bytes, checksums.whole, first, last, checksums.parts, checksums.digests)
 
 
 def block_pieces(checkpoint: HfCheckpoint, layout: BlockLayout) -> Iterator[bytes]:

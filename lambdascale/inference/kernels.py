@@ -207,7 +207,9 @@ def attend_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = d < DIM
     head = kv_head * GROUP + g
-    q = tl.load(query + row * row_stride + head[:, None] * DIM + d[None, :], mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
+    q = tl.load(
+        query + row * row_stride + head[:, None] * DIM + d[None, :], mask=(g < GROUP)[:, None] & inside[None, :], other=0.0
+    )
     keys = kv + slot * slot_stride + kv_head.to(tl.int64) * head_stride
     values = keys + KV_HEADS * head_stride.to(tl.int64)
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -241,8 +243,8 @@ def join_kernel(
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)
     logs = tl.load(sums + place * SPLITS + s)
-    top = tl.max(logs, 0)
-    weights = tl.where(logs > float("-inf"), tl.exp(logs - top), 0.0)
+    top = tl.maximum(tl.max(logs, 0), -1e30)  # finite also where every part is empty
+    weights = tl.exp(logs - top)
     total = tl.sum(weights, 0)
     each = tl.load(parts + (place * SPLITS + s)[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
     found = tl.sum(each * weights[:, None], 0) / tl.where(total > 0, total, 1.0)

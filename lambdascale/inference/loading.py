@@ -18,6 +18,7 @@ import torch
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
+from lambdascale.inference import devices
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
 
@@ -175,6 +176,7 @@ class Loader:
 
     def _run(self, job: _Job, on_block: OnBlock | None) -> None:
         error: Exception | None = None
+        devices.use(self._device)
         try:
             self._bring(job, on_block)
         except Exception as failure:  # whoever waits for the load is told, also of a fault of on_block's
@@ -242,6 +244,7 @@ class Loader:
         source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
 
         def copy(begin: int, end: int) -> None:
+            devices.use(self._device)  # it runs in a reader's thread
             with torch.cuda.stream(self._stream):
                 target[begin:end].copy_(source[begin:end], non_blocking=True)
 
