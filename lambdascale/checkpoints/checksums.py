@@ -2,14 +2,13 @@
 
 Two kinds: xxh3-64, the fastest on a CPU, and a digest that thousands of threads can compute together, for blocks in a GPU's
 memory. The digest of a part is the sum, modulo 2^64, of its 8-byte little-endian words, each mixed together with its place (the
-finaliser of splitmix64 of word + (place + 1) x the golden ratio: Steele, Lea, Flood, OOPSLA 2014), and then mixed with the length.
-Mixing is a bijection: a change within one word, of a single bit for instance, always changes the digest; words that change places
-or several that change go undetected once in 2^64. It guards against faults, not against attackers.
+finaliser of splitmix64, by Steele, Lea and Flood, OOPSLA 2014, of word + (place + 1) x the golden ratio); the sum is then mixed
+with the length. Mixing is a bijection: a change within one word, of a single bit for instance, always changes the digest; words
+that change places, or several that change, go undetected once in 2^64. It guards against faults, not against attackers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ class _Part:
         if self._rest:
             last = np.frombuffer(self._rest.ljust(WORD_BYTES, b"\0"), dtype="<u8")
             total += mixed_sum(last, self._size // WORD_BYTES)
-        return finished(total, self._size)
+        return int(finished(np.array([total & _MASK], dtype=np.uint64), np.array([self._size], dtype=np.uint64))[0])
 
 
 def mixed_sum(words: Words, place: int) -> int:
@@ -121,21 +120,19 @@ def mixed_sum(words: Words, place: int) -> int:
     return total & _MASK
 
 
-def finished(total: int, size_bytes: int) -> int:
-    """Digest of a part of ``size_bytes`` whose mixed words add up to ``total``."""
-    return _mix(total + size_bytes * GOLDEN)
+def finished(totals: Words, sizes_bytes: Words) -> Words:
+    """Digests of parts of these sizes whose mixed words add up to ``totals`` (uint64, one element a part)."""
+    return _mixed(totals + sizes_bytes * np.uint64(GOLDEN))
 
 
-def combined(parts: Iterable[int]) -> int:
+def combined(digests: Words) -> int:
     """Digest of a block out of those of its parts, in order."""
-    total = count = 0
-    for count, digest in enumerate(parts, start=1):
-        total += _mix(digest + count * GOLDEN)
-    return _mix(total + count * GOLDEN)
+    places = np.arange(1, len(digests) + 1, dtype=np.uint64)
+    total = int(np.add.reduce(_mixed(digests + places * np.uint64(GOLDEN)))) + len(digests) * GOLDEN
+    return int(_mixed(np.array([total & _MASK], dtype=np.uint64))[0])
 
 
-def _mix(value: int) -> int:
-    value &= _MASK
-    value = (value ^ (value >> 30)) * FIRST & _MASK
-    value = (value ^ (value >> 27)) * SECOND & _MASK
-    return value ^ (value >> 31)
+def _mixed(values: Words) -> Words:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(FIRST)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(SECOND)
+    return values ^ (values >> np.uint64(31))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from lambdascale.checkpoints.architecture import Architecture, load_architecture
 from lambdascale.checkpoints.checksums import combined
@@ -37,7 +38,9 @@ class PackedBlock(msgspec.Struct, frozen=True):
     @property
     def digest(self) -> int | None:
         """Digest of the whole block; None if the model was packed without any."""
-        return combined(int(digest, 16) for digest in self.digests) if self.digests else None
+        if not self.digests:
+            return None
+        return combined(np.array([int(digest, 16) for digest in self.digests], dtype=np.uint64))
 
 
 class _Version(msgspec.Struct, frozen=True):

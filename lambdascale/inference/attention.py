@@ -76,19 +76,22 @@ class BatchAttention:
         """The parts of a batch; without ``decodes``, of its prefills only."""
         return Parts(tuple(self._prefills(batch)), self._decodes(batch) if decodes else None)
 
-    def attend(self, index: int, query: Tensor, parts: Parts) -> Tensor:
-        """Attention of ``query`` [rows, heads, head size] in the stage's layer ``index``: [rows, heads x head size]."""
+    def attend(self, index: int, query: Tensor, parts: Parts, decoded: Tensor | None = None) -> Tensor:
+        """Attention of ``query`` [rows, heads, head size] in the stage's layer ``index``: [rows, heads x head size].
+
+        ``decoded``: results of rows that follow and were attended otherwise. What is returned is overwritten by the next call.
+        """
         window = self._windows[index]
         found = [self._attend_prefill(index, query[p.begin : p.end], p, window) for p in parts.prefills]
         if parts.decodes is not None:
             found.append(self._attend_decodes(index, query[parts.prefilled :], parts.decodes, window))
+        if decoded is not None:
+            found.append(decoded)
         if not found:  # a prefill's part that gives no token yet, in the last layer
             return query.flatten(1)
-        return found[0] if len(found) == 1 else self.join(found)
-
-    def join(self, found: Sequence[Tensor]) -> Tensor:
-        """Results of parts as one, in memory that the next call overwrites."""
-        return torch.cat(list(found), out=self._scratch.take("joined", sum(map(len, found)), found[0].shape[1]))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found, out=self._scratch.take("joined", sum(map(len, found)), found[0].shape[1]))
 
     def _attend_prefill(self, index: int, query: Tensor, part: Prefill, window: Window) -> Tensor:
         keys = self._kv.keys[index, part.low : part.high, :, : part.context]

@@ -5,9 +5,10 @@ lambdascale.checkpoints.checksums says what is computed; blocks.json has the dig
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from lambdascale.checkpoints.checksums import WORD_BYTES, Checksums, combined, finished, mixed_sum
+from lambdascale.checkpoints.checksums import WORD_BYTES, Checksums, Words, combined, finished, mixed_sum
 from lambdascale.checkpoints.packing import PART_BYTES
 from lambdascale.core.checks import require
 from lambdascale.inference import devices
@@ -21,23 +22,23 @@ def block_digest(data: Tensor, part_bytes: int = PART_BYTES) -> int:
     return combined(part_digests(data, part_bytes))
 
 
-def part_digests(data: Tensor, part_bytes: int = PART_BYTES) -> list[int]:
-    """Digest of each part of ``part_bytes`` bytes (whole words) of a flat uint8 tensor; the last part may be shorter.
+def part_digests(data: Tensor, part_bytes: int = PART_BYTES) -> Words:
+    """Digest of each part of ``part_bytes`` bytes (whole words) of a flat uint8 tensor, as uint64; the last may be shorter.
 
     On a GPU they are computed in the calling thread's current stream, and waited for. UserError for other tensors.
     """
     require(data.dtype is torch.uint8 and data.dim() == 1, f"digests are of flat uint8 tensors, not {data.dtype} {data.dim()}-d")
     require(part_bytes > 0 and part_bytes % WORD_BYTES == 0, f"part_bytes must be a multiple of {WORD_BYTES}, not {part_bytes}")
     if not data.numel():
-        return []
+        return np.empty(0, dtype=np.uint64)
     if data.device.type == "cpu":
         checksums = Checksums(part_bytes)
         checksums.update(data.numpy().data)
-        return [int(digest, 16) for digest in checksums.digests]
+        return np.array([int(digest, 16) for digest in checksums.digests], dtype=np.uint64)
     return _on_gpu(data, part_bytes)
 
 
-def _on_gpu(data: Tensor, part_bytes: int) -> list[int]:
+def _on_gpu(data: Tensor, part_bytes: int) -> Words:
     from lambdascale.inference import kernels
 
     require(data.data_ptr() % WORD_BYTES == 0, "a digest on a GPU is of memory that begins with a whole word")
@@ -49,10 +50,11 @@ def _on_gpu(data: Tensor, part_bytes: int) -> list[int]:
     if len(words):
         grid = (parts, -(-part_words // (_BLOCK * _ROUNDS)))
         kernels.digest_kernel[grid](words, sums, len(words), part_words, BLOCK=_BLOCK, ROUNDS=_ROUNDS, num_warps=4)
-    totals = sums.tolist()
+    totals: Words = sums.cpu().numpy().view(np.uint64)
     if whole < size:
         last = torch.zeros(WORD_BYTES, dtype=torch.uint8)
         last[: size - whole] = data[whole:]
-        totals[-1] += mixed_sum(last.numpy().view("<u8"), whole % part_bytes // WORD_BYTES)
-    sizes = [min(part_bytes, size - begin) for begin in range(0, size, part_bytes)]
-    return [finished(total, length) for total, length in zip(totals, sizes, strict=True)]
+        totals[-1:] += np.uint64(mixed_sum(last.numpy().view("<u8"), whole % part_bytes // WORD_BYTES))
+    sizes = np.full(parts, part_bytes, dtype=np.uint64)
+    sizes[-1] = size - (parts - 1) * part_bytes
+    return finished(totals, sizes)

@@ -5,24 +5,22 @@ lambdascale.inference.operators has the reference of each in torch. Imported onl
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def linear_kernel(
-    x: Any,
-    norm: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    rows: Any,
-    outputs: Any,
-    inputs: Any,
-    x_stride: Any,
-    eps: Any,
+    x: tl.tensor,
+    norm: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -103,7 +101,7 @@ def linear_kernel(
 
 
 @triton.jit
-def norm_kernel(x: Any, weight: Any, out: Any, inputs: Any, eps: Any, BLOCK: tl.constexpr) -> None:
+def norm_kernel(x: tl.tensor, weight: tl.tensor, out: tl.tensor, inputs: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr) -> None:
     """RMS norm of a row of ``x`` [rows, inputs] times ``weight``, for inputs <= BLOCK."""
     k = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * inputs
@@ -114,7 +112,7 @@ def norm_kernel(x: Any, weight: Any, out: Any, inputs: Any, eps: Any, BLOCK: tl.
 
 
 @triton.jit
-def gate_kernel(both: Any, out: Any, columns: Any, BLOCK: tl.constexpr) -> None:
+def gate_kernel(both: tl.tensor, out: tl.tensor, columns: tl.tensor, BLOCK: tl.constexpr) -> None:
     """silu(first half) times the second half of a row of ``both`` [rows, 2 x columns]."""
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
@@ -125,15 +123,15 @@ def gate_kernel(both: Any, out: Any, columns: Any, BLOCK: tl.constexpr) -> None:
 
 @triton.jit
 def rotate_kernel(
-    states: Any,
-    cos: Any,
-    sin: Any,
-    slots: Any,
-    positions: Any,
-    kv: Any,
-    row_stride: Any,
-    slot_stride: Any,
-    head_stride: Any,
+    states: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    kv: tl.tensor,
+    row_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -169,17 +167,17 @@ def rotate_kernel(
 
 @triton.jit
 def attend_kernel(
-    query: Any,
-    kv: Any,
-    slots: Any,
-    positions: Any,
-    parts: Any,
-    sums: Any,
-    row_stride: Any,
-    slot_stride: Any,
-    head_stride: Any,
-    scale: Any,
-    window: Any,
+    query: tl.tensor,
+    kv: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    parts: tl.tensor,
+    sums: tl.tensor,
+    row_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -236,7 +234,13 @@ def attend_kernel(
 
 @triton.jit
 def join_kernel(
-    parts: Any, sums: Any, out: Any, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr
+    parts: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
     """Join the parts of ``attend_kernel``: ``out`` [rows, heads x head size]; zeros for rows without a context."""
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
@@ -252,7 +256,9 @@ def join_kernel(
 
 
 @triton.jit
-def digest_kernel(words: Any, sums: Any, count: Any, part_words: Any, BLOCK: tl.constexpr, ROUNDS: tl.constexpr) -> None:
+def digest_kernel(
+    words: tl.tensor, sums: tl.tensor, count: tl.tensor, part_words: tl.tensor, BLOCK: tl.constexpr, ROUNDS: tl.constexpr
+) -> None:
     """Add the mixed words of ROUNDS blocks of a part to the part's sum (see lambdascale.checkpoints.checksums)."""
     part = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.uint64)

@@ -31,7 +31,7 @@ class RopeTables:
 class Places:
     """Slot and position of every row [rows]. Position -1 is padding: such a row writes no KV and attends nothing.
 
-    ``cos`` and ``sin`` [rows, 1, head size / 2] are those of the positions; ``live`` lists the rows that are no padding, None: all.
+    ``cos`` and ``sin`` [rows, 1, head size / 2] are those of the positions. ``live``: the rows that are no padding, None: all.
     """
 
     slots: Tensor
@@ -99,7 +99,7 @@ class TorchOperators:
         return states[:, : a.heads]
 
     def attend(self, query: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
-        """Attention of one token a row, ``query`` [rows, heads, head size], over its slot's context: [rows, heads x head size]."""
+        """Attention of one token a row over its slot's context: ``query`` [rows, heads, head size] to [rows, heads x head size]."""
         a = self.architecture
         found = torch.zeros(len(query), a.heads * a.head_dim, dtype=query.dtype, device=query.device)
         for row, (slot, position) in enumerate(zip(places.slots.tolist(), places.positions.tolist(), strict=True)):

@@ -162,14 +162,12 @@ class TransformerStage:
 
     def _attend(self, index: int, query: Tensor, places: Places, parts: Parts) -> Tensor:
         """Prefills by torch's attention; decodes too, or by the operators' own."""
-        begin, rows = parts.prefilled, len(query)
-        if not self._operators.attends or begin == rows:
+        begin = parts.prefilled
+        if not self._operators.attends or begin == len(query):
             return self._attention.attend(index, query, parts)
         lone = Places(places.slots[begin:], places.positions[begin:], places.cos, places.sin)
         found = self._operators.attend(query[begin:], lone, self.kv.both[index], self._windows[index])
-        if not begin:
-            return found
-        return self._attention.join([self._attention.attend(index, query[:begin], parts), found])
+        return self._attention.attend(index, query[:begin], parts, found)
 
     def _places(self, batch: StageBatch) -> tuple[Tensor, Tensor]:
         """Slot and position of every row."""
