@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from lambdascale.core import MulticastPlan, PipelinePlan
+from lambdascale.control.start import MulticastStart
+from lambdascale.core import MulticastPlan, PipelinePlan, UserError
 from lambdascale.experiments.compose import compose
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Plan and print."""
     system = compose([f"system={arguments.system}"]).system
-    planner, builder = instantiate(system.planner), instantiate(system.pipelines)
-    plan = planner.plan(sources=arguments.sources, destinations=arguments.destinations, blocks=arguments.blocks)
-    pipelines = list(builder.pipelines(plan))
+    start = instantiate(system.start, _convert_="all")
+    if not isinstance(start, MulticastStart):
+        raise UserError(f"{arguments.system} has no multicast to plan: every node of it loads for itself")
+    plan = start.planner.plan(sources=arguments.sources, destinations=arguments.destinations, blocks=arguments.blocks)
+    pipelines = list(start.pipelines.pipelines(plan))
     if arguments.json:
         print(json.dumps(as_json(plan, pipelines)))
     else:

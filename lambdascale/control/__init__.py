@@ -3,7 +3,8 @@
 It turns events into commands. It must not know what carries them out: no clock, no I/O, no global randomness, no torch.
 """
 
-from lambdascale.control.autoscaler import Autoscaler
+from lambdascale.control.assembly import build_system
+from lambdascale.control.autoscaler import Autoscaler, AutoscalingPolicy
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.control.loop import Backend, Observer, ServingSystem, drive
 from lambdascale.control.plane import ControlPlane
@@ -11,6 +12,7 @@ from lambdascale.control.system import SystemConfig
 
 __all__ = [
     "Autoscaler",
+    "AutoscalingPolicy",
     "Backend",
     "BatchLimits",
     "BatchScheduler",
@@ -20,5 +22,6 @@ __all__ = [
     "Observer",
     "ServingSystem",
     "SystemConfig",
+    "build_system",
     "drive",
 ]

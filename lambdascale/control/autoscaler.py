@@ -1,10 +1,43 @@
-"""One autoscaling policy for every system: replicas in proportion to queued and running requests."""
+"""Autoscaling policies, and the default one for every system: replicas in proportion to queued and running requests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from lambdascale.core.checks import check_types, require
+
+
+@runtime_checkable
+class AutoscalingPolicy(Protocol):
+    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while there is work.
+
+    ``min_replicas`` are in place when the run starts. A replica idle for ``keep_alive_s`` seconds may be released.
+    """
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two looks."""
+        ...
+
+    @property
+    def keep_alive_s(self) -> float:
+        """Seconds an idle replica is kept."""
+        ...
+
+    @property
+    def min_replicas(self) -> int:
+        """Replicas that are always kept."""
+        ...
+
+    @property
+    def fixed(self) -> bool:
+        """True if the number of replicas never changes."""
+        ...
+
+    def desired(self, queued: int, running: int) -> int:
+        """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +69,10 @@ class Autoscaler:
 
     @property
     def fixed(self) -> bool:
-        """Whether the number of replicas never changes."""
+        """True if the number of replicas never changes."""
         return self.max_replicas == self.min_replicas
 
     def desired(self, queued: int, running: int) -> int:
-        """Replicas wanted for ``queued`` + ``running`` requests of one model."""
+        """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         wanted = max(self.min_replicas, -(-(queued + running) // self.target_per_replica))
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

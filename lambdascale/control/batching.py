@@ -119,21 +119,28 @@ class BatchScheduler:
         """Sequences admitted to the batch."""
         return len(self._prefilling) + len(self.decoding)
 
+    @property
+    def kv_in_use(self) -> int:
+        """Tokens of KV cache that the admitted requests have filled."""
+        return self._context + sum(sequence.prefilled for sequence in self._prefilling)
+
     def add(self, sequence: BatchedRequest) -> None:
-        """Queue a sequence. One that could never fit the KV memory is a fault of the caller, who must refuse it first."""
+        """Queue a sequence. The caller refuses a sequence that could never fit the KV memory."""
         assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
-        assert sequence.produced < sequence.output_tokens, f"request {sequence.request_id} is already complete"
+        assert sequence.produced < sequence.output_tokens, (
+            f"request {sequence.request_id} already has {sequence.produced} of its {sequence.output_tokens} tokens"
+        )
         self.waiting.append(sequence)
 
     @property
     def admits(self) -> bool:
-        """Whether the longest-waiting sequence could join at the next iteration."""
+        """True if the longest-waiting sequence could join at the next iteration."""
         if not self.waiting or (self.limits.mode == "static" and self.running):
             return False
         return self.running < self.limits.max_batch and self._reserved + self.waiting[0].kv_tokens <= self.kv_tokens
 
     def schedule(self) -> Iteration | None:
-        """The next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
+        """Return the next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
         if self.admits:
             self._admit()
         decodes = len(self.decoding)
@@ -176,7 +183,7 @@ class BatchScheduler:
     def complete(
         self, iteration: Iteration, steps: int = 1, stopped: Collection[int] = ()
     ) -> tuple[list[BatchedRequest], list[BatchedRequest]]:
-        """Take note that ``iteration`` was run ``steps`` times; (sequences with a new first token, finished sequences).
+        """Note that ``iteration`` ran ``steps`` times; return (sequences with a new first token, finished sequences).
 
         ``produced`` of the sequences returned is up to date. ``stopped`` names decoding or just prefilled sequences that
         ended before their bound (an end-of-sequence token).
@@ -188,7 +195,8 @@ class BatchScheduler:
             sequence.prefilled += count
             if sequence.prefilled < sequence.context_tokens:
                 continue
-            assert self._prefilling.popleft() is sequence, "prefills end in the order they began"
+            ended = self._prefilling.popleft()
+            assert ended is sequence, "prefills end in the order they began"
             sequence.produced += 1
             if sequence.produced == 1:
                 first.append(sequence)
@@ -221,7 +229,7 @@ class BatchScheduler:
         return self._leave(request_id)
 
     def remove(self, request_id: int) -> BatchedRequest | None:
-        """Take a sequence out (its client is gone), None if it is not here. Not while an iteration runs it."""
+        """Take a sequence out and return it, None if the scheduler does not have it. Not while an iteration runs it."""
         if request_id in self.decoding:
             return self._drop(request_id)
         for pool, admitted in ((self._prefilling, True), (self.waiting, False)):
@@ -233,7 +241,7 @@ class BatchScheduler:
         return None
 
     def drain(self) -> list[BatchedRequest]:
-        """Empty the scheduler: running sequences in the order they joined, then waiting ones; ``produced`` is up to date."""
+        """Empty the scheduler; return running sequences in the order they joined, then waiting ones, ``produced`` up to date."""
         running = [self._drop(request_id) for request_id in list(self.decoding)]
         rest = [*self._prefilling, *self.waiting]
         self._prefilling.clear()

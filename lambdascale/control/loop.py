@@ -13,19 +13,19 @@ class ServingSystem(Protocol):
     """λScale or a baseline: decides what to do about an event."""
 
     def on_event(self, event: Event) -> Sequence[Command]:
-        """Commands to carry out now, in order. Pure: time is ``event.at``."""
+        """Return the commands to carry out now, in order. Pure: time is ``event.at``."""
         ...
 
 
 class Backend(Protocol):
-    """A cluster, simulated or live, or a test double: carries commands out and says what happens."""
+    """A cluster, simulated or live, or a test double: carries commands out and reports events."""
 
     def submit(self, command: Command) -> None:
         """Start carrying a command out; failures come back as events."""
         ...
 
     def next_event(self) -> Event | None:
-        """The next thing that happens, times never decreasing; None when nothing is outstanding."""
+        """Return the next event, times never decreasing; None when nothing is outstanding."""
         ...
 
 
@@ -42,7 +42,7 @@ class Observer(Protocol):
 
 
 def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = ()) -> float:
-    """Run until nothing is outstanding; the time of the last event (seconds of the run)."""
+    """Run until nothing is outstanding; return the time of the last event (seconds of the run)."""
     at = 0.0
     saw = [observer.on_event for observer in observers]
     told = [observer.on_command for observer in observers]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import floor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lambdascale.control.allocations import Allocations
 from lambdascale.control.recovery import Recovery
 from lambdascale.control.router import Router
 from lambdascale.control.scaling import Scaler
+from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, ModelState
+from lambdascale.control.system import SystemConfig
+from lambdascale.control.transfers import Transfers
 from lambdascale.core import ClusterSpec, ModelSpec
 from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
@@ -24,9 +28,6 @@ from lambdascale.core.events import (
     TokensProduced,
 )
 
-if TYPE_CHECKING:
-    from lambdascale.control.system import SystemConfig
-
 # Times within a billionth of an interval of a tick count as on it (sums of floats).
 _TICK_TOLERANCE = 1e-9
 
@@ -36,10 +37,16 @@ class ControlPlane:
 
     def __init__(self, *, config: SystemConfig, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> None:
         self.config = config
-        self.fleet = Fleet(cluster, models, config.blocks, config.memory)
-        self._router = Router(self.fleet)
-        self._scaler = Scaler(config, self.fleet, self._router)
-        self._recovery = Recovery(self.fleet, self._router, self._scaler)
+        self.fleet = Fleet(cluster, models, config.blocks, config.memory, config.start.storage)
+        fleet, start = self.fleet, config.start
+        self._router = Router(fleet)
+        transfers = Transfers(fleet, loader=start.loader, multicast=start.multicast or "one_sided")
+        allocations = Allocations(fleet)
+        self._serving = Serving(
+            fleet, self._router, transfers, allocations, start=start, max_batch=config.batching.max_batch, kv=config.kv
+        )
+        self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
+        self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
@@ -54,7 +61,7 @@ class ControlPlane:
         }
 
     def on_event(self, event: Event) -> Sequence[Command]:
-        """Commands to carry out now, in order."""
+        """Return the commands to carry out now, in order."""
         fleet = self.fleet
         fleet.at = event.at
         self._handlers[type(event)](event)
@@ -67,9 +74,17 @@ class ControlPlane:
         """Progress of a request that the control plane has no decision about."""
 
     def _node_joined(self, event: NodeJoined) -> None:
-        fleet = self.fleet
-        fleet.gpus_free[event.node] = fleet.cluster.gpus_per_node
-        if self._provisioned or len(fleet.gpus_free) < fleet.cluster.nodes:
+        """Take a node in. One that comes back is empty; what it held before is lost, whether or not its loss was noticed."""
+        fleet, node = self.fleet, event.node
+        if node in fleet.gpus_free:
+            self._recovery.node_lost(node)
+        fleet.gpus_free[node] = fleet.cluster.node(node).gpus
+        if self._provisioned:
+            for state in fleet.models.values():
+                state.unfit.discard(node)
+            self._arm_once()
+            return
+        if len(fleet.gpus_free) < fleet.cluster.nodes:
             return
         self._provisioned = True
         self._place_host_copies()
@@ -88,8 +103,7 @@ class ControlPlane:
 
     def _request_arrived(self, event: RequestArrived) -> None:
         self._router.arrive(event.request)
-        if not self._tick:
-            self._arm()
+        self._arm_once()
 
     def _request_finished(self, event: RequestFinished) -> None:
         fleet = self.fleet
@@ -100,20 +114,26 @@ class ControlPlane:
             self._router.finish(instance, event.request_id)
 
     def _block_arrived(self, event: BlockArrived) -> None:
-        self._scaler.block_arrived(self.fleet.models[event.model], event.node, event.block)
+        self._serving.block_arrived(self.fleet.models[event.model], event.node, event.block)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node)
-        if not self._tick:
-            self._arm()
+        self._arm_once()
 
     def _command_failed(self, event: CommandFailed) -> None:
+        if event.transfer_id < 0 and event.instance < 0:
+            raise RuntimeError(
+                f"{event.command} failed, and the failure names neither a transfer nor an instance: {event.reason}"
+            )
         self._recovery.transfer_failed(event.transfer_id)
-        self._recovery.instance_failed(event.instance)
-        if not self._tick:
-            self._arm()
+        self._recovery.instance_failed(event.instance, event.reason)
+        self._arm_once()
 
     # -- autoscaling -------------------------------------------------------------------------------------------------
+
+    def _arm_once(self) -> None:
+        if not self._tick:
+            self._arm()
 
     def _arm(self, after: bool = False) -> None:
         """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
@@ -136,32 +156,36 @@ class ControlPlane:
 
     def _evaluate(self, state: ModelState) -> None:
         autoscaler = self.config.autoscaler
-        surplus = len(state.allocations) - autoscaler.desired(len(state.queue), state.running)
+        surplus = self._surplus(state)
         if surplus < 0:
             self._make_room(state, -surplus)
             self._scaler.scale_out(state, -surplus)
         elif surplus > 0:
             due = self.fleet.at - autoscaler.keep_alive_s + _TICK_TOLERANCE
-            for allocation in self._scaler.idle_replicas(state)[:surplus]:
-                if allocation.instance is not None and allocation.instance.idle_since <= due:
-                    self._scaler.release(state, allocation)
+            for instance in self._scaler.idle_instances(state)[:surplus]:
+                if instance.idle_since <= due:
+                    self._scaler.release(state, instance)
+
+    def _surplus(self, state: ModelState) -> int:
+        """Replicas beyond the desired number; negative if too few."""
+        return state.replicas - self.config.autoscaler.desired(len(state.queue), state.running)
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
         """Release idle replicas of other models, longest idle first, when there are too few free nodes."""
-        lacking = replicas - len(self._scaler.free_nodes(state))
+        lacking = replicas - len(self.fleet.free_nodes(state))
         if lacking <= 0 or len(self.fleet.models) == 1:
             return
         for other in self.fleet.models.values():
-            surplus = len(other.allocations) - self.config.autoscaler.desired(len(other.queue), other.running)
+            surplus = self._surplus(other)
             if other is state or surplus <= 0:
                 continue
-            for allocation in self._scaler.idle_replicas(other)[: min(surplus, lacking)]:
-                self._scaler.release(other, allocation)
+            for instance in self._scaler.idle_instances(other)[: min(surplus, lacking)]:
+                self._scaler.release(other, instance)
                 lacking -= 1
 
     def _unsettled(self, state: ModelState) -> bool:
-        """Whether a later look could decide anything for this model without a further event arming the timer."""
+        """True if a later look could decide something for this model without a further event arming the timer."""
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
-            return not autoscaler.fixed or len(state.allocations) < autoscaler.min_replicas
-        return len(state.allocations) != autoscaler.min_replicas and bool(state.allocations)
+            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas
+        return state.replicas != autoscaler.min_replicas and bool(state.allocations)

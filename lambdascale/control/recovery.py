@@ -1,22 +1,31 @@
-"""What happens when a node or a transfer fails: nothing is lost that somebody still holds."""
+"""Failures of nodes, transfers and instances: nothing is lost that a living node still holds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from lambdascale.control.allocations import Allocations
 from lambdascale.control.router import Router
-from lambdascale.control.scaling import Scaler
-from lambdascale.control.state import Allocation, Fleet, ModelState, TransferState
+from lambdascale.control.serving import Serving
+from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, TransferState
+from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PlanError
-from lambdascale.core.commands import CancelTransfer, ReleaseNode, StopInstance, Tier
+from lambdascale.core.commands import CancelTransfer, StopInstance, Tier
 from lambdascale.multicast import plan_from_holdings
+
+# A node is not used for a model any more after so many failures in a row of the model's instances on it.
+_TRIES = 3
 
 
 class Recovery:
     """Re-plans transfers over the survivors and restarts the requests of lost instances."""
 
-    def __init__(self, fleet: Fleet, router: Router, scaler: Scaler) -> None:
+    def __init__(self, fleet: Fleet, router: Router, transfers: Transfers, allocations: Allocations, serving: Serving) -> None:
         self._fleet = fleet
         self._router = router
-        self._scaler = scaler
+        self._transfers = transfers
+        self._allocations = allocations
+        self._serving = serving
 
     def node_lost(self, node: NodeId) -> None:
         """Forget the node, restart its requests elsewhere, and re-plan the transfers it took part in."""
@@ -30,15 +39,14 @@ class Recovery:
         for state in fleet.models.values():
             self._forget_allocation(state, node)
         for transfer in broken:
-            transfer.waiting.discard(node)
+            transfer.waiting.pop(node, None)
             if transfer.waiting:
                 self._replan(transfer, again=transfer.again)
-        if not fleet.gpus_free:
-            for state in fleet.models.values():
-                self._router.give_up(state)
+        for state in fleet.models.values():
+            self._router.give_up(state)
 
     def transfer_failed(self, transfer_id: int) -> None:
-        """Something was wrong on nodes that live: a damaged block, no room.
+        """Handle a transfer that failed on living nodes: a damaged block, no room.
 
         What a multicast has not brought is planned anew from what nodes hold; if that fails too, each loads the rest from its own
         storage; nodes whose loads fail are given up, and the autoscaler will ask again.
@@ -53,77 +61,92 @@ class Recovery:
             self._replan(transfer, again=True)
         else:
             for node in sorted(transfer.waiting):
-                self._scaler.load_missing(self._fleet.models[transfer.model], node)
+                self._transfers.load_missing(self._fleet.models[transfer.model], node)
 
-    def _cancel(self, transfer: TransferState) -> None:
-        self._fleet.out.append(CancelTransfer(transfer.transfer_id))
-        self._scaler.end_transfer(transfer)
+    def instance_failed(self, instance_id: int, reason: str) -> None:
+        """Restart the requests of an instance that failed, and let its complete nodes serve anew.
 
-    def _give_up(self, transfer: TransferState) -> None:
-        state = self._fleet.models[transfer.model]
-        for node in sorted(transfer.waiting):
-            allocation = state.allocations[node]
-            self._stop_instance(state, allocation)
-            self._drop_allocation(state, node)
-            self._fleet.gpus_free[node] += state.spec.gpus_per_replica
-            self._fleet.out.append(ReleaseNode(node, transfer.model, state.spec.gpus_per_replica))
-        self._router.fill(state)
-
-    def instance_failed(self, instance_id: int) -> None:
-        """Restart the requests of an instance that failed, and let its complete nodes serve anew."""
+        A request that was on three failed instances is failed. A node is given up for the model after three failures in a row.
+        """
         instance = self._fleet.instances.get(instance_id)
         if instance is None:
             return
         state = self._fleet.models[instance.model]
-        self._stop_instance(state, state.allocations[instance.nodes[0]])
-        self._scaler.serve_alone(state, instance.nodes)
+        state.reason = reason
+        for node in instance.nodes:
+            state.allocations[node].failures += 1
+        self._stop(state, instance, failed=True)
+        for node in instance.nodes:
+            allocation = state.allocations[node]
+            if allocation.failures >= _TRIES and not allocation.instances and not allocation.transfers:
+                state.unfit.add(node)
+                self._allocations.give_up(state, node)
+        self._serve_on(state, instance.nodes)
+        self._router.fill(state)
+        self._router.give_up(state)
+
+    def _cancel(self, transfer: TransferState) -> None:
+        self._fleet.out.append(CancelTransfer(transfer.transfer_id))
+        self._transfers.end(transfer)
+
+    def _give_up(self, transfer: TransferState) -> None:
+        state = self._fleet.models[transfer.model]
+        for node in sorted(transfer.waiting):
+            others = self._stop_all(state, state.allocations[node])
+            self._allocations.give_up(state, node)
+            self._serve_on(state, others)
         self._router.fill(state)
 
     def _forget_allocation(self, state: ModelState, node: NodeId) -> None:
         allocation = state.allocations.get(node)
         if allocation is None:
             return
-        instance = allocation.instance
-        self._stop_instance(state, allocation)
-        self._drop_allocation(state, node)
-        if instance is not None:
-            # The other nodes of a broken pipeline go on receiving and serve alone once they are complete.
-            self._scaler.serve_alone(state, [n for n in instance.nodes if n != node])
+        partners = [other for p in state.pending if node in p.plan.nodes for other in p.plan.nodes]
+        partners += self._stop_all(state, allocation)
+        self._allocations.forget(state, node)
+        # The other nodes of a broken pipeline go on receiving and serve alone once they are complete.
+        self._serve_on(state, [other for other in partners if other != node])
         self._router.fill(state)
 
-    def _stop_instance(self, state: ModelState, allocation: Allocation) -> None:
-        instance = allocation.instance
-        if instance is not None:
-            self._fleet.out.append(StopInstance(instance.instance_id))
-            self._scaler.drop_instance(state, instance)
-            self._router.requeue(state, [instance])
+    def _serve_on(self, state: ModelState, nodes: Iterable[NodeId]) -> None:
+        """Let nodes of a broken pipeline serve alone: complete ones now, those with a share once they have loaded the rest."""
+        for node in dict.fromkeys(nodes):
+            allocation = state.allocations.get(node)
+            if allocation is not None and allocation.is_share and not allocation.instances:
+                self._allocations.widen(state, allocation, range(state.blocks))
+                self._transfers.load_missing(state, node)
+        self._serving.serve_alone(state, nodes)
 
-    @staticmethod
-    def _drop_allocation(state: ModelState, node: NodeId) -> None:
-        del state.allocations[node]
-        state.pending = [p for p in state.pending if node not in p.plan.nodes]
+    def _stop_all(self, state: ModelState, allocation: Allocation) -> list[NodeId]:
+        """Stop the instances that serve on a node; return the other nodes they served on."""
+        stopped = list(allocation.instances.values())
+        for instance in stopped:
+            self._stop(state, instance)
+        return [node for instance in stopped for node in instance.nodes if node != allocation.node]
+
+    def _stop(self, state: ModelState, instance: Instance, *, failed: bool = False) -> None:
+        self._fleet.out.append(StopInstance(instance.instance_id))
+        self._serving.drop(state, instance)
+        self._router.requeue(state, instance, failed=failed)
 
     def _replan(self, transfer: TransferState, *, again: bool) -> None:
-        """Bring the rest of a broken transfer about: from what the survivors hold, else from each node's own storage."""
+        """Bring what a broken transfer still owes: from what the survivors hold, else from each node's own storage."""
         state = self._fleet.models[transfer.model]
         destinations = sorted(transfer.waiting)
-        blocks = len(state.block_bytes)
-        holdings, tiers = self._holdings(state, destinations, blocks)
+        holdings, tiers = self._holdings(state, destinations)
         try:
             if not transfer.multicast:
                 raise PlanError("a load has no other source")
-            plan = plan_from_holdings(holdings, destinations, blocks)
+            plan = plan_from_holdings(holdings, destinations, state.blocks)
         except PlanError:
             for node in destinations:
-                self._scaler.load_missing(state, node)
+                self._transfers.load_missing(state, node)
             return
-        self._scaler.start_multicast(state, plan, [(node, tiers[node]) for node in plan.sources], again=again)
+        self._transfers.multicast(state, plan, [(node, tiers[node]) for node in plan.sources], again=again)
 
-    def _holdings(
-        self, state: ModelState, destinations: list[NodeId], blocks: int
-    ) -> tuple[dict[NodeId, set[int]], dict[NodeId, Tier]]:
+    def _holdings(self, state: ModelState, destinations: list[NodeId]) -> tuple[dict[NodeId, set[int]], dict[NodeId, Tier]]:
         fleet, name = self._fleet, state.spec.name
-        everything = set(range(blocks))
+        everything = set(range(state.blocks))
         holdings: dict[NodeId, set[int]] = {}
         tiers: dict[NodeId, Tier] = {}
         for node in fleet.host.holders(fleet.gpus_free, name, fleet.at):

@@ -1,14 +1,14 @@
-"""Which request goes to which instance: one queue per model, first come first served, to the least loaded instance."""
+"""Routing of requests to instances: one queue per model, first come first served, to the least loaded instance."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from lambdascale.control.state import Fleet, Instance, ModelState
 from lambdascale.core import Request
 from lambdascale.core.commands import Dispatch, FailRequest
 
 _NO_NODE = "no node is left to serve it"
+# A request that was on so many failed instances is given up: it may be what makes them fail.
+_TRIES = 3
 
 
 class Router:
@@ -18,10 +18,10 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """A new request: dispatch it, queue it, or refuse it when its KV cache could never fit a replica, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node is left."""
         state = self._fleet.models[request.model]
-        if not self._fleet.gpus_free:
-            self._fleet.out.append(FailRequest(request.request_id, _NO_NODE))
+        if not self._fleet.can_serve(state):
+            self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
             return
         needed = request.prompt_tokens + request.output_tokens
         if needed > state.kv_tokens:
@@ -36,14 +36,25 @@ class Router:
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
 
     def give_up(self, state: ModelState) -> None:
-        """No node is left: nobody will answer what is queued."""
-        self._fleet.out += [FailRequest(request.request_id, _NO_NODE) for request in state.queue]
-        state.queue.clear()
+        """Fail what is queued if no node is left that could serve the model."""
+        if state.queue and not self._fleet.can_serve(state):
+            self._fleet.out += [FailRequest(request.request_id, self._why(state)) for request in state.queue]
+            for request in state.queue:
+                self._fleet.failures.pop(request.request_id, None)
+            state.queue.clear()
+
+    @staticmethod
+    def _why(state: ModelState) -> str:
+        return f"{state.spec.name} fails on every node: {state.reason}" if state.unfit else _NO_NODE
 
     def finish(self, instance: Instance, request_id: int) -> None:
-        """A request is done: its slot goes to the head of the queue."""
+        """Give the slot of a finished request to the head of the queue."""
         state = self._fleet.models[instance.model]
         del instance.outstanding[request_id]
+        self._fleet.failures.pop(request_id, None)
+        if state.reason:
+            for node in instance.nodes:
+                state.allocations[node].failures = 0
         state.running -= 1
         if state.queue:
             self.fill(state)
@@ -59,15 +70,29 @@ class Router:
             chosen.setdefault(instance.instance_id, []).append(request)
         self._fleet.out += [Dispatch(instance_id, tuple(requests)) for instance_id, requests in chosen.items()]
 
-    def requeue(self, state: ModelState, instances: Sequence[Instance]) -> None:
-        """Put the requests of lost instances back at the head of the queue, oldest first."""
-        lost = [request for instance in instances for request in instance.outstanding.values()]
+    def requeue(self, state: ModelState, instance: Instance, *, failed: bool = False) -> None:
+        """Put the requests of a lost instance back at the head of the queue, oldest first.
+
+        ``failed``: the instance failed on nodes that live; a request that this happened to three times is failed.
+        """
+        lost = sorted(instance.outstanding.values(), key=lambda request: request.request_id, reverse=True)
+        state.running -= len(lost)
+        instance.outstanding.clear()
         for request in lost:
             self._fleet.moved.pop(request.request_id, None)
-        for instance in instances:
-            state.running -= len(instance.outstanding)
-            instance.outstanding.clear()
-        state.queue.extendleft(sorted(lost, key=lambda request: request.request_id, reverse=True))
+            if failed and self._failed_too_often(request.request_id):
+                reason = f"its instance failed {_TRIES} times: {state.reason}"
+                self._fleet.out.append(FailRequest(request.request_id, reason))
+            else:
+                state.queue.appendleft(request)
+
+    def _failed_too_often(self, request_id: int) -> bool:
+        failures = self._fleet.failures
+        failures[request_id] = failures.get(request_id, 0) + 1
+        if failures[request_id] < _TRIES:
+            return False
+        del failures[request_id]
+        return True
 
     @staticmethod
     def _pick(state: ModelState) -> Instance | None:

@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request
-from lambdascale.core.commands import Command
-from lambdascale.memory import HostCacheConfig, HostCaches
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
+from lambdascale.core.commands import Command, Storage, Tier
+from lambdascale.memory import HostMemoryConfig
 
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A replica (one node) or a pipeline (several) that takes requests; ``capacity`` bounds those it has at once."""
+    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage."""
 
     instance_id: int
     model: str
-    nodes: tuple[NodeId, ...]
+    stages: tuple[Stage, ...]
     capacity: int
-    is_pipeline: bool
     idle_since: float
     outstanding: dict[int, Request] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Distinct nodes of the stages, in order of first appearance."""
+        return tuple(dict.fromkeys(stage.node for stage in self.stages))
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True with more than one stage."""
+        return len(self.stages) > 1
 
 
 @dataclass(slots=True, eq=False)
 class Allocation:
-    """A model on a node, from the allocation of its GPUs to their release. ``instance`` serves it, if any does.
+    """GPUs of a node held for a model, from their allocation to their release.
 
-    ``transfers``: those under way it has a part in, as a source, or as a destination that passes blocks on.
+    ``wanted``: the blocks the node is to hold, of ``total``; fewer than all for a share. ``blocks``: those it holds.
+    ``instances``: those it serves in. ``transfers``: number of transfers under way in which it is a source or a destination that
+    passes blocks on. ``failures``: failures in a row of instances on it.
     """
 
     node: NodeId
     model: str
+    wanted: set[int]
+    total: int
     blocks: set[int] = field(default_factory=set)
-    instance: Instance | None = None
-    complete: bool = False
+    instances: dict[int, Instance] = field(default_factory=dict)
+    incoming: dict[int, TransferState] = field(default_factory=dict)
     transfers: int = 0
+    failures: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """True once the node holds the whole model."""
+        return len(self.blocks) == self.total
+
+    @property
+    def is_share(self) -> bool:
+        """True if the node is to hold only a part of the model."""
+        return len(self.wanted) < self.total
 
 
 @dataclass(slots=True, eq=False)
@@ -49,16 +73,16 @@ class PendingPipeline:
 
 @dataclass(slots=True, eq=False)
 class TransferState:
-    """A multicast (``sources`` and many nodes) or a load (one node) under way; ``waiting`` are the nodes not yet complete.
+    """A multicast (``sources`` and many nodes) or a load (one node) under way.
 
-    ``members`` are all nodes that have a part in it: a complete one may still have to pass blocks on. ``held`` are
-    their allocations and ``sources`` the (node, tier) pairs it reads from: both must stay until it ends. ``again``: it brings the
-    rest of a multicast that failed on nodes that live.
+    ``waiting``: for each destination that is not through, the blocks the transfer still has to bring it. ``members``: all nodes
+    that take part; one that is through may still have to pass blocks on. ``held``: their allocations, and ``sources``: the (node,
+    tier) pairs read from; both stay until the transfer ends. ``again``: the transfer brings the rest of a failed multicast.
     """
 
     transfer_id: int
     model: str
-    waiting: set[NodeId]
+    waiting: dict[NodeId, set[int]]
     members: frozenset[NodeId]
     held: tuple[Allocation, ...]
     sources: tuple[tuple[NodeId, str], ...]
@@ -68,45 +92,100 @@ class TransferState:
 
 @dataclass(slots=True, eq=False)
 class ModelState:
-    """Everything about one model: its queue, the instances that serve it, the nodes that have it or are getting it."""
+    """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
+
+    ``spared``: number of blocks that its allocations are not to hold. ``hosts``: nodes whose GPUs can hold it.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
+    """
 
     spec: ModelSpec
     block_bytes: tuple[int, ...]
     kv_tokens: int
+    hosts: frozenset[NodeId]
     queue: deque[Request] = field(default_factory=deque)
     instances: dict[int, Instance] = field(default_factory=dict)
     allocations: dict[NodeId, Allocation] = field(default_factory=dict)
     pending: list[PendingPipeline] = field(default_factory=list)
+    unfit: set[NodeId] = field(default_factory=set)
+    reason: str = ""
     running: int = 0
+    spared: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks the model is cut into."""
+        return len(self.block_bytes)
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the model that its allocations hold or are to hold; shares add up."""
+        return len(self.allocations) - self.spared // len(self.block_bytes)
 
 
 class Fleet:
-    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled."""
+    """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    def __init__(self, cluster: ClusterSpec, models: Sequence[ModelSpec], blocks: int, memory: HostCacheConfig) -> None:
+    ``storage``: the tier in which every node finds models that it has no host copy of.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        blocks: int,
+        memory: HostMemoryConfig,
+        storage: Storage = "ssd",
+    ) -> None:
         self.cluster = cluster
+        self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
-        self.host = HostCaches(memory, int(cluster.host_memory_bytes))
+        self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
         self.instances: dict[int, Instance] = {}
-        # Where a mode switch took a request: its last event may still come in under the pipeline's name.
+        # The instance a mode switch moved a request to: its last event may still come in under the pipeline's name.
         self.moved: dict[int, int] = {}
+        # Number of failed instances each unfinished request was on.
+        self.failures: dict[int, int] = {}
         self.models = {
             model.name: ModelState(
                 spec=model,
                 block_bytes=tuple(block.size_bytes for block in model.partition(blocks)),
                 kv_tokens=cluster.kv_tokens(model),
+                hosts=frozenset(node for node in range(cluster.nodes) if cluster.node(node).kv_tokens(model) > 0),
             )
             for model in models
         }
         self._next_id = 0
 
     def new_id(self) -> int:
-        """A fresh id for an instance, a transfer or a timer."""
+        """Return a fresh id for an instance, a transfer or a timer."""
         self._next_id += 1
         return self._next_id
+
+    def can_serve(self, state: ModelState) -> bool:
+        """True if some living node can serve the model at all."""
+        if not state.unfit and len(state.hosts) == self.cluster.nodes:
+            return bool(self.gpus_free)
+        return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)
+
+    def candidates(self, state: ModelState) -> Iterable[NodeId]:
+        """Living nodes on which the model can be served at all, busy ones included."""
+        return (node for node in self.gpus_free if node in state.hosts and node not in state.unfit)
+
+    def free_nodes(self, state: ModelState) -> list[NodeId]:
+        """Nodes that could take an allocation of the model now."""
+        needed = state.spec.gpus_per_replica
+        return [n for n in self.candidates(state) if self.gpus_free[n] >= needed and n not in state.allocations]
+
+    def is_warm(self, state: ModelState, node: NodeId) -> bool:
+        """True if the node has a host copy of the model."""
+        return self.host.has(node, state.spec.name, self.at)
+
+    def own_tier(self, state: ModelState, node: NodeId) -> Tier:
+        """Return the fastest tier from which ``node`` can load the model without another node's help."""
+        return "host" if self.is_warm(state, node) else self.storage
 
     def loads_on(self, node: NodeId) -> int:
         """Bytes still to be loaded by ``node``, as a bound: whole models count until they are complete."""

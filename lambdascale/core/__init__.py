@@ -3,7 +3,7 @@
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.request import Request
-from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec
+from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec, NodeOverride, NodeSpec
 from lambdascale.core.units import parse_rate, parse_size
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "ModelSpec",
     "MulticastPlan",
     "NodeId",
+    "NodeOverride",
+    "NodeSpec",
     "PipelinePlan",
     "PlanError",
     "Request",

@@ -33,7 +33,9 @@ def _matches(value: object, hint: Any) -> bool:
     if origin is tuple:
         args = typing.get_args(hint)
         return isinstance(value, tuple) and (len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value))
-    if origin is not None or getattr(hint, "_is_protocol", False):
+    if getattr(hint, "_is_protocol", False):
+        return isinstance(value, hint) if getattr(hint, "_is_runtime_protocol", False) else True
+    if origin is not None:
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
 
@@ -42,7 +44,8 @@ def check_types(config: Any) -> None:
     """Raise UserError when a field of the dataclass ``config`` holds a value its annotation does not allow.
 
     Lists become tuples where a tuple is annotated (Hydra hands lists over). Checks scalars, literals, unions and
-    homogeneous tuples; protocols and generic mappings are left to their users.
+    homogeneous tuples and runtime-checkable protocols (their members' names); other protocols and generic mappings are left to
+    their users.
     """
     hints = _hints(type(config))
     for field in fields(config):

@@ -1,4 +1,4 @@
-"""What a control plane may ask of a backend. Coarse on purpose: a backend carries a whole plan out without asking back.
+"""Commands of a control plane to a backend. Coarse on purpose: a backend carries a whole plan out without asking back.
 
 An *instance* takes requests: a list of stages that cover a model. A replica has one stage (local mode), a pipeline several.
 """
@@ -13,6 +13,7 @@ from lambdascale.core.plan import MulticastPlan, NodeId, Stage
 from lambdascale.core.request import Request
 
 Tier = Literal["gpu", "host", "ssd", "remote", "instant"]
+Storage = Literal["ssd", "remote"]
 KvPolicy = Literal["recompute", "copy"]
 Loader = Literal["pipelined", "sequential"]
 MulticastKind = Literal["one_sided", "collective"]
@@ -31,7 +32,7 @@ class AllocateNode(Command, frozen=True, gc=False, tag=True):
 
 
 class ReleaseNode(Command, frozen=True, gc=False, tag=True):
-    """Free the model's GPUs on ``node``; its weights and KV there are gone from GPU memory.
+    """Free the model's GPUs on ``node``; its weights and KV leave GPU memory.
 
     ``keep_host``: the weights stay behind as a copy in host memory.
     """

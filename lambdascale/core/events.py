@@ -1,4 +1,4 @@
-"""What happens in a cluster, as the control plane sees it. Every event carries its time ``at`` (seconds of the run).
+"""Events in a cluster, as the control plane sees them. Every event carries its time ``at`` (seconds of the run).
 
 Events are plain frozen structs with a tag, so that the same values travel in memory (simulation) and on the wire (live).
 """
@@ -66,7 +66,7 @@ class NodeJoined(Event, frozen=True, gc=False, tag=True):
 
 
 class NodeLost(Event, frozen=True, gc=False, tag=True):
-    """A node is gone with everything on it."""
+    """A node is lost with everything on it."""
 
     node: NodeId
 

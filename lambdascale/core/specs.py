@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from typing import Any
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
@@ -200,8 +201,58 @@ class ComputeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeSpec:
+    """Hardware of one node: ``gpus`` GPUs of one kind, their engine speed, NIC (per direction), PCIe and SSD rates in bytes/s."""
+
+    gpus: int
+    gpu: GpuSpec
+    compute: ComputeSpec
+    nic_bytes_per_s: float
+    pcie_bytes_per_s: float
+    ssd_bytes_per_s: float
+    host_memory_bytes: int
+
+    def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
+        """Tokens of KV cache beside the weights on the model's share of the GPUs; 0 or less if the weights do not fit."""
+        if model.gpus_per_replica > self.gpus:
+            return 0
+        memory = int(self.gpu.memory_bytes) * model.gpus_per_replica * memory_utilisation
+        return int((memory - model.size_bytes) // model.kv_bytes_per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOverride:
+    """How the nodes with the ids ``nodes`` differ from the cluster's others; None keeps the cluster's value."""
+
+    nodes: tuple[int, ...]
+    gpus: int | None = None
+    gpu: GpuSpec | None = None
+    compute: ComputeSpec | None = None
+    nic_bytes_per_s: float | str | None = None
+    pcie_bytes_per_s: float | str | None = None
+    ssd_bytes_per_s: float | str | None = None
+    host_memory_bytes: int | str | None = None
+
+    def __post_init__(self) -> None:
+        """Normalise rates and validate."""
+        check_types(self)
+        for name in ("nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_rate(getattr(self, name)))
+                _positive(self, name)
+        if self.host_memory_bytes is not None:
+            object.__setattr__(self, "host_memory_bytes", parse_size(self.host_memory_bytes))
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The NodeSpec fields that differ."""
+        named = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "nodes")
+        return {name: value for name, value in named if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """A cluster of like nodes.
+    """A cluster of nodes that are alike except for ``overrides``.
 
     ``nic_bytes_per_s`` is a node's line rate per direction. ``rdma_efficiency`` and ``collective_efficiency`` are the
     share of it that one-sided writes and a collective's ring turn into goodput. ``link_latency_s`` is the start-up of one
@@ -225,6 +276,7 @@ class ClusterSpec:
     host_memory_bytes: int | str
     usd_per_gpu_hour: float
     remote_bytes_per_s: float | str = 0.0
+    overrides: tuple[NodeOverride, ...] = ()
     provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:
@@ -241,12 +293,43 @@ class ClusterSpec:
             value = getattr(self, name)
             require(value >= 0, f"ClusterSpec.{name} must not be negative, not {value!r}")
 
-    def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
-        """Tokens of KV cache that fit beside the weights on one node's share of GPUs; CapacityError if none do."""
-        memory = int(self.gpu.memory_bytes) * model.gpus_per_replica * memory_utilisation
-        if model.gpus_per_replica > self.gpus_per_node or memory <= model.size_bytes:
+        known = [node for override in self.overrides for node in override.nodes]
+        for node in known:
+            require(0 <= node < self.nodes, f"cluster.overrides names node {node}, the cluster has 0 to {self.nodes - 1}")
+        require(len(set(known)) == len(known), f"cluster.overrides names a node twice: {sorted(known)}")
+
+    def node(self, node: int) -> NodeSpec:
+        """Return the hardware of node ``node``."""
+        return self._specs.get(node, self._common)
+
+    @cached_property
+    def _common(self) -> NodeSpec:
+        return NodeSpec(
+            gpus=self.gpus_per_node,
+            gpu=self.gpu,
+            compute=self.compute,
+            nic_bytes_per_s=float(self.nic_bytes_per_s),
+            pcie_bytes_per_s=float(self.pcie_bytes_per_s),
+            ssd_bytes_per_s=float(self.ssd_bytes_per_s),
+            host_memory_bytes=int(self.host_memory_bytes),
+        )
+
+    @cached_property
+    def _specs(self) -> dict[int, NodeSpec]:
+        return {node: replace(self._common, **override.changes) for override in self.overrides for node in override.nodes}
+
+    @property
+    def kinds(self) -> tuple[NodeSpec, ...]:
+        """The distinct hardware of its nodes."""
+        alike = (self._common,) if len(self._specs) < self.nodes else ()
+        return tuple(dict.fromkeys((*alike, *self._specs.values())))
+
+    def kv_tokens(self, model: ModelSpec) -> int:
+        """Tokens of KV cache beside the weights on every node that can hold ``model``; CapacityError if no node can."""
+        fitting = [tokens for kind in self.kinds if (tokens := kind.kv_tokens(model)) > 0]
+        if not fitting:
             raise CapacityError(
                 f"{model.name} ({model.size_bytes / 1e9:.2f} GB on {model.gpus_per_replica} GPUs) does not fit a node of "
-                f"{self.name}: {self.gpus_per_node} x {int(self.gpu.memory_bytes) / 1e9:.1f} GB, {memory_utilisation:.0%} usable"
+                f"{self.name}: {self.gpus_per_node} x {int(self.gpu.memory_bytes) / 1e9:.1f} GB, 90% usable"
             )
-        return int((memory - model.size_bytes) // model.kv_bytes_per_token)
+        return min(fitting)

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from math import ceil, sqrt
 from typing import Protocol
 
-from lambdascale.core.specs import ClusterSpec, ComputeTable, ModelSpec
+from lambdascale.core.specs import ComputeTable, ModelSpec, NodeSpec
 
 
 def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float:
@@ -46,10 +46,10 @@ class IterationSize(Protocol):
 
 
 class ComputeModel:
-    """Iteration times of one model on one kind of node, in seconds. ``share`` is the part of the model a stage holds."""
+    """Iteration times of one model on one node, in seconds. ``share`` is the part of the model a stage holds."""
 
-    def __init__(self, cluster: ClusterSpec, model: ModelSpec) -> None:
-        gpu, reached = cluster.gpu, cluster.compute
+    def __init__(self, node: NodeSpec, model: ModelSpec) -> None:
+        gpu, reached = node.gpu, node.compute
         flops = gpu.peak_flops * reached.flops_efficiency
         bandwidth = float(gpu.hbm_bytes_per_s) * reached.bandwidth_efficiency
         self._overhead_s = reached.iteration_overhead_s

@@ -144,7 +144,7 @@ def execute_while_load(results: str, seeds: Sequence[int] = (1, 2, 3), backend: 
 def _burst(results: str, sources: int, pipelines: str, seed: int, backend: str) -> Path:
     which = ["backend=live", "backend.executor=paced", "backend.threads=1"] if backend == "live" else ["backend=sim"]
     place = ["model=smollm2", "cluster=desk", "cluster.nodes=8", *SLOW]
-    system = [f"system.pipelines._target_=lambdascale.pipelines.{pipelines}", f"system.sources={sources}"]
+    system = [f"system.start.pipelines._target_=lambdascale.pipelines.{pipelines}", f"system.start.sources={sources}"]
     copies = [f"system.memory.initial_copies={sources}"]
     rest = [f"seed={seed}", f"results={results}", "name=execute_while_load", *BURST]
     return run(compose([*which, *place, *system, *copies, *rest])).folder

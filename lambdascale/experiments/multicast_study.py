@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from lambdascale.control.start import MulticastStart
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.sim import TransferOptions
@@ -61,8 +62,9 @@ def _seconds(system: str, model: str, nodes: int, *, barrier: bool) -> float:
     choice = "nccl_broadcast" if system == _NO_SETUP else system
     experiment = build(compose([f"system={choice}", f"model={model}", f"cluster={PLACES[model]}"]))
     config, cluster = experiment.system, experiment.cluster
-    plan = config.planner.plan(sources=1, destinations=nodes - 1, blocks=config.blocks)
+    assert isinstance(config.start, MulticastStart), f"{choice} multicasts"
+    plan = config.start.planner.plan(sources=1, destinations=nodes - 1, blocks=config.blocks)
     sizes = [experiment.models[0].size_bytes // config.blocks] * config.blocks
     options = TransferOptions(barrier=barrier, communicator_setup=system != _NO_SETUP)
-    seeds = _SEEDS if config.multicast == "collective" and options.communicator_setup else range(1)
-    return median(multicast_times(plan, sizes, cluster, options, multicast=config.multicast, seed=s).total_s for s in seeds)
+    seeds = _SEEDS if config.start.multicast == "collective" and options.communicator_setup else range(1)
+    return median(multicast_times(plan, sizes, cluster, options, multicast=config.start.multicast, seed=s).total_s for s in seeds)

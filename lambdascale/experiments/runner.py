@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.control import Backend, Observer, drive
+from lambdascale.control import Backend, Observer, build_system, drive
 from lambdascale.core import Request
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.finished import finished_run
@@ -104,7 +104,7 @@ def _execute(
 
 def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
     """Drive the experiment's system over its backend, recording everything, with progress on a terminal."""
-    system = experiment.system.build(cluster=experiment.cluster, models=experiment.models)
+    system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
     with ExitStack() as stack:
         backend = _backend(experiment, requests, seed, stack)
         progress = stack.enter_context(Progress(len(requests), title))

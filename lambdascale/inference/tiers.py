@@ -24,8 +24,8 @@ class NodeMemory:
         self.store = store
         host, gpu = int(store.config.host_bytes), int(store.config.device_bytes)
         self._caches: dict[StoreTier, HostCaches] = {
-            "host": HostCaches(HostCacheConfig(keep_alive_s=host_keep_alive_s), host),
-            "gpu": HostCaches(HostCacheConfig(keep_alive_s=gpu_keep_alive_s), gpu),
+            "host": HostCaches(HostCacheConfig(keep_alive_s=host_keep_alive_s), {_NODE: host}),
+            "gpu": HostCaches(HostCacheConfig(keep_alive_s=gpu_keep_alive_s), {_NODE: gpu}),
         }
         self._users: dict[str, list[tuple[StoreTier, ...]]] = {}
 

@@ -80,22 +80,22 @@ class LiveConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend: compute that was timed or slowed down is not passed off as this machine's."""
+        """Name of the backend in rows and summaries; it tells compute that was timed or slowed down from this machine's own."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
-        """What the system's broadcasts go by, None if it has none; and why not by NCCL where one might expect that.
+        """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
 
-        UserError if it is to be NCCL and cannot be.
+        UserError if NCCL is asked for and not possible.
         """
-        if system.multicast != "collective":
+        if system.start.multicast != "collective":
             return None, ""
         # Ray gives every node a GPU.
         gpus = nodes if self.launcher == "ray" else torch.cuda.device_count() if self.device == "cuda" else 0
         return choose(self.collective, device=self.device, nodes=nodes, gpus=gpus, nccl=has_nccl())
 
     def packed(self, blocks: int) -> PackedModel:
-        """The checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
+        """Return the checkpoint, cut into ``blocks``; UserError if it is cut otherwise."""
         if self.checkpoint in NAMES:
             return builtin_model(self.checkpoint, blocks, self.dtype)
         model = PackedModel.open(Path(self.checkpoint))
@@ -114,7 +114,7 @@ class LiveConfig:
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], system: SystemConfig, seed: int
     ) -> LiveBackend:
-        """A started cluster that replays ``requests``; the caller closes it."""
+        """Return a started cluster that replays ``requests``; the caller closes it."""
         packed = self.packed(system.blocks)
         longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
         if longest > self.slot_tokens:
@@ -140,7 +140,7 @@ class LiveConfig:
         ticket_of: Callable[[Request], Ticket] | None = None,
         open_ended: bool = False,
     ) -> LiveBackend:
-        """Launch the nodes and wait for them. UserError for what cannot be: the packed model decides the number of blocks."""
+        """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
         for name, model in models:
             require(
                 len(model.blocks) == system.blocks, f"{name} has {len(model.blocks)} blocks, the system moves {system.blocks}"
@@ -185,16 +185,17 @@ class LiveConfig:
         system: SystemConfig,
         collective: Kind,
     ) -> NodeConfig:
-        """What one agent is told."""
+        """Return the configuration of one node."""
         sizes = sorted((_room(model) for _, model in models), reverse=True)
-        at_once = max(1, cluster.gpus_per_node)
-        preloaded = system.scale_out == "instant"
+        at_once = max(1, cluster.node(node).gpus)
+        preloaded = system.start.instant
         # With several models there is room for one more than run: memory comes back in pieces.
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
-        budget = int(cluster.host_memory_bytes) if system.memory.budget is None else int(system.memory.budget)
-        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.loader == "sequential" else 0)
+        budget = cluster.node(node).host_memory_bytes if system.memory.budget is None else int(system.memory.budget)
+        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
         through_host = sizes[0] if self.device != "cpu" else 0
-        network = float(cluster.nic_bytes_per_s) * cluster.rdma_efficiency
+        hardware = cluster.node(node)
+        network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
             access=hub.access,
@@ -209,8 +210,8 @@ class LiveConfig:
             device_bytes=device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,
-            ssd=float(cluster.ssd_bytes_per_s) if self.paced else None,
-            pcie=float(cluster.pcie_bytes_per_s) if self.paced else None,
+            ssd=hardware.ssd_bytes_per_s if self.paced else None,
+            pcie=hardware.pcie_bytes_per_s if self.paced else None,
             preloaded=preloaded,
             rdma=self.rdma,
             collective=collective,

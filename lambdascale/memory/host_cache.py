@@ -9,7 +9,7 @@ path nothing.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lambdascale.core import NodeId, UserError, parse_size
@@ -39,16 +39,23 @@ class HostCacheConfig:
         )
         require(self.initial_copies >= 0, f"memory.initial_copies must not be negative, not {self.initial_copies}")
 
+    def build(self, host_memory_bytes: Mapping[NodeId, int]) -> HostCaches:
+        """Return the empty caches of nodes with so much host memory; UserError if the budget exceeds it."""
+        return HostCaches(self, host_memory_bytes)
+
 
 class HostCaches:
     """The host copies of all nodes. Every method takes the time ``now`` in seconds; expired copies count as absent."""
 
-    def __init__(self, config: HostCacheConfig, host_memory_bytes: int) -> None:
-        budget = host_memory_bytes if config.budget is None else int(config.budget)
-        if budget > host_memory_bytes:
-            raise UserError(f"memory.budget {budget} exceeds a node's host memory of {host_memory_bytes} bytes")
+    def __init__(self, config: HostCacheConfig, host_memory_bytes: Mapping[NodeId, int]) -> None:
+        least = min(host_memory_bytes.values())
+        if config.budget is not None and int(config.budget) > least:
+            raise UserError(f"memory.budget {config.budget} exceeds a node's host memory of {least} bytes")
         self._config = config
-        self._budget = budget if config.enabled else 0
+        self._budgets = {
+            node: (size if config.budget is None else int(config.budget)) if config.enabled else 0
+            for node, size in host_memory_bytes.items()
+        }
         self._nodes: dict[NodeId, OrderedDict[str, tuple[int, float]]] = {}
         self._used: dict[NodeId, int] = {}
         self._pins: dict[tuple[NodeId, str], int] = {}
@@ -72,13 +79,13 @@ class HostCaches:
         evicted = self.expire(node, now)
         if model in cache:
             self._drop(node, model)
-        while cache and self._used.get(node, 0) + size_bytes > self._budget:
+        while cache and self._used.get(node, 0) + size_bytes > self._budgets[node]:
             victim = next((name for name in cache if not self._pinned(node, name)), None)
             if victim is None:
                 break
             self._drop(node, victim)
             evicted.append(victim)
-        if self._used.get(node, 0) + size_bytes <= self._budget:
+        if self._used.get(node, 0) + size_bytes <= self._budgets[node]:
             cache[model] = (size_bytes, now)
             self._used[node] = self._used.get(node, 0) + size_bytes
         return evicted

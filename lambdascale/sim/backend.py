@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, Request
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, NodeSpec, Request
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import (
     AllocateNode,
@@ -22,17 +24,19 @@ from lambdascale.core.commands import (
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Repartition,
     Serve,
     SetTimer,
     StartMulticast,
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
+from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
 from lambdascale.core.timing import ComputeModel
-from lambdascale.sim.instances import SimInstance, SimPipeline, SimReplica
+from lambdascale.sim.instances import SimInstance, Surroundings
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
+from lambdascale.sim.port import ComputePort
 from lambdascale.sim.sharing import SharedCores
 from lambdascale.sim.transfers import TransferEngine
 
@@ -62,26 +66,17 @@ class SimConfig:
 
     @property
     def label(self) -> str:
-        """What rows and summaries call the backend."""
+        """Name of the backend in rows and summaries."""
         return self.kind
 
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
     ) -> SimBackend:
-        """The backend of one run."""
+        """Return the backend of one run."""
         for name in ("node_failures", "slow_nodes"):
             for node, _ in getattr(self, name):
                 require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
         return SimBackend(config=self, cluster=cluster, models=models, requests=requests, batching=batching, seed=seed)
-
-
-@dataclass(slots=True)
-class _Placed:
-    """An instance, the model it serves, and its nodes (a pipeline's: one per stage)."""
-
-    instance: SimInstance
-    model: str
-    nodes: tuple[NodeId, ...]
 
 
 class SimBackend:
@@ -101,15 +96,17 @@ class SimBackend:
         self._limits = batching
         self._models = {model.name: model for model in models}
         self._kv_tokens = {model.name: cluster.kv_tokens(model) for model in models}
-        self._compute = {model.name: ComputeModel(cluster, model) for model in models}
+        self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
+        self._ports: dict[NodeId, ComputePort] = {}
         self.kernel = Kernel()
-        self._cores = SharedCores(cluster.compute.shared_slowdown)
+        slowdown = cluster.compute.shared_slowdown
+        self._cores = SharedCores(slowdown) if slowdown else None
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         self._requests = requests
         self._next_request = 0
-        self._placed: dict[int, _Placed] = {}
+        self._instances: dict[int, SimInstance] = {}
+        self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
-        self._occupied: dict[NodeId, int] = {}
         self._transfers = TransferEngine(
             self.kernel,
             cluster,
@@ -132,6 +129,7 @@ class SimBackend:
             LoadBlocks: self._transfers.load,
             CancelTransfer: self._cancel,
             Serve: self._serve,
+            Repartition: self._repartition,
             Dispatch: self._dispatch,
             SwitchMode: self._switch_mode,
             StopInstance: self._stop_instance,
@@ -145,24 +143,24 @@ class SimBackend:
         self._handlers[type(command)](command)
 
     def next_event(self) -> Event | None:
-        """The next event; requests arrive before anything else that happens at the same time."""
-        events, kernel = self._events, self.kernel
-        while not events:
-            due = kernel.next_time()
-            if self._next_request < len(self._requests):
-                request = self._requests[self._next_request]
-                if due is None or request.arrival_s <= due:
-                    self._next_request += 1
-                    kernel.now = request.arrival_s
-                    return RequestArrived(request.arrival_s, request)
-            if not kernel.step():
-                return None
+        """Return the next event; requests arrive before anything else that happens at the same time."""
+        events = self._events
+        if events:
+            return events.popleft()
+        if self._next_request < len(self._requests):
+            request = self._requests[self._next_request]
+            if not self.kernel.advance(request.arrival_s, events):
+                self._next_request += 1
+                self.kernel.now = request.arrival_s
+                return RequestArrived(request.arrival_s, request)
+        elif not self.kernel.advance(inf, events):
+            return None
         return events.popleft()
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
-        """Bookkeeping of the control plane that takes no time and changes nothing here."""
+        """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)
@@ -175,68 +173,74 @@ class SimBackend:
 
     def _serve(self, command: Serve) -> None:
         if self._lost.isdisjoint(stage.node for stage in command.stages):
-            self._start_replica(command) if len(command.stages) == 1 else self._form_pipeline(command)
+            self._instances[command.instance] = SimInstance(command.instance, command.stages, self._surroundings(command))
+            self._model_of[command.instance] = command.model
 
-    def _start_replica(self, command: Serve) -> None:
-        node = command.stages[0].node
-        compute, kv_tokens = self._compute[command.model], self._kv_tokens[command.model]
-        replica = SimReplica(command.instance, self.kernel, self._cores, compute, self._events.append, self._limits, kv_tokens)
-        if self._occupied.get(node):
-            replica.occupy(True)
-        self._placed[command.instance] = _Placed(replica, command.model, (node,))
-
-    def _form_pipeline(self, command: Serve) -> None:
-        nodes = tuple(stage.node for stage in command.stages)
-        total = sum(command.block_bytes)
-        stages = [(s.node, sum(command.block_bytes[s.first_block : s.last_block + 1]) / total) for s in command.stages]
-        pipeline = SimPipeline(
-            command.instance,
-            self.kernel,
-            self._cores,
-            self._compute[command.model],
-            self._events.append,
-            self._limits,
-            self._kv_tokens[command.model],
-            stages,
-            self._cluster.hop_latency_s,
+    def _surroundings(self, command: Serve) -> Surroundings:
+        model = self._models[command.model]
+        return Surroundings(
+            kernel=self.kernel,
+            port=self._port,
+            timing=partial(self._timing, model),
+            emit=self._events.append,
+            copy_kv=self._transfers.copy,
+            limits=self._limits,
+            kv_tokens=self._kv_tokens[command.model],
+            kv_bytes_per_token=model.kv_bytes_per_token,
+            hop_s=self._cluster.hop_latency_s,
+            block_bytes=command.block_bytes,
         )
-        for _ in range(sum(bool(self._occupied.get(node)) for node in set(nodes))):
-            pipeline.occupy(True)
-        self._placed[command.instance] = _Placed(pipeline, command.model, nodes)
+
+    def _port(self, node: NodeId) -> ComputePort:
+        if node not in self._ports:
+            self._ports[node] = ComputePort(self.kernel, self._cores)
+        return self._ports[node]
+
+    def _timing(self, model: ModelSpec, node: NodeId) -> ComputeModel:
+        """Nodes of one kind share a compute model."""
+        key = self._cluster.node(node), model.name
+        if key not in self._compute:
+            self._compute[key] = ComputeModel(key[0], model)
+        return self._compute[key]
 
     def _dispatch(self, command: Dispatch) -> None:
         # An instance may be lost before the control plane has seen the event; it restarts the requests when it does.
-        if command.instance in self._placed:
-            self._placed[command.instance].instance.dispatch(command.requests)
+        if command.instance in self._instances:
+            self._instances[command.instance].dispatch(command.requests)
+
+    def _repartition(self, command: Repartition) -> None:
+        instance = self._instances.get(command.instance)
+        if instance is not None and self._lost.isdisjoint(stage.node for stage in command.stages):
+            instance.repartition(command.stages, command.kv)
 
     def _stop_instance(self, command: StopInstance) -> None:
-        placed = self._placed.pop(command.instance, None)
-        if placed is not None:
-            placed.instance.drain()
+        instance = self._instances.pop(command.instance, None)
+        if instance is not None:
+            instance.drain()
 
     def _switch_mode(self, command: SwitchMode) -> None:
-        placed = self._placed.pop(command.pipeline, None)
-        if placed is None:
+        pipeline = self._instances.pop(command.pipeline, None)
+        if pipeline is None:
             return
         targets = dict(command.moves)
-        for work in placed.instance.drain():
+        for work in pipeline.drain():
             if command.kv == "copy" and work.produced:
-                self._copy_kv(placed, work, targets[work.request_id])
+                self._copy_kv(pipeline, work, targets[work.request_id])
             else:
                 self._resume(targets[work.request_id], work, cached=False)
 
     def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
-        if target in self._placed:
+        if target in self._instances:
             moved = BatchedRequest(work.request_id, work.prompt_tokens, work.output_tokens, work.produced, cached)
-            self._placed[target].instance.resume([moved])
+            self._instances[target].resume([moved])
 
-    def _copy_kv(self, pipeline: _Placed, work: BatchedRequest, target: int) -> None:
-        """Fetch the KV of the layers the target never ran from the stages that did; go on when all of it is there."""
-        if target not in self._placed:
+    def _copy_kv(self, pipeline: SimInstance, work: BatchedRequest, target: int) -> None:
+        """Fetch the KV of the layers the target never ran from the stages that did; go on when all of it has arrived."""
+        if target not in self._instances:
             return
-        (home,) = self._placed[target].nodes
-        kv_bytes = (work.context_tokens - 1) * self._models[pipeline.model].kv_bytes_per_token
-        missing = [(node, share * kv_bytes) for node, share in pipeline.instance.stages if node != home]
+        (home,) = self._instances[target].nodes
+        kv_bytes = (work.context_tokens - 1) * self._models[self._model_of[target]].kv_bytes_per_token
+        missing = [(node, share * kv_bytes) for node, share in pipeline.shares if node != home]
         left = len(missing)
 
         def arrived() -> None:
@@ -254,17 +258,17 @@ class SimBackend:
         self._events.append(BlockArrived(self.kernel.now, transfer_id, node, model, block))
 
     def _occupy(self, node: NodeId, busy: bool) -> None:
-        """A collective takes the node's GPUs or gives them back; all instances there feel the first and the last."""
-        before = self._occupied.get(node, 0)
-        after = self._occupied[node] = before + (1 if busy else -1)
-        if bool(before) != bool(after):
-            for placed in self._placed.values():
-                if node in placed.nodes:
-                    placed.instance.occupy(busy)
+        """A collective takes the node's GPUs or gives them back."""
+        self._port(node).occupy(busy)
 
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)
         self._transfers.node_lost(node)
-        for instance_id in [i for i, placed in self._placed.items() if node in placed.nodes]:
-            self._placed.pop(instance_id).instance.drain()
         self._events.append(NodeLost(self.kernel.now, node))
+        for number, instance in list(self._instances.items()):
+            if instance.involves(node):
+                del self._instances[number]
+                instance.drain()
+                if node not in instance.nodes:  # the control plane does not know that it still depended on the node
+                    reason = f"node {node} is lost, and an iteration or KV of instance {number} was still on it"
+                    self._events.append(CommandFailed(self.kernel.now, "Repartition", reason, instance=number))

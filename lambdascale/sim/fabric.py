@@ -35,21 +35,21 @@ class Fabric:
         self._lost: set[NodeId] = set()
 
     def port(self, kind: str, node: NodeId) -> Port:
-        """The ``kind`` (nic_out, nic_in, pcie, ssd) port of ``node``."""
+        """Return the ``kind`` (nic_out, nic_in, pcie, ssd) port of ``node``."""
         port = self._ports.get((kind, node))
         if port is None:
-            cluster = self.cluster
-            rates = {"ssd": float(cluster.ssd_bytes_per_s), "pcie": float(cluster.pcie_bytes_per_s)}
-            nic = float(cluster.nic_bytes_per_s) * self._nic_shares.get(node, 1.0)
+            hardware = self.cluster.node(node)
+            rates = {"ssd": hardware.ssd_bytes_per_s, "pcie": hardware.pcie_bytes_per_s}
+            nic = hardware.nic_bytes_per_s * self._nic_shares.get(node, 1.0)
             port = self._ports[kind, node] = Port(f"{kind}:{node}", rates.get(kind, nic))
         return port
 
     def hop(self, src: NodeId, dst: NodeId) -> tuple[Port, Port]:
-        """The two ports bytes from ``src`` to ``dst`` cross."""
+        """Return the two ports bytes from ``src`` to ``dst`` cross."""
         return self.port("nic_out", src), self.port("nic_in", dst)
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
-        """Whether none of ``nodes`` is lost."""
+        """True if none of ``nodes`` is lost."""
         return self._lost.isdisjoint(nodes)
 
     def flow(

@@ -1,24 +1,23 @@
 """The event kernel of the simulated cluster: a heap of (time, priority, sequence number, action, argument).
 
 Tuples compare without calling Python code, equal times keep the order of priority, then of scheduling, so a run is
-deterministic. There is no removal: an owner that changed its mind ignores its stale entry when it comes up.
+deterministic. Entries are never removed: an owner that changed its mind ignores its stale entry when it comes up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from heapq import heappop, heappush
 from typing import Any
 
 
 class Kernel:
-    """Simulated time (seconds) and what is due when."""
+    """Simulated time in seconds, and the actions due at later times."""
 
-    __slots__ = ("_heap", "_sequence", "now", "steps")
+    __slots__ = ("_heap", "_sequence", "now")
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.steps = 0
         self._heap: list[tuple[float, int, int, Callable[[Any], None], Any]] = []
         self._sequence = 0
 
@@ -29,14 +28,23 @@ class Kernel:
         heappush(self._heap, (when, priority, self._sequence, action, argument))
 
     def next_time(self) -> float | None:
-        """When the next action is due; None if nothing is."""
+        """Return the time of the next action; None if there is none."""
         return self._heap[0][0] if self._heap else None
+
+    def advance(self, before: float, queue: Sized) -> bool:
+        """Run actions due earlier than ``before`` until one puts something into ``queue``; False if none did."""
+        heap = self._heap
+        while heap and heap[0][0] < before:
+            self.now, _, _, action, argument = heappop(heap)
+            action(argument)
+            if queue:
+                return True
+        return False
 
     def step(self) -> bool:
         """Advance to the next action and run it; False if there was none."""
         if not self._heap:
             return False
         self.now, _, _, action, argument = heappop(self._heap)
-        self.steps += 1
         action(argument)
         return True

@@ -30,7 +30,7 @@ class Step(Struct, frozen=True):
 
 
 def load_steps(command: LoadBlocks, fabric: Fabric) -> deque[Step]:
-    """What a load from host, SSD or remote store does, in order; UserError if the cluster has no such tier."""
+    """Return the steps of a load from host, SSD or remote store, in order; UserError if the cluster has no such tier."""
     pcie = fabric.port("pcie", command.node)
     sizes = [(block, float(command.block_bytes[block])) for block in command.blocks]
     if command.tier == "host":

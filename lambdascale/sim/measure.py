@@ -22,7 +22,7 @@ class MulticastTimes(Struct, frozen=True):
 
     @property
     def total_s(self) -> float:
-        """When the last destination holds the whole model."""
+        """Seconds until the last destination holds the whole model."""
         return max(self.complete_s.values(), default=self.setup_s)
 
 

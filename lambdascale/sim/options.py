@@ -1,4 +1,4 @@
-"""How the simulated data plane behaves: its switches, and what each costs, with sources."""
+"""Behaviour of the simulated data plane: its switches and their costs, with sources."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lambdascale.core.checks import check_types, require
 
 @dataclass(frozen=True, kw_only=True)
 class TransferOptions:
-    """How the data plane behaves.
+    """Behaviour of the simulated data plane.
 
     ``barrier``: rounds wait for each other, with ``barrier_s`` between them, as under the prototype's controller (about
     6 ms a round, reference section 4); otherwise every edge goes ahead as soon as it can. ``communicator_setup``: a
@@ -17,7 +17,7 @@ class TransferOptions:
     reference saw them but gives no frequency). ``chunk_bytes``: the pieces a streaming broadcast forwards.
 
     ``packed``: a block is one buffer and one transfer; otherwise each of its tensors (``tensors_per_layer``) is one, and costs
-    ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are there and registered; otherwise a receiver makes each
+    ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are allocated and registered ahead; otherwise a receiver makes each
     block's when its turn comes, which takes ``allocation_s`` and registering at ``registration_bytes_per_s``. Both concern
     multicasts over RDMA only.
     """

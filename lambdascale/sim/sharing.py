@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 
 class SharedCores:
-    """Who computes now, and how much slower for that. ``slowdown``: see ComputeSpec.shared_slowdown.
+    """Number of nodes that compute concurrently, and the slowdown that causes. ``slowdown``: see ComputeSpec.shared_slowdown.
 
-    Whoever computes over many iterations is told when the number changes, and may begin the next iteration at the new pace.
+    A node that computes over many iterations hears when the number changes, and may begin the next iteration at the new pace.
     """
 
     def __init__(self, slowdown: Sequence[float]) -> None:
@@ -17,16 +17,14 @@ class SharedCores:
         self._next = 0
 
     def enter(self, changed: Callable[[], None]) -> tuple[int, float]:
-        """Somebody begins to compute: a ticket to leave with, and how many times longer it takes than alone."""
-        if not self._slowdown:
-            return -1, 1.0
+        """Begin to compute; return a ticket to leave with and the factor by which computing takes longer than alone."""
         self._tell()
         self._next += 1
         self._computing[self._next] = changed
         return self._next, self._pace(len(self._computing))
 
     def leave(self, ticket: int) -> None:
-        """It computes no more."""
+        """Stop computing; unknown tickets are ignored."""
         if self._computing.pop(ticket, None) is not None:
             self._tell()
 

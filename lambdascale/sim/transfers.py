@@ -8,7 +8,7 @@ from a load; a transfer's start-up keeps its port for ``link_latency_s``. Loads:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from itertools import takewhile
 
@@ -75,6 +75,7 @@ class TransferEngine:
         self._deliver = deliver
         self._occupy = occupy
         self._layers = layers or {}
+        self._rate = None if cluster.overrides else float(cluster.nic_bytes_per_s)  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
         self._transfers: dict[int, FlowGroup] = {}
         self._copies = FlowGroup()
@@ -123,7 +124,7 @@ class TransferEngine:
                 self._send_next(transfer, node)
 
     def _send_next(self, transfer: _Multicast, node: NodeId) -> None:
-        """Start the node's next send if its port is free, the block is there, and the receiver is through with earlier rounds."""
+        """Start the node's next send if its port is free, it holds the block, and the receiver has ended earlier rounds."""
         sends = transfer.sends.get(node)
         if node in transfer.busy or not sends:
             return
@@ -156,7 +157,7 @@ class TransferEngine:
         self._deliver(transfer.command.transfer_id, node, transfer.command.model, block)
 
     def _run_round(self, entry: tuple[_Multicast, int]) -> None:
-        """The prototype's controller: all transfers of a round, then a barrier, then the next round."""
+        """Run a round as the prototype's controller does: all its sends, then a barrier, then the next round."""
         transfer, index = entry
         rounds = transfer.command.plan.rounds
         if transfer.cancelled or index == len(rounds):
@@ -183,8 +184,12 @@ class TransferEngine:
         payload = command.block_bytes[block]
         layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
         overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
-        size = payload / cluster.rdma_efficiency + overhead_s * float(cluster.nic_bytes_per_s)
+        size = payload / cluster.rdma_efficiency + overhead_s * (self._rate or self._nic_rate((src, dst)))
         self._fabric.flow(transfer, (src, dst), self._fabric.hop(src, dst), size, on_done)
+
+    def _nic_rate(self, nodes: Collection[NodeId]) -> float:
+        """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
+        return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
@@ -193,7 +198,7 @@ class TransferEngine:
         ports = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
         hops = _longest_path(plan)
-        rate = float(cluster.nic_bytes_per_s) * cluster.collective_efficiency
+        rate = self._nic_rate(plan.members) * cluster.collective_efficiency
         fill_s = (hops - 1) * self._options.chunk_bytes / rate + hops * cluster.link_latency_s
         size = sum(transfer.command.block_bytes) / cluster.collective_efficiency
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.core import ClusterSpec, NodeId, Stage
 from lambdascale.core.commands import (
     AllocateNode,
     Command,
@@ -10,6 +10,7 @@ from lambdascale.core.commands import (
     FailRequest,
     LoadBlocks,
     ReleaseNode,
+    Repartition,
     Serve,
     SetTimer,
     StartMulticast,
@@ -45,8 +46,6 @@ class InvariantChecker:
     def on_event(self, event: Event) -> None:
         """Check an event against what happened before."""
         assert event.at >= self._at, f"time goes back from {self._at} to {event.at}"
-        serving = [(node, self._models_of[instance]) for instance, nodes in self._instances.items() for node in set(nodes)]
-        assert len(set(serving)) == len(serving), f"a node serves a model in two instances: {serving}"
         self._at = event.at
         self._events_left -= 1
         assert self._events_left, "the run does not end"
@@ -104,10 +103,13 @@ class InvariantChecker:
 
     def _check_serving(self, command: Command) -> None:
         if isinstance(command, Serve):
-            self._serve(command.instance, command.model, tuple(stage.node for stage in command.stages))
-            for stage in command.stages:
-                needed = set(range(stage.first_block, stage.last_block + 1))
-                assert needed <= self._held[stage.node, command.model], f"node {stage.node} lacks blocks of its stage"
+            assert command.instance not in self._gone, f"instance id {command.instance} is used again"
+            self._gone.add(command.instance)
+            self._models_of[command.instance] = command.model
+            self._check_stages(command.instance, command.stages)
+        elif isinstance(command, Repartition):
+            assert command.instance in self._instances, f"instance {command.instance} is reshaped, which is not in service"
+            self._check_stages(command.instance, command.stages)
         elif isinstance(command, Dispatch):
             assert command.instance in self._instances, f"dispatch to instance {command.instance}, which is not in service"
             for request in command.requests:
@@ -120,11 +122,14 @@ class InvariantChecker:
         elif isinstance(command, StopInstance):
             del self._instances[command.instance]
 
-    def _serve(self, instance: int, model: str, nodes: tuple[NodeId, ...]) -> None:
-        assert instance not in self._gone, f"instance id {instance} is used again"
-        self._gone.add(instance)
-        self._instances[instance] = nodes
-        self._models_of[instance] = model
+    def _check_stages(self, instance: int, stages: tuple[Stage, ...]) -> None:
+        model = self._models_of[instance]
+        self._instances[instance] = tuple(dict.fromkeys(stage.node for stage in stages))
+        covered = [block for stage in stages for block in range(stage.first_block, stage.last_block + 1)]
+        assert covered == list(range(self._blocks)), f"the stages of instance {instance} do not cover the model once: {stages}"
+        for stage in stages:
+            needed = set(range(stage.first_block, stage.last_block + 1))
+            assert needed <= self._held[stage.node, model], f"node {stage.node} lacks blocks of its stage"
 
     def finish(self) -> None:
         """Every request that arrived is accounted for, with all its tokens."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from lambdascale.control import Backend, SystemConfig, drive
+from lambdascale.control import Autoscaler, Backend, SystemConfig, build_system, drive
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, Request
 from lambdascale.core.commands import CancelTransfer, Command, ReleaseNode
 from lambdascale.core.events import BlockArrived, CommandFailed, Event
@@ -107,13 +107,13 @@ class SystemConformance:
     ) -> tuple[InvariantChecker, Recorder]:
         """Drive the system to the end and check everything on the way; ``changes`` are the autoscaler's."""
         config = self.make_system()
-        config = replace(config, autoscaler=replace(config.autoscaler, **changes))
+        config = replace(config, autoscaler=replace(cast(Autoscaler, config.autoscaler), **changes))
         cluster, models = cluster or small_cluster(), models or [small_model()]
         backend = SimConfig(transfers=TransferOptions(**(transfers or {})), node_failures=tuple(failures)).build(
             cluster=cluster, models=models, requests=requests, batching=config.batching, seed=seed
         )
         checker, recorder = InvariantChecker(cluster, config.blocks), Recorder()
-        drive(config.build(cluster=cluster, models=models), backend, [checker, recorder])
+        drive(build_system(config, cluster=cluster, models=models), backend, [checker, recorder])
         checker.finish()
         assert not checker.failed
         wanted = {request.request_id: request.output_tokens for request in requests}
@@ -176,7 +176,7 @@ class SystemConformance:
             cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0
         )
         checker = InvariantChecker(cluster, config.blocks)
-        drive(config.build(cluster=cluster, models=[small_model()]), backend, [checker])
+        drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         checker.finish()
         assert {30, 31} <= checker.failed
 
@@ -187,7 +187,7 @@ class SystemConformance:
         config, cluster, requests = self.make_system(), small_cluster(), burst(60)
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
         damaging, checker, recorder = Damaging(backend, times, arrival), InvariantChecker(cluster, config.blocks), Recorder()
-        drive(config.build(cluster=cluster, models=[small_model()]), damaging, [checker, recorder])
+        drive(build_system(config, cluster=cluster, models=[small_model()]), damaging, [checker, recorder])
         checker.finish()
         assert checker.finished == {request.request_id: request.output_tokens for request in requests}
         entries = [entry for _, entry in recorder.entries]
@@ -203,7 +203,7 @@ class SystemConformance:
         requests = [Request(0, 0.0, "small", 10_000_000, 5), Request(1, 0.0, "small", 10, 5)]
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
         checker = InvariantChecker(cluster, config.blocks)
-        drive(config.build(cluster=cluster, models=[small_model()]), backend, [checker])
+        drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         assert checker.failed == {0}
         assert checker.finished == {1: 5}
 

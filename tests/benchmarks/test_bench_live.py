@@ -27,7 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.builtin import builtin_model
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
-from lambdascale.control import BatchLimits, drive
+from lambdascale.control import BatchLimits, build_system, drive
 from lambdascale.core.commands import LoadBlocks, SetTimer, StartMulticast
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, TimerFired
 from lambdascale.experiments.build import build
@@ -98,7 +98,7 @@ def test_control_plane_events(benchmark: BenchmarkFixture) -> None:
     events = [entry for _, entry in recorder.entries if isinstance(entry, Event)]
 
     def decide() -> None:
-        drive(experiment.system.build(cluster=experiment.cluster, models=experiment.models), _Replayed(events))
+        drive(build_system(experiment.system, cluster=experiment.cluster, models=experiment.models), _Replayed(events))
 
     benchmark.pedantic(decide, rounds=5)
     benchmark.extra_info["events_per_s"] = len(events) / benchmark.stats.stats.median

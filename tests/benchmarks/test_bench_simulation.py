@@ -46,7 +46,7 @@ def test_simulate_the_azure_conversation_trace(benchmark: BenchmarkFixture, time
 
 def test_simulate_a_multicast_to_1024_nodes(benchmark: BenchmarkFixture) -> None:
     experiment = build(compose(["cluster.nodes=1024"]))
-    plan = experiment.system.planner.plan(sources=1, destinations=1023, blocks=64)
+    plan = experiment.system.start.planner.plan(sources=1, destinations=1023, blocks=64)
     sizes = [experiment.models[0].size_bytes // 64] * 64
     times = benchmark.pedantic(lambda: multicast_times(plan, sizes, experiment.cluster, TransferOptions()), rounds=2)
     assert len(times.complete_s) == 1023

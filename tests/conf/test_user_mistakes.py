@@ -28,7 +28,7 @@ MISTAKES = {
     "a fraction of a block": (["system.blocks=2.5"], "blocks"),
     "more blocks than layers": (["system.blocks=4096"], "4096"),
     "a model that does not fit the node": (["model=llama2_70b", "cluster=testbed1"], "llama2_70b"),
-    "more sources than nodes": (["system.sources=13", "autoscaler@system.autoscaler=fixed", "cluster.nodes=3"], "sources"),
+    "more sources than nodes": (["system.start.sources=13", "autoscaler@system.autoscaler=fixed", "cluster.nodes=3"], "sources"),
     "a zero compression": (["workload.time_compression=0"], "time_compression"),
     "no nodes": (["cluster.nodes=0"], "nodes"),
     "no models": (["model_count=0"], "model_count"),

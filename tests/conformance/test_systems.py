@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lambdascale.control import SystemConfig
+from lambdascale.control.start import MulticastStart
 from lambdascale.core.commands import Serve
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, conf_dir
@@ -43,17 +44,19 @@ class TestPrototypeBatches(SystemConformance):
 
 class TestKvCopyWithOwnCopies(SystemConformance):
     def make_system(self) -> SystemConfig:
-        return configured("lambdascale", "system.kv=copy", "system.warm_loads=always", "system.memory.initial_copies=4")
+        return configured("lambdascale", "system.kv=copy", "system.start.warm_loads=always", "system.memory.initial_copies=4")
 
 
 class TestUnshiftedOneBlock(SystemConformance):
     def make_system(self) -> SystemConfig:
-        return configured("lambdascale", "system.planner.order=none", "system.blocks=1")
+        return configured("lambdascale", "system.start.planner.order=none", "system.blocks=1")
 
 
 def pipelined(**changes: object) -> SystemConfig:
     config = configured("lambdascale", "system.memory.initial_copies=3", "batching@system.batching=prototype")
-    return replace(config, **changes)  # type: ignore[arg-type]
+    assert isinstance(config.start, MulticastStart)
+    pipelines = changes.pop("pipelines", config.start.pipelines)
+    return replace(config, start=replace(config.start, pipelines=pipelines), **changes)  # type: ignore[arg-type]
 
 
 class Suite(SystemConformance):
@@ -82,7 +85,8 @@ def test_more_sources_make_pipelines_ready_earlier() -> None:
     first = []
     for copies in (1, 3):
         base = configured("lambdascale", f"system.memory.initial_copies={copies}")
-        config = replace(base, pipelines=ComplementaryPipelines())
+        assert isinstance(base.start, MulticastStart)
+        config = replace(base, start=replace(base.start, pipelines=ComplementaryPipelines()))
         _, recorder = Suite(config).run(burst(200), cluster=small_cluster(12), target_per_replica=1)
         ready = [at for at, entry in recorder.entries if isinstance(entry, Serve) and entry.is_pipeline]
         first.append(min(ready, default=float("inf")))

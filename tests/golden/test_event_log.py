@@ -9,7 +9,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from lambdascale.control import drive
+from lambdascale.control import build_system, drive
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.metrics import Recorder, events_table
@@ -25,7 +25,7 @@ def log() -> str:
     cluster, model = small_cluster(4), small_model()
     backend = SimConfig().build(cluster=cluster, models=[model], requests=burst(16), batching=config.batching, seed=0)
     recorder = Recorder()
-    drive(config.build(cluster=cluster, models=[model]), backend, [recorder])
+    drive(build_system(config, cluster=cluster, models=[model]), backend, [recorder])
     lines = []
     for row in events_table(recorder).to_pylist():
         shown = " ".join(

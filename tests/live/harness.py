@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
-from lambdascale.control import BatchLimits, SystemConfig, drive
+from lambdascale.control import BatchLimits, SystemConfig, build_system, drive
 from lambdascale.core import Request
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
@@ -135,7 +135,7 @@ def run(
     tokens = prompts(requests)
     tickets = {r.request_id: Ticket(r.request_id, list(tokens[r.request_id]), r.prompt_tokens, r.output_tokens) for r in requests}
     recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
-    plane = system.build(cluster=cluster, models=[model.spec])
+    plane = build_system(system, cluster=cluster, models=[model.spec])
     backend = live.start(
         cluster=cluster,
         models=[("tiny", model)],

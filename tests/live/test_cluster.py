@@ -19,7 +19,7 @@ from tests.live.harness import Outcome, Watcher, burst, expected, of, run, syste
 
 pytestmark = pytest.mark.live
 REQUESTS = burst(32)
-TWO_SOURCES = ("system.memory.initial_copies=2", "system.sources=2")
+TWO_SOURCES = ("system.memory.initial_copies=2", "system.start.sources=2")
 
 
 @cache

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import builtin_model
 from lambdascale.checkpoints.synthetic import smollm2_file
-from lambdascale.control import drive
+from lambdascale.control import build_system, drive
 from lambdascale.core import Request, UserError
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import BlockArrived
@@ -76,11 +76,11 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
         tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
     # Links at which 0.65 GB take a quarter of a minute, and iterations that keep one node busy twice as long.
     pace = ["cluster.nic_bytes_per_s=0.05GB/s", "cluster.compute.iteration_overhead_s=0.25"]
-    overrides = ["cluster=desk", *pace, "system.memory.initial_copies=2", "system.sources=2"]
+    overrides = ["cluster=desk", *pace, "system.memory.initial_copies=2", "system.start.sources=2"]
     config = compose(overrides)
     cluster, system = (instantiate(config[group], _convert_="all") for group in ("cluster", "system"))
     recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
-    plane = system.build(cluster=cluster, models=[packed.spec])
+    plane = build_system(system, cluster=cluster, models=[packed.spec])
     backend = LiveConfig(checkpoint="smollm2", dtype="fp32", executor="paced", slot_tokens=160).start(
         cluster=cluster,
         models=[(packed.name, packed)],

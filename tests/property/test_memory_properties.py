@@ -19,7 +19,7 @@ class Caches(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.caches = HostCaches(HostCacheConfig(budget=BUDGET, keep_alive_s=KEEP_S), 1000)
+        self.caches = HostCaches(HostCacheConfig(budget=BUDGET, keep_alive_s=KEEP_S), dict.fromkeys(range(8), 1000))
         self.copies: dict[int, list[tuple[str, int, float]]] = {0: [], 1: []}  # least recently used first
         self.pins: dict[tuple[int, str], int] = {}
 
@@ -89,10 +89,10 @@ TestCaches.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 
 def test_a_budget_beyond_the_host_is_refused() -> None:
     with pytest.raises(UserError, match="exceeds"):
-        HostCaches(HostCacheConfig(budget="2GB"), 10**9)
+        HostCaches(HostCacheConfig(budget="2GB"), {0: 10**9})
 
 
 def test_disabled_keeps_nothing() -> None:
-    caches = HostCaches(HostCacheConfig(enabled=False), 1000)
+    caches = HostCaches(HostCacheConfig(enabled=False), {0: 1000})
     caches.put(0, "a", 1, 0.0)
     assert not caches.has(0, "a", 0.0)

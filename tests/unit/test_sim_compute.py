@@ -13,7 +13,7 @@ from lambdascale.core import ComputeTable
 from lambdascale.core.timing import ComputeModel, interpolate
 from lambdascale.testing.systems import small_cluster, small_model
 
-MODEL = ComputeModel(small_cluster(), small_model())
+MODEL = ComputeModel(small_cluster().node(0), small_model())
 TABLE = ComputeTable(
     model="small",
     prefill_tokens=(1.0, 512.0),
@@ -22,7 +22,9 @@ TABLE = ComputeTable(
     decode_s=(0.02, 0.03),
     decode_s_per_context_token=1e-7,
 )
-MEASURED = ComputeModel(replace(small_cluster(), compute=replace(small_cluster().compute, measured=(TABLE,))), small_model())
+MEASURED = ComputeModel(
+    replace(small_cluster().node(0), compute=replace(small_cluster().compute, measured=(TABLE,))), small_model()
+)
 
 
 @given(batch=st.integers(1, 64), context=st.integers(1, 100_000), steps=st.integers(1, 200))

@@ -38,11 +38,6 @@ def test_those_who_compute_hear_of_others() -> None:
     assert heard == ["first", "second"]
 
 
-def test_nothing_is_shared_by_default() -> None:
-    cores = SharedCores(())
-    assert [cores.enter(quiet) for _ in range(3)] == [(-1, 1.0)] * 3
-
-
 @pytest.mark.parametrize("slowdown", [(0.5,), (1.0, 2.0, 1.5)])
 def test_slowdowns_that_cannot_be(slowdown: tuple[float, ...]) -> None:
     with pytest.raises(UserError, match="shared_slowdown"):

@@ -77,7 +77,13 @@ class TestScript:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False)
 
     def test_a_study_makes_a_table_and_a_figure_and_reuses_its_runs(self, tmp_path: Path) -> None:
-        small = ["experiment=ablation_order", "model=llama2_7b", "system.planner.order=shift,none", "workload.count=8", "-m"]
+        small = [
+            "experiment=ablation_order",
+            "model=llama2_7b",
+            "system.start.planner.order=shift,none",
+            "workload.count=8",
+            "-m",
+        ]
         first, again = (self.script(tmp_path, *small, "hydra/launcher=basic") for _ in range(2))
         assert first.returncode == 0, first.stderr
         assert "8 runs, 0 of them reused" in first.stdout

@@ -192,9 +192,9 @@ class Agent:
         )
         executor: Executor
         if config.executor == "timed":
-            executor = TimedExecutor(self.store, config.cluster)
+            executor = TimedExecutor(self.store, config.cluster.node(config.node))
         elif config.executor == "paced":
-            executor = PacedExecutor(self.store, config.cluster, config.slot_tokens)
+            executor = PacedExecutor(self.store, config.cluster.node(config.node), config.slot_tokens)
         else:
             executor = TorchExecutor(self.store, config.slot_tokens)
         self.compute = Compute(

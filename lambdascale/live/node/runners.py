@@ -11,7 +11,7 @@ import torch
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.convert import TORCH_TYPES
-from lambdascale.core import ClusterSpec
+from lambdascale.core import NodeSpec
 from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
@@ -121,15 +121,15 @@ def _share(packed: PackedModel, first_block: int, last_block: int) -> float:
 class PacedExecutor:
     """The engine's stages, no faster than the cluster's compute model: a small model's tokens with a large one's timing."""
 
-    def __init__(self, store: BlockStore, cluster: ClusterSpec, slot_tokens: int) -> None:
+    def __init__(self, store: BlockStore, hardware: NodeSpec, slot_tokens: int) -> None:
         self._store = store
-        self._cluster = cluster
+        self._hardware = hardware
         self._inner = TorchExecutor(store, slot_tokens)
 
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
         packed = self._store.model(model)
-        compute, share = ComputeModel(self._cluster, packed.spec), _share(packed, first_block, last_block)
+        compute, share = ComputeModel(self._hardware, packed.spec), _share(packed, first_block, last_block)
         return PacedRunner(self._inner.runner(model, first_block, last_block, slots), compute, share)
 
 
@@ -163,9 +163,9 @@ class PacedRunner:
 class TimedExecutor:
     """Runners that take the profile's time and yield made-up tokens: messages and transfers are real, arithmetic is not."""
 
-    def __init__(self, store: BlockStore, cluster: ClusterSpec, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, store: BlockStore, hardware: NodeSpec, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._store = store
-        self._cluster = cluster
+        self._hardware = hardware
         self._sleep = sleep
 
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
@@ -173,7 +173,7 @@ class TimedExecutor:
         packed = self._store.model(model)
         layouts = packed.layouts
         return TimedRunner(
-            ComputeModel(self._cluster, packed.spec),
+            ComputeModel(self._hardware, packed.spec),
             _share(packed, first_block, last_block),
             first_layer=layouts[first_block].first_layer,
             layers=layouts[last_block].last_layer + 1 - layouts[first_block].first_layer,

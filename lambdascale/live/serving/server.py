@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from lambdascale.checkpoints import PackedModel
-from lambdascale.control import SystemConfig, drive
+from lambdascale.control import SystemConfig, build_system, drive
 from lambdascale.core import ClusterSpec
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller.backend import LiveBackend
@@ -29,7 +29,7 @@ class Service:
 
     def __init__(self, *, config: LiveConfig, model: PackedModel, cluster: ClusterSpec, system: SystemConfig) -> None:
         self.text = Text(model.directory)
-        plane = system.build(cluster=cluster, models=[model.spec])
+        plane = build_system(system, cluster=cluster, models=[model.spec])
         self.state = ClusterState(len(model.blocks))
         self.backend: LiveBackend = config.start(cluster=cluster, models=[(model.name, model)], system=system, open_ended=True)
         self._stopping = False

@@ -1,0 +1,91 @@
+"""Multicasts and loads from their command to their end: what they still have to bring, and what they hold on to meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lambdascale.control.state import Allocation, Fleet, ModelState, TransferState
+from lambdascale.core import MulticastPlan, NodeId
+from lambdascale.core.commands import LoadBlocks, Loader, MulticastKind, StartMulticast, Tier
+
+
+class Transfers:
+    """Issues transfers and keeps their records. A source's allocation and host copy stay until the transfer ends."""
+
+    def __init__(self, fleet: Fleet, *, loader: Loader, multicast: MulticastKind) -> None:
+        self._fleet = fleet
+        self._loader = loader
+        self._multicast = multicast
+
+    def multicast(
+        self, state: ModelState, plan: MulticastPlan, sources: Sequence[tuple[NodeId, Tier]], *, again: bool = False
+    ) -> None:
+        """Issue a plan over real nodes; ``again``: see TransferState."""
+        coming: dict[NodeId, set[int]] = {node: set() for node in plan.destinations}
+        for sends in plan.rounds:
+            for send in sends:
+                coming[send.dst].add(send.block)
+        transfer_id = self._begin(state, coming, sources, multicast=True, again=again)
+        tiers = tuple(tier for _, tier in sources)
+        self._fleet.out.append(StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._multicast))
+
+    def load(self, state: ModelState, node: NodeId, tier: Tier, blocks: Sequence[int]) -> None:
+        """Let ``node`` load ``blocks`` from its own ``tier``, in this order."""
+        sources: list[tuple[NodeId, Tier]] = [(node, tier)] if tier == "host" else []
+        transfer_id = self._begin(state, {node: set(blocks)}, sources, multicast=False)
+        command = LoadBlocks(transfer_id, state.spec.name, node, tuple(blocks), state.block_bytes, tier, self._loader)
+        self._fleet.out.append(command)
+
+    def load_missing(self, state: ModelState, node: NodeId) -> None:
+        """Let a node load the wanted blocks that it lacks and that no transfer brings, from its own host memory or storage."""
+        allocation = state.allocations[node]
+        coming = {block for transfer in allocation.incoming.values() for block in transfer.waiting[node]}
+        missing = sorted(allocation.wanted - allocation.blocks - coming)
+        if missing:
+            self.load(state, node, self._fleet.own_tier(state, node), missing)
+
+    def _begin(
+        self,
+        state: ModelState,
+        coming: Mapping[NodeId, set[int]],
+        sources: Sequence[tuple[NodeId, Tier]],
+        *,
+        multicast: bool,
+        again: bool = False,
+    ) -> int:
+        fleet = self._fleet
+        members = frozenset([*coming, *(node for node, _ in sources)])
+        held = tuple(allocation for node, allocation in state.allocations.items() if node in members)
+        transfer = TransferState(fleet.new_id(), state.spec.name, dict(coming), members, held, tuple(sources), multicast, again)
+        fleet.transfers[transfer.transfer_id] = transfer
+        for node in coming:
+            state.allocations[node].incoming[transfer.transfer_id] = transfer
+        for allocation in held:
+            allocation.transfers += 1
+        for node, tier in sources:
+            if tier == "host":
+                fleet.host.pin(node, state.spec.name)
+        return transfer.transfer_id
+
+    def block_arrived(self, allocation: Allocation, block: int) -> None:
+        """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
+        node, through = allocation.node, []
+        for transfer in allocation.incoming.values():
+            left = transfer.waiting[node]
+            left.discard(block)
+            if not left:
+                through.append(transfer)
+        for transfer in through:
+            del transfer.waiting[node], allocation.incoming[transfer.transfer_id]
+            if not transfer.waiting:
+                self.end(transfer)
+
+    def end(self, transfer: TransferState) -> None:
+        """Free the members of a transfer that is done or given up."""
+        del self._fleet.transfers[transfer.transfer_id]
+        for allocation in transfer.held:
+            allocation.transfers -= 1
+            allocation.incoming.pop(transfer.transfer_id, None)
+        for node, tier in transfer.sources:
+            if tier == "host":
+                self._fleet.host.unpin(node, transfer.model, self._fleet.at)
