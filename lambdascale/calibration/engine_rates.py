@@ -38,11 +38,16 @@ _LLAMA2 = {
 SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
 
 
-def architecture(model: str) -> Architecture:
-    """Llama 2's architecture of a size in SHAPES."""
+def config(model: str) -> dict[str, Any]:
+    """config.json of Llama 2 in a size of SHAPES."""
     hidden, layers, heads, intermediate = SHAPES[model]
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
-    return parse_architecture(_LLAMA2 | sizes | {"intermediate_size": intermediate})
+    return _LLAMA2 | sizes | {"intermediate_size": intermediate}
+
+
+def architecture(model: str) -> Architecture:
+    """Llama 2's architecture of a size in SHAPES."""
+    return parse_architecture(config(model))
 
 
 def random_weights(a: Architecture, device: torch.device, dtype: str = DTYPE) -> list[BlockWeights]:
