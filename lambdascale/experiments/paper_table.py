@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ _LIVES = "A copy that is used again lives on here; copies never used again live 
 _WHICH = "The paper does not say for which model; ours is 13B with an eager data plane, its blocks of whole layers."
 _EAGER = "An eager data plane without the prototype's barrier of 6 ms a round."
 
+# Columns of the notes below the table.
+_WIDTH = 119
 # Differences that need no explanation.
 _SMALL, _SMALL_POINTS = 0.05, 2.0
 
@@ -103,7 +106,8 @@ def markdown(table: pd.DataFrame) -> str:
         note = str(notes.setdefault(str(row.why), len(notes) + 1)) if row.why else ""
         cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", f"{row.ours}{unit}{spread}", row.error, note]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())]) + "\n"
+    numbered = (fill(f"{number}. {note}", _WIDTH, subsequent_indent="   ") for note, number in notes.items())
+    return "\n".join([*lines, "", *numbered]) + "\n"
 
 
 def with_block(text: str, name: str, block: str) -> str:

@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report, worst
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
@@ -115,7 +115,7 @@ def _with_hint(failure: Exception) -> Exception:
     message = user_message(failure)
     if message is None or not any(group in message for group in ("hydra/launcher", "hydra/sweeper")):
         return failure
-    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]', for ray see README.md)")
+    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]'; docs/experiments.md)")
 
 
 def _quoted(text: str) -> str:

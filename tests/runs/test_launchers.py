@@ -123,7 +123,9 @@ class TestSearch:
         folder = tmp_path / "results" / "raw" / "tune_blocks" / best["folder"]
         assert json.loads((folder / "summary.json").read_text())["ttft_s"]["p90"] == best["value"]
         system = yaml.safe_load((folder / "config.yaml").read_text())["system"]
-        assert {"system.blocks": system["blocks"], "system.start.sources": system["sources"]} == documents[0]["best"]["settings"]
+        assert {"system.blocks": system["blocks"], "system.start.sources": system["start"]["sources"]} == documents[0]["best"][
+            "settings"
+        ]
 
     def test_a_mistake_ends_it_at_once(self, tmp_path: Path) -> None:
         done = script(tmp_path, *self.SMALL, "workload=azure", "~workload.count")
