@@ -150,10 +150,16 @@ def test_moves_of_a_batch_keep_their_order() -> None:
     first, second = stages((0, 0, 1), (2, 2, 3)), stages((0, 0, 1), (1, 2, 3))
     story = Story(cluster, first)
     story.assign(1)
-    while len(cluster.tokens()) < 2 or cluster.nodes[0]._instances[1].head.running:  # type: ignore[union-attr]
+    while len(cluster.tokens()) < 2 or not isinstance(cluster.wires[2, 0][0] if cluster.wires[2, 0] else None, wire.Chosen):
         cluster.run(steps=1)
     for change in (second, first, second):
         story.repartition(change, "copy")
+    # All in one step, so that the batch is between two iterations at each of the changes.
+    head = cluster.nodes[0]
+    head.peer(cluster.wires[2, 0].popleft())  # type: ignore[arg-type]
+    while cluster.orders[0]:
+        head.repartition(cluster.orders[0].popleft()[1])  # type: ignore[arg-type]
+    head.step()
     slow = ("deliver", 2, 1)
     while fast := [choice for choice in cluster.choices() if choice != slow]:
         cluster.happen(fast[0])

@@ -76,10 +76,10 @@ class Head:
         return [index for index in range(self._in_flight) if borrowed.isdisjoint(self.batches[index].slots)]
 
     def merge(self, version: int) -> None:
-        """Merge batches that are too many into others, once both are on partition ``version``."""
+        """Merge batches that are too many, and have moved to partition ``version``, into others that have."""
         for index in self.idle:
             targets = [target for target in self._open if self.versions[target] == version]
-            if index >= self._in_flight and len(self.batches[index]) and self.versions[index] == version and targets:
+            if index >= self._in_flight and len(self.batches[index]) and targets:
                 min((self.batches[target] for target in targets), key=len).absorb(self.batches[index])
 
     def batch_of(self, request_id: int) -> int | None:
