@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import lambdascale
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.schema import register_schema
 
 

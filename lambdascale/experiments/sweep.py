@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report, worst
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema

@@ -19,6 +19,7 @@ from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
+from lambdascale.inference.verification import Verify
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
@@ -40,6 +41,8 @@ class LiveConfig:
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
     ``rdma`` is for the transport of that name. ``collective``: what the NCCL baseline broadcasts by; "auto" is NCCL where every
     node has a GPU of its own, else gloo.
+    ``verify``: the blocks whose checksums nodes compare, when they load them and when they receive them: all ("full"), none
+    ("off"), or the first, the last and every eighth ("sampled").
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
     """
 
@@ -53,6 +56,7 @@ class LiveConfig:
     paced: bool = True
     slot_tokens: int = 512
     threads: int | None = None
+    verify: Verify = "full"
     silence_s: float = 10.0
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
 
@@ -210,9 +214,12 @@ class LiveConfig:
             link=network if self.paced else None,
             ssd=hardware.ssd_bytes_per_s if self.paced else None,
             pcie=hardware.pcie_bytes_per_s if self.paced else None,
+            # Always paced: the store is this machine's checkpoint folder, as far away as the cluster says.
+            remote=float(cluster.remote_bytes_per_s) or None,
             preloaded=preloaded,
             rdma=self.rdma,
             collective=collective,
+            verify=self.verify,
         )
 
 

@@ -122,15 +122,6 @@ class HostCaches:
             self._drop(node, name)
         return expired
 
-    def oldest(self, node: NodeId, besides: str) -> str | None:
-        """The copy that would go next, ``besides`` and those being read aside; None if there is none."""
-        names = (name for name in self._nodes.get(node, ()) if name != besides and not self._pinned(node, name))
-        return next(names, None)
-
-    def remove(self, node: NodeId, model: str) -> None:
-        """Drop a copy on purpose."""
-        self._drop(node, model)
-
     def forget(self, node: NodeId) -> None:
         """Drop all copies and pins of a lost node."""
         self._nodes.pop(node, None)

@@ -5,7 +5,7 @@ Both are the published mechanisms at their simplest, not the published systems.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from lambdascale.control.state import Allocation, Fleet, Instance, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage
+from lambdascale.multicast import arrival_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,26 @@ class SpreadStart:
                 rest = tuple(block for block in range(state.blocks) if block not in first.wanted)
                 return (LoadMore(node=first.node, tier=fleet.own_tier(state, first.node), blocks=rest),)
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithHolders:
+    """Pipelines of a destination, for the first half of the model, and a node that holds all of it, for the second half."""
+
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder."""
+        arrivals, half = arrival_rounds(plan), plan.blocks // 2
+        if half == 0:
+            return ()
+        pairs = zip(plan.destinations, holders, strict=False)
+        found = [
+            PipelinePlan(
+                max(arrivals[destination][block] for block in range(half)),
+                (Stage(destination, 0, half - 1), Stage(holder, half, plan.blocks - 1)),
+            )
+            for destination, holder in pairs
+        ]
+        return sorted(found, key=lambda plan: (plan.ready_round, plan.nodes))
 
 
 def _equal_stages(nodes: Sequence[NodeId], blocks: int) -> tuple[Stage, ...]:

@@ -25,7 +25,7 @@ _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 
 
 class _Mapped:
-    """The peer's memory, mapped. See Reachable.
+    """The peer's memory, mapped. See Reachable. ``hashes``: hash what is copied; all nodes of a cluster do or none does.
 
     Hashing brings a piece into a cache, from where it is copied past the caches (see the launcher in
     lambdascale.live.controller): memory is read once. What is hashed
@@ -34,18 +34,21 @@ class _Mapped:
 
     step_bytes = 1 << 20
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, *, hashes: bool) -> None:
         self.nbytes = memory.nbytes
         self._memory = np.frombuffer(memory, dtype=np.uint8)
-        self._copied = xxhash.xxh3_64()
+        self._copied = xxhash.xxh3_64() if hashes else None
 
     def put(self, data: Memory, at: int) -> None:
         assert isinstance(data, memoryview), "it is on the host"
-        self._copied.update(data)
+        if self._copied is not None:
+            self._copied.update(data)
         # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
         self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
-    def complete(self) -> int:
+    def complete(self) -> int | None:
+        if self._copied is None:
+            return None
         found = self._copied.intdigest()
         self._copied.reset()
         return found
@@ -80,10 +83,10 @@ class ShmEndpoint(TcpEndpoint):
         fill(sock, memoryview(answer))
         process, descriptor, size = _WHERE.unpack(answer)
         if size == 0:
-            return _Mapped(memoryview(b""))
+            return _Mapped(memoryview(b""), hashes=False)
         opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
         try:
-            return _Mapped(memoryview(_mapped(opened, size)))
+            return _Mapped(memoryview(_mapped(opened, size)), hashes=self.handlers.on_checked is not None)
         finally:
             os.close(opened)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -36,15 +37,15 @@ class Reachable(Protocol):
     step_bytes: int
 
     def put(self, data: Memory, at: int) -> None:
-        """Copy a piece there; OSError if it cannot be. It may be under way yet when this returns."""
+        """Copy a piece there; the copy may still be under way when this returns. OSError if it fails."""
         ...
 
     def complete(self) -> int | None:
-        """Wait until all that was put is there; its hash (xxh3_64) where it was in a cache, since the last call."""
+        """Wait until all that was put is there. Returns the hash (xxh3_64) of these bytes, where it was computed."""
         ...
 
     def close(self) -> None:
-        """Reach it no longer."""
+        """Release the memory."""
         ...
 
 
@@ -69,6 +70,7 @@ class _Connection:
         self._endpoint = endpoint
         self._messages: deque[_Job] = deque()
         self._writes: deque[_Job] = deque()
+        # Guards both queues, _ending, _reason and _left.
         self._lock = threading.Lock()
         self._given = threading.Condition(self._lock)
         self._ending = False
@@ -96,7 +98,7 @@ class _Connection:
         self.sock.close()
 
     def _let_go(self) -> None:
-        """Nothing is written any more."""
+        """Release the peer's memory: nothing is written any more."""
         if self._theirs is not None:
             self._theirs.close()
 
@@ -109,7 +111,7 @@ class _Connection:
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
     def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
-        """Queue a write or message."""
+        """Queue a write or message; its future."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
             if self._reason:
@@ -147,7 +149,7 @@ class _Connection:
             self.sock.close()
 
     def _end(self, reason: str) -> bool:
-        """Accept nothing any more; whether this is the first word of it. The sender leaves once it is through."""
+        """Accept nothing any more; True if this is the first call. The sending thread leaves once it is through."""
         with self._given:
             first, self._reason = not self._reason, self._reason or reason
             self._ending = True
@@ -155,7 +157,7 @@ class _Connection:
         return first
 
     def _break(self, reason: str, *, tell: bool) -> None:
-        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        """End the connection: nothing is accepted any more, and what waits has failed."""
         first = self._end(reason)
         if tell:
             self._wake()
@@ -176,7 +178,7 @@ class _Connection:
         self._leave()
 
     def _next(self) -> _Job | None:
-        """What to send next, messages first; None when the connection ends and nothing is left."""
+        """Wait for the next job and return it, messages first; None when the connection ends and nothing is left."""
         with self._given:
             while not self._messages and not self._writes:
                 if self._ending:
@@ -189,7 +191,8 @@ class _Connection:
             if self._broken:
                 raise OSError(self._reason)
             self._write(job) if job.kind == _WRITTEN else self._send(job)
-        except (OSError, EOFError) as error:
+        except Exception as error:
+            _print_unforeseen(error)
             self._broken = True
             job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
             self._break(str(error), tell=True)
@@ -197,7 +200,7 @@ class _Connection:
             job.done.set_result(None)
 
     def _send(self, job: _Job) -> None:
-        """A message or a goodbye."""
+        """Send a message or a goodbye."""
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
             bucket.take(job.payload.nbytes)
@@ -223,7 +226,7 @@ class _Connection:
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
     def _pieces(self, payload: Memory, largest: int) -> Iterator[tuple[int, Memory]]:
-        """The payload and its places, in pieces, each when the link has room for it."""
+        """Yield the payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
         data = flat(payload)
         step = largest if bucket is None else min(largest, bucket.piece_bytes)
@@ -247,8 +250,9 @@ class _Connection:
         try:
             while self._receive_one():
                 pass
-        except (OSError, EOFError) as error:
-            self._break(str(error) or "the connection is gone", tell=True)
+        except Exception as error:  # also a handler's: bytes that nobody takes note of must not seem delivered
+            _print_unforeseen(error)
+            self._break(str(error) or "the connection has ended", tell=True)
         else:
             self._break("the peer has disconnected", tell=False)
         self._leave()
@@ -290,13 +294,19 @@ class _Connection:
             self._hash.update(part)
 
     def _complete(self, immediate: int, offset: int, size: int) -> None:
-        """A write is there: tell, with its hash where there is one."""
+        """Report a complete write, with its hash if it has been computed."""
         handlers, found = self._endpoint.handlers, self._told if self._hash is None else self._hash.intdigest()
         self._hash = self._told = None
         if handlers.on_checked is None or found is None:
             handlers.on_write(self.peer, immediate, offset, size)
         else:
             handlers.on_checked(self.peer, immediate, offset, size, found)
+
+
+def _print_unforeseen(error: Exception) -> None:
+    """Print an exception that is no connection's end: a fault of ours, after which the connection ends as well."""
+    if not isinstance(error, OSError | EOFError):
+        traceback.print_exception(error)
 
 
 class TcpEndpoint(SocketEndpoint[_Connection]):
@@ -307,5 +317,5 @@ class TcpEndpoint(SocketEndpoint[_Connection]):
         return _Connection(self, peer, sock, self.introduce(peer, sock))
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> Reachable | None:
-        """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
+        """Exchange what the transport needs between ends that trust each other. Returns the peer's memory if it is reachable."""
         return None

@@ -185,7 +185,7 @@ class TestDriver:
 
 
 def test_a_block_on_the_cpu_is_sent_as_before() -> None:
-    from lambdascale.live.node.multicasts import _memory
+    from lambdascale.live.node.sending import _memory
 
     data = torch.arange(10, dtype=torch.uint8)
     found = _memory(data)

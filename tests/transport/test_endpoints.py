@@ -73,6 +73,53 @@ def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> No
     two.close()
 
 
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
+    """What nobody has taken note of does not seem delivered: the connection ends, at both ends, and the fault is printed."""
+
+    def fail(peer: int, data: bytes) -> None:
+        raise ZeroDivisionError("mine")
+
+    heard, lost, ended = Heard(), list[str](), threading.Event()
+
+    def on_lost(peer: int, reason: str) -> None:
+        lost.append(reason)
+        ended.set()
+
+    one = kind(0, heard.handlers(), KEY)
+    two = kind(1, Handlers(on_write=lambda *_: None, on_message=fail, on_lost=on_lost), KEY)
+    one.connect(1, two.address)
+    one.send(1, b"x").result(10)
+    assert ended.wait(10)
+    heard.wait(lambda heard: bool(heard.lost))
+    assert lost == ["mine"]
+    assert "ZeroDivisionError: mine" in capsys.readouterr().err
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_nothing_is_hashed_for_those_that_do_not_verify(kind: type[TcpEndpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a handler for hashes, writes come without them, and no end computes any."""
+    monkeypatch.setattr("xxhash.xxh3_64", lambda: pytest.fail("it is hashed"))
+    written, ended = list[tuple[int, int, int, int]](), threading.Event()
+
+    def on_write(*write: int) -> None:
+        written.append(write)  # type: ignore[arg-type]
+        ended.set()
+
+    ends = [kind(node, Handlers(on_write=on_write, on_message=print, on_lost=print), KEY) for node in range(2)]
+    memory = ends[1].allocate(100_000)
+    ends[1].register(memory)
+    ends[0].connect(1, ends[1].address)
+    ends[0].write(1, memoryview(b"x" * 50_000), 7, 5).result(10)
+    assert ended.wait(10)
+    assert written == [(0, 5, 7, 50_000)]
+    assert bytes(memory[7:50_007]) == b"x" * 50_000
+    for end in ends:
+        end.close()
+
+
 class TestStrangers:
     def test_another_key(self) -> None:
         heard = Heard()

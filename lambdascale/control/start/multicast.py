@@ -77,7 +77,8 @@ class MulticastStart:
         if not sources:
             return StartDecision(nodes=tuple(warm), loads=loads, pipelines=pipelines)
         order = self._order(state, sources, cold)
-        formed = tuple(self.pipelines.pipelines(order.plan))
+        resident = [node for node, tier in order.sources if tier == "gpu"]
+        formed = tuple(self.pipelines.pipelines(order.plan, resident))
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=(order,), pipelines=pipelines + formed)
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:

@@ -12,9 +12,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -29,6 +28,7 @@ from lambdascale.core.commands import (
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Repartition,
     Serve,
     SetTimer,
     StartMulticast,
@@ -43,47 +43,16 @@ from lambdascale.core.events import (
     NodeJoined,
     NodeLost,
     RequestArrived,
-    RequestFinished,
     TimerFired,
-    TokensProduced,
 )
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
+from lambdascale.live.controller.answers import Answers, Sink
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.membership import PING_S, Membership
 
 _START_S = 120.0
-
-
-class Sink(Protocol):
-    """Who waits for an answer. Called from the controller's thread; must return at once."""
-
-    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
-        """More of the answer."""
-        ...
-
-    def failed(self, reason: str) -> None:
-        """There will be no answer."""
-        ...
-
-
-@dataclass
-class _Answer:
-    """A request the cluster has: what it consists of, its answer so far, and which instances may speak for it."""
-
-    ticket: Ticket
-    sink: Sink | None
-    owners: set[int] = field(default_factory=set)
-    moving: int | None = None  # the dissolved pipeline that has not handed it over yet
-    aborted: bool = False
-
-
-@dataclass
-class _Served:
-    """An instance: its nodes, the head first."""
-
-    nodes: tuple[NodeId, ...]
 
 
 class LiveBackend:
@@ -117,13 +86,11 @@ class LiveBackend:
         self._aborted_early: set[int] = set()
         self._events: deque[Event] = deque()
         self._timers: list[tuple[float, int]] = []
-        self._answers: dict[int, _Answer] = {}
-        self._instances: dict[int, _Served] = {}
-        self._switching: dict[int, NodeId] = {}
         self._transfers: dict[int, tuple[str, set[tuple[NodeId, int]]]] = {}
         self._members: dict[int, tuple[NodeId, ...]] = {}
         self._holding: set[object] = set()  # what the clock waits for
         self._membership = Membership(launcher, hub, silence_s)
+        self._answers = Answers(self._tell, lambda: self._membership.alive, self._events.append)
         self._started: float | None = None
         self._at = 0.0
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
@@ -134,18 +101,19 @@ class LiveBackend:
             StartMulticast: self._multicast,
             LoadBlocks: self._load,
             CancelTransfer: self._cancel,
-            Serve: self._serve,
-            Dispatch: self._dispatch,
-            SwitchMode: self._switch_mode,
-            StopInstance: self._stop_instance,
+            Serve: self._answers.serve,
+            Repartition: self._answers.repartition,
+            Dispatch: self._answers.dispatch,
+            SwitchMode: self._answers.switch_mode,
+            StopInstance: self._answers.stop,
             SetTimer: self._set_timer,
-            FailRequest: self._fail_request,
+            FailRequest: self._answers.fail,
         }
         self._listeners: dict[type, Callable[[NodeId, Any], None]] = {
             wire.Happened: lambda node, m: self._happened(m.event),
-            wire.Tokens: lambda node, m: self._tokens(m),
-            wire.Aborted: lambda node, m: self._finish(m.request_id, m.instance),
-            wire.Resumed: lambda node, m: self._resumed(m),
+            wire.Tokens: lambda node, m: self._answers.tokens(m),
+            wire.Aborted: lambda node, m: self._answers.finish(m.request_id, m.instance),
+            wire.Resumed: lambda node, m: self._answers.resumed(m),
             wire.Placed: lambda node, m: self._let_go(("copy", m.node, m.model)),
             wire.Fault: self._fault,
             wire.Severed: self._membership.sever,
@@ -175,10 +143,8 @@ class LiveBackend:
 
     def fail_all(self, reason: str) -> None:
         """Tell those who still wait for answers that there will be none."""
-        waiting = [answer.sink for answer in list(self._answers.values())] + [sink for _, _, sink in list(self._offered)]
-        for sink in waiting:
-            if sink is not None:
-                sink.failed(reason)
+        for sink in self._answers.sinks + [sink for _, _, sink in list(self._offered)]:
+            sink.failed(reason)
 
     # -- start and end -----------------------------------------------------------------------------------------------
 
@@ -261,7 +227,7 @@ class LiveBackend:
     def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
         aborted = request.request_id in self._aborted_early
         self._aborted_early.discard(request.request_id)
-        self._answers[request.request_id] = _Answer(ticket, None if aborted else sink, aborted=aborted)
+        self._answers.begin(request.request_id, ticket, sink, aborted=aborted)
         return RequestArrived(at, request)
 
     def _tick(self) -> float:
@@ -271,9 +237,13 @@ class LiveBackend:
 
     def _idle(self) -> bool:
         """Whether nothing can happen any more by itself."""
-        waiting = any(answer.owners or answer.moving is not None for answer in self._answers.values())
         return not (
-            self._events or self._timers or self._holding or waiting or self._transfers or self._next_request < len(self._trace)
+            self._events
+            or self._timers
+            or self._holding
+            or self._answers.outstanding
+            or self._transfers
+            or self._next_request < len(self._trace)
         )
 
     def _until_due(self) -> float:
@@ -300,9 +270,7 @@ class LiveBackend:
             self._arrived(number, {pair for pair in waiting if pair[0] == node})
         self._holding = {held for held in self._holding if not (isinstance(held, tuple) and node in held)}
         self._events.append(NodeLost(0.0, node))
-        for pipeline, head in list(self._switching.items()):
-            if head == node:
-                self._redo_switch(pipeline)
+        self._answers.node_lost(node)
 
     # -- what agents say ---------------------------------------------------------------------------------------------
 
@@ -329,41 +297,6 @@ class LiveBackend:
 
     def _let_go(self, held: object) -> None:
         self._holding.discard(held)
-
-    def _tokens(self, message: wire.Tokens) -> None:
-        by_request: dict[int, list[wire.Token]] = {}
-        for token in message.tokens:
-            by_request.setdefault(token.request_id, []).append(token)
-        for request_id, tokens in by_request.items():
-            self._take_tokens(message, request_id, tokens)
-
-    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
-        """Tokens of an instance that may speak for the request, in order and once."""
-        answer = self._answers.get(request_id)
-        if answer is None or message.instance not in answer.owners:
-            return
-        for token in tokens:
-            if token.index != answer.ticket.produced:
-                continue
-            answer.ticket.tokens.append(token.token)
-            if token.index == 0:
-                self._events.append(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
-            if answer.sink is not None:
-                answer.sink.tokens([token.token], token.finished)
-            if token.finished:
-                self._finish(request_id, message.instance)
-                return
-
-    def _finish(self, request_id: int, instance: int) -> None:
-        answer = self._answers.pop(request_id, None)
-        if answer is not None:
-            self._events.append(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
-
-    def _resumed(self, message: wire.Resumed) -> None:
-        for request_id in message.requests:
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                answer.moving = None
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -404,80 +337,11 @@ class LiveBackend:
         for node in self._members.pop(command.transfer_id, ()):
             self._tell(node, wire.Do(command))
 
-    def _serve(self, command: Serve) -> None:
-        nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
-        self._instances[command.instance] = _Served(nodes)
-        for node in nodes:
-            self._tell(node, wire.Do(command))
-
-    def _dispatch(self, command: Dispatch) -> None:
-        tickets = []
-        for request in command.requests:
-            answer = self._answers[request.request_id]
-            answer.owners, answer.moving = {command.instance}, None
-            if answer.aborted:
-                self._finish(request.request_id, command.instance)
-            else:
-                tickets.append(answer.ticket)
-        if tickets:
-            self._tell(self._instances[command.instance].nodes[0], wire.Assign(command.instance, tuple(tickets)))
-
-    def _switch_mode(self, command: SwitchMode) -> None:
-        nodes = self._instances.pop(command.pipeline).nodes
-        homes = {target: self._instances[target].nodes[0] for _, target in command.moves}
-        for request_id, target in command.moves:
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                answer.owners.add(target)
-                answer.moving = command.pipeline
-        self._switching[command.pipeline] = nodes[0]
-        self._tell(nodes[0], wire.Switch(command, homes))
-        if command.kv == "recompute":
-            for node in nodes[1:]:
-                self._tell(node, wire.Do(StopInstance(command.pipeline)))
-        if nodes[0] not in self._membership.alive:
-            self._redo_switch(command.pipeline)
-
-    def _redo_switch(self, pipeline: int) -> None:
-        """The head of a dissolved pipeline died with requests on it: their new instances get them from here."""
-        del self._switching[pipeline]
-        for answer in self._answers.values():
-            if answer.moving == pipeline:
-                answer.moving = None
-                answer.owners.discard(pipeline)
-                for target in answer.owners:
-                    if target in self._instances:
-                        self._tell(self._instances[target].nodes[0], wire.Assign(target, (answer.ticket,)))
-        for node in self._membership.alive:
-            self._tell(node, wire.Do(StopInstance(pipeline)))
-
-    def _stop_instance(self, command: StopInstance) -> None:
-        served = self._instances.pop(command.instance, None)
-        if served is None:
-            return
-        for answer in self._answers.values():
-            answer.owners.discard(command.instance)
-            if not answer.owners:
-                answer.moving = None
-        for node in served.nodes:
-            self._tell(node, wire.Do(command))
-
     def _set_timer(self, command: SetTimer) -> None:
         heappush(self._timers, (command.at, command.timer_id))
 
-    def _fail_request(self, command: FailRequest) -> None:
-        answer = self._answers.pop(command.request_id, None)
-        if answer is not None and answer.sink is not None:
-            answer.sink.failed(command.reason)
-
     def _abort(self, request_id: int) -> None:
-        answer = self._answers.get(request_id)
-        if answer is None:
-            if any(request.request_id == request_id for request, _, _ in self._offered):
-                self._aborted_early.add(request_id)
-            return
-        answer.aborted = True
-        answer.sink = None
-        for instance in answer.owners:
-            if instance in self._instances:
-                self._tell(self._instances[instance].nodes[0], wire.Abort(request_id))
+        if any(request.request_id == request_id for request, _, _ in self._offered):
+            self._aborted_early.add(request_id)
+        else:
+            self._answers.abort(request_id)

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from lambdascale.core import Request, UserError
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
-from lambdascale.live.controller.backend import Sink
+from lambdascale.live.controller.answers import Sink
 from lambdascale.live.serving.exposition import Collector
 from lambdascale.live.serving.openai_api import (
     Answer,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -26,10 +27,10 @@ from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
 from lambdascale.transport.rdma.outbox import Outbox, Source, Step
 from lambdascale.transport.rdma.slots import Slots
-from lambdascale.transport.rdma.watch import Watch
+from lambdascale.transport.rdma.watch import Watch, guarded
 from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 
-# How long what was given may take to arrive when a connection is ended on purpose.
+# Time that writes and messages may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
 # Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
@@ -73,28 +74,29 @@ class RdmaConnection:
         lanes: list[Lane],
         slots: Slots,
         theirs: Card,
-        guarded: Region | None,
+        region: Region | None,
     ) -> None:
         self.peer = peer
         self.sock = sock
         self.lanes = lanes
         self._endpoint = endpoint
         self._slots = slots
+        # Guards the outbox, the gate, the lanes' requests and the fields below: callers, sender and watch thread use them.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
-        self._gate = Gate(lanes, self._outbox, guarded, self._lock)
+        self._gate = Gate(lanes, self._outbox, region, self._lock)
         handlers = endpoint.handlers
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
         self._ending = False  # this end says goodbye once everything is through
-        self._reason = ""  # why nothing is accepted any more
-        self._gone = threading.Event()  # the peer has nothing to say any more
+        self._reason = ""  # the reason why nothing is accepted any more
+        self._gone = threading.Event()  # the peer has left
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
 
     def start(self) -> None:
         """See Connection. The peer sends nothing before it is told that this end listens."""
-        self._endpoint.watch.call(self._watch_lanes)
+        self._endpoint.watch.call(self._watch_lanes, self.failed)
         with suppress(OSError):  # then this end will hear of it, too
             self.sock.sendall(_GO)
         self._thread.start()
@@ -152,14 +154,17 @@ class RdmaConnection:
             answer = bytearray(1)
             fill(self.sock, memoryview(answer))
             self.sock.setblocking(False)
-            self._endpoint.watch.call(self._watch_socket)
+            self._endpoint.watch.call(self._watch_socket, self.failed)
             while (step := self._next()) is not None:
                 self._take(step)
         except (OSError, EOFError, LaneError, TransportError) as error:
-            self._break(str(error) or "the connection is gone")
+            self._break(str(error) or "the connection has ended")
+        except Exception as error:  # a fault of ours: nothing is sent any more, and the node has to know
+            traceback.print_exc()
+            self.failed(error)
 
     def _next(self) -> Step | None:
-        """What to post next, once there is something; None when the connection has ended."""
+        """Wait for the next step and return it; None when the connection has ended."""
         with self._changed:
             while not self._reason:
                 step = self._outbox.step()
@@ -182,11 +187,11 @@ class RdmaConnection:
 
     def _watch_lanes(self) -> None:
         for rail, lane in enumerate(self.lanes if not self._freed else []):
-            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True))
+            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True), self.failed)
 
     def _watch_socket(self) -> None:
         if not self._freed:
-            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
+            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable, self.failed)
 
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
         """Poll a rail's completions and act on them."""
@@ -231,7 +236,7 @@ class RdmaConnection:
             self._outbox.keys = keys
 
     def _socket_readable(self) -> None:
-        """The peer's process has ended, or it has closed the connection: it never says anything there."""
+        """Note that the peer's process has ended, or that it has closed the connection: it never says anything there."""
         for rail, lane in enumerate(self.lanes):
             if not self._freed:
                 self._completed(rail, lane, acknowledge=False)
@@ -241,10 +246,10 @@ class RdmaConnection:
         if self._ending:
             self._gone.set()
         else:
-            self._break("the connection is gone")
+            self._break("the connection has ended")
 
     def check(self) -> None:
-        """Called every now and then: has a completion been lost?"""
+        """Break the connection if a completion has been lost. Called every second or so."""
         with self._changed:
             stuck_s = max(lane.stuck_s() for lane in self.lanes) if not self._freed else 0.0
         if stuck_s > _LOST_S:
@@ -264,7 +269,7 @@ class RdmaConnection:
             self._outbox.goodbye()
             self._changed.notify()
         deadline = time.monotonic() + _DRAIN_S
-        while self._thread.is_alive() and time.monotonic() < deadline and not self._outbox.is_shut_out:
+        while self._thread.is_alive() and time.monotonic() < deadline and not self._is_shut_out():
             self._thread.join(_GRACE_S)
         if not self._reason:
             self._gone.wait(TIMEOUT_S)
@@ -272,8 +277,16 @@ class RdmaConnection:
         self._endpoint.watch.call_and_wait(self._free, TIMEOUT_S)
         self._thread.join(TIMEOUT_S)
 
+    def _is_shut_out(self) -> bool:
+        with self._changed:
+            return self._outbox.is_shut_out
+
+    def failed(self, error: Exception) -> None:
+        """Break the connection after an exception that nothing foresaw: the peer counts as lost."""
+        self._break(f"{type(error).__name__}: {error}")
+
     def _break(self, reason: str, *, tell: bool = True) -> None:
-        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        """End the connection: nothing is accepted any more, and what waits has failed."""
         with self._changed:
             if self._reason:
                 return
@@ -292,14 +305,19 @@ class RdmaConnection:
             if self._freed:
                 return
             self._freed = True
-            self._gate.close()  # first: a queue pair waits for the windows bound to it
-            for lane in self.lanes:
-                self._endpoint.watch.remove(lane.fd)
-                lane.close()
-            self._endpoint.watch.remove(self.sock.fileno())
-            self._slots.close()
-            self.sock.close()
+            for step in self._closing_steps():
+                guarded(step)  # one that fails leaves nothing else open, and nobody waiting
             futures = self._outbox.fail()
         self._endpoint.freed(self)
         for future in futures:
             future.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+
+    def _closing_steps(self) -> Iterator[Callable[[], None]]:
+        watch = self._endpoint.watch
+        yield self._gate.close  # first: a queue pair waits for the windows bound to it
+        for lane in self.lanes:
+            yield partial(watch.remove, lane.fd)
+            yield lane.close
+        yield partial(watch.remove, self.sock.fileno())
+        yield self._slots.close
+        yield self.sock.close

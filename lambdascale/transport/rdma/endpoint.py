@@ -20,14 +20,15 @@ from lambdascale.transport.cuda import CudaError, DeviceMemory, Gpu, address_of
 from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma import gpudirect
 from lambdascale.transport.rdma.connection import RdmaConnection
-from lambdascale.transport.rdma.device import Device, Region, guarded, list_ports, register
+from lambdascale.transport.rdma.device import Device, Region, list_ports, register
+from lambdascale.transport.rdma.device import guarded as translated
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.lane import Lane
 from lambdascale.transport.rdma.options import RdmaOptions
 from lambdascale.transport.rdma.outbox import Source
 from lambdascale.transport.rdma.ports import choose
 from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots
-from lambdascale.transport.rdma.watch import Watch
+from lambdascale.transport.rdma.watch import Watch, guarded
 from lambdascale.transport.sockets import SocketEndpoint, fill
 
 # Receives per rail; spare ones for frames without credit: a goodbye, and per rail as many credit frames as can be in flight.
@@ -133,12 +134,12 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         slots = Slots(self._devices[0], self._receives(0), _SENDS)
         try:
             for rail, device in enumerate(self._devices):
-                lanes.append(guarded(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
+                lanes.append(translated(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
             theirs = self._exchange(sock, self._card(lanes))
             if len(theirs.rails) != len(lanes):
                 raise TransportError(f"node {peer} has {len(theirs.rails)} rails, this one {len(lanes)}: name as many devices")
             for lane, card in zip(lanes, theirs.rails, strict=True):
-                guarded(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
+                translated(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
                 lane.receives.credits = theirs.receives
         except BaseException:
             for lane in lanes:
@@ -191,7 +192,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
 
     def _check(self) -> None:
         for connection in list(self._live):
-            connection.check()
+            guarded(connection.check, connection.failed)
 
     def close(self) -> None:
         """See Endpoint."""

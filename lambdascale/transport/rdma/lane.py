@@ -232,7 +232,7 @@ class Lane:
     def completed(self, into: list[Arrival | Callable[[], None]]) -> None:
         """Append arrivals and the ``done`` of completed work requests to ``into``; LaneError at the first failure."""
         while True:
-            count, completions = self._cq.poll(_BATCH)
+            count, completions = self._poll()
             for completion in completions:
                 if completion.status != enums.IBV_WC_SUCCESS:
                     raise LaneError(_reason(completion.status))
@@ -242,6 +242,12 @@ class Lane:
                     into.append(self._arrival(completion))
             if count < _BATCH:
                 return
+
+    def _poll(self) -> tuple[int, Any]:
+        try:
+            return self._cq.poll(_BATCH)  # type: ignore[no-any-return]
+        except PyverbsError as error:
+            raise LaneError(f"its completions cannot be read: {error}") from error
 
     def _retire(self, number: int) -> Iterator[Callable[[], None]]:
         """Remove the work requests up to ``number``, all completed by its completion; yield their ``done``."""
