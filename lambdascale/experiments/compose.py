@@ -1,4 +1,4 @@
-"""Finding conf/ and composing it, with a user's mistakes as one-line UserErrors."""
+"""Location and composition of conf/; a user's mistake becomes a one-line UserError."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import lambdascale
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.schema import register_schema
 
 _GIVEN = "given"  # the name of a user's file; none of conf/ has it
 
 
 def conf_dir() -> Path:
-    """The configuration tree: conf/ of a checkout, or the copy inside an installed wheel."""
+    """Path of the configuration tree: conf/ of a checkout, or the copy inside an installed wheel.
+
+    FileNotFoundError if neither exists.
+    """
     package = Path(lambdascale.__file__).resolve().parent
     for candidate in (package.parent / "conf", package / "_conf"):
         if (candidate / "run.yaml").is_file():
@@ -34,7 +37,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), directory: Path | None = None, config_name: str = "run") -> DictConfig:
-    """The composed configuration for ``overrides`` as on the command line; UserError says what is wrong with them."""
+    """Compose the configuration for ``overrides``, written as on the command line; UserError if they are wrong."""
     register_schema()
     GlobalHydra.instance().clear()
     try:

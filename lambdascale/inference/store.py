@@ -189,12 +189,6 @@ class BlockStore:
     def _is_expected(self, key: tuple[str, int], tier: StoreTier) -> bool:
         return tier == self.landing_tier and self._receptions.expects(key)
 
-    def demote(self, name: str) -> int:
-        """``mirror``, then drop the model's blocks from the device; return the bytes copied. BlockInUseError as ``evict``."""
-        copied = self.mirror(name)
-        self.evict(name, "gpu")
-        return copied
-
     def mirror(self, name: str) -> int:
         """Copy the model's blocks from the device to host memory where they are missing there; return the bytes copied.
 

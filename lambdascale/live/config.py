@@ -63,12 +63,10 @@ class LiveConfig:
     silence_s: float = 10.0
     restarts: int | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
-    kind: str = "live"
 
     def __post_init__(self) -> None:
         """Validate."""
         check_types(self)
-        require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
         require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
         require(

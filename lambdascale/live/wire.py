@@ -40,14 +40,14 @@ class Do(Message, frozen=True, tag=True):
 
 
 class Assign(Message, frozen=True, tag=True):
-    """A dispatch, with what the requests consist of."""
+    """A dispatch, with the contents of the requests."""
 
     instance: int
     tickets: tuple[Ticket, ...]
 
 
 class Switch(Message, frozen=True, tag=True):
-    """A mode switch; ``homes``: the node of each target instance."""
+    """A mode switch; ``homes``: the head of each target instance."""
 
     command: SwitchMode
     homes: dict[int, NodeId]
@@ -68,7 +68,7 @@ class NewStages(Message, frozen=True, tag=True):
 
 
 class Abort(Message, frozen=True, tag=True):
-    """The client of a request is gone: end it where it is."""
+    """End a request whose client has left."""
 
     request_id: int
 
@@ -106,14 +106,14 @@ class Happened(Message, frozen=True, tag=True):
 
 
 class Placed(Message, frozen=True, tag=True):
-    """A host copy asked for by PlaceCopy is there."""
+    """A host copy that PlaceCopy asked for is in place."""
 
     node: NodeId
     model: str
 
 
 class Token(Struct, frozen=True, gc=False, array_like=True):
-    """A token of an answer: the ``index``-th, counted from 0."""
+    """A token of an answer, ``index`` counted from 0."""
 
     request_id: int
     index: int
@@ -122,7 +122,7 @@ class Token(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Tokens(Message, frozen=True, tag=True):
-    """What an iteration of an instance yielded."""
+    """Tokens that an iteration of an instance produced."""
 
     instance: int
     mode: Mode
@@ -130,7 +130,7 @@ class Tokens(Message, frozen=True, tag=True):
 
 
 class Aborted(Message, frozen=True, tag=True):
-    """A request was ended before its time."""
+    """A request was ended before its last token."""
 
     instance: int
     request_id: int
@@ -185,7 +185,7 @@ class Ready(Message, frozen=True, tag=True):
 
 
 class Pass(Struct, frozen=True, array_like=True):
-    """An iteration as the stages of a pipeline hand it on: the batch, what it costs, and how its tokens are chosen."""
+    """An iteration as the stages of an instance hand it on: the batch, its size for timing, and how its tokens are chosen."""
 
     batch: StageBatch
     prefill_tokens: int
@@ -196,7 +196,7 @@ class Pass(Struct, frozen=True, array_like=True):
 
     @property
     def decodes(self) -> int:
-        """Sequences that decode."""
+        """Number of requests that decode."""
         return self.batch.decodes
 
 

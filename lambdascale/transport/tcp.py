@@ -1,4 +1,4 @@
-"""TCP: writes are received straight into the registered memory's final place."""
+"""TCP transport: writes are received directly at their final place in registered memory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lambdascale.transport.base import Memory, TransportError
 from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill, flat
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-# Bytes of a write, in pieces; their hash, where the sender has it; the word that it is complete; a message; a goodbye.
+# Frames: a piece of a write; the write's hash, if the sender has it; its completion; a message; the end of the connection.
 _DATA, _HASH, _WRITTEN, _MESSAGE, _BYE = range(5)
 _LARGEST_MESSAGE = 1 << 30
 _BUFFER_BYTES = 1 << 20
-# A write moves in pieces of this size at most, and messages slip in between them.
+# Largest piece of a write; messages are sent between pieces.
 _PIECE_BYTES = 1 << 20
-# Received and hashed in parts that stay in a core's cache in between.
+# Size of the parts that are received and then hashed: small enough to stay in a core's cache in between.
 _HASHED_BYTES = 1 << 18
 
 
 class Reachable(Protocol):
-    """A peer's memory that can be written to without the socket, ``step_bytes`` at a time. Used by one thread."""
+    """A peer's memory that can be written to without the socket, ``step_bytes`` at a time; used by one thread."""
 
     nbytes: int
     step_bytes: int
@@ -51,7 +51,7 @@ class Reachable(Protocol):
 
 @dataclass
 class _Job:
-    """Something to send."""
+    """A write or message to send."""
 
     kind: int
     immediate: int
@@ -75,10 +75,10 @@ class _Connection:
         self._given = threading.Condition(self._lock)
         self._ending = False
         self._reason = ""
-        self._broken = False  # something could not be sent: nothing is tried any more
+        self._broken = False  # a send failed: nothing more is sent
         self._left = 0
-        self._hash: xxhash.xxh3_64 | None = None  # of the write that is coming in
-        self._told: int | None = None  # its hash, by the sender's word
+        self._hash: xxhash.xxh3_64 | None = None  # of the write that is being received
+        self._told: int | None = None  # its hash as computed by the sender
         sock.settimeout(None)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
@@ -136,12 +136,12 @@ class _Connection:
                 thread.join(TIMEOUT_S)
 
     def _wake(self) -> None:
-        """Let calls that wait on the socket return."""
+        """Shut the socket down, so that calls waiting on it return."""
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def _leave(self) -> None:
-        """A thread is done; the last one closes the socket, which no call uses any more."""
+        """Count a finished thread; the last one closes the socket, which no call uses any more."""
         with self._lock:
             self._left += 1
             last = self._left == len(self.threads)
@@ -173,7 +173,7 @@ class _Connection:
     def _send_all(self) -> None:
         while (job := self._next()) is not None:
             self._carry_out(job)
-        # The peer sees the end of what this side sends, after all of it, and that its memory is its own again.
+        # After all data, the peer sees the end of this side's stream, and with it that nothing writes to its memory any more.
         self._let_go()
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
@@ -210,7 +210,7 @@ class _Connection:
         self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
 
     def _write(self, job: _Job) -> None:
-        """Bring the bytes over in pieces, messages in between; then say that they are complete."""
+        """Move the bytes in pieces, with messages in between, then announce that they are complete."""
         theirs = self._theirs
         if theirs is not None and job.offset + job.payload.nbytes > theirs.nbytes:
             raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")

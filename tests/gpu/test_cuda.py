@@ -67,7 +67,8 @@ def test_blocks_that_others_write_into_the_device_arena(model: PackedModel) -> N
         torch.cuda.synchronize()
         for block in range(BLOCKS):
             reception.arrived(block)
-        assert store.demote(model.name) == sum(model.block_bytes)
+        assert store.mirror(model.name) == sum(model.block_bytes)
+        store.evict(model.name, "gpu")
         assert store.resident(model.name, "host") == frozenset(range(BLOCKS))
         assert store.free_bytes("gpu") == arena
     del landing

@@ -45,11 +45,13 @@ class FakeRunner:
         self.layers = range(blocks.start * LAYERS_PER_BLOCK, blocks.stop * LAYERS_PER_BLOCK)
         self.slots = slots
         self.closed = False
+        self.prefilled = 0  # tokens
         self.kv: dict[tuple[int, int], list[int]] = {}  # slot, layer
         self._log = log
 
     def run(self, work: wire.Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
         assert not self.closed, "a closed runner runs"
+        self.prefilled += work.prefill_tokens
         self._log.append(f"run {self.layers.start}-{self.layers.stop}")
         values = (
             [int.from_bytes(inputs[i : i + 4], "big") for i in range(0, len(inputs), 4)] if isinstance(inputs, bytes) else inputs

@@ -59,6 +59,7 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
     cluster.nodes[0].assign(wire.Assign(1, (Ticket(1, [1], 1, 2),)))
     cluster.nodes[0].peer(wire.KvPart(1, 1, 9, 0, 8, b""))
     cluster.nodes[0].repartition(_new_stages(1))
+    cluster.nodes[0].step()
     cluster.run()
     assert cluster.tokens() == []
     assert cluster.nodes[0]._early == {}
@@ -348,7 +349,7 @@ def test_kv_may_come_before_its_request(order: tuple[int, ...]) -> None:
     cluster.run()
     cluster.check()
     assert len(cluster.nodes[0]._inbox) == 0
-    assert len(cluster.executors[0].log) == 5, "nothing is prefilled"
+    assert cluster.executors[0].made[0].prefilled == 0
 
 
 def test_kv_that_comes_too_late_is_dropped() -> None:
@@ -370,7 +371,7 @@ def test_the_loss_of_another_node_changes_nothing() -> None:
     feed(cluster, kv_part(cluster, ticket, 4, 4))
     cluster.run()
     cluster.check()
-    assert len(cluster.executors[0].log) == 5, "nothing is prefilled"
+    assert cluster.executors[0].made[0].prefilled == 0
 
 
 def test_a_handover_after_the_loss_of_a_source_waits_for_nothing() -> None:
@@ -410,6 +411,33 @@ def test_a_request_that_is_handed_over_twice_is_added_once(with_kv: bool) -> Non
         assert sum(token.finished for token in cluster.tokens()) == 1
         assert len(cluster.tokens()) == 6
         assert len(cluster.nodes[0]._inbox) == 0
+
+
+def test_a_replica_that_becomes_a_pipeline_waits_for_no_kv() -> None:
+    """KV is put into slots of whole instances only: the request is prefilled on the new stages instead."""
+    cluster, ticket = waiting_replica()
+    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
+    cluster.repartition(5, 1, 0, [0], 1, "copy", *stages((0, 0, 1), (0, 2, 3)))
+    cluster.run()
+    feed(cluster, kv_part(cluster, ticket, 4, 4))
+    cluster.run()
+    cluster.check()
+    assert len(cluster.nodes[0]._inbox) == 0
+
+
+@pytest.mark.parametrize("kv", ["copy", "recompute"])
+def test_kv_that_waits_for_a_slot_is_given_up_when_the_stages_change(kv: KvPolicy) -> None:
+    """A request that waits for its turn, with complete KV outside of slots, is prefilled on the new stages."""
+    cluster, ticket = waiting_replica()
+    cluster.assign(5, 0, 2, 3)
+    while len(cluster.nodes[0]._instances[5].head.batches[0].kv_slots()) < 2:  # type: ignore[union-attr]
+        cluster.run(steps=1)
+    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4), kv_part(cluster, ticket, 4, 4))
+    assert len(cluster.nodes[0]._inbox) == 1
+    cluster.repartition(5, 1, 0, [0], 1, kv, *stages((0, 0, 1), (0, 2, 3)))
+    cluster.run()
+    cluster.check()
+    assert len(cluster.nodes[0]._inbox) == 0
 
 
 def test_an_abort_ends_a_request_that_waits_for_its_kv() -> None:

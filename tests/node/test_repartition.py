@@ -144,6 +144,23 @@ def test_a_pass_waits_for_its_kv() -> None:
     cluster.check()
 
 
+def test_moves_of_a_batch_keep_their_order() -> None:
+    """A node whose KV is late has no stage in the next partition but one in the one after: it moves through all three."""
+    cluster = FakeCluster(3)
+    first, second = stages((0, 0, 1), (2, 2, 3)), stages((0, 0, 1), (1, 2, 3))
+    story = Story(cluster, first)
+    story.assign(1)
+    while len(cluster.tokens()) < 2 or cluster.nodes[0]._instances[1].head.running:  # type: ignore[union-attr]
+        cluster.run(steps=1)
+    for change in (second, first, second):
+        story.repartition(change, "copy")
+    slow = ("deliver", 2, 1)
+    while fast := [choice for choice in cluster.choices() if choice != slow]:
+        cluster.happen(fast[0])
+    cluster.run()
+    cluster.check()
+
+
 def test_batches_take_turns() -> None:
     """In a circle: a batch whose iterations end at once is not served alone."""
     head = Head(lambda index: Batch(BatchLimits(max_batch=1), range(index, index + 1), 20, 50))

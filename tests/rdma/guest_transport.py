@@ -1,4 +1,4 @@
-"""Run in the guest: the conformance suite on real verbs, in every shape of connection; and what only verbs can get wrong."""
+"""Run in the guest: the conformance suite on real verbs with all kinds of connections, and faults that only verbs have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RdmaEndpoint = load()
 
 
 class Hospitable(RdmaEndpoint):
-    """Admits whoever connects, for as long as it is connected."""
+    """Admits every peer for as long as it is connected."""
 
     def _add(self, connection: RdmaConnection, generation: int) -> None:
         super()._add(connection, generation)
@@ -27,7 +27,7 @@ class Hospitable(RdmaEndpoint):
 
 
 class TestWindows(TransportConformance):
-    """As the live cluster has it."""
+    """Connections with memory windows, as in the live cluster."""
 
     options = RdmaOptions()
 
@@ -48,7 +48,7 @@ class TestStanding(TestWindows):
     options = RdmaOptions(windows=False)
 
     def break_off(self, endpoint: Endpoint) -> None:
-        """A queue pair fails, the sockets do not."""
+        """Let a queue pair fail while the sockets stay open."""
         assert isinstance(endpoint, RdmaEndpoint)
         for connection in list(endpoint._connections.values()):
             connection.lanes[0].fail()
@@ -65,7 +65,7 @@ class TestShallow(TestWindows):
 
 @pytest.fixture
 def two() -> Iterator[tuple[Node, Node]]:
-    """Connected, and neither admits the other."""
+    """Two connected endpoints, neither of which admits the other."""
     with ExitStack() as stack:
         nodes = []
         for number in range(2):
@@ -78,7 +78,7 @@ def two() -> Iterator[tuple[Node, Node]]:
 
 
 class TestKeys:
-    """Who may write when."""
+    """Peers write only while they are admitted."""
 
     def test_a_write_waits_until_it_is_admitted(self, two: tuple[Node, Node]) -> None:
         one, other = two
@@ -112,11 +112,11 @@ class TestKeys:
 
 
 class TestFaults:
-    """What only verbs can get wrong ends as every other loss does."""
+    """Faults that only verbs have end as any other loss of a connection."""
 
     @pytest.fixture
     def ends(self, two: tuple[Node, Node]) -> tuple[Node, RdmaConnection, RdmaConnection]:
-        """The writer, its connection, and the other's; the writer is admitted."""
+        """The writer, which is admitted, its connection, and the other end's."""
         one, other = two
         other.endpoint.admit(1)
         one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
@@ -134,7 +134,7 @@ class TestFaults:
     def test_a_peer_that_does_not_answer(
         self, ends: tuple[Node, RdmaConnection, RdmaConnection], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its machine is gone: no packet is acknowledged, and no socket is closed."""
+        """The peer's machine is lost: no packet is acknowledged, and no socket is closed."""
         one, _, reading = ends
         monkeypatch.setattr(reading.lanes[0], "completed", lambda into: None)
         reading.lanes[0].fail()

@@ -1,4 +1,4 @@
-"""The cuda_ipc transport over a driver in host memory; tests/gpu has it on GPUs."""
+"""The cuda_ipc transport with a fake driver in host memory; tests/gpu tests it on GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., list[Node]]
 
 
 class TestCudaIpc(TransportConformance):
-    """Peers as in one process, where memory need not be opened."""
+    """Peers in one process, which need not open each other's memory."""
 
     @pytest.fixture(autouse=True)
     def driver(self) -> None:
@@ -45,7 +45,7 @@ class TestCudaIpc(TransportConformance):
 
 
 class TestForeign(TestCudaIpc):
-    """Peers as in processes of their own, which open each other's memory; sources on the GPU."""
+    """Peers as if in different processes, which open each other's memory; sources on the GPU."""
 
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
         endpoint = CudaIpcEndpoint(node, handlers, KEY, gpu=Gpu(0, self.driver))
@@ -68,7 +68,7 @@ class TestForeign(TestCudaIpc):
         assert not self.driver.allocated
 
     def test_a_write_is_told_when_it_is_complete(self, nodes: Make) -> None:
-        """Waited for, by an event, before a word is said; a failed copy is never told."""
+        """A write is reported after its event was waited for; a failed copy is never reported."""
         one, two = self.pair(nodes)
         data = self.source(b"y" * 1000)
         self.driver.calls.clear()
@@ -112,7 +112,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("which", [0, 1])
     def test_memory_that_cannot_be_opened(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint], which: int) -> None:
-        """Whichever end cannot: who connects says why, and keeps nothing open."""
+        """If either end fails to open the other's memory, the connecting end raises the reason and leaves nothing open."""
         one, two = pair
         self.drivers[which].failing["cuIpcOpenMemHandle_v2"] = 217
         with pytest.raises(TransportError, match=rf"node {which} \(GPU 0\) cannot open .* of node {1 - which}: .*\(217\)"):

@@ -59,7 +59,7 @@ class TestPacedShm(TestTcp):
 
 @pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
 def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> None:
-    """Hidden states of a pipeline pass while blocks arrive over the same connection."""
+    """Messages (such as hidden states) arrive while blocks are being written over the same connection."""
     heard = Heard()
     one, two = kind(1, heard.handlers(), KEY, link=TokenBucket(20e6)), kind(0, heard.handlers(), KEY)
     two.register(two.allocate(10_000_000))
@@ -98,6 +98,28 @@ def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFix
     two.close()
 
 
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_nothing_is_hashed_for_those_that_do_not_verify(kind: type[TcpEndpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a handler for hashes, writes come without them, and no end computes any."""
+    monkeypatch.setattr("xxhash.xxh3_64", lambda: pytest.fail("it is hashed"))
+    written, ended = list[tuple[int, int, int, int]](), threading.Event()
+
+    def on_write(*write: int) -> None:
+        written.append(write)  # type: ignore[arg-type]
+        ended.set()
+
+    ends = [kind(node, Handlers(on_write=on_write, on_message=print, on_lost=print), KEY) for node in range(2)]
+    memory = ends[1].allocate(100_000)
+    ends[1].register(memory)
+    ends[0].connect(1, ends[1].address)
+    ends[0].write(1, memoryview(b"x" * 50_000), 7, 5).result(10)
+    assert ended.wait(10)
+    assert written == [(0, 5, 7, 50_000)]
+    assert bytes(memory[7:50_007]) == b"x" * 50_000
+    for end in ends:
+        end.close()
+
+
 class TestStrangers:
     def test_another_key(self) -> None:
         heard = Heard()
@@ -118,7 +140,7 @@ class TestStrangers:
         with socket.create_connection((host, int(port))) as stranger:
             stranger.sendall(noise)
             stranger.settimeout(10)
-            with suppress(OSError):  # it may have hung up already
+            with suppress(OSError):  # the endpoint may have closed the connection already
                 stranger.shutdown(socket.SHUT_WR)
             with suppress(ConnectionResetError):
                 while stranger.recv(1000):

@@ -137,7 +137,7 @@ class Node:
     def finish_loads(self) -> None:
         """Wait for the threads of loads under way, and run what they have given the node to do."""
         self.run()
-        while running := set(self.mover._loads._running):
+        while running := list(self.mover._loads._running):
             for load in running:
                 load.join()
             self.run()

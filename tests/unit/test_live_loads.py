@@ -178,6 +178,15 @@ class TestRelease:
         assert node.store.resident("tiny", "gpu") == frozenset()
         assert node.store.resident("tiny", "host") == (set(ALL) if keep_host else frozenset())
 
+    @pytest.mark.parametrize("lands", ["gpu", "host"])
+    def test_host_memory_that_blocks_came_through(self, make: Callable[..., Node], lands: str) -> None:
+        """It is freed with the device; a host copy that was made on purpose is not."""
+        node = make(lands=lands, held="gpu")
+        node.store.mirror("tiny")
+        release(node)
+        node.run()
+        assert node.store.resident("tiny", "host") == (frozenset() if lands == "host" else set(ALL))
+
     def test_only_when_what_used_it_has_stopped(self, make: Callable[..., Node]) -> None:
         """And nothing waits for that meanwhile: other jobs go on."""
         node, after = make(held="gpu"), Future[None]()

@@ -10,7 +10,7 @@ import pytest
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import MulticastPlan
-from lambdascale.core.commands import LoadBlocks
+from lambdascale.core.commands import EvictBlocks, LoadBlocks
 from lambdascale.core.plan import Send
 from lambdascale.live import wire
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
@@ -155,6 +155,25 @@ def test_a_block_is_reported_once(network: Network, make: Callable[..., Node]) -
     node.mover.written(1, 2 << BLOCK_BITS | 7)
     network.run()
     assert sorted(node.arrived) == ALL
+    assert not node.failed
+
+
+def test_what_one_multicast_has_brought_another_need_not(network: Network, make: Callable[..., Node]) -> None:
+    """But the write that it has under way is waited for."""
+    sources, node = [make(0, held="gpu"), make(1, held="gpu")], make(2)
+    start(multicast(1, chain(0, 2)), sources[0], node)
+    start(multicast(2, chain(1, 2)), sources[1], node)
+    network.settle()
+    (late,) = [write for write in network.writes if write[0] == 1]
+    network.writes.remove(late)
+    network.run()
+    assert node.arrived == ALL
+    assert node.mover._multicasts.receiving.is_receiving("tiny")
+    network.writes.append(late)
+    network.run()
+    assert not node.mover._multicasts.receiving.is_receiving("tiny")
+    assert [ready.offset is None for ready in node.endpoint.asked if ready.transfer_id == 2] == [False] + [True] * (BLOCKS - 1)
+    assert node.arrived == ALL
 
 
 class TestCancelled:
@@ -180,6 +199,20 @@ class TestCancelled:
         assert node.arrived == [0], "what has arrived counts"
         assert node.store.free_bytes("gpu") > everything
         assert node.endpoint.admitted == []
+
+    def test_memory_is_kept_while_a_block_is_verified(self, network: Network, three: tuple[Node, Node]) -> None:
+        """The worker reads it; what it finds right counts."""
+        _, node = three
+        before = node.store.free_bytes("gpu")
+        network.deliver()
+        node.thread.run()
+        node.mover.cancel(1)
+        node.mover.written(0, 1 << BLOCK_BITS | FENCE)
+        node.thread.run()
+        assert node.store.free_bytes("gpu") == before
+        network.settle()
+        assert node.arrived == [0]
+        assert node.store.free_bytes("gpu") > before
 
     def test_a_fence_frees_the_memory(self, network: Network, make: Callable[..., Node]) -> None:
         """A sender whose turn it was and that has written nothing."""
@@ -219,6 +252,14 @@ class TestCancelled:
         node.mover.lost(0)
         node.run()
         assert not node.store.awaited("tiny", 0)
+
+    def test_a_lost_sender_is_asked_for_nothing(self, network: Network, three: tuple[Node, Node]) -> None:
+        _, node = three
+        network.writes.clear()
+        asked = len(node.endpoint.asked)
+        node.mover.lost(0)
+        network.settle()
+        assert len(node.endpoint.asked) == asked
 
     def test_what_has_ended_is_not_remembered_for_ever(self, network: Network, make: Callable[..., Node]) -> None:
         source = make(0)
@@ -325,6 +366,18 @@ class TestFailures:
         assert node.failed == []
         assert node.faults == ["the loss of node 3: node 1: ZeroDivisionError: division by zero"]
 
+    def test_of_a_cancellation_or_release(self, make: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The controller would do nothing about a transfer that it has cancelled, or about memory that is never freed."""
+        node = make(1, held="gpu")
+        monkeypatch.setattr(node.mover._multicasts, "cancel", lambda number: 1 / 0)
+        monkeypatch.setattr(node.store, "evict", lambda name, tier: 1 / 0)
+        node.mover.cancel(3)
+        node.mover.evict(EvictBlocks(1, "tiny", "gpu"))
+        node.run()
+        assert node.failed == []
+        assert [fault.partition(":")[0] for fault in node.faults] == ["the cancellation of transfer 3", "EvictBlocks"]
+        assert not node.mover._order._held, "later commands go on"
+
     def test_of_a_host_copy(self, make: Callable[..., Node]) -> None:
         node, placed = make(1), list[str]()
         for key in [("other", block) for block in ALL]:
@@ -333,6 +386,17 @@ class TestFailures:
         node.run()
         assert [(failed.command, failed.model) for failed in node.failed] == [("PlaceCopy", "tiny")]
         assert placed == []
+
+
+def test_one_send_at_a_time(network: Network, make: Callable[..., Node]) -> None:
+    """Both receivers have asked; a paced link carries one block after the other."""
+    source, one, two = make(0, held="gpu"), make(1), make(2)
+    plan = MulticastPlan((0, 1, 2), (0,), 1, ((Send(0, 1, 0),), (Send(0, 2, 0),)))
+    start(multicast(1, plan), source, one, two)
+    for receiver in (1, 2):
+        network.settle()
+        assert [write[1] for write in network.writes] == [receiver]
+        network.deliver()
 
 
 def test_a_lost_receiver_holds_up_nobody(network: Network, make: Callable[..., Node]) -> None:

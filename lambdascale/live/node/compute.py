@@ -136,10 +136,10 @@ class Compute:
     def _run_turn(self) -> None:
         """Run the stage, or start the iteration, whose turn it is."""
         turn = self._turns.next()
-        instance = None if turn is None else self._instances.get(turn.instance)
-        if turn is not None and instance is not None:
-            job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
-            self._worker.guarded(job, turn.instance)
+        assert turn is not None, "a turn is taken when there is one"
+        instance = self._instances[turn.instance]
+        job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
+        self._worker.guarded(job, turn.instance)
 
     def _failed(self, error: Exception, instance: int) -> None:
         reason = f"node {self._node}: {type(error).__name__}: {error}"

@@ -201,9 +201,7 @@ class Instance:
         ``slots`` of other batches hold requests absorbed from them: their KV came to the partition with the other batch, which
         may be ahead since.
         """
-        if self.at.get(batch) != version or self._missing.get(batch):
-            return False
-        owners = {slot // self.slots_per_batch for slot in slots}
+        owners = {batch, *(slot // self.slots_per_batch for slot in slots)}
         return all(self.at.get(owner, -1) >= version and not self._missing.get(owner) for owner in owners)
 
     def moved(self, batch: int, version: int, expected: set[Place]) -> None:

@@ -31,9 +31,10 @@ class About:
 
 
 class Failures:
-    """Reports failures to the controller: as CommandFailed where a transfer or model is known, else by ``fault(reason)``.
+    """Reports failures to the controller: as CommandFailed of a transfer or a model, else by ``fault(reason)``.
 
-    A fault says that the node as a whole cannot be relied on any more: the controller counts the node as lost.
+    A fault says that the node as a whole cannot be relied on any more: the controller counts the node as lost. The controller
+    acts on a transfer's failure whatever it is, on a model's only if it is foreseen (no room, say).
     """
 
     def __init__(self, node: NodeId, send: Callable[[AnyEvent], None], fault: Callable[[str], None]) -> None:
@@ -42,10 +43,11 @@ class Failures:
     def failed(self, about: About, error: Exception | str) -> None:
         """Report that a command could not be carried out. Errors that are not the user's are printed with their traceback."""
         reason = str(error)
-        if isinstance(error, Exception) and not isinstance(error, ValueError):
+        unforeseen = isinstance(error, Exception) and not isinstance(error, ValueError)
+        if isinstance(error, Exception) and unforeseen:
             traceback.print_exception(error)
             reason = f"node {self._node}: {type(error).__name__}: {error}"
-        if about.transfer_id < 0 and not about.model:
+        if about.transfer_id < 0 and (unforeseen or not about.model):
             self._fault(f"{about.command}: {reason}")
         else:
             self._send(CommandFailed(0.0, about.command, reason, transfer_id=about.transfer_id, model=about.model))

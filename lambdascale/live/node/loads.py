@@ -41,7 +41,9 @@ class Loads:
         self._links = links
         self._preloaded = preloaded
         self._loads: dict[int, Load] = {}  # by transfer; cancelled ones excepted
-        self._running: set[Load] = set()  # all whose threads may touch the store's memory
+        self._running: list[
+            Load
+        ] = []  # once for each job that waits for the end: threads may touch the store's memory until then
 
     def close(self) -> None:
         """Cancel loads and wait for their ends: none touches the node's memory afterwards. After the jobs' threads have ended."""
@@ -56,7 +58,8 @@ class Loads:
         if load is not None:
             load.cancel()
             self._order.hold(load.model)
-            self._when_ended(load, About("CancelTransfer", number, load.model), lambda _: self._order.let_go(load.model))
+            about = About(f"the cancellation of transfer {number}", model=load.model)
+            self._when_ended(load, about, lambda _: self._order.let_go(load.model))
 
     def cancel_all(self, model: str) -> None:
         """Stop all loads of a model that leaves this node."""
@@ -144,10 +147,10 @@ class Loads:
 
     def _when_ended(self, load: Load, about: About, call: Callable[[Exception | None], None]) -> None:
         """Call ``call(error)`` on the jobs' thread once a load has ended."""
-        self._running.add(load)
+        self._running.append(load)
 
         def ended(error: Exception | None) -> None:
-            self._running.discard(load)
+            self._running.remove(load)
             call(error)
 
         load.when_ended(lambda error: self._jobs.do(about, lambda: ended(error)))

@@ -83,7 +83,8 @@ class Mover:
             self._loads.cancel(transfer_id)
             self._multicasts.cancel(transfer_id)
 
-        self._jobs.do(About("CancelTransfer", transfer_id), cancel)
+        # The controller knows a cancelled transfer no more: a failure here is the node's.
+        self._jobs.do(About(f"the cancellation of transfer {transfer_id}"), cancel)
 
     def place_copy(self, model: str, done: Callable[[], None]) -> None:
         """Make a host copy, then call ``done``."""

@@ -37,7 +37,6 @@ class _Outgoing:
     tier: StoreTier
     sends: deque[Send]
     in_flight: int = 0
-    preparing: bool = False  # blocks are being copied to where endpoints can send them from
     cancelled: bool = False
 
 
@@ -57,13 +56,11 @@ class Sending:
         """Begin a multicast's sends, from ``tier``. Blocks on a GPU that no endpoint reads are copied to the host first."""
         out = self._outgoing[command.transfer_id] = _Outgoing(command, tier, sends)
         if self._store.landing_tier == "host":
-            out.preparing = True
             about = About("StartMulticast", command.transfer_id, command.model)
             self._jobs.work(about, partial(self._store.mirror, command.model), partial(self._prepared, about, out))
         self._pump(command.transfer_id)
 
     def _prepared(self, about: About, out: _Outgoing, error: Exception | None) -> None:
-        out.preparing = False
         if error is not None:
             self._reports.failed(about, error)
             self._stop(out)
@@ -108,7 +105,7 @@ class Sending:
     def _pump(self, number: int) -> None:
         """Start the next sends, in order, as far as the window, the blocks and the receivers' requests allow."""
         out = self._outgoing.get(number)
-        if out is None or out.preparing:
+        if out is None:
             return
         while out.sends and out.in_flight < self._window and self._may_send(number, out, out.sends[0]):
             send = out.sends.popleft()

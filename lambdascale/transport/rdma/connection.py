@@ -1,7 +1,7 @@
 """A connection to one peer: its queue pairs (a rail for each device) and its socket.
 
-One thread sends; the endpoint's watching thread takes completions and tells the node of what has arrived. The socket over which
-the two ends have introduced themselves stays open: a process that dies closes it, long before retries are exhausted.
+One thread sends; the endpoint's watch thread polls completions and notifies the node of arrivals. The socket over which the two
+ends introduced themselves stays open: a process that dies closes it long before retries are exhausted.
 """
 
 from __future__ import annotations
@@ -14,30 +14,53 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.cuda import address_of
+from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
-from lambdascale.transport.rdma.outbox import Outbox, Step
+from lambdascale.transport.rdma.outbox import Outbox, Source, Step
 from lambdascale.transport.rdma.slots import Slots
-from lambdascale.transport.rdma.watch import guarded
+from lambdascale.transport.rdma.watch import Watch, guarded
 from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
-
-if TYPE_CHECKING:
-    from lambdascale.transport.rdma.endpoint import RdmaEndpoint
 
 # Time that writes and messages may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
-# A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
+# Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
 _LOST_S = 30.0
 _GO = b"!"
+
+
+class Owner(Protocol):
+    """The endpoint a connection belongs to: its handlers, its watching thread and its pacing, and who hears of the end."""
+
+    handlers: Handlers
+    watch: Watch
+    link: TokenBucket | None
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one work request at most."""
+        ...
+
+    def source(self, address: int, size: int) -> Source:
+        """Return the registered memory that holds these bytes."""
+        ...
+
+    def forget(self, connection: RdmaConnection) -> None:
+        """Take note that a connection accepts nothing any more."""
+        ...
+
+    def freed(self, connection: RdmaConnection) -> None:
+        """Take note that a connection has let go of its device."""
+        ...
 
 
 class RdmaConnection:
@@ -45,7 +68,7 @@ class RdmaConnection:
 
     def __init__(
         self,
-        endpoint: RdmaEndpoint,
+        endpoint: Owner,
         peer: NodeId,
         sock: socket.socket,
         lanes: list[Lane],
@@ -58,8 +81,7 @@ class RdmaConnection:
         self.lanes = lanes
         self._endpoint = endpoint
         self._slots = slots
-        # Guards the outbox, the gate, the lanes' requests, and the fields below: senders, the sending and the watching thread use
-        # them.
+        # Guards the outbox, the gate, the lanes' requests and the fields below: callers, sender and watch thread use them.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
@@ -161,7 +183,7 @@ class RdmaConnection:
             if not self._reason:
                 step.post()
 
-    # -- what the watching thread does -------------------------------------------------------------------------------
+    # -- on the watch thread -----------------------------------------------------------------------------------------
 
     def _watch_lanes(self) -> None:
         for rail, lane in enumerate(self.lanes if not self._freed else []):
@@ -172,7 +194,7 @@ class RdmaConnection:
             self._endpoint.watch.add(self.sock.fileno(), self._socket_readable, self.failed)
 
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
-        """Take a rail's completions and act on them."""
+        """Poll a rail's completions and act on them."""
         items: list[Arrival | Callable[[], None]] = []
         failure = ""
         with self._changed:
@@ -241,7 +263,7 @@ class RdmaConnection:
             self._break("the peer has disconnected", tell=False)
 
     def finish(self) -> None:
-        """See Connection. Not from a handler."""
+        """See Connection. Must not be called from a handler."""
         with self._changed:
             self._ending = True
             self._outbox.goodbye()
@@ -280,7 +302,7 @@ class RdmaConnection:
         self._break(reason)
 
     def _free(self) -> None:
-        """Close queue pairs, memory and socket; in the watching thread, or before the connection has been started."""
+        """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""
         with self._changed:
             if self._freed:
                 return

@@ -1,4 +1,4 @@
-"""A port tried out: two endpoints of this process write to each other through it."""
+"""Test of a port: two endpoints of this process write to each other through it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Loopback:
-    """What came of it. ``choice``: the GID and MTU that were chosen; ``intact``: every byte arrived as it was."""
+    """Result of a test. ``choice`` has the GID and MTU used; ``intact`` is true if every byte arrived unchanged."""
 
     choice: Choice
     bytes_per_s: float
@@ -26,7 +26,7 @@ class Loopback:
 
 
 def loopback(options: RdmaOptions, size: int) -> Loopback:
-    """Write ``size`` random bytes through a port and compare. TransportError or UserError if they do not arrive."""
+    """Write ``size`` random bytes through a port and compare them; TransportError or UserError if they do not arrive."""
     written = threading.Semaphore(0)
     lost: list[str] = []
 
