@@ -35,9 +35,9 @@ class TestSystem:
     def test_a_file_is_composed_like_those_of_conf(self, tmp_path: Path) -> None:
         """With its defaults, the command's values and overrides."""
         path = tmp_path / "my system.yaml"
-        path.write_text("defaults:\n  - lambdascale\n  - _self_\nname: mine\nplacement: startup_time\n")
-        built = system(path, "system.kv=copy")
-        assert (built.name, built.placement, built.kv, built.blocks) == ("mine", "startup_time", "copy", 8)
+        path.write_text("defaults:\n  - lambdascale\n  - _self_\nname: mine\nkv: copy\n")
+        built = system(path, "system.blocks=4")
+        assert (built.name, built.kv, built.blocks) == ("mine", "copy", 8)
         assert built.autoscaler.keep_alive_s == 7.0
 
     def test_a_file_of_the_same_name(self, tmp_path: Path) -> None:
