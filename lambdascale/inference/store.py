@@ -18,8 +18,8 @@ from lambdascale.core import parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference import devices
 from lambdascale.inference.arena import Arena
+from lambdascale.inference.digest import block_digest
 from lambdascale.inference.loading import BlockError, Load, Loader, OnBlock
-from lambdascale.inference.read_back import ReadBack
 from lambdascale.inference.reader import ChunkReader, Direct
 from lambdascale.inference.reception import Reception, Receptions
 from lambdascale.inference.residency import Residency, StoreTier
@@ -75,7 +75,9 @@ class BlockStore:
         self._lock = threading.RLock()
         self._models: dict[str, PackedModel] = {}
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"
-        self._read_back = ReadBack(self.device) if self.device.type != "cpu" and config.land_on_device else None
+        self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
+        # Digests wait for nothing that the GPU computes in its default stream.
+        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None  # type: ignore[no-untyped-call]
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
@@ -108,7 +110,11 @@ class BlockStore:
     # -- what is where -----------------------------------------------------------------------------------------------
 
     def add(self, model: PackedModel) -> None:
-        """Make a model known. UserError if another one has its name."""
+        """Make a model known. UserError if another one has its name, or if its blocks cannot be verified where they land."""
+        require(
+            not self._lands_on_gpu or self.config.verify == "off" or all(block.digests for block in model.blocks),
+            f"{model.name} was packed without digests for GPUs: pack it again, or set backend.verify=off",
+        )
         with self._lock:
             known = self._models.setdefault(model.name, model)
             require(
@@ -224,16 +230,24 @@ class BlockStore:
         """Raise BlockError if the block is one to verify and its hash is not the packed model's."""
         if not is_verified(self.config.verify, block, len(model.blocks)):
             return
-        wanted = model.blocks[block].xxh3_64
-        found = f"{self.block_hash(data) if xxh3_64 is None else xxh3_64:016x}"
+        if self._lands_on_gpu:
+            wanted, found = model.blocks[block].digest, self._digest(data, model.part_bytes)
+        else:
+            wanted = int(model.blocks[block].xxh3_64, 16)
+            found = self.block_hash(data) if xxh3_64 is None else xxh3_64
         if found != wanted:
-            raise BlockError(model.name, block, model.path(block), f"arrived with checksum {found} instead of {wanted}")
+            raise BlockError(model.name, block, model.path(block), f"arrived with checksum {found:016x} instead of {wanted:016x}")
 
-    def block_hash(self, data: Tensor) -> int:
-        """Return the xxh3-64 hash of a block's bytes, a flat uint8 tensor in the landing arena."""
-        if self._read_back is not None:
-            return int(self._read_back.xxh3_64(data), 16)
+    @staticmethod
+    def block_hash(data: Tensor) -> int:
+        """Return the xxh3-64 hash of a block in host memory, a flat uint8 tensor."""
         return xxhash.xxh3_64_intdigest(data.numpy().data)
+
+    def _digest(self, data: Tensor, part_bytes: int) -> int:
+        """Return the digest of a block in the device arena, computed beside what the GPU runs."""
+        self.use_device()
+        with torch.cuda.stream(self._digests):
+            return block_digest(data, part_bytes)
 
     def _lift(self, name: str, block: int) -> None:
         """Copy a landed block to the device, if it is not there, and wait. CapacityError if the device has no room."""

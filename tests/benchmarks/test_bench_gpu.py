@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from lambdascale.inference.read_back import ReadBack
+from lambdascale.inference.digest import block_digest
 from lambdascale.testing.transports import Heard
 from lambdascale.transport import CudaIpcEndpoint, gpu_of
 
@@ -52,9 +52,8 @@ def test_write(benchmark: BenchmarkFixture, gpu: int, source: str) -> None:
         peer.kill()
 
 
-def test_read_back(benchmark: BenchmarkFixture) -> None:
-    """The checksum of 1 GiB on a GPU."""
+def test_digest(benchmark: BenchmarkFixture) -> None:
+    """The digest of 1 GiB on a GPU."""
     data = torch.randint(0, 256, (SIZE,), dtype=torch.uint8, device="cuda:0")
-    reader = ReadBack(torch.device("cuda:0"))
-    benchmark.pedantic(lambda: reader.xxh3_64(data), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(lambda: block_digest(data), rounds=5, warmup_rounds=1)
     print(f"\n{benchmark.name}: {SIZE / benchmark.stats.stats.median / 1e9:.1f} GB/s")

@@ -21,7 +21,6 @@ from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.core import CapacityError, UserError
 from lambdascale.inference import BlockError, BlockInUseError, BlockStore, StoreConfig
 from lambdascale.inference.arena import Arena, Extents
-from lambdascale.inference.read_back import ReadBack
 from lambdascale.inference.reception import BlockState
 from lambdascale.inference.verification import is_verified
 
@@ -555,15 +554,6 @@ class TestExtents:
         extents.give_back(third)
         assert extents.take(2 * PAGE) == third
         assert second == 4 * PAGE
-
-
-@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 5003])
-def test_a_checksum_in_pieces(size: int) -> None:
-    """Two buffers in turn: no piece is hashed twice or not at all."""
-    data = torch.arange(size, dtype=torch.int64).mul(7).remainder(251).to(torch.uint8)
-    read_back = ReadBack(torch.device("cpu"), piece_bytes=1000)
-    for _ in range(2):
-        assert read_back.xxh3_64(data) == xxhash.xxh3_64_hexdigest(data.numpy().tobytes())
 
 
 def test_an_arena_in_memory_that_is_given() -> None:
