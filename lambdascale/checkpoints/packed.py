@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from lambdascale.checkpoints.architecture import Architecture, load_architecture
+from lambdascale.checkpoints.checksums import combined
 from lambdascale.checkpoints.layout import WEIGHT_TYPES, BlockLayout, block_layout, model_spec
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import ModelSpec, UserError
@@ -20,7 +22,8 @@ class PackedBlock(msgspec.Struct, frozen=True):
     """A block on disk: ``size_bytes`` bytes of ``file`` from ``data_offset``, with their xxh3-64 checksum in hexadecimal.
 
     ``parts``: the checksums of its parts of the manifest's ``part_bytes`` each (the last may be shorter), so that several threads
-    can verify a block in any order.
+    can verify a block in any order. ``digests``: of the same parts, for blocks in a GPU's memory (lambdascale.inference.digest);
+    empty in models packed before there were any.
     """
 
     file: str
@@ -30,6 +33,14 @@ class PackedBlock(msgspec.Struct, frozen=True):
     first_layer: int
     last_layer: int
     parts: tuple[str, ...]
+    digests: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> int | None:
+        """Digest of the whole block; None if the model was packed without any."""
+        if not self.digests:
+            return None
+        return combined(np.array([int(digest, 16) for digest in self.digests], dtype=np.uint64))
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -104,7 +115,8 @@ def _layout(directory: Path, architecture: Architecture, manifest: Manifest, ind
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
     layout = block_layout(architecture, manifest.dtype, index, range(block.first_layer, block.last_layer + 1))
     parts_fit = manifest.part_bytes > 0 and manifest.part_bytes % ALIGNMENT == 0
-    if layout.size_bytes != block.size_bytes or not parts_fit or len(block.parts) != -(-block.size_bytes // manifest.part_bytes):
+    count = -(-block.size_bytes // manifest.part_bytes) if parts_fit else 0
+    if layout.size_bytes != block.size_bytes or len(block.parts) != count or len(block.digests) not in (0, count):
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
     path = directory / block.file
     size, wanted = path.stat().st_size if path.is_file() else 0, block.data_offset + block.size_bytes

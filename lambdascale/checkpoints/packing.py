@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lambdascale.core import UserError
 from lambdascale.core.checks import require
 
 _CHUNK_BYTES = 16 << 20
+# Blocks written at a time: hashing takes a core each, and a disk likes few writers.
+_MOST_THREADS = 4
 # Several to a read of the block store, and few enough that a 70B model's manifest stays below 1 MB.
 PART_BYTES = 4 << 20
 # What a model directory has besides weights and is worth keeping.
@@ -40,7 +43,7 @@ def pack(
 ) -> None:
     """Write the checkpoint in ``source`` as ``target``, cut into ``blocks`` blocks of element type ``dtype`` (None: as it is).
 
-    ``advance`` is told the bytes of each piece written. ``target`` appears when it is complete; UserError if it exists, if the
+    ``advance`` is told the bytes of each piece written, from several threads. ``target`` appears when it is complete; UserError if it exists, if the
     disk is full, or for anything wrong with the source. ``part_bytes``, whole pages: what gets a checksum of its own.
     """
     require(part_bytes > 0 and part_bytes % ALIGNMENT == 0, f"part_bytes must be a multiple of {ALIGNMENT}, not {part_bytes}")
@@ -48,9 +51,16 @@ def pack(
     dtype = dtype or checkpoint.dtype
     layouts = block_layouts(checkpoint.architecture, dtype, blocks, source.name)
     with new_directory(target) as temporary:
-        written = [
-            _write_block(checkpoint, layout, temporary, len(layouts), Checksums(part_bytes), advance) for layout in layouts
-        ]
+        with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
+            pending = [
+                pool.submit(_write_block, checkpoint, layout, temporary, len(layouts), Checksums(part_bytes), advance)
+                for layout in layouts
+            ]
+            try:
+                written = [block.result() for block in pending]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         _write_index(temporary, layouts, written)
         _copy_companions(source, temporary, dtype)
         manifest = Manifest(FORMAT, dtype, source.resolve().name, part_bytes, tuple(written))
@@ -89,7 +99,7 @@ def _write_block(
         file.flush()
         os.fsync(file.fileno())
     first, last = layout.first_layer, layout.last_layer
-    return PackedBlock(name, len(head), layout.size_bytes, checksums.whole, first, last, checksums.parts)
+    return PackedBlock(name, len(head), layout.size_bytes, checksums.whole, first, last, checksums.parts, checksums.digests)
 
 
 def block_pieces(checkpoint: HfCheckpoint, layout: BlockLayout) -> Iterator[bytes]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -21,6 +24,9 @@ from lambdascale.checkpoints.source import SINGLE
 from lambdascale.core import UserError
 
 END = "<|end|>"
+# Values written at a time by one thread.
+_PIECE_VALUES = 4 << 20
+_SAME_SIZE = {2: torch.int16, 4: torch.int32}
 _BYTE_VOCAB = 257  # 256 bytes and END
 
 
@@ -70,29 +76,63 @@ def write_random(config: dict[str, Any], directory: Path, seed: int, dtype: str 
     """
     architecture = parse_architecture(config)
     names = list(model_tensors(architecture, range(architecture.layers)))
-    torch_type, generator = TORCH_TYPES[dtype], torch.Generator().manual_seed(seed)
+    torch_type = TORCH_TYPES[dtype]
     entries, offset = {}, 0
     for name, shape in names:
         size = torch.Size(shape).numel() * torch_type.itemsize
         entries[name] = (dtype, shape, offset, offset + size)
         offset += size
     with (directory / SINGLE).open("wb") as file:
-        file.write(header_bytes(entries))
-        for name, shape in names:
-            file.write(_random(name, shape, generator).to(torch_type).view(torch.uint8).numpy().tobytes())
+        head = header_bytes(entries)
+        file.write(head)
+        file.flush()
+        _write_noise(file.fileno(), len(head), names, entries, seed)
     known = {"dtype": {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]}
     (directory / "config.json").write_text(json.dumps(config | known, indent=2) + "\n")
     if architecture.vocab >= _BYTE_VOCAB:
         write_byte_tokenizer(directory)
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=generator)
+def _write_noise(
+    descriptor: int, begin: int, names: list[tuple[str, tuple[int, ...]]], entries: dict[str, Any], seed: int
+) -> None:
+    """Write every tensor, in pieces by several threads; a piece's values depend on ``seed`` and its place only."""
+    normal = _normal_quantiles()
+
+    def write(tensor: int, offset: int) -> None:
+        name, shape = names[tensor]
+        dtype, _, first, last = entries[name]
+        item = TORCH_TYPES[dtype].itemsize
+        count = min(_PIECE_VALUES, (last - first) // item - offset)
+        bits = np.random.Generator(np.random.SFC64([seed, tensor, offset])).bytes(2 * count)
+        centre, spread = _distribution(name, shape)
+        table = (centre + spread * normal).to(TORCH_TYPES[dtype]).view(_SAME_SIZE[item]).numpy()
+        values = table[np.frombuffer(bits, dtype=np.uint16)]
+        os.pwrite(descriptor, values.data, begin + first + offset * item)
+
+    pieces = [
+        (tensor, offset)
+        for tensor, (_, shape) in enumerate(names)
+        for offset in range(0, torch.Size(shape).numel(), _PIECE_VALUES)
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for done in [pool.submit(write, *piece) for piece in pieces]:
+            done.result()
+
+
+def _normal_quantiles() -> torch.Tensor:
+    """65,536 equally likely values of the standard normal distribution: to draw one takes 16 random bits and a look-up."""
+    places = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    return torch.special.ndtri(places)
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and spread of a tensor's values."""
     if name.endswith("norm.weight"):
-        return 1 + 0.1 * noise
+        return 1.0, 0.1
     if name.endswith("bias"):
-        return 0.1 * noise
-    return noise if name == EMBEDDING else noise / shape[1] ** 0.5
+        return 0.0, 0.1
+    return 0.0, 1.0 if name == EMBEDDING else shape[1] ** -0.5
 
 
 def write_byte_tokenizer(directory: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lambdascale import __version__
-from lambdascale.cli import doctor, pack, plan, profile, serve
+from lambdascale.cli import doctor, multicast, pack, plan, profile, serve
 from lambdascale.cli.guard import run_guarded
 
 
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_parser(subcommands)
     pack.add_parser(subcommands)
+    multicast.add_parser(subcommands)
     profile.add_parser(subcommands)
     doctor.add_parser(subcommands)
     serve.add_parser(subcommands)

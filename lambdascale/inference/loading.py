@@ -18,6 +18,7 @@ import torch
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
+from lambdascale.inference import devices
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
 from lambdascale.inference.verification import Verify, is_verified
@@ -176,8 +177,8 @@ class Loader:
 
     def _run(self, job: _Job, on_block: OnBlock | None) -> None:
         error: Exception | None = None
+        devices.use(self._device)
         try:
-            self._use_device()
             self._bring(job, on_block)
         except Exception as failure:  # passed on to whoever waits for the load, even if it is on_block's
             error = failure
@@ -186,11 +187,6 @@ class Loader:
                 self._settle(job)
                 self._loads.discard(job.load)
             job.load.end(error)
-
-    def _use_device(self) -> None:
-        """Make the tier's GPU the current one of this thread: leaving a stream of it would make a context on GPU 0 otherwise."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
 
     def _settle(self, job: _Job) -> None:
         """Free the memory of blocks that did not land, and release blocks that were resident."""
@@ -250,7 +246,7 @@ class Loader:
         source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
 
         def copy(begin: int, end: int) -> None:
-            self._use_device()  # this is one of the reader's threads
+            devices.use(self._device)  # this is one of the reader's threads
             with torch.cuda.stream(self._stream):
                 target[begin:end].copy_(source[begin:end], non_blocking=True)
 

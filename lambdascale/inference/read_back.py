@@ -7,6 +7,8 @@ import threading
 import torch
 import xxhash
 
+from lambdascale.inference import devices
+
 Tensor = torch.Tensor
 _PIECE_BYTES = 4 << 20
 
@@ -16,6 +18,7 @@ class ReadBack:
 
     def __init__(self, device: torch.device, piece_bytes: int = _PIECE_BYTES) -> None:
         on_gpu = device.type == "cuda"
+        self._device = device
         self._buffers = [torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
         # Its own: it does not wait for what the GPU computes.
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -23,6 +26,7 @@ class ReadBack:
 
     def xxh3_64(self, data: Tensor) -> str:
         """The checksum of a flat uint8 tensor on the device, in hex."""
+        devices.use(self._device)
         found = xxhash.xxh3_64()
         step = self._buffers[0].numel()
         pieces = [data[begin : begin + step] for begin in range(0, data.numel(), step)]

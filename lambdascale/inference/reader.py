@@ -21,6 +21,10 @@ Direct = Literal["auto", "always", "never"]
 # What is read through the page cache at a time when it is to be hashed: it is in a core's cache still when that is done. Where
 # plain reads keep all cores busy, verified ones reach 85 % of them so, not 65 (tests/benchmarks/test_bench_store.py).
 _HOT_BYTES = 512 << 10
+# Pages asked for, and the share of them that may be missing in a file that counts as cached: what is missing is read through the
+# cache then, a third slower than past it, and what is there many times faster (results/LOG.md).
+_PROBES = 64
+_MOST_MISSING = 0.1
 
 
 class ChecksumError(Exception):
@@ -39,7 +43,7 @@ class ChunkReader:
     """``threads`` readers of ``chunk_bytes`` at a time.
 
     ``direct``: "always" reads with O_DIRECT (UserError where the file system cannot), "never" through the page cache, "auto" with
-    O_DIRECT where the file system can; ``used_direct`` tells what the last file was read with.
+    O_DIRECT where the file system can and the file is not in the page cache; ``used_direct`` is how the last file was read.
     """
 
     def __init__(self, threads: int, chunk_bytes: int, direct: Direct) -> None:
@@ -62,7 +66,7 @@ class ChunkReader:
             os.close(descriptor)
 
     def _open(self, path: Path) -> int:
-        if self._direct != "never":
+        if self._direct == "always" or (self._direct == "auto" and not cached(path)):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
             except OSError as error:
@@ -107,6 +111,28 @@ class ChunkReader:
         """Have the readers' threads do ``work(begin, end)`` for each chunk, of whole units: futures, in order."""
         step = max(unit, self._chunk_bytes // unit * unit)
         return [self._pool.submit(work, begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+
+def cached(path: Path) -> bool:
+    """True if nearly all of a file is in the page cache, by a sample of its pages; False where the system does not say."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        places = range(0, size, max(ALIGNMENT, size // _PROBES))
+        missing = sum(not _in_memory(descriptor, place) for place in places)
+    except OSError:  # a file system or kernel that cannot answer without reading
+        return False
+    finally:
+        os.close(descriptor)
+    return missing <= len(places) * _MOST_MISSING
+
+
+def _in_memory(descriptor: int, offset: int) -> bool:
+    """True if a byte can be had without waiting for the disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
 
 
 def _read(descriptor: int, offset: int, target: memoryview, begin: int, end: int) -> None:

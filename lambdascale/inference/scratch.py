@@ -18,11 +18,11 @@ class Scratch:
         self._dtype, self._device = dtype, device
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int) -> Tensor:
-        """[rows, columns], contiguous, with anything in it."""
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[rows, columns], contiguous, with anything in it; of the stage's type unless ``dtype`` says otherwise."""
         size, buffer = rows * columns, self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             # The old one goes first: both at once need not fit.
             self._buffers.pop(name, None)
-            buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+            buffer = self._buffers[name] = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
         return buffer[:size].view(rows, columns)

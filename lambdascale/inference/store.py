@@ -16,6 +16,7 @@ import xxhash
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import parse_size
 from lambdascale.core.checks import check_types, require
+from lambdascale.inference import devices
 from lambdascale.inference.arena import Arena
 from lambdascale.inference.loading import BlockError, Load, Loader, OnBlock
 from lambdascale.inference.read_back import ReadBack
@@ -102,8 +103,7 @@ class BlockStore:
 
     def use_device(self) -> None:
         """Make the store's GPU the current one of the calling thread: each thread that copies to or from it needs that."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        devices.use(self.device)
 
     # -- what is where -----------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class NodeConfig(Struct, frozen=True):
     """All an agent needs to know; plain values.
 
     Rates in bytes/s, None: as fast as it goes; ``remote`` None: there is no remote store. ``verify``: see StoreConfig.
+    ``generation`` is the number of processes that the node has had before this one.
     """
 
     node: NodeId
@@ -41,6 +42,7 @@ class NodeConfig(Struct, frozen=True):
     device_bytes: int
     threads: int
     host: str = "127.0.0.1"
+    generation: int = 0
     link: float | None = None
     ssd: float | None = None
     pcie: float | None = None

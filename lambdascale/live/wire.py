@@ -23,9 +23,14 @@ class Message(Struct, frozen=True, tag=True):
 
 
 class Directory(Message, frozen=True, tag=True):
-    """Where every node's endpoint is: connect to those with a lower id."""
+    """The nodes of the cluster from now on: ``number`` counts directories, ``addresses`` are their endpoints'.
 
+    ``generations``: how many processes each node has had before. Connect to nodes with a lower id, then answer Connected.
+    """
+
+    number: int
     addresses: dict[NodeId, str]
+    generations: dict[NodeId, int]
 
 
 class Do(Message, frozen=True, tag=True):
@@ -88,9 +93,10 @@ class Hello(Message, frozen=True, tag=True):
 
 
 class Connected(Message, frozen=True, tag=True):
-    """An agent is connected to all nodes of the directory with a lower id."""
+    """An agent is connected to all nodes with a lower id in the directory of this number."""
 
     node: NodeId
+    number: int
 
 
 class Happened(Message, frozen=True, tag=True):
@@ -144,6 +150,13 @@ class Severed(Message, frozen=True, tag=True):
     reason: str
 
 
+class Unreached(Message, frozen=True, tag=True):
+    """An agent cannot connect to a peer of the directory."""
+
+    peer: NodeId
+    reason: str
+
+
 class Beat(Message, frozen=True, tag=True):
     """An agent is alive."""
 
@@ -157,7 +170,7 @@ class Fault(Message, frozen=True, tag=True):
 
 
 ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
-ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Beat | Fault
+ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 
 # -- agent to agent ------------------------------------------------------------------------------------------------------

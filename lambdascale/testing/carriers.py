@@ -79,9 +79,8 @@ class Carrier:
         self._pipe.send(words)
 
     def _connect(self, addresses: dict[NodeId, str]) -> None:
-        for node, address in addresses.items():
-            if node < self.node:
-                self._endpoint.connect(node, address)
+        for node in self._endpoint.expect(dict.fromkeys(addresses, 0)):
+            self._endpoint.connect(node, addresses[node])
         self._tell("connected")
 
     def _carry(self, plan: MulticastPlan) -> None:

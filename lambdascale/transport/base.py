@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,8 +61,16 @@ class Endpoint(Protocol):
         """Register memory that writes are sent from, so that it is prepared once and not for each write."""
         ...
 
+    def expect(self, generations: Mapping[NodeId, int]) -> list[NodeId]:
+        """Let in processes of these nodes only, of these generations or later; before the first call, of any node.
+
+        Connections to earlier processes and to other nodes end, and ``on_lost`` has been told of them when this returns. Returns
+        the nodes with a lower id than this one's that are not connected: this node has to connect to them.
+        """
+        ...
+
     def connect(self, peer: NodeId, address: str) -> None:
-        """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
+        """Connect to a peer with a lower id; TransportError if it cannot be reached or is not the process expected."""
         ...
 
     def admit(self, peer: NodeId) -> None:

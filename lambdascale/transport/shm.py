@@ -6,10 +6,13 @@ so nothing is left behind.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import os
 import socket
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import xxhash
@@ -21,6 +24,11 @@ from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; Python has no name for it
+_LIBC = ctypes.CDLL(None, use_errno=True)
+# More threads wait for each other in the kernel; smaller pieces are not worth a thread.
+_MOST_THREADS = 16
+_LEAST_BYTES = 64 << 20
+_PAGE_BYTES = 4096
 _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 
 
@@ -105,9 +113,32 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
     at the first write to it, which in a virtual machine halves that copy's rate (7 GiB by 7 processes: 0.74 s, then 0.33).
     """
     memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
-    try:
-        memory.madvise(_MADV_POPULATE_WRITE)
-    except OSError:  # before Linux 5.14
+    if not populate(memory):
         memory.close()
         return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     return memory
+
+
+def populate(memory: mmap.mmap) -> bool:
+    """Enter all pages of a mapping for writing, by several threads; False if the kernel cannot (before Linux 5.14).
+
+    Zeroing the pages is what takes time: one thread does 2.6 GB/s of it. OSError if there is not enough memory.
+    """
+    begin = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    step = max(_LEAST_BYTES, -(-len(memory) // _threads() // _PAGE_BYTES) * _PAGE_BYTES)
+    pieces = [(begin + at, min(step, len(memory) - at)) for at in range(0, len(memory), step)]
+    with ThreadPoolExecutor(len(pieces)) as pool:
+        errors = set(pool.map(lambda piece: _advise(*piece), pieces)) - {0}
+    if errors - {errno.EINVAL}:
+        raise OSError(max(errors), f"{len(memory)} bytes of memory: {os.strerror(max(errors))}")
+    return not errors
+
+
+def _threads() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _advise(address: int, size: int) -> int:
+    """The error number of madvise, 0 for none. Python's own would keep the other threads from running."""
+    failed = _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)
+    return ctypes.get_errno() if failed else 0

@@ -162,9 +162,11 @@ class _Connection:
         if tell:
             self._wake()
         if first:
-            self._endpoint.forget(self)
-            if tell:
-                self._endpoint.handlers.on_lost(self.peer, reason)
+            self._endpoint.forget(self, reason if tell else "")
+
+    def cut(self, reason: str) -> None:
+        """See Connection."""
+        self._break(reason, tell=True)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

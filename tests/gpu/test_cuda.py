@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import xxhash
@@ -9,12 +12,53 @@ import xxhash
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits
-from lambdascale.inference import BlockError, BlockStore, Engine, StoreConfig, Ticket, TransformerStage, load_blocks
+from lambdascale.inference import (
+    BlockError,
+    BlockStore,
+    BlockWeights,
+    Engine,
+    StoreConfig,
+    Ticket,
+    TransformerStage,
+    load_blocks,
+)
+from lambdascale.inference.digest import block_digest, part_digests
 from lambdascale.inference.read_back import ReadBack
 from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 BLOCKS = 4
+# Prints the state of GPU 0's primary context (1: there is one) after work on GPU 1, all of it in threads that set no device.
+ONLY_GPU_1 = """
+import ctypes, threading
+from pathlib import Path
+import torch
+from lambdascale.checkpoints import PackedModel
+from lambdascale.inference import BlockStore, Segment, StageBatch, StoreConfig, TransformerStage
+from lambdascale.inference.digest import block_digest
+from lambdascale.inference.read_back import ReadBack
+torch.cuda.set_device(1)
+model = PackedModel.open(Path("{directory}"))
+size = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
+store = BlockStore(StoreConfig(host_bytes=size, device_bytes=size, device="cuda:1"))
+store.add(model)
+blocks = range(len(model.blocks))
+store.load(model.name, blocks).wait(60)
+def work():
+    with store.using(model.name, blocks) as buffers, store.weights(model.name, blocks) as weights:
+        assert ReadBack(store.device).xxh3_64(buffers[0]) == model.blocks[0].xxh3_64
+        assert block_digest(buffers[0]) == model.blocks[0].digest
+        stage = TransformerStage(model.architecture, weights, 1, 64)
+        stage.prepare()
+        stage.run(StageBatch((Segment(0, 0, 1),), 1, (0,)), torch.tensor([1])).argmax().item()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+driver, device, flags, active = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_uint(), ctypes.c_int()
+assert driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+print(active.value)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +132,10 @@ def test_blocks_arrive_whole(model: PackedModel, keep_host: bool) -> None:
             store.evict(model.name, "gpu")
 
 
-def test_tokens_are_those_of_the_cpu(model: PackedModel) -> None:
-    """Greedy, float32 without TF32, in a batch of six over two stages."""
+@pytest.mark.parametrize("kernels", [False, True], ids=["torch", "graphs"])
+def test_tokens_are_those_of_the_cpu(model: PackedModel, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, float32 without TF32, in a batch of six over two stages; by torch's operators, and by kernels and CUDA graphs."""
+    monkeypatch.setattr("lambdascale.inference.stage.has_triton", lambda: kernels)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 5, 17, 40, 64, 99)]
 
@@ -107,4 +153,45 @@ def test_tokens_are_those_of_the_cpu(model: PackedModel) -> None:
         store.load(model.name, range(BLOCKS)).wait(60)
         with store.weights(model.name, range(BLOCKS)) as weights:
             stages = [TransformerStage(model.architecture, part, 6, 256) for part in (weights[:2], weights[2:])]
+            for stage in stages:
+                stage.prepare()
             assert answers(Engine(stages, limits)) == cpu
+            assert [stage._replays is not None for stage in stages] == [kernels, kernels]
+
+
+def test_a_replica_answers_while_its_kernels_are_compiled(model: PackedModel) -> None:
+    """No step waits for them; the change-over within an answer changes no token."""
+    prompt = list(range(40))
+    limits = BatchLimits(max_batch=1, max_tokens=64)
+
+    def answer(device: str) -> list[int]:
+        blocks = [BlockWeights(block.layout, block.buffer.to(device)) for block in load_blocks(model)]
+        engine, ticket = Engine([TransformerStage(model.architecture, blocks, 1, 512)], limits), Ticket(0, list(prompt), 40, 400)
+        engine.add(ticket)
+        while len(engine):
+            engine.step()
+        return ticket.output
+
+    assert answer("cuda:0") == answer("cpu")
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 4096, (4 << 20) - 8, (9 << 20) + 3])
+def test_digests_are_those_of_the_cpu(size: int) -> None:
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda:0")
+    assert part_digests(data).tolist() == part_digests(data.cpu()).tolist()
+    assert part_digests(data, 64).tolist() == part_digests(data.cpu(), 64).tolist()
+    assert block_digest(data) == block_digest(data.cpu())
+
+
+def test_packed_models_have_the_digests_of_their_blocks(model: PackedModel) -> None:
+    for block, weights in zip(model.blocks, load_blocks(model), strict=True):
+        assert block_digest(weights.buffer.to("cuda:0")) == block.digest
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nothing_of_a_node_on_gpu_1_is_on_gpu_0(model: PackedModel) -> None:
+    """Loads, checksums, digests and decode steps leave GPU 0 without a context: in a process of its own, which says so."""
+    code = ONLY_GPU_1.format(directory=str(model.directory))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "0", done.stdout

@@ -13,7 +13,7 @@ from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.inference import Segment, StageBatch, TransformerStage, load_blocks
 from lambdascale.inference import linear as kernels
 from lambdascale.inference.linear import choose_kernel
-from lambdascale.inference.stage import rms_norm
+from lambdascale.inference.operators import rms_norm
 
 MIXED = (Segment(0, 0, 5), Segment(1, 0, 3), Segment(2, 0, 1), Segment(3, 0, 1))
 

@@ -255,10 +255,10 @@ class TestDamage:
         """An input/output error in the middle, as a failing disk gives it."""
         preadv, bad = os.preadv, damaged.path(3).stat().st_ino
 
-        def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        def failing(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
             if os.fstat(descriptor).st_ino == bad and offset > PAGE:
                 raise OSError(5, "Input/output error")
-            return preadv(descriptor, buffers, offset)
+            return preadv(descriptor, buffers, offset, flags)
 
         monkeypatch.setattr(os, "preadv", failing)
         self.check(make(host=3), damaged, "Input/output error")
@@ -491,10 +491,10 @@ class StoreMachine(RuleBasedStateMachine):
     def break_block(patch: pytest.MonkeyPatch, name: str, block: int) -> None:
         preadv, bad = os.preadv, StoreMachine.models[name].path(block).stat().st_ino
 
-        def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        def failing(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
             if os.fstat(descriptor).st_ino == bad:
                 raise OSError(5, "Input/output error")
-            return preadv(descriptor, buffers, offset)
+            return preadv(descriptor, buffers, offset, flags)
 
         patch.setattr(os, "preadv", failing)
 

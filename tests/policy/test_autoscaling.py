@@ -183,9 +183,9 @@ def test_room_for_a_copy_is_made_before_the_copy() -> None:
 # -- several models --------------------------------------------------------------------------------------------------
 
 
-def crowded(models: str, *replicas: int, nodes: int | None = None) -> World:
+def crowded(models: str, *replicas: int, nodes: int | None = None, **settings: object) -> World:
     """``replicas`` of each model, idle: those that got requests later than those that did not. Keep-alive has not passed."""
-    world = World(nodes=nodes or sum(replicas), models=models, min_replicas=0, target=1, keep_alive_s=100.0)
+    world = World(nodes=nodes or sum(replicas), models=models, min_replicas=0, target=1, keep_alive_s=100.0, **settings)
     for model, count in zip(models, replicas, strict=True):
         world.arrive(count, model)
         world.tick()
@@ -208,6 +208,29 @@ def test_no_room_is_taken_from_a_model_that_needs_it() -> None:
     world.finish(world.requests - 2)
     assert world.arrive(1, "b") == [], "i2 of a is idle now, but two requests on i1 want two replicas"
     assert without(world.tick(), "timer") == []
+
+
+def on_first(world: World, requests: int) -> None:
+    """Requests of a on its first replica; those sent to its two others have ended."""
+    first = world.requests
+    world.arrive(3 * requests, "a")
+    world.finish(*(r for r in range(first, world.requests) if world.at_instance[r] != world.at_instance[first]))
+
+
+def test_idle_replicas_that_are_wanted_are_not_taken() -> None:
+    """Mutation: as many idle replicas taken as are lacking. Two requests on one of three replicas want two of them."""
+    world = crowded("ab", 3, 0)
+    on_first(world, 2)
+    world.arrive(3, "b")
+    assert without(world.tick(), "load", "timer") == ["stop i2", "release 1 keep", "allocate 1b"]
+
+
+def test_nothing_is_taken_from_a_model_that_has_too_few() -> None:
+    """Mutation: the sign of the other model's surplus not looked at. Four requests on one of three replicas want four."""
+    world = crowded("ab", 3, 0, max_batch=4)
+    on_first(world, 4)
+    world.arrive(3, "b")
+    assert without(world.tick(), "load", "timer") == []
 
 
 def test_only_a_surplus_is_taken_and_no_more_than_is_lacking() -> None:

@@ -410,3 +410,11 @@ def test_a_node_that_is_given_up_keeps_its_other_gpus() -> None:
     assert world.fail(transfer="t2") == ["cancel t2", "release 0b"]
     world.arrive(1, "c")
     assert without(world.tick(), "timer", "load") == ["allocate 0b", "allocate 0c"], "two of three are free"
+
+
+def test_requests_that_are_given_up_leave_no_count_behind() -> None:
+    world = World(nodes=1)
+    world.arrive(1)
+    world.fail(instance="i1")
+    assert world.lose(0)[-1] == "fail 0"
+    assert not world.plane.fleet.failures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.policy.world import World, pipelined
+from tests.policy.world import World, pipelined, without
 
 
 def test_a_request_goes_to_a_free_slot_at_once_and_waits_for_one_otherwise() -> None:
@@ -107,3 +107,19 @@ def test_a_moved_request_that_is_restarted_is_not_where_the_switch_put_it() -> N
     assert world.finish(0) == ["dispatch i1 4"], "ahead of 8"
     assert world.stale(pipeline, 4) == [], "the pipeline's last word on it came too late"
     assert world.finish(4) == ["dispatch i1 6"]
+
+
+def test_a_moved_request_that_is_restarted_ends_where_it_is_now() -> None:
+    world = pipelined()
+    world.deliver("t3")
+    world.lose(2)
+    world.finish(0)
+    assert world.finish(4) == ["dispatch i1 6"], "on i1, not on the replica that the switch moved it to"
+
+
+def test_requests_that_wait_again_no_longer_run() -> None:
+    """Two of six: four run and two wait, three replicas are wanted."""
+    world = World(nodes=4, min_replicas=3)
+    world.arrive(6)
+    world.lose(0)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 1:gpu>3"]

@@ -104,14 +104,14 @@ def pair(options: RdmaOptions, size: int) -> Iterator[Any]:
     ours, theirs = context.Pipe()
     receiver = context.Process(target=_receive, args=(options, size, theirs), daemon=True)
     receiver.start()
-    endpoint = load()(0, _handlers(), b"k" * 32, options=options)
+    endpoint = load()(1, _handlers(), b"k" * 32, options=options)
     source = endpoint.allocate(size)
     endpoint.register(source)
-    endpoint.connect(1, ours.recv())
+    endpoint.connect(0, ours.recv())
 
     def write() -> float:
         began = time.monotonic()
-        endpoint.write(1, source, 0, 0)
+        endpoint.write(0, source, 0, 0)
         ours.recv()
         return size / (time.monotonic() - began)
 
@@ -130,7 +130,7 @@ def _handlers(written: threading.Semaphore | None = None) -> Handlers:
 
 def _receive(options: RdmaOptions, size: int, pipe: Connection) -> None:
     written = threading.Semaphore(0)
-    endpoint = load()(1, _handlers(written), b"k" * 32, options=options)
+    endpoint = load()(0, _handlers(written), b"k" * 32, options=options)
     endpoint.register(endpoint.allocate(size))
     pipe.send(endpoint.address)
     while not pipe.poll():

@@ -21,8 +21,8 @@ RdmaEndpoint = load()
 class Hospitable(RdmaEndpoint):
     """Admits every peer for as long as it is connected."""
 
-    def _add(self, connection: RdmaConnection) -> None:
-        super()._add(connection)
+    def _add(self, connection: RdmaConnection, generation: int) -> None:
+        super()._add(connection, generation)
         connection.admit()
 
 
@@ -73,8 +73,8 @@ def two() -> Iterator[tuple[Node, Node]]:
             endpoint = RdmaEndpoint(number, heard.handlers(), KEY)
             stack.callback(endpoint.close)
             nodes.append(Node(endpoint, heard, 1 << 16))
-        nodes[0].endpoint.connect(1, nodes[1].endpoint.address)
-        yield nodes[0], nodes[1]
+        nodes[1].endpoint.connect(0, nodes[0].endpoint.address)
+        yield nodes[1], nodes[0]
 
 
 class TestKeys:
@@ -84,29 +84,29 @@ class TestKeys:
         one, other = two
         data = random.Random(1).randbytes(5000)
         for round_ in range(3):
-            future = one.endpoint.write(1, memoryview(data), 5000 * round_, round_)
-            one.endpoint.send(1, b"ready").result(30)
+            future = one.endpoint.write(0, memoryview(data), 5000 * round_, round_)
+            one.endpoint.send(0, b"ready").result(30)
             assert not future.done()
-            other.endpoint.admit(0)
+            other.endpoint.admit(1)
             future.result(30)
             other.heard.wait(lambda heard: len(heard.writes) == round_ + 1)  # noqa: B023
-            other.endpoint.dismiss(0)
-            other.endpoint.send(0, b"dismissed")
+            other.endpoint.dismiss(1)
+            other.endpoint.send(1, b"dismissed")
             one.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
         assert other.memory[:15000] == data * 3
 
     def test_an_old_key_is_worth_nothing(self, two: tuple[Node, Node]) -> None:
         one, other = two
-        other.endpoint.admit(0)
-        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        other.endpoint.admit(1)
+        one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
         (connection,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
         stale = list(connection._outbox.keys)
-        other.endpoint.dismiss(0)
-        other.endpoint.send(0, b"dismissed")
+        other.endpoint.dismiss(1)
+        other.endpoint.send(1, b"dismissed")
         one.heard.wait(lambda heard: bool(heard.messages))
         connection._outbox.keys = stale
         with pytest.raises(TransportError):
-            one.endpoint.write(1, memoryview(b"intruder"), 100, 0).result(30)
+            one.endpoint.write(0, memoryview(b"intruder"), 100, 0).result(30)
         assert not any(other.memory[100:200])
         assert one.heard.lost
 
@@ -118,14 +118,14 @@ class TestFaults:
     def ends(self, two: tuple[Node, Node]) -> tuple[Node, RdmaConnection, RdmaConnection]:
         """The writer, which is admitted, its connection, and the other end's."""
         one, other = two
-        other.endpoint.admit(0)
-        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        other.endpoint.admit(1)
+        one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
         (writing,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
         (reading,) = other.endpoint._connections.values()  # type: ignore[attr-defined]
         return one, writing, reading
 
     def lose(self, one: Node, says: str) -> None:
-        future = one.endpoint.write(1, memoryview(b"in vain"), 0, 1)
+        future = one.endpoint.write(0, memoryview(b"in vain"), 0, 1)
         with pytest.raises(TransportError, match=says):
             future.result(60)
         one.heard.wait(lambda heard: bool(heard.lost))

@@ -157,6 +157,10 @@ class RemoteEndpoint:
     def register_source(self, memory: memoryview) -> None:
         raise NotImplementedError
 
+    def expect(self, generations: dict[NodeId, int]) -> list[NodeId]:
+        missing: list[NodeId] = self._host.call(self._number, "expect", generations)
+        return missing
+
     def connect(self, peer: NodeId, address: str) -> None:
         self._host.call(self._number, "connect", peer, address)
 

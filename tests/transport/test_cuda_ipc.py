@@ -35,7 +35,7 @@ class TestCudaIpc(TransportConformance):
 
     def test_nothing_is_left(self, nodes: Make) -> None:
         one, two = self.pair(nodes)
-        one.endpoint.write(1, self.source(b"x" * 100), 0, 0).result(10)
+        one.endpoint.write(0, self.source(b"x" * 100), 0, 0).result(10)
         for node in (one, two):
             node.endpoint.close()
         assert not self.driver.allocated
@@ -61,7 +61,7 @@ class TestForeign(TestCudaIpc):
     def test_nothing_is_left(self, nodes: Make) -> None:
         one, two = self.pair(nodes)
         assert sorted(self.driver.opened) == sorted(node.memory.address for node in (one, two))
-        one.endpoint.disconnect(1)
+        one.endpoint.disconnect(0)
         assert not self.driver.opened, "who ends a connection may free its memory: the peer has shut it"
         for node in (one, two):
             node.endpoint.close()
@@ -72,13 +72,13 @@ class TestForeign(TestCudaIpc):
         one, two = self.pair(nodes)
         data = self.source(b"y" * 1000)
         self.driver.calls.clear()
-        one.endpoint.write(1, data, 0, 1).result(10)
+        one.endpoint.write(0, data, 0, 1).result(10)
         two.heard.wait(lambda heard: bool(heard.writes))
         steps = [name for name in self.driver.calls if not name.startswith("cuCtx")]
         assert steps == ["cuEventSynchronize", "cuMemcpyAsync", "cuEventRecord", "cuEventSynchronize", "cuEventSynchronize"]
         self.driver.failing["cuMemcpyAsync"] = 700
-        with pytest.raises(TransportError, match=r"node 1: cuMemcpyAsync: status 700 of a fake \(700\)"):
-            one.endpoint.write(1, data, 0, 2).result(10)
+        with pytest.raises(TransportError, match=r"node 0: cuMemcpyAsync: status 700 of a fake \(700\)"):
+            one.endpoint.write(0, data, 0, 2).result(10)
         one.heard.wait(lambda heard: bool(heard.lost))
         assert [write[1] for write in two.heard.writes] == [1]
 
@@ -98,7 +98,7 @@ class TestRefusals:
             endpoint.register(endpoint.allocate(1000))
             endpoint.process_id = b"%020d" % node
             made.append(endpoint)
-        yield made[0], made[1]
+        yield made[1], made[0]
         for endpoint in made:
             endpoint.close()
 
@@ -106,7 +106,7 @@ class TestRefusals:
         one, two = pair
         two.host_id = b"elsewhere".ljust(16)
         with pytest.raises(TransportError, match="different hosts"):
-            one.connect(1, two.address)
+            one.connect(0, two.address)
         assert not one._connections
         assert not any(driver.opened for driver in self.drivers)
 
@@ -116,8 +116,8 @@ class TestRefusals:
         one, two = pair
         self.drivers[which].failing["cuIpcOpenMemHandle_v2"] = 217
         with pytest.raises(TransportError, match=rf"node {which} \(GPU 0\) cannot open .* of node {1 - which}: .*\(217\)"):
-            one.connect(1, two.address)
-        assert not self.drivers[0].opened
+            one.connect(0, two.address)
+        assert not self.drivers[1].opened
         assert not one._connections
 
     def test_other_memory(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint]) -> None:

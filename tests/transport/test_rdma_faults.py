@@ -117,8 +117,7 @@ def made(connection: Any, **parts: Any) -> Any:
     lock, lost, jobs = threading.RLock(), list[tuple[int, str]](), list[Any]()
     endpoint = SimpleNamespace(
         watch=SimpleNamespace(call=lambda job, failed=None: jobs.append(job), remove=lambda fd: None),
-        handlers=SimpleNamespace(on_lost=lambda peer, reason: lost.append((peer, reason))),
-        forget=lambda one: None,
+        forget=lambda one, reason="": lost.append((one.peer, reason)) if reason else None,
         freed=lambda one: None,
         link=None,
     )

@@ -25,7 +25,8 @@ NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=
 
 def config(**fields: Any) -> Any:
     access = SimpleNamespace(nodes_key=b"k")
-    return SimpleNamespace(**{"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1"} | fields)
+    known = {"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1", "generation": 0}
+    return SimpleNamespace(**(known | fields))
 
 
 def test_nodes_take_turns_at_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +52,12 @@ def test_cuda_ipc_on_a_cpu() -> None:
 class Deaf:
     """An endpoint that reaches nobody but node 0."""
 
+    def __init__(self, node: int) -> None:
+        self._node = node
+
+    def expect(self, generations: dict[int, int]) -> list[int]:
+        return [node for node in generations if node < self._node]
+
     def connect(self, node: int, address: str) -> None:
         if node:
             raise TransportError(f"nodes 2 and {node} are on different hosts")
@@ -58,13 +65,14 @@ class Deaf:
 
 @pytest.mark.parametrize(("node", "reached"), [(1, True), (2, False)])
 def test_a_peer_that_cannot_be_reached(node: int, reached: bool) -> None:
-    """The controller hears why, in one message, as a matter of the user's."""
+    """The controller hears why, in one message."""
     said: list[Any] = []
     agent = Agent.__new__(Agent)
     line = SimpleNamespace(say=said.append)
-    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(), _line=line, _leaving=threading.Event())
-    agent._connect(wire.Directory({0: "a", 1: "b", 2: "c"}))
-    assert said == [wire.Connected(1) if reached else wire.Fault(2, "nodes 2 and 1 are on different hosts", True)]
+    known = {"_connecting": threading.Lock(), "_newest": 7, "_leaving": threading.Event()}
+    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(node), _line=line, **known)
+    agent._connect(wire.Directory(7, {0: "a", 1: "b", 2: "c"}, {0: 0, 1: 0, 2: 0}))
+    assert said == [wire.Connected(1, 7) if reached else wire.Unreached(1, "nodes 2 and 1 are on different hosts")]
 
 
 class Line:
@@ -91,7 +99,8 @@ class Line:
 def bare_agent(line: Line, **parts: Any) -> Agent:
     """An agent of which only the main loop is there."""
     agent = Agent.__new__(Agent)
-    agent.__dict__.update(_config=config(node=1), _line=line, _leaving=threading.Event(), **parts)
+    known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event()}
+    agent.__dict__.update(_config=config(node=1), _line=line, **known, **parts)
     agent._messages = {wire.Directory: agent._start_connecting, wire.Ping: lambda m: None}
     return agent
 
@@ -99,17 +108,17 @@ def bare_agent(line: Line, **parts: Any) -> Agent:
 def test_an_agent_that_connects_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that does not answer for a while stops no heartbeat."""
     monkeypatch.setattr(module, "_BEAT_S", 0.0)
-    go, line = threading.Event(), Line(wire.Directory({0: "a", 1: "b"}))
+    go, line = threading.Event(), Line(wire.Directory(1, {0: "a", 1: "b"}, {0: 0, 1: 0}))
 
     def connect(node: int, address: str) -> None:
         if not go.wait(10):
             raise TransportError("no heartbeat meanwhile")
 
-    agent = bare_agent(line, endpoint=SimpleNamespace(connect=connect, address="x"))
-    answers = {wire.Beat: go.set, wire.Connected: agent._leaving.set, wire.Fault: agent._leaving.set}
+    agent = bare_agent(line, endpoint=SimpleNamespace(connect=connect, expect=lambda generations: [0], address="x"))
+    answers = {wire.Beat: go.set, wire.Connected: agent._leaving.set, wire.Unreached: agent._leaving.set}
     line.on_said = lambda message: answers.get(type(message), lambda: None)()
     agent.serve()
-    assert wire.Connected(1) in line.said
+    assert wire.Connected(1, 1) in line.said
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import structs
+
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.core.events import CommandFailed, Event, RequestFinished, TokensProduced
@@ -84,8 +86,13 @@ class Answers:
         self._alive = alive
         self._emit = emit
         self._answers: dict[int, _Answer] = {}
+        # Requests whose end is among the queued events, and the instance that the control plane believes to have them.
+        self._ended: dict[int, int] = {}
         self._instances: dict[int, _Served] = {}
         self._switches: dict[int, _Switch] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
 
     @property
     def outstanding(self) -> bool:
@@ -144,7 +151,16 @@ class Answers:
         answer = self._answers.pop(request_id, None)
         if answer is not None:
             self._end_move(request_id, answer)
+            self._ended[request_id] = instance
             self._emit(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
+
+    def deliver(self, event: RequestFinished) -> RequestFinished:
+        """Return a request's end as the control plane has to hear it, now that it does.
+
+        It may have restarted the request meanwhile, because it heard of its instance's failure first: it ends where it is now.
+        """
+        instance = self._ended.pop(event.request_id, event.instance)
+        return event if instance == event.instance else structs.replace(event, instance=instance)
 
     def resumed(self, message: wire.Resumed) -> None:
         """Take note that requests of a dissolved pipeline are with their new instance."""
@@ -168,7 +184,11 @@ class Answers:
         """Send requests to an instance's head; aborted ones end here."""
         tickets = []
         for request in command.requests:
-            answer = self._answers[request.request_id]
+            answer = self._answers.get(request.request_id)
+            if answer is None:
+                assert request.request_id in self._ended, "the control plane has not heard of its end"
+                self._ended[request.request_id] = command.instance
+                continue
             self._end_move(request.request_id, answer)
             answer.owners = {command.instance}
             if answer.aborted:

@@ -60,14 +60,15 @@ _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint
 
 def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
     """Return the configured transport's endpoint, for a node with this GPU. UserError if the node lacks the hardware for it."""
-    key, host = config.access.nodes_key, config.host
+    key = config.access.nodes_key
+    options: dict[str, Any] = {"host": config.host, "link": link, "generation": config.generation}
     if config.transport == "cuda_ipc":
         require(gpu is not None, "the cuda_ipc transport moves blocks between GPUs: it needs device cuda")
-        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), host=host, link=link)
+        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), **options)
     if config.transport == "rdma":
         owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
-        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma, gpu=owner)
-    return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
+        return rdma.load()(config.node, handlers, key, options=config.rdma, gpu=owner, **options)
+    return _SOCKETS[config.transport](config.node, handlers, key, **options)
 
 
 def pick_gpu(config: NodeConfig) -> int | None:
@@ -163,6 +164,8 @@ class Agent:
         self._config = config
         self._line = line
         self._leaving = threading.Event()
+        self._connecting = threading.Lock()  # one directory at a time
+        self._newest = 0  # number of the last directory; the main thread writes it
         link = None if config.link is None else TokenBucket(config.link)
         handlers = Handlers(
             on_write=lambda peer, immediate, offset, size: self.mover.written(peer, immediate),
@@ -310,19 +313,22 @@ class Agent:
 
     def _start_connecting(self, directory: wire.Directory) -> None:
         """Connect beside the main loop: each peer may take up to the transport's timeout."""
+        self._newest = directory.number
         threading.Thread(target=self._connect, args=(directory,), name="connect", daemon=True).start()
 
     def _connect(self, directory: wire.Directory) -> None:
-        """Connect to the nodes with a lower id, so that every pair has one connection. A failure is the user's to mend."""
-        try:
-            for node, address in directory.addresses.items():
-                if node < self._config.node:
-                    self.endpoint.connect(node, address)
-        except TransportError as error:
-            if not self._leaving.is_set():
-                self._line.say(wire.Fault(self._config.node, str(error), users=True))
-        else:
-            self._line.say(wire.Connected(self._config.node))
+        """Connect to the nodes with a lower id that are new, so that every pair has one connection."""
+        with self._connecting:
+            if directory.number < self._newest:
+                return  # the later one names all nodes that this one does, or better
+            for node in self.endpoint.expect(directory.generations):
+                try:
+                    self.endpoint.connect(node, directory.addresses[node])
+                except TransportError as error:
+                    if not self._leaving.is_set() and directory.number == self._newest:
+                        self._line.say(wire.Unreached(node, str(error)))
+                    return
+            self._line.say(wire.Connected(self._config.node, directory.number))
 
     def _place_copy(self, command: PlaceCopy) -> None:
         self.mover.place_copy(command.model, lambda: self._line.say(wire.Placed(command.node, command.model)))

@@ -16,6 +16,7 @@ import torch
 from torch import distributed
 
 from lambdascale.core import UserError
+from lambdascale.inference import devices
 
 Kind = Literal["nccl", "gloo"]
 Choice = Literal["auto", "nccl", "gloo"]
@@ -68,6 +69,7 @@ class Gloo:
 
     def broadcast(self, data: torch.Tensor, root: int) -> None:
         """See Communicator."""
+        devices.use(data.device)
         self._group.broadcast([data], _from(root)).wait()
         if data.is_cuda:  # until now, only this thread's stream waits for the last copy
             torch.cuda.current_stream(data.device).synchronize()
@@ -89,6 +91,7 @@ class Nccl:
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, gone: Callable[[], str]) -> None:
         os.environ.update(_WATCHDOG)
         nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]
+        devices.use(device)
         self._device = device
         self._gone = gone
         # Its own: what the node computes meanwhile, in the default stream, does not wait for a broadcast.
@@ -99,6 +102,7 @@ class Nccl:
 
     def broadcast(self, data: torch.Tensor, root: int) -> None:
         """See Communicator. A source may have its data in host memory; nothing may be pending on them."""
+        devices.use(self._device)
         with torch.cuda.stream(self._stream):
             work = self._group.broadcast([data.to(self._device)], _from(root))
             work.wait()  # lets the stream wait, not the thread

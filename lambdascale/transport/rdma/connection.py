@@ -54,8 +54,8 @@ class Owner(Protocol):
         """Return the registered memory that holds these bytes."""
         ...
 
-    def forget(self, connection: RdmaConnection) -> None:
-        """Take note that a connection accepts nothing any more."""
+    def forget(self, connection: RdmaConnection, lost: str = "") -> None:
+        """Take note that a connection accepts nothing any more; ``lost``: the reason to tell the node, "" after a goodbye."""
         ...
 
     def freed(self, connection: RdmaConnection) -> None:
@@ -292,12 +292,14 @@ class RdmaConnection:
                 return
             self._reason = reason
             self._changed.notify()
-        self._endpoint.forget(self)
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._endpoint.watch.call(self._free)
-        if tell and not self._ending:
-            self._endpoint.handlers.on_lost(self.peer, reason)
+        self._endpoint.forget(self, reason if tell and not self._ending else "")
+
+    def cut(self, reason: str) -> None:
+        """See Connection."""
+        self._break(reason)
 
     def _free(self) -> None:
         """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""

@@ -54,6 +54,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         *,
         host: str = "127.0.0.1",
         link: TokenBucket | None = None,
+        generation: int = 0,
         options: RdmaOptions | None = None,
         gpu: Gpu | None = None,
     ) -> None:
@@ -69,7 +70,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         self._sources: list[Region] = []
         self._live: set[RdmaConnection] = set()
         self.watch = Watch(f"rdma-watch-{node}", self._check)
-        super().__init__(node, handlers, key, host=host, link=link)
+        super().__init__(node, handlers, key, host=host, link=link, generation=generation)
 
     def _use_windows(self) -> bool:
         possible = all(device.has_windows for device in self._devices)

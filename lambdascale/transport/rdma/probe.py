@@ -37,16 +37,16 @@ def loopback(options: RdmaOptions, size: int) -> Loopback:
     handlers = Handlers(on_write=lambda *_: written.release(), on_message=lambda *_: None, on_lost=note_loss)
     key = secrets.token_bytes(_KEY_BYTES)
     options = replace(options, windows=False, gpudirect="off")
-    one, two = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
+    two, one = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
     try:
         source, target = (endpoint.allocate(size) for endpoint in (one, two))
         assert isinstance(source, memoryview), "the host's memory is tried"
         source[:] = secrets.token_bytes(size)
         one.register(source)
         two.register(target)
-        one.connect(1, two.address)
+        one.connect(0, two.address)
         began = time.monotonic()
-        one.write(1, source, 0, 0)
+        one.write(0, source, 0, 0)
         told = written.acquire(timeout=_PATIENCE_S)
         took_s = time.monotonic() - began
         if lost or not told:

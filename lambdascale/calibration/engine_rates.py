@@ -1,0 +1,127 @@
+"""The engine on one GPU beside the least it could take: decode beside reading, prefill beside matrix products, digests.
+
+The weights are random and made on the GPU: no file, no store. A row is a dict with its limit, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lambdascale.calibration import probes
+from lambdascale.calibration.iterations import decode, prefill
+from lambdascale.checkpoints import Architecture, block_layouts, parse_architecture
+from lambdascale.checkpoints.convert import TORCH_TYPES
+from lambdascale.inference import BlockWeights, TransformerStage
+from lambdascale.inference.digest import part_digests
+
+Tensor = torch.Tensor
+Row = dict[str, Any]
+DTYPE = "BF16"
+BLOCKS = 16
+_LLAMA2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+# Llama 2's published shapes.
+SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
+
+
+def config(model: str) -> dict[str, Any]:
+    """config.json of Llama 2 in a size of SHAPES."""
+    hidden, layers, heads, intermediate = SHAPES[model]
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    return _LLAMA2 | sizes | {"intermediate_size": intermediate}
+
+
+def architecture(model: str) -> Architecture:
+    """Llama 2's architecture of a size in SHAPES."""
+    return parse_architecture(config(model))
+
+
+def random_weights(a: Architecture, device: torch.device, dtype: str = DTYPE) -> list[BlockWeights]:
+    """Blocks of random weights, of a spread that keeps hidden states finite through any number of layers."""
+    blocks = []
+    for layout in block_layouts(a, dtype, BLOCKS):
+        buffer = torch.empty(layout.size_bytes, dtype=torch.uint8, device=device)
+        buffer.view(TORCH_TYPES[dtype]).normal_(0, 0.3 / a.hidden**0.5)
+        blocks.append(BlockWeights(layout, buffer))
+    return blocks
+
+
+def decode_rows(model: str, stage: TransformerStage, read_rate: float, batches: tuple[int, ...], context: int) -> Iterator[Row]:
+    """Milliseconds a step of batches at ``context``, token to token on the host, beside weights and KV over ``read_rate``."""
+    a = stage.architecture
+    weights = sum(block.layout.size_bytes for block in stage.blocks) - a.vocab * a.hidden * stage.dtype.itemsize  # the embedding
+    for batch in batches:
+        kv = batch * context * stage.kv.both[:, 0, :, 0].numel() * stage.dtype.itemsize
+        floor = (weights + kv) / read_rate
+        step = median(_steps(stage, batch, context))
+        yield {
+            "model": model,
+            "batch": batch,
+            "context": context,
+            "ms": 1e3 * step,
+            "floor_ms": 1e3 * floor,
+            "of_floor": floor / step,
+        }
+
+
+def _steps(stage: TransformerStage, batch: int, context: int, rounds: int = 30) -> list[float]:
+    """Seconds of steps, greedy tokens fed back; the first ones, which make the step ready, are left out."""
+    stage.prepare([batch])
+    tokens, times = torch.arange(batch), []
+    for index in range(rounds):
+        begin = time.perf_counter()
+        logits = stage.run(decode(batch, context + index), tokens.to(stage.device))
+        tokens = torch.tensor(logits.argmax(dim=-1).tolist())
+        times.append(time.perf_counter() - begin)
+    return times[5:]
+
+
+def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) -> Iterator[Row]:
+    """Milliseconds of a prompt, to its token on the host, beside the matrix products of its layers alone."""
+    stage.prepare()
+    for tokens in lengths:
+        ids = torch.arange(tokens, device=stage.device)
+        took = probes.seconds(lambda ids=ids, tokens=tokens: stage.run(prefill(tokens), ids).argmax().item(), stage.device)  # type: ignore[misc]
+        products = probes.seconds(_products(stage, tokens), stage.device)
+        yield {"model": model, "tokens": tokens, "ms": 1e3 * took, "products_ms": 1e3 * products, "ratio": took / products}
+
+
+def _products(stage: TransformerStage, tokens: int) -> Callable[[], None]:
+    """Every matrix product of a prefill, the head's for its last row."""
+    layers = [layer for block in stage.blocks for layer in block.layers]
+    inputs = {
+        width: torch.randn(tokens, width, device=stage.device, dtype=stage.dtype)
+        for width in {weight.shape[1] for layer in layers for weight in (layer.qkv, layer.output, layer.gate_up, layer.down)}
+    }
+
+    def run() -> None:
+        for layer in layers:
+            for weight in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                functional.linear(inputs[weight.shape[1]], weight)
+
+    return run
+
+
+def digest_rows(device: torch.device, read_rate: float, size_bytes: int = 1 << 30) -> Iterator[Row]:
+    """GB/s of digests on the GPU beside its read rate, and by one CPU thread (with xxh3, as packing does)."""
+    data = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
+    rate = size_bytes / probes.seconds(lambda: part_digests(data), device)
+    yield {"where": "gpu", "gb_per_s": rate / 1e9, "limit_gb_per_s": read_rate / 1e9, "of_limit": rate / read_rate}
+    host = data[: size_bytes // 8].cpu()
+    rate = len(host) / probes.seconds(lambda: part_digests(host), torch.device("cpu"), 3)
+    copied = probes.copy_rate(len(host))
+    yield {"where": "cpu thread", "gb_per_s": rate / 1e9, "limit_gb_per_s": copied / 1e9, "of_limit": rate / copied}

@@ -1,0 +1,139 @@
+"""``lambdascale multicast``: one multicast alone between real node processes, beside what its link can do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+
+from lambdascale.core import UserError, parse_rate
+from lambdascale.experiments.compose import compose
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from lambdascale.checkpoints import PackedModel
+
+_GB = 1e9
+
+
+def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subcommands.add_parser(
+        "multicast",
+        help="time one multicast between real node processes",
+        description="Start node processes on this machine, bring a packed model from the sources to the other nodes, and say how "
+        "long it took until the last node held every block, verified; beside it, the plan at the rate of the link, measured in "
+        "the same run.",
+    )
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of built-in models (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=4, metavar="N", help="sources and destinations (default: %(default)s)")
+    parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
+    parser.add_argument("--transport", choices=("shm", "tcp", "cuda_ipc"), default="shm", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda for cuda_ipc, else cpu)")
+    parser.add_argument("--system", default="lambdascale", help="whose plan, a choice of conf/system (default: %(default)s)")
+    parser.add_argument("--link", metavar="RATE", help="pace every node's link, for example 12.5GB/s (default: not paced)")
+    parser.add_argument(
+        "--repeat", type=int, default=5, metavar="R", help="multicasts one after the other (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    _check(arguments)
+    found = measure(arguments)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.repeat < 1:
+        raise UserError(f"--repeat must be at least 1, not {arguments.repeat}")
+    if not 1 <= arguments.sources < arguments.nodes:
+        raise UserError(f"--sources must be at least 1 and below --nodes ({arguments.nodes}), not {arguments.sources}")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``--json`` prints: seconds of each multicast, the plan's at the link's rate, and what was moved how."""
+    # torch takes seconds to import: only here.
+    from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned_s
+    from lambdascale.control import drive
+    from lambdascale.live.config import LiveConfig
+
+    model = _open(arguments.model, arguments.blocks)
+    overrides = ["cluster=desk", f"system={arguments.system}", f"system.blocks={len(model.blocks)}"]
+    config = compose([*overrides, "system.memory.enabled=false"])
+    cluster = replace(instantiate(config.cluster, _convert_="all"), nodes=arguments.nodes)
+    link = None if arguments.link is None else parse_rate(arguments.link)
+    if link is not None:
+        cluster = replace(cluster, nic_bytes_per_s=link)
+    system = instantiate(config.system, _convert_="all")
+    planner = getattr(system.start, "planner", None)
+    if planner is None:
+        raise UserError(f"--system {arguments.system} starts replicas without a multicast")
+    plan = planner.plan(sources=arguments.sources, destinations=arguments.nodes - arguments.sources, blocks=len(model.blocks))
+    device = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
+    live = LiveConfig(
+        checkpoint=str(model.directory),
+        transport=arguments.transport,
+        device=device,
+        paced=link is not None,
+        slot_tokens=64,
+        executor="timed",
+    )
+    rate = link or link_rate(arguments.transport)
+    plane = Repeated(model, plan, arguments.repeat)
+    backend = live.start(cluster=cluster, models=[(model.name, model)], system=system)
+    try:
+        drive(plane, backend)
+    finally:
+        backend.close()
+    return {
+        "model": model.name,
+        "bytes": sum(model.block_bytes),
+        "blocks": len(model.blocks),
+        "sources": arguments.sources,
+        "destinations": arguments.nodes - arguments.sources,
+        "transport": arguments.transport,
+        "device": device,
+        "seconds": plane.seconds,
+        "link_bytes_per_s": rate,
+        "plan_s": None if rate is None else planned_s(plan, model.block_bytes, rate),
+    }
+
+
+def _open(model: str, blocks: int) -> PackedModel:
+    from lambdascale.checkpoints import PackedModel
+    from lambdascale.checkpoints.builtin import NAMES, builtin_model
+
+    return builtin_model(model, blocks) if model in NAMES else PackedModel.open(Path(model))
+
+
+def _show(found: dict[str, Any]) -> None:
+    seconds, size = found["seconds"], found["bytes"]
+    title = (
+        f"{found['model']} ({size / _GB:.2f} GB, {found['blocks']} blocks), {found['sources']} to {found['destinations']} nodes, "
+        f"{found['transport']} on {found['device']}"
+    )
+    table = Table("multicast", "seconds", "GB/s per destination", title=title)
+    rows = [("first", seconds[0])]
+    if len(seconds) > 1:
+        rows.append((f"later, median of {len(seconds) - 1}", median(seconds[1:])))
+    if found["plan_s"] is not None:
+        rows.append((f"plan, links of {found['link_bytes_per_s'] / _GB:.1f} GB/s", found["plan_s"]))
+    for name, took in rows:
+        table.add_row(name, f"{took:.3f}", f"{size / took / _GB:.2f}")
+    Console().print(table)

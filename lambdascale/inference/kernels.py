@@ -1,0 +1,274 @@
+"""Triton kernels of a decode step: few launches, every weight and key read once.
+
+lambdascale.inference.operators has the reference of each in torch. Imported only where Triton is installed and a GPU computes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def linear_kernel(
+    x: tl.tensor,
+    norm: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
+    inputs: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NORMED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
+) -> None:
+    """``out`` [rows, outputs] of ``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, for rows <= BLOCK_M.
+
+    NORMED: of x's RMS norm times ``norm``. BIASED: plus ``bias``. ADDED: plus what ``out`` holds. GATED: ``weight`` and ``bias``
+    have 2 x outputs rows, and the result is silu(first half) times the second. The norm's scale is one number a row, so that it
+    is applied to the sums at the end.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    inside = n < outputs
+    lines = weight + n[:, None].to(tl.int64) * inputs
+    other = lines + outputs.to(tl.int64) * inputs
+    if BLOCK_M == 1:
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+    for begin in range(0, inputs, BLOCK_K):
+        k = begin + tl.arange(0, BLOCK_K)
+        valid = (k < inputs) | EVEN_K
+        w = tl.load(lines + k[None, :], mask=inside[:, None] & valid[None, :], other=0.0, eviction_policy="evict_first")
+        if GATED:
+            v = tl.load(other + k[None, :], mask=inside[:, None] & valid[None, :], other=0.0, eviction_policy="evict_first")
+        if BLOCK_M == 1:
+            given = tl.load(x + k, mask=valid, other=0.0).to(tl.float32)
+            if NORMED:
+                squares += given * given
+                given *= tl.load(norm + k, mask=valid, other=0.0).to(tl.float32)
+            total += w.to(tl.float32) * given[None, :]
+            if GATED:
+                second += v.to(tl.float32) * given[None, :]
+        else:
+            given = tl.load(x + m[:, None] * x_stride + k[None, :], mask=(m < rows)[:, None] & valid[None, :], other=0.0)
+            if NORMED:
+                exact = given.to(tl.float32)
+                squares += tl.sum(exact * exact, 1)
+                given = (exact * tl.load(norm + k, mask=valid, other=0.0).to(tl.float32)[None, :]).to(w.dtype)
+            total = tl.dot(given, tl.trans(w), total, input_precision="ieee")
+            if GATED:
+                second = tl.dot(given, tl.trans(v), second, input_precision="ieee")
+    if BLOCK_M == 1:
+        result = tl.sum(total, 1)
+        gate = tl.sum(second, 1)
+        scale = tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+        at = n
+        kept = inside
+        each = n
+    else:
+        result = total
+        gate = second
+        scale = tl.rsqrt(squares / inputs + eps)[:, None]
+        at = m[:, None] * outputs + n[None, :]
+        kept = (m < rows)[:, None] & inside[None, :]
+        each = n[None, :]
+    if NORMED:
+        result *= scale
+        gate *= scale
+    if BIASED:
+        result += tl.load(bias + each, mask=each < outputs, other=0.0).to(tl.float32)
+    if GATED:
+        if BIASED:
+            gate += tl.load(bias + outputs + each, mask=each < outputs, other=0.0).to(tl.float32)
+        result = result * tl.sigmoid(result) * gate
+    if ADDED:
+        result += tl.load(out + at, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def norm_kernel(x: tl.tensor, weight: tl.tensor, out: tl.tensor, inputs: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """RMS norm of a row of ``x`` [rows, inputs] times ``weight``, for inputs <= BLOCK."""
+    k = tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) * inputs
+    given = tl.load(x + row + k, mask=k < inputs, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(given * given, 0) / inputs + eps)
+    weights = tl.load(weight + k, mask=k < inputs, other=0.0).to(tl.float32)
+    tl.store(out + row + k, (given * scale * weights).to(out.dtype.element_ty), mask=k < inputs)
+
+
+@triton.jit
+def gate_kernel(both: tl.tensor, out: tl.tensor, columns: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """silu(first half) times the second half of a row of ``both`` [rows, 2 x columns]."""
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    gate = tl.load(both + row * 2 * columns + k, mask=k < columns, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * columns + columns + k, mask=k < columns, other=0.0).to(tl.float32)
+    tl.store(out + row * columns + k, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=k < columns)
+
+
+@triton.jit
+def rotate_kernel(
+    states: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    kv: tl.tensor,
+    row_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Rotate a row's queries in place; put its rotated keys and its values into ``kv`` [slots, 2 x kv heads, tokens, head size].
+
+    ``states`` [rows, queries, keys and values, head size]. Rows at position -1 are padding and leave nothing.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    position = tl.load(positions + row)
+    slot = tl.load(slots + row)
+    valid = (head < HEADS + 2 * KV_HEADS)[:, None] & (d < HALF)[None, :] & (position >= 0)
+    at = states + row * row_stride + head[:, None] * (2 * HALF) + d[None, :]
+    low = tl.load(at, mask=valid, other=0.0).to(tl.float32)
+    high = tl.load(at + HALF, mask=valid, other=0.0).to(tl.float32)
+    place = tl.maximum(position, 0) * HALF + d
+    turned = (head < HEADS + KV_HEADS)[:, None]
+    c = tl.where(turned, tl.load(cos + place, mask=d < HALF, other=0.0).to(tl.float32)[None, :], 1.0)
+    s = tl.where(turned, tl.load(sin + place, mask=d < HALF, other=0.0).to(tl.float32)[None, :], 0.0)
+    new_low = (low * c - high * s).to(states.dtype.element_ty)
+    new_high = (high * c + low * s).to(states.dtype.element_ty)
+    asks = (head < HEADS)[:, None]
+    tl.store(at, new_low, mask=valid & asks)
+    tl.store(at + HALF, new_high, mask=valid & asks)
+    to = kv + slot * slot_stride + (head[:, None] - HEADS).to(tl.int64) * head_stride + position * (2 * HALF) + d[None, :]
+    tl.store(to, new_low, mask=valid & (head >= HEADS)[:, None])
+    tl.store(to + HALF, new_high, mask=valid & (head >= HEADS)[:, None])
+
+
+@triton.jit
+def attend_kernel(
+    query: tl.tensor,
+    kv: tl.tensor,
+    slots: tl.tensor,
+    positions: tl.tensor,
+    parts: tl.tensor,
+    sums: tl.tensor,
+    row_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    head_stride: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """Attention of one token's queries that share a kv head over one of SPLITS parts of its context (flash decoding).
+
+    ``parts`` [rows, heads, SPLITS, DIM] and ``sums`` [rows, heads, SPLITS]: each part's result and the logarithm of its sum of
+    weights. ``window``: tokens that are attended, counted from the newest. Lengths are read on the device, so that one launch
+    serves every context.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(positions + row) + 1
+    slot = tl.load(slots + row)
+    first = tl.maximum(length - window, 0)
+    chunk = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_T) * BLOCK_T
+    begin = first + split * chunk
+    end = tl.minimum(begin + chunk, length)
+    g = tl.arange(0, BLOCK_G)
+    d = tl.arange(0, BLOCK_D)
+    inside = d < DIM
+    head = kv_head * GROUP + g
+    q = tl.load(
+        query + row * row_stride + head[:, None] * DIM + d[None, :], mask=(g < GROUP)[:, None] & inside[None, :], other=0.0
+    )
+    keys = kv + slot * slot_stride + kv_head.to(tl.int64) * head_stride
+    values = keys + KV_HEADS * head_stride.to(tl.int64)
+    top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    found = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    for at in range(begin, end, BLOCK_T):
+        t = at + tl.arange(0, BLOCK_T)
+        mask = (t < end)[:, None] & inside[None, :]
+        k = tl.load(keys + t[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        v = tl.load(values + t[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.where((t < end)[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp(top - higher)
+        weights = tl.exp(scores - higher[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    seen = tl.where(total > 0, total, 1.0)
+    to = (row * (KV_HEADS * GROUP) + head) * SPLITS + split
+    tl.store(sums + to, tl.where(total > 0, top + tl.log(seen), float("-inf")), mask=g < GROUP)
+    tl.store(parts + to[:, None] * DIM + d[None, :], found / seen[:, None], mask=(g < GROUP)[:, None] & inside[None, :])
+
+
+@triton.jit
+def join_kernel(
+    parts: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """Join the parts of ``attend_kernel``: ``out`` [rows, heads x head size]; zeros for rows without a context."""
+    place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    s = tl.arange(0, SPLITS)
+    d = tl.arange(0, BLOCK_D)
+    logs = tl.load(sums + place * SPLITS + s)
+    top = tl.maximum(tl.max(logs, 0), -1e30)  # finite also where every part is empty
+    weights = tl.exp(logs - top)
+    total = tl.sum(weights, 0)
+    each = tl.load(parts + (place * SPLITS + s)[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    found = tl.sum(each * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + place * DIM + d, found.to(out.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def digest_kernel(
+    words: tl.tensor, sums: tl.tensor, count: tl.tensor, part_words: tl.tensor, BLOCK: tl.constexpr, ROUNDS: tl.constexpr
+) -> None:
+    """Add the mixed words of ROUNDS blocks of a part to the part's sum (see lambdascale.checkpoints.checksums)."""
+    part = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.uint64)
+    for index in range(ROUNDS):
+        place = (tl.program_id(1) * ROUNDS + index) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+        at = part * part_words + place
+        valid = (place < part_words) & (at < count)
+        word = tl.load(words + at, mask=valid, other=0, eviction_policy="evict_first").to(tl.uint64, bitcast=True)
+        mixed = word + (place + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB
+        total += tl.where(valid, mixed ^ (mixed >> 31), 0)
+    tl.atomic_add(sums + part, tl.sum(total, 0).to(tl.int64, bitcast=True))

@@ -1,0 +1,99 @@
+"""Decode steps as CUDA graphs: the hundreds of launches of a step recorded once for each batch size, and repeated by one call.
+
+A recorded step has fixed addresses and fixed numbers of rows, so batches are padded to a power of two and the input is copied to
+where the recording expects it. Contexts need no sizes of their own: kernels read the positions on the device.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+Tensor = torch.Tensor
+# Inputs, slots [rows] and positions [rows] (-1: padding) to hidden states or logits. All on the device, no host involved.
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Replay:
+    """A step for up to ``rows`` rows over its own input memory, recorded where ``inputs`` [rows, ...] is on a GPU.
+
+    On a CPU it computes anew at every call: the same padding and copies, for tests. ``pool``: memory that recordings share.
+    """
+
+    def __init__(self, step: Step, inputs: Tensor, pool: object) -> None:
+        self._step = step
+        self._inputs = inputs
+        rows, device = len(inputs), inputs.device
+        self._places = torch.tensor([[0] * rows, [-1] * rows]).to(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: Tensor | None = None
+        if device.type == "cuda":
+            self._record(pool)
+
+    def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The step's output for as many rows as there are ``slots``, in memory of its own."""
+        count, rows = len(slots), len(self._inputs)
+        self._inputs[:count].copy_(inputs, non_blocking=True)
+        padding = [0] * (rows - count), [-1] * (rows - count)
+        self._places.copy_(torch.tensor([[*slots, *padding[0]], [*positions, *padding[1]]]), non_blocking=True)
+        if self._graph is None:
+            return self._compute()[:count]
+        self._graph.replay()
+        assert self._output is not None, "recording leaves an output"
+        return self._output[:count].clone()
+
+    def _compute(self) -> Tensor:
+        return self._step(self._inputs, self._places[0], self._places[1])
+
+    def _record(self, pool: object) -> None:
+        """Run the step once over padding, which makes libraries ready and changes no KV; then record it."""
+        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream), _without_collection():
+            self._compute()
+            # Other threads may allocate meanwhile; this one must not wait for the device.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._output = self._compute()
+            finally:
+                graph.capture_end()
+        before.wait_stream(stream)
+        self._graph = graph
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage collection, which might free CUDA objects: that ends a recording."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Replays:
+    """The replays of a stage by numbers of rows, each made at its first use.
+
+    ``step()``: a step with memory of its own for results. ``inputs(rows)``: memory for the input.
+    """
+
+    def __init__(self, step: Callable[[], Step], inputs: Callable[[int], Tensor]) -> None:
+        self._step, self._inputs_of = step, inputs
+        self._made: dict[int, Replay] = {}
+        self._pool: object = None
+
+    def take(self, rows: int) -> Replay:
+        """The smallest that has ``rows`` rows."""
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._made:
+            inputs = self._inputs_of(size)
+            if self._pool is None and inputs.is_cuda:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._made[size] = Replay(self._step(), inputs, self._pool)
+        return self._made[size]

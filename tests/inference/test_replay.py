@@ -1,0 +1,80 @@
+"""Decode steps over padded, static input: the path of CUDA graphs, computed anew at every call on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lambdascale.checkpoints import HfCheckpoint
+from lambdascale.control import BatchLimits
+from lambdascale.inference import Engine, Segment, StageBatch, Ticket, TransformerStage, load_blocks
+
+from .conftest import VARIANTS, Answer
+from .test_token_exactness import SLOT_TOKENS, TOKENS, prompts, run, tickets
+
+
+def stage(directory: Path, slots: int = 8, *, replays: bool = True) -> TransformerStage:
+    source = HfCheckpoint(directory)
+    return TransformerStage(source.architecture, load_blocks(source, 1), slots, SLOT_TOKENS, replays=replays)
+
+
+def decode(slots: dict[int, int], wanted: tuple[int, ...] | None = None) -> StageBatch:
+    """A token each for slots at positions."""
+    segments = tuple(Segment(slot, position, 1) for slot, position in slots.items())
+    return StageBatch(segments, len(segments), tuple(range(len(segments))) if wanted is None else wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answers_are_transformers(variant: str, models: Callable[[str], Path], answers: Answer) -> None:
+    """Every architecture, over two stages, with batches of every size on the way."""
+    asked = prompts(12)
+    wanted = answers(models(variant), asked, TOKENS)
+    source = HfCheckpoint(models(variant))
+    blocks = load_blocks(source, 2)
+    stages = [TransformerStage(source.architecture, [block], 5, SLOT_TOKENS, replays=True) for block in blocks]
+    running = Engine(stages, BatchLimits(max_batch=5, max_tokens=64))
+    sent: list[Ticket] = tickets(asked)
+    for ticket in sent:
+        running.add(ticket)
+    run(running)
+    assert [ticket.output for ticket in sent] == wanted
+
+
+def test_padding_changes_nothing(models: Callable[[str], Path]) -> None:
+    """Neither the logits of others nor any KV, that of slot 0, where padding points, included."""
+    padded, plain = stage(models("llama")), stage(models("llama"), replays=False)
+    for each in (padded, plain):
+        each.kv.both.normal_(generator=torch.Generator().manual_seed(3))
+    batch, ids = decode({1: 9, 4: 0, 7: 100}), torch.tensor([3, 5, 7])
+    torch.testing.assert_close(padded.run(batch, ids), plain.run(batch, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded.kv.both, plain.kv.both, rtol=0, atol=1e-5)
+    assert torch.equal(padded.kv.both[:, 0], plain.kv.both[:, 0])
+
+
+def test_an_earlier_batchs_rows_are_no_longer_there(models: Callable[[str], Path]) -> None:
+    """Four rows, then three in the same memory: the fourth slot's KV stays as it is."""
+    padded = stage(models("llama"))
+    padded.run(decode(dict.fromkeys(range(4), 5)), torch.arange(4))
+    before = padded.kv.both.clone()
+    padded.run(decode({0: 5, 1: 6, 2: 7}), torch.tensor([9, 9, 9]))
+    assert torch.equal(padded.kv.both[:, 3], before[:, 3])
+    assert not torch.equal(padded.kv.both[:, 0], before[:, 0])
+
+
+def test_results_outlive_the_next_step(models: Callable[[str], Path]) -> None:
+    padded = stage(models("llama"))
+    first = padded.run(decode({0: 0}), torch.tensor([1]))
+    kept = first.clone()
+    padded.run(decode({0: 1}), torch.tensor([2]))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (2, 0), ()])
+def test_logits_only_of_wanted_rows(wanted: tuple[int, ...], models: Callable[[str], Path]) -> None:
+    padded, plain = stage(models("llama")), stage(models("llama"), replays=False)
+    batch, everything = decode({0: 0, 1: 0, 2: 0}, wanted), decode({0: 0, 1: 0, 2: 0})
+    ids = torch.tensor([10, 20, 30])
+    torch.testing.assert_close(padded.run(batch, ids), plain.run(everything, ids)[list(wanted)], rtol=0, atol=1e-4)
