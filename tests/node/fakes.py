@@ -64,6 +64,7 @@ class FakeRunner:
         return b"".join(value.to_bytes(4, "big") for value in outputs)
 
     def _through(self, slot: int, position: int, value: int) -> int:
+        assert slot < self.slots, f"a runner of {self.slots} slots has no slot {slot}"
         for layer in self.layers:
             kv = self.kv.setdefault((slot, layer), [])
             assert len(kv) >= position, f"slot {slot} has KV of {len(kv)} tokens in layer {layer}, {position} are needed"

@@ -96,6 +96,33 @@ def test_kv_travels_and_nothing_is_prefilled_again() -> None:
     assert all(forward.work.prefill_tokens == 0 for forward in forwards)
 
 
+def test_with_recompute_no_kv_travels() -> None:
+    """Running requests are prefilled again, from their prompt and their tokens so far."""
+    cluster = FakeCluster(2)
+    story = Story(cluster, ALONE)
+    story.assign(1)
+    while len(cluster.tokens()) < 2:
+        cluster.run(steps=1)
+    story.repartition(SOURCE_FIRST, "recompute")
+    sent = cluster.run_noting()
+    cluster.check()
+    assert not any(isinstance(message, wire.SlotKv) for message in sent)
+    assert cluster.executors[1].made[0].prefilled >= cluster.tickets[1].prompt_tokens + 2
+
+
+def test_a_stage_whose_slots_are_too_few_gets_a_new_runner() -> None:
+    """The first stage stays as it was while the instance grows from two nodes to three, and so to a third batch."""
+    cluster = FakeCluster(3, max_batch=1)
+    story = Story(cluster, SOURCE_FIRST)
+    story.assign(1, 2)
+    cluster.run(steps=20)
+    story.repartition(stages((0, 0, 1), (1, 2, 2), (2, 3, 3)), "copy")
+    story.assign(3)
+    cluster.run()
+    cluster.check()
+    assert [runner.slots for runner in cluster.executors[0].made] == [2, 3]
+
+
 def test_a_stage_that_stays_keeps_its_runner() -> None:
     cluster = FakeCluster(3)
     story = Story(cluster, stages((0, 0, 1), (1, 2, 2), (2, 3, 3)))
