@@ -123,7 +123,8 @@ def _write_noise(
 def _normal_quantiles() -> torch.Tensor:
     """65,536 equally likely values of the standard normal distribution: to draw one takes 16 random bits and a look-up."""
     places = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
-    return torch.special.ndtri(places)
+    quantiles: torch.Tensor = torch.special.ndtri(places)
+    return quantiles
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

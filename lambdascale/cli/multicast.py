@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.utils import instantiate
 from rich.console import Console
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if planner is None:
         raise UserError(f"--system {arguments.system} starts replicas without a multicast")
     plan = planner.plan(sources=arguments.sources, destinations=arguments.nodes - arguments.sources, blocks=len(model.blocks))
-    device = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
+    device: Literal["cpu", "cuda"] = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
     live = LiveConfig(
         checkpoint=str(model.directory),
         transport=arguments.transport,

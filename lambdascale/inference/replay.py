@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Replay:
     On a CPU it computes anew at every call: the same padding and copies, for tests. ``pool``: memory that recordings share.
     """
 
-    def __init__(self, step: Step, inputs: Tensor, pool: object) -> None:
+    def __init__(self, step: Step, inputs: Tensor, pool: Any) -> None:
         self._step = step
         self._inputs = inputs
         rows, device = len(inputs), inputs.device
@@ -48,7 +49,7 @@ class Replay:
     def _compute(self) -> Tensor:
         return self._step(self._inputs, self._places[0], self._places[1])
 
-    def _record(self, pool: object) -> None:
+    def _record(self, pool: Any) -> None:
         """Run the step once over padding, which makes libraries ready and changes no KV; then record it."""
         stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(before)
@@ -78,22 +79,21 @@ def _without_collection() -> Iterator[None]:
 
 
 class Replays:
-    """The replays of a stage by numbers of rows, each made at its first use.
+    """The replays of a stage by numbers of rows, each made at its first use."""
 
-    ``step()``: a step with memory of its own for results. ``inputs(rows)``: memory for the input.
-    """
-
-    def __init__(self, step: Callable[[], Step], inputs: Callable[[int], Tensor]) -> None:
-        self._step, self._inputs_of = step, inputs
+    def __init__(self) -> None:
         self._made: dict[int, Replay] = {}
-        self._pool: object = None
+        self._pool: Any = None
 
-    def take(self, rows: int) -> Replay:
-        """The smallest that has ``rows`` rows."""
+    def take(self, rows: int, step: Callable[[], Step], inputs_of: Callable[[int], Tensor]) -> Replay:
+        """The smallest that has ``rows`` rows.
+
+        ``step()``: a step with memory of its own for results. ``inputs_of(rows)``: memory for the input.
+        """
         size = 1 << (rows - 1).bit_length()
         if size not in self._made:
-            inputs = self._inputs_of(size)
+            inputs = inputs_of(size)
             if self._pool is None and inputs.is_cuda:
                 self._pool = torch.cuda.graph_pool_handle()
-            self._made[size] = Replay(self._step(), inputs, self._pool)
+            self._made[size] = Replay(step(), inputs, self._pool)
         return self._made[size]

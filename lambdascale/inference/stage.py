@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
 from math import pi
@@ -70,7 +71,7 @@ class TransformerStage:
         scratch = Scratch(self.dtype, self.device)
         self._attention = BatchAttention(architecture, self.kv, self._windows, scratch)
         self._operators = TorchOperators(architecture, self._tables, scratch)
-        self._replays = Replays(self._step, self._inputs) if replays else None
+        self._replays = Replays() if replays else None
 
     @cached_property
     def is_first(self) -> bool:
@@ -100,20 +101,20 @@ class TransformerStage:
         if self._replays is not None:
             with torch.inference_mode():
                 for count in rows:
-                    self._replays.take(count)
+                    self._replays.take(count, self._step, self._inputs)
 
     def _use_kernels(self) -> None:
         """Change over to them if they are compiled."""
         if has_triton() and COMPILER.ready(self.architecture, self.dtype, self.device):
             self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
-            self._replays = Replays(self._step, self._inputs)
+            self._replays = Replays()
 
     # -- decodes alone -----------------------------------------------------------------------------------------------
 
     def _replay(self, batch: StageBatch, inputs: Tensor) -> Tensor:
         assert self._replays is not None, "the caller has looked"
         slots, positions = [s.slot for s in batch.segments], [s.start for s in batch.segments]
-        output = self._replays.take(batch.rows)(inputs, slots, positions)
+        output = self._replays.take(batch.rows, self._step, self._inputs)(inputs, slots, positions)
         if not self.is_last or batch.wanted == tuple(range(batch.rows)):
             return output
         return output[self._there(torch.tensor(batch.wanted, dtype=torch.long))]
@@ -125,17 +126,22 @@ class TransformerStage:
         return torch.zeros(rows, self.architecture.hidden, dtype=self.dtype, device=self.device)
 
     def _step(self) -> Step:
-        """A decode step with scratch memory of its own: a recording's must stay where it is."""
+        """A decode step with scratch memory of its own: a recording's must stay where it is.
+
+        It does not keep the stage alive, which keeps it: a stage's KV memory is free at once when the stage is dropped.
+        """
         operators = type(self._operators)(self.architecture, self._tables, Scratch(self.dtype, self.device))
+        stage = weakref.proxy(self)
 
         def step(inputs: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-            hidden = self._entering(inputs)
+            hidden: Tensor = stage._entering(inputs)
             places = operators.places(slots, positions, padded=True)
-            for index, layer in enumerate(self._layers):
-                kv = self.kv.both[index]
+            for index, layer in enumerate(stage._layers):
+                kv = stage.kv.both[index]
                 query = operators.rotate(operators.project(hidden, layer), places, kv)
-                self._rest(operators, layer, hidden, operators.attend(query, places, kv, self._windows[index]))
-            return self._leaving(operators, hidden)
+                stage._rest(operators, layer, hidden, operators.attend(query, places, kv, stage._windows[index]))
+            result: Tensor = stage._leaving(operators, hidden)
+            return result
 
         return step
 

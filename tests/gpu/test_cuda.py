@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from lambdascale.inference import (
     BlockStore,
     BlockWeights,
     Engine,
+    Segment,
+    StageBatch,
     StoreConfig,
     Ticket,
     TransformerStage,
@@ -169,6 +173,21 @@ def test_a_replica_answers_while_its_kernels_are_compiled(model: PackedModel) ->
         return ticket.output
 
     assert answer("cuda:0") == answer("cpu")
+
+
+def test_a_dropped_stage_is_freed_at_once(model: PackedModel) -> None:
+    """Its KV memory and recordings do not wait for garbage collection."""
+    blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
+    stage = TransformerStage(model.architecture, blocks, 4, 64)
+    stage.prepare([1, 4])
+    stage.run(StageBatch((Segment(0, 0, 1),), 1, (0,)), torch.tensor([1]))
+    dropped = weakref.ref(stage)
+    gc.disable()
+    try:
+        del stage
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("size", [0, 5, 8, 4096, (4 << 20) - 8, (9 << 20) + 3])

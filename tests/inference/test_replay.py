@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +72,19 @@ def test_results_outlive_the_next_step(models: Callable[[str], Path]) -> None:
     kept = first.clone()
     padded.run(decode({0: 1}), torch.tensor([2]))
     assert torch.equal(first, kept)
+
+
+def test_a_dropped_stage_is_freed_at_once(models: Callable[[str], Path]) -> None:
+    """Its KV memory does not wait for garbage collection."""
+    padded = stage(models("llama"))
+    padded.run(decode({0: 0}), torch.tensor([1]))
+    dropped = weakref.ref(padded)
+    gc.disable()
+    try:
+        del padded
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (1,), (2, 0), ()])
