@@ -46,7 +46,7 @@ class _Opened:
         self._copies.start(self._address + at, address_of(data), data.nbytes)
 
     def complete(self) -> None:
-        # No hash: the bytes were in no CPU cache. Their verification reads them back from the GPU.
+        # No hash: the bytes were in no CPU cache. The receiver's GPU computes their digest.
         self._copies.wait()
 
     def close(self) -> None:
