@@ -108,13 +108,13 @@ def test_nothing_is_hashed_for_those_that_do_not_verify(kind: type[TcpEndpoint],
         written.append(write)  # type: ignore[arg-type]
         ended.set()
 
-    ends = [kind(node, Handlers(on_write=on_write, on_message=print, on_lost=print), KEY) for node in range(2)]
+    ends = [kind(node, Handlers(on_write=on_write, on_message=print, on_lost=print), KEY) for node in (1, 0)]
     memory = ends[1].allocate(100_000)
     ends[1].register(memory)
-    ends[0].connect(1, ends[1].address)
-    ends[0].write(1, memoryview(b"x" * 50_000), 7, 5).result(10)
+    ends[0].connect(0, ends[1].address)
+    ends[0].write(0, memoryview(b"x" * 50_000), 7, 5).result(10)
     assert ended.wait(10)
-    assert written == [(0, 5, 7, 50_000)]
+    assert written == [(1, 5, 7, 50_000)]
     assert bytes(memory[7:50_007]) == b"x" * 50_000
     for end in ends:
         end.close()

@@ -54,7 +54,7 @@ class Owner(Protocol):
         """Return the registered memory that holds these bytes."""
         ...
 
-    def forget(self, connection: RdmaConnection) -> None:
+    def forget(self, connection: RdmaConnection, lost: str = "") -> None:
         """Take note that a connection accepts nothing any more."""
         ...
 
