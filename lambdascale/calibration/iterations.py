@@ -1,4 +1,4 @@
-"""How long a model's iterations take on this machine: prefill over tokens, decode over batch and context, block by block."""
+"""Time of a model's iterations on this machine: prefill over tokens, decode over batch and context, block by block."""
 
 from __future__ import annotations
 

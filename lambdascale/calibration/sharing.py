@@ -1,4 +1,4 @@
-"""How much slower nodes that are processes of one machine compute, by how many do: they share cores, caches and memory."""
+"""Slowdown of nodes that are processes of one machine, by how many compute: they share cores, caches and memory."""
 
 from __future__ import annotations
 

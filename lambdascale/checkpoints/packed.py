@@ -44,7 +44,7 @@ class PackedBlock(msgspec.Struct, frozen=True):
 
 
 class _Version(msgspec.Struct, frozen=True):
-    """What every version of blocks.json begins with."""
+    """The field that every version of blocks.json has."""
 
     format: int
 

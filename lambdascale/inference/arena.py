@@ -29,7 +29,7 @@ def touched_memory(size: int) -> mmap.mmap:
 
 
 class Extents:
-    """Which pieces of ``capacity`` bytes are free; the smallest hole that fits is taken, neighbours are joined again."""
+    """Free pieces of ``capacity`` bytes; the smallest hole that fits is taken, neighbours are joined again."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

@@ -33,7 +33,7 @@ class ChecksumError(Exception):
 
 @dataclass(frozen=True)
 class Parts:
-    """What to verify a range against: the xxh3-64 checksums of its parts of ``size`` bytes each, the last may be shorter."""
+    """Checksums to verify a range against: the xxh3-64 checksums of its parts of ``size`` bytes each, the last may be shorter."""
 
     size: int
     checksums: Sequence[str]

@@ -25,7 +25,7 @@ CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What an instance needs of its cluster. ``timing``: the compute model of each node for the instance's model."""
+    """The cluster as an instance sees it. ``timing``: the compute model of each node for the instance's model."""
 
     kernel: Kernel
     port: Callable[[NodeId], ComputePort]

@@ -39,7 +39,7 @@ class Party:
 
 @dataclass(frozen=True, slots=True)
 class _Meeting:
-    """What both ends say, and where: all that a proof covers."""
+    """Statements of both ends, and their address: all that a proof covers."""
 
     caller: Party
     listener: Party

@@ -104,7 +104,7 @@ class TestInTheEngine:
             engine.add(Ticket(0, [1] * 10, 10, 7))
         for wrong, reason in [
             (Ticket(0, [], 0, 5), "empty prompt"),
-            (Ticket(0, [1], 1, 0), "wants 0 tokens"),
+            (Ticket(0, [1], 1, 0), "already has 0 of its 0 tokens"),
             (Ticket(0, [257], 1, 2), "outside 0 to 256"),
             (Ticket(0, [-1], 1, 2), "outside 0 to 256"),
         ]:

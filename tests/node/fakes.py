@@ -183,7 +183,7 @@ class FakeCluster:
         self.nodes[node].step()
 
     def choices(self) -> list[tuple[str, int, int]]:
-        """What may happen next."""
+        """Messages that may be delivered next."""
         living = [node for node in range(len(self.nodes)) if node not in self.dead]
         found = [("deliver", src, dst) for (src, dst), queue in sorted(self.wires.items()) if queue and dst in living]
         found += [("obey", node, 0) for node in living if self.orders[node]]

@@ -1,4 +1,4 @@
-"""What fails, and what is done about it: sources, destinations, last nodes, transfers, instances."""
+"""Failures and the commands that answer them: sources, destinations, last nodes, transfers, instances."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from lambdascale.live.node.communicators import Nccl, choose
         ("nccl", "cuda", 4, True, "nccl", ""),
         ("gloo", "cuda", 4, True, "gloo", ""),
         ("auto", "cuda", 2, True, "gloo", "it refuses two nodes on one GPU, and 4 nodes have 2"),
-        ("auto", "cuda", 4, False, "gloo", "this torch has none"),
+        ("auto", "cuda", 4, False, "gloo", "this PyTorch build has no NCCL"),
         ("gloo", "cuda", 2, True, "gloo", ""),
         ("auto", "cpu", 0, False, "gloo", ""),
         ("auto", "cpu", 4, True, "gloo", ""),
@@ -41,7 +41,7 @@ def test_choice(wanted: Any, device: str, gpus: int, nccl: bool, kind: str, why:
 
 @pytest.mark.parametrize(
     ("device", "gpus", "nccl", "says"),
-    [("cuda", 3, True, "4 nodes have 3"), ("cuda", 4, False, "this torch has none"), ("cpu", 4, True, "device is cpu")],
+    [("cuda", 3, True, "4 nodes have 3"), ("cuda", 4, False, "this PyTorch build has no NCCL"), ("cpu", 4, True, "device is cpu")],
 )
 def test_what_cannot_be_is_an_error(device: str, gpus: int, nccl: bool, says: str) -> None:
     with pytest.raises(UserError, match=says):

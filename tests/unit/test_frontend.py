@@ -118,7 +118,7 @@ class TestSampling:
 
 
 class TestBounds:
-    """What a body may bring."""
+    """Bounds of a body."""
 
     def test_a_declared_length_is_refused_unread(self, served: Served) -> None:
         """Not a byte of it is taken, where the client asks first."""

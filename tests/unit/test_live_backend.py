@@ -67,7 +67,7 @@ def rig() -> Rig:
 
 
 class TestCalls:
-    """What other threads say."""
+    """Calls of other threads."""
 
     def test_an_answer_reaches_its_sink(self, rig: Rig) -> None:
         sink = rig.offer(1)

@@ -1,4 +1,4 @@
-"""What a start policy decides. It reads the fleet and returns decisions; the control plane carries them out."""
+"""Protocol of start policies, and their decisions. A policy reads the fleet; the control plane carries its decisions out."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ Change = Reshape | LoadMore
 
 @runtime_checkable
 class StartPolicy(Protocol):
-    """How new replicas get their weights. Pure: it reads the fleet, changes nothing, draws nothing.
+    """Decides how new replicas get their weights. Pure: it reads the fleet, changes nothing, draws nothing.
 
     ``instant``: weights are in place at once (ideal scaling); a live cluster then keeps every model resident.
     """
 
     @property
     def loader(self) -> Loader:
-        """How loads read storage."""
+        """Order of a load's steps: see LoadBlocks."""
         ...
 
     @property

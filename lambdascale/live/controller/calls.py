@@ -1,4 +1,4 @@
-"""What other threads say to the control thread: one queue, in order, so that the control thread alone touches its tables."""
+"""Calls of other threads to the control thread: one queue, in order, so that the control thread alone touches its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a process becomes a member: it is launched, says hello, hears of the others, and everybody connects."""
+"""The way a process becomes a member: it is launched, says hello, hears of the others, and everybody connects."""
 
 from __future__ import annotations
 

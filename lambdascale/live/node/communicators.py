@@ -1,4 +1,4 @@
-"""What a broadcast goes by: NCCL from GPU to GPU, or gloo through the memory of hosts. A communicator serves one broadcast.
+"""Communicators of broadcasts: NCCL from GPU to GPU, or gloo through the memory of hosts. A communicator serves one broadcast.
 
 Which of them is decided once for a cluster, before its nodes start, and never changed on the way.
 """
@@ -27,25 +27,25 @@ _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORI
 
 
 def choose(wanted: Choice, *, device: str, nodes: int, gpus: int, nccl: bool) -> tuple[Kind, str]:
-    """What ``nodes`` nodes with ``gpus`` GPUs among them broadcast by, and why it is not NCCL where one might expect it.
+    """Return what ``nodes`` nodes with ``gpus`` GPUs among them broadcast by, and why it is not NCCL where one might expect it.
 
     ``nccl``: whether torch has it. UserError where it is asked for and cannot be.
     """
     if device == "cpu":
         why = "it moves the memory of GPUs, and device is cpu"
     elif not nccl:
-        why = "this torch has none"
+        why = "this PyTorch build has no NCCL"
     elif gpus < nodes:
         why = f"it refuses two nodes on one GPU, and {nodes} nodes have {gpus}"
     else:
         return ("gloo", "") if wanted == "gloo" else ("nccl", "")
     if wanted == "nccl":
-        raise UserError(f"backend.collective=nccl cannot be: {why}")
+        raise UserError(f"backend.collective=nccl is not possible: {why}")
     return "gloo", "" if wanted == "gloo" or device == "cpu" else why
 
 
 def has_nccl() -> bool:
-    """Whether this torch has NCCL; those for CPUs have not."""
+    """True if this build of PyTorch has NCCL; those for CPUs do not."""
     return bool(distributed.is_available() and distributed.is_nccl_available())
 
 

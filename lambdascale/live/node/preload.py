@@ -1,4 +1,4 @@
-"""What every agent needs and takes long to load: imported once by the process that local agents are forked from."""
+"""Modules that every agent needs and that take long to load: imported once by the process that local agents are forked from."""
 
 import lambdascale.inference
 import lambdascale.live.node.collective

@@ -71,7 +71,7 @@ class View:
 
     @property
     def visible(self) -> bool:
-        """Whether there is a terminal to draw on."""
+        """True if standard error is a terminal to draw on."""
         return self._console.is_terminal
 
     def __enter__(self) -> View:
