@@ -188,6 +188,24 @@ def test_kv_that_is_under_way_to_a_stopped_instance_wakes_nobody() -> None:
     assert len(cluster.events()) == 1
 
 
+def test_iterations_of_a_replica_that_are_over_count_when_it_is_dissolved() -> None:
+    """Tokens at 0.1, 0.12 and 0.14; the step under way at 0.15 is redone by the prefill."""
+    cluster = Cluster().at(0.0, serve(1, 0), Dispatch(1, (request(0, 5),)))
+    events = cluster.at(0.15, serve(2, 1), SwitchMode(1, ((0, 2),), "recompute")).events()
+    assert shown(events) == [(0.1, "TokensProduced", 0), (0.27, "RequestFinished", 0)]
+
+
+def test_batches_of_a_pipeline_that_shrinks_to_a_node_are_merged_with_their_kv() -> None:
+    """Two batches of one become one of two; copied KV saves the prefill that takes 0.1 s."""
+    ends = {}
+    for kv in ("copy", "recompute"):
+        cluster = Cluster().at(0.0, serve(1, 0, 1), Dispatch(1, (request(0, 21), request(1, 21))))
+        events = cluster.at(0.5, Repartition(1, serve(1, 0).stages, kv)).events()  # type: ignore[arg-type]
+        assert {e.request_id: e.tokens for e in events if isinstance(e, RequestFinished)} == {0: 21, 1: 21}
+        ends[kv] = max(e.at for e in events)
+    assert 0.06 < ends["recompute"] - ends["copy"] < 0.2
+
+
 def test_a_switch_of_an_unknown_pipeline_is_ignored() -> None:
     assert Cluster().at(0.0, SwitchMode(7, ((0, 2),), "copy"), StopInstance(9), Dispatch(8, (request(0, 1),))).events() == []
 

@@ -95,6 +95,7 @@ def test_a_round_with_a_declared_double_receive_takes_twice_the_time_of_its_port
         rig = Rig(barrier=barrier, barrier_s=0.0, record_grants=True)
         rig.engine.multicast(multicast(TRIANGLE if doubled else split))
         arrived = rig.run()
+        assert {(node, block) for *_, node, block in arrived[:3]} == {(1, 0), (2, 0), (2 if doubled else 3, 1)}
         times[doubled] = [at for at, *_ in arrived][1:3]
         into_two = [g for g in rig.engine.links.grants or [] if "nic_in:2" in g.ports and g.begin_s >= 1.0]
         assert {g.rate for g in into_two} == {50.0 if doubled else 100.0}, "the two blocks share the receive port"
@@ -105,6 +106,13 @@ def test_the_barrier_costs_its_time_once_a_round_but_not_after_the_last() -> Non
     rig = Rig(barrier=True, barrier_s=0.25)
     rig.engine.multicast(multicast())
     assert [at for at, *_ in rig.run()] == [1.0, 3.25, 3.25, 4.5]
+
+
+def test_a_collective_on_its_own_takes_its_set_up_and_its_stream() -> None:
+    drawn = draw_setup_s(3, np.random.default_rng(7))
+    times = multicast_times(CHAIN, [50, 50], CLUSTER, TransferOptions(chunk_bytes=10), multicast="collective", seed=7)
+    assert times.setup_s == drawn
+    assert times.total_s == pytest.approx(drawn + 1.1)
 
 
 def test_two_multicasts_share_their_source() -> None:
