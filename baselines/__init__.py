@@ -1,1 +1,1 @@
-"""The systems λScale is compared with. Each differs from λScale only in parts and settings; its README lists departures."""
+"""Systems that λScale is compared with. Each differs from λScale only in parts and settings; its README lists departures."""

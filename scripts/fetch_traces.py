@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Download public request traces: `python scripts/fetch_traces.py --list`, then names from that list."""
+"""Download public request traces: python scripts/fetch_traces.py --list, then python scripts/fetch_traces.py NAME ..."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Make the tables of live runs: python scripts/live_tables.py --cluster measured/NAME [--only NAME] [--out DIR].
 
-NAME is a profile of this machine:
+Make the profile NAME of this machine first:
 lambdascale profile --threads 1 --sharing 4 --model smollm2 --out conf/cluster/measured/NAME.yaml.
 About 40 minutes; finished runs are reused.
 """
@@ -20,12 +20,14 @@ TABLES = ("sim_vs_live", "execute_while_load")
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Run live clusters on this machine and write what came out beside the simulation."
+        description="Run live clusters on this machine and write their results beside those of simulations."
     )
-    parser.add_argument("--cluster", metavar="NAME", help="a measured profile of this machine (for sim_vs_live)")
-    parser.add_argument("--only", choices=TABLES, help="one table")
-    parser.add_argument("--results", default="results", metavar="DIR", help="where runs go (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR")
+    parser.add_argument("--cluster", metavar="NAME", help="measured profile of this machine (for sim_vs_live)")
+    parser.add_argument("--only", choices=TABLES, help="make this table only")
+    parser.add_argument("--results", default="results", metavar="DIR", help="folder of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/tables"), metavar="DIR", help="folder of the tables (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     wanted = [arguments.only] if arguments.only else list(TABLES)
     if "sim_vs_live" in wanted and arguments.cluster is None:

@@ -1,4 +1,4 @@
-"""Log finished runs to Weights & Biases afterwards: python scripts/log_wandb.py results/raw/EXPERIMENT [logger.KEY=VALUE ...]."""
+"""Log finished runs to Weights & Biases: python scripts/log_wandb.py results/raw/EXPERIMENT [logger.KEY=VALUE ...]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Trees: the root sends the blocks in order, every node serves its children block by block in turn."""
+"""Multicast trees: the root sends the blocks in order; every node sends each block to its children in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lambdascale.multicast import check_counts, near_equal_groups
 _PROTOTYPE_PARENTS = {1: 0, 2: 1, 3: 0, 4: 2, 5: 1, 6: 3, 7: 4, 8: 2, 9: 5, 10: 6, 11: 3}
 
 
-# A node's children in the order of their turns; None: the turn of a child that is not there.
+# Children of a node in the order of their turns; None: the turn of a child beyond the tree's size.
 _Children = Sequence[Sequence[int | None]]
 
 
@@ -22,12 +22,12 @@ _Children = Sequence[Sequence[int | None]]
 class BalancedTree:
     """FaaSNet's balanced binary function tree for any number of nodes; node i's children are 2i + 1 and 2i + 2.
 
-    One send a round per node: to its children in turn, each block first to the left one. About 2b + depth rounds.
-    With several sources, destinations are split evenly among as many trees.
+    Each node makes one send per round, each block first to the left child, then to the right. About 2b + depth rounds for
+    b blocks. With several sources, destinations are split evenly among as many trees.
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner."""
+        """See MulticastPlanner; PlanError for invalid counts."""
         return _plan(sources, destinations, blocks, _balanced_children)
 
 
@@ -35,12 +35,12 @@ class BalancedTree:
 class PrototypeTree:
     """The λScale prototype's FaaSNet: one fixed tree for up to 12 nodes.
 
-    A node alternates between its children of the full tree, and waits out the turn of one that is not there, unless there are
-    two nodes only: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
+    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass, unless there
+    are only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner; PlanError for a tree of more than 12 nodes."""
+        """See MulticastPlanner; PlanError for invalid counts or a tree of more than 12 nodes."""
         return _plan(sources, destinations, blocks, _prototype_children)
 
 
@@ -78,7 +78,7 @@ def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _C
 
 
 def _tree_rounds(children: _Children, blocks: int) -> list[list[Send]]:
-    """Every node sends block 0 to each child, then block 1, ..., as soon as it holds them: one turn a round."""
+    """Rounds in which every node sends block 0 to each child, then block 1, ..., once it holds them: one turn per round."""
     turns = [deque((block, child) for block in range(blocks) for child in of_node) for of_node in children]
     held = [blocks, *(0 for _ in children[1:])]
     rounds: list[list[Send]] = []

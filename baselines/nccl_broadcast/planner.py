@@ -1,4 +1,4 @@
-"""NCCL's broadcast as a plan: one root, a ring cut open, forwarded in pieces."""
+"""NCCL's broadcast as a plan: one root and a ring cut open, in which nodes forward small pieces."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lambdascale.multicast import check_counts
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """A chain from the first source through all destinations: b + n - 2 rounds, ``streaming``.
+    """A ``streaming`` chain from the first source through all destinations: b + n - 2 rounds for b blocks and n members.
 
-    A broadcast has one root, so further sources have no part in the plan and are not among its members.
+    A broadcast has one root, so further sources take no part in the plan and are not among its members.
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner; members are the first source and the destinations."""
+        """See MulticastPlanner; members are the first source and the destinations. PlanError for invalid counts."""
         check_counts(sources, destinations, blocks)
         return _chain(sources, destinations, blocks)
 

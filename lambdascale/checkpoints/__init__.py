@@ -1,7 +1,7 @@
-"""Models on disk: what a checkpoint's files hold, how blocks are cut and laid out, packing. Reads and writes files, runs nothing.
+"""Models on disk: contents of checkpoint files, layout of blocks, packing. This package reads and writes files and runs nothing.
 
 A packed model is an ordinary Hugging Face directory with one safetensors shard per block and ``blocks.json`` beside it. The
-data of a shard is, byte for byte, the block as it lies in memory: whoever reads it into a buffer can compute from there.
+data of a shard is, byte for byte, the block as it lies in memory, so that a node can read it into a buffer and compute from it.
 """
 
 from lambdascale.checkpoints.architecture import ARCHITECTURES, Architecture, RopeScaling, load_architecture, parse_architecture

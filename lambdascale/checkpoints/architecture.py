@@ -1,4 +1,4 @@
-"""What a config.json says about a decoder-only transformer, with the differences between architectures as data."""
+"""Architecture of a decoder-only transformer, read from its config.json; differences between architectures are data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lambdascale.core import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Llama 3's stretching of rotary frequencies (its config's ``rope_scaling`` of type llama3)."""
+    """Llama 3's scaling of rotary frequencies (``rope_scaling`` of type llama3 in its config)."""
 
     factor: float
     low_freq_factor: float
@@ -23,7 +23,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Shapes and switches of a model. ``windows[i]``: how many tokens back layer i attends to (itself included), None for all."""
+    """Shapes and switches of a model. ``windows[i]``: number of tokens layer i attends to (itself included), None for all."""
 
     name: str
     layers: int
@@ -45,13 +45,13 @@ class Architecture:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV-cache elements of one token over all layers (times the element size for bytes)."""
+        """Number of KV-cache elements of one token over all layers; multiply by the element size for bytes."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class _Differences:
-    """How an architecture departs from Llama."""
+    """Differences of an architecture from Llama."""
 
     qkv_bias: bool | str = "attention_bias"  # a string: the config's own key, False if absent
     output_bias: bool | str = "attention_bias"
@@ -61,7 +61,7 @@ class _Differences:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Where sliding windows are used unless the config says so itself: whether at all, and from which layer on."""
+    """Defaults for a config that does not specify them: ``used``, whether it has sliding windows, from ``first_layer`` on."""
 
     used: bool
     first_layer: int
@@ -75,24 +75,24 @@ ARCHITECTURES = {
 
 
 def load_architecture(directory: Path) -> Architecture:
-    """The architecture in ``directory``/config.json; UserError if it is missing, unreadable or of an unknown kind."""
+    """Read the architecture from ``directory``/config.json; UserError if it is missing, unreadable or unsupported."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{directory} is not a model directory: it has no config.json") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
     return parse_architecture(config, path)
 
 
 def parse_architecture(config: Mapping[str, Any], where: object = "config.json") -> Architecture:
-    """The architecture of a parsed config.json; ``where`` names it in errors."""
+    """Architecture of a parsed config.json, which errors call ``where``; UserError if it is incomplete or unsupported."""
     if not isinstance(config, Mapping):
         raise UserError(f"{where} does not hold a model's configuration")
     names = config.get("architectures") or ["none given"]
     if names[0] not in ARCHITECTURES:
-        raise UserError(f"{where}: architecture {names[0]} is not supported; known are {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{where}: architecture {names[0]} is not supported; choose from {', '.join(ARCHITECTURES)}")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: activation {config['hidden_act']} is not supported, only silu")
     try:
@@ -102,7 +102,7 @@ def parse_architecture(config: Mapping[str, Any], where: object = "config.json")
     except (TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where} holds a value that makes no sense: {error}") from error
+        raise UserError(f"{where} holds an invalid value: {error}") from error
 
 
 def _parse(name: str, config: Mapping[str, Any], where: object) -> Architecture:
@@ -142,7 +142,7 @@ def _rope(config: Mapping[str, Any], where: object) -> tuple[float, RopeScaling 
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported; known are default, llama3")
+        raise UserError(f"{where}: rope scaling {kind!r} is not supported, only default and llama3")
     return theta, RopeScaling(
         factor=float(found["factor"]),
         low_freq_factor=float(found["low_freq_factor"]),

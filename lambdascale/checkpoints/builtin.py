@@ -1,4 +1,4 @@
-"""Packed models that are made when they are first asked for, and kept in the user's cache."""
+"""Built-in packed models: made on first use and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SEED = 0
 
 
 def cache_directory() -> Path:
-    """LAMBDASCALE_CACHE, or the usual place for caches."""
+    """Folder of cached models: LAMBDASCALE_CACHE, else lambdascale/ below XDG_CACHE_HOME or ~/.cache."""
     given = os.environ.get("LAMBDASCALE_CACHE")
     if given:
         return Path(given)
@@ -24,15 +24,15 @@ def cache_directory() -> Path:
 
 
 def builtin_model(name: str, blocks: int, dtype: str = "bf16") -> PackedModel:
-    """SmolLM2 (from its Python package) or one with random weights, cut into ``blocks``; made at the first call.
+    """Open SmolLM2 (from its Python package) or a random model, divided into ``blocks``; the first call makes it.
 
-    UserError for an unknown name or type, and where SmolLM2 is not installed.
+    UserError for an unknown name or type, or if SmolLM2 is not installed.
     """
     if name not in NAMES:
-        raise UserError(f"there is no built-in model {name}: choose one of {', '.join(NAMES)} or give a packed model's directory")
+        raise UserError(f"unknown built-in model {name}: choose from {', '.join(NAMES)} or give a packed model's directory")
     if dtype not in SHORT_NAMES:
         raise UserError(f"dtype must be one of {', '.join(SHORT_NAMES)}, not {dtype}")
-    # Those of an older version stay where they are, for whoever still runs it.
+    # Models of an older format version stay in the cache, for installations that still use it.
     target = cache_directory() / "models" / f"{name}-{blocks}-{dtype}-v{FORMAT}"
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +45,13 @@ def builtin_model(name: str, blocks: int, dtype: str = "bf16") -> PackedModel:
             try:
                 packed.rename(target)
             except OSError:
-                if not target.is_dir():  # otherwise another process was faster
+                if not target.is_dir():  # else another process made it meanwhile
                     raise
     return PackedModel.open(target, name)
 
 
 def _write(name: str, directory: Path, dtype: str) -> None:
-    # torch and transformers take seconds to import: only when there is something to make.
+    # Imported only when a model has to be made: torch and transformers take seconds to import.
     from lambdascale.checkpoints.synthetic import PRESETS, write_random, write_smollm2
 
     if name == "smollm2":

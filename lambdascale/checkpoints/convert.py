@@ -1,4 +1,4 @@
-"""Element types in torch, and conversion between them."""
+"""Element types of weights in torch, and conversion between them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def convert(piece: bytes, old: str, new: str) -> bytes:
-    """The same numbers in another type, rounded to nearest. UserError for types that hold no weights."""
+    """Convert the bytes of weights from type ``old`` to ``new``, rounding to nearest; UserError if ``old`` is not supported."""
     if old not in TORCH_TYPES:
-        raise UserError(f"weights of type {old} cannot be converted; known are {', '.join(TORCH_TYPES)}")
+        raise UserError(f"weights of type {old} are not supported, only {', '.join(TORCH_TYPES)}")
     values = torch.frombuffer(bytearray(piece), dtype=TORCH_TYPES[old]).to(TORCH_TYPES[new])
     return values.view(torch.uint8).numpy().tobytes()

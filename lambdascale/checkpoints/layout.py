@@ -1,6 +1,6 @@
-"""How a model is cut into blocks and how a block's tensors lie in its one contiguous buffer (tensor packing; reference, 2.1).
+"""Division of a model into blocks, and layout of a block's tensors in one contiguous buffer (tensor packing; reference, 2.1).
 
-Within a layer, query, key and value projections lie next to each other, and so do the gate and up projections: each group can be
+Within a layer, query, key and value projections are adjacent, and so are the gate and up projections, so that each group can be
 used as one matrix without a copy.
 """
 
@@ -34,7 +34,7 @@ class TensorSlot:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A block: its layers (first to last, both included), element type and the places of its tensors."""
+    """Layout of a block: its layers (first to last, both included), element type and the places of its tensors."""
 
     index: int
     first_layer: int
@@ -44,13 +44,13 @@ class BlockLayout:
 
     @property
     def size_bytes(self) -> int:
-        """Length of the block's buffer."""
+        """Length of the block's buffer in bytes."""
         last = self.slots[-1]
         return last.offset + last.size_bytes
 
 
 def layer_tensors(architecture: Architecture, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a layer's tensors in the order of their block."""
+    """Names and shapes of a layer's tensors, in their order in the block."""
     a, prefix = architecture, f"model.layers.{layer}."
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     yield prefix + "input_layernorm.weight", (a.hidden,)
@@ -74,7 +74,7 @@ def layer_tensors(architecture: Architecture, layer: int) -> Iterator[tuple[str,
 
 
 def model_tensors(architecture: Architecture, layers: Sequence[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what a block of these layers holds: the embedding before layer 0, norm and head after the last."""
+    """Names and shapes of the tensors in a block of ``layers``: embedding before layer 0, norm and head after the last layer."""
     a = architecture
     if 0 in layers:
         yield EMBEDDING, (a.vocab, a.hidden)
@@ -82,13 +82,13 @@ def model_tensors(architecture: Architecture, layers: Sequence[int]) -> Iterator
         yield from layer_tensors(a, layer)
     if a.layers - 1 in layers:
         yield NORM, (a.hidden,)
-        # With tied embeddings the head is the embedding: the last block carries a copy unless it has the embedding itself.
+        # With tied embeddings the head equals the embedding: the last block holds a copy unless it has the embedding itself.
         if not (a.tied and 0 in layers):
             yield HEAD, (a.vocab, a.hidden)
 
 
 def model_spec(architecture: Architecture, dtype: str, name: str) -> ModelSpec:
-    """The model as the control plane knows it; ``weight_bytes`` is what its blocks have to carry (head included)."""
+    """Sizes of the model for the control plane; ``weight_bytes`` is the total size of its blocks, head included."""
     a, item = architecture, ITEM_BYTES[dtype]
     layers = sum(prod(shape) for layer in range(a.layers) for _, shape in layer_tensors(a, layer))
     return ModelSpec(
@@ -104,18 +104,18 @@ def model_spec(architecture: Architecture, dtype: str, name: str) -> ModelSpec:
 
 
 def block_layouts(architecture: Architecture, dtype: str, blocks: int, name: str = "model") -> tuple[BlockLayout, ...]:
-    """The model cut into ``blocks`` blocks of near-equal bytes, by the same rule as the control plane's plans.
+    """Divide the model into ``blocks`` blocks of near-equal bytes, by the same rule as the control plane's plans.
 
     UserError if there are more blocks than layers or the engine cannot compute with ``dtype``.
     """
     if dtype not in WEIGHT_TYPES:
-        raise UserError(f"weights of type {dtype} cannot be used; known are {', '.join(WEIGHT_TYPES)}")
+        raise UserError(f"the engine does not compute with weights of type {dtype}, only {', '.join(WEIGHT_TYPES)}")
     cuts = model_spec(architecture, dtype, name).partition(blocks)
     return tuple(block_layout(architecture, dtype, cut.index, range(cut.first_layer, cut.last_layer + 1)) for cut in cuts)
 
 
 def block_layout(architecture: Architecture, dtype: str, index: int, layers: range) -> BlockLayout:
-    """The layout of the block of these layers."""
+    """Layout of block ``index``, which holds ``layers``."""
     slots, offset = [], 0
     for name, shape in model_tensors(architecture, layers):
         size = prod(shape) * ITEM_BYTES[dtype]

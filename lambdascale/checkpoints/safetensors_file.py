@@ -1,4 +1,4 @@
-"""The safetensors file format (8-byte length, JSON header, data without holes), as far as moving bytes needs it.
+"""The part of the safetensors file format (8-byte length, JSON header, contiguous data) that moving bytes needs.
 
 The data of a file we write starts at a multiple of ``ALIGNMENT``, so that it can be read with O_DIRECT straight into a buffer:
 the header is padded with spaces, which the format allows.
@@ -22,7 +22,7 @@ _LARGEST_HEADER = 100_000_000  # the reference implementation's limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file: element type (the format's name for it), shape, and its bytes [begin, end) from the file's start."""
+    """A tensor of a file: element type (named as in the format), shape, and its bytes [begin, end) from the file's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -31,12 +31,12 @@ class TensorInfo:
 
     @property
     def size_bytes(self) -> int:
-        """Its length in bytes."""
+        """Length of the tensor in bytes."""
         return self.end - self.begin
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a file and where its data begins; UserError if the file is missing, damaged or shorter than it says."""
+    """Read the tensors of a file and the offset of its data in bytes; UserError if the file is missing, damaged or truncated."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -46,13 +46,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+        raise UserError(f"cannot read {path} as safetensors: {error}") from error
     if not isinstance(document, dict):
         raise UserError(f"{path} is not a safetensors file")
     tensors = _tensors(document, 8 + length, path)
     end = max((info.end for info in tensors.values()), default=8 + length)
     if size != end:
-        raise UserError(f"{path} should have {end} bytes and has {size}: it is {'truncated' if size < end else 'damaged'}")
+        raise UserError(f"{path} is {'truncated' if size < end else 'damaged'}: it has {size} bytes instead of {end}")
     return tensors, 8 + length
 
 
@@ -71,7 +71,7 @@ def _tensors(document: Mapping[str, Any], data: int, path: Path) -> dict[str, Te
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]) -> bytes:
-    """Length and header for tensors given as name -> (dtype, shape, begin, end) from the data's start, padded to alignment."""
+    """Length and header of a file, padded to ALIGNMENT; tensors are name -> (dtype, shape, begin, end) from the data's start."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, (dtype, shape, begin, end) in tensors.items():
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}

@@ -15,7 +15,7 @@ SINGLE = "model.safetensors"
 
 
 class HfCheckpoint:
-    """Where each tensor of a model directory lies. UserError if a file or a tensor the architecture needs is missing."""
+    """Tensors of a model directory with their files. UserError if a file is missing or unreadable."""
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
@@ -32,19 +32,19 @@ class HfCheckpoint:
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{index} cannot be read: {error}") from error
+                raise UserError(f"cannot read {index}: {error}") from error
             return [self.directory / name for name in names]
         if (self.directory / SINGLE).is_file():
             return [self.directory / SINGLE]
-        raise UserError(f"{self.directory} has neither {SINGLE} nor {INDEX}: only safetensors checkpoints can be read")
+        raise UserError(f"{self.directory} has neither {SINGLE} nor {INDEX}: only safetensors checkpoints are supported")
 
     def find(self, name: str) -> tuple[Path, TensorInfo]:
-        """File and place of a tensor; UserError if the checkpoint lacks it."""
+        """File and place of the tensor ``name``; UserError if the checkpoint lacks it."""
         if name not in self.tensors:
             raise UserError(f"{self.directory} lacks the tensor {name} that {self.architecture.name} needs")
         return self.tensors[name]
 
     @cached_property
     def dtype(self) -> str:
-        """The element type of the weights (the embedding's), as safetensors names it."""
+        """Element type of the weights (taken from the embedding), named as in safetensors."""
         return self.find("model.embed_tokens.weight")[1].dtype

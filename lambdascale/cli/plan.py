@@ -1,4 +1,4 @@
-"""``lambdascale plan``: the multicast plan and pipelines of a system, as a table or as JSON (design, section 4)."""
+"""``lambdascale plan``: print the multicast plan and pipelines of a system, as a table or as JSON (design, section 4)."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser(
         "plan",
         help="print the multicast plan of a system",
-        description="Print who sends which block to whom in which round, and which pipelines serve from which round on. "
+        description="Print the sends of every round (source, destination, block) and the pipelines that can serve after it. "
         "Node ids count from 0, sources first.",
     )
-    parser.add_argument("--system", default="lambdascale", help="a choice of conf/system (default: %(default)s)")
+    parser.add_argument("--system", default="lambdascale", help="system of conf/system (default: %(default)s)")
     parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
-    parser.add_argument("--destinations", type=int, required=True, metavar="N", help="nodes that are to get it")
+    parser.add_argument("--destinations", type=int, required=True, metavar="N", help="nodes to send it to")
     parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of the model (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plan and print."""
+    """Plan and print; return the exit status. UserError (PlanError) for an impossible plan."""
     system = compose([f"system={arguments.system}"]).system
     start = instantiate(system.start, _convert_="all")
     if not isinstance(start, MulticastStart):
-        raise UserError(f"{arguments.system} has no multicast to plan: every node of it loads for itself")
+        raise UserError(f"{arguments.system} has no multicast to plan: its nodes load from their own storage")
     plan = start.planner.plan(sources=arguments.sources, destinations=arguments.destinations, blocks=arguments.blocks)
     pipelines = list(start.pipelines.pipelines(plan))
     if arguments.json:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_json(plan: MulticastPlan, pipelines: list[PipelinePlan]) -> dict[str, Any]:
-    """The contract's JSON document."""
+    """JSON document of a plan: nodes, sources, blocks, rounds of sends, and pipelines with their stages."""
     return {
         "nodes": len(plan.members),
         "sources": list(plan.sources),
@@ -67,7 +67,7 @@ def as_json(plan: MulticastPlan, pipelines: list[PipelinePlan]) -> dict[str, Any
 
 
 def show(system: str, plan: MulticastPlan, pipelines: list[PipelinePlan]) -> None:
-    """A readable table: one line a round, pipelines where they become ready."""
+    """Print a table with one row per round; pipelines appear in the round in which they become ready."""
     title = f"{system}: {len(plan.sources)} to {len(plan.destinations)} nodes, {plan.blocks} blocks, {len(plan.rounds)} rounds"
     table = Table("round", "transfers (source>destination:block)", "pipelines ready (node:blocks)", title=title)
     for number, transfers in enumerate(plan.rounds, start=1):
@@ -77,4 +77,4 @@ def show(system: str, plan: MulticastPlan, pipelines: list[PipelinePlan]) -> Non
     console = Console()
     console.print(table)
     if plan.streaming:
-        console.print("Hops forward in pieces much smaller than a block: the time is that of one hop, not of the rounds.")
+        console.print("Nodes forward pieces much smaller than a block: the total time is about that of one hop.")

@@ -1,4 +1,4 @@
-"""``lambdascale profile``: what this node can do, as a cluster configuration."""
+"""``lambdascale profile``: measure this node and write the result as a cluster configuration."""
 
 from __future__ import annotations
 
@@ -22,32 +22,36 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser(
         "profile",
         help="measure this node and write a cluster configuration",
-        description="Measure disk, memory, host to device, a loopback connection, and prefill and decode block by block; write "
-        "a file for conf/cluster/measured that the simulator takes as cluster=measured/NAME.",
+        description="Measure disk, memory, copies from host to device, a loopback connection, and prefill and decode of each "
+        "block; write a file for conf/cluster/measured, which simulations use with cluster=measured/NAME.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
     parser.add_argument(
-        "--model", action="append", default=[], metavar="DIR|NAME", help="a packed model or a built-in one's name, repeatable"
+        "--model",
+        action="append",
+        default=[],
+        metavar="DIR|NAME",
+        help="packed model's directory or built-in model's name; repeatable",
     )
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of built-in models (default: %(default)s)")
-    parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write each model as a file of conf/model there")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of built-in models (default: %(default)s)")
+    parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write a file for conf/model per model into DIR")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to compute on (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
-    parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="measure this directory's disk")
-    parser.add_argument("--threads", type=int, metavar="T", help="compute with so many threads, as a node of a live cluster does")
+    parser.add_argument("--disk", type=Path, default=Path("."), metavar="DIR", help="directory on the disk to measure")
+    parser.add_argument("--threads", type=int, metavar="T", help="threads to compute with, as for a node of a live cluster")
     parser.add_argument(
         "--sharing",
         type=int,
         default=1,
         metavar="N",
-        help="also measure how much slower up to N nodes on this machine compute at once, as those of a live cluster do",
+        help="also measure the slowdown of 2 to N nodes that compute on this machine at once, as in a live cluster",
     )
-    parser.add_argument("--quick", action="store_true", help="few and small measurements, for a first look")
+    parser.add_argument("--quick", action="store_true", help="make few and small measurements, for a first look")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and write."""
+    """Measure and write; return the exit status. UserError for a user's mistake."""
     if arguments.out.suffix != ".yaml":
         raise UserError(f"--out must name a .yaml file, not {arguments.out}")
     if arguments.nodes < 1:
@@ -60,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--sharing measures nodes that share this machine's cores: only with --device cpu")
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
-    # torch takes seconds to import: only here.
+    # Imported only here: torch takes seconds to import.
     from lambdascale.calibration.iterations import Grid
     from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
 
@@ -105,7 +109,7 @@ def _open(model: str, blocks: int) -> PackedModel:
 
 
 def _small(scratch: Path) -> PackedModel:
-    """Without a model of the user's: random weights, 58 million parameters."""
+    """Pack a random model of 58 million parameters, for users who name no model."""
     from lambdascale.checkpoints import PackedModel, pack
     from lambdascale.checkpoints.synthetic import PRESETS, write_random
 
@@ -124,4 +128,4 @@ def _write_models(configs: dict[str, dict[str, object]], directory: Path) -> Non
             head = "# @package model\n# A packed model's sizes, written by lambdascale profile.\n"
             (directory / f"{name}.yaml").write_text(head + yaml.safe_dump(config, sort_keys=False))
     except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from error

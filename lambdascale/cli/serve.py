@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lambdascale.control import SystemConfig
     from lambdascale.live.config import LiveConfig
 
-SYSTEMS = ("lambdascale", "faasnet", "nccl_broadcast", "serverlessllm", "ideal")
-
 
 def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the subcommand."""
@@ -28,15 +26,21 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "serve",
         help="serve a model from a cluster of processes that grows and shrinks with the load",
         description="Start node processes on this machine and an HTTP server with OpenAI's completions and chat completions. "
-        "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health, /metrics (Prometheus), "
-        "/cluster (JSON).",
+        "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health (it is alive), /ready "
+        "(the model is served), /metrics (Prometheus), /cluster (JSON).",
     )
     parser.add_argument(
         "--model", default="smollm2", metavar="DIR", help="a packed model, or smollm2, small, tiny (default: %(default)s)"
     )
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--min-nodes", type=int, default=1, metavar="N", help="replicas kept at all times (default: %(default)s)")
-    parser.add_argument("--system", choices=SYSTEMS, default="lambdascale", help="(default: %(default)s)")
+    parser.add_argument(
+        "--system",
+        default="lambdascale",
+        metavar="SYSTEM",
+        help="a name of conf/system (lambdascale, faasnet, nccl_broadcast, serverlessllm, ideal, ...), or a YAML file of a "
+        "system (default: %(default)s)",
+    )
     parser.add_argument(
         "--transport",
         choices=("shm", "tcp", "rdma", "cuda_ipc"),
@@ -79,6 +83,13 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--keep-alive", type=float, default=10.0, metavar="S", help="release idle replicas after (default: %(default)s)"
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=5,
+        metavar="N",
+        help="start a lost node again, so often within ten minutes (default: %(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
@@ -110,15 +121,19 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         collective=arguments.collective,
         slot_tokens=arguments.slot_tokens,
+        restarts=arguments.restarts,
         paced=arguments.link is not None or arguments.disk is not None,
     )
     with console.status("starting the nodes ..."):
         model = _model(config, arguments)
         cluster, system = _cluster(arguments), _system(arguments, len(model.blocks))
         service = Service(config=config, model=model, cluster=cluster, system=system)
-    address = f"http://{arguments.host}:{arguments.port}"
-    console.print(f"serving {model.name} on {arguments.nodes} nodes at {address}/v1 (Ctrl-C stops)", highlight=False)
-    return serve(service, host=arguments.host, port=arguments.port, view=not arguments.no_view)
+    ready = f"ready: {model.name} on {arguments.nodes} nodes at http://{arguments.host}:{arguments.port}/v1 (Ctrl-C stops)"
+
+    def announce() -> None:
+        console.print(ready, highlight=False)
+
+    return serve(service, host=arguments.host, port=arguments.port, view=not arguments.no_view, on_ready=announce)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -126,6 +141,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--nodes must be between 1 and 256, not {arguments.nodes}")
     if not 0 <= arguments.min_nodes <= arguments.nodes:
         raise UserError(f"--min-nodes must be between 0 and {arguments.nodes}, not {arguments.min_nodes}")
+    if arguments.restarts < 0:
+        raise UserError(f"--restarts must not be negative, not {arguments.restarts}")
     if arguments.keep_alive < 0:
         raise UserError(f"--keep-alive must not be negative, not {arguments.keep_alive}")
     for rate in (arguments.link, arguments.disk):
@@ -170,17 +187,13 @@ def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
 def _system(arguments: argparse.Namespace, blocks: int) -> SystemConfig:
     from lambdascale.control import SystemConfig
     from lambdascale.experiments.build import build
-    from lambdascale.experiments.compose import compose
+    from lambdascale.experiments.compose import choosing, compose
 
-    system = build(
-        compose(
-            [
-                f"system={arguments.system}",
-                f"system.autoscaler.min_replicas={arguments.min_nodes}",
-                f"system.autoscaler.keep_alive_s={arguments.keep_alive}",
-                *arguments.overrides,
-            ]
-        )
-    ).system
+    given = (f"system.autoscaler.min_replicas={arguments.min_nodes}", f"system.autoscaler.keep_alive_s={arguments.keep_alive}")
+    with choosing("system", arguments.system) as chosen:
+        missing = [key for key in ("_target_", "autoscaler") if key not in compose(chosen).system]
+        if missing:
+            raise UserError(f"{arguments.system} is not a system: it has no {missing[0]}")
+        system = build(compose([*chosen, *given, *arguments.overrides])).system
     assert isinstance(system, SystemConfig), "what is composed is a system"
     return replace(system, blocks=blocks)

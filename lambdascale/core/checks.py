@@ -1,4 +1,4 @@
-"""The one type check of configured dataclasses: Hydra's ``instantiate`` does not enforce annotations."""
+"""Type check of configured dataclasses, since Hydra's ``instantiate`` does not enforce annotations."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ def _matches(value: object, hint: Any) -> bool:
 
 
 def check_types(config: Any) -> None:
-    """Raise UserError when a field of the dataclass ``config`` holds a value its annotation does not allow.
+    """Raise UserError if a field of the dataclass ``config`` holds a value its annotation does not allow.
 
-    Lists become tuples where a tuple is annotated (Hydra hands lists over). Checks scalars, literals, unions and
-    homogeneous tuples and runtime-checkable protocols (their members' names); other protocols and generic mappings are left to
-    their users.
+    Lists become tuples where a tuple is annotated, since Hydra passes lists. Scalars, literals, unions, homogeneous tuples and
+    runtime-checkable protocols (names of their members) are checked; other protocols and generic mappings are not.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -59,6 +58,6 @@ def check_types(config: Any) -> None:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless ``condition``: for a user's values, at the edge."""
+    """Raise UserError(message) unless ``condition`` holds; for values that come from the user."""
     if not condition:
         raise UserError(message)

@@ -72,12 +72,13 @@ class NodeLost(Event, frozen=True, gc=False, tag=True):
 
 
 class CommandFailed(Event, frozen=True, gc=False, tag=True):
-    """A backend could not carry a command out. ``transfer_id``/``instance`` name what it concerned, -1 if neither."""
+    """A command could not be carried out. ``transfer_id``, ``instance`` and ``model`` name what it concerned, where known."""
 
     command: str
     reason: str
     transfer_id: int = -1
     instance: int = -1
+    model: str = ""
 
 
 AnyEvent = NodeJoined | RequestArrived | BlockArrived | TokensProduced | RequestFinished | TimerFired | NodeLost | CommandFailed

@@ -1,4 +1,4 @@
-"""Multicast plans and pipelines as values: what moves where in which round, and who serves together.
+"""Multicast plans and pipelines as values: which block moves where in which round, and which nodes serve together.
 
 A plan speaks of positions 0..nodes-1, sources first; :meth:`MulticastPlan.on` puts it onto real node ids.
 """
@@ -21,13 +21,16 @@ class Send(Struct, frozen=True, gc=False):
 
 
 class MulticastPlan(Struct, frozen=True, gc=False):
-    """Rounds of transfers that bring every block to every destination once (paper, section 4.2).
+    """Rounds of sends that bring every block to every destination once (paper, section 4.2).
 
     ``members`` are all the nodes, sources first; ``sources`` hold every block at the start. ``groups`` are the
     sub-groups of k-way transmission, each with its source first; ``orders[i]`` is the order in which sub-group i's
     source injects the blocks. Rounds are logical: a node agent runs its own sends in round order as soon as it holds
-    their blocks. ``streaming`` says that hops forward in pieces much smaller than a block (as NCCL's ring does), so
-    that a backend charges the pipe's rate, not rounds.
+    their blocks. ``streaming``: hops forward in pieces much smaller than a block (as NCCL's ring does), so
+    that a backend charges the pipe's rate, not rounds. ``double_receives``: every (round counted from 1, node) in which the
+    planner lets a node receive two blocks; in all other rounds a node receives at most one. The two blocks share the node's
+    receive port, so such a round lasts twice as long. None of the planners shipped needs any; pairs that mirror each other in
+    the round in which a block comes in do (paper, section 4.2).
     """
 
     members: tuple[NodeId, ...]
@@ -37,24 +40,15 @@ class MulticastPlan(Struct, frozen=True, gc=False):
     groups: tuple[tuple[NodeId, ...], ...] = ()
     orders: tuple[tuple[int, ...], ...] = ()
     streaming: bool = False
+    double_receives: tuple[tuple[int, NodeId], ...] = ()
 
     @property
     def destinations(self) -> tuple[NodeId, ...]:
         """The members that receive, in plan order."""
         return self.members[len(self.sources) :]
 
-    @property
-    def double_receives(self) -> tuple[tuple[int, NodeId], ...]:
-        """(round counted from 1, node) wherever a node receives more than one block in a round."""
-        found = []
-        for number, transfers in enumerate(self.rounds, start=1):
-            receivers = [t.dst for t in transfers]
-            if len(set(receivers)) != len(receivers):
-                found += [(number, node) for node in sorted(set(receivers)) if receivers.count(node) > 1]
-        return tuple(found)
-
     def on(self, nodes: Sequence[NodeId]) -> MulticastPlan:
-        """The same plan with ``members[i]`` replaced by ``nodes[i]``."""
+        """Return the same plan with ``members[i]`` replaced by ``nodes[i]``; ValueError unless there are as many nodes."""
         names = dict(zip(self.members, nodes, strict=True))
         return MulticastPlan(
             members=tuple(nodes),
@@ -64,6 +58,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             groups=tuple(tuple(names[n] for n in g) for g in self.groups),
             orders=self.orders,
             streaming=self.streaming,
+            double_receives=tuple((number, names[n]) for number, n in self.double_receives),
         )
 
 

@@ -1,4 +1,4 @@
-"""A request: the only thing a workload yields and the unit every system serves."""
+"""The request: what a workload yields and a system serves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from msgspec import Struct
 class Request(Struct, frozen=True, gc=False):
     """One inference request of a trace.
 
-    ``arrival_s`` counts from the start of the run. ``output_tokens`` is how many tokens the answer has (from the
-    trace where it knows); a live engine treats it as the limit.
+    ``arrival_s`` is in seconds from the start of the run. ``output_tokens`` is the number of tokens in the answer (from the
+    trace, if recorded); a live engine treats it as the limit.
     """
 
     request_id: int

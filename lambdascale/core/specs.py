@@ -1,4 +1,4 @@
-"""Models and clusters as values. Sizes in bytes, rates in bytes/s, times in seconds; numbers come from conf/ with a source."""
+"""Models and clusters as values. Sizes in bytes, rates in bytes/s, times in seconds; conf/ has the numbers and their sources."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class BlockSpec:
 
     @property
     def layers(self) -> int:
-        """How many layers the block holds."""
+        """Number of layers in the block."""
         return self.last_layer - self.first_layer + 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder-only transformer's sizes.
+    """Sizes of a decoder-only transformer.
 
-    ``weight_bytes`` is the whole checkpoint; ``embedding_bytes`` of it is the input embedding and as much again the
-    output head. ``gpus_per_replica`` GPUs of one node hold it, split by layers.
+    ``weight_bytes`` is the size of the whole checkpoint, of which the input embedding and the output head take
+    ``embedding_bytes`` each. A replica is split by layers over ``gpus_per_replica`` GPUs of one node.
     """
 
     name: str
@@ -63,17 +63,17 @@ class ModelSpec:
         )
         require(
             2 * self.embedding_bytes < self.size_bytes,
-            f"model {self.name}: weight_bytes {self.weight_bytes} does not even hold embedding and head",
+            f"model {self.name}: weight_bytes {self.weight_bytes} is too small for its embedding and head",
         )
 
     @property
     def size_bytes(self) -> int:
-        """The checkpoint's bytes (``weight_bytes`` after parsing)."""
+        """Size of the checkpoint in bytes (``weight_bytes`` after parsing)."""
         return int(self.weight_bytes)
 
     @property
     def embedding_bytes(self) -> int:
-        """Bytes of the input embedding (the output head has as many)."""
+        """Bytes of the input embedding, and of the output head."""
         return self.vocab * self.hidden * self.dtype_bytes
 
     @property
@@ -96,18 +96,18 @@ class ModelSpec:
         return {}
 
     def partition(self, blocks: int) -> tuple[BlockSpec, ...]:
-        """Cut the model into ``blocks`` contiguous blocks of near-equal bytes (reference, section 2.1).
+        """Divide the model into ``blocks`` contiguous blocks of near-equal bytes (reference, section 2.1).
 
         The first also carries the embedding, the last the head. A block holds at least one layer; UserError otherwise.
         """
         if not 1 <= blocks <= self.layers:
-            raise UserError(f"{self.name} has {self.layers} layers: it can be cut into 1 to {self.layers} blocks, not {blocks}")
+            raise UserError(f"{self.name} has {self.layers} layers: choose 1 to {self.layers} blocks, not {blocks}")
         if blocks not in self._partitions:
             self._partitions[blocks] = self._cut(blocks)
         return self._partitions[blocks]
 
     def _cut(self, blocks: int) -> tuple[BlockSpec, ...]:
-        """Each layer in turn goes to the block that is the smallest so far: no block could be evened out further."""
+        """Assign each layer in turn to the smallest block so far, which minimises the size of the largest block."""
         body = self.size_bytes - 2 * self.embedding_bytes
         extra = [self.embedding_bytes * ((index == 0) + (index == blocks - 1)) for index in range(blocks)]
         layers = [1] * blocks
@@ -128,7 +128,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """A GPU's datasheet: memory, memory bandwidth, dense 16-bit matrix rate (FLOP/s)."""
+    """Data sheet of a GPU: memory (bytes), memory bandwidth (bytes/s), dense 16-bit matrix rate (FLOP/s)."""
 
     name: str
     memory_bytes: int | str
@@ -147,7 +147,7 @@ class GpuSpec:
 class ComputeTable:
     """Iteration times measured for one model on one node: prefill over tokens, decode over batch size (short contexts).
 
-    ``decode_s_per_context_token`` is what each token of KV cache read adds to a decode iteration.
+    Each token of KV cache read adds ``decode_s_per_context_token`` to a decode iteration.
     """
 
     model: str
@@ -158,11 +158,11 @@ class ComputeTable:
     decode_s_per_context_token: float = 0.0
 
     def __post_init__(self) -> None:
-        """Validate: equally long, rising abscissae, positive times."""
+        """Validate: equal lengths, rising points, positive times."""
         check_types(self)
         for xs, ys, what in ((self.prefill_tokens, self.prefill_s, "prefill"), (self.decode_batch, self.decode_s, "decode")):
             require(
-                len(xs) == len(ys) > 0, f"measured table of {self.model}: {what} needs as many times as points, and one at least"
+                len(xs) == len(ys) > 0, f"measured table of {self.model}: {what} needs at least one point and one time per point"
             )
             rising = all(a < b for a, b in pairwise(xs))
             require(rising and min(ys) > 0, f"measured table of {self.model}: {what} points must rise and times be positive")
@@ -170,11 +170,11 @@ class ComputeTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSpec:
-    """How fast an engine is on a GPU: efficiencies against the datasheet, or ``measured`` tables for the models that have one.
+    """Speed of an engine on a GPU: efficiencies against the data sheet, or ``measured`` tables for the models that have one.
 
-    ``iteration_overhead_s`` is a fixed cost of every iteration. ``shared_slowdown``: nodes that are processes of one machine
-    share its cores; how many times longer an iteration takes while one, two, ... of them compute (beyond the last: in
-    proportion). For simulations of such a machine, live nodes share what they share; () for nodes that share nothing.
+    ``iteration_overhead_s`` is a fixed cost of every iteration. ``shared_slowdown`` simulates nodes that are processes of one
+    machine and share its cores: the factors by which an iteration takes longer while one, two, ... nodes compute (beyond the
+    last: in proportion); () for nodes that share nothing. Live nodes ignore it.
     """
 
     flops_efficiency: float
@@ -196,13 +196,13 @@ class ComputeSpec:
         slowdowns = (1.0, *self.shared_slowdown)
         require(
             all(one <= two for one, two in pairwise(slowdowns)),
-            f"ComputeSpec.shared_slowdown must start at 1 at least and not fall: {self.shared_slowdown!r}",
+            f"ComputeSpec.shared_slowdown must start at 1 or more and never fall: {self.shared_slowdown!r}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """Hardware of one node: ``gpus`` GPUs of one kind, their engine speed, NIC (per direction), PCIe and SSD rates in bytes/s."""
+    """Hardware of one node: ``gpus`` GPUs of one kind, their engine's speed; NIC (per direction), PCIe and SSD in bytes/s."""
 
     gpus: int
     gpu: GpuSpec
@@ -213,7 +213,7 @@ class NodeSpec:
     host_memory_bytes: int
 
     def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
-        """Tokens of KV cache beside the weights on the model's share of the GPUs; 0 or less if the weights do not fit."""
+        """Tokens of KV cache that fit beside the weights on the GPUs of one replica; 0 or less if the weights do not fit."""
         if model.gpus_per_replica > self.gpus:
             return 0
         memory = int(self.gpu.memory_bytes) * model.gpus_per_replica * memory_utilisation
@@ -222,7 +222,7 @@ class NodeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOverride:
-    """How the nodes with the ids ``nodes`` differ from the cluster's others; None keeps the cluster's value."""
+    """Differences of the nodes with the ids ``nodes`` from the cluster's others; None keeps the cluster's value."""
 
     nodes: tuple[int, ...]
     gpus: int | None = None
@@ -245,20 +245,20 @@ class NodeOverride:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The NodeSpec fields that differ."""
+        """Fields of NodeSpec that differ, with their values."""
         named = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "nodes")
         return {name: value for name, value in named if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """A cluster of nodes that are alike except for ``overrides``.
+    """A cluster of nodes that are equal except for ``overrides``.
 
-    ``nic_bytes_per_s`` is a node's line rate per direction. ``rdma_efficiency`` and ``collective_efficiency`` are the
-    share of it that one-sided writes and a collective's ring turn into goodput. ``link_latency_s`` is the start-up of one
-    transfer, ``hop_latency_s`` the time for activations to reach the next stage. ``pcie_bytes_per_s`` (host to GPU) and
-    ``ssd_bytes_per_s`` are per node; ``remote_bytes_per_s`` is the remote store's rate to one node, 0 for no store.
-    ``provenance`` says where the numbers are from.
+    ``nic_bytes_per_s`` is a node's line rate per direction. ``rdma_efficiency`` and ``collective_efficiency`` are the shares
+    of it that one-sided writes and a collective's ring achieve. ``link_latency_s`` is the start-up time of one send,
+    ``hop_latency_s`` the time for activations to reach the next stage. ``pcie_bytes_per_s`` (host to GPU) and
+    ``ssd_bytes_per_s`` are per node; ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store.
+    ``provenance`` names the origin of the numbers.
     """
 
     name: str
@@ -295,7 +295,7 @@ class ClusterSpec:
 
         known = [node for override in self.overrides for node in override.nodes]
         for node in known:
-            require(0 <= node < self.nodes, f"cluster.overrides names node {node}, the cluster has 0 to {self.nodes - 1}")
+            require(0 <= node < self.nodes, f"cluster.overrides names node {node}, but nodes are 0 to {self.nodes - 1}")
         require(len(set(known)) == len(known), f"cluster.overrides names a node twice: {sorted(known)}")
 
     def node(self, node: int) -> NodeSpec:
@@ -320,12 +320,12 @@ class ClusterSpec:
 
     @property
     def kinds(self) -> tuple[NodeSpec, ...]:
-        """The distinct hardware of its nodes."""
+        """Distinct kinds of hardware among the nodes."""
         alike = (self._common,) if len(self._specs) < self.nodes else ()
         return tuple(dict.fromkeys((*alike, *self._specs.values())))
 
     def kv_tokens(self, model: ModelSpec) -> int:
-        """Tokens of KV cache beside the weights on every node that can hold ``model``; CapacityError if no node can."""
+        """Tokens of KV cache that fit beside the weights on every node that can hold ``model``; CapacityError if no node can."""
         fitting = [tokens for kind in self.kinds if (tokens := kind.kv_tokens(model)) > 0]
         if not fitting:
             raise CapacityError(

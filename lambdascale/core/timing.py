@@ -17,7 +17,7 @@ from lambdascale.core.specs import ComputeTable, ModelSpec, NodeSpec
 
 
 def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float:
-    """Piecewise linear through (xs, ys); beyond the ends the outer slope goes on, never below zero."""
+    """Interpolate linearly between the points (xs, ys); outside them, extend the outer slope, never below zero."""
     if len(xs) == 1:
         return ys[0]
     right = min(max(bisect_right(xs, x), 1), len(xs) - 1)
@@ -26,23 +26,23 @@ def interpolate(xs: tuple[float, ...], ys: tuple[float, ...], x: float) -> float
 
 
 class IterationSize(Protocol):
-    """What an iteration's duration depends on."""
+    """Sizes of an iteration that determine its duration."""
 
     @property
     def decodes(self) -> int:
-        """Sequences that decode one token each."""
+        """Number of sequences that decode one token each."""
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of KV that the decodes read."""
+        """Number of KV tokens that the decodes read."""
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens prefilled."""
+        """Number of tokens prefilled."""
 
     @property
     def attended_tokens(self) -> int:
-        """Query-key pairs of the prefills."""
+        """Number of query-key pairs in the prefills."""
 
 
 class ComputeModel:
@@ -63,24 +63,24 @@ class ComputeModel:
             self._kv_token_s = self._table.decode_s_per_context_token
 
     def iteration_s(self, iteration: IterationSize, share: float = 1.0) -> float:
-        """Time of one iteration on a node that holds ``share`` of the model."""
+        """Seconds for one iteration on a node that holds ``share`` of the model."""
         work = self._base_s(iteration.decodes, iteration.prefill_tokens) + iteration.context_tokens * self._kv_token_s
         if self._table is None:
             work += iteration.attended_tokens * self._pair_s
         return self._overhead_s + share * work
 
     def decode_run_s(self, batch: int, context_tokens: int, steps: int) -> float:
-        """Time of ``steps`` decode iterations of an unchanged batch whose KV starts at ``context_tokens`` altogether."""
+        """Seconds for ``steps`` decode iterations of an unchanged batch whose KV starts at ``context_tokens`` in total."""
         grown = batch * steps * (steps - 1) // 2
         return steps * (self._overhead_s + self._base_s(batch, 0)) + (steps * context_tokens + grown) * self._kv_token_s
 
     def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
-        """The smallest number of iterations of that run (at least 1) that does not end before ``elapsed_s``."""
+        """Smallest number of iterations (at least 1) for which :meth:`decode_run_s` reaches ``elapsed_s``."""
         growth = batch * self._kv_token_s / 2
         first = self._overhead_s + self._base_s(batch, 0) + context_tokens * self._kv_token_s - growth
         root = elapsed_s / first if growth == 0 else (sqrt(first * first + 4 * growth * elapsed_s) - first) / (2 * growth)
         steps = max(1, ceil(root))
-        # The root is exact up to rounding: one step either way at most.
+        # The root is exact up to rounding, so that at most one step has to be added or removed.
         if steps > 1 and self.decode_run_s(batch, context_tokens, steps - 1) >= elapsed_s:
             return steps - 1
         return steps if self.decode_run_s(batch, context_tokens, steps) >= elapsed_s else steps + 1
@@ -93,7 +93,7 @@ class ComputeModel:
 
 
 def _measured_s(table: ComputeTable, decodes: int, prefill_tokens: int) -> float:
-    """Decodes ride along in a prefill's iteration as so many more tokens of it, if that is not less than they cost alone."""
+    """Seconds for an iteration; with a prefill, each decode counts as one more token, but never less than the decodes alone."""
     decode = interpolate(table.decode_batch, table.decode_s, decodes) if decodes else 0.0
     if not prefill_tokens:
         return decode

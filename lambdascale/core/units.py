@@ -1,4 +1,4 @@
-"""Rates and sizes as people write them (``50GB/s``, ``400Gb/s``, ``80GiB``), turned into plain SI numbers."""
+"""Conversion of rates and sizes as people write them (``50GB/s``, ``400Gb/s``, ``80GiB``) into bytes/s and bytes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _QUANTITY = re.compile(
 def _parse(value: str, suffix: str, what: str, example: str) -> float:
     match = _QUANTITY.fullmatch(value.strip().removesuffix(suffix)) if value.strip().endswith(suffix) else None
     if match is None:
-        raise UserError(f"{what} {value!r} is not understood; write a number or something like {example}")
+        raise UserError(f"{what} {value!r} is not valid; write a number or text such as {example}")
     scale = _BINARY.get(match["prefix"]) or _PREFIX[match["prefix"]]
     return float(match["number"]) * scale / (8 if match["unit"] == "b" else 1)
 
 
 def parse_rate(value: float | str) -> float:
-    """Bytes per second from a number (bytes/s) or a string: ``"50GB/s"`` is bytes, ``"400Gb/s"`` is bits."""
+    """Bytes per second from a number (bytes/s) or a string: ``"50GB/s"`` is bytes, ``"400Gb/s"`` bits. UserError if invalid."""
     return _parse(value, "/s", "rate", "50GB/s or 400Gb/s") if isinstance(value, str) else float(value)
 
 
 def parse_size(value: float | str) -> int:
-    """Bytes from a number or a string such as ``"80GiB"`` (binary) or ``"13.48GB"`` (decimal)."""
+    """Bytes from a number or a string such as ``"80GiB"`` (binary) or ``"13.48GB"`` (decimal). UserError if invalid."""
     return round(_parse(value, "", "size", "80GiB or 13.48GB")) if isinstance(value, str) else int(value)

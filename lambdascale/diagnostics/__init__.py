@@ -1,1 +1,1 @@
-"""What this machine has for a live cluster, and what to do about what it lacks."""
+"""Checks of what a live cluster needs of this machine, with advice on what is missing."""

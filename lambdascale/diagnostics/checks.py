@@ -1,4 +1,4 @@
-"""One function per thing a live cluster needs of a machine; each reads files below ``root`` and returns a Check."""
+"""One function per requirement of a live cluster on its machine; each reads files below ``root`` and returns a Check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RDMA_ONLY = "(only for --transport rdma)"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the report: what was found and, unless the status is ok, what to do."""
+    """One line of the report: what was found and, unless the status is ok, advice."""
 
     name: str
     status: Status
@@ -31,32 +31,32 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class TorchFacts:
-    """What the installed torch says of itself; ``error`` tells why there is nothing to say."""
+    """Properties of the installed torch; ``error`` is the reason if torch is missing or fails to import, else empty."""
 
     version: str = ""
     threads: int = 0
-    """Threads torch computes with on the CPU."""
+    """Number of threads torch computes with on the CPU."""
     cuda: str | None = None
-    """CUDA version it was built for; None for a build without CUDA."""
+    """CUDA version torch was built for; None for a build without CUDA."""
     gpus: tuple[tuple[str, int], ...] = ()
-    """Name and memory in bytes of every GPU it can use."""
+    """Name and memory in bytes of every GPU torch can use."""
     error: str = ""
 
 
 def machine_checks(root: Path = ROOT) -> list[Check]:
-    """Every check but the disk's, in the order of the report; GPUDirect only where torch sees a GPU."""
+    """Run every check but the disk's, in the order of the report; GPUDirect only if torch sees a GPU."""
     facts = torch_facts()
     checks = [cpu(root), memory(root), torch_build(facts), gpus(facts, root), network(root), rdma(root), memory_lock(), pyverbs()]
     return [*checks, *([gpudirect(root)] if facts.gpus else []), shared_memory(root)]
 
 
 def size_text(size: int) -> str:
-    """A number of bytes for people: MiB below one GiB, else GiB."""
+    """Format a number of bytes for people: in MiB below one GiB, else in GiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def _read(path: Path) -> str:
-    """The text of a small system file; empty where it is absent or refuses to be read (a NIC that is down does)."""
+    """Text of a small system file; empty if it is missing or unreadable (the speed of a NIC that is down is)."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -64,7 +64,7 @@ def _read(path: Path) -> str:
 
 
 def _field(text: str, name: str) -> str:
-    """The value of the first ``name: value`` line; empty without one."""
+    """Value of the first ``name: value`` line; empty without one."""
     match = re.search(rf"^{re.escape(name)}[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
     return match[1].strip() if match else ""
 
@@ -110,7 +110,7 @@ def _kib(value: str) -> int | None:
 
 
 def cgroup_limit(root: Path = ROOT) -> int | None:
-    """The lowest memory limit in bytes of this process's control group and those above it (version 1 or 2), None if unlimited."""
+    """Lowest memory limit in bytes of this process's control group and its parents (version 1 or 2); None if unlimited."""
     limits = (_read(path) for path in _limit_files(root))
     return min((int(limit) for limit in limits if limit.isdecimal()), default=None)
 
@@ -128,7 +128,7 @@ def _limit_files(root: Path) -> Iterator[Path]:
 
 
 def torch_facts() -> TorchFacts:
-    """Ask the installed torch; importing it takes seconds, so only here."""
+    """Query the installed torch; imported here only, since the import takes seconds."""
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -157,7 +157,7 @@ def torch_build(facts: TorchFacts) -> Check:
 
 
 def gpus(facts: TorchFacts, root: Path = ROOT) -> Check:
-    """The GPUs torch can use; where the machine has some that torch cannot use, which torch or driver to install."""
+    """GPUs torch can use; for those it cannot use, advice on the torch or driver to install."""
     if facts.gpus:
         return Check(
             "GPUs", "ok", "; ".join(f"{index}: {name}, {size_text(size)}" for index, (name, size) in enumerate(facts.gpus))
@@ -174,7 +174,7 @@ def gpus(facts: TorchFacts, root: Path = ROOT) -> Check:
 
 
 def _torch_for(root: Path) -> str:
-    """The pip command that fits the NVIDIA driver: CUDA 13 asks for driver 580 or newer, CUDA 12 for 525."""
+    """Pip command that fits the NVIDIA driver: CUDA 13 needs driver 580 or newer, CUDA 12 needs 525."""
     match = re.search(r"\s(\d{3})\.\d+", _read(root / "proc/driver/nvidia/version"))
     newest = "pip install --force-reinstall -c constraints.txt torch --index-url https://download.pytorch.org/whl/cu130"
     if match and int(match[1]) >= 580:
@@ -185,7 +185,7 @@ def _torch_for(root: Path) -> str:
 
 
 def network(root: Path = ROOT) -> Check:
-    """Network interfaces but the loopback: name, state and speed (Mbit/s, where the driver tells)."""
+    """Network interfaces except loopback: name, state and speed (Mbit/s, if the driver reports it)."""
     cards = [folder for folder in _folders(root / "sys/class/net") if folder.name != "lo"]
     if not cards:
         return Check(
@@ -204,10 +204,10 @@ def _speed(card: Path) -> str:
 
 
 def rdma(root: Path = ROOT) -> Check:
-    """Ports of RDMA devices: state, rate and link layer; and whether programs may open the devices."""
+    """Ports of RDMA devices: state, rate and link layer; a warning if programs cannot open the devices or no port is active."""
     ports = [port for device in _folders(root / "sys/class/infiniband") for port in _folders(device / "ports")]
     if not ports:
-        advice = f"'modprobe rdma_rxe', 'rdma link add rxe0 type rxe netdev NIC' (Soft-RoCE), or see vendor driver {RDMA_ONLY}"
+        advice = f"'modprobe rdma_rxe', 'rdma link add rxe0 type rxe netdev NIC' (Soft-RoCE), or the NIC's driver {RDMA_ONLY}"
         return Check("RDMA devices", "missing", "none", advice)
     found = "; ".join(f"{port.parent.parent.name} port {port.name}: {_port_text(port)}" for port in ports)
     if not any((root / "dev/infiniband").glob("uverbs*")):
@@ -219,7 +219,7 @@ def rdma(root: Path = ROOT) -> Check:
 
 
 def _port_state(port: Path) -> str:
-    """``ACTIVE`` of the file's ``4: ACTIVE``."""
+    """State of a port: ``ACTIVE`` from the file's ``4: ACTIVE``."""
     return _read(port / "state").rpartition(":")[2].strip()
 
 
@@ -229,7 +229,10 @@ def _port_text(port: Path) -> str:
 
 
 def memory_lock(limits: tuple[int, int] | None = None) -> Check:
-    """How much memory a process may lock, as RDMA does with buffers; ``limits``: soft and hard, in bytes (default: our own)."""
+    """Limit on the memory a process may lock, which RDMA does with its buffers.
+
+    ``limits``: soft and hard limit in bytes (default: those of this process).
+    """
     soft, hard = limits or resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Check("memory lock limit", "ok", "unlimited")
@@ -241,7 +244,7 @@ def memory_lock(limits: tuple[int, int] | None = None) -> Check:
 
 
 def pyverbs(module: str = "pyverbs.device") -> Check:
-    """Whether the Python binding of RDMA verbs can be imported, and where it is from."""
+    """Python binding of RDMA verbs: its origin, or the reason why it fails to import."""
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError:
@@ -251,17 +254,17 @@ def pyverbs(module: str = "pyverbs.device") -> Check:
         )
         return Check("pyverbs", "missing", "not installed", f"{advice} {RDMA_ONLY}")
     except (ImportError, OSError) as error:
-        # PyPI's pyverbs asks for symbols of its own version of rdma-core.
+        # PyPI's pyverbs needs symbols of its own version of rdma-core.
         needed = re.search(r"IBVERBS_PRIVATE_(\d+)", str(error))
-        advice = f"install the libraries it is linked with (libibverbs1, librdmacm1, ibverbs-providers) {RDMA_ONLY}"
+        advice = f"install the libraries pyverbs is linked with (libibverbs1, librdmacm1, ibverbs-providers) {RDMA_ONLY}"
         if needed:
-            advice = f"it needs rdma-core {needed[1]}: upgrade that, or use the distribution's python3-pyverbs {RDMA_ONLY}"
+            advice = f"upgrade rdma-core to {needed[1]}, or use the distribution's python3-pyverbs {RDMA_ONLY}"
         return Check("pyverbs", "warning", f"cannot be imported: {_first_line(error)}", advice)
     return Check("pyverbs", "ok", origin(Path(loaded.__file__ or "")))
 
 
 def origin(file: Path) -> str:
-    """Who installed a module, told by its file's path: distributions below /usr/lib, pip in other package folders."""
+    """Installer of a module, inferred from its file: a distribution below /usr/lib, pip in other package folders."""
     file = file.resolve()
     if file.is_relative_to("/usr/lib") or file.is_relative_to("/usr/lib64"):
         return "the distribution's python3-pyverbs"
@@ -269,7 +272,7 @@ def origin(file: Path) -> str:
 
 
 def gpudirect(root: Path = ROOT) -> Check:
-    """Whether the kernel module that lets RDMA devices reach GPU memory is loaded."""
+    """Kernel module that lets RDMA devices access GPU memory: loaded or missing."""
     modules = {line.split(" ", 1)[0] for line in _read(root / "proc/modules").splitlines()}
     loaded = sorted(modules & {"nvidia_peermem", "nv_peer_mem"})
     if loaded:

@@ -1,4 +1,4 @@
-"""How fast a disk hands over a file: from the disk through the page cache, past it, and from the page cache alone."""
+"""Read speed of a disk: through the cold page cache, past the page cache, and from the page cache alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class DiskSpeed:
     cold: float
     """Buffered, with nothing of the file in the page cache."""
     direct: float | None
-    """Past the page cache (O_DIRECT); None where the file system cannot."""
+    """Past the page cache (O_DIRECT); None if the file system does not support it."""
     warm: float
     """Buffered, with all of the file in the page cache."""
 
 
 def disk(directory: Path, mib: int) -> Check:
-    """The report's line for the disk that holds ``directory``, measured with a file of ``mib`` MiB."""
+    """Line of the report for the disk that holds ``directory``, measured with a file of ``mib`` MiB; UserError on failure."""
     speed = measure(directory, mib * MIB)
     direct = "O_DIRECT not supported here" if speed.direct is None else f"{_rate(speed.direct)} with O_DIRECT"
     found = f"{_rate(speed.cold)} cold, {direct}, {_rate(speed.warm)} from the page cache ({mib} MiB in {directory})"
@@ -45,7 +45,7 @@ def _rate(rate: float) -> str:
 
 
 def check_request(directory: Path, mib: int) -> None:
-    """Raise UserError unless ``directory`` can take a file and ``mib`` MiB is a size: before anything slow begins."""
+    """Raise UserError, before anything slow starts, unless ``directory`` is writable and ``mib`` is positive."""
     if mib <= 0:
         raise UserError(f"--disk-mib must be positive, not {mib}")
     if not directory.is_dir():
@@ -55,7 +55,10 @@ def check_request(directory: Path, mib: int) -> None:
 
 
 def measure(directory: Path, size: int) -> DiskSpeed:
-    """Write a file of ``size`` bytes (whole MiB) into ``directory`` and read it back in three ways; the file never remains."""
+    """Write a file of ``size`` bytes (whole MiB) into ``directory`` and read it back in three ways.
+
+    The file is removed in every case. UserError if writing or reading fails.
+    """
     try:
         with _nameless_file(directory) as (buffered, direct):
             _fill(buffered, size)
@@ -72,7 +75,7 @@ def measure(directory: Path, size: int) -> DiskSpeed:
 
 @contextmanager
 def _nameless_file(directory: Path) -> Iterator[tuple[int, int | None]]:
-    """Descriptors of a new file, buffered and direct; its name goes at once, so that no end of this process leaves it behind."""
+    """Descriptors of a new file, buffered and direct. The file is unlinked at once, so that no crash leaves it behind."""
     with ExitStack() as stack:
         buffered, name = tempfile.mkstemp(prefix="lambdascale-doctor-", suffix=".tmp", dir=directory)
         stack.callback(os.close, buffered)
@@ -95,7 +98,7 @@ def _open_direct(name: str) -> int | None:
 
 
 def _fill(descriptor: int, size: int) -> None:
-    """Random bytes, which no file system can compress or share, down to the disk."""
+    """Write random bytes, which no file system can compress or deduplicate, and flush them to the disk."""
     with os.fdopen(os.dup(descriptor), "wb") as file:
         for _ in range(size // MIB):
             file.write(os.urandom(MIB))
@@ -104,7 +107,7 @@ def _fill(descriptor: int, size: int) -> None:
 
 
 def _touched_memory(size: int) -> mmap.mmap:
-    """Page-aligned memory (O_DIRECT asks for that) whose pages exist already, so that reads do not pay for them."""
+    """Page-aligned memory (required by O_DIRECT) with its pages already mapped, so that reads do not pay for page faults."""
     memory = mmap.mmap(-1, size)
     for offset in range(0, size, mmap.PAGESIZE):
         memory[offset] = 1
@@ -116,7 +119,7 @@ def _drop_cache(descriptor: int) -> None:
 
 
 def _read(descriptor: int, size: int, buffer: mmap.mmap) -> float:
-    """Read ``size`` bytes from the file's start into ``buffer``, from its start again when full; bytes per second."""
+    """Read ``size`` bytes of the file into ``buffer``, which wraps around when full; return the rate in bytes per second."""
     with memoryview(buffer) as view:
         done, start = 0, time.perf_counter()
         while done < size:
@@ -130,7 +133,7 @@ def _read(descriptor: int, size: int, buffer: mmap.mmap) -> float:
 
 
 def _read_direct(descriptor: int | None, size: int, buffer: mmap.mmap) -> float | None:
-    """As ``_read``; None where the file system cannot, which some say only when reading."""
+    """As ``_read``; None if O_DIRECT is not supported, which some file systems report only when reading."""
     try:
         return None if descriptor is None else _read(descriptor, size, buffer)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The pre-flight check of the rdma transport: every port tried by a write that is verified and timed."""
+"""Pre-flight check of the rdma transport: a verified and timed write through every port."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lambdascale.core import UserError
 from lambdascale.diagnostics.checks import ROOT, Check, gpudirect, memory_lock, pyverbs, rdma
 
 MIB = 2**20
-# A loopback write crosses the NIC twice; below this share of the port's rate, something beside it is the limit.
+# A loopback write crosses the NIC twice; below this share of the port's rate, something other than the port is the limit.
 _WORTH_A_LOOK = 0.5
 _CHECK_LINK = "'ibv_devinfo -v' shows the port, 'dmesg' what its driver says"
 
 
 def rdma_checks(root: Path = ROOT, mib: int = 64) -> list[Check]:
-    """Everything that ``--transport rdma`` needs, in the order in which it is needed."""
+    """Check everything that ``--transport rdma`` needs, in the order in which it is needed; ``mib`` MiB through every port."""
     checks = [pyverbs(), rdma(root), memory_lock(), *gpu_memory(root)]
     if checks[0].status == checks[1].status == "ok":
         checks += loopbacks(mib)
@@ -24,7 +24,7 @@ def rdma_checks(root: Path = ROOT, mib: int = 64) -> list[Check]:
 
 
 def gpu_memory(root: Path = ROOT) -> list[Check]:
-    """Whether devices can reach GPU memory, by nvidia-peermem or by dma-buf; nothing to say where there is no GPU."""
+    """Check that RDMA devices can access GPU memory, by nvidia-peermem or by dma-buf; an empty list without a GPU."""
     if not list((root / "dev").glob("nvidia[0-9]*")):
         return []
     peermem = gpudirect(root)
@@ -32,26 +32,26 @@ def gpu_memory(root: Path = ROOT) -> list[Check]:
 
 
 def dma_buf(root: Path, release: str) -> Check:
-    """dma-buf: a kernel from 5.12 on, and NVIDIA's open kernel modules."""
+    """Check the requirements of dma-buf: kernel 5.12 or newer, and NVIDIA's open kernel modules."""
     numbers = re.match(r"(\d+)\.(\d+)", release)
     recent = numbers is not None and (int(numbers[1]), int(numbers[2])) >= (5, 12)
     driver = root / "proc/driver/nvidia/version"
     is_open = driver.exists() and "Open Kernel Module" in driver.read_text()
     if recent and is_open:
         return Check("GPUDirect", "ok", f"dma-buf (kernel {release}, open NVIDIA kernel modules); nvidia_peermem is not loaded")
-    advice = "'modprobe nvidia_peermem' as root on the host, or NVIDIA's open kernel modules with a kernel from 5.12 on"
+    advice = "'modprobe nvidia_peermem' as root on the host, or NVIDIA's open kernel modules with kernel 5.12 or newer"
     return Check("GPUDirect", "missing", "neither nvidia_peermem nor dma-buf: blocks go through host memory", advice)
 
 
 def loopbacks(mib: int) -> list[Check]:
-    """One line for every port of every device."""
+    """Check every port of every device with a write of ``mib`` MiB."""
     from lambdascale.transport.rdma.device import list_ports
 
     return [port_check(port.device, port.number, port.active, port.rate_bytes_per_s, mib) for port in list_ports()]
 
 
 def port_check(device: str, number: int, active: bool, rate_bytes_per_s: float, mib: int) -> Check:
-    """A port's GID, MTU and a write through it."""
+    """Check a port: its GID, its MTU and a write of ``mib`` MiB through it."""
     from lambdascale.transport import TransportError
     from lambdascale.transport.rdma import RdmaOptions
     from lambdascale.transport.rdma.probe import loopback
@@ -65,7 +65,7 @@ def port_check(device: str, number: int, active: bool, rate_bytes_per_s: float, 
     except UserError as error:
         return Check(name, "missing", str(error), _CHECK_LINK)
     except (TransportError, OSError) as error:
-        return Check(name, "missing", f"a write to itself fails: {error}", _CHECK_LINK)
+        return Check(name, "missing", f"a loopback write fails: {error}", _CHECK_LINK)
     gid = found.choice.gid
     address = gid.address.ipv4_mapped or gid.address
     text = f"GID {gid.index} ({gid.kind}, {address}), MTU {found.choice.mtu}; "
@@ -74,13 +74,13 @@ def port_check(device: str, number: int, active: bool, rate_bytes_per_s: float, 
 
 def _judge(name: str, text: str, bytes_per_s: float, rate_bytes_per_s: float, intact: bool, mib: int) -> Check:
     if not intact:
-        return Check(name, "missing", f"{text}{mib} MiB written to itself arrive damaged", "replace the NIC or its driver")
-    text += f"{mib} MiB written to itself are intact, at {bytes_per_s / 1e9:.2f} GB/s"
+        return Check(name, "missing", f"{text}a loopback write of {mib} MiB is corrupted", "replace the NIC or its driver")
+    text += f"a loopback write of {mib} MiB is intact, at {bytes_per_s / 1e9:.2f} GB/s"
     if not rate_bytes_per_s:
         return Check(name, "ok", text)
     share = bytes_per_s / rate_bytes_per_s
     text += f" ({share:.0%} of the port's {rate_bytes_per_s / 1e9:.2f} GB/s)"
     if share >= _WORTH_A_LOOK:
         return Check(name, "ok", text)
-    advice = "of hardware, see the PCIe slot ('lspci -vv', LnkSta), its NUMA node and the MTU; emulated devices are slow"
+    advice = "check the PCIe slot ('lspci -vv', LnkSta), its NUMA node and the MTU; emulated devices are always slow"
     return Check(name, "warning", text, advice)

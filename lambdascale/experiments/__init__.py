@@ -1,1 +1,1 @@
-"""From configuration to finished runs: schema, composition, the composition root, run folders. The only user of DictConfig."""
+"""From configuration to finished runs: schema, composition, building the parts, run folders. The only user of DictConfig."""

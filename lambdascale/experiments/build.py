@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
@@ -19,14 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The objects of one run."""
+    """The objects of one run. Building it writes nothing: a live run's built-in model is packed when ``models`` is first read."""
 
     system: SystemConfig
-    models: tuple[ModelSpec, ...]
+    configured: tuple[ModelSpec, ...]
     cluster: ClusterSpec
     workload: ShapedWorkload
     backend: SimConfig | LiveConfig
     logger: Any
+
+    @cached_property
+    def models(self) -> tuple[ModelSpec, ...]:
+        """Models with the sizes they run with: a live cluster's are those of its checkpoint; UserError if it is cut otherwise."""
+        if isinstance(self.backend, SimConfig):
+            return self.configured
+        return self.backend.specs(self.configured, self.system.blocks)
 
 
 def build(config: DictConfig) -> Experiment:
@@ -35,13 +43,12 @@ def build(config: DictConfig) -> Experiment:
         raise UserError(f"model_count must be at least 1, not {config.model_count}")
     system = _instance(config, "system", SystemConfig)
     models = _replicate(_instance(config, "model", ModelSpec), config.model_count)
-    backend = _backend(config)
     return Experiment(
         system=system,
-        models=models if isinstance(backend, SimConfig) else backend.specs(models, system.blocks),
+        configured=models,
         cluster=_instance(config, "cluster", ClusterSpec),
         workload=_instance(config, "workload", ShapedWorkload),
-        backend=backend,
+        backend=_backend(config),
         logger=instantiate(config.logger, _convert_="all"),
     )
 

@@ -1,4 +1,4 @@
-"""Tables for figures, gathered from finished runs. Rows depend on a run's folder only, whichever backend made it."""
+"""Tables for figures, gathered from finished runs. Rows depend only on a run's folder, not on the backend."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.study import Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_times
 
-# Larger tables are parquet, smaller ones CSV, which people can read and diffs can show.
+# Larger tables are written as parquet, smaller ones as CSV, which people can read and diffs can show.
 _CSV_ROWS = 1500
 
 
 def request_rows(folders: Iterable[Path]) -> pd.DataFrame:
-    """What fig10 needs: one row per request of the runs, with their backend."""
+    """Table of fig10: one row per request of the runs, with their backend; times in seconds of the run."""
     return _stacked(folders, _requests)[["model", "system", "arrival_s", "ttft_s", "backend"]]
 
 
 def gpu_rows(folders: Iterable[Path]) -> pd.DataFrame:
-    """What fig11 needs: GPUs in use as steps, per run and model, closed by the state at the end of the run."""
+    """Table of fig11: GPUs in use as steps, per run and model, closed by the state at the end of the run."""
     return _stacked(folders, _gpus)
 
 
 def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
-    """The rows of all runs, with the columns the study names, ``model``, ``system``, ``seed`` and ``backend``."""
+    """Rows of all runs, with the study's own columns, ``model``, ``system``, ``seed`` and ``backend``.
+
+    UserError for an unknown kind of rows.
+    """
     if study.rows not in ROWS:
         raise UserError(f"study.rows must be one of {', '.join(ROWS)}, not {study.rows!r}")
     parts = []
@@ -52,9 +55,11 @@ def _selected(config: DictConfig, key: str) -> Any:
 
 
 def write_study(experiment: str, table: pd.DataFrame, results: Path, *, published: bool) -> list[Path]:
-    """Write the table, and the figure if there is one of that name: to tables/ and figures/ of ``results``, or, for a study that
-    was changed on the command line, to raw/``experiment``/."""
-    # Only here, not in every worker of a sweep: matplotlib takes seconds to import.
+    """Write the table and, if a figure has that name, draw it; return the paths.
+
+    They go to tables/ and figures/ of ``results``, or to raw/``experiment``/ for a study changed on the command line.
+    """
+    # Imported here, not in every worker of a sweep: matplotlib takes seconds to import.
     from lambdascale.figures.registry import FIGURES, render
 
     tables = results / "tables" if published else results / "raw" / experiment
@@ -66,7 +71,7 @@ def write_study(experiment: str, table: pd.DataFrame, results: Path, *, publishe
 
 
 def write_frame(table: pd.DataFrame, stem: Path) -> Path:
-    """Write a table beside others, as CSV or parquet depending on its size; the path. The other form gives way."""
+    """Write a table as CSV or parquet, depending on its size; return the path. A file in the other format is deleted."""
     csv, parquet = stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.parquet")
     if len(table) > _CSV_ROWS:
         table.to_parquet(parquet, index=False, compression="zstd")
@@ -77,7 +82,7 @@ def write_frame(table: pd.DataFrame, stem: Path) -> Path:
     return csv
 
 
-# -- what one run contributes --------------------------------------------------------------------------------------------
+# -- rows of a single run ------------------------------------------------------------------------------------------------
 
 
 def _stacked(folders: Iterable[Path], rows: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
@@ -112,7 +117,7 @@ def _summary(folder: Path) -> pd.DataFrame:
 
 
 def _scale_out(folder: Path) -> pd.DataFrame:
-    """The first scale-out of a run, and the waits of its requests."""
+    """One row: the first scale-out of a run, and TTFT and finish times of its requests, in seconds."""
     requests = pd.read_parquet(folder / "requests.parquet", columns=["ttft_s", "finished_s"])
     times = scale_out_times(pd.read_parquet(folder / "events.parquet"))
     waits = {"ttft_p50_s": requests.ttft_s.median(), "ttft_max_s": requests.ttft_s.max(), "finished_s": requests.finished_s.max()}
@@ -120,7 +125,7 @@ def _scale_out(folder: Path) -> pd.DataFrame:
 
 
 def _arrivals(folder: Path) -> pd.DataFrame:
-    """Requests in adjacent windows of 10 s."""
+    """Number of requests in adjacent windows of 10 s."""
     arrival_s = pd.read_parquet(folder / "requests.parquet").arrival_s.to_numpy()
     counts = np.bincount((arrival_s / _WINDOW_S).astype(int))
     return pd.DataFrame({"at_s": np.arange(len(counts)) * _WINDOW_S, "requests": counts})
@@ -130,7 +135,7 @@ _WINDOW_S = 10.0
 
 
 def _host_cache(folder: Path) -> pd.DataFrame:
-    """Loads by tier, and how long host copies lived."""
+    """One row: loads by tier, and lifetimes of host copies in seconds."""
     events = pd.read_parquet(folder / "events.parquet")
     keep_alive_s = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "system.memory.keep_alive_s")
     copies = host_copies(events, keep_alive_s)

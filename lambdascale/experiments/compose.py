@@ -1,9 +1,12 @@
-"""Finding conf/ and composing it, with a user's mistakes as one-line UserErrors."""
+"""Location and composition of conf/; a user's mistake becomes a one-line UserError."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -11,15 +14,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import lambdascale
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.schema import register_schema
+
+_GIVEN = "given"  # the name of a user's file; none of conf/ has it
 
 
 def conf_dir() -> Path:
-    """The configuration tree: conf/ of a checkout, or the copy inside an installed wheel."""
+    """Path of the configuration tree: conf/ of a checkout, or the copy inside an installed wheel.
+
+    FileNotFoundError if neither exists.
+    """
     package = Path(lambdascale.__file__).resolve().parent
     for candidate in (package.parent / "conf", package / "_conf"):
         if (candidate / "run.yaml").is_file():
@@ -28,7 +37,7 @@ def conf_dir() -> Path:
 
 
 def compose(overrides: Sequence[str] = (), directory: Path | None = None, config_name: str = "run") -> DictConfig:
-    """The composed configuration for ``overrides`` as on the command line; UserError says what is wrong with them."""
+    """Compose the configuration for ``overrides``, written as on the command line; UserError if they are wrong."""
     register_schema()
     GlobalHydra.instance().clear()
     try:
@@ -36,3 +45,28 @@ def compose(overrides: Sequence[str] = (), directory: Path | None = None, config
             return hydra_compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(user_message(error) or str(error)) from error
+    except YAMLError as error:
+        raise UserError(f"this is not YAML: {' '.join(str(error).split())}") from error
+
+
+def names(group: str) -> list[str]:
+    """Return the names of a configuration group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@contextmanager
+def choosing(group: str, choice: str) -> Iterator[list[str]]:
+    """Yield the overrides that choose from a group: by a name of conf/, or the path of a YAML file composed as if it lay there.
+
+    UserError if ``choice`` is neither.
+    """
+    if choice in names(group):
+        yield [f"{group}={choice}"]
+        return
+    if not Path(choice).is_file():
+        known = ", ".join(names(group))
+        raise UserError(f"{group} must be one of {known}, or the path of a YAML file, not {choice}")
+    with TemporaryDirectory(prefix="lambdascale-conf-") as folder:
+        (Path(folder) / group).mkdir()
+        shutil.copy(choice, Path(folder) / group / f"{_GIVEN}.yaml")
+        yield [f"{group}={_GIVEN}", f"hydra.searchpath=[file://{folder}]"]

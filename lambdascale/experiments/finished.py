@@ -1,4 +1,4 @@
-"""Finished runs read back from their folders, for whoever reports on them: at once, or long after."""
+"""Finished runs read back from their folders, for reports made at once or later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lambdascale.metrics import FinishedRun, RunLogger
 
 
 def finished_run(folder: Path, group: str = "") -> FinishedRun:
-    """The run in ``folder``; without ``group`` it belongs to the group of its experiment's single runs."""
+    """Read the run in ``folder``; without ``group`` it belongs to the group named after its experiment."""
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict), "a run's configuration is a mapping"
     settings = {str(key): value for key, value in config.items()}
@@ -32,7 +32,7 @@ def finished_run(folder: Path, group: str = "") -> FinishedRun:
 
 
 def _draw(folder: Path, out: Path) -> Sequence[Path]:
-    # matplotlib takes a second to import: only for those who want figures.
+    # Imported only when figures are drawn: matplotlib takes a second to import.
     from lambdascale.figures.run_overview import render_overview
 
     summary = read_json(folder / SUMMARY)
@@ -44,19 +44,22 @@ def _draw(folder: Path, out: Path) -> Sequence[Path]:
 
 
 def find_runs(places: Iterable[Path]) -> list[Path]:
-    """The finished runs at or anywhere below ``places``, in order; UserError for a place without any."""
+    """Folders of the finished runs at or below ``places``, in order, without duplicates; UserError for a place without any."""
     found: list[Path] = []
     for place in places:
         runs = sorted(path.parent for path in place.rglob(SUMMARY) if (path.parent / MANIFEST).is_file())
         runs = [run for run in runs if not run.name.startswith(".")]
         if not runs:
-            raise UserError(f"there is no finished run in {place}")
+            raise UserError(f"no finished run in {place}")
         found += runs
     return list(dict.fromkeys(found))
 
 
 def log_to_wandb(arguments: Sequence[str]) -> int:
-    """Report finished runs to W&B. Arguments: folders (of runs, or above them) and overrides of logger.*. Prints what it did."""
+    """Report finished runs to W&B and print each folder; return exit status 0.
+
+    Arguments: folders (of runs, or above them) and overrides of logger.*. UserError for any other argument.
+    """
     folders = [Path(argument) for argument in arguments if "=" not in argument or Path(argument).is_dir()]
     overrides = [argument for argument in arguments if Path(argument) not in folders]
     strange = [override for override in overrides if not override.startswith("logger.")]

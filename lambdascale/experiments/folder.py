@@ -1,4 +1,4 @@
-"""Run folders: written under a temporary name, renamed when complete, so that a killed run never looks finished."""
+"""Run folders: written under a temporary name and renamed when complete, so that a killed run never looks finished."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ SUMMARY = "summary.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Read a JSON object from a file."""
     document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
 def is_finished(folder: Path, digest: str) -> bool:
-    """Whether ``folder`` holds a finished run of the configuration with this digest."""
+    """True if ``folder`` holds a finished run of the configuration with this digest."""
     if not (folder / MANIFEST).is_file() or not (folder / SUMMARY).is_file():
         return False
     return read_json(folder / MANIFEST).get("run_sha256") == digest
 
 
 def check_usable(folder: Path, digest: str) -> None:
-    """UserError if ``folder`` exists and is anything but a finished run of this configuration: nobody's files are deleted."""
+    """Raise UserError if ``folder`` exists and is not a finished run of this configuration, so that no files are overwritten."""
     if folder.exists() and not is_finished(folder, digest):
         raise UserError(f"{folder} exists and is not a finished run of this configuration; choose another out= or remove it")
 
 
 @contextmanager
 def new_run_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` when the block ends without an exception, and disappears otherwise.
+    """Yield a temporary folder that becomes ``folder`` when the block ends without an exception, and is deleted otherwise.
 
-    ``replace``: an older run there gives way, at the moment the new one is complete. Without it, if another process finished
-    the same run meanwhile, its folder stays and this one is dropped.
+    With ``replace``, an older run in ``folder`` is deleted once the new one is complete. Without it, if another process has
+    finished the same run meanwhile, that run stays and this one is deleted.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
@@ -58,7 +58,7 @@ def new_run_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _set_aside(folder: Path, temporary: Path) -> None:
-    """Rename an older run out of the way and drop it."""
+    """Rename an older run out of the way and delete it."""
     aside = temporary.with_name(temporary.name.replace(".tmp", "-old.tmp"))
     folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
@@ -73,7 +73,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Drop what killed runs of this host left behind."""
+    """Delete the temporary folders of killed runs of this host."""
     for leftover in folder.parent.glob(f".{folder.name}.{socket.gethostname()}.*.tmp"):
         pid = leftover.name.split(".")[-2].removesuffix("-old")
         if pid.isdigit() and not _alive(int(pid)):

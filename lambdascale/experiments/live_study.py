@@ -1,6 +1,6 @@
-"""The live cluster on one machine: beside its simulation, and execute-while-load beside load-then-execute.
+"""Two studies of the live cluster on one machine: live against simulated, and execute-while-load against load-then-execute.
 
-Both run the same configuration twice and differ in the backend or in one setting. Rows say which backend they are from.
+Each runs the same configuration twice, with another backend or one other setting. Rows name their backend.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.runner import run
 
 SYSTEMS = ("lambdascale", "faasnet", "serverlessllm")
-# Links, PCIe and disk in the proportions of the first testbed, so slow that SmolLM2 moves in seconds.
+# Links, PCIe and disk in the proportions of the first testbed, so slow that SmolLM2 takes seconds to move.
 PACE = ("cluster.nic_bytes_per_s=0.1GB/s", "cluster.pcie_bytes_per_s=0.2GB/s", "cluster.ssd_bytes_per_s=0.05GB/s")
-# Three minutes of the bursty generator in a third of the time; answers short enough for half a core a node.
+# Three minutes of the bursty generator in a third of the time; answers short enough for half a core per node.
 TRACE = (
     "workload=bursty",
     "workload.duration_s=180",
@@ -33,7 +33,7 @@ MEASURES = ("ttft_p50_s", "ttft_p90_s", "scale_out_s", "gpu_seconds")
 
 @dataclass(frozen=True)
 class Case:
-    """A live cluster to be compared with its simulation."""
+    """A live cluster to compare with its simulation."""
 
     name: str
     nodes: int
@@ -52,11 +52,10 @@ def sim_vs_live(
     systems: Sequence[str] = SYSTEMS,
     trace: Sequence[str] = TRACE,
 ) -> pd.DataFrame:
-    """Medians over seeds: what the simulator says, what happened, and the error of the simulator (seed by seed) in per cent.
+    """Medians over seeds of simulated and live measures, and of the simulator's error (computed per seed) in per cent.
 
-    ``scale_out_s`` is the mean of a run's scale-outs: a median would jump between loads from host memory and from disk.
-
-    ``cluster`` is a profile measured on this machine, as in ``cluster=measured/NAME``.
+    ``scale_out_s`` is the mean over a run's scale-outs: a median would jump between loads from host memory and from disk.
+    ``cluster`` is a profile measured on this machine, as in ``cluster=measured/NAME``. Runs go below the folder ``results``.
     """
     rows = []
     for case in cases:
@@ -86,7 +85,7 @@ def sim_vs_live(
 def _compared(common: Sequence[str], case: Case, system: str, seed: int, backend: str) -> Path:
     which = ["backend=live", f"backend.executor={case.executor}", "backend.threads=1"] if backend == "live" else ["backend=sim"]
     place = ["model=smollm2", f"cluster.nodes={case.nodes}", *PACE]
-    if case.executor == "timed":  # whoever only waits does not slow others down
+    if case.executor == "timed":  # nodes that only wait do not slow each other down
         place.append("++cluster.compute.shared_slowdown=[]")
     return run(compose([*which, *common, *place, f"system={system}", f"seed={seed}", "name=sim_vs_live"])).folder
 
@@ -103,7 +102,7 @@ def _measures(folder: Path) -> dict[str, float]:
 
 
 def scale_out_durations(events: pd.DataFrame) -> list[float]:
-    """Seconds from a multicast's or load's start until its last block has arrived; "instant" loads take none and do not count."""
+    """Seconds from the start of each multicast or load until its last block has arrived; "instant" loads are excluded."""
     starts = events[events.kind.isin(["StartMulticast", "LoadBlocks"]) & ~events.detail.str.contains('"instant"', na=False)]
     ends = events[events.kind == "BlockArrived"].groupby("transfer_id").at_s.max()
     return [float(ends[t] - at) for t, at in zip(starts.transfer_id, starts.at_s, strict=True) if t in ends.index]
@@ -124,12 +123,15 @@ BURST = (
     "workload.prompt_tokens=16",
     "workload.output_tokens=16",
 )
-# Eight nodes share this machine: one computes no faster than it can when all do, 0.4 s for a decode step of the whole model.
+# Eight nodes share this machine: each computes as slowly as when all do, 0.4 s for a decode step of the whole model.
 SLOW = ("cluster.gpu.hbm_bytes_per_s=1.36GB/s", "cluster.gpu.peak_flops=2e11", "cluster.nic_bytes_per_s=0.05GB/s")
 
 
 def execute_while_load(results: str, seeds: Sequence[int] = (1, 2, 3), backend: str = "live") -> pd.DataFrame:
-    """A burst that makes one replica eight, from k sources (a replica and k - 1 host copies), with pipelines and without."""
+    """Measures of a burst that scales one replica to eight, with and without pipelines; medians over seeds, times in seconds.
+
+    The k sources are one replica and k - 1 host copies. Runs go below the folder ``results``.
+    """
     rows = []
     for sources in SOURCES:
         for pipelines in ("ComplementaryPipelines", "NoPipelines"):

@@ -1,4 +1,4 @@
-"""What a run needs to be understood and repeated: code, versions, host, configuration, times."""
+"""Manifest of a run, for understanding and repeating it: code, versions, host, configuration, times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import lambdascale
 
 _PACKAGES = ("hydra-core", "matplotlib", "msgspec", "numpy", "pandas", "pyarrow", "seaborn", "torch", "wandb")
-# Subpackages whose code decides what a run computes.
+# Subpackages whose code determines a run's results.
 _RESULT_CODE = (
     "core",
     "multicast",
@@ -30,24 +30,24 @@ _RESULT_CODE = (
     "transport",
     "inference",
 )
-# Settings that say where results go or how a run is watched, not what it computes.
+# Settings for the place of results or the logging of a run, which do not change its results.
 _NOT_IDENTITY = ("out", "force", "results", "logger", "tags", "objective", "traces", "study")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that determines the results."""
+    """Part of a resolved configuration that determines the results."""
     return {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
 
 
 def run_digest(config: Mapping[str, Any], workload_sha256: str | None) -> str:
-    """SHA-256 of all that determines a run's results: configuration, trace file and the code that computes them."""
+    """SHA-256 over everything that determines a run's results: configuration, trace file and code."""
     document = {"config": identity(config), "workload": workload_sha256, "code": code_digest()}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @cache
 def code_digest() -> str:
-    """SHA-256 of the sources that results depend on, so that a run of older code is never taken for a new one."""
+    """SHA-256 of the sources that results depend on, so that a run of older code is never reused for newer code."""
     package = Path(lambdascale.__file__).resolve().parent
     folders = [*(package / name for name in _RESULT_CODE), package.parent / "baselines"]
     digest = hashlib.sha256()
@@ -57,7 +57,7 @@ def code_digest() -> str:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit and whether tracked files have changes; nulls outside a checkout."""
+    """Commit (``sha``) of ``folder`` and ``dirty``, true if tracked files are changed; both None outside a checkout."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -71,7 +71,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this package and of what results depend on."""
+    """Versions of Python, this package and the packages that results depend on."""
     found = {"python": platform.python_version(), "lambdascale": lambdascale.__version__}
     for name in _PACKAGES:
         try:

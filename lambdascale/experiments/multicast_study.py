@@ -1,4 +1,4 @@
-"""Our simulated multicast times against the measured ones of the reference: a check of the transfer model, not an experiment."""
+"""Simulated multicast times against the reference's measured ones: a check of the transfer model, not an experiment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lambdascale.experiments.compose import compose
 from lambdascale.sim import TransferOptions
 from lambdascale.sim.measure import multicast_times
 
-# Which cluster a model is measured on, as in the paper (reference, section 3).
+# Cluster on which each model is measured, as in the paper (reference, section 3).
 PLACES = {"llama2_7b": "testbed1", "llama2_13b": "testbed1", "llama2_70b": "testbed2"}
 _SEEDS = range(25)
 _NO_SETUP = "nccl_no_setup"
 
-# Reference, section 4: (model, nodes with the source) -> seconds. The prototype's NCCL figures contain the set-up.
+# Reference, section 4: (model, nodes with the source) -> seconds. The prototype's NCCL figures include the set-up.
 REFERENCE_S: dict[str, dict[tuple[str, int], float]] = {
     "lambdascale": {("llama2_7b", 4): 0.45, ("llama2_13b", 4): 0.7748, ("llama2_70b", 2): 7.44, ("llama2_70b", 4): 9.2734},
     "faasnet_prototype": {
@@ -42,9 +42,9 @@ REFERENCE_S: dict[str, dict[tuple[str, int], float]] = {
 
 
 def reference_table() -> pd.DataFrame:
-    """Our simulated times beside the reference's, with the error in per cent: under the prototype's barrier, and eager.
+    """Simulated times beside the reference's, with the error in per cent: with the prototype's barrier, and eager.
 
-    Transfer blocks of equal bytes, as in the prototype. The streaming broadcast knows no rounds, so no barrier either.
+    Blocks have equal sizes, as in the prototype. The streaming broadcast has no rounds, so the barrier does not change it.
     """
     rows = []
     for system, measured in REFERENCE_S.items():
@@ -58,7 +58,7 @@ def reference_table() -> pd.DataFrame:
 
 
 def _seconds(system: str, model: str, nodes: int, *, barrier: bool) -> float:
-    """Time to all nodes from one source; the median over seeds where a set-up is drawn."""
+    """Time in seconds to all nodes from one source; the median over seeds if a set-up time is drawn."""
     choice = "nccl_broadcast" if system == _NO_SETUP else system
     experiment = build(compose([f"system={choice}", f"model={model}", f"cluster={PLACES[model]}"]))
     config, cluster = experiment.system, experiment.cluster

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep ended. They may run on other machines, so each leaves word in a folder that all of them see."""
+"""Outcomes of the jobs of a sweep. Jobs may run on other machines, so each writes its outcome into a shared folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lambdascale.metrics import comparison, print_comparison
 
 
 class Outcome(msgspec.Struct):
-    """How one job ended: a folder, or the error and the status it stands for. ``value`` is that of ``objective``, in a search."""
+    """Outcome of one job: its run's folder, or an error and its exit status. ``value`` is that of ``objective``, in a search."""
 
     job: int
     label: str
@@ -27,23 +27,23 @@ class Outcome(msgspec.Struct):
 
 
 def note(folder: Path, outcome: Outcome) -> None:
-    """Leave word of ``outcome`` in the sweep's ``folder``."""
+    """Write ``outcome`` into the sweep's ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     Path(folder, f"job-{outcome.job:05d}.json").write_bytes(msgspec.json.encode(outcome))
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
-    """What the jobs left word of, by number."""
+    """Read the outcomes in the sweep's ``folder``, in the order of job numbers."""
     return [msgspec.json.decode(path.read_bytes(), type=Outcome) for path in sorted(folder.glob("job-*.json"))]
 
 
 def worst(outcomes: Sequence[Outcome]) -> int:
-    """The exit status that stands for all of them."""
+    """Highest exit status of the outcomes; 0 without outcomes."""
     return max((outcome.status for outcome in outcomes), default=0)
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    """One table of the finished runs and their folders on stdout, and the errors on stderr."""
+    """Print a table of the finished runs and their folders to stdout, and the errors to stderr."""
     console = Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)
     finished = [outcome for outcome in outcomes if outcome.folder]
     if finished:
@@ -56,7 +56,7 @@ def report(outcomes: Sequence[Outcome]) -> None:
 
 
 def report_errors(outcomes: Sequence[Outcome]) -> None:
-    """A line on stderr for every different error."""
+    """Print one line to stderr for every different error."""
     lines: dict[str, str] = {}
     for outcome in outcomes:
         if outcome.error:
@@ -67,10 +67,10 @@ def report_errors(outcomes: Sequence[Outcome]) -> None:
 
 
 def _common_overrides(outcomes: Sequence[Outcome]) -> set[str]:
-    """Overrides that all jobs have: no need to repeat them on every row."""
+    """Overrides that all jobs share, which rows need not repeat."""
     return set.intersection(*(set(outcome.label.split(",")) for outcome in outcomes))
 
 
 def _label(overrides: str, common: set[str]) -> str:
-    """What distinguishes a job, the system aside (it has a column of its own)."""
+    """Overrides that distinguish a job, without the system's (which has its own column)."""
     return " ".join(part for part in overrides.split(",") if part not in common and not part.startswith("system="))

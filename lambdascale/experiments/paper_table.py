@@ -1,10 +1,11 @@
-"""What the paper publishes beside what we get, from the committed tables of the studies. Frames in, a frame out."""
+"""Comparison of the paper's published numbers with ours, from the committed tables of the studies. Frames in, a frame out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ _NAMES = {
     "serverlessllm_prototype": "ServerlessLLM (prototype's loader)",
 }
 
-# Why ours differs, one sentence each.
+# Reasons for differences, one sentence each.
 _FIXED_TREE = (
     "Our FaaSNet has an eager data plane; under the prototype's barrier (backend.transfers.barrier=true) its longer plans lose "
     "more than λScale's: 2.1x and 15 % on the 7B trace."
@@ -38,13 +39,15 @@ _LIVES = "A copy that is used again lives on here; copies never used again live 
 _WHICH = "The paper does not say for which model; ours is 13B with an eager data plane, its blocks of whole layers."
 _EAGER = "An eager data plane without the prototype's barrier of 6 ms a round."
 
+# Columns of the notes below the table.
+_WIDTH = 119
 # Differences that need no explanation.
 _SMALL, _SMALL_POINTS = 0.05, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Claim:
-    """A published number: a value, or a range ``low`` to ``high``; ``points``: both are percentages."""
+    """A published number: a value, or a range ``low`` to ``high``; with ``points``, errors are in percentage points."""
 
     figure: str
     what: str
@@ -64,7 +67,7 @@ class _Claim:
         )
 
     def error(self, ours: float) -> tuple[str, bool]:
-        """How far ours is from the published value or range, in per cent or percentage points, and whether that is much."""
+        """Distance of ours from the published value or range, as text (per cent or points); True if it needs a reason."""
         nearest = min(max(ours, self.low), self.high)
         if nearest == ours and self.low != self.high:
             return "inside", False
@@ -74,15 +77,15 @@ class _Claim:
 
 
 def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
-    """The tables this comparison is made of; UserError if one is missing."""
+    """Read the tables of this comparison, by name; UserError if one is missing."""
     for name in TABLES:
         if not (directory / f"{name}.csv").is_file():
-            raise UserError(f"there is no table {name}.csv in {directory}; scripts/run.py experiment={name} -m makes it")
+            raise UserError(f"no table {name}.csv in {directory}; scripts/run.py experiment={name} -m makes it")
     return {name: pd.read_csv(directory / f"{name}.csv") for name in TABLES}
 
 
 def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per published number and what we have for it: medians over seeds, with the range where there are several."""
+    """One row per published number with our value: the median over seeds, with the range if there are several."""
     parts: list[Callable[[pd.DataFrame], Iterator[dict[str, str]]]] = [_host_cache, _multicast, _rampup, _sources, _trace]
     rows = [
         row | {"backend": str(tables[name].backend.iloc[0])}
@@ -93,7 +96,7 @@ def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown, ranges over seeds in brackets, reasons as numbered notes below it."""
+    """Format the table as Markdown: ranges over seeds in brackets, reasons as numbered notes below."""
     heads = ["figure", "what", "model", "paper", "ours", "error", "why"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     notes: dict[str, int] = {}
@@ -103,11 +106,12 @@ def markdown(table: pd.DataFrame) -> str:
         note = str(notes.setdefault(str(row.why), len(notes) + 1)) if row.why else ""
         cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", f"{row.ours}{unit}{spread}", row.error, note]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *(f"{number}. {note}" for note, number in notes.items())]) + "\n"
+    numbered = (fill(f"{number}. {note}", _WIDTH, subsequent_indent="   ") for note, number in notes.items())
+    return "\n".join([*lines, "", *numbered]) + "\n"
 
 
 def with_block(text: str, name: str, block: str) -> str:
-    """A document with what stands between the comments ``<!-- NAME -->`` and ``<!-- end NAME -->`` replaced by ``block``."""
+    """Replace the text between the comments ``<!-- NAME -->`` and ``<!-- end NAME -->`` by ``block``; UserError without them."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
     head, found, rest = text.partition(begin)
     _, closed, tail = rest.partition(end)
@@ -164,7 +168,7 @@ def _rampup(table: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _last_served(table: pd.DataFrame, model: str, system: str) -> pd.Series:
-    """Per seed: when the last request has its first token."""
+    """Time in seconds, per seed, at which the last request has its first token."""
     return table[(table.model == model) & (table.system == system)].groupby("seed").first_token_s.max()
 
 

@@ -1,4 +1,4 @@
-"""A progress bar for a run: requests answered, on a terminal only."""
+"""A progress bar of the requests answered in a run, on terminals only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EVERY_S = 0.1
 
 
 class Progress:
-    """An observer that counts answers and draws at most ten times a second."""
+    """Observer that counts answered and refused requests and redraws the bar at most ten times a second."""
 
     def __init__(self, total: int, title: str) -> None:
         console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Running one configuration: build, drive, derive, write. A finished run of the same configuration is reused."""
+"""One run of a configuration: build, drive, derive tables, write. A finished run of the same configuration is reused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lambdascale.workload import LoadedTrace
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: where it is, its summary, and whether it was there already."""
+    """A finished run: its folder, its summary, and ``reused``, true if it had finished before."""
 
     folder: Path
     summary: dict[str, Any]
@@ -34,7 +34,7 @@ class RunResult:
 
 
 def run(config: DictConfig, group: str = "") -> RunResult:
-    """Run ``config`` or find its finished run; ``group`` names the sweep it is part of. UserError for a user's mistake."""
+    """Run ``config`` or reuse its finished run; ``group`` names the sweep it is part of. UserError for a user's mistake."""
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict), "a run's configuration is a mapping"
     settings = {str(key): value for key, value in resolved.items()}
@@ -49,13 +49,13 @@ def run(config: DictConfig, group: str = "") -> RunResult:
         result = RunResult(folder, read_json(folder / SUMMARY), reused=True)
     else:
         result = RunResult(folder, _execute(settings, experiment, trace, digest, folder, begin), reused=False)
-    # Reused ones too: what was not reported yet, because it ran without this logger or was killed before, is reported now.
+    # Reused runs too: one that ran without this logger, or was killed before it was logged, is logged now.
     experiment.logger.log_run(finished_run(folder, group))
     return result
 
 
 def run_folder(settings: dict[str, Any], experiment: Experiment, digest: str) -> Path:
-    """``out``, or results/raw/<experiment>/<system>-<model>-<cluster>-<workload>-s<seed>-<hash>."""
+    """Folder of a run: ``out``, or results/raw/<experiment>/<system>-<model>-<cluster>-<workload>-s<seed>-<hash>."""
     if settings["out"] is not None:
         return Path(settings["out"])
     workload = type(experiment.workload).__name__.removesuffix("Workload").removesuffix("Trace").lower()
@@ -103,7 +103,7 @@ def _execute(
 
 
 def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
-    """Drive the experiment's system over its backend, recording everything, with progress on a terminal."""
+    """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal."""
     system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
     with ExitStack() as stack:
         backend = _backend(experiment, requests, seed, stack)
@@ -113,7 +113,7 @@ def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: 
 
 
 def _communicator(experiment: Experiment) -> str | None:
-    """What a live run's broadcasts went by."""
+    """Communicator of a live run's broadcasts; None for a simulation or a run without broadcasts."""
     config = experiment.backend
     return None if isinstance(config, SimConfig) else config.communicator(experiment.system, experiment.cluster.nodes)[0]
 

@@ -1,4 +1,4 @@
-"""A search for the best settings (Hydra's Optuna sweeper): what a job returns to it, and what it found, kept with the runs."""
+"""Search for the best settings (Hydra's Optuna sweeper): the objective of each job, and a report kept with the runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.outcomes import Outcome
 from lambdascale.metrics import write_json
 
-# The file the sweeper leaves in the sweep's folder.
+# File that the sweeper writes into the sweep's folder.
 _FOUND = "optimization_results.yaml"
 
 
 def objective_value(name: str, summary: Mapping[str, Any]) -> float:
-    """The number called ``name`` in a run's summary, levels separated by dots (ttft_s.p90); UserError if it is none."""
+    """Number called ``name`` in a run's summary, levels separated by dots (ttft_s.p90); UserError if it is not a number."""
     value: Any = summary
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -28,7 +28,7 @@ def objective_value(name: str, summary: Mapping[str, Any]) -> float:
 
 
 def report_search(sweep: Path, outcomes: Sequence[Outcome]) -> None:
-    """Write what a search found beside its runs, as optimization-<sweep>.json, and print it. Nothing for another sweep."""
+    """Print a search's result and write it beside its runs as optimization-<sweep>.json; do nothing for any other sweep."""
     if not (sweep / _FOUND).is_file():
         return
     found = yaml.safe_load((sweep / _FOUND).read_text())

@@ -1,8 +1,8 @@
-"""Studies: an experiment whose file names the runs of a figure (grids of overrides) and the table that is made of them.
+"""Studies: experiments whose file lists the runs of a figure (grids of overrides) and the table to make from them.
 
 ``conf/experiment/NAME.yaml`` may have a key ``study``. ``scripts/run.py experiment=NAME -m`` then makes every run of its
-grids, as so many Hydra multiruns, and when all are finished writes ``results/tables/NAME.csv`` (or .parquet) and draws the
-figure of that name, if there is one. Without ``-m`` the experiment is an ordinary run of its settings.
+grids, one Hydra multirun per grid. When all have finished it writes ``results/tables/NAME.csv`` (or .parquet) and draws the
+figure of that name, if one exists. Without ``-m`` the experiment is an ordinary run of its settings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
 
 Grid = Mapping[str, Any]
-# Overrides that say where and how a study runs, or where its traces are; any other makes it a study of one's own.
+# Overrides that do not change a study's results; any other override makes its table unfit to replace the committed one.
 _HARMLESS = ("results", "traces", "force", "logger", "hydra")
 
 
@@ -25,9 +25,9 @@ _HARMLESS = ("results", "traces", "force", "logger", "hydra")
 class Study:
     """``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
 
-    ``live``: the grids with backend=live, at a scale for one machine. ``rows``: what a run contributes to the table (see
-    collect.py), ``fields`` the columns of it (all, if empty), ``columns`` more columns: name -> key of the run's configuration.
-    ``experiments``: instead of all that, other studies to be run one after the other.
+    ``live``: the grids for backend=live, at a scale for one machine. ``rows``: kind of rows a run adds to the table (see
+    collect.py); ``fields``: their columns (all, if empty); ``columns``: more columns, name -> key of the run's configuration.
+    ``experiments``: other studies to run one after the other, instead of all of these.
     """
 
     grids: tuple[Grid, ...] = ()
@@ -39,7 +39,7 @@ class Study:
 
 
 def study_of(config: DictConfig, experiment: str) -> Study | None:
-    """The study in a configuration, None if it is an ordinary run; UserError if the study makes no sense."""
+    """Study of a configuration, None for an ordinary run; UserError for unknown keys or a contradictory study."""
     settings = OmegaConf.to_container(config.study) if config.study is not None else None
     if settings is None:
         return None
@@ -53,13 +53,13 @@ def study_of(config: DictConfig, experiment: str) -> Study | None:
 
 
 def chosen(overrides: Sequence[str], key: str) -> str | None:
-    """The value of the last override of ``key``, None if there is none."""
+    """Value of the last override of ``key``; None without one."""
     values = [override.partition("=")[2] for override in overrides if override.partition("=")[0] == key]
     return values[-1] if values else None
 
 
 def load_study(overrides: Sequence[str]) -> Study | None:
-    """The study that a command line means by its ``experiment=``, None for ordinary runs and sweeps over experiments."""
+    """Study named by ``experiment=`` on a command line; None for ordinary runs and sweeps over experiments."""
     experiment = chosen(overrides, "experiment")
     if experiment is None or "," in experiment:
         return None
@@ -67,14 +67,17 @@ def load_study(overrides: Sequence[str]) -> Study | None:
 
 
 def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
-    """One Hydra multirun for every grid; what the user set takes the place of what the grid has under the same key."""
+    """Overrides of one Hydra multirun per grid; the user's overrides replace the grid's values of the same keys.
+
+    UserError if the study has no grids for the chosen backend.
+    """
     live = chosen(overrides, "backend") == "live"
     grids = study.live if live else study.grids
     if not grids:
         raise UserError(f"experiment {chosen(overrides, 'experiment')} has no runs for backend={'live' if live else 'sim'}")
     taken = {override.partition("=")[0].lstrip("+~") for override in overrides}
     launcher = [] if "hydra/launcher" in taken else ["hydra/launcher=joblib"]
-    # Live nodes need the machine for themselves.
+    # A live cluster needs the machine to itself.
     launcher = [] if live else launcher
     left = dict.fromkeys(tuple(f"{key}={_value(value)}" for key, value in grid.items() if key not in taken) for grid in grids)
     return [[*overrides, *launcher, *settings] for settings in left]
@@ -85,6 +88,6 @@ def _value(value: Any) -> str:
 
 
 def as_published(overrides: Sequence[str]) -> bool:
-    """Whether the study runs as its file says, so that its table may take the place of the committed one."""
+    """True if no override changes the study's results, so that its table may replace the committed one."""
     keys = [override.partition("=")[0] for override in overrides]
     return all(key == "experiment" or key.replace("/", ".").split(".")[0] in _HARMLESS for key in keys)

@@ -1,4 +1,4 @@
-"""The Hydra application behind scripts/run.py: runs, sweeps and studies under any launcher, one table and status at their end."""
+"""Hydra application behind scripts/run.py: runs, sweeps and studies under any launcher, with one table and exit status."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report, worst
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
@@ -30,21 +30,22 @@ from lambdascale.experiments.study_runs import run_study
 
 
 class _SearchEnded(BaseException):
-    """A job of a search failed and left word of it: there is no value to return, so the search ends.
+    """Ends a search after a failed job, which has written its outcome and has no value to return.
 
-    No Exception, since Hydra and its sweepers would go on with those, each with a remark of its own on stderr.
+    Not an Exception, since Hydra and its sweepers would catch that, print a message of their own and continue.
     """
 
 
 def main(argv: list[str]) -> int:
-    """Run Hydra on ``argv`` (overrides and Hydra's flags); the exit status is the worst of the jobs'.
+    """Run Hydra on ``argv`` (overrides and Hydra's flags); return the highest exit status of its jobs.
 
-    What a launcher itself fails with (a lost worker, a job over its time) is raised, after the report on the jobs that ended.
+    Failures of a launcher itself (a lost worker, a job over its time limit) are raised after the report on the finished jobs.
+    UserError for a user's mistake.
     """
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _hush()
-    # argparse takes overrides in one piece only; -m may stand anywhere.
+    # argparse accepts overrides only as one contiguous group, while users write -m anywhere.
     flags = [argument for argument in argv if argument in ("-m", "--multirun")]
     overrides = [argument for argument in argv if argument not in flags]
     asks_only = any(argument.startswith("-") for argument in overrides)
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
         if study is not None and flags:
             return run_study(study, overrides, lambda line, part: _part(line, Path(folder, part)))
         if study is not None and study.experiments:
-            raise UserError(f"experiment={chosen(overrides, 'experiment')} stands for several: run it with -m")
+            raise UserError(f"experiment={chosen(overrides, 'experiment')} consists of several studies: run it with -m")
         outcomes, failure = _hydra(overrides, flags, folder)
         report(outcomes)
         report_search(folder, outcomes)
@@ -67,9 +68,9 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def _sweep_folder() -> Iterator[Path]:
-    """A path for what jobs and launchers leave to each other; what is there at the end goes.
+    """Yield a path for files that jobs and launchers exchange; it is deleted at the end.
 
-    It is in the current folder, as the results are: jobs may run on other machines, which share it but no /tmp.
+    It is in the current folder, as the results are: jobs may run on other machines, which share that folder but not /tmp.
     """
     folder = Path.cwd() / f".sweep-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
     try:
@@ -79,7 +80,7 @@ def _sweep_folder() -> Iterator[Path]:
 
 
 def _part(overrides: Sequence[str], sweep: Path) -> list[Outcome]:
-    """One sweep of a study; what its launcher fails with is raised."""
+    """Run one sweep of a study and return its outcomes; a launcher's failure is raised."""
     outcomes, failure = _hydra(overrides, ["-m"], sweep)
     if failure is not None:
         raise failure
@@ -87,7 +88,7 @@ def _part(overrides: Sequence[str], sweep: Path) -> list[Outcome]:
 
 
 def _hydra(overrides: Sequence[str], flags: Sequence[str], sweep: Path) -> tuple[list[Outcome], BaseException | None]:
-    """One Hydra run or multirun: how its jobs ended, which they note in the folder ``sweep``, and what it failed with itself."""
+    """Run Hydra once; return the outcomes that its jobs wrote into the folder ``sweep``, and Hydra's own failure, if any."""
     sys.argv = [sys.argv[0], *overrides, f"hydra.sweep.dir={_quoted(str(sweep))}", *flags]
     failure: BaseException | None = None
     try:
@@ -100,31 +101,31 @@ def _hydra(overrides: Sequence[str], flags: Sequence[str], sweep: Path) -> tuple
 
 
 def _hush() -> None:
-    """Keep Hydra's and its plugins' remarks off stderr: what went wrong is in the report."""
+    """Keep messages of Hydra and its plugins off stderr, since the report contains every error."""
     for name in ("hydra", "hydra_plugins"):
         logging.getLogger(name).addHandler(logging.NullHandler())
     for name in ("optuna.study", "optuna.storages"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Optuna 2, the one that Hydra's sweeper works with, is of the time of SQLAlchemy 1.
+    # Hydra's sweeper needs Optuna 2, which was written for SQLAlchemy 1.
     warnings.filterwarnings("ignore", message="Deprecated API features detected")
 
 
 def _with_hint(failure: Exception) -> Exception:
-    """The failure, with how to get what is missing where it is one of Hydra's plugins."""
+    """The failure, with a hint on installation if it is about a missing Hydra plugin."""
     message = user_message(failure)
     if message is None or not any(group in message for group in ("hydra/launcher", "hydra/sweeper")):
         return failure
-    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]', for ray see README.md)")
+    return UserError(f"{message} (launchers and sweepers are extras: pip install '.[slurm,tune]'; docs/experiments.md)")
 
 
 def _quoted(text: str) -> str:
-    """A value for Hydra's grammar, whatever characters it has."""
+    """Quote a value for Hydra's grammar, so that it may contain any character."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def _job(config: DictConfig) -> float | None:
-    """One job; returns its objective to a search. Its failure is noted, not raised, so that the rest of the sweep still runs."""
+    """Run one job; return its objective to a search. A failure is written down, not raised, so that the sweep continues."""
     register_schema()
     settings = HydraConfig.get()
     sweep = Path(settings.sweep.dir)
@@ -148,6 +149,6 @@ def _job(config: DictConfig) -> float | None:
 
 
 def _stamp(sweep: Path) -> str:
-    """When the command was given: the same for all sweeps of a study."""
+    """Time stamp of the command, the same for all sweeps of a study."""
     (name,) = (part for part in sweep.parts if part.startswith(".sweep-"))
     return name.removeprefix(".sweep-")

@@ -1,1 +1,1 @@
-"""One module per paper figure: required rows in, a tidy frame, axes out. The only users of matplotlib and seaborn."""
+"""One module per figure: from the table of a study to a tidy frame, and from that to axes. No other code uses matplotlib."""

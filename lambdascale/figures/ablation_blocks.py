@@ -1,4 +1,4 @@
-"""Ablation: into how many blocks a model is cut."""
+"""Ablation: the number of blocks a model is divided into."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _ENOUGH = 1.1
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run; models have blocks of their own, so completeness is asked for per model.
+    """One row per run. Each model has its own numbers of blocks, so completeness is checked per model; UserError for gaps.
 
-    Live runs leave ``barrier`` empty, since a live cluster has none.
+    Live runs leave ``barrier`` empty, since a live cluster has no barrier.
     """
     require_columns(frame, ["model", "barrier"], "ablation_blocks")
     frame = frame.assign(barrier=frame.barrier.eq(True))
@@ -32,9 +32,9 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A column per model: time to all nodes, and until all requests are served; a ring marks the elbow.
+    """A column per model: time to all nodes, and time until all requests are served; a ring marks the elbow.
 
-    The elbow: the fewest blocks that are within 10 % of the best.
+    The elbow is the smallest number of blocks whose time is within 10 % of the best.
     """
     models = sizes_in_order(frame)
     figure, axes = plt.subplots(2, len(models), figsize=(PAGE_IN, 3.7), squeeze=False, layout="constrained", sharex="col")

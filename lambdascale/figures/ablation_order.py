@@ -17,12 +17,12 @@ _LOOKS = {
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run."""
+    """One row per run; UserError for gaps in the table."""
     return checked(frame, ["model", "order", "chunks"], ["ttft_p50_s", "ttft_max_s"], "ablation_order")
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A panel per model: when the last request of the burst has its first token."""
+    """A panel per model: the time until the last request of the burst has its first token."""
     models, orders = sizes_in_order(frame), list(dict.fromkeys(frame.order))
     figure, axes = plt.subplots(1, len(models), figsize=(PAGE_IN, 2.2), squeeze=False, layout="constrained")
     shown = {name: look for name, look in _LOOKS.items() if name in set(frame.chunks)}

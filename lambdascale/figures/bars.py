@@ -13,7 +13,7 @@ from lambdascale.figures.grid import over_seeds
 
 @dataclass(frozen=True)
 class BarLook:
-    """How one series of bars is drawn."""
+    """Label, colour and hatch of one series of bars."""
 
     label: str
     color: str
@@ -23,7 +23,7 @@ class BarLook:
 def grouped_bars(
     axis: Axes, frame: pd.DataFrame, *, groups: str, series: str, value: str, order: Sequence[str], looks: dict[str, BarLook]
 ) -> None:
-    """A group of bars per value of ``groups`` (in ``order``), a bar in it per value of ``series``."""
+    """Draw a group of bars per value of ``groups`` (in ``order``), with one bar per value of ``series`` that has a look."""
     names = list(looks)
     width = 0.8 / len(names)
     for index, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Beyond the paper: bursts of different heights."""
+"""Beyond the paper: bursts of different sizes."""
 
 from __future__ import annotations
 

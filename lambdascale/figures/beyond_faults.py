@@ -17,7 +17,7 @@ _HATCHES = {"faasnet": "//", "nccl_broadcast": "\\\\", "serverlessllm": ".."}
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run with ``fault`` in words."""
+    """One row per run with ``fault`` in words; UserError for gaps in the table."""
     found = [_words(slow, dead) for slow, dead in zip(frame.get("slow_nodes", []), frame.get("node_failures", []), strict=True)]
     return checked(frame.assign(fault=found), ["system", "fault"], ["ttft_p50_s", "ttft_max_s"], "beyond_faults")
 
@@ -33,7 +33,7 @@ def _who(node: int) -> str:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Bars per fault: the median request, and the last one, until their first tokens."""
+    """Bars per fault: TTFT of the median request, and of the last one."""
     faults, systems = list(dict.fromkeys(frame.fault)), looks(list(frame.system.unique()))
     shown = {name: BarLook(look.label, look.color, _HATCHES.get(name, "")) for name, look in systems.items()}
     figure, axes = plt.subplots(2, 1, figsize=(PAGE_IN, 4.0), layout="constrained", sharex=True)
@@ -42,7 +42,7 @@ def draw(frame: pd.DataFrame) -> Figure:
     ):
         grouped_bars(axis, frame, groups="fault", series="system", value=value, order=faults, looks=shown)
         axis.set(ylabel=label)
-        # Ticks that do not depend on the height: the layout has measured their labels before it settles that.
+        # Ticks independent of the height of the axes: the layout measures tick labels before it sets that height.
         axis.yaxis.set_major_locator(MultipleLocator(2))
     axes[1].tick_params(axis="x", labelsize=6)
     handles, labels = axes[0].get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""Beyond the paper: one model from one node to very many."""
+"""Beyond the paper: one model multicast from one node to hundreds."""
 
 from __future__ import annotations
 

@@ -18,8 +18,11 @@ from lambdascale.figures.style import PAGE_IN, log_ticks, looks, say_backend, si
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """``measures``: (column, label of the axis). With several measures there is a panel each, of the one model; with one measure
-    a panel per model. ``number`` turns the values of ``x`` into numbers."""
+    """A figure of curves. ``measures``: (column, label of the axis).
+
+    One measure gives a panel per model, several give a panel each for the first model. ``number`` turns values of ``x`` into
+    numbers.
+    """
 
     name: str
     x: str
@@ -35,7 +38,7 @@ class Curves:
         return tidy if self.number is None else tidy.assign(**{self.x: tidy[self.x].map(self.number)})
 
     def draw(self, frame: pd.DataFrame) -> Figure:
-        """The panels beside each other, one legend above."""
+        """Panels side by side, with one legend above them."""
         models = sizes_in_order(frame)
         panels = (
             [(model, *self.measures[0]) for model in models]

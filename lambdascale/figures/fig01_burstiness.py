@@ -1,4 +1,4 @@
-"""Figure 1: how bursty traces are, as requests in windows of 10 s. Arrivals are data: nothing here is simulated."""
+"""Figure 1: burstiness of traces, as requests in windows of 10 s. Arrivals are data: nothing here is simulated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TITLES = {
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per window; ``trace`` is the class that read or made it."""
+    """One row per window; ``trace`` names the class that read or generated it. UserError for gaps in the table."""
     rows = checked(frame, ["trace"], ["at_s", "requests"], "fig01_burstiness")
     return rows.assign(trace=[str(name).rsplit(".", 1)[-1] for name in rows.trace])
 

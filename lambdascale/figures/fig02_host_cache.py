@@ -1,4 +1,4 @@
-"""Figure 2: how many loads miss host memory, and how long host copies live, against the keep-alive."""
+"""Figure 2: share of loads that miss host memory, and lifetime of host copies, against the keep-alive time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OTHER = ("", "#009E73", "^")
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per run with the share of loads from SSD; ``keep_alive`` as text, in the table's order."""
+    """One row per run with the share of loads from SSD; ``keep_alive`` as text, in the table's order. UserError for gaps."""
     named = frame.assign(keep_alive=[NEVER if pd.isna(s) else f"{s:g}" for s in frame.get("keep_alive_s", [])])
     values = ["loads_host", "loads_ssd", "lifetime_p50_s", "lives_within_15s"]
     rows = checked(named, ["trace", "keep_alive"], values, "fig02_host_cache")
@@ -24,7 +24,7 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Loads from SSD, copies that live no longer than 15 s, and median lifetimes; medians over seeds, ranges as bars."""
+    """Loads from SSD, copies that live at most 15 s, and median lifetimes; medians over seeds, ranges as bars."""
     figure, axes = plt.subplots(1, 3, figsize=(PAGE_IN, 2.3), layout="constrained")
     settings = list(dict.fromkeys(frame.keep_alive))
     measures = [

@@ -1,4 +1,4 @@
-"""Figure 7: how long a model takes to reach all nodes, by system, model and number of nodes."""
+"""Figure 7: time for a model to reach all nodes, by system, model and number of nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figure 8: how fast throughput ramps up after a burst, by system."""
+"""Figure 8: throughput ramp-up after a burst, by system."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINTS = 90
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per request, of the typical seed of each system."""
+    """One row per request, from the typical seed of each system; UserError for gaps in the table."""
     values = ["seed", "first_token_s", "finished_s", "output_tokens"]
     rows = checked(frame, ["model", "system"], values, "fig08_rampup")
     parts = [typical_seed(part) for _, part in rows.groupby(["model", "system"], sort=False)]
@@ -23,7 +23,7 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A column per model: the share of requests in service over time, and tokens per second."""
+    """A column per model: share of requests with a first token over time, and tokens per second."""
     models = sizes_in_order(frame)
     figure, axes = plt.subplots(2, len(models), figsize=(PAGE_IN, 3.7), squeeze=False, layout="constrained")
     for (share, rate), model in zip(axes.T, models, strict=True):

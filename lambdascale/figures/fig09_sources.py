@@ -18,7 +18,7 @@ _POINTS = 70
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per request; ``tier`` where the sources are, ``k`` how many."""
+    """One row per request with ``tier``, where the sources hold the model, and ``k``, their number. UserError for gaps."""
     values = ["gpu_sources", "host_sources", "first_token_s", "finished_s", "output_tokens", "arrival_s"]
     checked(frame, ["model"], values, "fig09_sources")
     in_gpu = frame.gpu_sources > 0

@@ -27,7 +27,7 @@ _WINDOWS = 60
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per answered request, models in the table's order. UserError if a system answered none of a model's."""
+    """One row per answered request, models in the table's order. UserError if a system answered no request for a model."""
     require_columns(frame, REQUIRED, "fig10_ttft")
     require_one_backend(frame, "fig10_ttft")
     answered = frame.loc[frame.ttft_s.notna(), list(REQUIRED)]

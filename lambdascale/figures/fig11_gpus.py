@@ -28,9 +28,9 @@ _IDEAL = "ideal"
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """On a grid of equal windows: mean GPUs in use, and GPU-seconds so far.
+    """Mean GPUs in use and GPU-seconds so far, on a grid of equal windows. UserError for gaps in the table.
 
-    Input: steps in time order, each holding until the next; the last row of a system is the end of its run.
+    Input: steps in time order, each valid until the next; the last row of a system is the end of its run.
     """
     require_columns(frame, REQUIRED, "fig11_gpus")
     require_one_backend(frame, "fig11_gpus")
@@ -60,7 +60,7 @@ def _integral(at_s: np.ndarray, gpus: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A row per model: GPUs in use, cumulative GPU-seconds, and how far these end above ideal scaling's."""
+    """A row per model: GPUs in use, cumulative GPU-seconds, and their final excess over ideal scaling."""
     models = sizes_in_order(frame)
     figure, axes = plt.subplots(
         len(models), 3, figsize=(PAGE_IN, 1.9 * len(models) + 0.3), squeeze=False, layout="constrained", width_ratios=(3, 3, 2)

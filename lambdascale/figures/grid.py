@@ -1,4 +1,4 @@
-"""Pure steps from tables to what figures draw: completeness of a grid, medians over seeds, labels."""
+"""Pure functions between tables and figures: completeness of a grid, medians over seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEVER = "never"
 
 
 def require_grid(frame: pd.DataFrame, keys: Sequence[str], figure: str) -> None:
-    """UserError unless there are rows for every combination of the values that ``keys`` take in the table."""
+    """Raise UserError unless every combination of the values of ``keys`` in the table has rows."""
     found = set(frame[list(keys)].itertuples(index=False, name=None))
     for wanted in product(*(frame[key].unique() for key in keys)):
         if wanted not in found:
@@ -22,7 +22,7 @@ def require_grid(frame: pd.DataFrame, keys: Sequence[str], figure: str) -> None:
 
 
 def checked(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], figure: str) -> pd.DataFrame:
-    """The columns a figure needs, from a complete table; UserError for missing columns, combinations and values."""
+    """Select the columns a figure needs; UserError for missing columns, combinations or values, and for mixed backends."""
     needed = [*keys, *values, "backend"]
     require_columns(frame, needed, figure)
     if "system" in keys:
@@ -37,6 +37,6 @@ def checked(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], fig
 
 
 def over_seeds(frame: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
-    """Per combination of ``keys``, in the table's order: ``median``, ``low`` and ``high`` (smallest and largest) of ``value``."""
+    """One row per combination of ``keys``, in table order: ``median``, ``low`` (smallest), ``high`` (largest) of ``value``."""
     grouped = frame.groupby(list(keys), sort=False, dropna=False)[value]
     return grouped.agg(median="median", low="min", high="max").reset_index()

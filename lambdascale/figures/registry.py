@@ -1,4 +1,4 @@
-"""Figures by name, from tables to files."""
+"""Registry of figures by name, and their drawing from tables to files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from lambdascale.figures.style import styled
 
 
 class FigureModule(Protocol):
-    """What a figure offers: its module, or an object in it."""
+    """Interface of a figure: its module, or an object in the module."""
 
     def tidy(self, frame: pd.DataFrame, /) -> pd.DataFrame:
-        """What the figure draws, from its table; UserError for a table that would mislead."""
+        """Convert the figure's table into the frame it draws; UserError for a table that would mislead."""
         ...
 
     def draw(self, frame: pd.DataFrame, /) -> Figure:
-        """The figure of a tidy frame."""
+        """Draw a tidy frame."""
         ...
 
 
@@ -65,11 +65,11 @@ FIGURES: dict[str, FigureModule] = {
 
 def _check_name(name: str) -> None:
     if name not in FIGURES:
-        raise UserError(f"there is no figure {name!r}; choose from {', '.join(FIGURES)}")
+        raise UserError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
 
 
 def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
-    """Draw a figure from its table as PDF and PNG, byte for byte the same for the same table; the paths."""
+    """Draw a figure from its table as PDF and PNG, byte-identical for equal tables; return their paths. UserError as ``tidy``."""
     _check_name(name)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.pdf", out / f"{name}.png"]
@@ -84,13 +84,11 @@ def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
 
 
 def load_table(directory: Path, name: str) -> pd.DataFrame:
-    """A committed table, CSV or parquet; UserError if there is none."""
+    """Read the table of a figure, CSV or parquet; UserError for an unknown figure or a missing table."""
     _check_name(name)
     for suffix, read in ((".parquet", pd.read_parquet), (".csv", pd.read_csv)):
         path = directory / f"{name}{suffix}"
         if path.is_file():
             table: pd.DataFrame = read(path)
             return table
-    raise UserError(
-        f"there is no table {name}.csv or {name}.parquet in {directory}; scripts/run.py experiment={name} -m makes it"
-    )
+    raise UserError(f"no table {name}.csv or {name}.parquet in {directory}; scripts/run.py experiment={name} -m makes it")

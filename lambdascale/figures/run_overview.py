@@ -16,7 +16,10 @@ _MODES = {"local": ("#0072B2", "o"), "pipeline": ("#D55E00", "^")}
 
 
 def draw(requests: pd.DataFrame, gpus: pd.DataFrame, end_s: float) -> Figure:
-    """``requests``: rows of requests.parquet and ``backend``. ``gpus``: rows of gpus.parquet. The run lasts ``end_s`` seconds."""
+    """Draw a run of ``end_s`` seconds. ``requests``: rows of requests.parquet with ``backend``; ``gpus``: rows of gpus.parquet.
+
+    UserError if ``requests`` is empty or lacks a column.
+    """
     require_columns(requests, ("arrival_s", "ttft_s", "first_token_mode", "backend"), "run_overview")
     figure, (ttft, in_use) = plt.subplots(2, 1, figsize=(PAGE_IN, 3.6), sharex=True, layout="constrained")
     _ttft(ttft, requests)
@@ -38,7 +41,7 @@ def _ttft(axis: Axes, requests: pd.DataFrame) -> None:
 
 
 def render_overview(requests: pd.DataFrame, gpus: pd.DataFrame, end_s: float, out: Path) -> list[Path]:
-    """Draw into the folder ``out`` as PNG; the paths."""
+    """Draw into the folder ``out`` as PNG; return the paths."""
     path = out / "run_overview.png"
     with styled():
         figure = draw(requests, gpus, end_s)

@@ -1,4 +1,4 @@
-"""One palette and one style for all figures. Colours: Okabe and Ito's, safe for colour-blind readers; line styles differ too."""
+"""One palette and style for all figures. Okabe and Ito's colours are safe for colour-blind readers; line styles differ too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE_IN = 7.0
 
 @dataclass(frozen=True)
 class Look:
-    """How a system is drawn everywhere."""
+    """Label, colour, dashes and marker of a system in every figure."""
 
     label: str
     color: str
@@ -40,11 +40,11 @@ LOOKS = {
     "serverlessllm_prototype": Look("ServerlessLLM (prototype)", "#7E4B6B", (1, 1), "X"),
     "ideal": Look("Ideal", "#000000", (1, 1.2), "*"),
 }
-# For systems of other people's: the colours that are left, in the order of their names.
+# Remaining colours, for systems that are not built in, in the order of their names.
 _SPARE = ("#E69F00", "#999999", "#F0E442")
 _SPARE_DASHES = ((3, 1, 1, 1), (6, 2), (1, 2), (2, 2, 6, 2), (8, 1))
 _SPARE_MARKERS = ("h", "p", "<", ">")
-# Highest ratio of a logarithmic axis' ends -> where its ticks are in a decade.
+# (ratio of a logarithmic axis' ends, ticks in a decade) for axes whose ratio is smaller.
 _LOG_TICKS = (
     (3.0, (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)),
     (8.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),
@@ -76,7 +76,7 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style, for the time of a drawing; draws without a display."""
+    """Apply the style while drawing, without needing a display."""
     backend = mpl.get_backend()
     mpl.use("Agg")
     try:
@@ -87,9 +87,9 @@ def styled() -> Iterator[None]:
 
 
 def looks(systems: Sequence[str]) -> dict[str, Look]:
-    """A look for each system: known ones first in their fixed order, then others by name.
+    """Look of each system: known systems first in their fixed order, then the others by name.
 
-    A variant (``lambdascale_x``) has its system's colour and other dashes.
+    A variant (``lambdascale_x``) has the colour of its system and dashes of its own.
     """
     known = [name for name in LOOKS if name in systems]
     others = sorted(set(systems) - set(known))
@@ -105,7 +105,7 @@ def _other(name: str, index: int) -> Look:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis whose limits are final, as many as its range leaves room for."""
+    """Label a logarithmic axis with plain numbers, as many as its range has room for. The axis limits must be final."""
     low, high = axis.get_view_interval()
     subs = next(subs for ratio, subs in _LOG_TICKS if high / low < ratio)
     axis.set_major_locator(LogLocator(subs=subs))
@@ -114,19 +114,19 @@ def log_ticks(axis: Axis) -> None:
 
 
 def sizes_in_order(frame: pd.DataFrame) -> list[str]:
-    """The models of a table in the order of their first rows."""
+    """Models of a table in the order of their first rows."""
     return [str(model) for model in dict.fromkeys(frame.model)]
 
 
 def require_one_backend(frame: pd.DataFrame, figure: str) -> None:
-    """UserError if rows of one system come from several backends: a line is either simulated or live."""
+    """Raise UserError if rows of one system come from several backends: a line is either simulated or live."""
     mixed = frame.groupby("system").backend.nunique()
     if (mixed > 1).any():
         raise UserError(f"{figure}: {mixed.index[mixed > 1][0]} has rows of several backends; filter the table first")
 
 
 def require_all_systems(frame: pd.DataFrame, figure: str) -> None:
-    """UserError unless every system has rows for every model of the table."""
+    """Raise UserError unless every system has rows for every model of the table."""
     for model in sizes_in_order(frame):
         missing = sorted(set(frame.system) - set(frame[frame.model == model].system))
         if missing:
@@ -134,7 +134,7 @@ def require_all_systems(frame: pd.DataFrame, figure: str) -> None:
 
 
 def require_columns(frame: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
-    """UserError unless the table has rows and all the columns."""
+    """Raise UserError unless the table has rows and all ``columns``."""
     missing = [column for column in columns if column not in frame.columns]
     if missing:
         raise UserError(f"{figure}: the table lacks the columns {', '.join(missing)}")
@@ -143,7 +143,7 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], figure: str) ->
 
 
 def say_backend(figure: Figure, frame: pd.DataFrame) -> None:
-    """Write onto the figure what is simulated."""
+    """Write the backends of the rows (simulated, live, reference) onto the figure."""
     kinds = sorted(set(frame.backend))
     words = {"sim": "simulated", "live": "live", "reference": "reference"}
     figure.text(

@@ -1,4 +1,4 @@
-"""Ablations of λScale's parts: how much worse (or better) a measure gets with one of them changed."""
+"""Ablations of λScale's parts: the change of each measure when one part is changed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ _WHOLE = "lambdascale"
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """``measures``: (column, title). A panel per measure; bars are ratios to the whole λScale of the same model and seed."""
+    """A figure with a panel per measure; bars are ratios to the whole λScale of the same model and seed.
+
+    ``measures``: (column, title).
+    """
 
     name: str
     measures: Sequence[tuple[str, str]]
 
     def tidy(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """One row per variant, model, seed and measure with ``ratio``. UserError without rows of the whole λScale."""
+        """One row per variant, model and seed, measures as ratios. UserError for gaps or without rows of the whole λScale."""
         columns = [column for column, _ in self.measures]
         rows = checked(frame, ["model", "system", "seed"], columns, self.name)
         whole = rows[rows.system == _WHOLE].set_index(["model", "seed"])
@@ -35,7 +38,7 @@ class Switches:
         return rows.assign(**ratios)[rows.system != _WHOLE].reset_index(drop=True)
 
     def draw(self, frame: pd.DataFrame) -> Figure:
-        """Horizontal bars, logarithmic; the line at 1 is the whole λScale."""
+        """Horizontal bars on a logarithmic axis; the line at 1 is the whole λScale."""
         models, variants = sizes_in_order(frame), list(dict.fromkeys(frame.system))
         height = 0.9 + 0.17 * len(variants) * max(1.4, len(models))
         figure, axes = plt.subplots(

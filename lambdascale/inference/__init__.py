@@ -11,7 +11,6 @@ from lambdascale.inference.loading import BlockError, Load
 from lambdascale.inference.sampling import Sampling
 from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
-from lambdascale.inference.tiers import NodeMemory
 from lambdascale.inference.warmup import warm_up
 from lambdascale.inference.weights import BlockWeights, load_blocks
 
@@ -25,7 +24,6 @@ __all__ = [
     "Engine",
     "KvCache",
     "Load",
-    "NodeMemory",
     "Produced",
     "Sampling",
     "Segment",

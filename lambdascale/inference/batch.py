@@ -1,7 +1,7 @@
-"""A batch of sequences over the stages of a model, without the arithmetic: what to run next, and what came of it.
+"""A batch of requests over the stages of a model, without the arithmetic: the next iteration, and the tokens it produced.
 
-It decides nothing about batching: ``BatchScheduler`` (the control plane's, which the simulator also uses) says what the next
-iteration runs. The engine of one process, the head of a pipeline and the timed executor all keep their sequences here.
+``BatchScheduler`` (the control plane's, which the simulator also uses) decides what the next iteration runs. The engine of one
+process and the head of an instance keep their requests here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Segment(Struct, frozen=True, gc=False):
 
 
 class StageBatch(Struct, frozen=True):
-    """An iteration as every stage sees it: prefills first, then ``decodes`` segments of one token each, ordered by slot.
+    """An iteration as every stage runs it: prefills first, then ``decodes`` segments of one token each, ordered by slot.
 
     ``wanted``: the rows (of all tokens in the order of the segments) whose logits the last stage returns.
     """
@@ -37,13 +37,13 @@ class StageBatch(Struct, frozen=True):
 
     @property
     def rows(self) -> int:
-        """Tokens altogether."""
+        """Number of tokens in all segments."""
         return sum(segment.tokens for segment in self.segments)
 
 
 @dataclass
 class Ticket:
-    """A request as it travels: its tokens so far (prompt, then output), the bound of its output, how it samples and stops."""
+    """A request as it travels: its tokens so far (prompt, then output), the bound on its output, its sampling and stop tokens."""
 
     request_id: int
     tokens: list[int]
@@ -54,7 +54,7 @@ class Ticket:
 
     @property
     def produced(self) -> int:
-        """Output tokens so far."""
+        """Number of output tokens so far."""
         return len(self.tokens) - self.prompt_tokens
 
     @property
@@ -65,7 +65,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Produced:
-    """What an iteration yielded: a token of a request, its place in the answer, and whether it was the last."""
+    """A token that an iteration produced for a request; ``index`` is its place in the answer, ``finished`` marks the last."""
 
     request_id: int
     token: int
@@ -75,9 +75,9 @@ class Produced:
 
 @dataclass
 class BatchPlan:
-    """An iteration under way: the scheduler's order, the stages' batch, the tokens to feed, who gets a token.
+    """An iteration under way: the scheduler's order, the stages' batch, the tokens to feed, the requests that get a token.
 
-    ``settling``: (request, slot) of those that join with KV computed elsewhere, to be written before the iteration runs.
+    ``settling``: (request, slot) of those that join with KV computed elsewhere; it is written before the iteration runs.
     """
 
     iteration: Iteration
@@ -88,17 +88,20 @@ class BatchPlan:
 
     @property
     def rules(self) -> list[Sampling]:
-        """How to choose each wanted token."""
+        """Sampling rule of each wanted token."""
         return [ticket.sampling for ticket in self.getting]
 
     @property
     def positions(self) -> list[int]:
-        """The place of each wanted token in its answer."""
+        """Place of each wanted token in its answer."""
         return [ticket.produced for ticket in self.getting]
 
 
 class Batch:
-    """Sequences in KV slots of ``slot_tokens`` tokens each; at most one per slot runs. ``vocab`` bounds token ids."""
+    """Requests in KV slots of ``slot_tokens`` tokens each; at most one per slot runs. ``vocab`` bounds token ids.
+
+    A batch gives out the slots in ``slots``. Requests absorbed from another batch keep the other's slots until they end.
+    """
 
     def __init__(self, limits: BatchLimits, slots: range, slot_tokens: int, vocab: int) -> None:
         require(len(slots) >= limits.max_batch, f"{len(slots)} KV slots are too few for batches of {limits.max_batch}")
@@ -106,11 +109,13 @@ class Batch:
         self._vocab = vocab
         self._scheduler = BatchScheduler(limits, len(slots) * slot_tokens)
         self._tickets: dict[int, Ticket] = {}
+        self._works: dict[int, BatchedRequest] = {}
         self._slots: dict[int, int] = {}
+        self.slots = slots
         self._free = list(slots)
 
     def __len__(self) -> int:
-        """Requests inside, waiting ones included."""
+        """Number of requests inside, waiting ones included."""
         return len(self._scheduler)
 
     def __contains__(self, request_id: int) -> bool:
@@ -122,17 +127,25 @@ class Batch:
     def add(self, ticket: Ticket, *, cached: bool = False) -> None:
         """Take a request, also one that produced tokens elsewhere. ``cached``: the KV of all but its newest token comes along.
 
-        CapacityError or UserError if it cannot be taken.
+        Raises CapacityError or UserError if the batch has no place for such a request.
         """
         self.check(ticket)
         require(not cached or ticket.produced > 0, f"request {ticket.request_id} has no token yet: its KV cannot be handed over")
+        self._enter(ticket, cached)
+
+    def _enter(self, ticket: Ticket, cached: bool) -> None:
+        work = BatchedRequest(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached)
         self._tickets[ticket.request_id] = ticket
-        self._scheduler.add(BatchedRequest(ticket.request_id, ticket.prompt_tokens, ticket.max_tokens, ticket.produced, cached))
+        self._works[ticket.request_id] = work
+        self._scheduler.add(work)
 
     def check(self, ticket: Ticket) -> None:
-        """CapacityError or UserError unless the batch can take the request."""
+        """Raise CapacityError or UserError unless the batch can take the request."""
         require(ticket.prompt_tokens >= 1, f"request {ticket.request_id} has an empty prompt")
-        require(ticket.produced < ticket.max_tokens, f"request {ticket.request_id} wants {ticket.max_tokens} tokens")
+        require(
+            ticket.produced < ticket.max_tokens,
+            f"request {ticket.request_id} already has {ticket.produced} of its {ticket.max_tokens} tokens",
+        )
         require(ticket.request_id not in self._tickets, f"request {ticket.request_id} is here already")
         require(
             min(ticket.tokens) >= 0 and max(ticket.tokens) < self._vocab,
@@ -143,11 +156,56 @@ class Batch:
             raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, a slot has {self.slot_tokens}")
 
     def cached_slot(self, request_id: int) -> int | None:
-        """The slot with the KV of all of a request's tokens but the newest; None while it is not all there."""
-        return self._slots.get(request_id) if request_id in self._scheduler.decoding else None
+        """Return the slot with the KV of all of a request's tokens but the newest; None while that KV is not complete."""
+        return self._slots.get(request_id) if self._is_complete(request_id) else None
+
+    def _is_complete(self, request_id: int) -> bool:
+        return request_id in self._scheduler.decoding or self._works[request_id].cached
+
+    def kv_slots(self) -> list[tuple[int, int]]:
+        """Return (slot, tokens) for all KV in slots, also of requests in the middle of their prefill. Between iterations."""
+        found = [(slot, self._kv_tokens(request_id)) for request_id, slot in self._slots.items()]
+        return [(slot, tokens) for slot, tokens in found if tokens]
+
+    def _kv_tokens(self, request_id: int) -> int:
+        if self._is_complete(request_id):
+            return len(self._tickets[request_id].tokens) - 1
+        return self._works[request_id].prefilled
+
+    @property
+    def borrowed(self) -> list[int]:
+        """Slots of other batches that absorbed requests are in."""
+        return [slot for slot in self._slots.values() if slot not in self.slots]
+
+    def absorb(self, other: Batch) -> None:
+        """Take all requests of ``other``, between two of its iterations. Complete KV stays in its slot, without a prefill.
+
+        Requests in the middle of their prefill begin it anew. ``other`` must take no requests while its slots are borrowed.
+        """
+        complete = {request_id for request_id in other if other._is_complete(request_id)}
+        slots, other._slots, other._free = other._slots, {}, list(other.slots)
+        for work in other._scheduler.drain():
+            request_id = work.request_id
+            del other._works[request_id]
+            if request_id in complete and request_id in slots:
+                self._slots[request_id] = slots[request_id]
+            self._enter(other._tickets.pop(request_id), cached=request_id in complete)
+
+    def recompute(self) -> None:
+        """Give up the KV of all requests: each is prefilled anew from its tokens so far. Between iterations."""
+        for work in self._scheduler.drain():
+            self._release(work.request_id)
+            self._enter(self._tickets[work.request_id], cached=False)
+
+    def uncache(self) -> list[int]:
+        """Give up KV that waiting requests bring along outside of slots: they are prefilled instead. Return their ids."""
+        changed = [work for work in self._scheduler.waiting if work.cached and work.request_id not in self._slots]
+        for work in changed:
+            work.cached = False
+        return [work.request_id for work in changed]
 
     def ticket(self, request_id: int) -> Ticket:
-        """A request's ticket as it is now."""
+        """Return a request's ticket as it is now."""
         return self._tickets[request_id]
 
     def take(self, request_id: int) -> Ticket:
@@ -155,10 +213,11 @@ class Batch:
         require(request_id in self._tickets, f"request {request_id} is not here")
         self._scheduler.remove(request_id)
         self._release(request_id)
+        del self._works[request_id]
         return self._tickets.pop(request_id)
 
     def next(self) -> BatchPlan | None:
-        """The next iteration, None if there is nothing to run."""
+        """Return the next iteration, None if there is nothing to run."""
         iteration = self._scheduler.schedule()
         if iteration is None:
             return None
@@ -184,7 +243,7 @@ class Batch:
         return BatchPlan(iteration, StageBatch(tuple(segments), len(decoding), tuple(wanted)), tokens, getting, settling)
 
     def complete(self, plan: BatchPlan, chosen: Sequence[int]) -> list[Produced]:
-        """Take note of the iteration's tokens, one for each of ``plan.getting``."""
+        """Take note of the iteration's tokens, one for each of ``plan.getting``, and return them."""
         stopped = set()
         for ticket, token in zip(plan.getting, chosen, strict=True):
             ticket.tokens.append(token)
@@ -200,12 +259,12 @@ class Batch:
 
     def _forget(self, request_ids: Collection[int]) -> None:
         for request_id in request_ids:
-            del self._tickets[request_id]
+            del self._tickets[request_id], self._works[request_id]
             self._release(request_id)
 
     def _take_slot(self, request_id: int) -> int:
-        """The lowest free slot, so that decoding sequences lie close together."""
-        assert self._free, "the scheduler admits no more sequences than there are slots"
+        """Take the lowest free slot, so that decoding requests lie close together."""
+        assert self._free, "the scheduler admits no more requests than it has slots"
         slot = min(self._free)
         self._free.remove(slot)
         self._slots[request_id] = slot
@@ -213,5 +272,5 @@ class Batch:
 
     def _release(self, request_id: int) -> None:
         slot = self._slots.pop(request_id, None)
-        if slot is not None:
+        if slot is not None and slot in self.slots:
             self._free.append(slot)

@@ -1,4 +1,4 @@
-"""Which device a thread works on."""
+"""The CUDA device of a thread."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The engine: sequences in, tokens out. One batch over the stages of a model that this process holds.
-
-Several engines, or one engine over several stages, are how pipelines within a process are put together.
-"""
+"""The engine: requests in, tokens out. One batch over the stages of a model that this process holds."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ Tensor = torch.Tensor
 class Engine:
     """Runs the stages in order, the output of one being the input of the next.
 
-    ``max_batch`` sequences at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own). CapacityError for a
-    request whose prompt and answer do not fit a slot.
+    ``max_batch`` requests run at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own).
     """
 
     def __init__(self, stages: Sequence[TransformerStage], limits: BatchLimits) -> None:
@@ -37,20 +33,22 @@ class Engine:
 
     @property
     def slot_tokens(self) -> int:
-        """How long a sequence may become, prompt included."""
+        """Largest number of tokens of a request, prompt included."""
         return self.batch.slot_tokens
 
     def __len__(self) -> int:
-        """Requests inside, waiting ones included."""
+        """Number of requests inside, waiting ones included."""
         return len(self.batch)
 
     def check(self, ticket: Ticket) -> None:
-        """CapacityError or UserError unless the engine can take the request."""
+        """Raise CapacityError or UserError unless the engine can take the request."""
         self.batch.check(ticket)
 
     def add(self, ticket: Ticket, kv: Sequence[Tensor] | None = None) -> None:
-        """Take a request, also one that produced tokens elsewhere. ``kv``: per stage, what ``take`` gave; without it the KV of
-        all tokens so far is computed anew.
+        """Take a request, also one that produced tokens elsewhere.
+
+        ``kv``: per stage, what ``take`` returned; without it the KV of all tokens so far is computed anew. Raises CapacityError
+        if prompt and answer do not fit a slot.
         """
         require(kv is None or len(kv) == len(self.stages), f"KV of {len(kv or ())} stages does not fit {len(self.stages)}")
         self.batch.add(ticket, cached=kv is not None)
@@ -58,9 +56,9 @@ class Engine:
             self._arrived_kv[ticket.request_id] = list(kv)
 
     def take(self, request_id: int, *, with_kv: bool = False) -> tuple[Ticket, list[Tensor] | None]:
-        """Remove a request between iterations: its ticket and, if asked, the KV of all tokens but the newest, per stage.
+        """Remove a request between iterations. Return its ticket and, if asked, the KV of all tokens but the newest, per stage.
 
-        No KV is given (None) while not all of it is there: the request is waiting or in the middle of its prefill.
+        The KV is None while it is not complete: the request waits or is in the middle of its prefill.
         """
         slot, kv = self.batch.cached_slot(request_id), self._arrived_kv.pop(request_id, None)
         ticket = self.batch.take(request_id)
@@ -69,7 +67,7 @@ class Engine:
         return ticket, kv if with_kv else None
 
     def step(self) -> list[Produced]:
-        """Run one iteration; the tokens it produced, [] if there is nothing to run."""
+        """Run one iteration and return the tokens it produced, [] if there was nothing to run."""
         plan = self.batch.next()
         if plan is None:
             return []

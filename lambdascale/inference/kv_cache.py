@@ -44,12 +44,12 @@ class KvCache:
         self.both = _zeros(shape, dtype, device)
         self.keys, self.values = self.both.chunk(2, dim=2)
 
-    def read(self, slot: int, tokens: int) -> Tensor:
-        """A copy of a slot's first ``tokens`` tokens: [2, layers, kv heads, tokens, head size]."""
-        return torch.stack((self.keys[:, slot, :, :tokens], self.values[:, slot, :, :tokens]))
+    def read(self, slot: int, tokens: int, layers: slice = slice(None)) -> Tensor:
+        """Return a copy of a slot's first ``tokens`` tokens in some layers: [2, layers, kv heads, tokens, head size]."""
+        return torch.stack((self.keys[layers, slot, :, :tokens], self.values[layers, slot, :, :tokens]))
 
-    def write(self, slot: int, kv: Tensor) -> None:
-        """Put what ``read`` gave into a slot."""
+    def write(self, slot: int, kv: Tensor, layers: slice = slice(None)) -> None:
+        """Put what ``read`` returned for as many layers into a slot."""
         tokens = kv.shape[3]
-        self.keys[:, slot, :, :tokens] = kv[0]
-        self.values[:, slot, :, :tokens] = kv[1]
+        self.keys[layers, slot, :, :tokens] = kv[0]
+        self.values[layers, slot, :, :tokens] = kv[1]

@@ -21,12 +21,13 @@ from lambdascale.core import UserError
 from lambdascale.inference import devices
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
+from lambdascale.inference.verification import Verify, is_verified
 
 OnBlock = Callable[[str, int], None]
 
 
 class BlockError(UserError):
-    """A block that could not be brought: the message names block and file. The store is as it was before the block."""
+    """A block that cannot be loaded or is damaged: the message names block and file. The store is as it was before the block."""
 
     def __init__(self, model: str, block: int, file: Path, reason: str) -> None:
         super().__init__(f"block {block} of {model} ({file}): {reason}")
@@ -34,7 +35,7 @@ class BlockError(UserError):
 
 
 class Load:
-    """A load under way. ``blocks`` is its order; ``landed`` grows as blocks become usable."""
+    """A load under way. ``blocks`` are in the order of loading; ``landed`` grows as blocks become usable."""
 
     def __init__(self, model: str, blocks: Sequence[int]) -> None:
         self.model = model
@@ -47,18 +48,18 @@ class Load:
         self._error: Exception | None = None
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Until it has ended; raises what went wrong (BlockError), TimeoutError if it takes longer."""
+        """Wait for the end. Raises the load's error (BlockError), or TimeoutError if it takes longer."""
         if not self._ended.wait(timeout_s):
             raise TimeoutError(f"loading {self.model} takes longer than {timeout_s} s")
         if self._error is not None:
             raise self._error
 
     def join(self) -> None:
-        """Until it has ended, well or not."""
+        """Wait for the end, successful or not."""
         self._ended.wait()
 
     def when_ended(self, call: Callable[[Exception | None], None]) -> None:
-        """``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
+        """Call ``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
         with self._lock:
             if not self.ended:
                 self._callbacks.append(call)
@@ -71,16 +72,16 @@ class Load:
 
     @property
     def cancelled(self) -> bool:
-        """Whether ``cancel`` was called."""
+        """Return True if ``cancel`` was called."""
         return self._cancelled.is_set()
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will land."""
+        """Return True if nothing more will land."""
         return self._ended.is_set()
 
     def end(self, error: Exception | None) -> None:
-        """Called by the loader."""
+        """End the load with this error, if any. For the loader only."""
         with self._lock:
             self._error = error
             self._ended.set()
@@ -90,7 +91,7 @@ class Load:
 
 @dataclass
 class _Job:
-    """A load and its memory: what it took for blocks to come, and what was there already and is held until it ends."""
+    """A load and its memory: ``taken`` for blocks to come, ``held`` where blocks were resident already, until the load ends."""
 
     model: PackedModel
     load: Load
@@ -102,7 +103,7 @@ class _Job:
 
 @dataclass
 class _Move:
-    """A block on its way: its chunks in order, what to close."""
+    """A block under way: its chunks in order and its open file."""
 
     block: int
     path: Path
@@ -111,7 +112,7 @@ class _Move:
     files: ExitStack = field(default_factory=ExitStack)
 
     def abandon(self) -> None:
-        """Wait until no thread touches its memory any more; close its file."""
+        """Wait until no thread touches the block's memory any more; close its file."""
         for chunk in self.chunks:
             chunk.cancel()
         wait(self.chunks)
@@ -121,7 +122,7 @@ class _Move:
 class Loader:
     """Loads into ``tiers``, which ``lock`` guards; the threads of ``reader`` do the reading and copying.
 
-    ``device``: of the tier "gpu". ``verify``: compare checksums of what is read.
+    ``device``: of the tier "gpu". ``verify``: the blocks whose checksums are compared when they are read (see ``is_verified``).
     """
 
     def __init__(
@@ -131,14 +132,14 @@ class Loader:
         device: torch.device,
         reader: ChunkReader,
         *,
-        verify: bool,
+        verify: Verify,
     ) -> None:
         self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._loads: set[Load] = set()
 
     def close(self) -> None:
-        """Cancel loads and wait for them."""
+        """Cancel loads and wait for their ends."""
         loads = list(self._loads)
         for load in loads:
             load.cancel()
@@ -146,14 +147,14 @@ class Loader:
             load.join()
 
     def begin(self, model: PackedModel, load: Load, to: StoreTier, *, keep_host: bool, on_block: OnBlock | None) -> None:
-        """See ``BlockStore.load``. Nothing has begun if it raises."""
+        """Start a load; see ``BlockStore.load``. Nothing has begun if it raises."""
         with self._lock:
             job = self._reserve(model, load, to, keep_host)
             self._loads.add(load)
         threading.Thread(target=self._run, args=(job, on_block), name=f"load-{model.name}", daemon=True).start()
 
     def _reserve(self, model: PackedModel, load: Load, to: StoreTier, keep_host: bool) -> _Job:
-        """Take memory for every block that needs it, all or nothing, and hold what is there already."""
+        """Reserve memory for every block that needs it, all or nothing, and hold blocks that are resident already."""
         # A stand-in device is host memory itself: what is not to be kept twice is read straight into it.
         via_host = keep_host or to == "host" or self._device.type != "cpu"
         job = _Job(model, load, to, keep_host)
@@ -179,7 +180,7 @@ class Loader:
         devices.use(self._device)
         try:
             self._bring(job, on_block)
-        except Exception as failure:  # whoever waits for the load is told, also of a fault of on_block's
+        except Exception as failure:  # passed on to whoever waits for the load, even if it is on_block's
             error = failure
         finally:
             with self._lock:
@@ -188,7 +189,7 @@ class Loader:
             job.load.end(error)
 
     def _settle(self, job: _Job) -> None:
-        """Give back what did not land, and host copies that were only for the way."""
+        """Free the memory of blocks that did not land, and release blocks that were resident."""
         for tier, key in job.held:
             self._tiers[tier].release(key)
         for tier, key in job.taken:
@@ -197,7 +198,7 @@ class Loader:
                 residency.drop(key)
 
     def _bring(self, job: _Job, on_block: OnBlock | None) -> None:
-        """Block after block, the next one being read while the last is checked."""
+        """Load block after block; the next one is read while the last is checked."""
         ahead: _Move | None = None
         blocks = list(job.load.blocks)
         try:
@@ -231,27 +232,28 @@ class Loader:
         try:
             descriptor = move.files.enter_context(self._reader.open(path))
         except (OSError, UserError) as error:
-            # Told when it is this block's turn, after those before it have landed.
+            # Raised when it is this block's turn, after those before it have landed.
             move.failure = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
             return move
-        parts = Parts(job.model.part_bytes, described.parts) if self._verify else None
+        verified = is_verified(self._verify, block, len(job.model.blocks))
+        parts = Parts(job.model.part_bytes, described.parts) if verified else None
         move.chunks = self._reader.read(descriptor, described.data_offset, memory, size, after, parts)
         return move
 
     def _copier(self, key: Key, size: int) -> Callable[[int, int], None]:
-        """Copies a range of a block from host to device memory, on a GPU without waiting for it."""
+        """Return a function that copies a range of a block from host to device memory; to a GPU, without waiting for the copy."""
         host, device = self._tiers["host"], self._tiers["gpu"]
         source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
 
         def copy(begin: int, end: int) -> None:
-            devices.use(self._device)  # it runs in a reader's thread
+            devices.use(self._device)  # this is one of the reader's threads
             with torch.cuda.stream(self._stream):
                 target[begin:end].copy_(source[begin:end], non_blocking=True)
 
         return copy
 
     def _finish(self, job: _Job, move: _Move) -> None:
-        """Wait for a block's chunks, and make it resident."""
+        """Wait for a block's chunks and make the block resident."""
         key = job.model.name, move.block
         if move.failure:
             raise BlockError(*key, move.path, move.failure)
@@ -281,4 +283,4 @@ _ON_THE_WAY: dict[StoreTier, tuple[StoreTier, ...]] = {"host": ("host",), "gpu":
 
 
 def _nothing(begin: int, end: int) -> None:
-    """A chunk that stays where it was read to."""
+    """Leave a chunk where it was read to."""

@@ -1,7 +1,8 @@
-"""A tier of a block store: its arena, which block lies where in it, which are complete, and which are in use."""
+"""A tier of a block store: its arena, the place of each block in it, and the blocks that are complete or in use."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,7 @@ class Residency:
     uses: dict[Key, int] = field(default_factory=dict)
 
     def take(self, model: PackedModel, key: Key) -> None:
-        """Memory for a block that is to come. CapacityError if there is no room, UserError if it has memory already."""
+        """Reserve memory for a block that is to come. CapacityError if there is no room, UserError if it has memory already."""
         size = model.block_bytes[key[1]]
         require(key not in self.offsets, f"block {key[1]} of {key[0]} is being loaded already")
         offset = self.arena.extents.take(size)
@@ -35,13 +36,25 @@ class Residency:
             raise CapacityError(f"no room for block {key[1]} of {key[0]} ({size} bytes) in {self.name} memory: {why}")
         self.offsets[key] = offset
 
+    def take_all(self, model: PackedModel, keys: Sequence[Key]) -> None:
+        """Reserve memory for all of these blocks or, with an error as ``take``, for none."""
+        taken: list[Key] = []
+        try:
+            for key in keys:
+                self.take(model, key)
+                taken.append(key)
+        except ValueError:
+            for key in taken:
+                self.drop(key)
+            raise
+
     def drop(self, key: Key) -> None:
         """Free a block's memory."""
         self.complete.discard(key)
         self.arena.extents.give_back(self.offsets.pop(key))
 
     def use(self, key: Key) -> None:
-        """Hold a block where it is."""
+        """Hold a block in its place; counted."""
         self.uses[key] = self.uses.get(key, 0) + 1
 
     def release(self, key: Key) -> None:

@@ -1,7 +1,8 @@
-"""Choosing the next token: greedy, or by temperature and nucleus, reproducibly."""
+"""Choice of the next token: greedy, or by temperature and nucleus, reproducibly."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,14 +11,22 @@ import torch
 from lambdascale.core.checks import check_types, require
 
 Tensor = torch.Tensor
+# A smaller temperature overflows when logits are divided by it; vLLM's bound.
+LOWEST_TEMPERATURE = 0.01
+_SEEDS = range(-(1 << 63), 1 << 63)
+
+
+def usable_temperature(temperature: float) -> float:
+    """Return ``temperature``, or 0.01 for one between 0 and that, as vLLM does. 0 stays greedy."""
+    return LOWEST_TEMPERATURE if 0 < temperature < LOWEST_TEMPERATURE else temperature
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """``temperature`` 0 is greedy. ``top_p`` keeps the most likely tokens that together reach this probability.
+    """``temperature`` 0 is greedy, others are at least 0.01. ``top_p`` keeps the likeliest tokens that together reach it.
 
-    The draw for a token depends on ``seed`` and the token's position in the answer only: it is the same on whatever node and in
-    whatever batch it is made, also after a request has moved.
+    The draw for a token depends on ``seed`` (64 bits) and the token's position in the answer only: it is the same on whatever
+    node and in whatever batch it is made, also after a request has moved. UserError for values out of range.
     """
 
     temperature: float = 0.0
@@ -28,6 +37,9 @@ class Sampling:
         """Validate."""
         check_types(self)
         require(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
+        usable = math.isfinite(self.temperature) and usable_temperature(self.temperature) == self.temperature
+        require(usable, f"temperature must be 0 or between {LOWEST_TEMPERATURE} and 1e308, not {self.temperature}")
+        require(self.seed in _SEEDS, f"seed must be between {_SEEDS[0]} and {_SEEDS[-1]}, not {self.seed}")
         require(0 < self.top_p <= 1, f"top_p must be in (0, 1], not {self.top_p}")
 
 
@@ -37,7 +49,7 @@ _SEED_STEP, _POSITION_STEP = 6364136223846793005, 1442695040888963407
 
 
 def choose(logits: Tensor, rules: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """The next token of each row of ``logits`` [rows, vocabulary]; ``positions``: how many tokens each answer has already."""
+    """Return the next token of each row of ``logits`` [rows, vocabulary]; answers have ``positions`` tokens already."""
     greedy: list[int] = logits.argmax(dim=-1).tolist()
     return [
         token if rule.temperature == 0 else _draw(row, rule, position)

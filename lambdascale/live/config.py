@@ -19,6 +19,7 @@ from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
+from lambdascale.inference.verification import Verify
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
@@ -28,6 +29,7 @@ from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
 _FIRST_TOKEN, _TRACE_STREAM = 64, 7
+_SERVER_RESTARTS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,11 @@ class LiveConfig:
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
     ``rdma`` is for the transport of that name. ``collective``: what the NCCL baseline broadcasts by; "auto" is NCCL where every
     node has a GPU of its own, else gloo.
+    ``verify``: the blocks whose checksums nodes compare, when they load them and when they receive them: all ("full"), none
+    ("off"), or the first, the last and every eighth ("sampled").
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
+    ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
+    never while a trace is replayed, whose failures are part of what is measured.
     """
 
     checkpoint: str = "smollm2"
@@ -53,14 +59,14 @@ class LiveConfig:
     paced: bool = True
     slot_tokens: int = 512
     threads: int | None = None
+    verify: Verify = "full"
     silence_s: float = 10.0
+    restarts: int | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
-    kind: str = "live"
 
     def __post_init__(self) -> None:
         """Validate."""
         check_types(self)
-        require(self.kind == "live", f"backend.kind of the live cluster is 'live', not {self.kind!r}")
         require(self.slot_tokens >= 2, f"backend.slot_tokens must be at least 2, not {self.slot_tokens}")
         require(self.threads is None or self.threads >= 1, f"backend.threads must be at least 1, not {self.threads}")
         require(
@@ -76,12 +82,19 @@ class LiveConfig:
             self.collective != "nccl" or self.device == "cuda",
             f"backend.collective=nccl moves the memory of GPUs: it needs device cuda, not {self.device}",
         )
+        require(self.restarts is None or self.restarts >= 0, f"backend.restarts must not be negative, not {self.restarts}")
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property
     def label(self) -> str:
         """Name of the backend in rows and summaries; it tells compute that was timed or slowed down from this machine's own."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
+
+    def restart_limit(self, *, open_ended: bool) -> int:
+        """Return how often a node may be restarted by a server (``open_ended``) or by the run of a trace."""
+        if self.restarts is not None:
+            return self.restarts
+        return _SERVER_RESTARTS if open_ended else 0
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
         """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
@@ -155,15 +168,15 @@ class LiveConfig:
         backend = LiveBackend(
             launcher=launcher,
             hub=hub,
-            nodes=cluster.nodes,
             trace=trace,
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
+            restarts=self.restart_limit(open_ended=open_ended),
             open_ended=open_ended,
         )
         configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]
         try:
-            backend.start(lambda: launcher.start(configs))
+            backend.start(configs)
         except BaseException:
             backend.close()
             raise
@@ -212,9 +225,12 @@ class LiveConfig:
             link=network if self.paced else None,
             ssd=hardware.ssd_bytes_per_s if self.paced else None,
             pcie=hardware.pcie_bytes_per_s if self.paced else None,
+            # Always paced: the store is this machine's checkpoint folder, as far away as the cluster says.
+            remote=float(cluster.remote_bytes_per_s) or None,
             preloaded=preloaded,
             rdma=self.rdma,
             collective=collective,
+            verify=self.verify,
         )
 
 

@@ -8,11 +8,12 @@ from msgspec import Struct
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.inference.verification import Verify
 from lambdascale.transport import rdma
 
 
 class Access(Struct, frozen=True):
-    """Where the controller is and how to prove to belong: CURVE keys, and the key of the nodes among themselves."""
+    """Address of the controller and the keys of the cluster: CURVE keys, and the key of the nodes among themselves."""
 
     controller: str
     server_public: bytes
@@ -22,7 +23,11 @@ class Access(Struct, frozen=True):
 
 
 class NodeConfig(Struct, frozen=True):
-    """All an agent needs to know; plain values. Rates in bytes/s, None: as fast as it goes."""
+    """All an agent needs to know; plain values.
+
+    Rates in bytes/s, None: as fast as it goes; ``remote`` None: there is no remote store. ``verify``: see StoreConfig.
+    ``generation`` is the number of processes that the node has had before this one.
+    """
 
     node: NodeId
     access: Access
@@ -37,9 +42,12 @@ class NodeConfig(Struct, frozen=True):
     device_bytes: int
     threads: int
     host: str = "127.0.0.1"
+    generation: int = 0
     link: float | None = None
     ssd: float | None = None
     pcie: float | None = None
+    remote: float | None = None
     preloaded: bool = False
     rdma: rdma.RdmaOptions = rdma.RdmaOptions()
     collective: Literal["nccl", "gloo"] = "gloo"
+    verify: Verify = "full"

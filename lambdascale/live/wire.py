@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from msgspec import Struct, msgpack
 
-from lambdascale.core.commands import AnyCommand, SwitchMode
+from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
 from lambdascale.core.events import AnyEvent, Mode
-from lambdascale.core.plan import NodeId
+from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
 
@@ -23,9 +23,14 @@ class Message(Struct, frozen=True, tag=True):
 
 
 class Directory(Message, frozen=True, tag=True):
-    """Where every node's endpoint is: connect to those with a lower id."""
+    """The nodes of the cluster from now on: ``number`` counts directories, ``addresses`` are their endpoints'.
 
+    ``generations``: how many processes each node has had before. Connect to nodes with a lower id, then answer Connected.
+    """
+
+    number: int
     addresses: dict[NodeId, str]
+    generations: dict[NodeId, int]
 
 
 class Do(Message, frozen=True, tag=True):
@@ -35,21 +40,35 @@ class Do(Message, frozen=True, tag=True):
 
 
 class Assign(Message, frozen=True, tag=True):
-    """A dispatch, with what the requests consist of."""
+    """A dispatch, with the contents of the requests."""
 
     instance: int
     tickets: tuple[Ticket, ...]
 
 
 class Switch(Message, frozen=True, tag=True):
-    """A mode switch; ``homes``: the node of each target instance."""
+    """A mode switch; ``homes``: the head of each target instance."""
 
     command: SwitchMode
     homes: dict[int, NodeId]
 
 
+class NewStages(Message, frozen=True, tag=True):
+    """A repartition, for all nodes that have or had stages of the instance.
+
+    ``version`` numbers the instance's partitions; it was started with number 0. ``head`` owns its batches; ``batches`` is the
+    largest number of them that any partition so far keeps in flight.
+    """
+
+    command: Repartition
+    version: int
+    model: str
+    head: NodeId
+    batches: int
+
+
 class Abort(Message, frozen=True, tag=True):
-    """The client of a request is gone: end it where it is."""
+    """End a request whose client has left."""
 
     request_id: int
 
@@ -74,9 +93,10 @@ class Hello(Message, frozen=True, tag=True):
 
 
 class Connected(Message, frozen=True, tag=True):
-    """An agent is connected to all nodes of the directory with a lower id."""
+    """An agent is connected to all nodes with a lower id in the directory of this number."""
 
     node: NodeId
+    number: int
 
 
 class Happened(Message, frozen=True, tag=True):
@@ -86,14 +106,14 @@ class Happened(Message, frozen=True, tag=True):
 
 
 class Placed(Message, frozen=True, tag=True):
-    """A host copy asked for by PlaceCopy is there."""
+    """A host copy that PlaceCopy asked for is in place."""
 
     node: NodeId
     model: str
 
 
 class Token(Struct, frozen=True, gc=False, array_like=True):
-    """A token of an answer: the ``index``-th, counted from 0."""
+    """A token of an answer, ``index`` counted from 0."""
 
     request_id: int
     index: int
@@ -102,7 +122,7 @@ class Token(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Tokens(Message, frozen=True, tag=True):
-    """What an iteration of an instance yielded."""
+    """Tokens that an iteration of an instance produced."""
 
     instance: int
     mode: Mode
@@ -110,7 +130,7 @@ class Tokens(Message, frozen=True, tag=True):
 
 
 class Aborted(Message, frozen=True, tag=True):
-    """A request was ended before its time."""
+    """A request was ended before its last token."""
 
     instance: int
     request_id: int
@@ -130,6 +150,13 @@ class Severed(Message, frozen=True, tag=True):
     reason: str
 
 
+class Unreached(Message, frozen=True, tag=True):
+    """An agent cannot connect to a peer of the directory."""
+
+    peer: NodeId
+    reason: str
+
+
 class Beat(Message, frozen=True, tag=True):
     """An agent is alive."""
 
@@ -142,8 +169,8 @@ class Fault(Message, frozen=True, tag=True):
     users: bool
 
 
-ToAgent = Directory | Do | Assign | Switch | Abort | Ping | Shutdown
-ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Beat | Fault
+ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
+ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 
 # -- agent to agent ------------------------------------------------------------------------------------------------------
@@ -158,7 +185,7 @@ class Ready(Message, frozen=True, tag=True):
 
 
 class Pass(Struct, frozen=True, array_like=True):
-    """An iteration as the stages of a pipeline hand it on: the batch, what it costs, and how its tokens are chosen."""
+    """An iteration as the stages of an instance hand it on: the batch, its size for timing, and how its tokens are chosen."""
 
     batch: StageBatch
     prefill_tokens: int
@@ -169,40 +196,78 @@ class Pass(Struct, frozen=True, array_like=True):
 
     @property
     def decodes(self) -> int:
-        """Sequences that decode."""
+        """Number of requests that decode."""
         return self.batch.decodes
 
 
 class Forward(Message, frozen=True, tag=True):
-    """Hidden states for stage ``stage`` of a pipeline, from the one before."""
+    """An iteration of a batch, for stage ``stage`` of the instance's partition ``version``.
+
+    ``inputs``: token ids, from the head, for the first stage; for the others hidden states from the stage before.
+    """
 
     instance: int
     batch: int
+    version: int
     stage: int
     work: Pass
-    hidden: bytes
+    inputs: bytes | tuple[int, ...]
 
 
 class Chosen(Message, frozen=True, tag=True):
-    """The tokens of an iteration, from the last stage to the first."""
+    """The tokens of an iteration, from the last stage to the head."""
 
     instance: int
     batch: int
     tokens: tuple[int, ...]
 
 
+class MoveBatch(Message, frozen=True, tag=True):
+    """A batch runs on partition ``version`` from its next iteration on, from the head to all that have or had stages.
+
+    It ran on partition ``before`` with stages ``stages_before`` so far and has no iteration under way. ``kv``: (slot, tokens)
+    whose KV goes along, from each layer's old node to its new one.
+    """
+
+    instance: int
+    batch: int
+    before: int
+    stages_before: tuple[Stage, ...]
+    version: int
+    kv: tuple[tuple[int, int], ...]
+
+
+class SlotKv(Message, frozen=True, tag=True):
+    """The KV of a slot of ``batch`` in ``layers`` layers from ``first_layer`` on, for partition ``version``."""
+
+    instance: int
+    batch: int
+    version: int
+    slot: int
+    first_layer: int
+    layers: int
+    data: bytes
+
+
 class Handover(Message, frozen=True, tag=True):
-    """Requests of a dissolved pipeline for ``instance``. Those in ``with_kv`` wait for their KV, which comes in parts."""
+    """Requests of a dissolved pipeline for ``instance``.
+
+    Those in ``with_kv`` wait for their KV, which comes in parts (KvPart) from the nodes in ``sources``.
+    """
 
     instance: int
     tickets: tuple[Ticket, ...]
+    pipeline: int
     with_kv: frozenset[int] = frozenset()
+    sources: tuple[NodeId, ...] = ()
 
 
 class KvMove(Struct, frozen=True, array_like=True):
-    """The KV of ``tokens`` tokens in ``slot`` goes to ``node`` for ``instance``."""
+    """The KV of ``tokens`` tokens in ``slot`` goes to ``node`` for ``instance``; the request's batch ran on ``version``."""
 
     request_id: int
+    batch: int
+    version: int
     slot: int
     tokens: int
     instance: int
@@ -210,17 +275,18 @@ class KvMove(Struct, frozen=True, array_like=True):
 
 
 class Collect(Message, frozen=True, tag=True):
-    """A pipeline is dissolved: send the KV of these requests off, then forget the pipeline."""
+    """A pipeline, ``instance``, is dissolved: send the KV of these requests off, then forget the pipeline."""
 
-    pipeline: int
+    instance: int
     moves: tuple[KvMove, ...]
 
 
 class KvPart(Message, frozen=True, tag=True):
-    """The KV of a request in the layers from ``first_layer``: ``layers`` of them."""
+    """The KV of a request of a dissolved pipeline in ``layers`` layers from ``first_layer`` on, for ``instance``."""
 
     instance: int
     request_id: int
+    pipeline: int
     first_layer: int
     layers: int
     data: bytes
@@ -233,7 +299,8 @@ class Rendezvous(Message, frozen=True, tag=True):
     address: str
 
 
-Peer = Ready | Rendezvous | Forward | Chosen | Handover | Collect | KvPart
+ForInstance = Assign | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
+Peer = Ready | Rendezvous | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
 
 encode = msgpack.Encoder().encode
 to_agent = msgpack.Decoder(ToAgent).decode

@@ -1,4 +1,4 @@
-"""Who holds what in host memory: pure bookkeeping that the control plane asks. It moves no bytes."""
+"""Bookkeeping of the model copies in host memory, for the control plane. It moves no bytes."""
 
 from lambdascale.memory.base import HostMemory, HostMemoryConfig
 from lambdascale.memory.host_cache import HostCacheConfig, HostCaches

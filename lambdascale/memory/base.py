@@ -1,4 +1,4 @@
-"""Protocols of host memory: its configuration, and the record of host copies that the control plane asks."""
+"""Protocols of host memory: its configuration, and the record of host copies for the control plane."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from lambdascale.core import NodeId
 
 
 class HostMemory(Protocol):
-    """Host copies of models on all nodes. ``now``: seconds of the run; copies that expired by then count as absent."""
+    """Host copies of models on all nodes. ``now`` is in seconds of the run; copies expired by then count as absent."""
 
     def has(self, node: NodeId, model: str, now: float) -> bool:
         """True if ``node`` holds a usable copy of ``model``."""
         ...
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:
-        """Return those of ``nodes`` that hold a usable copy of ``model``."""
+        """Return the nodes among ``nodes`` that hold a usable copy of ``model``."""
         ...
 
     def put(self, node: NodeId, model: str, size_bytes: int, now: float) -> list[str]:
-        """Keep a copy, or renew it; return the models evicted for it. A copy that cannot fit is not kept."""
+        """Keep or renew a copy of ``size_bytes``; return the models evicted for it. A copy that does not fit is not kept."""
         ...
 
     def pin(self, node: NodeId, model: str) -> None:
-        """Hold a copy while a transfer reads it."""
+        """Pin a copy while a transfer reads it, so that it is not evicted."""
         ...
 
     def pins(self, node: NodeId, model: str) -> int:
@@ -32,11 +32,11 @@ class HostMemory(Protocol):
         ...
 
     def unpin(self, node: NodeId, model: str, now: float) -> None:
-        """Undo one pin."""
+        """Undo one pin; the copy counts as used at ``now``."""
         ...
 
     def forget(self, node: NodeId) -> None:
-        """Drop everything on a lost node."""
+        """Drop all copies and pins of a lost node."""
         ...
 
 
@@ -56,9 +56,9 @@ class HostMemoryConfig(Protocol):
 
     @property
     def budget(self) -> int | str | None:
-        """Bytes per node; None: all of its host memory."""
+        """Bytes per node, or text such as 192GiB; None: all of the node's host memory."""
         ...
 
     def build(self, host_memory_bytes: Mapping[NodeId, int]) -> HostMemory:
-        """Return the empty record for nodes with so much host memory; UserError if the budget exceeds it."""
+        """Return an empty record for nodes with ``host_memory_bytes`` each; UserError if the budget exceeds a node's."""
         ...

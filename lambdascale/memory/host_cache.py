@@ -1,9 +1,8 @@
 """Host-memory copies of models: an LRU cache per node with a byte budget and a keep-alive time (paper, section 5).
 
 The SSD of every node holds every model (the paper's and ServerlessLLM's setting); GPU residency is the control plane's
-record of allocations. A host copy comes to be while a model is resident on the node's GPU: blocks are written behind, GPU to
-host, over the PCIe direction that loading leaves idle, so a copy is there by the time the GPU is released and costs the load
-path nothing.
+record of allocations. A host copy is written while a model is resident on the node's GPU: blocks are copied GPU to host over
+the PCIe direction that loading leaves idle, so the copy is complete by the time the GPU is released and does not slow the load.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from lambdascale.core.checks import check_types, require
 class HostCacheConfig:
     """``budget`` of host memory per node for copies (None: all of it); copies unused for ``keep_alive_s`` expire (None: never).
 
-    ``initial_copies`` nodes hold each model from the start (the warm part of the cluster), node 0 first.
+    ``initial_copies`` nodes hold each model from the start (the warm part of the cluster), node 0 first. Without ``enabled``
+    no copy is kept.
     """
 
     budget: int | str | None = None
@@ -40,7 +40,7 @@ class HostCacheConfig:
         require(self.initial_copies >= 0, f"memory.initial_copies must not be negative, not {self.initial_copies}")
 
     def build(self, host_memory_bytes: Mapping[NodeId, int]) -> HostCaches:
-        """Return the empty caches of nodes with so much host memory; UserError if the budget exceeds it."""
+        """Return empty caches for nodes with ``host_memory_bytes`` each; UserError if the budget exceeds a node's."""
         return HostCaches(self, host_memory_bytes)
 
 
@@ -65,16 +65,16 @@ class HostCaches:
         return self._used.get(node, 0)
 
     def has(self, node: NodeId, model: str, now: float) -> bool:
-        """Whether ``node`` holds a usable host copy of ``model``."""
+        """True if ``node`` holds a usable host copy of ``model``."""
         entry = self._nodes[node].get(model) if node in self._nodes else None
         return entry is not None and (self._pinned(node, model) or not self._expired(entry[1], now))
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:
-        """Those of ``nodes`` that hold a usable copy of ``model``."""
+        """Nodes among ``nodes`` that hold a usable copy of ``model``."""
         return [node for node in nodes if self.has(node, model, now)]
 
     def put(self, node: NodeId, model: str, size_bytes: int, now: float) -> list[str]:
-        """Keep a copy (or renew it); the models evicted for it. A copy that can not fit is not kept."""
+        """Keep or renew a copy of ``size_bytes``; return the models evicted for it. A copy that does not fit is not kept."""
         cache = self._nodes.setdefault(node, OrderedDict())
         evicted = self.expire(node, now)
         if model in cache:
@@ -91,21 +91,21 @@ class HostCaches:
         return evicted
 
     def touch(self, node: NodeId, model: str, now: float) -> None:
-        """Note a use: the copy is the most recent one and its keep-alive starts anew."""
+        """Record a use: the copy becomes the most recently used and its keep-alive starts again. KeyError without a copy."""
         cache = self._nodes[node]
         cache[model] = (cache[model][0], now)
         cache.move_to_end(model)
 
     def pin(self, node: NodeId, model: str) -> None:
-        """Hold a copy that is being read (a load or a multicast): it is neither evicted nor does it expire."""
+        """Pin a copy that a load or a multicast reads: while pinned it is neither evicted nor expires."""
         self._pins[node, model] = self._pins.get((node, model), 0) + 1
 
     def pins(self, node: NodeId, model: str) -> int:
-        """How many transfers read this copy at the moment."""
+        """Number of transfers that read this copy now."""
         return self._pins.get((node, model), 0)
 
     def unpin(self, node: NodeId, model: str, now: float) -> None:
-        """Undo one pin; a use ends here, so the keep-alive starts anew."""
+        """Undo one pin; a use ends here, so the keep-alive starts again."""
         count = self._pins.get((node, model), 0)
         if count <= 1:
             self._pins.pop((node, model), None)
@@ -115,24 +115,15 @@ class HostCaches:
             self.touch(node, model, now)
 
     def expire(self, node: NodeId, now: float) -> list[str]:
-        """Drop copies whose keep-alive has passed; their names."""
+        """Evict copies whose keep-alive has passed; return their models."""
         cache = self._nodes.get(node, OrderedDict())
-        gone = [name for name, (_, used) in cache.items() if self._expired(used, now) and not self._pinned(node, name)]
-        for name in gone:
+        expired = [name for name, (_, used) in cache.items() if self._expired(used, now) and not self._pinned(node, name)]
+        for name in expired:
             self._drop(node, name)
-        return gone
-
-    def oldest(self, node: NodeId, besides: str) -> str | None:
-        """The copy that would go next, ``besides`` and those being read aside; None if there is none."""
-        names = (name for name in self._nodes.get(node, ()) if name != besides and not self._pinned(node, name))
-        return next(names, None)
-
-    def remove(self, node: NodeId, model: str) -> None:
-        """Drop a copy on purpose."""
-        self._drop(node, model)
+        return expired
 
     def forget(self, node: NodeId) -> None:
-        """The node is lost with all its copies."""
+        """Drop all copies and pins of a lost node."""
         self._nodes.pop(node, None)
         self._used.pop(node, None)
         self._pins = {key: count for key, count in self._pins.items() if key[0] != node}

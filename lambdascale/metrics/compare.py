@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Tables that compare runs side by side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COLUMNS = {
 def comparison(runs: Sequence[Mapping[str, Any]], reference: str = "lambdascale") -> pd.DataFrame:
     """One row per run summary (plus an optional ``label``), with ratios to the reference system's run of the same label.
 
-    ``p90_ratio`` and ``gpu_ratio``: this run's P90 TTFT and GPU-seconds over the reference's; NaN where there is no reference.
+    ``p90_ratio`` and ``gpu_ratio``: this run's P90 TTFT and GPU-seconds over the reference's; NaN without a reference run.
     """
     rows = [_row(run) for run in runs]
     frame = pd.DataFrame(rows, columns=["label", "system", "backend", *_COLUMNS])
@@ -48,7 +48,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def print_comparison(console: Console, frame: pd.DataFrame, title: str) -> None:
-    """A table on the terminal; says what is simulated."""
+    """Print a comparison as a table whose title names the backends (simulated or live)."""
     backends = {"sim": "simulated", "live": "live"}
     kinds = ", ".join(sorted({backends.get(backend, backend) for backend in frame.backend}))
     table = Table(title=f"{title} ({kinds})", title_justify="left")

@@ -22,5 +22,5 @@ def read_table(path: Path) -> pa.Table:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write an indented JSON object; NaN is refused."""
+    """Write an indented JSON object; ValueError for NaN."""
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""A run as a few curves: what happened in each of equal windows of its time."""
+"""Curves of a run: measures of equal windows of its time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pandas as pd
 
 
 def over_time(requests: pd.DataFrame, gpus: pd.DataFrame, end_s: float, windows: int = 100) -> pd.DataFrame:
-    """From the rows of requests.parquet and gpus.parquet, all models together, a row per window of the ``end_s`` seconds.
+    """One row per window of a run of ``end_s`` seconds, cut into ``windows`` equal parts; all models together.
 
-    ``time_s``: the window's end; ``gpus``: mean GPUs in use; ``gpu_seconds``: used so far; ``finished``: requests so far;
-    ``ttft_max_s``: the worst TTFT of the requests that arrived in the window, NaN if none did or none was answered.
+    ``requests`` and ``gpus`` are the rows of requests.parquet and gpus.parquet. Columns: ``time_s`` is the end of the window,
+    ``gpus`` the mean number of GPUs in use, ``gpu_seconds`` and ``finished`` the GPU-seconds used and requests finished so far,
+    ``ttft_max_s`` the worst TTFT of the requests that arrived in the window, NaN if none arrived or none was answered.
     """
     edges = np.linspace(0.0, max(end_s, 1e-9), windows + 1)
     held = np.maximum(edges[:, None] - gpus.at_s.to_numpy()[None, :], 0.0) @ gpus.delta.to_numpy(dtype=float)

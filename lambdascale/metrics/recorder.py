@@ -1,4 +1,4 @@
-"""The observer of a run: it keeps what happened, in order, and works nothing out."""
+"""The observer that records a run's events and commands in order and derives nothing from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Recorder:
         self._append = self.entries.append
 
     def on_event(self, event: Event) -> None:
-        """Keep an event."""
+        """Record an event."""
         self._append((event.at, event))
 
     def on_command(self, at: float, command: Command) -> None:
-        """Keep a command."""
+        """Record a command issued at ``at`` (seconds of the run)."""
         self._append((at, command))
 
     @property
     def end_s(self) -> float:
-        """Time of the last entry, 0 if there is none."""
+        """Time of the last entry in seconds of the run; 0 without entries."""
         return self.entries[-1][0] if self.entries else 0.0

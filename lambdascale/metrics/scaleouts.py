@@ -1,4 +1,4 @@
-"""What scale-outs and host caches did, read off a run's events.parquet. Frames in, values out; times in seconds of the run."""
+"""Measures of scale-outs and host caches from a run's events.parquet. Frames in, values out; times in seconds of the run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pandas as pd
 def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
     """The first scale-out after the first request, in seconds from its first allocation.
 
-    ``new_nodes`` are those allocated at that moment that came to hold the whole model; ``first_node_s`` and ``all_nodes_s`` when
-    the first and the last of them did; ``pipeline_s`` when the first execution pipeline formed. None where nothing happened.
+    ``new_nodes`` counts the nodes allocated at that moment that later held the whole model; ``first_node_s`` and ``all_nodes_s``
+    are the times at which the first and the last of them held it, ``pipeline_s`` that of the first execution pipeline. None for
+    what did not happen. ``start_s`` is in seconds of the run.
     """
     arrived = events.index[events.kind == "RequestArrived"]
     later = events.loc[arrived[0] :] if len(arrived) else events.iloc[:0]
@@ -39,7 +40,7 @@ def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
 
 
 def loads_by_tier(events: pd.DataFrame) -> dict[str, int]:
-    """How many nodes loaded from their own host memory, from their SSD, or received a multicast."""
+    """Number of nodes that loaded from their own host memory, loaded from their SSD, or received a multicast."""
     loads = [json.loads(detail)["tier"] for detail in events.detail[events.kind == "LoadBlocks"]]
     multicasts = [len(json.loads(detail)["destinations"]) for detail in events.detail[events.kind == "StartMulticast"]]
     return {"loads_host": loads.count("host"), "loads_ssd": loads.count("ssd"), "loads_multicast": sum(multicasts)}
@@ -47,17 +48,17 @@ def loads_by_tier(events: pd.DataFrame) -> dict[str, int]:
 
 @dataclass(slots=True)
 class _Copy:
-    """A host copy: when it came to be, and when it was last used."""
+    """Times at which a host copy was created and last used."""
 
     begin_s: float
     used_s: float
 
 
 def host_copies(events: pd.DataFrame, keep_alive_s: float | None) -> pd.DataFrame:
-    """Every host copy of the run: node, model, ``begin_s`` and ``end_s``.
+    """One row per host copy of the run: node, model, ``begin_s`` and ``end_s``.
 
-    A copy begins when it is placed or left behind by a release, is renewed by another release and by every block read from it,
-    and ends when it is evicted, ``keep_alive_s`` after its last use (None: never), with its node, or with the run.
+    A copy begins when it is placed or kept on a release. Another release and every block read from it renew it. It ends when
+    it is evicted, ``keep_alive_s`` after its last use (None: never), when its node is lost, or with the run.
     """
     keep_s = inf if keep_alive_s is None else keep_alive_s
     copies: dict[tuple[int, str], _Copy] = {}
@@ -105,7 +106,7 @@ def _rows_about_copies(events: pd.DataFrame) -> Iterator[Any]:
 
 
 def _host_readers(row: Any) -> list[int]:
-    """The nodes whose host copies a transfer reads."""
+    """Nodes whose host copies a transfer reads."""
     detail = json.loads(row.detail)
     if row.kind == "LoadBlocks":
         return [int(row.node)] if detail["tier"] == "host" else []

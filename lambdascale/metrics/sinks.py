@@ -1,4 +1,4 @@
-"""Where a finished run is reported to, beyond its folder."""
+"""Sinks to which a finished run is reported, beyond its folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run whose folder is complete, with what config.yaml, summary.json and manifest.json in it say.
+    """A run whose folder is complete, with the contents of its config.yaml, summary.json and manifest.json.
 
-    ``group`` is the sweep it belongs to. ``draw`` draws the run's figures into a folder and names their files.
+    ``group`` names the sweep it belongs to. ``draw`` draws the run's figures into a folder and returns their paths.
     """
 
     folder: Path
@@ -27,14 +27,14 @@ class RunLogger(Protocol):
     """A sink for finished runs."""
 
     def log_run(self, run: FinishedRun) -> bool:
-        """Report a run, once; whether that was done now."""
+        """Report a run unless it was reported before; return True if this call reported it."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilesLogger:
-    """The default: the run's folder is all there is."""
+    """The default logger: nothing is reported beyond the run's folder."""
 
     def log_run(self, run: FinishedRun) -> bool:
-        """Nothing to do: the folder was written by the run."""
+        """Do nothing and return False: the run itself wrote its folder."""
         return False

@@ -1,4 +1,4 @@
-"""The few numbers of a run: summary.json."""
+"""Summary of a run: the contents of summary.json."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lambdascale.metrics.tables import gpu_seconds, gpu_usage
 def summarise(
     recorder: Recorder, requests: pa.Table, *, system: str, backend: str, usd_per_gpu_hour: float, wall_s: float
 ) -> dict[str, Any]:
-    """The contract's summary; percentiles are linear interpolations, null when there is nothing to take them of.
+    """Summary of a run as in summary.json; percentiles are interpolated linearly, None without values.
 
     ``scale_outs`` counts allocations of a node to a model from the first request on. IncompleteRunError unless every
-    submitted request was completed or failed.
+    submitted request was completed or failed, and every completed one has a first token.
     """
     frame = requests.to_pandas()
     counts = {
@@ -65,7 +65,7 @@ def _scale_outs(recorder: Recorder) -> int:
 
 
 def distribution(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:
-    """Mean and percentiles of values in seconds."""
+    """Mean, P50, P90 and P99 of ``values``, in their unit; all None without values."""
     if len(values) == 0:
         return dict.fromkeys(("mean", "p50", "p90", "p99"))
     p50, p90, p99 = (float(v) for v in np.percentile(values, [50, 90, 99]))

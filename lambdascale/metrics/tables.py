@@ -65,7 +65,7 @@ _GPUS = pa.schema([("at_s", pa.float64()), ("model", pa.string()), ("delta", pa.
 
 @dataclass(slots=True)
 class _Life:
-    """What happened to one request."""
+    """History of one request; times in seconds of the run."""
 
     request: Request
     dispatches: list[float] = field(default_factory=list)
@@ -76,7 +76,7 @@ class _Life:
     failed: bool = False
 
     def row(self, system: str) -> tuple[Any, ...]:
-        """The row of requests.parquet, in the order of its columns."""
+        """Row of requests.parquet, in the order of its columns."""
         r, first, end = self.request, self.first_token_s, self.finished_s
         return (
             r.request_id,
@@ -117,11 +117,11 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
 
 
 def requests_table(recorder: Recorder, system: str) -> pa.Table:
-    """One row per request that arrived, ordered by id; columns as in the contract, times in seconds of the run.
+    """One row per request that arrived, ordered by id; times in seconds of the run.
 
-    ``output_tokens`` are those produced (the trace's, for a request that did not finish). ``restarts`` counts dispatches after
-    the first; a mode switch is none. ``status`` is ok, failed, or lost for a request nobody answered or refused, which the
-    summary turns into an error.
+    ``output_tokens`` counts the tokens produced (the trace's number, for a request that did not finish). ``restarts`` counts
+    dispatches after the first; a mode switch does not count. ``status`` is ok, failed, or lost for a request that was neither
+    answered nor refused, for which :func:`lambdascale.metrics.summarise` raises an error.
     """
     lives = _lives(recorder)
     rows = [lives[request_id].row(system) for request_id in sorted(lives)]
@@ -181,7 +181,7 @@ def _event_rows(at: float, entry: Event | Command) -> list[tuple[Any, ...]]:
 
 
 def events_table(recorder: Recorder) -> pa.Table:
-    """One row per event and command in the order they happened (a Dispatch: one per request); the same run, the same bytes."""
+    """One row per event and command in the order they happened (a Dispatch: one per request); equal runs give equal bytes."""
     rows = [row for at, entry in recorder.entries for row in _event_rows(at, entry)]
     columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True)) if rows else [()] * (len(_EVENTS) - 1)
     columns = [range(len(rows)), *columns]
@@ -194,8 +194,8 @@ def events_table(recorder: Recorder) -> pa.Table:
 def gpu_usage(recorder: Recorder) -> pa.Table:
     """GPUs allocated over time, as steps: at ``at_s`` the GPUs of ``model`` change by ``delta`` to ``gpus``.
 
-    Loading counts, since it happens after the allocation. A lost node's allocations end with it; what is allocated at the end
-    of the run ends there (not shown as a step).
+    Loading counts, since it happens after the allocation. Allocations of a lost node end when it is lost. Those still held at
+    the end of the run have no closing step.
     """
     rows: list[tuple[float, str, int, int]] = []
     held: dict[tuple[int, str], int] = {}
@@ -204,7 +204,7 @@ def gpu_usage(recorder: Recorder) -> pa.Table:
     def change(at: float, node: int, model: str, delta: int) -> None:
         held[node, model] = held.get((node, model), 0) + delta
         in_use[model] = in_use.get(model, 0) + delta
-        assert held[node, model] >= 0, f"node {node} releases GPUs that {model} does not have"
+        assert held[node, model] >= 0, f"node {node} releases GPUs that {model} does not hold"
         rows.append((at, model, delta, in_use[model]))
 
     for at, entry in recorder.entries:
@@ -221,7 +221,7 @@ def gpu_usage(recorder: Recorder) -> pa.Table:
 
 
 def gpu_seconds(usage: pa.Table, end_s: float) -> float:
-    """GPU-seconds of a usage table up to ``end_s``: every step counts from its time to the end."""
+    """GPU-seconds of a usage table up to ``end_s``: every step counts from its time to ``end_s``."""
     return math.fsum(
         delta * (end_s - at) for at, delta in zip(usage["at_s"].to_pylist(), usage["delta"].to_pylist(), strict=True)
     )

@@ -18,14 +18,14 @@ from lambdascale.core.checks import check_types, require
 from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.sinks import FinishedRun
 
-# In the folder of a W&B run that holds all there is to say: one that was cut short is made again.
+# File that marks a W&B run's folder as complete; an incomplete one is deleted and logged again.
 _COMPLETE = "lambdascale-complete"
-# What runs of each backend are, in words.
+# Description of a run of each backend.
 _KINDS = {
     "sim": "Simulated: decisions are the control plane's, times come from the model of cluster {cluster}, not from hardware.",
     "live": "Live: real processes, bytes and tokens on {host}, as cluster {cluster}.",
-    "live-paced": "Live, computation held back to the model of cluster {cluster}: real processes, bytes and tokens on {host}.",
-    "live-timed": "Live, computation replaced by waiting as the model of {cluster} says: real processes and bytes on {host}.",
+    "live-paced": "Live, computation slowed to the model of cluster {cluster}: real processes, bytes and tokens on {host}.",
+    "live-timed": "Live, computation replaced by waits from the model of {cluster}: real processes and bytes on {host}.",
 }
 
 
@@ -33,8 +33,8 @@ _KINDS = {
 class WandbLogger:
     """Report runs to W&B: offline by default, so that it needs neither network nor account.
 
-    ``group``: instead of the sweep's. ``tags``: beside the run's own. ``request_rows``: larger request tables are sampled to this
-    size, seeded by the run. ``directory`` holds wandb's files, in which it is also looked up what was reported already.
+    ``group`` replaces the sweep's group; ``tags`` are added to the run's own. Request tables of more than ``request_rows`` rows
+    are sampled to that size, seeded by the run. ``directory`` holds wandb's files, which also record the runs logged before.
     """
 
     project: str = "lambdascale"
@@ -53,7 +53,7 @@ class WandbLogger:
     def log_run(self, run: FinishedRun) -> bool:
         """Log configuration, summary, curves, request table, figures and the folder, as one finished W&B run.
 
-        False if that was done before: an execution of a run is one W&B run, whoever finds it again. UserError if W&B refuses.
+        Return False if this execution of the run was logged before, True otherwise. UserError if W&B reports an error.
         """
         run_id = _run_id(run)
         if self._is_logged(run_id):
@@ -90,7 +90,7 @@ class WandbLogger:
             active.log_artifact(artifact)
             active.summary.update(flat_summary(run.summary) | {"requests_logged": len(sample), "requests_total": len(requests)})
             active.finish()
-            # wandb's service may write on after finish(); it is through when it has ended.
+            # wandb's service may still write after finish(); teardown() waits until it has ended.
             wandb.teardown()
         except wandb.errors.Error as error:
             raise UserError(f"W&B: {error} (logger.mode=offline needs no account; {run.folder} is complete)") from error
@@ -102,7 +102,7 @@ class WandbLogger:
         return sorted(Path(self.directory, "wandb").glob(f"*run-*-{run_id}"))
 
     def _is_logged(self, run_id: str) -> bool:
-        """Whether a complete report is there; incomplete ones are dropped."""
+        """True if a complete report exists; incomplete ones are deleted."""
         folders = self._folders(run_id)
         if any((folder / _COMPLETE).is_file() for folder in folders):
             return True
@@ -111,7 +111,7 @@ class WandbLogger:
         return False
 
     def _keep_files_together(self) -> None:
-        """wandb reads these when it is first imported: everything it writes stays in one folder of ours."""
+        """Set the folder variables that wandb reads on its first import, so that all it writes stays in one folder."""
         folder = Path(self.directory).resolve() / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
@@ -124,7 +124,7 @@ class WandbLogger:
 
 
 def _run_id(run: FinishedRun) -> str:
-    """The same for the same execution of a run, another one after ``force=true``."""
+    """Identifier of one execution of a run: the same when the run is reused, a new one after ``force=true``."""
     return hashlib.sha256(f"{run.manifest['run_sha256']} {run.manifest['started']}".encode()).hexdigest()[:16]
 
 
@@ -134,20 +134,20 @@ def _job_type(run: FinishedRun) -> str:
 
 
 def _tags(run: FinishedRun, more: tuple[str, ...]) -> list[str]:
-    """What runs are filtered by, each once, in W&B's 64 characters."""
+    """Tags to filter runs by, without duplicates, each cut to W&B's limit of 64 characters."""
     parts = [str(run.config[key]["name"]) for key in ("system", "model", "cluster")]
     tags = [run.config["name"], _job_type(run), *parts, *run.config.get("tags", ()), *more]
     return list(dict.fromkeys(str(tag)[:64] for tag in tags if tag))
 
 
 def notes(run: FinishedRun, logged: int, total: int) -> str:
-    """What of the run is real, how much of its request table is logged, and where it is."""
+    """Note on a run: what is simulated or live in it, the number of request rows logged, and its folder."""
     kind = _KINDS[run.summary["backend"]].format(cluster=run.config["cluster"]["name"], host=run.manifest["host"]["name"])
     return f"{kind} Request table: {logged} of {total} rows. Folder: {run.folder}."
 
 
 def _origin(run: FinishedRun) -> dict[str, Any]:
-    """Where the run is and what made it."""
+    """Folder, digest, commit, host and start time of the run."""
     manifest = run.manifest
     return {
         "folder": str(run.folder),
@@ -160,7 +160,7 @@ def _origin(run: FinishedRun) -> dict[str, Any]:
 
 
 def _log_curves(active: Any, run: FinishedRun, requests: pd.DataFrame) -> None:
-    """Curves over the run's own time, which W&B can lay over each other for many runs."""
+    """Log curves over the run's own time, so that W&B can overlay those of many runs."""
     end_s = run.summary["simulated_s"] if run.summary["simulated_s"] is not None else run.summary["wall_s"]
     active.define_metric("over_time/time_s", summary="none")
     active.define_metric("over_time/*", step_metric="over_time/time_s", summary="none")
@@ -169,9 +169,9 @@ def _log_curves(active: Any, run: FinishedRun, requests: pd.DataFrame) -> None:
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of summary.json under the names they have in the tables: ttft_p90_s, tpot_mean_s, requests_failed, gpu_seconds.
+    """Numbers of summary.json under the names they have in the tables: ttft_p90_s, tpot_mean_s, requests_failed, gpu_seconds.
 
-    Those of one model of several are model/NAME/ttft_p90_s.
+    The numbers of each model, in a run of several, are named model/NAME/ttft_p90_s.
     """
     flat: dict[str, Any] = {}
     for key, value in summary.items():

@@ -1,4 +1,4 @@
-"""Multicast planners: pure functions from (sources, destinations, blocks) to rounds of transfers.
+"""Multicast planners: pure functions from (sources, destinations, blocks) to rounds of sends.
 
 They know nothing of bytes, links, clocks or the system they serve.
 """

@@ -1,4 +1,4 @@
-"""What a multicast planner is."""
+"""Protocol of multicast planners."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lambdascale.core import MulticastPlan
 
 
 class MulticastPlanner(Protocol):
-    """Decides who sends which block to whom in which round. Pure: no clock, no randomness, no I/O."""
+    """Part of a system that decides which node sends which block to which in each round. Pure: no clock, randomness or I/O."""
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """A valid plan over positions 0..sources+destinations-1, sources first; PlanError if the numbers make no sense."""
+        """Return a valid plan over positions 0..sources+destinations-1, sources first; PlanError for impossible numbers."""
         ...

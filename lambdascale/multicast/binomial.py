@@ -7,7 +7,7 @@ That ends after b + m - 1 rounds.
 
 A pair acts as one vertex and mirrors within itself. Each of its nodes may hold at most one block the other lacks: in a round
 the node that has the block due to go out sends it, the other one mirrors its own unmirrored block, and the block that comes
-in goes to the node that does not receive a mirrored one. So the bound of one holds from round to round, nobody sends or
+in goes to the node that does not receive a mirrored one. So the bound of one holds from round to round, no node sends or
 receives twice in a round, and one more round evens out what is left: b + ceil(log2 n) - 1 rounds, the lower bound, for every n.
 """
 
@@ -29,8 +29,8 @@ _Schedule = tuple[tuple[tuple[int, int, int], ...], ...]
 class BinomialPipeline:
     """λScale's planner. Every source gets a sub-group, up to one per destination.
 
-    ``order`` and ``chunks`` say in which order a sub-group's source injects the blocks (see ``injection_orders``).
-    Rounds: b + ceil(log2(size of the largest sub-group)) - 1, the source counted in; transfers: b per destination; nobody
+    ``order`` and ``chunks`` determine the order in which a sub-group's source injects the blocks (see ``injection_orders``).
+    Rounds: b + ceil(log2(size of the largest sub-group)) - 1, the source counted in; sends: b per destination; no node
     sends or receives more than one block a round.
     """
 
@@ -48,7 +48,7 @@ class BinomialPipeline:
 
 
 def check_counts(sources: int, destinations: int, blocks: int) -> None:
-    """PlanError unless there is at least one source and one block, and no negative number of destinations."""
+    """Raise PlanError unless there is at least one source and one block, and no negative number of destinations."""
     for what, count, least in (("sources", sources, 1), ("destinations", destinations, 0), ("blocks", blocks, 1)):
         if count < least:
             raise PlanError(f"a multicast needs at least {least} {what}, not {count}")
@@ -76,7 +76,7 @@ def _plan(sources: int, destinations: int, blocks: int, order: Order, chunks: Ch
 
 @lru_cache(maxsize=256)
 def _schedule(nodes: int, blocks: int) -> _Schedule:
-    """The rounds of one sub-group of ``nodes`` nodes (source included)."""
+    """Return the rounds of one sub-group of ``nodes`` nodes (source included)."""
     if nodes == 1:
         return ()
     dimensions = nodes.bit_length() - 1
@@ -100,7 +100,7 @@ class _Vertex:
         self.alone = [0, 0]
 
     def sender_of(self, block: int) -> int:
-        """Which of the nodes (0 or 1) sends ``block`` out: the one that has it, else the one with nothing to mirror."""
+        """Return the node (0 or 1) that sends ``block`` out: the one that holds it alone, else the one with nothing to mirror."""
         if len(self.nodes) == 1 or self.alone[0] >> block & 1:
             return 0
         if self.alone[1] >> block & 1:
@@ -108,18 +108,18 @@ class _Vertex:
         return 0 if not self.alone[0] else 1
 
     def mirror(self, sender: int | None, *, both: bool) -> list[tuple[int, int, int]]:
-        """Mirror what is unmirrored, except from the node that sends out; one way only unless ``both`` may receive."""
+        """Return sends of unmirrored blocks, none from ``sender``; one way only unless ``both`` may receive."""
         sides = [side for side in (0, 1) if side != sender and self.alone[side]]
         return [
             (self.nodes[side], self.nodes[1 - side], self.alone[side].bit_length() - 1) for side in (sides if both else sides[:1])
         ]
 
     def even_out(self) -> list[tuple[int, int, int]]:
-        """The mirroring of the last round."""
+        """Return the mirroring sends of the last round."""
         return self.mirror(None, both=True)
 
     def apply(self, mirrored: Sequence[tuple[int, int, int]], received: int | None) -> int:
-        """Take note of a round's mirroring and of the block that came in; the node (0 or 1) that received the latter."""
+        """Note a round's mirroring and the block that came in; return the node (0 or 1) that received the latter."""
         busy = {self.nodes.index(dst) for _, dst, _ in mirrored}
         for src, _, _ in mirrored:
             self.alone[self.nodes.index(src)] = 0

@@ -1,4 +1,4 @@
-"""k-way transmission: who is in which sub-group, and in which order each sub-group's source injects the blocks (paper, 4.3)."""
+"""k-way transmission: members of the sub-groups, and orders in which their sources inject the blocks (paper, section 4.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Chunks = Literal["contiguous", "round_robin"]
 def near_equal_groups(sources: int, destinations: int) -> tuple[tuple[int, ...], ...]:
     """Split destinations sources..sources+destinations-1 over the sources, as evenly as it goes, each source first in its group.
 
-    There are as many groups as sources, but no more than destinations (and one at least).
+    Returns as many groups as sources, but no more than destinations (and at least one).
     """
     count = max(1, min(sources, destinations))
     bounds = [sources + destinations * i // count for i in range(count + 1)]

@@ -10,10 +10,10 @@ from lambdascale.multicast.binomial import check_counts
 
 @dataclass(frozen=True, kw_only=True)
 class EachForItself:
-    """The planner of systems without a multicast: nobody sends anything."""
+    """Planner of systems without a multicast: no node sends anything."""
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """A plan without rounds: valid, but not complete."""
+        """Return a plan without rounds: valid, but not complete."""
         check_counts(sources, destinations, blocks)
         return MulticastPlan(
             members=tuple(range(sources + destinations)), sources=tuple(range(sources)), blocks=blocks, rounds=()

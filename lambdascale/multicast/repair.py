@@ -1,4 +1,4 @@
-"""Plans for the survivors of a broken multicast, from what they hold."""
+"""Plans for the survivors of a broken multicast, from the blocks they hold."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from lambdascale.core import MulticastPlan, NodeId, PlanError, Send
 
 
 def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations: Sequence[NodeId], blocks: int) -> MulticastPlan:
-    """Bring every destination the blocks it lacks; real node ids.
+    """Return a plan over real node ids that brings every destination the blocks it lacks.
 
     Greedy: in every round each receiver in turn (the one lacking most first) takes the block that the fewest nodes hold, from the
     idle holder that has sent least; one send and one receive a round per node. ``sources`` of the plan are the holders that are
-    no destinations and do send. PlanError if a block that is lacking is held by nobody.
+    no destinations and do send. PlanError if no node holds a block that is lacking.
     """
+    destinations = tuple(dict.fromkeys(destinations))
     held = {node: set(blocks_held) for node, blocks_held in holdings.items()}
     for node in destinations:
         held.setdefault(node, set())
@@ -30,11 +31,9 @@ def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations:
             copies[t.block] += 1
             sent[t.src] += 1
         rounds.append(transfers)
-    receivers = tuple(dict.fromkeys(destinations))
-    sources = tuple(node for node in sorted(held) if node not in receivers and sent[node])
-    return MulticastPlan(
-        members=sources + receivers, sources=sources, blocks=blocks, rounds=tuple(rounds), groups=(sources + receivers,)
-    )
+    sources = tuple(node for node in sorted(held) if node not in destinations and sent[node])
+    members = sources + destinations
+    return MulticastPlan(members=members, sources=sources, blocks=blocks, rounds=tuple(rounds), groups=(members,))
 
 
 def _greedy_round(

@@ -1,4 +1,4 @@
-"""What makes a plan valid, and what can be read off one: who holds what after which round."""
+"""The validator of multicast plans, and the rounds in which blocks arrive according to a plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Holdings = Mapping[NodeId, Collection[int]]
 
 
 def arrival_rounds(plan: MulticastPlan) -> dict[NodeId, dict[int, int]]:
-    """For every receiving node: block -> the round (from 1) in which it arrives. No check of validity."""
+    """Return for every receiving node: block -> the round (from 1) in which it arrives. The plan is not validated."""
     arrivals: dict[NodeId, dict[int, int]] = {node: {} for node in plan.destinations}
     for number, transfers in enumerate(plan.rounds, start=1):
         for t in transfers:
@@ -20,7 +20,7 @@ def arrival_rounds(plan: MulticastPlan) -> dict[NodeId, dict[int, int]]:
 
 
 def completion_rounds(plan: MulticastPlan) -> dict[NodeId, int]:
-    """For every destination: the round after which it holds the whole model."""
+    """Return for every destination the round (from 1) after which it has received all its blocks; 0 if it receives none."""
     arrivals = arrival_rounds(plan)
     return {node: max(arrivals[node].values(), default=0) for node in plan.destinations}
 
@@ -29,19 +29,20 @@ def validate_plan(plan: MulticastPlan, *, complete: bool = True, holdings: Holdi
     """Raise PlanError, naming round, node and block, unless the plan is valid.
 
     Every destination gets every block exactly once (``complete=False`` allows it to lack some: nodes that load for
-    themselves); nobody sends a block it does not hold at the start of the round; nobody sends more than one block a round, or
-    receives more than one except where ``plan.double_receives`` says so. ``holdings``: what nodes hold at the start (default:
-    the sources hold everything), and then need not receive.
+    themselves); no node sends a block that it does not hold at the start of the round; no node sends more than one block a
+    round; a node receives two blocks in exactly the rounds that ``plan.double_receives`` declares, and at most one in all
+    others. ``holdings``: the blocks that nodes hold at the start and need not receive (default: the sources hold everything).
     """
     _check_shape(plan)
+    declared = frozenset(plan.double_receives)
     everything = range(plan.blocks)
     if holdings is None:
         holdings = dict.fromkeys(plan.sources, everything)
     held = {node: set(holdings.get(node, ())) for node in plan.members}
     for number, transfers in enumerate(plan.rounds, start=1):
-        _check_ports(plan, number, transfers)
         for t in transfers:
-            _check_transfer(number, t, held, plan.blocks)
+            _check_send(number, t, held, plan.blocks)
+        _check_ports(number, transfers, {node for in_round, node in declared if in_round == number})
         for t in transfers:
             if t.block in held[t.dst]:
                 raise PlanError(f"round {number}: node {t.dst} gets block {t.block} again")
@@ -58,17 +59,27 @@ def _check_shape(plan: MulticastPlan) -> None:
         raise PlanError(f"a plan needs at least one block, not {plan.blocks}")
     if len(set(plan.members)) != len(plan.members) or plan.members[: len(plan.sources)] != plan.sources:
         raise PlanError(f"members must be distinct and begin with the sources {plan.sources}: {plan.members}")
+    if len(set(plan.double_receives)) != len(plan.double_receives):
+        raise PlanError(f"a double receive is declared twice: {plan.double_receives}")
+    for number, node in plan.double_receives:
+        if node not in plan.members or not 1 <= number <= len(plan.rounds):
+            raise PlanError(f"round {number}: the double receive of node {node} is declared outside the plan")
 
 
-def _check_ports(plan: MulticastPlan, number: int, transfers: Collection[Send]) -> None:
-    node, sends = Counter(t.src for t in transfers).most_common(1)[0] if transfers else (0, 0)
-    if sends > 1:
-        raise PlanError(f"round {number}: node {node} sends {sends} blocks at once")
+def _check_ports(number: int, transfers: Collection[Send], declared: Collection[NodeId]) -> None:
+    for node, sends in Counter(t.src for t in transfers).items():
+        if sends > 1:
+            raise PlanError(f"round {number}: node {node} sends {sends} blocks at once")
+    receives = Counter(t.dst for t in transfers)
+    for node in sorted({*receives, *declared}):
+        received, declares = receives[node], 2 if node in declared else 1
+        if received > declares or (node in declared and received < declares):
+            raise PlanError(f"round {number}: node {node} receives {received} blocks at once, the plan declares {declares}")
 
 
-def _check_transfer(number: int, t: Send, held: Mapping[NodeId, set[int]], blocks: int) -> None:
+def _check_send(number: int, t: Send, held: Mapping[NodeId, set[int]], blocks: int) -> None:
     if t.src not in held or t.dst not in held or t.src == t.dst:
-        raise PlanError(f"round {number}: a transfer from {t.src} to {t.dst} is not between two members")
+        raise PlanError(f"round {number}: a send from {t.src} to {t.dst} is not between two members")
     if not 0 <= t.block < blocks:
         raise PlanError(f"round {number}: there is no block {t.block} of {blocks}")
     if t.block not in held[t.src]:

@@ -1,4 +1,4 @@
-"""Execution pipelines: pure functions from block arrivals to who serves together, and from when on.
+"""Execution pipelines: pure functions from block arrivals to the nodes that serve together, and the round they can start in.
 
 They know nothing of bytes, requests' contents, clocks or the cluster behind the node ids.
 """

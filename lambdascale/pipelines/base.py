@@ -1,16 +1,19 @@
-"""What a pipeline builder is."""
+"""Protocol of pipeline builders."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from lambdascale.core import MulticastPlan, PipelinePlan
+from lambdascale.core import MulticastPlan, NodeId, PipelinePlan
 
 
 class PipelineBuilder(Protocol):
-    """Decides which destinations of a multicast serve together, and from which round on. Pure."""
+    """Part of a system that decides which destinations of a multicast serve together, and from which round on. Pure."""
 
-    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
-        """Disjoint pipelines over ``plan.destinations``, ordered by ready_round; empty for load-then-execute systems."""
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """Return pipelines by ready_round, in which each destination is once at most; none for load-then-execute systems.
+
+        ``holders``: nodes whose GPUs hold the whole model already; they may take stages beside the destinations.
+        """
         ...

@@ -9,7 +9,7 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, PlanError, Stage
@@ -22,10 +22,10 @@ _NEVER = 1 << 60
 
 @dataclass(frozen=True, kw_only=True)
 class NoPipelines:
-    """Load, then execute: the builder of systems whose nodes serve only once they hold the whole model."""
+    """Load, then execute: builder of systems whose nodes serve only once they hold the whole model."""
 
-    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
-        """No pipelines."""
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """Return no pipelines."""
         return ()
 
 
@@ -33,7 +33,7 @@ class NoPipelines:
 class ComplementaryPipelines:
     """Disjoint pipelines of destinations, one node from each sub-group as long as all sub-groups have one.
 
-    What is left over (and everything, with one sub-group) is joined into pipelines of up to ``max_stages`` nodes if that helps.
+    The nodes left over (all of them, with one sub-group) are joined into pipelines of up to ``max_stages`` nodes if that helps.
     A node has one contiguous stage, and stages are as equal as the holdings at the ready round allow. Where holdings interleave
     too much for that (one sub-group), nodes take several stages in turn. A pipeline that would not be ready before one of its
     nodes holds the whole model is left out: that node serves alone by then.
@@ -46,8 +46,8 @@ class ComplementaryPipelines:
         check_types(self)
         require(self.max_stages >= 2, f"pipelines.max_stages must be at least 2, not {self.max_stages}")
 
-    def pipelines(self, plan: MulticastPlan) -> Sequence[PipelinePlan]:
-        """See PipelineBuilder."""
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
         arrivals = arrival_rounds(plan)
         starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
         found = (_pipeline(_in_stage_order(nodes, starts, arrivals), arrivals, plan.blocks) for nodes in self._candidates(plan))
@@ -70,7 +70,7 @@ class ComplementaryPipelines:
 
 
 def _pipeline(ordered: Sequence[NodeId], arrivals: _Arrivals, blocks: int) -> PipelinePlan | None:
-    """The pipeline of these nodes in this order, as early as it can be; None if it comes too late to be of use."""
+    """Return the earliest pipeline of these nodes in this order; None if one of them is complete before it is ready."""
     late = [[arrivals[node].get(block, _NEVER) for block in range(blocks)] for node in ordered]
     alone = min(max(rounds) for rounds in late)
     ready = _earliest(late, blocks)
@@ -84,9 +84,9 @@ def _pipeline(ordered: Sequence[NodeId], arrivals: _Arrivals, blocks: int) -> Pi
 
 
 def _taking_turns(nodes: Sequence[NodeId], late: Sequence[Sequence[int]], blocks: int, ready: int) -> Iterator[Stage]:
-    """Stages that cover the model with what the nodes hold after round ``ready``.
+    """Yield stages that cover the model with the blocks the nodes hold after round ``ready``.
 
-    Each node is good for an even share of the blocks as long as others hold the next one; the longest run goes first.
+    Each node takes an even share of the blocks as long as others hold the next one; the longest run goes first.
     """
     left = [-(-blocks // len(nodes))] * len(nodes)
     begin = 0
@@ -101,7 +101,7 @@ def _taking_turns(nodes: Sequence[NodeId], late: Sequence[Sequence[int]], blocks
 
 
 def _in_stage_order(nodes: Sequence[NodeId], starts: Mapping[NodeId, int], arrivals: _Arrivals) -> list[NodeId]:
-    """Nodes by the block their sub-group starts with, then by where in the model the blocks lie that they get first."""
+    """Sort nodes by the block their sub-group starts with, then by the mean position of the blocks that arrive first."""
 
     def key(node: NodeId) -> tuple[int, float, NodeId]:
         blocks = sorted(arrivals[node], key=lambda block: (arrivals[node][block], block))
@@ -112,7 +112,7 @@ def _in_stage_order(nodes: Sequence[NodeId], starts: Mapping[NodeId, int], arriv
 
 
 def _earliest(late: Sequence[Sequence[int]], blocks: int) -> int:
-    """The smallest round after which the nodes, in this order, can hold one contiguous, non-empty range each."""
+    """Return the first round after which the nodes, in this order, can serve one contiguous, non-empty range each."""
     rounds = sorted({r for of_node in late for r in of_node})
     low, high = 0, len(rounds) - 1
     while low < high:
@@ -125,7 +125,7 @@ def _earliest(late: Sequence[Sequence[int]], blocks: int) -> int:
 
 
 def _balanced_cuts(late: Sequence[Sequence[int]], blocks: int, ready: int) -> list[int]:
-    """Stage boundaries for round ``ready`` with the longest stage as short as can be."""
+    """Return stage boundaries for round ``ready`` that make the longest stage as short as possible."""
     longest = -(-blocks // len(late))
     while (cuts := _cuts(late, blocks, ready, longest)) is None:
         longest += 1
@@ -133,9 +133,9 @@ def _balanced_cuts(late: Sequence[Sequence[int]], blocks: int, ready: int) -> li
 
 
 def _cuts(late: Sequence[Sequence[int]], blocks: int, ready: int, longest: int) -> list[int] | None:
-    """Boundaries of stages of at most ``longest`` blocks held after round ``ready``; None if there are none.
+    """Return boundaries of stages of at most ``longest`` blocks held after round ``ready``; None if impossible.
 
-    Dynamic programme over stages: which boundaries can be reached, and from which one before (the one nearest to an even cut).
+    Dynamic programme over stages: the boundaries within reach, each with the one before it (the one nearest to an even cut).
     """
     stages = len(late)
     reached: list[dict[int, int]] = [{0: 0}]
@@ -158,8 +158,11 @@ def _cuts(late: Sequence[Sequence[int]], blocks: int, ready: int, longest: int) 
     return cuts[::-1]
 
 
-def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan) -> None:
-    """Raise PlanError unless the stages cover the model once, in order, and are held after ``ready_round`` rounds."""
+def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan, holders: Collection[NodeId] = ()) -> None:
+    """Raise PlanError unless the stages cover the model once, in order, and are held after ``ready_round`` rounds.
+
+    ``holders`` hold every block from the start.
+    """
     arrivals = arrival_rounds(plan)
     expected = 0
     for stage in pipeline.stages:
@@ -167,7 +170,9 @@ def validate_pipeline(plan: MulticastPlan, pipeline: PipelinePlan) -> None:
             raise PlanError(f"stage on node {stage.node} begins at block {stage.first_block}, expected {expected}")
         expected = stage.last_block + 1
         for block in range(stage.first_block, expected):
-            if arrivals[stage.node].get(block, _NEVER) > pipeline.ready_round:
+            if stage.node in holders:
+                continue
+            if arrivals.get(stage.node, {}).get(block, _NEVER) > pipeline.ready_round:
                 raise PlanError(f"node {stage.node} does not hold block {block} after round {pipeline.ready_round}")
     if expected != plan.blocks:
         raise PlanError(f"the pipeline ends before block {expected} of {plan.blocks}")

@@ -1,4 +1,4 @@
-"""Mode switch: where the requests of a dissolved pipeline go."""
+"""Mode switch: new instances for the requests of a dissolved pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heapq import heapify, heapreplace
 def spread_requests(
     request_ids: Sequence[int], instances: Sequence[int], loads: Mapping[int, int]
 ) -> tuple[tuple[int, int], ...]:
-    """(request, instance) for each request: the instance with the least load so far, the first of them in a tie.
+    """Return (request, instance) for each request: the instance with the least load so far, the first of them in a tie.
 
     ``loads``: requests each instance has already.
     """

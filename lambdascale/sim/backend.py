@@ -51,14 +51,12 @@ class SimConfig:
     transfers: TransferOptions = field(default_factory=TransferOptions)
     node_failures: tuple[tuple[int, float], ...] = ()
     slow_nodes: tuple[tuple[int, float], ...] = ()
-    kind: str = "sim"
 
     def __post_init__(self) -> None:
         """Validate."""
         for name in ("node_failures", "slow_nodes"):
             object.__setattr__(self, name, tuple(tuple(pair) for pair in getattr(self, name)))
         check_types(self)
-        require(self.kind == "sim", f"backend.kind of the simulator is 'sim', not {self.kind!r}")
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
         for slow in self.slow_nodes:
@@ -67,7 +65,7 @@ class SimConfig:
     @property
     def label(self) -> str:
         """Name of the backend in rows and summaries."""
-        return self.kind
+        return "sim"
 
     def build(
         self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
@@ -95,7 +93,6 @@ class SimBackend:
         self._cluster = cluster
         self._limits = batching
         self._models = {model.name: model for model in models}
-        self._kv_tokens = {model.name: cluster.kv_tokens(model) for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
         self._ports: dict[NodeId, ComputePort] = {}
         self.kernel = Kernel()
@@ -185,7 +182,7 @@ class SimBackend:
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
-            kv_tokens=self._kv_tokens[command.model],
+            kv_tokens=min(self._cluster.node(stage.node).kv_tokens(model) for stage in command.stages),
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,

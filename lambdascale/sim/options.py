@@ -17,8 +17,8 @@ class TransferOptions:
     reference saw them but gives no frequency). ``chunk_bytes``: the pieces a streaming broadcast forwards.
 
     ``packed``: a block is one buffer and one transfer; otherwise each of its tensors (``tensors_per_layer``) is one, and costs
-    ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are allocated and registered ahead; otherwise a receiver makes each
-    block's when its turn comes, which takes ``allocation_s`` and registering at ``registration_bytes_per_s``. Both concern
+    ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are allocated and registered ahead; otherwise a receiver
+    makes each block's when its turn comes: ``allocation_s``, and registering at ``registration_bytes_per_s``. Both concern
     multicasts over RDMA only.
     """
 

@@ -1,4 +1,4 @@
-"""What the package's own tests use and others may: conformance suites for planners, systems and backends, and doubles.
+"""Test tools for this package and others: conformance suites for planners, systems and transports, and test doubles.
 
-Subclass a suite in a test module, provide what it asks for, and pytest runs it against your implementation.
+Subclass a suite in a test module and define the methods it requires; pytest then runs it against your implementation.
 """

@@ -1,4 +1,4 @@
-"""Processes that carry multicast plans out over a transport, and nothing else: for tests and measurements of transports.
+"""Processes that carry out multicast plans over a transport and do nothing else, for tests and measurements of transports.
 
 A live node does the same with a model's blocks (lambdascale.live.node.multicasts); here they are random bytes with known
 checksums.
@@ -29,12 +29,12 @@ Make = Callable[[NodeId, Handlers], Endpoint]
 
 
 def content(block: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of a block: the same everywhere."""
+    """Pseudo-random bytes of a block, equal in every process."""
     return np.random.default_rng(block).integers(0, 256, size, dtype=np.uint8)
 
 
 class Carrier:
-    """A node's process. It tells the parent ("address", a), ("connected",), ("block", b), ("lost", peer), ("idle", missing)."""
+    """A node's process. It sends its parent ("address", a), ("connected",), ("block", b), ("lost", peer) and ("idle", held)."""
 
     def __init__(self, node: NodeId, make: Make, pipe: Connection, blocks: int, block_bytes: int, holds: bool) -> None:
         self.node, self._pipe, self._size = node, pipe, block_bytes
@@ -58,7 +58,7 @@ class Carrier:
         self._busy = False
 
     def serve(self) -> None:
-        """Do what the parent says until it says "end"."""
+        """Carry out the parent's commands until it sends "end"."""
         self._tell("address", self._endpoint.address)
         commands: dict[str, Callable[..., None]] = {"connect": self._connect, "carry": self._carry}
         while (said := self._next())[0] != "end":
@@ -68,7 +68,7 @@ class Carrier:
         self._endpoint.close()
 
     def _next(self) -> tuple[Any, ...]:
-        """The parent's next word; meanwhile, losses are passed on."""
+        """Wait for the parent's next command; report losses meanwhile."""
         while not self._pipe.poll(0.02):
             with suppress(queue.Empty):
                 self._react(*self._events.get_nowait())
@@ -79,9 +79,8 @@ class Carrier:
         self._pipe.send(words)
 
     def _connect(self, addresses: dict[NodeId, str]) -> None:
-        for node, address in addresses.items():
-            if node < self.node:
-                self._endpoint.connect(node, address)
+        for node in self._endpoint.expect(dict.fromkeys(addresses, 0)):
+            self._endpoint.connect(node, addresses[node])
         self._tell("connected")
 
     def _carry(self, plan: MulticastPlan) -> None:
@@ -90,7 +89,7 @@ class Carrier:
         self._expected = {t.block for t in transfers if t.dst == self.node} - self._held
         self._busy = True
         for sender in {t.src for t in transfers if t.dst == self.node}:
-            # Not taken back: after a death, what others had under way arrives later than this node is idle.
+            # Never dismissed: after a death, writes of others that are in flight arrive after this node is idle.
             with suppress(TransportError):
                 self._endpoint.admit(sender)
         self._pump()
@@ -102,7 +101,7 @@ class Carrier:
             self._under_way -= 1
         else:
             self._tell("lost", value)
-            # What is still to come from others may depend on the dead one: the parent plans anew with what there is.
+            # Blocks still expected from others may depend on the lost node: the parent makes a new plan from the blocks held.
             self._sends.clear()
             self._expected.clear()
         self._pump()
@@ -110,13 +109,13 @@ class Carrier:
     def _landed(self, block: int) -> None:
         data = self._memory[block * self._size : (block + 1) * self._size]
         if xxhash.xxh3_64_intdigest(data if isinstance(data, memoryview) else bytes(data)) != self._sums[block]:
-            raise ValueError(f"block {block} has arrived damaged at node {self.node}")
+            raise ValueError(f"block {block} is corrupted at node {self.node}")
         self._held.add(block)
         self._expected.discard(block)
         self._tell("block", block)
 
     def _pump(self) -> None:
-        """Two sends under way: the next is ready when the last is through."""
+        """Keep two sends in flight, so that the next is ready when one has finished."""
         while self._sends and self._under_way < 2 and self._sends[0].block in self._held:
             transfer = self._sends.popleft()
             begin = transfer.block * self._size
@@ -142,7 +141,7 @@ def _fill(memory: Memory, data: bytes) -> None:
 
 
 class Carriers:
-    """``nodes`` processes, the first ``sources`` of which hold every block. Use as a context.
+    """Context manager of ``nodes`` processes, the first ``sources`` of which hold every block of ``block_bytes`` bytes.
 
     CUDA does not survive a fork: with GPUs, ``start_method`` is "spawn" and ``make`` a module's function.
     """
@@ -163,20 +162,20 @@ class Carriers:
             self._pipes[node] = ours
 
     def connect(self) -> None:
-        """Everybody with everybody, once; what a cluster does when it starts."""
+        """Connect every pair of nodes once, as a cluster does when it starts."""
         addresses = {node: words[1] for node, words in self.collect("address").items()}
         self.say("connect", addresses)
         self.collect("connected")
 
     def carry(self, plan: MulticastPlan) -> float:
-        """Carry a plan out; the seconds until everybody has what the plan brings and has sent what it is to send."""
+        """Carry out a plan; return the seconds until every node has received and sent its blocks."""
         began = time.monotonic()
         self.say("carry", plan)
         self.held = {node: set(words[1]) for node, words in self.collect("idle").items()}
         return time.monotonic() - began
 
     def carry_and_kill(self, plan: MulticastPlan, victim: NodeId, after: int) -> None:
-        """Carry a plan out and kill a node once it has ``after`` blocks; until all others have heard of that and are idle."""
+        """Carry out a plan and kill ``victim`` once it has ``after`` blocks; wait until all others report its loss and idle."""
         self.say("carry", plan)
         blocks = 0
         while blocks < after:
@@ -191,12 +190,12 @@ class Carriers:
         self.held = {node: set(words[1]) for node, words in self.collect("idle").items()}
 
     def say(self, *words: Any) -> None:
-        """To all that live."""
+        """Send a command to all living nodes."""
         for pipe in self._pipes.values():
             pipe.send(words)
 
     def collect(self, kind: str) -> dict[NodeId, tuple[Any, ...]]:
-        """One word of this kind from each that lives."""
+        """Wait for one message of this kind from every living node; return them by node."""
         found = {node: words for node, words in self.heard if words[0] == kind and node in self._pipes}
         self.heard = [entry for entry in self.heard if entry[1][0] != kind]
         while len(found) < len(self._pipes):
@@ -208,7 +207,7 @@ class Carriers:
 
     def _hear(self) -> tuple[NodeId, tuple[Any, ...]]:
         ready = wait(list(self._pipes.values()), timeout=_PATIENCE_S)
-        assert ready, f"the nodes are silent; the last that was heard: {self.heard[-3:]}"
+        assert ready, f"no node sends anything; the last messages: {self.heard[-3:]}"
         for node, pipe in self._pipes.items():
             if pipe is ready[0]:
                 self.heard.append((node, pipe.recv()))

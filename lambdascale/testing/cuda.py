@@ -1,4 +1,4 @@
-"""A CUDA driver in host memory: for what only concerns how the driver is used, on machines without a GPU."""
+"""A fake CUDA driver in host memory, to test the use of the driver on machines without a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _INVALID, _OUT_OF_MEMORY = 1, 2
 
 
 class FakeCuda:
-    """Give it to ``Gpu`` as its library. ``failing``: functions that fail with a status; ``calls``: the names, in order.
+    """Library for ``Gpu``. ``failing``: functions that fail, with their status; ``calls``: names of the calls, in order.
 
-    Copies happen at once. Handles hold addresses; ``opened`` are those that have not been closed, ``allocated`` the allocations.
+    Copies happen at once. Handles contain addresses; ``opened`` lists those not closed, ``allocated`` the allocations.
     """
 
     def __init__(self, *, devices: int = 1, capacity: int = 1 << 30) -> None:
@@ -32,7 +32,7 @@ class FakeCuda:
         def called(*arguments: Any) -> int:
             self.calls.append(name)
             status = self.failing.get(name)
-            # What has nothing to do here succeeds.
+            # Functions that the fake does not implement succeed.
             act = getattr(type(self), f"_{name.removesuffix('_v2')}", None)
             return status if status is not None else 0 if act is None else act(self, *arguments) or 0
 
@@ -49,7 +49,7 @@ class FakeCuda:
         free._obj.value = self.capacity - sum(map(len, self.allocated.values()))
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: Any, device: Any) -> None:
-        value._obj.value = 1  # it can do everything
+        value._obj.value = 1  # every attribute is supported
 
     def _cuMemGetHandleForAddressRange(self, handle: Any, address: Any, size: Any, kind: Any, flags: Any) -> int:
         if address.value not in self.allocated or size.value % os.sysconf("SC_PAGE_SIZE"):

@@ -1,12 +1,17 @@
-"""An observer that knows what no system may do, whatever its policy."""
+"""Observer that asserts what holds for every system, whatever its policy."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from lambdascale.core import ClusterSpec, NodeId, Stage
 from lambdascale.core.commands import (
     AllocateNode,
+    CancelTransfer,
     Command,
     Dispatch,
+    EvictBlocks,
     FailRequest,
     LoadBlocks,
     ReleaseNode,
@@ -17,22 +22,64 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, Event, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.core.events import (
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    RequestFinished,
+    TimerFired,
+    TokensProduced,
+)
 from lambdascale.multicast import validate_plan
 
 
-class InvariantChecker:
-    """Watches a run and asserts after every step; call ``finish()`` at the end.
+@dataclass(slots=True)
+class _Transfer:
+    """A multicast or load under way: (node, block) pairs it has yet to bring, its nodes, and the host copies it reads from.
 
-    GPUs are never over-allocated; a replica or stage runs only blocks its node holds; plans are valid for what their nodes hold;
-    requests go to instances in service only; every request is answered exactly once or given up; time never goes back.
+    ``tries``: number of failed multicasts it makes up for.
     """
 
-    def __init__(self, cluster: ClusterSpec, blocks: int) -> None:
+    model: str
+    left: set[tuple[NodeId, int]]
+    members: frozenset[NodeId]
+    copies: frozenset[NodeId]
+    tries: int = 0
+
+
+class InvariantChecker:
+    """Observer of a run that asserts after every step; call ``finish()`` at the end.
+
+    GPUs are never over-allocated; a replica or stage runs only blocks its node holds; plans are valid for what their nodes hold;
+    requests go to instances in service only; every request is answered exactly once or given up; time never goes back. A node is
+    not released, nor a host copy evicted, while a transfer lists it. A failed multicast is planned anew once: what fails then is
+    loaded. With ``desired`` (replicas wanted for so many queued and running requests: the autoscaler's), a timer takes no replica
+    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its nodes.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        blocks: int,
+        *,
+        desired: Callable[[int, int], int] | None = None,
+        max_batch: int | None = None,
+    ) -> None:
         self._blocks = blocks
+        self._desired = desired
+        self._max_batch = max_batch
+        self._event: Event | None = None
+        self._transfers: dict[int, _Transfer] = {}
+        self._cancelled: list[_Transfer] = []
+        self._model_of: dict[int, str] = {}
+        self._running: dict[int, int] = {}
         self._at = 0.0
         self._events_left = 1_000_000
-        self._gpus = dict.fromkeys(range(cluster.nodes), cluster.gpus_per_node)
+        self._cluster = cluster
+        self._gpus: dict[NodeId, int] = {}
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
         self._models_of: dict[int, str] = {}
@@ -46,25 +93,35 @@ class InvariantChecker:
     def on_event(self, event: Event) -> None:
         """Check an event against what happened before."""
         assert event.at >= self._at, f"time goes back from {self._at} to {event.at}"
-        self._at = event.at
+        self._at, self._event, self._cancelled = event.at, event, []
         self._events_left -= 1
         assert self._events_left, "the run does not end"
-        if isinstance(event, RequestArrived):
+        if isinstance(event, NodeJoined):
+            self._lose(event.node)
+            self._gpus[event.node] = self._cluster.node(event.node).gpus
+        elif isinstance(event, RequestArrived):
             self._arrived[event.request.request_id] = event.at
+            self._model_of[event.request.request_id] = event.request.model
         elif isinstance(event, BlockArrived):
             if event.node in self._gpus:
                 held = self._held.setdefault((event.node, event.model), set())
                 assert event.block not in held, f"block {event.block} of {event.model} reaches node {event.node} twice"
                 held.add(event.block)
+                self._brought(event)
         elif isinstance(event, TokensProduced):
             assert event.at >= self._dispatched[event.request_id], "tokens before dispatch"
             self.first_modes.setdefault(event.request_id, event.mode)
         elif isinstance(event, RequestFinished):
             assert event.request_id not in self.finished, f"request {event.request_id} is answered twice"
             self.finished[event.request_id] = event.tokens
+            self._running.pop(event.request_id, None)
         elif isinstance(event, NodeLost):
-            self._gpus.pop(event.node)
-            self._held = {key: blocks for key, blocks in self._held.items() if key[0] != event.node}
+            self._lose(event.node)
+
+    def _lose(self, node: NodeId) -> None:
+        """Forget a node: lost, or back without anything it held before."""
+        self._gpus.pop(node, None)
+        self._held = {key: blocks for key, blocks in self._held.items() if key[0] != node}
 
     def on_command(self, at: float, command: Command) -> None:
         """Check a command against the state of the cluster."""
@@ -75,12 +132,21 @@ class InvariantChecker:
             self._held[command.node, command.model] = set()
         elif isinstance(command, ReleaseNode):
             self._gpus[command.node] += command.gpus
-            assert not any(command.node in nodes for nodes in self._serving(command.model)), "released while serving"
+            self._check_release(command)
             del self._held[command.node, command.model]
+        elif isinstance(command, EvictBlocks):
+            reading = [n for n, t in self._transfers.items() if t.model == command.model and command.node in t.copies]
+            assert command.tier != "host" or not reading, (
+                f"node {command.node}'s copy is evicted while transfers {reading} read it"
+            )
+        elif isinstance(command, CancelTransfer):
+            if command.transfer_id in self._transfers:
+                self._cancelled.append(self._transfers.pop(command.transfer_id))
         elif isinstance(command, SetTimer):
             assert command.at >= at, "a timer in the past"
         elif isinstance(command, FailRequest):
             self.failed.add(command.request_id)
+            self._running.pop(command.request_id, None)
         elif isinstance(command, StartMulticast | LoadBlocks):
             self._check_transfer(command)
         else:
@@ -89,7 +155,48 @@ class InvariantChecker:
     def _serving(self, model: str) -> list[tuple[NodeId, ...]]:
         return [nodes for instance, nodes in self._instances.items() if self._models_of[instance] == model]
 
+    def held(self, node: NodeId, model: str) -> set[int]:
+        """Return the blocks of ``model`` that ``node`` holds in GPU memory."""
+        return set(self._held.get((node, model), ()))
+
+    def _brought(self, event: BlockArrived) -> None:
+        """Strike a block from every transfer that was to bring it; forget transfers that have nothing left to bring."""
+        for number, transfer in list(self._transfers.items()):
+            if transfer.model == event.model:
+                transfer.left.discard((event.node, event.block))
+                if not transfer.left:
+                    del self._transfers[number]
+
+    def _check_release(self, command: ReleaseNode) -> None:
+        node, model = command.node, command.model
+        assert not any(node in nodes for nodes in self._serving(model)), "released while serving"
+        reading = [n for n, t in self._transfers.items() if t.model == model and node in t.members - t.copies]
+        assert not reading, f"node {node} is released while transfers {reading} list it"
+        if self._desired is not None and isinstance(self._event, TimerFired):
+            left = sum(name == model for _, name in self._held) - 1
+            open_requests = {r for r, name in self._model_of.items() if name == model} - self.failed - set(self.finished)
+            running = len(open_requests & set(self._running))
+            wanted = self._desired(len(open_requests) - running, running)
+            assert left >= wanted, f"{model} keeps {left} replicas, it needs {wanted}"
+
     def _check_transfer(self, command: StartMulticast | LoadBlocks) -> None:
+        self._check_source(command)
+        self._transfers[command.transfer_id] = self._as_transfer(command)
+
+    def _as_transfer(self, command: StartMulticast | LoadBlocks) -> _Transfer:
+        if isinstance(command, LoadBlocks):
+            left = {(command.node, block) for block in command.blocks}
+            members = frozenset({command.node})
+            return _Transfer(command.model, left, members, members if command.tier == "host" else frozenset())
+        plan = command.plan
+        copies = {node for node, tier in zip(plan.sources, command.source_tiers, strict=True) if tier == "host"}
+        left = {(send.dst, send.block) for sends in plan.rounds for send in sends}
+        again = [t.tries for t in self._cancelled if t.model == command.model and t.members.issuperset(plan.destinations)]
+        tries = max(again, default=0) + (bool(again) and isinstance(self._event, CommandFailed))
+        assert tries <= 1, f"transfer {command.transfer_id} is the second new plan for a failed multicast"
+        return _Transfer(command.model, left, frozenset(plan.members), frozenset(copies), tries)
+
+    def _check_source(self, command: StartMulticast | LoadBlocks) -> None:
         if isinstance(command, LoadBlocks):
             assert (command.node, command.model) in self._held, f"node {command.node} loads without GPUs"
             return
@@ -116,11 +223,21 @@ class InvariantChecker:
                 assert request.request_id in self._arrived, "dispatched before it arrived"
                 assert request.request_id not in self.finished, "dispatched after it was answered"
                 self._dispatched[request.request_id] = self._at
+                self._running[request.request_id] = command.instance
+            self._check_capacity(command.instance)
         elif isinstance(command, SwitchMode):
             del self._instances[command.pipeline]
             assert all(target in self._instances for _, target in command.moves), "moved to an instance out of service"
+            self._running |= dict(command.moves)
         elif isinstance(command, StopInstance):
             del self._instances[command.instance]
+            self._running = {request: instance for request, instance in self._running.items() if instance != command.instance}
+
+    def _check_capacity(self, instance: int) -> None:
+        if self._max_batch is not None:
+            requests = sum(at == instance for at in self._running.values())
+            room = self._max_batch * len(set(self._instances[instance]))
+            assert requests <= room, f"instance {instance} has room for {room} requests, it gets {requests}"
 
     def _check_stages(self, instance: int, stages: tuple[Stage, ...]) -> None:
         model = self._models_of[instance]
@@ -132,6 +249,6 @@ class InvariantChecker:
             assert needed <= self._held[stage.node, model], f"node {stage.node} lacks blocks of its stage"
 
     def finish(self) -> None:
-        """Every request that arrived is accounted for, with all its tokens."""
+        """Assert that every request that arrived was answered or failed, and none both."""
         assert self.failed.isdisjoint(self.finished)
         assert self.failed | set(self.finished) == set(self._arrived)

@@ -5,7 +5,7 @@ Both are the published mechanisms at their simplest, not the published systems.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,7 @@ from lambdascale.control.state import Allocation, Fleet, Instance, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage
+from lambdascale.multicast import arrival_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,11 @@ class SpreadStart:
     """A cold start over ``nodes`` nodes that each load a share and serve as a pipeline, then consolidation onto the first.
 
     The mechanism of HydraServe (NSDI'26): when the pipeline serves, its first node loads the rest and takes the whole model over
-    with the KV of the running requests; the others are released.
+    with the KV of the running requests; the others are released. ``consolidate`` false: the pipeline serves until it is idle.
     """
 
     nodes: int = 4
+    consolidate: bool = True
     loader: Loader = "pipelined"
     storage: Storage = "ssd"
     multicast: ClassVar[None] = None
@@ -123,7 +125,7 @@ class SpreadStart:
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
         """See StartPolicy."""
-        for instance in list(allocation.instances.values()):
+        for instance in list(allocation.instances.values()) if self.consolidate else ():
             if not instance.is_pipeline or allocation.transfers:
                 continue
             first = state.allocations[instance.stages[0].node]
@@ -134,6 +136,26 @@ class SpreadStart:
                 rest = tuple(block for block in range(state.blocks) if block not in first.wanted)
                 return (LoadMore(node=first.node, tier=fleet.own_tier(state, first.node), blocks=rest),)
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithHolders:
+    """Pipelines of a destination, for the first half of the model, and a node that holds all of it, for the second half."""
+
+    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder."""
+        arrivals, half = arrival_rounds(plan), plan.blocks // 2
+        if half == 0:
+            return ()
+        pairs = zip(plan.destinations, holders, strict=False)
+        found = [
+            PipelinePlan(
+                max(arrivals[destination][block] for block in range(half)),
+                (Stage(destination, 0, half - 1), Stage(holder, half, plan.blocks - 1)),
+            )
+            for destination, holder in pairs
+        ]
+        return sorted(found, key=lambda plan: (plan.ready_round, plan.nodes))
 
 
 def _equal_stages(nodes: Sequence[NodeId], blocks: int) -> tuple[Stage, ...]:

@@ -1,4 +1,4 @@
-"""Conformance of transports: what an endpoint promises its node, also when the peer is gone."""
+"""Conformance of transports: the guarantees of an endpoint to its node, also after a peer is lost."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WAIT_S = 30.0
 
 
 class Heard:
-    """Handlers that keep what they are told."""
+    """Handlers that record writes, messages and losses."""
 
     def __init__(self) -> None:
         self.writes: list[tuple[int, int, int, int]] = []
@@ -27,7 +27,7 @@ class Heard:
         self._changed = threading.Condition()
 
     def handlers(self) -> Handlers:
-        """For an endpoint."""
+        """Handlers for an endpoint."""
         return Handlers(
             on_write=lambda *write: self._keep(lambda: self.writes.append(write)),
             on_checked=lambda *write: self._keep(lambda: self._note_checked(write[:4], write[4])),
@@ -45,13 +45,13 @@ class Heard:
             self._changed.notify_all()
 
     def wait(self, condition: Callable[[Heard], bool]) -> None:
-        """Until the condition holds; fails after some seconds."""
+        """Wait until the condition holds; AssertionError after 30 s."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self), _WAIT_S), f"heard only {self.writes[-3:]} {self.lost}"
 
 
 class Node:
-    """An endpoint, its memory and what it heard."""
+    """An endpoint, its registered memory of ``size`` bytes, and what its handlers recorded."""
 
     def __init__(self, endpoint: Endpoint, heard: Heard, size: int) -> None:
         self.endpoint, self.heard, self.memory = endpoint, heard, endpoint.allocate(size)
@@ -59,26 +59,26 @@ class Node:
 
 
 class TransportConformance:
-    """Subclass with ``make_endpoint``; ``break_off`` ends a connection as a crash would.
+    """Subclass and define ``make_endpoint``, and ``break_off``, which ends connections as a crash would.
 
-    Registered memory may be a GPU's; what is written comes from ``source``.
+    Registered memory may be a GPU's; ``source`` provides the memory that writes are sent from.
     """
 
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
-        """An endpoint of the cluster under test."""
+        """Make an endpoint of the cluster under test."""
         raise NotImplementedError
 
     def break_off(self, endpoint: Endpoint) -> None:
-        """Let all connections of an endpoint end without a goodbye."""
+        """End all connections of an endpoint without a goodbye."""
         raise NotImplementedError
 
     def source(self, data: bytes) -> Memory:
-        """Memory with these bytes: the host's, unless overridden."""
+        """Memory with these bytes: host memory, unless overridden."""
         return memoryview(data)
 
     @pytest.fixture
     def nodes(self) -> Iterator[Callable[..., list[Node]]]:
-        """Makes n nodes; closes them and checks that no thread is left."""
+        """Function that makes n nodes; they are closed at the end, and no thread may be left."""
         before = set(threading.enumerate())
         with ExitStack() as stack:
 
@@ -97,18 +97,18 @@ class TransportConformance:
         assert not left, f"threads are left: {left}"
 
     def pair(self, nodes: Callable[..., list[Node]], size: int = 1 << 20) -> tuple[Node, Node]:
-        """Two connected nodes."""
-        one, two = nodes(2, size)
-        one.endpoint.connect(1, two.endpoint.address)
+        """Two connected nodes: node 1, which has connected, and node 0."""
+        two, one = nodes(2, size)
+        one.endpoint.connect(0, two.endpoint.address)
         return one, two
 
     def test_a_write_lands_where_it_should(self, nodes: Callable[..., list[Node]]) -> None:
-        """And nowhere else; the number arrives with it."""
+        """A write changes its own bytes only, and its immediate arrives with it."""
         one, two = self.pair(nodes)
         data = random.Random(1).randbytes(100_001)
-        one.endpoint.write(1, self.source(data), 4097, 2**64 - 1).result(_WAIT_S)
+        one.endpoint.write(0, self.source(data), 4097, 2**64 - 1).result(_WAIT_S)
         two.heard.wait(lambda heard: bool(heard.writes))
-        assert two.heard.writes == [(0, 2**64 - 1, 4097, len(data))]
+        assert two.heard.writes == [(1, 2**64 - 1, 4097, len(data))]
         assert two.heard.hashes in ([], [xxhash.xxh3_64_intdigest(data)])
         found = bytes(two.memory)
         assert found[4097 : 4097 + len(data)] == data
@@ -117,101 +117,132 @@ class TransportConformance:
 
     @pytest.mark.parametrize("size", [0, 1, 1 << 16, (1 << 24) + 3])
     def test_any_size(self, nodes: Callable[..., list[Node]], size: int) -> None:
-        """Nothing, a byte, more than any buffer."""
+        """Writes of no byte, one byte, and more than any buffer arrive."""
         one, two = self.pair(nodes, max(size, 1))
         data = random.Random(2).randbytes(size)
-        one.endpoint.write(1, self.source(data), 0, 7).result(_WAIT_S)
+        one.endpoint.write(0, self.source(data), 0, 7).result(_WAIT_S)
         two.heard.wait(lambda heard: bool(heard.writes))
         assert bytes(two.memory[:size]) == data
 
     def test_writes_and_messages_keep_their_order(self, nodes: Callable[..., list[Node]]) -> None:
-        """Each kind on its own."""
+        """Writes arrive in their order, and so do messages."""
         one, two = self.pair(nodes)
         for index in range(200):
-            one.endpoint.write(1, self.source(bytes([index])), index, index)
-            one.endpoint.send(1, b"%d" % index)
+            one.endpoint.write(0, self.source(bytes([index])), index, index)
+            one.endpoint.send(0, b"%d" % index)
         two.heard.wait(lambda heard: len(heard.messages) == len(heard.writes) == 200)
         assert [write[1] for write in two.heard.writes] == list(range(200))
         assert [data for _, data in two.heard.messages] == [b"%d" % index for index in range(200)]
         assert bytes(two.memory[:200]) == bytes(range(200))
 
     def test_both_directions_at_once(self, nodes: Callable[..., list[Node]]) -> None:
-        """The accepting side may write as well."""
+        """Both ends of a connection may write at the same time."""
         one, two = self.pair(nodes, 1 << 22)
         data = random.Random(3).randbytes(1 << 21)
-        one.endpoint.send(1, b"hello")
+        one.endpoint.send(0, b"hello")
         two.heard.wait(lambda heard: bool(heard.messages))
         for _ in range(5):
-            one.endpoint.write(1, self.source(data), 0, 1)
-            two.endpoint.write(0, self.source(data), 1 << 21, 2)
+            one.endpoint.write(0, self.source(data), 0, 1)
+            two.endpoint.write(1, self.source(data), 1 << 21, 2)
         for node in (one, two):
             node.heard.wait(lambda heard: len(heard.writes) == 5)
         assert bytes(two.memory[: 1 << 21]) == bytes(one.memory[1 << 21 :]) == data
 
     def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
         """Each gets its own."""
-        first, *others = nodes(6)
-        for peer, node in enumerate(others, start=1):
-            first.endpoint.connect(peer, node.endpoint.address)
-        for peer in range(1, 6):
-            first.endpoint.write(peer, self.source(bytes([peer]) * 1000), 0, peer)
-        for peer, node in enumerate(others, start=1):
+        *others, last = nodes(6)
+        for peer, node in enumerate(others):
+            last.endpoint.connect(peer, node.endpoint.address)
+        for peer in range(5):
+            last.endpoint.write(peer, self.source(bytes([peer + 1]) * 1000), 0, peer)
+        for peer, node in enumerate(others):
             node.heard.wait(lambda heard: bool(heard.writes))
-            assert bytes(node.memory[:1000]) == bytes([peer]) * 1000
+            assert bytes(node.memory[:1000]) == bytes([peer + 1]) * 1000
 
     def test_a_write_outside_the_memory_ends_the_connection(self, nodes: Callable[..., list[Node]]) -> None:
-        """And touches nothing. Who notices is the transport's business; the other side hears of the end at least."""
+        """A write outside the memory changes nothing, and both ends report the connection as lost."""
         one, two = self.pair(nodes, 1000)
-        one.endpoint.write(1, self.source(bytes([255]) * 600), 500, 1)
+        one.endpoint.write(0, self.source(bytes([255]) * 600), 500, 1)
         for node in (one, two):
             node.heard.wait(lambda heard: bool(heard.lost))
         assert not any(bytes(two.memory))
         assert not two.heard.writes
 
     def test_a_peer_that_dies_is_noticed(self, nodes: Callable[..., list[Node]]) -> None:
-        """Once; what is given afterwards fails instead of vanishing."""
+        """The loss of a peer is reported once; later writes to it fail instead of vanishing."""
         one, two = self.pair(nodes)
-        one.endpoint.send(1, b"hello")
+        one.endpoint.send(0, b"hello")
         two.heard.wait(lambda heard: bool(heard.messages))
         self.break_off(two.endpoint)
         one.heard.wait(lambda heard: bool(heard.lost))
-        assert [peer for peer, _ in one.heard.lost] == [1]
+        assert [peer for peer, _ in one.heard.lost] == [0]
         with pytest.raises(TransportError):
-            one.endpoint.write(1, self.source(b"x"), 0, 0).result(_WAIT_S)
+            one.endpoint.write(0, self.source(b"x"), 0, 0).result(_WAIT_S)
 
     def test_a_goodbye_is_no_loss(self, nodes: Callable[..., list[Node]]) -> None:
-        """And comes after everything that was given before."""
+        """A goodbye arrives after everything sent before it, and is not reported as a loss."""
         one, two = self.pair(nodes, 1 << 23)
         data = random.Random(4).randbytes(1 << 23)
-        future = one.endpoint.write(1, self.source(data), 0, 9)
-        one.endpoint.disconnect(1)
+        future = one.endpoint.write(0, self.source(data), 0, 9)
+        one.endpoint.disconnect(0)
         assert future.result(_WAIT_S) is None
         two.heard.wait(lambda heard: bool(heard.writes))
         assert bytes(two.memory) == data
         assert not one.heard.lost
         assert not two.heard.lost
         with pytest.raises(TransportError, match="not connected"):
-            one.endpoint.send(1, b"x")
+            one.endpoint.send(0, b"x")
 
     def test_connecting_again(self, nodes: Callable[..., list[Node]]) -> None:
-        """After a goodbye."""
+        """Two nodes can connect again after a goodbye."""
         one, two = self.pair(nodes)
         for round_ in range(3):
-            one.endpoint.send(1, b"%d" % round_).result(_WAIT_S)
+            one.endpoint.send(0, b"%d" % round_).result(_WAIT_S)
             two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
-            one.endpoint.disconnect(1)
-            one.endpoint.connect(1, two.endpoint.address)
+            one.endpoint.disconnect(0)
+            one.endpoint.connect(0, two.endpoint.address)
 
     def test_nobody_there(self, nodes: Callable[..., list[Node]]) -> None:
         """A peer that has closed cannot be reached."""
-        one, two = nodes(2)
+        two, one = nodes(2)
         address = two.endpoint.address
         two.endpoint.close()
-        with pytest.raises(TransportError, match="node 1"):
-            one.endpoint.connect(1, address)
+        with pytest.raises(TransportError, match="node 0"):
+            one.endpoint.connect(0, address)
 
     def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
-        """An address that belongs to somebody else."""
+        """An address that belongs to another node."""
+        other, _, one = nodes(3)
+        with pytest.raises(TransportError, match="is node 0, not 1"):
+            one.endpoint.connect(1, other.endpoint.address)
+
+    def test_only_nodes_with_a_higher_id_connect(self, nodes: Callable[..., list[Node]]) -> None:
+        """The other direction, and a node with itself, is refused."""
         one, two = nodes(2)
-        with pytest.raises(TransportError, match="is node 1, not 5"):
-            one.endpoint.connect(5, two.endpoint.address)
+        for peer, address in ((1, two.endpoint.address), (0, one.endpoint.address)):
+            with pytest.raises(TransportError, match="lower id"):
+                one.endpoint.connect(peer, address)
+
+    def test_expected_nodes_only(self, nodes: Callable[..., list[Node]]) -> None:
+        """A node outside the directory is refused; a connection to one that leaves the directory ends, and the node is told."""
+        two, one, other = nodes(3)
+        assert two.endpoint.expect({0: 0, 1: 0}) == []
+        assert one.endpoint.expect({0: 0, 1: 0}) == [0]
+        one.endpoint.connect(0, two.endpoint.address)
+        one.endpoint.send(0, b"hello")
+        two.heard.wait(lambda heard: bool(heard.messages))
+        with pytest.raises(TransportError):
+            other.endpoint.connect(0, two.endpoint.address)
+        assert one.endpoint.expect({0: 0, 1: 0}) == []
+        assert one.endpoint.expect({1: 0, 2: 0}) == []
+        assert [peer for peer, _ in one.heard.lost] == [0]
+        two.heard.wait(lambda heard: bool(heard.lost))
+
+    def test_a_replaced_process(self, nodes: Callable[..., list[Node]]) -> None:
+        """Once the directory names a later generation, the earlier process has to be reached anew, and cannot be."""
+        two, one = nodes(2)
+        one.endpoint.connect(0, two.endpoint.address)
+        assert one.endpoint.expect({0: 1, 1: 0}) == [0]
+        assert [peer for peer, _ in one.heard.lost] == [0]
+        with pytest.raises(TransportError):
+            one.endpoint.connect(0, two.endpoint.address)

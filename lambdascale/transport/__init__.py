@@ -1,8 +1,8 @@
-"""How bytes move between nodes: one interface, shaped after one-sided RDMA writes with immediate data.
+"""Transports, which move bytes between nodes: one interface, modelled on one-sided RDMA writes with immediate data.
 
-A node registers memory once; peers write blocks straight to their final place in it, and the node hears of each complete
-write with the number the writer attached. Small messages (hidden states, tokens) travel over the same connections. Knows no
-plans and no models.
+A node registers memory once; peers write blocks directly to their final place in it, and the node is notified of each complete
+write with the number that the writer attached. Small messages (hidden states, tokens) travel over the same connections. This
+package knows nothing of plans and models.
 """
 
 from lambdascale.transport.base import Endpoint, Handlers, Memory, TransportError

@@ -1,8 +1,8 @@
-"""The interface of a transport: a node's endpoint, and what it tells its node."""
+"""The interface of a transport: a node's endpoint, and the callbacks through which it notifies its node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,23 +10,24 @@ from typing import Protocol
 from lambdascale.core import NodeId
 from lambdascale.transport.cuda import DeviceMemory
 
-# Of the host, or of a GPU.
+# Memory of the host, or of a GPU.
 Memory = memoryview | DeviceMemory
 
 
 class TransportError(RuntimeError):
-    """A connection that cannot be made or has broken; the message names the peer."""
+    """A connection that failed or could not be made; the message names the peer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Handlers:
-    """What an endpoint calls, from threads of its own; they must return soon and not raise.
+    """Callbacks that an endpoint calls from its own threads; they must return soon and not raise.
 
-    ``on_write(peer, immediate, offset, size)``: a peer's write is complete in registered memory. ``on_message(peer, data)``: a
-    message. ``on_lost(peer, reason)``: the connection is gone without having been closed; nothing more comes over it. Writes
-    of one peer are told in the order they were given to its endpoint, and so are messages; a message does not wait for the
-    writes given before it. ``on_checked(peer, immediate, offset, size, xxh3_64)`` is called instead of ``on_write`` by transports
-    that have hashed the bytes as they moved them, while these were in a cache, which spares whoever verifies them a pass.
+    ``on_write(peer, immediate, offset, size)``: a peer's write of ``size`` bytes is complete in registered memory.
+    ``on_message(peer, data)``: a message has arrived. ``on_lost(peer, reason)``: the connection is lost without having been
+    closed; nothing more arrives over it. Writes of one peer are reported in the order in which its endpoint was given them, and
+    so are messages; a message does not wait for the writes given before it. Transports that hash the bytes while moving them,
+    when they are in a cache, call ``on_checked(peer, immediate, offset, size, xxh3_64)`` instead of ``on_write``, which saves
+    the verification another pass over the bytes.
     """
 
     on_write: Callable[[NodeId, int, int, int], None]
@@ -40,57 +41,69 @@ class Endpoint(Protocol):
 
     @property
     def address(self) -> str:
-        """What a peer needs to connect; travels over the control channel."""
+        """Address that a peer needs to connect; it is sent over the control channel."""
         ...
 
     @property
     def on_device(self) -> bool:
-        """Whether peers write to a GPU's memory: then that is what ``allocate`` gives."""
+        """True if peers write to a GPU's memory, which ``allocate`` then returns."""
         ...
 
     def allocate(self, size: int) -> Memory:
-        """Touched memory of ``size`` bytes that this transport can register."""
+        """Allocate ``size`` bytes of memory, all pages touched, that this transport can register."""
         ...
 
     def register(self, memory: Memory) -> None:
-        """The memory that peers may write to, before anybody connects. Not copied, not resized."""
+        """Register the memory that peers may write to, before any peer connects. It is neither copied nor resized."""
         ...
 
     def register_source(self, memory: memoryview) -> None:
-        """More memory that writes come from: whoever must prepare memory does it now, not for each write."""
+        """Register memory that writes are sent from, so that it is prepared once and not for each write."""
+        ...
+
+    def expect(self, generations: Mapping[NodeId, int]) -> list[NodeId]:
+        """Let in processes of these nodes only, of these generations or later; before the first call, of any node.
+
+        Connections to earlier processes and to other nodes end, and ``on_lost`` has been told of them when this returns. Returns
+        the nodes with a lower id than this one's that are not connected: this node has to connect to them.
+        """
         ...
 
     def connect(self, peer: NodeId, address: str) -> None:
-        """Connect to a peer (needed in one direction only); TransportError if it cannot be reached."""
+        """Connect to a peer with a lower id; TransportError if it cannot be reached or is not the process expected."""
         ...
 
     def admit(self, peer: NodeId) -> None:
-        """Let the peer write to registered memory; counted. Where a transport cannot keep it out, it may write at any time.
+        """Allow the peer to write to registered memory; TransportError if it is not connected.
 
-        Until then, and after as many ``dismiss``, its writes wait. TransportError if it is not connected.
+        Calls are counted: before the first ``admit``, and after as many ``dismiss``, the peer's writes wait. On a transport that
+        cannot refuse writes, the peer may write at any time.
         """
         ...
 
     def dismiss(self, peer: NodeId) -> None:
-        """Take an ``admit`` back, after all that the peer had to write has arrived (or it has said that it writes no more)."""
+        """Undo one ``admit``, after all of the peer's writes have arrived (or it has announced that it writes no more)."""
         ...
 
     def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
-        """Bring ``data`` to ``offset`` in the peer's registered memory, then tell the peer ``immediate`` (64 bits, unsigned).
+        """Write ``data`` to byte ``offset`` of the peer's registered memory, then notify it with ``immediate`` (64 bits, >= 0).
 
-        The host's memory can always be written from, a GPU's where ``on_device``.
-        Returns at once; the future is done when ``data`` may be changed again, or has a TransportError.
+        ``data`` is host memory, or GPU memory if ``on_device``. The call returns at once; the future is done when ``data`` may be
+        changed again, or has a TransportError.
         """
         ...
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:
-        """Send a message, in order with other messages to this peer, past the writes under way."""
+        """Send a message, in order with other messages to this peer but ahead of writes in flight.
+
+        The future is done when the message has been sent, or has a TransportError.
+        """
         ...
 
     def disconnect(self, peer: NodeId) -> None:
-        """End a connection on purpose; what was given before is delivered first."""
+        """Close a connection after delivering the writes and messages given before."""
         ...
 
     def close(self) -> None:
-        """End all connections and stop listening; no thread, socket or segment stays behind."""
+        """Close all connections and stop listening; no thread, socket or memory segment is left."""
         ...

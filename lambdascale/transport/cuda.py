@@ -1,7 +1,7 @@
-"""GPU memory by the CUDA driver's own interface (libcuda.so.1): what transports need of it, without torch.
+"""GPU memory through the CUDA driver's interface (libcuda.so.1): the functions that transports need, without torch.
 
-All happens in a device's primary context, which torch computes in too, so each may use the other's memory. Memory allocated here
-is no part of torch's caching allocator: an exported handle is of exactly this memory, whatever PYTORCH_CUDA_ALLOC_CONF says.
+Everything runs in a device's primary context, in which torch computes too, so each may use the other's memory. Memory allocated
+here is not from torch's caching allocator: an exported handle covers exactly this memory, whatever PYTORCH_CUDA_ALLOC_CONF says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lambdascale.core import CapacityError, UserError
 from lambdascale.core.checks import require
 
 HANDLE_BYTES = 64
-# Smaller pieces would share a page with other allocations, and a handle is of whole pages.
+# Unit of allocation: smaller pieces would share a page with other allocations, and a handle covers whole pages.
 _PAGE_BYTES = 2 << 20
 _STREAM_NON_BLOCKING = 1
 _EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2
@@ -29,7 +29,7 @@ _OUT_OF_MEMORY = 2
 
 
 class CudaError(OSError):
-    """A call of the CUDA driver failed; the message names the call. ``status`` is CUDA's number."""
+    """A failed call of the CUDA driver; the message names the call. ``status`` is CUDA's error number."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class IpcHandle(ctypes.Structure):
 
 @cache
 def gpu_of(ordinal: int) -> Gpu:
-    """A GPU of this process, numbered as torch does. UserError if there is no CUDA, or no such GPU."""
+    """GPU of this process, numbered as torch does. UserError without CUDA or without that GPU."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -56,19 +56,19 @@ def gpu_of(ordinal: int) -> Gpu:
 
 
 class Gpu:
-    """A device and its primary context; may be used from any thread. ``library``: the driver's functions by their names."""
+    """A device and its primary context, usable from any thread. ``library`` has the driver's functions as attributes."""
 
     def __init__(self, ordinal: int, library: Any) -> None:
         self.ordinal = ordinal
         self._library = library
         self._context = c_void_p()
-        count, device = c_int(), c_int()  # a device's handle is a number of its own
+        count, device = c_int(), c_int()  # the handle of a device is a number other than its ordinal
         self._call("cuInit", c_uint(0))
         self._call("cuDeviceGetCount", byref(count))
         require(ordinal < count.value, f"there is no GPU {ordinal}: CUDA finds {count.value}")
         self._call("cuDeviceGet", byref(device), c_int(ordinal))
         self.device = device.value
-        # Never released: the process's other CUDA code lives in it.
+        # Never released: other CUDA code of the process (torch) uses it.
         self._call("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -85,7 +85,7 @@ class Gpu:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """Threads have a current context each; this one's is as it was afterwards."""
+        """Make this device's context current in the calling thread, and restore the previous one afterwards."""
         self._call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
@@ -93,7 +93,7 @@ class Gpu:
             self._call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def allocate(self, size: int) -> DeviceMemory:
-        """``size`` zeroed bytes in whole pages, to be given to ``free``. CapacityError if they are not there."""
+        """Allocate ``size`` zeroed bytes in whole pages, to be freed by ``free``; CapacityError if the GPU's memory is full."""
         address, whole = c_uint64(), max(1, -(-size // _PAGE_BYTES)) * _PAGE_BYTES
         try:
             self.call("cuMemAlloc_v2", byref(address), c_size_t(whole))
@@ -107,42 +107,42 @@ class Gpu:
         return DeviceMemory(self, address.value, size)
 
     def free(self, memory: DeviceMemory) -> None:
-        """Give back what ``allocate`` gave, after all that was to use it has."""
+        """Free memory from ``allocate``, after its last use has ended."""
         self.call("cuMemFree_v2", c_uint64(memory.address))
 
     def free_bytes(self) -> int:
-        """Bytes that nobody has allocated."""
+        """Number of free bytes of the GPU's memory."""
         free, total = c_size_t(), c_size_t()
         self.call("cuMemGetInfo_v2", byref(free), byref(total))
         return free.value
 
     def share(self, memory: DeviceMemory) -> bytes:
-        """A handle with which other processes of this host can ``open`` what ``allocate`` gave."""
+        """Handle with which other processes of this host can ``open`` memory from ``allocate``."""
         handle = IpcHandle()
         self.call("cuIpcGetMemHandle", byref(handle), c_uint64(memory.address))
         return bytes(handle)
 
     def open(self, handle: bytes) -> int:
-        """The address of another process's memory, on this GPU or on one that it can reach. Undone by ``shut``."""
+        """Open another process's memory, on this GPU or one it can access; return its address, to be closed by ``shut``."""
         address = c_uint64()
         opened = IpcHandle.from_buffer_copy(handle)
         self.call("cuIpcOpenMemHandle_v2", byref(address), opened, c_uint(_IPC_LAZY_ENABLE_PEER_ACCESS))
         return address.value
 
     def shut(self, address: int) -> None:
-        """See ``open``."""
+        """Close memory that ``open`` opened."""
         self.call("cuIpcCloseMemHandle", c_uint64(address))
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Copy between addresses of the host or of GPUs, and wait for it."""
+        """Copy ``size`` bytes between addresses of the host or of GPUs, and wait until the copy is complete."""
         self.call("cuMemcpy", c_uint64(target), c_uint64(source), c_size_t(size))
-        self.call("cuCtxSynchronize")  # from pageable memory, the call returns a little early
+        self.call("cuCtxSynchronize")  # with pageable memory, cuMemcpy returns before the copy is complete
 
 
 class Copies:
-    """Copies one after the other in a stream of their own, beside whatever the GPU computes. For one thread.
+    """Copies in sequence in a stream of their own, concurrent with the GPU's computation; used by one thread.
 
-    At most two are under way: ``start`` waits for the one before the last.
+    At most two are in flight: ``start`` waits for the copy before the last.
     """
 
     def __init__(self, gpu: Gpu) -> None:
@@ -155,7 +155,7 @@ class Copies:
             gpu.call("cuEventCreate", byref(event), c_uint(_EVENT_BLOCKING_SYNC | _EVENT_DISABLE_TIMING))
 
     def start(self, target: int, source: int, size: int) -> None:
-        """Copy between addresses of the host or of GPUs; both stay as they are until ``wait`` has returned."""
+        """Copy ``size`` bytes between addresses of the host or of GPUs; neither may change until ``wait`` has returned."""
         event = self._events[self._turn]
         self._turn = 1 - self._turn
         self._gpu.call("cuEventSynchronize", event)
@@ -163,7 +163,7 @@ class Copies:
         self._gpu.call("cuEventRecord", event, self._stream)
 
     def wait(self) -> None:
-        """Until all of them are complete, and may be told to others."""
+        """Wait until all copies are complete and visible to others."""
         for event in self._events:
             self._gpu.call("cuEventSynchronize", event)
 
@@ -176,7 +176,7 @@ class Copies:
 
 @dataclass(frozen=True, eq=False)
 class DeviceMemory:
-    """A piece of a GPU's memory. Sliced like a memoryview; ``bytes()`` copies it to the host. Keeps nothing alive."""
+    """A piece of a GPU's memory, sliced like a memoryview; ``bytes()`` copies it to the host. It does not keep memory alive."""
 
     gpu: Gpu
     address: int
@@ -197,19 +197,19 @@ class DeviceMemory:
         return bytes(found)
 
     def fill(self, data: bytes) -> None:
-        """Copy as many bytes from the host."""
+        """Overwrite the whole piece with ``data`` from the host, of the same length."""
         assert len(data) == self.nbytes, "it is filled as a whole"
         if data:
             self.gpu.copy(self.address, address_of(memoryview(data)), self.nbytes)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """For ``torch.as_tensor``: bytes."""
+        """Description for ``torch.as_tensor``, as bytes."""
         return {"shape": (self.nbytes,), "typestr": "|u1", "data": (self.address, False), "version": 3}
 
 
 def address_of(memory: memoryview | DeviceMemory) -> int:
-    """Where memory is; 0 for none."""
+    """Address of memory; 0 for empty host memory."""
     if isinstance(memory, DeviceMemory):
         return memory.address
     return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0]) if memory.nbytes else 0

@@ -1,7 +1,7 @@
-"""CUDA IPC: GPUs of one host. A write is a copy into the peer's GPU memory, told over the TCP connection that all else goes over.
+"""CUDA IPC, for GPUs of one host: a write is a copy into the peer's GPU memory, announced over the connection (TCP) for the rest.
 
-A node's registered memory is on its GPU, allocated here. Peers open it through a handle when they connect, so blocks never pass
-the host's memory, unless they are sent from there.
+A node's registered memory is on its GPU, allocated here. Peers open it through a handle when they connect, so blocks bypass the
+host's memory, unless they are sent from there.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lambdascale.transport.cuda import HANDLE_BYTES, Copies, CudaError, DeviceMe
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
-# Boot of the host, process, address, size, handle.
+# Boot id of the host, process, address, size, handle.
 _CARD = struct.Struct(f"!16s20sQQ{HANDLE_BYTES}s")
 _PROCESS = struct.Struct("!16sI")
 _TOKEN = secrets.token_bytes(16)
 _LENGTH = struct.Struct("!H")
 _LONGEST = 1000
-# Messages slip in between pieces of a write; so much takes a tenth of a millisecond within a GPU, and milliseconds over PCIe.
+# Piece of a write, between which messages are sent: a tenth of a millisecond within a GPU, milliseconds over PCIe.
 _STEP_BYTES = 64 << 20
 
 
@@ -46,18 +46,18 @@ class _Opened:
         self._copies.start(self._address + at, address_of(data), data.nbytes)
 
     def complete(self) -> None:
-        # No hash: the bytes have not been in any cache. Whoever verifies them reads them back from the GPU.
+        # No hash: the bytes were in no CPU cache. Their verification reads them back from the GPU.
         self._copies.wait()
 
     def close(self) -> None:
-        with suppress(CudaError):  # a context that is broken frees nothing any more
+        with suppress(CudaError):  # a broken context refuses to free anything
             self._copies.close()
             if self._foreign:
                 self._gpu.shut(self._address)
 
 
 class CudaIpcEndpoint(TcpEndpoint):
-    """An Endpoint among processes of one host with GPUs, or with shares of one."""
+    """An Endpoint for processes of one host, each with a GPU or a share of one."""
 
     on_device = True
 
@@ -69,18 +69,18 @@ class CudaIpcEndpoint(TcpEndpoint):
         super().__init__(node, handlers, key, **options)
 
     def allocate(self, size: int) -> DeviceMemory:
-        """See Endpoint. GPU memory, once per endpoint; CapacityError if there is not so much."""
+        """See Endpoint. GPU memory; UserError for a second call, CapacityError if the GPU has too little free memory."""
         require(self._arena is None, "an endpoint's GPU memory is allocated once")
         self._arena = self.gpu.allocate(size)
         return self._arena
 
     def register(self, memory: Memory) -> None:
-        """See Endpoint. UserError for memory that ``allocate`` did not give."""
+        """See Endpoint. UserError for memory that did not come from ``allocate``."""
         require(memory is self._arena, "GPU memory must come from the endpoint's allocate()")
         super().register(memory)
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> _Opened:
-        """Exchange handles and open the peer's; either end hears of the other's failure. TransportError then."""
+        """Exchange handles and open the peer's; TransportError at both ends if either fails to open the other's."""
         sock.sendall(self._card())
         answer = bytearray(_CARD.size)
         fill(sock, memoryview(answer))
@@ -104,10 +104,10 @@ class CudaIpcEndpoint(TcpEndpoint):
         return _CARD.pack(self.host_id, self.process_id, *where)
 
     def _open(self, peer: NodeId, host: bytes, process: bytes, address: int, size: int, handle: bytes) -> _Opened:
-        """The peer's memory; TransportError if it cannot be reached."""
+        """Open the peer's memory; TransportError on failure."""
         if host != self.host_id:
             raise TransportError(f"nodes {self.node} and {peer} are on different hosts: cuda_ipc is for the GPUs of one host")
-        # CUDA opens no handle in the process that it comes from, and there it need not be opened.
+        # CUDA refuses to open a handle in the process that made it, which can use the address itself.
         foreign = size > 0 and process != self.process_id
         try:
             return _Opened(self.gpu, self.gpu.open(handle) if foreign else address, size, foreign=foreign)
@@ -117,7 +117,7 @@ class CudaIpcEndpoint(TcpEndpoint):
             ) from error
 
     def close(self) -> None:
-        """See Endpoint. The memory is gone: nobody may use it any more."""
+        """See Endpoint. Frees the GPU memory, which must not be used afterwards."""
         super().close()
         if self._arena is not None:
             with suppress(CudaError):
@@ -126,7 +126,7 @@ class CudaIpcEndpoint(TcpEndpoint):
 
 
 def _compare(sock: socket.socket, problem: str) -> str:
-    """Tell the peer of a problem, "" for none; its own."""
+    """Send the peer this end's problem ("" for none); return the peer's."""
     said = problem.encode()[:_LONGEST]
     sock.sendall(_LENGTH.pack(len(said)) + said)
     head = bytearray(_LENGTH.size)

@@ -1,4 +1,4 @@
-"""A link as slow as one says: a token bucket that makes a laptop show the timing relations of a cluster."""
+"""Pacing of links to a given rate by a token bucket, so that a laptop shows the timing relations of a cluster."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 
 from lambdascale.core.checks import require
 
-# How far a link may run ahead of its rate: long enough for a sleep's inaccuracy, short beside any block's time.
+# Seconds by which a link may run ahead of its rate: longer than a sleep's inaccuracy, much shorter than a block's send.
 _BURST_S = 0.002
-# How much of its own oversleeping a bucket makes up: on a busy machine, threads are woken later than they asked for.
+# Most oversleeping, in seconds, that a bucket makes up for: on a busy machine, threads are woken later than requested.
 _OVERSLEPT_S = 0.05
 
 
 class TokenBucket:
-    """At most ``bytes_per_s`` on average for all who share the bucket, first come, first served. Thread-safe.
+    """Limits all senders that share it to ``bytes_per_s`` on average, first come, first served. Thread-safe.
 
-    ``clock`` and ``sleep`` (seconds) are there for tests.
+    Tests replace ``clock`` and ``sleep`` (seconds). UserError unless the rate is positive.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class TokenBucket:
 
     @property
     def piece_bytes(self) -> int:
-        """The size to pace at: larger pieces would move in bursts, smaller ones only cost."""
+        """Best number of bytes per ``take``: larger pieces move in bursts, smaller ones add overhead."""
         return max(4096, int(self.bytes_per_s * _BURST_S))
 
     def take(self, size_bytes: int) -> None:
-        """Wait until ``size_bytes`` have passed the link."""
+        """Wait until the link has had time for ``size_bytes``."""
         with self._lock:
             now = self._clock()
             begin = max(self._busy_until, now - _BURST_S - self._overslept)

@@ -1,7 +1,7 @@
-"""Shared memory of one host: a write is one copy into the peer's memory, told over the TCP connection that all else goes over.
+"""Shared memory of one host: a write is one copy into the peer's memory, announced over the TCP connection that carries the rest.
 
-The memory is an unnamed file (memfd) that peers open through /proc: it is gone with the last process that has it, so nothing
-can be left behind.
+The memory is an unnamed file (memfd) that peers open through /proc. The kernel frees it with the last process that has it open,
+so nothing is left behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WHERE = struct.Struct("!QQQ")  # process, descriptor, size
 
 
 class _Mapped:
-    """The peer's memory, mapped. See Reachable.
+    """The peer's memory, mapped. See Reachable. ``hashes``: hash what is copied; all nodes of a cluster do or none does.
 
     Hashing brings a piece into a cache, from where it is copied past the caches (see the launcher in
     lambdascale.live.controller): memory is read once. What is hashed
@@ -42,56 +42,59 @@ class _Mapped:
 
     step_bytes = 1 << 20
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, *, hashes: bool) -> None:
         self.nbytes = memory.nbytes
         self._memory = np.frombuffer(memory, dtype=np.uint8)
-        self._copied = xxhash.xxh3_64()
+        self._copied = xxhash.xxh3_64() if hashes else None
 
     def put(self, data: Memory, at: int) -> None:
         assert isinstance(data, memoryview), "it is on the host"
-        self._copied.update(data)
+        if self._copied is not None:
+            self._copied.update(data)
         # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
         self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
-    def complete(self) -> int:
+    def complete(self) -> int | None:
+        if self._copied is None:
+            return None
         found = self._copied.intdigest()
         self._copied.reset()
         return found
 
     def close(self) -> None:
-        """It is unmapped with the last reference."""
+        """Do nothing: the memory is unmapped with the last reference."""
 
 
 class ShmEndpoint(TcpEndpoint):
-    """An Endpoint among processes of one user on one host."""
+    """An Endpoint for processes of one user on one host."""
 
     _descriptor = -1
     _size = 0
 
     def allocate(self, size: int) -> memoryview:
-        """See Endpoint. Once per endpoint."""
+        """See Endpoint. UserError for a second call."""
         require(self._descriptor < 0, "an endpoint's shared memory is allocated once")
         self._descriptor, self._size = os.memfd_create("lambdascale"), size
         os.ftruncate(self._descriptor, max(1, size))
         return memoryview(_mapped(self._descriptor, max(1, size)))[:size]
 
     def register(self, memory: Memory) -> None:
-        """See Endpoint. UserError for memory that ``allocate`` did not give."""
+        """See Endpoint. UserError for memory that did not come from ``allocate``."""
         ours = memory.nbytes == self._size and isinstance(memory, memoryview) and isinstance(memory.obj, mmap.mmap)
         require(ours, "shared memory must come from the endpoint's allocate()")
         super().register(memory)
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> _Mapped:
-        """Exchange where the memories are and map the peer's. OSError if it is another user's or on another host."""
+        """Exchange the locations of the memories and map the peer's; OSError if it is another user's or on another host."""
         sock.sendall(_WHERE.pack(os.getpid(), max(0, self._descriptor), self._size))
         answer = bytearray(_WHERE.size)
         fill(sock, memoryview(answer))
         process, descriptor, size = _WHERE.unpack(answer)
         if size == 0:
-            return _Mapped(memoryview(b""))
+            return _Mapped(memoryview(b""), hashes=False)
         opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
         try:
-            return _Mapped(memoryview(_mapped(opened, size)))
+            return _Mapped(memoryview(_mapped(opened, size)), hashes=self.handlers.on_checked is not None)
         finally:
             os.close(opened)
 
@@ -104,9 +107,9 @@ class ShmEndpoint(TcpEndpoint):
 
 
 def _mapped(descriptor: int, size: int) -> mmap.mmap:
-    """The file's memory, its pages entered for writing now: a fault for every 4 KiB would cost more than the copy.
+    """Map the file with its pages populated for writing: a page fault for every 4 KiB would cost more than the copy.
 
-    MAP_POPULATE enters the pages of shared memory as if for reading. The processor then marks each as written in the page table
+    MAP_POPULATE populates the pages of shared memory for reading only. The processor then marks each as written in the page table
     at the first write to it, which in a virtual machine halves that copy's rate (7 GiB by 7 processes: 0.74 s, then 0.33).
     """
     memory = mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)

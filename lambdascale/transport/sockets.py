@@ -1,29 +1,29 @@
-"""What transports with a socket per peer have in common: listening, proving to belong to the cluster, keeping the connections.
+"""The common part of transports with a socket per peer: listening, letting in nodes of the cluster only, keeping connections.
 
-A connection begins with a challenge either side answers with an HMAC of a key both ends know, so that nobody else's bytes reach
-the memory; what follows is neither encrypted nor authenticated further: for trusted networks and loopback.
+A connection counts once both ends have proved to know the cluster's key (see handshake). Nodes connect to nodes with a lower
+id, so that each pair has one connection; one's own id, ids outside the directory and replaced processes are refused.
 """
 
 from __future__ import annotations
 
-import hmac
 import mmap
-import secrets
 import socket
-import struct
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import Handlers, Memory, TransportError
+from lambdascale.transport.handshake import Handshake, Party
 from lambdascale.transport.pacing import TokenBucket
 
-_HELLO = struct.Struct("!32sI")  # challenge, node
-_PROOF_BYTES = 32
 TIMEOUT_S = 20.0
+# Connections that may be in their handshake at once. A cluster has 256 nodes at most; strangers get no more threads than this.
+_MOST_ADMITTING = 512
 
 
 class Connection(Protocol):
@@ -52,6 +52,10 @@ class Connection(Protocol):
         """Say goodbye after what was given, and wait until the peer has had it all."""
         ...
 
+    def cut(self, reason: str) -> None:
+        """End without a goodbye; what waits fails with ``reason``. The endpoint has forgotten the connection."""
+        ...
+
 
 C = TypeVar("C", bound=Connection)
 
@@ -72,29 +76,44 @@ def fill(sock: socket.socket, target: memoryview) -> None:
 
 
 class SocketEndpoint(ABC, Generic[C]):
-    """The common part of an Endpoint, listening on ``host`` (loopback unless told otherwise). ``link`` paces all it sends."""
+    """The common part of an Endpoint, listening on ``host`` (loopback unless told otherwise). ``link`` paces all it sends.
+
+    ``generation`` tells this process of the node from those the node had before.
+    """
 
     on_device = False
 
     def __init__(
-        self, node: NodeId, handlers: Handlers, key: bytes, *, host: str = "127.0.0.1", link: TokenBucket | None = None
+        self,
+        node: NodeId,
+        handlers: Handlers,
+        key: bytes,
+        *,
+        host: str = "127.0.0.1",
+        link: TokenBucket | None = None,
+        generation: int = 0,
     ) -> None:
         self.node = node
         self.handlers = handlers
         self.link = link
         self.memory: Memory = memoryview(bytearray())
-        self._key = key
+        self._handshake = Handshake(key, Party(node, generation), TIMEOUT_S)
+        # _lock guards the five below. An entry of _connections has one of _generations: which process of the peer it leads to.
         self._lock = threading.Lock()
         self._connections: dict[NodeId, C] = {}
+        self._generations: dict[NodeId, int] = {}
+        self._expected: Mapping[NodeId, int] | None = None
         self._admitting: dict[threading.Thread, socket.socket] = {}
         self._closed = False
+        # Held while the node is told of a loss: expect() returns after all losses of replaced processes have been told.
+        self._telling = threading.RLock()
         self._server = socket.create_server((host, 0))
         self._listener = threading.Thread(target=self._accept_all, name=f"accept-{node}", daemon=True)
         self._listener.start()
 
     @abstractmethod
     def make(self, peer: NodeId, sock: socket.socket) -> C:
-        """A connection over a socket whose other end has proved to be ``peer``; OSError or EOFError if it cannot be made."""
+        """Return a connection over a socket whose other end has proved to be ``peer``; OSError or EOFError if that fails."""
 
     @property
     def address(self) -> str:
@@ -114,17 +133,62 @@ class SocketEndpoint(ABC, Generic[C]):
     def register_source(self, memory: memoryview) -> None:
         """See Endpoint. Sockets take any memory."""
 
+    # -- who may connect ---------------------------------------------------------------------------------------------
+
+    def expect(self, generations: Mapping[NodeId, int]) -> list[NodeId]:
+        """See Endpoint."""
+        with self._lock:
+            self._expected = dict(generations)
+            replaced = [c for peer, c in self._connections.items() if self._objection(Party(peer, self._generations[peer]))]
+        for connection in replaced:
+            self._replace(connection)
+        with self._lock:
+            return [peer for peer in generations if peer < self.node and peer not in self._connections]
+
+    def _objection(self, party: Party) -> str:
+        """Why the directory speaks against a connection to ``party``, "" if it does not. Called with the lock."""
+        if self._expected is None:
+            return ""
+        if party.node not in self._expected:
+            return f"node {party.node} is not in the directory"
+        wanted = self._expected[party.node]
+        return f"process {party.generation} of node {party.node} was replaced by {wanted}" if party.generation < wanted else ""
+
+    def _check_caller(self, caller: Party) -> None:
+        with self._lock:
+            objection = self._objection(caller)
+            if caller.node <= self.node:
+                objection = f"node {caller.node} may not connect to node {self.node}: only nodes with a higher id may"
+            elif self._generations.get(caller.node, -1) >= caller.generation:
+                objection = f"node {caller.node} is connected already"
+        if objection:
+            raise TransportError(objection)
+
+    def _check_listener(self, peer: NodeId, address: str, listener: Party) -> None:
+        if listener.node != peer:
+            raise TransportError(f"{address} is node {listener.node}, not {peer}")
+        with self._lock:
+            objection = self._objection(listener)
+        if objection:
+            raise TransportError(objection)
+
+    def _replace(self, connection: C) -> None:
+        reason = "its process has been replaced"
+        self.forget(connection, reason)
+        connection.cut(reason)
+
     def connect(self, peer: NodeId, address: str) -> None:
         """See Endpoint."""
+        if peer >= self.node:
+            raise TransportError(f"node {self.node} connects to nodes with a lower id, not to node {peer}")
         host, _, port = address.rpartition(":")
         try:
             sock = socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
         except OSError as error:
             raise TransportError(f"node {peer} at {address} cannot be reached: {error}") from error
         try:
-            found = self._shake(sock)
-            if found != peer:
-                raise TransportError(f"{address} is node {found}, not {peer}")
+            listener = self._handshake.call(sock, address, partial(self._check_listener, peer, address))
+            sock.settimeout(TIMEOUT_S)
             connection = self.make(peer, sock)
         except (OSError, EOFError) as error:
             sock.close()
@@ -132,10 +196,10 @@ class SocketEndpoint(ABC, Generic[C]):
         except TransportError:
             sock.close()
             raise
-        self._add(connection)
+        self._add(connection, listener.generation)
 
     def admit(self, peer: NodeId) -> None:
-        """See Endpoint. Whoever is connected may write."""
+        """See Endpoint. A connected peer may always write."""
 
     def dismiss(self, peer: NodeId) -> None:
         """See Endpoint."""
@@ -152,6 +216,7 @@ class SocketEndpoint(ABC, Generic[C]):
         """See Endpoint."""
         with self._lock:
             connection = self._connections.pop(peer, None)
+            self._generations.pop(peer, None)
         if connection is not None:
             connection.finish()
 
@@ -166,7 +231,8 @@ class SocketEndpoint(ABC, Generic[C]):
         self._listener.join(TIMEOUT_S)
         with self._lock:
             settled = [connection.sock for connection in self._connections.values()]
-        for thread, sock in list(self._admitting.items()):
+            admitting = list(self._admitting.items())
+        for thread, sock in admitting:
             if sock not in settled:
                 with suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
@@ -174,11 +240,18 @@ class SocketEndpoint(ABC, Generic[C]):
         for peer in list(self._connections):
             self.disconnect(peer)
 
-    def forget(self, connection: C) -> None:
-        """Called by a connection that is over."""
-        with self._lock:
-            if self._connections.get(connection.peer) is connection:
-                del self._connections[connection.peer]
+    def forget(self, connection: C, lost: str = "") -> None:
+        """Called by a connection that is over. ``lost``: the reason to tell the node, "" after a goodbye.
+
+        The node is told once of each connection, and not of one that it has disconnected or that has been forgotten before.
+        """
+        with self._telling:
+            with self._lock:
+                known = self._connections.get(connection.peer) is connection
+                if known:
+                    del self._connections[connection.peer], self._generations[connection.peer]
+            if known and lost:
+                self.handlers.on_lost(connection.peer, lost)
 
     def _connection(self, peer: NodeId) -> C:
         with self._lock:
@@ -186,15 +259,21 @@ class SocketEndpoint(ABC, Generic[C]):
                 raise TransportError(f"node {peer} is not connected")
             return self._connections[peer]
 
-    def _add(self, connection: C) -> None:
-        with self._lock:
-            refused = self._closed or connection.peer in self._connections
-            if not refused:
-                self._connections[connection.peer] = connection
-                connection.start()
-        if refused:
-            connection.abandon()
-            raise TransportError(f"node {connection.peer} is connected already")
+    def _add(self, connection: C, generation: int) -> None:
+        """Use a proven connection. It takes the place of one to an earlier process of the peer, and of no other."""
+        while True:
+            with self._lock:
+                before = self._connections.get(connection.peer)
+                refused = self._closed or (before is not None and self._generations[connection.peer] >= generation)
+                if not refused and before is None:
+                    self._connections[connection.peer] = connection
+                    self._generations[connection.peer] = generation
+                    connection.start()
+                    return
+            if refused or before is None:
+                connection.abandon()
+                raise TransportError(f"node {connection.peer} is connected already")
+            self._replace(before)
 
     def _accept_all(self) -> None:
         while True:
@@ -203,30 +282,22 @@ class SocketEndpoint(ABC, Generic[C]):
             except OSError:
                 return
             thread = threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True)
-            self._admitting[thread] = sock
-            thread.start()
+            with self._lock:
+                full = len(self._admitting) >= _MOST_ADMITTING
+                if not full:
+                    self._admitting[thread] = sock
+            if full:
+                sock.close()
+            else:
+                thread.start()
 
     def _admit(self, sock: socket.socket) -> None:
         try:
+            caller = self._handshake.listen(sock, self.address, self._check_caller)
             sock.settimeout(TIMEOUT_S)
-            self._add(self.make(self._shake(sock), sock))
+            self._add(self.make(caller.node, sock), caller.generation)
         except (OSError, EOFError, TransportError):
-            sock.close()  # not one of us, or twice the same: the other side sees its connection end
+            sock.close()  # a stranger, or refused: the other side sees its connection end
         finally:
-            del self._admitting[threading.current_thread()]
-
-    def _shake(self, sock: socket.socket) -> NodeId:
-        """Exchange challenges and prove to know the key, both ways; the peer's node id."""
-        mine = secrets.token_bytes(32)
-        sock.sendall(_HELLO.pack(mine, self.node))
-        hello, proof = bytearray(_HELLO.size), bytearray(_PROOF_BYTES)
-        fill(sock, memoryview(hello))
-        theirs, peer = _HELLO.unpack(hello)
-        sock.sendall(self._proof(theirs, self.node))
-        fill(sock, memoryview(proof))
-        if theirs == mine or not hmac.compare_digest(self._proof(mine, peer), bytes(proof)):
-            raise EOFError("it does not know the cluster's key")
-        return int(peer)
-
-    def _proof(self, challenge: bytes, node: NodeId) -> bytes:
-        return hmac.digest(self._key, challenge + struct.pack("!I", node), "sha256")
+            with self._lock:
+                del self._admitting[threading.current_thread()]

@@ -1,10 +1,11 @@
-"""TCP: writes are received straight into the registered memory's final place."""
+"""TCP transport: writes are received directly at their final place in registered memory."""
 
 from __future__ import annotations
 
 import socket
 import struct
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,38 +20,38 @@ from lambdascale.transport.base import Memory, TransportError
 from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill, flat
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-# Bytes of a write, in pieces; their hash, where the sender has it; the word that it is complete; a message; a goodbye.
+# Frames: a piece of a write; the write's hash, if the sender has it; its completion; a message; the end of the connection.
 _DATA, _HASH, _WRITTEN, _MESSAGE, _BYE = range(5)
 _LARGEST_MESSAGE = 1 << 30
 _BUFFER_BYTES = 1 << 20
-# A write moves in pieces of this size at most, and messages slip in between them.
+# Largest piece of a write; messages are sent between pieces.
 _PIECE_BYTES = 1 << 20
-# Received and hashed in parts that stay in a core's cache in between.
+# Size of the parts that are received and then hashed: small enough to stay in a core's cache in between.
 _HASHED_BYTES = 1 << 18
 
 
 class Reachable(Protocol):
-    """A peer's memory that can be written to without the socket, ``step_bytes`` at a time. Used by one thread."""
+    """A peer's memory that can be written to without the socket, ``step_bytes`` at a time; used by one thread."""
 
     nbytes: int
     step_bytes: int
 
     def put(self, data: Memory, at: int) -> None:
-        """Copy a piece there; OSError if it cannot be. It may be under way yet when this returns."""
+        """Copy a piece there; the copy may still be under way when this returns. OSError if it fails."""
         ...
 
     def complete(self) -> int | None:
-        """Wait until all that was put is there; its hash (xxh3_64) where it was in a cache, since the last call."""
+        """Wait until all that was put is there. Returns the hash (xxh3_64) of these bytes, where it was computed."""
         ...
 
     def close(self) -> None:
-        """Reach it no longer."""
+        """Release the memory."""
         ...
 
 
 @dataclass
 class _Job:
-    """Something to send."""
+    """A write or message to send."""
 
     kind: int
     immediate: int
@@ -69,14 +70,15 @@ class _Connection:
         self._endpoint = endpoint
         self._messages: deque[_Job] = deque()
         self._writes: deque[_Job] = deque()
+        # Guards both queues, _ending, _reason and _left.
         self._lock = threading.Lock()
         self._given = threading.Condition(self._lock)
         self._ending = False
         self._reason = ""
-        self._broken = False  # something could not be sent: nothing is tried any more
+        self._broken = False  # a send failed: nothing more is sent
         self._left = 0
-        self._hash: xxhash.xxh3_64 | None = None  # of the write that is coming in
-        self._told: int | None = None  # its hash, by the sender's word
+        self._hash: xxhash.xxh3_64 | None = None  # of the write that is being received
+        self._told: int | None = None  # its hash as computed by the sender
         sock.settimeout(None)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
@@ -96,7 +98,7 @@ class _Connection:
         self.sock.close()
 
     def _let_go(self) -> None:
-        """Nothing is written any more."""
+        """Release the peer's memory: nothing is written any more."""
         if self._theirs is not None:
             self._theirs.close()
 
@@ -109,7 +111,7 @@ class _Connection:
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
     def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
-        """Queue a write or message."""
+        """Queue a write or message; its future."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
             if self._reason:
@@ -134,12 +136,12 @@ class _Connection:
                 thread.join(TIMEOUT_S)
 
     def _wake(self) -> None:
-        """Let calls that wait on the socket return."""
+        """Shut the socket down, so that calls waiting on it return."""
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
 
     def _leave(self) -> None:
-        """A thread is done; the last one closes the socket, which no call uses any more."""
+        """Count a finished thread; the last one closes the socket, which no call uses any more."""
         with self._lock:
             self._left += 1
             last = self._left == len(self.threads)
@@ -147,7 +149,7 @@ class _Connection:
             self.sock.close()
 
     def _end(self, reason: str) -> bool:
-        """Accept nothing any more; whether this is the first word of it. The sender leaves once it is through."""
+        """Accept nothing any more; True if this is the first call. The sending thread leaves once it is through."""
         with self._given:
             first, self._reason = not self._reason, self._reason or reason
             self._ending = True
@@ -155,28 +157,30 @@ class _Connection:
         return first
 
     def _break(self, reason: str, *, tell: bool) -> None:
-        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        """End the connection: nothing is accepted any more, and what waits has failed."""
         first = self._end(reason)
         if tell:
             self._wake()
         if first:
-            self._endpoint.forget(self)
-            if tell:
-                self._endpoint.handlers.on_lost(self.peer, reason)
+            self._endpoint.forget(self, reason if tell else "")
+
+    def cut(self, reason: str) -> None:
+        """See Connection."""
+        self._break(reason, tell=True)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
         while (job := self._next()) is not None:
             self._carry_out(job)
-        # The peer sees the end of what this side sends, after all of it, and that its memory is its own again.
+        # After all data, the peer sees the end of this side's stream, and with it that nothing writes to its memory any more.
         self._let_go()
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
         self._leave()
 
     def _next(self) -> _Job | None:
-        """What to send next, messages first; None when the connection ends and nothing is left."""
+        """Wait for the next job and return it, messages first; None when the connection ends and nothing is left."""
         with self._given:
             while not self._messages and not self._writes:
                 if self._ending:
@@ -189,7 +193,8 @@ class _Connection:
             if self._broken:
                 raise OSError(self._reason)
             self._write(job) if job.kind == _WRITTEN else self._send(job)
-        except (OSError, EOFError) as error:
+        except Exception as error:
+            _print_unforeseen(error)
             self._broken = True
             job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
             self._break(str(error), tell=True)
@@ -197,7 +202,7 @@ class _Connection:
             job.done.set_result(None)
 
     def _send(self, job: _Job) -> None:
-        """A message or a goodbye."""
+        """Send a message or a goodbye."""
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
             bucket.take(job.payload.nbytes)
@@ -205,7 +210,7 @@ class _Connection:
         self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
 
     def _write(self, job: _Job) -> None:
-        """Bring the bytes over in pieces, messages in between; then say that they are complete."""
+        """Move the bytes in pieces, with messages in between, then announce that they are complete."""
         theirs = self._theirs
         if theirs is not None and job.offset + job.payload.nbytes > theirs.nbytes:
             raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
@@ -223,7 +228,7 @@ class _Connection:
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
     def _pieces(self, payload: Memory, largest: int) -> Iterator[tuple[int, Memory]]:
-        """The payload and its places, in pieces, each when the link has room for it."""
+        """Yield the payload and its places, in pieces, each when the link has room for it."""
         bucket = self._endpoint.link
         data = flat(payload)
         step = largest if bucket is None else min(largest, bucket.piece_bytes)
@@ -247,8 +252,9 @@ class _Connection:
         try:
             while self._receive_one():
                 pass
-        except (OSError, EOFError) as error:
-            self._break(str(error) or "the connection is gone", tell=True)
+        except Exception as error:  # also a handler's: bytes that nobody takes note of must not seem delivered
+            _print_unforeseen(error)
+            self._break(str(error) or "the connection has ended", tell=True)
         else:
             self._break("the peer has disconnected", tell=False)
         self._leave()
@@ -290,13 +296,19 @@ class _Connection:
             self._hash.update(part)
 
     def _complete(self, immediate: int, offset: int, size: int) -> None:
-        """A write is there: tell, with its hash where there is one."""
+        """Report a complete write, with its hash if it has been computed."""
         handlers, found = self._endpoint.handlers, self._told if self._hash is None else self._hash.intdigest()
         self._hash = self._told = None
         if handlers.on_checked is None or found is None:
             handlers.on_write(self.peer, immediate, offset, size)
         else:
             handlers.on_checked(self.peer, immediate, offset, size, found)
+
+
+def _print_unforeseen(error: Exception) -> None:
+    """Print an exception that is no connection's end: a fault of ours, after which the connection ends as well."""
+    if not isinstance(error, OSError | EOFError):
+        traceback.print_exception(error)
 
 
 class TcpEndpoint(SocketEndpoint[_Connection]):
@@ -307,5 +319,5 @@ class TcpEndpoint(SocketEndpoint[_Connection]):
         return _Connection(self, peer, sock, self.introduce(peer, sock))
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> Reachable | None:
-        """What both ends do next once they trust each other; the peer's memory if it can be reached directly."""
+        """Exchange what the transport needs between ends that trust each other. Returns the peer's memory if it is reachable."""
         return None

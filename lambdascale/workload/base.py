@@ -1,4 +1,4 @@
-"""What a workload is: a frozen configuration that yields the requests of a run."""
+"""The workload protocol: a frozen configuration that yields the requests of a run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Workload(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where requests came from, for a run's manifest.
+    """Origin of a run's requests, recorded in its manifest.
 
     ``source`` is the file read, None for a generator that reads none, and ``sha256`` the digest of its bytes.
-    ``rows`` counts its rows (blank lines and comments excluded), ``skipped_rows`` the malformed ones passed over on
-    request and ``dropped_failures`` those the trace itself records as failed.
+    ``rows`` counts its rows (blank lines and comments excluded), ``skipped_rows`` the malformed rows skipped on
+    request and ``dropped_failures`` the requests that the trace itself records as failed.
     """
 
     source: str | None = None
@@ -39,7 +39,7 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTrace:
-    """Requests as :meth:`Workload.requests` returns them, and where they came from."""
+    """Requests as :meth:`Workload.requests` returns them, with their provenance."""
 
     requests: tuple[Request, ...]
     provenance: Provenance

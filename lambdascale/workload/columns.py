@@ -1,4 +1,4 @@
-"""Requests as columns: what readers and generators produce and rescaling works on, before anything has an id."""
+"""Requests as parallel columns: produced by readers and generators, changed by rescaling, before requests have ids."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Columns:
-    """Parallel columns, one entry a request: ``arrival_s`` ascending, token counts of at least 1.
+    """Parallel columns with one entry per request: ``arrival_s`` in seconds, ascending; token counts of at least 1.
 
-    ``period_s`` is the length of the stretch of time described, quiet ends included: what a repetition is shifted by.
-    ``trace_model`` holds the position of each request's model among ``trace_models``, the trace's own names; None where
-    the trace does not decide on the model.
+    ``period_s`` is the length in seconds of the time covered, quiet ends included; a repetition is shifted by it.
+    ``trace_model`` holds the position of each request's model among ``trace_models``, the trace's own names; None if
+    the trace does not choose models.
     """
 
     arrival_s: Floats
@@ -33,7 +33,7 @@ class Columns:
         return len(self.arrival_s)
 
     def take(self, rows: Ints | slice) -> Columns:
-        """The given rows, in the given order."""
+        """Select the given rows, in the given order."""
         return replace(
             self,
             arrival_s=self.arrival_s[rows],
@@ -49,14 +49,14 @@ class Columns:
 
 
 def natural_period_s(arrival_s: Floats) -> float:
-    """Length of a trace that starts with its first arrival and ends one mean gap after its last; 0 for a single instant."""
+    """Length in seconds of a trace from its first arrival to one mean gap after its last; 0 for fewer than two arrivals."""
     count = len(arrival_s)
     return float(np.ptp(arrival_s)) * count / (count - 1) if count > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Independent random streams of one seed, so that a change to one choice leaves the others as they were."""
+    """Independent random streams of one seed, so that changing one kind of choice leaves the others unchanged."""
 
     arrivals: np.random.Generator
     lengths: np.random.Generator
@@ -65,7 +65,7 @@ class Streams:
 
     @classmethod
     def of(cls, seed: int) -> Streams:
-        """The streams of ``seed``, a whole number of at least 0."""
+        """Streams of ``seed``; UserError unless it is a whole number of at least 0."""
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise UserError(f"seed must be a whole number of at least 0, not {seed!r}")
         return cls(*(np.random.Generator(np.random.PCG64(child)) for child in np.random.SeedSequence(seed).spawn(4)))

@@ -21,9 +21,9 @@ _TIMEOUT_S = 60
 
 @dataclass(frozen=True, kw_only=True)
 class TraceSource:
-    """A file to download. ``sha256`` is None where nobody vouches for one: then the first download pins it.
+    """A file to download. ``sha256`` None: upstream publishes no digest, so the first download pins its own.
 
-    ``saved_as``: its name here, where the one upstream says nothing.
+    ``saved_as``: the local file name, for files whose upstream name is not descriptive.
     """
 
     url: str
@@ -34,7 +34,7 @@ class TraceSource:
 
     @property
     def filename(self) -> str:
-        """The file's name here: the one upstream, unless ``saved_as`` gives another."""
+        """Local file name: ``saved_as``, or else the last part of the URL."""
         return self.saved_as or self.url.rsplit("/", 1)[-1]
 
 
@@ -113,14 +113,14 @@ REGISTRY: Mapping[str, TraceSource] = {
 
 
 def fetch(name: str, out: Path, registry: Mapping[str, TraceSource] = REGISTRY) -> Path:
-    """Download the trace ``name`` into the folder ``out``, unless it is there and intact; returns its path.
+    """Download the trace ``name`` into the folder ``out``, unless an intact copy exists; return its path.
 
-    The file appears under its name only when complete and verified. A trace without a known SHA-256 is pinned on first sight in
-    ``out``/traces.lock.json and verified against that from then on. UserError for an unknown name, a failed download or a
-    wrong digest.
+    The file appears under its name only when complete and verified. The first download of a trace without a known SHA-256 pins
+    its digest in ``out``/traces.lock.json; later ones are verified against that. UserError for an unknown name, a failed
+    download or a wrong digest.
     """
     if name not in registry:
-        raise UserError(f"unknown trace {name!r}; there are {', '.join(registry)}")
+        raise UserError(f"unknown trace {name!r}; choose from {', '.join(registry)}")
     source = registry[name]
     pins = _read_pins(out / LOCK_NAME)
     expected = source.sha256 or pins.get(source.url)
@@ -134,8 +134,8 @@ def fetch(name: str, out: Path, registry: Mapping[str, TraceSource] = REGISTRY) 
 def _retrieve(source: TraceSource, expected: str | None, out: Path) -> Path:
     pooch.get_logger().setLevel(logging.WARNING)
     if expected is None and (out / source.filename).exists():
-        # A file that was put here by hand proves nothing about upstream, so it must not become the pin.
-        raise UserError(f"{out / source.filename} is there without a recorded SHA-256; move it away to download it")
+        # A file copied here by hand proves nothing about upstream, so its digest must not become the pin.
+        raise UserError(f"{out / source.filename} exists without a recorded SHA-256; move it away to download the trace")
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = pooch.retrieve(
@@ -149,12 +149,12 @@ def _retrieve(source: TraceSource, expected: str | None, out: Path) -> Path:
         _close_response(error)
         raise UserError(f"cannot download {source.url}: {_one_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"{source.url} does not have the expected SHA-256 {expected}: not kept") from error
+        raise UserError(f"{source.url} does not have the expected SHA-256 {expected}; the download was discarded") from error
     return Path(found)
 
 
 def _close_response(error: Exception) -> None:
-    # pooch streams, and leaves the connection of a refused request open.
+    # pooch streams downloads and leaves the connection of a refused request open.
     if isinstance(error, requests.RequestException) and error.response is not None:
         error.response.close()
 
@@ -182,13 +182,13 @@ def _write_pins(lock: Path, pins: Mapping[str, str]) -> None:
 
 
 def describe(name: str, source: TraceSource) -> str:
-    """What there is to know about a trace before its download, in four lines."""
+    """Describe a trace before its download in four lines: contents, URL, SHA-256 and licence."""
     digest = source.sha256 or f"unknown: the first download pins it in {LOCK_NAME}"
     return f"{name}: {source.about}\n  {source.url}\n  SHA-256 {digest}\n  licence {source.licence}"
 
 
 def main(arguments: Sequence[str] | None = None, registry: Mapping[str, TraceSource] = REGISTRY) -> None:
-    """Command line: names of traces to download, ``--list``, ``--out DIR``. Raises UserError for a user's mistake."""
+    """Run the command line: names of traces to download, ``--list``, ``--out DIR``. Raises UserError for a user's mistake."""
     parser = argparse.ArgumentParser(prog="fetch_traces.py", description="Download public request traces, verified by SHA-256.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="traces to download; see --list")
     parser.add_argument("--list", action="store_true", help="show every trace with URL, SHA-256 and licence")
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None, registry: Mapping[str, TraceSou
     elif not options.names:
         raise UserError(f"name at least one trace: {', '.join(registry)}")
     if unknown := [name for name in options.names if name not in registry]:
-        raise UserError(f"unknown trace {unknown[0]!r}; there are {', '.join(registry)}")
+        raise UserError(f"unknown trace {unknown[0]!r}; choose from {', '.join(registry)}")
     for name in options.names:
         print(describe(name, registry[name]))
         path = fetch(name, options.out, registry)

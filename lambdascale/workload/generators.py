@@ -18,7 +18,7 @@ _CLUSTERS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedWorkload(LengthsMixin):
-    """Base of the generators: arrival times from a process, token counts from ``lengths``, models by Zipf."""
+    """Base of the generators: arrival times from a process, token counts from ``lengths``, models by ``popularity``."""
 
     popularity: Literal["first", "zipf"] = "zipf"
 
@@ -60,7 +60,7 @@ class ConstantRate(GeneratedWorkload):
 
 @dataclass(frozen=True, kw_only=True)
 class Burst(GeneratedWorkload):
-    """``count`` requests at ``at_s``, or uniformly over ``spread_s`` from then on (paper, figures 8 and 9)."""
+    """``count`` requests at ``at_s``, or spread uniformly over the ``spread_s`` after it (paper, figures 8 and 9)."""
 
     count: int = 50
     at_s: float = 0.0
@@ -82,12 +82,13 @@ class Burst(GeneratedWorkload):
 class BurstyWorkload(GeneratedWorkload):
     """Clusters of requests with silence between them, fitted to the λScale authors' 30-minute trace.
 
-    A cluster is one request with probability ``single_probability``, else one plus a geometric number (from 1 on) of mean
-    ``followers_mean``. A gap inside a cluster is exponential with mean ``short_gap_s`` with probability
-    ``short_gap_probability``, else ``gap_min_s`` plus a Gamma of ``gap_shape`` and ``gap_scale_s``. The silence from the
-    end of a cluster to the next is ``silence_min_s`` plus an exponential of ``silence_mean_s``. The first cluster starts
-    at 0, as the trace does. Unlike independent Gamma gaps it has the trace's bursts at 10 to 60 s. A longer run with the
-    same seed starts with the shorter one. Lengths are the Azure conversation's, within Llama 2's context of 4,096.
+    A cluster is one request with probability ``single_probability``, else one request and a geometric number (at least 1,
+    mean ``followers_mean``) of followers. A gap inside a cluster is, with probability ``short_gap_probability``, exponential
+    with mean ``short_gap_s``, else ``gap_min_s`` plus a Gamma of ``gap_shape`` and ``gap_scale_s``. The silence from the
+    end of a cluster to the next is ``silence_min_s`` plus an exponential of mean ``silence_mean_s``. The first cluster
+    starts at 0, as the trace does. Unlike independent Gamma gaps, this process reproduces the trace's bursts at time scales
+    of 10 to 60 s. With the same seed, a longer run begins with the arrivals of a shorter one. Token counts follow the Azure
+    conversation trace, within Llama 2's context of 4,096 tokens.
     """
 
     duration_s: float = 1800.0
@@ -129,7 +130,7 @@ class BurstyWorkload(GeneratedWorkload):
         return arrival_s[arrival_s < self.duration_s]
 
     def _gaps(self, rng: np.random.Generator) -> Floats:
-        """The gap before each request of the next clusters, the silence before the first of each included."""
+        """Gap in seconds before each request of the next clusters; before the first request of a cluster, its silence."""
         followers = np.where(
             rng.random(_CLUSTERS) < self.single_probability, 0, rng.geometric(1 / self.followers_mean, _CLUSTERS)
         )

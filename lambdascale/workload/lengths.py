@@ -1,4 +1,4 @@
-"""Token lengths of requests that come without any: fixed, or drawn from the lognormals fitted to public traces."""
+"""Token counts for requests that come without them: fixed, or drawn from lognormals fitted to public traces."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lambdascale.workload.shaping import ShapedWorkload
 
 @dataclass(frozen=True)
 class Lognormal:
-    """A token count: lognormal with the given parameters of its logarithm, rounded, at least 1 and at most ``cap``."""
+    """Distribution of a token count: lognormal with ``mu`` and ``sigma`` of its logarithm, rounded, from 1 to ``cap``."""
 
     mu: float
     sigma: float
     cap: int
 
     def draw(self, count: int, rng: np.random.Generator) -> Ints:
-        """``count`` independent token counts."""
+        """Draw ``count`` independent token counts."""
         drawn = np.exp(np.minimum(rng.normal(self.mu, self.sigma, count), math.log(self.cap)))
         return np.maximum(np.rint(drawn), 1).astype(np.int64)
 
 
 #: (prompt, output) fitted to the Azure 2023 conversation trace, capped at its longest, and to BurstGPT (traces' statistics).
-#: Input and output are drawn independently: their rank correlation in the traces is 0.07.
+#: Prompt and output are drawn independently: their rank correlation in the traces is 0.07.
 FITTED: dict[str, tuple[Lognormal, Lognormal]] = {
     "azure": (Lognormal(6.63, 0.985, 14_050), Lognormal(5.02, 0.859, 1_000)),
     "burstgpt": (Lognormal(4.57, 1.64, 6_142), Lognormal(3.02, 1.79, 7_315)),
@@ -37,7 +37,7 @@ FITTED: dict[str, tuple[Lognormal, Lognormal]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LengthsMixin(ShapedWorkload):
-    """Adds ``lengths``: "fixed" gives every request ``prompt_tokens`` and ``output_tokens``, the others draw from FITTED."""
+    """Adds ``lengths``: "fixed" gives every request ``prompt_tokens`` and ``output_tokens``, other values draw from FITTED."""
 
     lengths: Literal["fixed", "azure", "burstgpt"] = "fixed"
     prompt_tokens: int = 128

@@ -1,4 +1,4 @@
-"""Renewal processes: the arrival times behind the generators."""
+"""Renewal processes from which the generators take arrival times."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _BATCH = 4096
 def gamma_renewal(length: float, shape: float, rng: np.random.Generator) -> Floats:
     """Event times in [0, length) of a stationary renewal process with Gamma gaps of mean 1 (CV = shape ** -0.5).
 
-    The process is in equilibrium at 0: the first event comes after the rest of a gap that is already under way, so that
-    the expected number of events in any interval is its length, however bursty the gaps.
+    The process is in equilibrium at 0: time 0 falls inside a gap, and the first event ends the rest of that gap. So the
+    expected number of events in any interval is its length, however bursty the gaps.
     """
     first = rng.random() * rng.gamma(shape + 1, 1 / shape)
     parts = [np.array([first])]

@@ -16,7 +16,7 @@ from lambdascale.workload.tracefile import BadRow, opened, real_number, text_lin
 
 @dataclass(frozen=True, kw_only=True)
 class RateSeriesWorkload(GeneratedWorkload):
-    """Requests at the rates of a file: one rate in requests/s a line, for ``bin_s`` each; ``#`` starts a comment.
+    """Requests that follow the rates in a file: one rate (requests/s) per line, each for ``bin_s``; ``#`` starts a comment.
 
     A Gamma renewal process of mean 1 runs in rescaled time, the integral of the rate, so that every bin gets its rate times
     ``bin_s`` requests on average and gaps have CV ``gap_shape ** -0.5`` once rescaled. The default shape is the one fitted
@@ -61,7 +61,7 @@ class RateSeriesWorkload(GeneratedWorkload):
         return np.array(rates), digest
 
     def _windowed(self, rates: Floats) -> tuple[Floats, Floats]:
-        """Edges of the bins inside the window, counted from its start, and their rates."""
+        """Edges of the bins, clipped to the window, in seconds from its start, and their rates."""
         end_s = len(rates) * self.bin_s
         start_s = min(self.start_s, end_s)
         stop_s = end_s if self.duration_s is None else min(start_s + self.duration_s, end_s)
@@ -70,7 +70,7 @@ class RateSeriesWorkload(GeneratedWorkload):
 
 
 def follow_rate(edges_s: Floats, rates: Floats, gap_shape: float, rng: np.random.Generator) -> Floats:
-    """Arrival times of a Gamma renewal process with rate ``rates[i]`` (1/s) between ``edges_s[i]`` and ``edges_s[i + 1]``."""
+    """Arrival times (s) of a Gamma renewal process with rate ``rates[i]`` (1/s) from ``edges_s[i]`` to ``edges_s[i + 1]``."""
     expected = np.concatenate([[0.0], np.cumsum(rates * np.diff(edges_s))])
     if expected[-1] == 0:
         return np.empty(0)

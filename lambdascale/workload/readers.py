@@ -68,8 +68,8 @@ class BurstGptTrace(TraceFile):
 
     The trace has whole seconds: ``spread_within_second`` adds a uniform fraction to each. ``log_type`` keeps only
     "Conversation log" or "API log". Failed requests have no response tokens: ``drop_failures`` leaves them out and counts
-    them, otherwise they ask for one output token. ``use_trace_models`` sends the trace's models, in alphabetical order, to
-    the run's models in theirs, instead of ``popularity``.
+    them, otherwise they ask for one output token. ``use_trace_models`` maps the trace's models, in alphabetical order, to
+    the run's models in the order of the configuration, instead of ``popularity``.
     """
 
     spread_within_second: bool = False

@@ -5,11 +5,11 @@ Applied in this order, so that each setting means the same whatever else is set:
 1. window (readers only): arrivals in [start_s, start_s + duration_s) of the trace, counted from start_s;
 2. ``repeat``: that many copies one after the other, each shifted by the length of the one before;
 3. ``rate_scale``: below 1 each request is kept with that probability (thinning). Above 1 each request is copied, the
-   fractional part with that probability, and a copy follows its original by a uniform share of the shorter of the
-   gaps around it (for the last one, of what is left of the window): bursts stay together and grow, and the rate
-   keeps its shape at time scales longer than a gap;
-4. ``time_compression``: every time is divided by it;
-5. ``limit``: the first so many requests;
+   fractional part with that probability, and a copy follows its original after a uniform fraction of the shorter of
+   the two gaps beside it (the last request: beside it and the end of the window). Bursts stay together and grow, and
+   the rate keeps its shape at time scales longer than a gap;
+4. ``time_compression``: every arrival time is divided by it;
+5. ``limit``: only the first ``limit`` requests are kept;
 6. ``max_output_tokens``, ``max_prompt_tokens``, ``max_context_tokens``: longer requests are cut, not dropped. The
    context limit shortens the prompt, and the answer only where it alone fills the context.
 """
@@ -32,7 +32,7 @@ from lambdascale.workload.columns import Columns, Floats, Ints, Streams
 
 @dataclass(frozen=True, kw_only=True)
 class ShapedWorkload(ABC):
-    """Base of all workloads: the settings of the module's list, and which model a request is for.
+    """Base of all workloads: the settings listed above, and the choice of each request's model.
 
     ``popularity`` "first" sends everything to the first model; "zipf" draws the i-th model with weight
     i ** -zipf_exponent (0: uniform).
@@ -71,11 +71,11 @@ class ShapedWorkload(ABC):
         )
 
     def requests(self, *, models: Sequence[str], seed: int) -> Sequence[Request]:
-        """The requests of :meth:`load`."""
+        """Requests of :meth:`load`, without their provenance."""
         return self.load(models=models, seed=seed).requests
 
     def load(self, *, models: Sequence[str], seed: int) -> LoadedTrace:
-        """Requests as :meth:`Workload.requests` describes them, with their provenance."""
+        """Requests as :meth:`Workload.requests` describes them, with their provenance; the same errors."""
         names = list(models)
         require(len(names) > 0, "a workload needs at least one model name")
         require(len(set(names)) == len(names), f"model names must differ: {names}")
@@ -86,7 +86,7 @@ class ShapedWorkload(ABC):
 
     @abstractmethod
     def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
-        """The requests before rescaling."""
+        """Requests before rescaling, with their provenance."""
 
     def _shaped(self, columns: Columns, scaling: np.random.Generator) -> Columns:
         columns = _repeated(columns, self.repeat)
@@ -124,7 +124,7 @@ def _repeated(columns: Columns, copies: int) -> Columns:
     if copies == 1 or not len(columns):
         return columns
     if columns.period_s <= 0:
-        raise UserError(f"repeat={copies} makes no sense for a workload that takes no time")
+        raise UserError(f"repeat={copies} needs a workload that lasts longer than 0 s")
     rows = np.tile(np.arange(len(columns)), copies)
     shift = np.repeat(np.arange(copies), len(columns)) * columns.period_s
     repeated = columns.take(rows)

@@ -1,4 +1,4 @@
-"""Statistics of arrival times: how bursty a trace is, and at which time scale."""
+"""Statistics of arrival times: the burstiness of a trace at several time scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SPIKE_WINDOW_S = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Spike:
-    """A stretch in which the rate over 10 s is at least so many times its median; ``peak`` is the highest multiple."""
+    """A period in which the rate over 10 s stays at or above a multiple of its median; ``peak`` is the highest multiple."""
 
     start_s: float
     end_s: float
@@ -26,12 +26,12 @@ class Spike:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceStats:
-    """Burstiness of a trace. Dictionaries are keyed by window length in s.
+    """Burstiness of a trace. Dictionaries are keyed by window length in seconds.
 
     ``mean_rps`` is requests over the time from first to last arrival; ``gap_cv`` the standard deviation of gaps over their
     mean; ``fano`` the variance of counts per window over their mean (1 for Poisson); ``busiest`` the highest count of a
-    window, ``peak_to_mean`` that over the mean count, ``empty_share`` the share of windows without a request. Windows are
-    adjacent and start at the first arrival; the last one may reach beyond the last arrival.
+    window, ``peak_to_mean`` that count over the mean count, ``empty_share`` the share of windows without a request. Windows
+    are adjacent and start at the first arrival; the last one may reach beyond the last arrival.
     """
 
     requests: int
@@ -48,13 +48,13 @@ def _ascending(arrival_s: ArrayLike) -> Floats:
     times: Floats = np.sort(np.asarray(arrival_s, dtype=np.float64))
     require(times.ndim == 1 and bool(np.isfinite(times).all()), "arrival times must be a list of finite seconds")
     if len(times) < 2 or times[0] == times[-1]:
-        raise UserError(f"statistics need arrivals at two different times at least, not {len(times)} arrivals at one")
+        raise UserError(f"statistics need arrivals at two or more different times, not {len(times)} arrivals at one")
     times -= times[0]
     return times
 
 
 def counts_per_window(arrival_s: Floats, window_s: float) -> Ints:
-    """Requests in each of the adjacent windows [i * window_s, (i + 1) * window_s) up to the last arrival."""
+    """Number of requests in each of the adjacent windows [i * window_s, (i + 1) * window_s) up to the last arrival."""
     return np.bincount((arrival_s / window_s).astype(np.int64))
 
 
@@ -76,12 +76,12 @@ def trace_stats(arrival_s: ArrayLike) -> TraceStats:
 
 
 def spikes(arrival_s: ArrayLike, *, factor: float) -> tuple[Spike, ...]:
-    """Maximal stretches in which the count over 10 s, slid by 1 s, is at least ``factor`` times its median.
+    """Longest possible periods in which the count over 10 s, slid by 1 s, is at least ``factor`` times its median.
 
-    The median is taken over all positions of the window and counts as 1 request at least, so that a trace that is silent
-    most of the time has a finite base. ``start_s`` and ``end_s`` are where the first and last such
-    window starts, counted from the first arrival. A trace
-    shorter than 10 s has no spikes.
+    The median is taken over all positions of the window and is at least 1 request, so that a trace that is silent most of
+    the time has a finite base. ``start_s`` and ``end_s`` are the starts of the first and last such window, counted from the
+    first arrival. A trace shorter than 10 s has no spikes. UserError for a factor that is not positive or as for
+    :func:`trace_stats`.
     """
     require(factor > 0, f"a spike's factor must be positive, not {factor!r}")
     counts = counts_per_window(_ascending(arrival_s), 1)

@@ -1,4 +1,4 @@
-"""What the readers of trace files share: scanning rows with their line numbers, counting bad ones, the time window."""
+"""Shared parts of the trace readers: scanning rows with their line numbers, counting malformed rows, the time window."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONGEST_QUOTE = 60
 
 
 class Row(NamedTuple):
-    """One request of a trace: ``time`` in ticks of the reader's ``ticks_per_s``, token counts, the model's name if used."""
+    """One request of a trace: ``time`` in ticks (``ticks_per_s`` of the reader), token counts, and the model's name if used."""
 
     time: float
     prompt_tokens: int
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 class BadRow(ValueError):
-    """A malformed row; the message says what is wrong with it, the scan adds file and line."""
+    """A malformed row; the message names the mistake, the scan adds file and line."""
 
 
 class FailedRow(Exception):
@@ -68,7 +68,10 @@ def real_number(text: str, column: str) -> float:
 
 @contextmanager
 def opened(path: str, how_to_get: str = "") -> Iterator[tuple[IO[str], str]]:
-    """The file as text (UTF-8, any line ends, byte-order mark removed) and its SHA-256; TraceError if it cannot be read."""
+    """Open ``path`` as text (UTF-8, any line ends, no byte-order mark); yield it and its SHA-256. TraceError if unreadable.
+
+    ``how_to_get`` ends the error message of a missing file.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise TraceError(f"cannot read the trace {path}: {'not a file' if file.exists() else 'no such file'}{how_to_get}")
@@ -92,9 +95,10 @@ def text_lines(lines: Iterable[str]) -> Iterator[tuple[int, tuple[str]]]:
 def csv_records(
     lines: Iterable[str], path: str | None, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-    """Line number and the fields under ``columns`` of every row after the header; TraceError if the header lacks one.
+    """Line number of every row after the header, with its fields under ``columns``; TraceError if the header lacks one.
 
-    The traces read here never quote a field, so a stray quotation mark spoils its own row and no other.
+    A row with a wrong number of fields gives a BadRow instead. The traces read here never quote a field, so a stray
+    quotation mark spoils its own row and no other.
     """
     header: list[str] = []
     positions: list[int] = []
@@ -113,7 +117,7 @@ def csv_records(
 
 @dataclass
 class _Scan:
-    """What one pass over a file found."""
+    """Rows and counts from one pass over a file."""
 
     rows: list[Row] = field(default_factory=list)
     seen: int = 0
@@ -122,7 +126,7 @@ class _Scan:
     first_fault: str = ""
 
     def why_empty(self) -> str:
-        """Why ``rows`` is empty, for an error message."""
+        """Reason why ``rows`` is empty, for an error message."""
         if self.skipped:
             return f"no usable row: {self.skipped} of {self.seen} are malformed, the first at {self.first_fault}"
         return f"none of the {self.seen} rows is left after filtering" if self.seen else "the trace has no rows"
@@ -159,7 +163,7 @@ class TraceFile(ShapedWorkload):
 
     @abstractmethod
     def _row(self, record: tuple[str, ...]) -> Row:
-        """The row that raw fields stand for; raises BadRow, FailedRow or FilteredRow."""
+        """Row that the raw fields describe; raises BadRow, FailedRow or FilteredRow."""
 
     def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
         assert self.path is not None, "checked on construction"
@@ -204,7 +208,7 @@ class TraceFile(ShapedWorkload):
         return columns.at(times - times.min())
 
     def _arrival_times(self, ticks: list[float], streams: Streams) -> Floats:
-        # Subtracting while they are still integers keeps the 100 ns that a date in a double would lose.
+        # Subtracting integer ticks keeps the 100 ns that a date stored as a double would lose.
         first = min(ticks)
         return np.array([(tick - first) / self.ticks_per_s for tick in ticks])
 

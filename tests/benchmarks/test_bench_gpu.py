@@ -22,7 +22,7 @@ PEER = """
 import sys
 from lambdascale.testing.transports import Heard
 from lambdascale.transport import CudaIpcEndpoint, gpu_of
-endpoint = CudaIpcEndpoint(1, Heard().handlers(), b"k" * 32, gpu=gpu_of({gpu}))
+endpoint = CudaIpcEndpoint(0, Heard().handlers(), b"k" * 32, gpu=gpu_of({gpu}))
 endpoint.register(endpoint.allocate({size}))
 print(endpoint.address, flush=True)
 sys.stdin.read()
@@ -40,13 +40,13 @@ def test_write(benchmark: BenchmarkFixture, gpu: int, source: str) -> None:
     code = PEER.format(gpu=gpu, size=SIZE)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdout is not None
-        endpoint = CudaIpcEndpoint(0, Heard().handlers(), b"k" * 32, gpu=gpu_of(0))
+        endpoint = CudaIpcEndpoint(1, Heard().handlers(), b"k" * 32, gpu=gpu_of(0))
         arena = endpoint.allocate(SIZE)
         endpoint.register(arena)
-        endpoint.connect(1, peer.stdout.readline().strip())
+        endpoint.connect(0, peer.stdout.readline().strip())
         pinned = torch.ones(SIZE, dtype=torch.uint8).pin_memory()
         data = arena if source == "gpu" else pinned.numpy().data
-        benchmark.pedantic(lambda: endpoint.write(1, data, 0, 1).result(60), rounds=7, warmup_rounds=1)
+        benchmark.pedantic(lambda: endpoint.write(0, data, 0, 1).result(60), rounds=7, warmup_rounds=1)
         print(f"\n{benchmark.name}: {SIZE / benchmark.stats.stats.median / 1e9:.1f} GB/s")
         endpoint.close()
         peer.kill()

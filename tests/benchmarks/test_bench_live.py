@@ -48,7 +48,7 @@ def test_a_message_there_and_back(benchmark: BenchmarkFixture) -> None:
     """Controller to agent and back, authenticated, over loopback."""
     hub, context = Hub("127.0.0.1"), zmq.Context[zmq.Socket[bytes]]()
     socket = context.socket(zmq.DEALER)
-    socket.identity, socket.linger = b"0", 0
+    socket.identity, socket.linger = b"0.0", 0
     socket.curve_serverkey = hub.access.server_public
     socket.curve_publickey, socket.curve_secretkey = hub.access.client_public, hub.access.client_secret
     socket.connect(hub.access.controller)

@@ -21,6 +21,7 @@ from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.inference import BlockStore, StoreConfig
 from lambdascale.inference.arena import touched_memory
+from lambdascale.inference.verification import Verify
 
 BLOCKS, ROUNDS = 8, 5
 # About 1 GB in float32.
@@ -77,11 +78,11 @@ def seconds(work: Callable[[], object], before: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("verify", ["full", "off"])
 @pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-def test_load(benchmark: BenchmarkFixture, model: PackedModel, device: str, cold: bool, direct: bool, verify: bool) -> None:
+def test_load(benchmark: BenchmarkFixture, model: PackedModel, device: str, cold: bool, direct: bool, verify: Verify) -> None:
     total = sum(model.block_bytes)
     arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
     config = StoreConfig(

@@ -19,7 +19,7 @@ PEER = """
 import sys, time
 from lambdascale.testing.transports import Heard
 from lambdascale.transport import ShmEndpoint, TcpEndpoint
-endpoint = {kind}(1, Heard().handlers(), b"k" * 32)
+endpoint = {kind}(0, Heard().handlers(), b"k" * 32)
 endpoint.register(endpoint.allocate({size}))
 print(endpoint.address, flush=True)
 sys.stdin.read()
@@ -32,11 +32,11 @@ def test_write(benchmark: BenchmarkFixture, kind: type[TcpEndpoint]) -> None:
     code = PEER.format(kind=kind.__name__, size=SIZE)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer:
         assert peer.stdout is not None
-        endpoint = kind(0, Heard().handlers(), b"k" * 32)
-        endpoint.connect(1, peer.stdout.readline().strip())
+        endpoint = kind(1, Heard().handlers(), b"k" * 32)
+        endpoint.connect(0, peer.stdout.readline().strip())
 
         def write() -> None:
-            endpoint.write(1, source.data, 0, 1).result(60)
+            endpoint.write(0, source.data, 0, 1).result(60)
 
         def copied() -> float:
             begin = time.perf_counter()

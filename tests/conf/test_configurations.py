@@ -1,4 +1,4 @@
-"""Every file in conf/ composes into objects, and every experiment runs at a debug scale."""
+"""Every file in conf/ composes into objects, and every experiment runs at a small scale."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_choice_composes_and_builds(group: str, choice: str) -> None:
 
 
 def test_transports() -> None:
-    """``transport=`` offers all that the live cluster has, and the key of the backend itself has the last word."""
+    """``transport=`` offers every transport of the live cluster, and the backend's own key overrides it."""
     transports = get_args(get_type_hints(LiveConfig)["transport"])
     assert {path.stem for path in (conf_dir() / "transport").glob("*.yaml")} == set(transports)
     live = ["experiment=fig07_multicast", "backend=live", "backend.checkpoint=tiny", "system.blocks=8"]
@@ -62,7 +62,7 @@ def test_constants_name_their_source(path: Path) -> None:
 
 
 def traces(folder: Path) -> Path:
-    """Tiny traces under the names that experiments look for."""
+    """Tiny traces under the file names that experiments expect."""
     folder.mkdir(exist_ok=True)
     (folder / "lambdascale_30min_arrivals.txt").write_text("0\n0.5\n0.5\n2\n31\n")
     (folder / "burstgpt_rate_series.txt").write_text("0.2\n")
@@ -94,7 +94,7 @@ def study(experiment: str) -> Study:
 
 
 def written(experiment: str) -> dict[str, Any]:
-    """What a file says about its study, without composing anything."""
+    """The study of a file, read without composing anything."""
     return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})  # type: ignore[union-attr]
 
 
@@ -102,7 +102,7 @@ STUDIES = [name for name in EXPERIMENTS if "grids" in written(name)]
 
 
 def first_point(line: list[str]) -> list[str]:
-    """The first of the runs that a sweep's command line stands for."""
+    """Overrides of the first run of a sweep's command line."""
     parsed = OverridesParser.create().parse_overrides(line)
     values = [next(iter(o.sweep_string_iterator())) if o.is_sweep_override() else o.get_value_element_as_str() for o in parsed]
     return [f"{o.get_key_element()}={value}" for o, value in zip(parsed, values, strict=True)]
@@ -110,7 +110,7 @@ def first_point(line: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
-    """A run of every grid; the table has the columns of the committed one."""
+    """One run of every grid makes a table with the columns of the committed one."""
     own = [f"experiment={experiment}", "hydra/launcher=basic"]
     found = study(experiment)
     points = [first_point(line) for line in command_lines(found, own)]
@@ -142,3 +142,10 @@ def test_an_experiment_says_how_to_run_it(experiment: str) -> None:
     head = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert "scripts/" in head, "the command"
     assert "imulated" in head, "what is simulated, and how long it takes"
+
+
+def test_building_a_live_configuration_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDASCALE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    build(compose(["backend=live", "backend.checkpoint=tiny", "system.blocks=8"]))
+    assert not list(tmp_path.rglob("*"))

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from lambdascale.control import Autoscaler, SystemConfig, build_system
+from lambdascale.control.start import MulticastStart
 from lambdascale.core import Request, UserError
 from lambdascale.core.commands import LoadBlocks, ReleaseNode, Repartition, Serve, SwitchMode
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
-from lambdascale.testing.starts import CooperativeStart, SpreadStart
+from lambdascale.testing.starts import CooperativeStart, SpreadStart, WithHolders
 from lambdascale.testing.systems import SystemConformance, burst, small_cluster, small_model
 
 
@@ -25,6 +26,12 @@ def spread(**changes: object) -> SystemConfig:
     return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)  # type: ignore[arg-type]
 
 
+def with_holders() -> SystemConfig:
+    base = build(compose(["system=lambdascale", "system.kv=copy"])).system
+    assert isinstance(base.start, MulticastStart)
+    return replace(base, name="with_holders", start=replace(base.start, pipelines=WithHolders()))
+
+
 class TestCooperative(SystemConformance):
     def make_system(self) -> SystemConfig:
         return cooperative()
@@ -33,6 +40,11 @@ class TestCooperative(SystemConformance):
 class TestSpread(SystemConformance):
     def make_system(self) -> SystemConfig:
         return spread()
+
+
+class TestPipelinesWithHolders(SystemConformance):
+    def make_system(self) -> SystemConfig:
+        return with_holders()
 
 
 class Suite(SystemConformance):
@@ -69,6 +81,28 @@ def test_a_cold_start_over_four_nodes_consolidates_onto_one() -> None:
     released = [e.node for e in entries if isinstance(e, ReleaseNode)]
     assert released[:3] == [s.node for s in serve.stages[1:]]
     assert not any(e.keep_host for e in entries if isinstance(e, ReleaseNode) and e.node in released[:3])
+
+
+def test_a_source_serves_in_two_instances() -> None:
+    """As a replica, and as the second stage of a pipeline with its destination, until that one is complete."""
+    _, recorder = Suite(with_holders()).run(burst(40), cluster=small_cluster(3), target_per_replica=8)
+    entries = [entry for _, entry in recorder.entries]
+    pipelines = [e for e in entries if isinstance(e, Serve) and e.is_pipeline]
+    replicas = {e.stages[0].node for e in entries if isinstance(e, Serve) and not e.is_pipeline}
+    assert pipelines
+    assert all(pipeline.stages[1].node in replicas for pipeline in pipelines)
+    assert sum(isinstance(e, SwitchMode) for e in entries) == len(pipelines)
+
+
+def test_an_idle_pipeline_is_scaled_in() -> None:
+    """Four nodes with a quarter each serve to the end; idle for the keep-alive, all four are released, without host copies."""
+    config = replace(spread(), start=SpreadStart(consolidate=False))
+    _, recorder = Suite(config).run(burst(4), min_replicas=0, keep_alive_s=0.5, target_per_replica=8)
+    (serve,) = [(at, e) for at, e in recorder.entries if isinstance(e, Serve)]
+    released = [(at, e) for at, e in recorder.entries if isinstance(e, ReleaseNode)]
+    assert {e.node for _, e in released} == {stage.node for stage in serve[1].stages}
+    assert len({at for at, _ in released}) == 1, "together"
+    assert not any(e.keep_host for _, e in released), "a share is no copy of the model"
 
 
 def test_a_share_counts_as_a_part_of_a_replica() -> None:

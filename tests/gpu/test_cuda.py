@@ -101,7 +101,8 @@ def test_blocks_that_others_write_into_the_device_arena(model: PackedModel) -> N
     with BlockStore(config, landing) as store:
         store.add(model)
         assert store.landing_tier == "gpu"
-        offsets = store.reserve(model.name, range(BLOCKS))
+        reception = store.expect(model.name, range(BLOCKS))
+        offsets = reception.offsets
         for block, offset in offsets.items():
             with model.path(block).open("rb") as file:
                 file.seek(model.blocks[block].data_offset)
@@ -109,12 +110,13 @@ def test_blocks_that_others_write_into_the_device_arena(model: PackedModel) -> N
         landing[offsets[2] + 5] += 1
         torch.cuda.synchronize()
         with pytest.raises(BlockError, match="block 2"):
-            store.land(model.name, 2)
+            reception.arrived(2)
         landing[offsets[2] + 5] -= 1
         torch.cuda.synchronize()
         for block in range(BLOCKS):
-            store.land(model.name, block)
-        assert store.demote(model.name) == sum(model.block_bytes)
+            reception.arrived(block)
+        assert store.mirror(model.name) == sum(model.block_bytes)
+        store.evict(model.name, "gpu")
         assert store.resident(model.name, "host") == frozenset(range(BLOCKS))
         assert store.free_bytes("gpu") == arena
     del landing

@@ -13,7 +13,7 @@ from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.control import BatchLimits
 from lambdascale.core import CapacityError, UserError
 from lambdascale.inference import Engine, Sampling, Ticket, TransformerStage, load_blocks
-from lambdascale.inference.sampling import choose
+from lambdascale.inference.sampling import choose, usable_temperature
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 
@@ -116,3 +116,26 @@ class TestInTheEngine:
     def test_rules_that_make_no_sense(self, wrong: dict[str, float]) -> None:
         with pytest.raises(UserError):
             Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 0.0099, -0.5, float("inf"), float("nan")])
+def test_temperatures_that_cannot_be_divided_by(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=temperature)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0.0, 0.0), (1e-300, 0.01), (0.01, 0.01), (1.0, 1.0)])
+def test_usable_temperatures(asked: float, used: float) -> None:
+    """As vLLM's: too small a one is raised, and 0 stays greedy."""
+    assert usable_temperature(asked) == used
+
+
+def test_the_lowest_temperature_draws_from_extreme_logits() -> None:
+    logits = torch.tensor([[-3e4, 3e4, 2.9e4], [0.0, 0.0, 0.0]])
+    assert choose(logits, [Sampling(temperature=0.01)] * 2, [0, 0])[0] == 1
+
+
+@pytest.mark.parametrize("seed", [1 << 63, -(1 << 63) - 1])
+def test_seeds_outside_64_bits(seed: int) -> None:
+    with pytest.raises(ValueError, match="seed must be between -9223372036854775808 and 9223372036854775807"):
+        Sampling(seed=seed)

@@ -1,4 +1,4 @@
-"""Who may know whom (the package's layers), and what may be loaded by whom."""
+"""The package's layers: imports allowed between subpackages, and libraries allowed in each."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ import lambdascale
 PACKAGE = Path(lambdascale.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-# What each subpackage may import of the package, itself aside.
+# Subpackages that each subpackage may import, itself aside. Dependencies point one way: down this list to up (design, section 2).
 PURE = {"core"}
+LIBRARY = PURE | {"multicast", "pipelines", "memory", "workload", "control"}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "multicast": PURE,
     "pipelines": PURE | {"multicast"},
     "memory": PURE,
     "workload": PURE,
-    "control": PURE | {"multicast", "pipelines", "memory"},
-    "sim": PURE | {"multicast", "control", "memory"},
     "metrics": PURE,
     "figures": PURE,
     "checkpoints": PURE,
-    "diagnostics": PURE | {"transport"},
-    "inference": PURE | {"checkpoints", "control", "memory"},
     "transport": PURE,
+    "control": PURE | {"multicast", "pipelines", "memory"},
+    "sim": PURE | {"multicast", "control", "memory"},
+    "inference": PURE | {"checkpoints", "control", "memory"},
+    "diagnostics": PURE | {"transport"},
+    "calibration": PURE | {"checkpoints", "inference", "diagnostics"},
     "live": PURE | {"checkpoints", "control", "inference", "transport"},
     "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics", "transport"},
+    # The composition root: objects from configuration, runs, studies and their tables.
+    "experiments": LIBRARY | {"sim", "live", "metrics", "figures"},
+    "cli": LIBRARY | {"sim", "live", "metrics", "checkpoints", "transport", "diagnostics", "calibration", "experiments"},
 }
 # Heavy or worldly libraries, and the only places that may import them.
 ONLY_IN = {
@@ -60,6 +65,18 @@ def imported(path: Path) -> set[str]:
     return names
 
 
+def test_every_subpackage_has_its_place() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ALLOWED)
+
+
+def test_dependencies_point_one_way() -> None:
+    """No circle of subpackages: whoever is left over knows only those that were placed before it."""
+    placed: set[str] = set()
+    while ready := {layer for layer, known in ALLOWED.items() if layer not in placed and known <= placed}:
+        placed |= ready
+    assert placed == set(ALLOWED)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_layers(path: Path) -> None:
     layer = path.relative_to(PACKAGE).parts[0]
@@ -67,7 +84,7 @@ def test_layers(path: Path) -> None:
         assert not name.startswith("baselines"), "the package never imports baselines"
         parts = name.split(".")
         if parts[0] == "lambdascale" and len(parts) > 1 and layer in ALLOWED and (PACKAGE / parts[1]).is_dir():
-            assert parts[1] in ALLOWED[layer] | {layer}, f"{layer} must not know {parts[1]}"
+            assert parts[1] in ALLOWED[layer] | {layer}, f"{layer} must not import {parts[1]}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -129,7 +129,7 @@ def run(
     cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
     changes = {"nodes": nodes, "nic_bytes_per_s": link, "pcie_bytes_per_s": "1GB/s", "ssd_bytes_per_s": "1GB/s"}
     compute = replace(cluster.compute, iteration_overhead_s=ITERATION_S)
-    cluster = replace(cluster, compute=compute, **changes, **(cluster_changes or {}))
+    cluster = replace(cluster, compute=compute, **changes | (cluster_changes or {}))
     # One thread a node, as on a machine with more nodes than cores; results/LOG.md tells of a run with two that was not exact.
     live = LiveConfig(checkpoint=str(directory), executor=executor, slot_tokens=SLOT_TOKENS, threads=1, **config)
     tokens = prompts(requests)

@@ -8,10 +8,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core.commands import Command, LoadBlocks, Serve, StartMulticast, SwitchMode
-from lambdascale.core.events import BlockArrived, Event, NodeLost, RequestFinished
+from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from tests.live.faults import Break, Damage, check_damage, inject
@@ -165,6 +166,21 @@ def test_a_silent_node_is_given_up(tiny: Path) -> None:
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher], silence_s=2.0)
     check(outcome, tiny)
     assert [entry.node for _, entry in outcome.recorder.entries if isinstance(entry, NodeLost)] == [2]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
+    """The node that serves dies; once it is back, the other one does: a new process, reached in either direction, takes over."""
+    again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0 and entry.node == 0, kill(1))
+    watchers = [Watcher(first(TokensProduced), kill(0)), again]
+    requests = REQUESTS + [structs.replace(request, request_id=request.request_id + 32, arrival_s=8.0) for request in REQUESTS]
+    outcome = run(tiny, requests, system=system_of("lambdascale"), nodes=2, watchers=watchers, transport=transport, restarts=3)
+    assert again.acted
+    assert [event.node for event in of(outcome, NodeLost)] == [0, 1]
+    assert [event.node for event in of(outcome, NodeJoined)] == [0, 1, 0, 1]
+    assert (outcome.rows.status == "ok").all()
+    back = min(at for at, entry in outcome.recorder.entries if isinstance(entry, NodeJoined) and at > 0)
+    assert any(isinstance(entry, Serve) and at > back for at, entry in outcome.recorder.entries)
 
 
 # -- faults of the transport ---------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import pytest
 from hydra.errors import HydraException
 
 from lambdascale.checkpoints.builtin import builtin_model
-from lambdascale.cli.guard import user_message
 from lambdascale.core import UserError
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.runner import run
 
 pytestmark = pytest.mark.live

@@ -10,9 +10,11 @@ from lambdascale.live import wire
 from lambdascale.live.controller.hub import Hub
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], hub: Hub, *, known: bool = True, curve: bool = True) -> zmq.Socket[bytes]:
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], hub: Hub, *, known: bool = True, curve: bool = True, generation: int = 0
+) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    socket.identity = b"3"
+    socket.identity = b"3.%d" % generation
     socket.linger = 0
     if curve:
         access = hub.access
@@ -36,6 +38,26 @@ def test_an_agent_is_heard_and_answered() -> None:
     assert wire.to_agent(agent.recv()) == wire.Ping()
     hub.send(7, wire.Ping())  # nobody there
     agent.close()
+    hub.close()
+    context.term()
+
+
+def test_a_replaced_process_is_neither_heard_nor_answered() -> None:
+    hub, context = Hub("127.0.0.1"), zmq.Context[zmq.Socket[bytes]]()
+    old, new = dealer(context, hub), dealer(context, hub, generation=1)
+    hub.expect(3, 1)
+    for agent, said in ((old, wire.Resumed(1, ())), (new, wire.Beat())):
+        agent.send(wire.encode(said))
+    heard = []
+    while (3, wire.Beat()) not in heard:
+        heard += hub.poll(5)[0]
+    assert hub.poll(0.3) == ([], set())
+    assert heard == [(3, wire.Beat())]
+    hub.send(3, wire.Ping())
+    assert wire.to_agent(new.recv()) == wire.Ping()
+    assert not old.poll(100)
+    for agent in (old, new):
+        agent.close()
     hub.close()
     context.term()
 

@@ -1,4 +1,4 @@
-"""Host copies against a slow model of what an LRU with budget, keep-alive and pins must do."""
+"""Host copies against a slow reference model of an LRU with budget, keep-alive and pins."""
 
 from __future__ import annotations
 

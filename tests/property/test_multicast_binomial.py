@@ -1,4 +1,4 @@
-"""The bounds of λScale's multicast, exactly, and of the pipelines built from it."""
+"""Exact bounds of λScale's multicast, and bounds of the pipelines built from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import ceil, log2
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lambdascale.core import MulticastPlan, PlanError, Send
 from lambdascale.multicast import (
@@ -31,7 +32,7 @@ def check_single_group(nodes: int, blocks: int) -> None:
     validate_plan(plan)
     assert len(plan.rounds) == blocks + ceil(log2(nodes)) - 1
     assert sum(map(len, plan.rounds)) == (nodes - 1) * blocks
-    assert plan.double_receives == (), "the mirroring never needs a second receive"
+    assert plan.double_receives == (), "the mirroring never needs a second receive, as the validator has checked"
 
 
 @pytest.mark.parametrize("nodes", range(2, 129, 3))
@@ -74,7 +75,7 @@ def test_k_way_rounds_and_first_pipeline(sources: int, destinations: int, blocks
     bound = ceil(blocks / groups) + max(fill(len(group)) for group in plan.groups)
     assume(groups > 1 and blocks >= groups and bound < min(complete.values()))
     assert pipelines[0].ready_round <= bound
-    # One of each sub-group: as many early pipelines as the smallest sub-group has destinations.
+    # One node of each sub-group: as many early pipelines as the smallest sub-group has destinations.
     early = [pipeline for pipeline in pipelines if pipeline.ready_round <= bound]
     assert len(early) >= min(map(len, plan.groups)) - 1
 
@@ -151,13 +152,70 @@ def test_survivors_complete_each_other_or_a_block_is_lost(case: tuple[int, list[
         (((Send(0, 1, 0),), (Send(0, 1, 0),)), "round 2: node 1 gets block 0 again"),
         (((Send(0, 1, 0), Send(0, 2, 0)),), "round 1: node 0 sends 2 blocks at once"),
         (((Send(0, 1, 7),),), "round 1: there is no block 7 of 2"),
-        (((Send(0, 9, 0),),), "round 1: a transfer from 0 to 9 is not between two members"),
+        (((Send(0, 9, 0),),), "round 1: a send from 0 to 9 is not between two members"),
         (((Send(0, 1, 0),), (Send(0, 1, 1),)), "node 2 never gets block 0"),
+        (
+            ((Send(0, 1, 0),), (Send(0, 2, 1), Send(1, 2, 0)), (Send(0, 1, 1),)),
+            "round 2: node 2 receives 2 blocks at once, the plan declares 1",
+        ),
     ],
 )
 def test_the_validator_names_what_is_wrong(rounds: tuple[tuple[Send, ...], ...], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         validate_plan(MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=2, rounds=rounds))
+
+
+DOUBLING = MulticastPlan(
+    members=(0, 1, 2),
+    sources=(0,),
+    blocks=2,
+    rounds=((Send(0, 1, 0),), (Send(0, 2, 1), Send(1, 2, 0)), (Send(0, 1, 1),)),
+    double_receives=((2, 2),),
+)
+
+
+def test_a_declared_double_receive_is_valid_on_any_nodes() -> None:
+    validate_plan(DOUBLING)
+    moved = DOUBLING.on([7, 9, 5])
+    assert moved.double_receives == ((2, 5),)
+    validate_plan(moved)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ((), "round 2: node 2 receives 2 blocks at once, the plan declares 1"),
+        (((1, 2), (2, 2)), "round 1: node 2 receives 0 blocks at once, the plan declares 2"),
+        (((2, 2), (3, 1)), "round 3: node 1 receives 1 blocks at once, the plan declares 2"),
+        (((2, 2), (4, 2)), "round 4: the double receive of node 2 is declared outside the plan"),
+        (((0, 2), (2, 2)), "round 0: the double receive of node 2 is declared outside the plan"),
+        (((2, 2), (2, 9)), "round 2: the double receive of node 9 is declared outside the plan"),
+        (((2, 2), (2, 2)), "a double receive is declared twice"),
+    ],
+)
+def test_double_receives_happen_exactly_where_they_are_declared(declared: tuple[tuple[int, int], ...], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        validate_plan(replace(DOUBLING, double_receives=declared))
+
+
+def test_three_blocks_at_once_are_never_valid() -> None:
+    rounds = ((Send(0, 3, 0), Send(1, 3, 1), Send(2, 3, 2)),)
+    plan = MulticastPlan(members=(0, 1, 2, 3), sources=(0, 1, 2), blocks=3, rounds=rounds, double_receives=((1, 3),))
+    with pytest.raises(PlanError, match="node 3 receives 3 blocks at once, the plan declares 2"):
+        validate_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("members", "sources", "blocks", "message"),
+    [
+        ((0, 1), (0,), 0, "a plan needs at least one block, not 0"),
+        ((0, 1, 1), (0,), 1, "members must be distinct and begin with the sources"),
+        ((1, 0), (0,), 1, "members must be distinct and begin with the sources"),
+    ],
+)
+def test_the_shape_of_a_plan(members: tuple[int, ...], sources: tuple[int, ...], blocks: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        validate_plan(MulticastPlan(members=members, sources=sources, blocks=blocks, rounds=()), complete=False)
 
 
 @given(st.lists(st.integers(), max_size=30, unique=True), st.integers(1, 5), st.data())

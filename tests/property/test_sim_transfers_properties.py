@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from baselines.faasnet import BalancedTree
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send
 from lambdascale.core.commands import StartMulticast
-from lambdascale.multicast import BinomialPipeline
+from lambdascale.multicast import BinomialPipeline, validate_plan
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
@@ -66,7 +66,7 @@ class Deliveries:
 
 @st.composite
 def random_plans(draw: st.DrawFn) -> MulticastPlan:
-    """Valid plans without any structure: in each round some holders send something somebody lacks."""
+    """Valid plans without any structure: in each round some holders send something somebody lacks, up to two blocks to a node."""
     nodes, blocks = draw(st.integers(2, 6)), draw(st.integers(1, 4))
     held = [set(range(blocks)), *(set[int]() for _ in range(nodes - 1))]
     rounds: list[tuple[Send, ...]] = []
@@ -74,13 +74,24 @@ def random_plans(draw: st.DrawFn) -> MulticastPlan:
         sent: list[Send] = []
         for src in draw(st.permutations(range(nodes))):
             taken = {(t.dst, t.block) for t in sent}
-            useful = [(d, b) for d in range(nodes) for b in held[src] if b not in held[d] and (d, b) not in taken]
+            open_ports = [d for d in range(nodes) if sum(t.dst == d for t in sent) < 2]
+            useful = [(d, b) for d in open_ports for b in held[src] if b not in held[d] and (d, b) not in taken]
             if useful and (src == 0 or draw(st.booleans())):
                 sent.append(Send(src, *draw(st.sampled_from(useful))))
         for t in sent:
             held[t.dst].add(t.block)
         rounds.append(tuple(sent))
-    return MulticastPlan(members=tuple(range(nodes)), sources=(0,), blocks=blocks, rounds=tuple(rounds))
+    doubles = [
+        (number, node)
+        for number, sent in enumerate(rounds, start=1)
+        for node, received in Counter(t.dst for t in sent).items()
+        if received == 2
+    ]
+    plan = MulticastPlan(
+        members=tuple(range(nodes)), sources=(0,), blocks=blocks, rounds=tuple(rounds), double_receives=tuple(doubles)
+    )
+    validate_plan(plan)
+    return plan
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Any workload keeps the contract of lambdascale.workload.base, however it is rescaled."""
+"""Every workload fulfils the contract of lambdascale.workload.base under any rescaling."""
 
 from __future__ import annotations
 

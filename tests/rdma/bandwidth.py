@@ -1,10 +1,10 @@
-"""Measures the rdma transport against perftest's ib_write_bw, and a multicast against point to point. Prints JSON.
+"""Measure the rdma transport against perftest's ib_write_bw, and a multicast against point to point; print JSON.
 
 In the Soft-RoCE machine:   scripts/softroce -- python tests/rdma/bandwidth.py
 With hardware:              python tests/rdma/bandwidth.py --device mlx5_0 --gid-index 3 --mib 4096
 
-Both ends run on this machine: they share its cores, and emulated devices their emulation. What else the machine does changes from
-second to second, so short measurements alternate, and each of ours is compared with the two of the other kind around it.
+Both ends run on this machine: they share its cores, and emulated devices their emulation. The load of the machine changes from
+second to second, so short measurements alternate, and each of ours is compared with the two of perftest around it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def alternate(names: str, outer: Any, inner: Any, repeat: int) -> tuple[list[float], list[float]]:
-    """Rates of ``outer`` and ``inner`` in turn: one more of the outer, which the inner ones lie between."""
+    """Measure ``outer`` and ``inner`` in turn, with one more ``outer``, so that each ``inner`` lies between two of them."""
     rates, others = [outer()], []
     for _ in range(repeat):
         others.append(inner())
@@ -73,14 +73,14 @@ def alternate(names: str, outer: Any, inner: Any, repeat: int) -> tuple[list[flo
 
 
 def ratios(name: str, outer: Sequence[float], inner: Sequence[float]) -> dict[str, Any]:
-    """Each of the inner against the mean of its neighbours: median, quartiles, and all."""
+    """Ratios of each inner rate to the mean of its neighbours: median, quartiles, and all of them."""
     found = [2 * rate / (before + after) for rate, before, after in zip(inner, outer, outer[1:], strict=False)]
     first, _, third = quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return {name: median(found), f"{name}_quartiles": (first, third), f"{name}_each": [round(ratio, 3) for ratio in found]}
 
 
 def perftest(device: str, gid_index: int, mib: int) -> float:
-    """ib_write_bw with messages of 1 MiB over one queue pair; bytes/s."""
+    """Rate of ib_write_bw with messages of 1 MiB over one queue pair, in bytes/s."""
     command = ["ib_write_bw", "-d", device, "-x", str(gid_index), "-s", str(MIB), "-n", str(max(5, mib)), "-F"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
@@ -99,23 +99,23 @@ def perftest(device: str, gid_index: int, mib: int) -> float:
 
 @contextmanager
 def pair(options: RdmaOptions, size: int) -> Iterator[Any]:
-    """Two processes; gives a function that writes so many bytes in chunks of 1 MiB: bytes/s until the receiver has been told."""
+    """Yield a function that writes between two processes, in chunks of 1 MiB: bytes/s until the receiver is notified."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     receiver = context.Process(target=_receive, args=(options, size, theirs), daemon=True)
     receiver.start()
-    endpoint = load()(0, _handlers(), b"k" * 32, options=options)
+    endpoint = load()(1, _handlers(), b"k" * 32, options=options)
     source = endpoint.allocate(size)
     endpoint.register(source)
-    endpoint.connect(1, ours.recv())
+    endpoint.connect(0, ours.recv())
 
     def write() -> float:
         began = time.monotonic()
-        endpoint.write(1, source, 0, 0)
+        endpoint.write(0, source, 0, 0)
         ours.recv()
         return size / (time.monotonic() - began)
 
-    write()  # what comes first only once
+    write()  # warm-up
     yield write
     ours.send("end")
     endpoint.close()
@@ -130,7 +130,7 @@ def _handlers(written: threading.Semaphore | None = None) -> Handlers:
 
 def _receive(options: RdmaOptions, size: int, pipe: Connection) -> None:
     written = threading.Semaphore(0)
-    endpoint = load()(1, _handlers(written), b"k" * 32, options=options)
+    endpoint = load()(0, _handlers(written), b"k" * 32, options=options)
     endpoint.register(endpoint.allocate(size))
     pipe.send(endpoint.address)
     while not pipe.poll():
@@ -144,13 +144,13 @@ def _make(options: RdmaOptions, link: float | None, node: int, handlers: Handler
 
 
 def multicast(options: RdmaOptions, nodes: int, mib: int) -> float:
-    """Bytes/s that each of ``nodes`` - 1 receivers gets, all at once."""
+    """Rate in bytes/s at which each of ``nodes`` - 1 receivers gets a multicast."""
     size = mib * MIB // BLOCKS
     return BLOCKS * size / _carry(partial(_make, options, None), nodes, size)
 
 
 def paced_multicast(options: RdmaOptions, nodes: int, link: float) -> dict[str, float]:
-    """Links so slow that the machine keeps up: the rate per node against the link's, and against the plan's rounds."""
+    """Multicast over links slow enough for this machine: rate per node against the link's rate, and against the plan's rounds."""
     size = 1 << 18
     plan = BinomialPipeline().plan(sources=1, destinations=nodes - 1, blocks=BLOCKS)
     took_s = _carry(partial(_make, options, link), nodes, size)

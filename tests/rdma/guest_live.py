@@ -1,4 +1,4 @@
-"""Run in the guest: the live cluster over rdma; and what the pre-flight check says of the guest's devices."""
+"""Run in the guest: the live cluster over rdma, and the pre-flight check of the guest's devices."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected(tiny: Path) -> dict[int, list[int]]:
 
 @pytest.fixture
 def serve(tiny: Path, expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch) -> Serve:
-    """Three nodes serve a burst; two of them get the model over rdma. Whoever answers, the tokens are the engine's."""
+    """Three nodes serve a burst; two of them get the model over rdma. Every node's tokens equal the engine's."""
     monkeypatch.setattr(harness, "PATIENCE_S", 400.0)
     system = harness.system_of("lambdascale")
 
@@ -53,7 +53,7 @@ def test_a_scale_out_is_token_exact(serve: Serve) -> None:
 
 
 def test_a_damaged_block(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checksum gives it away where it lands; what is missing is planned anew and comes over rdma, too."""
+    """A checksum detects a damaged block at its destination; a new plan brings the missing blocks over rdma, too."""
     inject(Damage(block=3), monkeypatch)
     outcome = serve()
     check_damage(outcome, block=3)
@@ -62,7 +62,7 @@ def test_a_damaged_block(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_queue_pair_fails(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a multicast, and both its nodes live: one of them is given up."""
+    """A queue pair fails during a multicast while both nodes live: the cluster gives up one of them."""
     inject(Break(node=1, peer=2, after=2), monkeypatch)
     assert [event.node for event in harness.of(serve(), NodeLost)] == [2]
 
@@ -73,6 +73,6 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert checks["pyverbs"]["found"] == "the distribution's python3-pyverbs"
     assert checks["RDMA devices"]["status"] == checks["memory lock limit"]["status"] == "ok"
     for name in ("rxe0 port 1", "rxe1 port 1"):
-        assert "8 MiB written to itself are intact" in checks[name]["found"]
+        assert "a loopback write of 8 MiB is intact" in checks[name]["found"]
     assert "GID 1 (RoCE v2, 127.0.0.1), MTU 4096" in checks["rxe0 port 1"]["found"]
     assert "GID 1 (RoCE v2, 10.78.0.1), MTU 1024" in checks["rxe1 port 1"]["found"]

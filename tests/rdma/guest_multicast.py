@@ -1,4 +1,4 @@
-"""Run in the guest: multicasts by processes, every block's checksum verified where it lands."""
+"""Run in the guest: multicasts by processes, with every block's checksum verified at its destination."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_everybody_gets_everything(sources: int, nodes: int) -> None:
 
 
 def test_connections_are_used_again() -> None:
-    """A second multicast over the same queue pairs, from another source."""
+    """A second multicast, from another source, uses the same queue pairs."""
     with Carriers(make, nodes=3, sources=2, blocks=BLOCKS, block_bytes=BLOCK_BYTES) as carriers:
         carriers.carry(plan_from_holdings({0: {0, 1, 2}}, [2], 3))
         carriers.carry(plan_from_holdings({1: ALL, 2: {0, 1, 2}}, [2], BLOCKS))
@@ -34,7 +34,7 @@ def test_connections_are_used_again() -> None:
 
 
 def test_a_receiver_is_killed() -> None:
-    """The others hear of it; what they hold is enough to plan the rest."""
+    """A receiver's death is reported to the others, and the blocks they hold suffice to plan the rest."""
     with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=BLOCK_BYTES) as carriers:
         carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2)
         carriers.carry(plan_from_holdings(carriers.held, [1, 3], BLOCKS))

@@ -1,4 +1,4 @@
-"""Run in one of two guests on a cable: nodes with odd numbers are in the other one."""
+"""Run in one of two guests on a cable: nodes with odd numbers are in the other guest."""
 
 from __future__ import annotations
 

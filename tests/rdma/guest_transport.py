@@ -1,4 +1,4 @@
-"""Run in the guest: the conformance suite on real verbs, in every shape of connection; and what only verbs can get wrong."""
+"""Run in the guest: the conformance suite on real verbs with all kinds of connections, and faults that only verbs have."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ RdmaEndpoint = load()
 
 
 class Hospitable(RdmaEndpoint):
-    """Admits whoever connects, for as long as it is connected."""
+    """Admits every peer for as long as it is connected."""
 
-    def _add(self, connection: RdmaConnection) -> None:
-        super()._add(connection)
+    def _add(self, connection: RdmaConnection, generation: int) -> None:
+        super()._add(connection, generation)
         connection.admit()
 
 
 class TestWindows(TransportConformance):
-    """As the live cluster has it."""
+    """Connections with memory windows, as in the live cluster."""
 
     options = RdmaOptions()
 
@@ -48,7 +48,7 @@ class TestStanding(TestWindows):
     options = RdmaOptions(windows=False)
 
     def break_off(self, endpoint: Endpoint) -> None:
-        """A queue pair fails, the sockets do not."""
+        """Let a queue pair fail while the sockets stay open."""
         assert isinstance(endpoint, RdmaEndpoint)
         for connection in list(endpoint._connections.values()):
             connection.lanes[0].fail()
@@ -65,7 +65,7 @@ class TestShallow(TestWindows):
 
 @pytest.fixture
 def two() -> Iterator[tuple[Node, Node]]:
-    """Connected, and neither admits the other."""
+    """Two connected endpoints, neither of which admits the other."""
     with ExitStack() as stack:
         nodes = []
         for number in range(2):
@@ -73,59 +73,59 @@ def two() -> Iterator[tuple[Node, Node]]:
             endpoint = RdmaEndpoint(number, heard.handlers(), KEY)
             stack.callback(endpoint.close)
             nodes.append(Node(endpoint, heard, 1 << 16))
-        nodes[0].endpoint.connect(1, nodes[1].endpoint.address)
-        yield nodes[0], nodes[1]
+        nodes[1].endpoint.connect(0, nodes[0].endpoint.address)
+        yield nodes[1], nodes[0]
 
 
 class TestKeys:
-    """Who may write when."""
+    """Peers write only while they are admitted."""
 
     def test_a_write_waits_until_it_is_admitted(self, two: tuple[Node, Node]) -> None:
         one, other = two
         data = random.Random(1).randbytes(5000)
         for round_ in range(3):
-            future = one.endpoint.write(1, memoryview(data), 5000 * round_, round_)
-            one.endpoint.send(1, b"ready").result(30)
+            future = one.endpoint.write(0, memoryview(data), 5000 * round_, round_)
+            one.endpoint.send(0, b"ready").result(30)
             assert not future.done()
-            other.endpoint.admit(0)
+            other.endpoint.admit(1)
             future.result(30)
             other.heard.wait(lambda heard: len(heard.writes) == round_ + 1)  # noqa: B023
-            other.endpoint.dismiss(0)
-            other.endpoint.send(0, b"dismissed")
+            other.endpoint.dismiss(1)
+            other.endpoint.send(1, b"dismissed")
             one.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
         assert other.memory[:15000] == data * 3
 
     def test_an_old_key_is_worth_nothing(self, two: tuple[Node, Node]) -> None:
         one, other = two
-        other.endpoint.admit(0)
-        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        other.endpoint.admit(1)
+        one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
         (connection,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
         stale = list(connection._outbox.keys)
-        other.endpoint.dismiss(0)
-        other.endpoint.send(0, b"dismissed")
+        other.endpoint.dismiss(1)
+        other.endpoint.send(1, b"dismissed")
         one.heard.wait(lambda heard: bool(heard.messages))
         connection._outbox.keys = stale
         with pytest.raises(TransportError):
-            one.endpoint.write(1, memoryview(b"intruder"), 100, 0).result(30)
+            one.endpoint.write(0, memoryview(b"intruder"), 100, 0).result(30)
         assert not any(other.memory[100:200])
         assert one.heard.lost
 
 
 class TestFaults:
-    """What only verbs can get wrong ends as every other loss does."""
+    """Faults that only verbs have end as any other loss of a connection."""
 
     @pytest.fixture
     def ends(self, two: tuple[Node, Node]) -> tuple[Node, RdmaConnection, RdmaConnection]:
-        """The writer, its connection, and the other's; the writer is admitted."""
+        """The writer, which is admitted, its connection, and the other end's."""
         one, other = two
-        other.endpoint.admit(0)
-        one.endpoint.write(1, memoryview(b"welcome"), 0, 0).result(30)
+        other.endpoint.admit(1)
+        one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
         (writing,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
         (reading,) = other.endpoint._connections.values()  # type: ignore[attr-defined]
         return one, writing, reading
 
     def lose(self, one: Node, says: str) -> None:
-        future = one.endpoint.write(1, memoryview(b"in vain"), 0, 1)
+        future = one.endpoint.write(0, memoryview(b"in vain"), 0, 1)
         with pytest.raises(TransportError, match=says):
             future.result(60)
         one.heard.wait(lambda heard: bool(heard.lost))
@@ -134,7 +134,7 @@ class TestFaults:
     def test_a_peer_that_does_not_answer(
         self, ends: tuple[Node, RdmaConnection, RdmaConnection], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its machine is gone: no packet is acknowledged, and no socket is closed."""
+        """The peer's machine is lost: no packet is acknowledged, and no socket is closed."""
         one, _, reading = ends
         monkeypatch.setattr(reading.lanes[0], "completed", lambda into: None)
         reading.lanes[0].fail()

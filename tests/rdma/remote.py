@@ -1,4 +1,4 @@
-"""Endpoints in another machine: a proxy that the conformance suite takes for an endpoint, and the server behind it."""
+"""Endpoints in another machine: a proxy for the conformance suite, and the server behind it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lambdascale.transport.rdma import RdmaOptions, load
 
 KEY = b"k" * 32
 PORT = 7000
-STANDING = RdmaOptions(windows=False)  # whoever is connected may write: the suite admits nobody
+STANDING = RdmaOptions(windows=False)  # every connected peer may write, since the suite admits none
 
 
 class Host:
-    """Has endpoints, and remembers what they say until it is asked."""
+    """Server that owns endpoints and stores their events until they are fetched."""
 
     def __init__(self) -> None:
         self._endpoints: dict[int, Endpoint] = {}
@@ -58,7 +58,7 @@ class Host:
         return bytes(self._memories[number][begin:end])
 
     def give(self, number: int, ticket: int, name: str, *arguments: Any) -> None:
-        """A write or message; ("done", ticket, error) follows."""
+        """Start a write or message; the event ("done", ticket, error) follows."""
         events = self._events[number]
         if name == "write":
             peer, data, *rest = arguments
@@ -68,7 +68,7 @@ class Host:
         future.add_done_callback(lambda done: events.put(("done", ticket, str(done.exception() or ""))))
 
     def events(self, number: int) -> list[tuple[Any, ...]]:
-        """What has happened; waits a little for something."""
+        """Fetch the stored events, after waiting briefly for one."""
         found = []
         try:
             found.append(self._events[number].get(timeout=0.2))
@@ -98,7 +98,7 @@ def break_off(endpoint: Any) -> None:
 
 
 def reach(address: str, patience_s: float) -> Any:
-    """The other machine's Host, once it is there."""
+    """Wait for the other machine's Host and return a proxy for it."""
     manager = Manager((address, PORT), authkey=KEY)
     deadline = time.monotonic() + patience_s
     while True:
@@ -112,7 +112,7 @@ def reach(address: str, patience_s: float) -> Any:
 
 
 class RemoteMemory:
-    """What can be seen of memory in the other machine."""
+    """Read-only view of memory in the other machine."""
 
     def __init__(self, host: Any, number: int) -> None:
         self._host, self._number = host, number
@@ -156,6 +156,10 @@ class RemoteEndpoint:
 
     def register_source(self, memory: memoryview) -> None:
         raise NotImplementedError
+
+    def expect(self, generations: dict[NodeId, int]) -> list[NodeId]:
+        missing: list[NodeId] = self._host.call(self._number, "expect", generations)
+        return missing
 
     def connect(self, peer: NodeId, address: str) -> None:
         self._host.call(self._number, "connect", peer, address)

@@ -1,4 +1,4 @@
-"""The rdma transport on real verbs: boots virtual machines with Soft-RoCE devices and runs the guest_* suites in them."""
+"""The rdma transport on real verbs: virtual machines with Soft-RoCE devices run the guest_* suites."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lambdascale.testing.softroce import Outcome, Wire, ensure_packages, run, st
 pytestmark = pytest.mark.rdma
 HERE = Path(__file__).parent
 SUITES = ("guest_transport", "guest_multicast", "guest_live")
-# A whole run takes two minutes on two free cores; what hangs is to fail, what is slow is not.
+# A whole run takes two minutes on two free cores; the limit fails runs that hang, not slow ones.
 PATIENCE_S = 1200.0
 PYTEST = ("pytest", "-c", "tests/rdma/guest.ini", "--rootdir", ".", "--noconftest", "-v")
 PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -28,7 +28,7 @@ PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 @pytest.fixture(scope="module", autouse=True)
 def packages() -> None:
-    """Installed where possible; else, one line says what is missing."""
+    """Install the packages if possible; otherwise skip, naming what is missing."""
     try:
         ensure_packages()
     except UserError as error:
@@ -37,7 +37,7 @@ def packages() -> None:
 
 @dataclass
 class Guest:
-    """A run of all suites in one guest, and what it left."""
+    """A run of all suites in one guest, with its outcome and results folder."""
 
     outcome: Outcome
     results: Path
@@ -66,7 +66,7 @@ def test_in_the_guest(guest: Guest, suite: str) -> None:
 
 
 def test_bandwidth_is_measured(guest: Guest) -> None:
-    """How much it is depends on the machine: see results/LOG.md for figures, and bandwidth.py for the command."""
+    """The bandwidth depends on the machine: see results/LOG.md for figures, and bandwidth.py for the command."""
     report = json.loads((guest.results / "bandwidth.json").read_text())
     low, high = report["transport_of_ib_write_bw_quartiles"]
     assert 0 < low <= report["transport_of_ib_write_bw"] <= high
@@ -95,7 +95,7 @@ def cable() -> Iterator[tuple[Wire, Wire]]:
 
 
 def test_two_guests(cable: tuple[Wire, Wire]) -> None:
-    """The conformance suite with a cable between the nodes."""
+    """The conformance suite passes with a cable between the nodes."""
     one, two = cable
     here = {"GUEST_HERE": one.address, "GUEST_THERE": two.address, **PLUGINS}
     with start([*PYTEST, "tests/rdma/guest_pair.py"], timeout_s=PATIENCE_S, wire=one, environment=here, memory_mib=2048) as first:
@@ -107,7 +107,7 @@ def test_two_guests(cable: tuple[Wire, Wire]) -> None:
 
 
 def _wait_for_listener(port: int) -> None:
-    """Until QEMU listens; to connect would take the only connection."""
+    """Wait until QEMU listens, without connecting, which would take its only connection."""
     wanted = f":{port:04X} 00000000:0000 0A"
     deadline = time.monotonic() + 30
     while wanted not in Path("/proc/net/tcp").read_text():

@@ -1,4 +1,4 @@
-"""Sweeps that leave this process: every launcher of Hydra's that we offer, resumed sweeps, one status at the end, searches."""
+"""Sweeps in other processes: every Hydra launcher we offer, resumed sweeps, one exit status, searches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lambdascale.experiments.search import objective_value
 RUN = conf_dir().parent / "scripts" / "run.py"
 SMALL = ["workload.duration_s=20"]
 
-# A Slurm of one machine: tasks of an array one after the other, their scripts and results on disk as under the real one.
+# A fake Slurm of one machine: it runs the tasks of an array in sequence, with scripts and results on disk as the real one.
 SBATCH = """#!/bin/bash
 script=$(mktemp) && cp "${@: -1}" "$script"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$script")
@@ -49,7 +49,7 @@ def runs_of(folder: Path, experiment: str = "run") -> set[str]:
 
 @pytest.fixture
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Commands of Slurm's names, found first."""
+    """Environment whose path starts with fake Slurm commands."""
     folder = tmp_path_factory.mktemp("slurm")
     for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT}.items():
         (folder / name).write_text(text)
@@ -123,7 +123,9 @@ class TestSearch:
         folder = tmp_path / "results" / "raw" / "tune_blocks" / best["folder"]
         assert json.loads((folder / "summary.json").read_text())["ttft_s"]["p90"] == best["value"]
         system = yaml.safe_load((folder / "config.yaml").read_text())["system"]
-        assert {"system.blocks": system["blocks"], "system.start.sources": system["sources"]} == documents[0]["best"]["settings"]
+        assert {"system.blocks": system["blocks"], "system.start.sources": system["start"]["sources"]} == documents[0]["best"][
+            "settings"
+        ]
 
     def test_a_mistake_ends_it_at_once(self, tmp_path: Path) -> None:
         done = script(tmp_path, *self.SMALL, "workload=azure", "~workload.count")

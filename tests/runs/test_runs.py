@@ -1,4 +1,4 @@
-"""Runs and sweeps as a user sees them: folders, reuse, repetition, death in the middle."""
+"""Runs and sweeps as a user sees them: folders, reuse, repetition, and a death in the middle."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TestSweeps:
 
 
 def test_a_killed_run_looks_unfinished_and_can_be_repeated(tmp_path: Path) -> None:
-    """SIGKILL while the folder is being written: the worst moment."""
+    """SIGKILL at the worst moment, while the folder is being written."""
     code = (
         "import os, signal, sys\n"
         "from lambdascale.experiments import runner\n"
@@ -134,7 +134,7 @@ def test_a_killed_run_looks_unfinished_and_can_be_repeated(tmp_path: Path) -> No
 
 
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
-    """Whatever the moment, there is a complete folder or none."""
+    """After a SIGKILL at any moment, the folder is complete or does not exist."""
     for delay_s in (1.5, 2.5, 3.0):
         process = subprocess.Popen([sys.executable, str(RUN), "seed=7"], cwd=tmp_path, stdout=subprocess.DEVNULL)
         time.sleep(delay_s)

@@ -1,4 +1,4 @@
-"""Offline W&B runs, read back by wandb's own commands."""
+"""Offline W&B runs, read back with wandb's own commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = 10
 
 
 def wandb(*arguments: str, cwd: Path) -> str:
-    """What wandb's command prints."""
+    """Output of a wandb command."""
     command = [sys.executable, "-m", "wandb", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def wandb(*arguments: str, cwd: Path) -> str:
 
 @dataclass
 class Logged:
-    """A W&B run as the file has it."""
+    """A W&B run as stored in its file."""
 
     folder: Path
     run: dict[str, Any] = field(default_factory=dict)
@@ -46,13 +46,13 @@ class Logged:
     exit_code: int | None = None
 
     def media(self, key: str) -> Path:
-        """The file of a logged table or image."""
+        """File of a logged table or image."""
         (path,) = (row[f"{key}.path"] for row in self.history if f"{key}.path" in row)
         return self.folder / "files" / str(path)
 
 
 def read_back(folder: Path) -> Logged:
-    """By wandb's own reader of its logs."""
+    """Read a W&B run with wandb's own reader of its logs."""
     logged = Logged(folder)
     for line in filter(None, wandb("leet", "inspect", "--json", str(folder.resolve()), cwd=folder).splitlines()):
         record = json.loads(line)
@@ -73,7 +73,7 @@ def read_back(folder: Path) -> Logged:
 
 
 def read_all(results: Path) -> dict[str, Logged]:
-    """Logged runs by system."""
+    """All logged runs, by system."""
     every = [read_back(path) for path in sorted(results.glob("wandb/offline-run-*"))]
     return {logged.config["system"]["name"]: logged for logged in every}
 
@@ -100,7 +100,7 @@ def one(logged: dict[str, Logged]) -> Logged:
 
 @pytest.fixture(scope="module")
 def folder(sweep: Path, one: Logged) -> Path:
-    """The run's own folder, found from what W&B knows."""
+    """The run's own folder, found through its W&B run."""
     return sweep / one.config["run"]["folder"]
 
 

@@ -1,4 +1,4 @@
-"""Multicasts by processes over the transports that need no devices."""
+"""Multicasts by processes over the transports that do not need devices."""
 
 from __future__ import annotations
 

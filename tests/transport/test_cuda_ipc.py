@@ -1,4 +1,4 @@
-"""The cuda_ipc transport over a driver in host memory; tests/gpu has it on GPUs."""
+"""The cuda_ipc transport with a fake driver in host memory; tests/gpu tests it on GPUs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Make = Callable[..., list[Node]]
 
 
 class TestCudaIpc(TransportConformance):
-    """Peers as in one process, where memory need not be opened."""
+    """Peers in one process, which need not open each other's memory."""
 
     @pytest.fixture(autouse=True)
     def driver(self) -> None:
@@ -35,7 +35,7 @@ class TestCudaIpc(TransportConformance):
 
     def test_nothing_is_left(self, nodes: Make) -> None:
         one, two = self.pair(nodes)
-        one.endpoint.write(1, self.source(b"x" * 100), 0, 0).result(10)
+        one.endpoint.write(0, self.source(b"x" * 100), 0, 0).result(10)
         for node in (one, two):
             node.endpoint.close()
         assert not self.driver.allocated
@@ -45,7 +45,7 @@ class TestCudaIpc(TransportConformance):
 
 
 class TestForeign(TestCudaIpc):
-    """Peers as in processes of their own, which open each other's memory; sources on the GPU."""
+    """Peers as if in different processes, which open each other's memory; sources on the GPU."""
 
     def make_endpoint(self, node: int, handlers: Handlers) -> Endpoint:
         endpoint = CudaIpcEndpoint(node, handlers, KEY, gpu=Gpu(0, self.driver))
@@ -61,24 +61,24 @@ class TestForeign(TestCudaIpc):
     def test_nothing_is_left(self, nodes: Make) -> None:
         one, two = self.pair(nodes)
         assert sorted(self.driver.opened) == sorted(node.memory.address for node in (one, two))
-        one.endpoint.disconnect(1)
+        one.endpoint.disconnect(0)
         assert not self.driver.opened, "who ends a connection may free its memory: the peer has shut it"
         for node in (one, two):
             node.endpoint.close()
         assert not self.driver.allocated
 
     def test_a_write_is_told_when_it_is_complete(self, nodes: Make) -> None:
-        """Waited for, by an event, before a word is said; a failed copy is never told."""
+        """A write is reported after its event was waited for; a failed copy is never reported."""
         one, two = self.pair(nodes)
         data = self.source(b"y" * 1000)
         self.driver.calls.clear()
-        one.endpoint.write(1, data, 0, 1).result(10)
+        one.endpoint.write(0, data, 0, 1).result(10)
         two.heard.wait(lambda heard: bool(heard.writes))
         steps = [name for name in self.driver.calls if not name.startswith("cuCtx")]
         assert steps == ["cuEventSynchronize", "cuMemcpyAsync", "cuEventRecord", "cuEventSynchronize", "cuEventSynchronize"]
         self.driver.failing["cuMemcpyAsync"] = 700
-        with pytest.raises(TransportError, match=r"node 1: cuMemcpyAsync: status 700 of a fake \(700\)"):
-            one.endpoint.write(1, data, 0, 2).result(10)
+        with pytest.raises(TransportError, match=r"node 0: cuMemcpyAsync: status 700 of a fake \(700\)"):
+            one.endpoint.write(0, data, 0, 2).result(10)
         one.heard.wait(lambda heard: bool(heard.lost))
         assert [write[1] for write in two.heard.writes] == [1]
 
@@ -98,7 +98,7 @@ class TestRefusals:
             endpoint.register(endpoint.allocate(1000))
             endpoint.process_id = b"%020d" % node
             made.append(endpoint)
-        yield made[0], made[1]
+        yield made[1], made[0]
         for endpoint in made:
             endpoint.close()
 
@@ -106,18 +106,18 @@ class TestRefusals:
         one, two = pair
         two.host_id = b"elsewhere".ljust(16)
         with pytest.raises(TransportError, match="different hosts"):
-            one.connect(1, two.address)
+            one.connect(0, two.address)
         assert not one._connections
         assert not any(driver.opened for driver in self.drivers)
 
     @pytest.mark.parametrize("which", [0, 1])
     def test_memory_that_cannot_be_opened(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint], which: int) -> None:
-        """Whichever end cannot: who connects says why, and keeps nothing open."""
+        """If either end fails to open the other's memory, the connecting end raises the reason and leaves nothing open."""
         one, two = pair
         self.drivers[which].failing["cuIpcOpenMemHandle_v2"] = 217
         with pytest.raises(TransportError, match=rf"node {which} \(GPU 0\) cannot open .* of node {1 - which}: .*\(217\)"):
-            one.connect(1, two.address)
-        assert not self.drivers[0].opened
+            one.connect(0, two.address)
+        assert not self.drivers[1].opened
         assert not one._connections
 
     def test_other_memory(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint]) -> None:
@@ -185,7 +185,7 @@ class TestDriver:
 
 
 def test_a_block_on_the_cpu_is_sent_as_before() -> None:
-    from lambdascale.live.node.multicasts import _memory
+    from lambdascale.live.node.sending import _memory
 
     data = torch.arange(10, dtype=torch.uint8)
     found = _memory(data)

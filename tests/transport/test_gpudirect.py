@@ -1,4 +1,4 @@
-"""GPU memory registered with NICs, over made-up verbs and a made-up driver: no machine here has the hardware."""
+"""GPU memory registered with NICs, with fake verbs and a fake driver, since the hardware was not available."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PyverbsError(Exception):
 
 
 class Registration:
-    """A memory region; made by its address, or as a dma-buf."""
+    """A memory region, registered by its address or as a dma-buf."""
 
     refused = ""
 
@@ -45,7 +45,7 @@ class Registration:
 
 @pytest.fixture
 def gpudirect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module, imported with made-up verbs; afterwards nothing of that is left."""
+    """The module, imported with fake verbs, which are removed afterwards."""
     for part in ("device", "gpudirect"):
         monkeypatch.delitem(sys.modules, f"{OURS}.{part}", raising=False)
     package: Any = ModuleType("pyverbs")
@@ -81,7 +81,7 @@ NICS = (SimpleNamespace(domain="a"), SimpleNamespace(domain="b"))
 
 
 def exported() -> int:
-    """Descriptors of dma-bufs that are open; others come and go with threads of earlier tests."""
+    """Open descriptors of dma-bufs; other descriptors are ignored, since threads of earlier tests may still close some."""
     found = 0
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -90,7 +90,7 @@ def exported() -> int:
 
 
 def test_by_dma_buf(gpudirect: Any, memory: DeviceMemory, driver: FakeCuda) -> None:
-    """Every rail registers the exported memory; NICs count from 0, and the descriptor is closed again."""
+    """Every rail registers the exported memory from address 0, and the descriptor is closed afterwards."""
     region = gpudirect.register(NICS, memory, "dmabuf", remote=True, windows=False)
     assert [(mr.domain, mr.length, mr.access, mr.address) for mr in map(region.of, (0, 1))] == [
         ("a", 5_000_001, 3, None),
@@ -106,7 +106,7 @@ def test_by_dma_buf(gpudirect: Any, memory: DeviceMemory, driver: FakeCuda) -> N
 
 
 def test_by_peermem(gpudirect: Any, memory: DeviceMemory, driver: FakeCuda) -> None:
-    """The GPU's addresses are the NIC's, too."""
+    """NICs use the GPU's addresses."""
     region = gpudirect.register(NICS, memory, "peermem", remote=False, windows=True)
     assert [(mr.access, mr.address, mr.descriptor) for mr in map(region.of, (0, 1))] == [(17, memory.address, None)] * 2
     assert (region.origin, region.place(memory.address + 77)) == (memory.address, memory.address + 77)
@@ -115,7 +115,7 @@ def test_by_peermem(gpudirect: Any, memory: DeviceMemory, driver: FakeCuda) -> N
 
 @pytest.mark.parametrize(("way", "advice"), [("dmabuf", "open kernel modules"), ("peermem", "modprobe nvidia_peermem")])
 def test_verbs_that_refuse(gpudirect: Any, memory: DeviceMemory, way: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of one line that says what to do; nothing is registered in another way."""
+    """The error is one line with advice, and no other way of registration is tried."""
     monkeypatch.setattr(Registration, "refused", "Failed to register a MR. Errno: 14, Bad address")
     with pytest.raises(UserError, match=f"gpudirect={way} does not work here: .*{advice}.*Bad address") as caught:
         gpudirect.register(NICS, memory, way, remote=True, windows=False)

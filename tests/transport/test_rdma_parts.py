@@ -1,4 +1,4 @@
-"""The rdma transport's parts that need no verbs: choices, frames, and both ends' book-keeping over a made-up wire."""
+"""Parts of the rdma transport that do not need verbs: choices, frames, and both ends' bookkeeping over a fake wire."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def port(device: str = "mlx5_0", number: int = 1, **changes: Any) -> Port:
 
 class TestChoice:
     def test_of_the_gid(self) -> None:
-        """RoCE v2, routable before link-local."""
+        """RoCE v2 is preferred, and a routable address to a link-local one."""
         (choice,) = choose([port()], RdmaOptions(), "127.0.0.1")
         assert (choice.gid.index, choice.mtu) == (3, 4096)
 
     def test_of_the_port(self) -> None:
-        """The node's own address, then the fastest; none that is down."""
+        """The port with the node's own address is preferred, then the fastest; ports that are down are not used."""
         down = port("a", active=False, rate_bytes_per_s=100e9)
         slow, fast = port("b", rate_bytes_per_s=10e9, gids=(gid(0, "::ffff:10.0.0.9"),)), port("c")
         assert choose([down, slow, fast], RdmaOptions(), "127.0.0.1")[0].port.device == "c"
         assert choose([down, slow, fast], RdmaOptions(), "10.0.0.9")[0].port.device == "b"
 
     def test_of_rails(self) -> None:
-        """In the order they are named in."""
+        """Rails have the order in which devices are named."""
         choices = choose([port("a"), port("b"), port("c")], RdmaOptions(devices=("c", "a"), mtu=1024, gid_index=1), "127.0.0.1")
         assert [(c.port.device, c.mtu, c.gid.index) for c in choices] == [("c", 1024, 1), ("a", 1024, 1)]
 
@@ -79,7 +79,7 @@ class TestChoice:
 
 
 def test_without_pyverbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that says what to install."""
+    """Without pyverbs, the error names what to install."""
     monkeypatch.setitem(__import__("sys").modules, "pyverbs", None)
     monkeypatch.delitem(__import__("sys").modules, "lambdascale.transport.rdma.endpoint", raising=False)
     with pytest.raises(UserError, match=r"lambdascale\[rdma\]"):
@@ -136,7 +136,7 @@ class FakeSlots:
 
 
 class FakeLane:
-    """A queue pair whose requests arrive when the test says so; it counts the peer's receives, as hardware does."""
+    """A queue pair whose requests arrive when the test decides; like hardware, it counts the peer's receives."""
 
     def __init__(self, end: End, posted: int, spare: int, depth: int) -> None:
         self.receives = Receives(posted)
@@ -166,7 +166,7 @@ class FakeLane:
 
 
 class End:
-    """One end: what is sent, what has come."""
+    """One end of a connection: its outbox and its inbox."""
 
     def __init__(self, rails: int, posted: int, size: int, step: int, key: int = 9) -> None:
         self.source = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
@@ -197,7 +197,7 @@ class End:
         return step is not None
 
     def deliver(self, rail: int, peer: End) -> bool:
-        """The oldest request of a rail arrives; the peer posts the receive again at once, its credit comes back later."""
+        """Deliver the oldest request of a rail; the peer posts the receive again at once, and its credit comes back later."""
         lane = self.lanes[rail]
         if not lane.under_way:
             return False
@@ -218,7 +218,7 @@ class End:
 @settings(deadline=None)
 @given(seed=st.integers(0, 10_000), rails=st.integers(1, 3), posted=st.integers(2, 9), step=st.integers(1, 40))
 def test_two_ends_and_a_wire(seed: int, rails: int, posted: int, step: int) -> None:
-    """Whatever comes in whichever order: all arrives, in order, and nobody waits for ever."""
+    """Everything sent arrives in order, whatever the delivery order of the rails, and neither end waits forever."""
     chance = random.Random(seed)
     size = 300
     ends = [End(rails, posted, size, step) for _ in range(2)]
@@ -269,7 +269,7 @@ def test_a_write_outside_the_peers_memory() -> None:
 
 
 def test_watch() -> None:
-    """Jobs run in its thread, and it ends."""
+    """The watch thread runs jobs, and ends."""
     watch = Watch("watch", lambda: None)
     names: list[str] = []
     watch.call_and_wait(lambda: names.append(watch.thread.name), 10)
@@ -287,7 +287,7 @@ class FakeWindow:
 
 
 def test_a_write_waits_until_it_is_admitted() -> None:
-    """Windows open with the first plan and close with the last; the keys are told only while they are good for something."""
+    """Windows open with the first admission and close with the last dismissal; the peer knows keys only while they are valid."""
     one, two = End(2, 8, 100, 10, key=0), End(2, 8, 100, 10, key=0)
     windows: list[FakeWindow] = []
 
@@ -320,7 +320,7 @@ def test_a_write_waits_until_it_is_admitted() -> None:
     assert [w.closed for w in windows] == [True, True]
     assert one.outbox.keys == []
     gate.admit()
-    gate.dismiss()  # before it was open
+    gate.dismiss()  # before the window was open
     settle()
     assert [w.closed for w in windows] == [True] * 4
     assert one.outbox.keys == []

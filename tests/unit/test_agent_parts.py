@@ -1,17 +1,23 @@
-"""What an agent decides before it serves: its GPU, and what it says of a peer it cannot reach. No processes."""
+"""An agent's decisions, its main loop and its ends. No processes."""
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from lambdascale.core import UserError
+from lambdascale.core.commands import StopInstance
+from lambdascale.experiments.compose import compose
 from lambdascale.live import wire
 from lambdascale.live.config import LiveConfig
-from lambdascale.live.node.agent import Agent, make_endpoint, pick_gpu
+from lambdascale.live.node import agent as module
+from lambdascale.live.node.agent import Agent, make_endpoint, make_store, pick_gpu
 from lambdascale.transport import Handlers, TransportError
 
 NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=lambda *_: None)
@@ -19,7 +25,8 @@ NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=
 
 def config(**fields: Any) -> Any:
     access = SimpleNamespace(nodes_key=b"k")
-    return SimpleNamespace(**{"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1"} | fields)
+    known = {"node": 0, "device": "cuda", "transport": "shm", "access": access, "host": "127.0.0.1", "generation": 0}
+    return SimpleNamespace(**(known | fields))
 
 
 def test_nodes_take_turns_at_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +52,12 @@ def test_cuda_ipc_on_a_cpu() -> None:
 class Deaf:
     """An endpoint that reaches nobody but node 0."""
 
+    def __init__(self, node: int) -> None:
+        self._node = node
+
+    def expect(self, generations: dict[int, int]) -> list[int]:
+        return [node for node in generations if node < self._node]
+
     def connect(self, node: int, address: str) -> None:
         if node:
             raise TransportError(f"nodes 2 and {node} are on different hosts")
@@ -52,9 +65,122 @@ class Deaf:
 
 @pytest.mark.parametrize(("node", "reached"), [(1, True), (2, False)])
 def test_a_peer_that_cannot_be_reached(node: int, reached: bool) -> None:
-    """The controller hears why, in one message, as a matter of the user's."""
+    """The controller hears why, in one message."""
     said: list[Any] = []
     agent = Agent.__new__(Agent)
-    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(), _line=SimpleNamespace(say=said.append))
-    agent._connect(wire.Directory({0: "a", 1: "b", 2: "c"}))
-    assert said == [wire.Connected(1) if reached else wire.Fault(2, "nodes 2 and 1 are on different hosts", True)]
+    line = SimpleNamespace(say=said.append)
+    known = {"_connecting": threading.Lock(), "_newest": 7, "_leaving": threading.Event()}
+    agent.__dict__.update(_config=config(node=node), endpoint=Deaf(node), _line=line, **known)
+    agent._connect(wire.Directory(7, {0: "a", 1: "b", 2: "c"}, {0: 0, 1: 0, 2: 0}))
+    assert said == [wire.Connected(1, 7) if reached else wire.Unreached(1, "nodes 2 and 1 are on different hosts")]
+
+
+class Line:
+    """A socket to a controller that says what it is given, and nothing more."""
+
+    def __init__(self, *messages: Any) -> None:
+        self._messages = list(messages)
+        self.said: list[Any] = []
+        self.closed = False
+        self.on_said = lambda message: None
+
+    def say(self, message: Any) -> None:
+        assert not self.closed
+        self.said.append(message)
+        self.on_said(message)
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        return [self._messages.pop(0)] if self._messages else []
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def bare_agent(line: Line, **parts: Any) -> Agent:
+    """An agent of which only the main loop is there."""
+    agent = Agent.__new__(Agent)
+    known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event()}
+    agent.__dict__.update(_config=config(node=1), _line=line, **known, **parts)
+    agent._messages = {wire.Directory: agent._start_connecting, wire.Ping: lambda m: None}
+    return agent
+
+
+def test_an_agent_that_connects_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that does not answer for a while stops no heartbeat."""
+    monkeypatch.setattr(module, "_BEAT_S", 0.0)
+    go, line = threading.Event(), Line(wire.Directory(1, {0: "a", 1: "b"}, {0: 0, 1: 0}))
+
+    def connect(node: int, address: str) -> None:
+        if not go.wait(10):
+            raise TransportError("no heartbeat meanwhile")
+
+    agent = bare_agent(line, endpoint=SimpleNamespace(connect=connect, expect=lambda generations: [0], address="x"))
+    answers = {wire.Beat: go.set, wire.Connected: agent._leaving.set, wire.Unreached: agent._leaving.set}
+    line.on_said = lambda message: answers.get(type(message), lambda: None)()
+    agent.serve()
+    assert wire.Connected(1, 1) in line.said
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Statuses with which the process would have ended."""
+    found: list[int] = []
+    monkeypatch.setattr(module.os, "_exit", found.append)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
+    return found
+
+
+def test_a_main_loop_that_fails(monkeypatch: pytest.MonkeyPatch, exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Loudly: on stderr, to the controller, and with a status that is not 0."""
+    line = Line(wire.Do(StopInstance(3)))
+    agent = bare_agent(line, endpoint=SimpleNamespace(address="x"), close=lambda: None)
+    monkeypatch.setattr(module, "Line", lambda config: line)
+    monkeypatch.setattr(module, "Agent", lambda config, line: agent)
+    module.run(config(node=1), local=False)
+    assert exits == [1]
+    assert "Traceback" in capsys.readouterr().err
+    (fault,) = [message for message in line.said if isinstance(message, wire.Fault)]
+    assert (fault.node, fault.users) == (1, False)
+    assert "KeyError" in fault.reason
+    assert line.closed
+
+
+def test_a_thread_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever it is, the controller hears of it."""
+    line, error = Line(), ZeroDivisionError("mine")
+    failure = threading.ExceptHookArgs((type(error), error, None, threading.Thread(name="some")))
+    module._report_thread(1, line, failure)  # type: ignore[arg-type]
+    assert line.said == [wire.Fault(1, "thread some failed: ZeroDivisionError: mine", False)]
+    assert "mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verify", ["off", "sampled", "full"])
+def test_what_is_verified(verify: Any) -> None:
+    """The setting reaches the store of every node."""
+    assert LiveConfig(verify=verify).verify == verify
+    endpoint = SimpleNamespace(
+        on_device=False,
+        allocate=lambda size: memoryview(bytearray(size)),
+        register=lambda memory: None,
+        register_source=lambda memory: None,
+    )
+    sizes = {"host_bytes": 0, "device_bytes": 0}
+    store = make_store(config(device="cpu", verify=verify, collective="gloo", **sizes), endpoint, "cpu")  # type: ignore[arg-type]
+    assert store.config.verify == verify
+    store.close()
+
+
+def test_a_setting_of_verify_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match="verify"):
+        LiveConfig(verify="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])
+def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
+    """The remote store's rate, also where nothing else is paced, and what to verify."""
+    composed = compose(["cluster=desk", f"cluster.remote_bytes_per_s={rate}"])
+    cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
+    live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
+    hub = SimpleNamespace(access=None)
+    told = live._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)

@@ -1,4 +1,4 @@
-"""``lambdascale plan``: the JSON others read."""
+"""``lambdascale plan``: its JSON, which other programs read."""
 
 from __future__ import annotations
 

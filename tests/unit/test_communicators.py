@@ -18,7 +18,6 @@ from lambdascale.experiments.compose import compose
 from lambdascale.live import config
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.node import communicators
-from lambdascale.live.node.collective import Collective
 from lambdascale.live.node.communicators import Nccl, choose
 
 
@@ -114,11 +113,3 @@ def test_a_broken_communicator_is_aborted(error: RuntimeError | None, called: li
         if error is not None:
             raise error
     assert seen == called
-
-
-def test_who_is_gone() -> None:
-    collective = Collective(0, "127.0.0.1", None, None, None)  # type: ignore[arg-type]
-    assert collective._who_is_gone((0, 1, 2)) == ""
-    collective.lost(7)
-    collective.lost(2)
-    assert collective._who_is_gone((0, 1, 2)) == "node 2 is gone"

@@ -1,4 +1,4 @@
-"""``lambdascale doctor``: what each check makes of a machine, and a disk measurement that leaves nothing behind."""
+"""``lambdascale doctor``: results of each check on fake machines, and a disk measurement that leaves no file behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_GPU = TorchFacts("2.0.0+cpu", 4)
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
-    """A fake file system."""
+    """Write a fake file system of ``files`` (path to text) below ``root``; return ``root``."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Figures: the same bytes for the same table, and no figure from a table that would mislead."""
+"""Figures: equal bytes for equal tables, and an error for a table that would mislead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which nodes a live cluster counts as its own: silence, deaths and connections lost between nodes that live."""
+"""Members of a live cluster: silence, deaths and connections lost between nodes that live."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import cast
 import pytest
 
 from lambdascale.live import wire
-from lambdascale.live.controller import membership
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.log import Log
 from lambdascale.live.controller.membership import Membership
 
 
@@ -18,6 +18,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.now = 100.0
+        self.lines: list[str] = []
         self.pinged: list[int] = []
         self.killed: list[int] = []
         self.ended: list[int] = []
@@ -43,30 +44,33 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    cluster = Cluster()
-    monkeypatch.setattr(membership, "time", cluster)
-    return cluster
+def cluster() -> Cluster:
+    return Cluster()
 
 
 @pytest.fixture
 def members(cluster: Cluster) -> Membership:
-    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), 3.0)
-    members.begin([1, 2, 3, 4])
+    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), Log(write=cluster.lines.append), 3.0, cluster.monotonic)
+    for node in (1, 2, 3, 4):
+        members.admit(node)
     return members
+
+
+def gone(members: Membership, *, ended: bool) -> set[int]:
+    return set(members.gone(ended=ended))
 
 
 def test_a_silent_node_is_taken_for_dead_and_those_heard_of_are_not(cluster: Cluster, members: Membership) -> None:
     for _ in range(3):
         cluster.now += 0.9
-        assert members.gone(ended=False) == set()
+        assert gone(members, ended=False) == set()
         assert all(members.hear(node) for node in (1, 2, 4))
     cluster.now += 1.0
-    assert members.gone(ended=False) == {3}
+    assert gone(members, ended=False) == {3}
     members.remove(3)
     assert cluster.killed == [3]
     assert not members.hear(3)
-    assert members.gone(ended=False) == set()
+    assert gone(members, ended=False) == set()
 
 
 def test_pings_once_a_second_and_only_who_is_there(cluster: Cluster, members: Membership) -> None:
@@ -78,23 +82,23 @@ def test_pings_once_a_second_and_only_who_is_there(cluster: Cluster, members: Me
 
 
 def test_a_process_that_ended_is_dead_at_once(cluster: Cluster, members: Membership) -> None:
-    assert members.gone(ended=False) == set()
+    assert gone(members, ended=False) == set()
     cluster.ended = [4]
-    assert members.gone(ended=True) == {4}
+    assert gone(members, ended=True) == {4}
 
 
 def test_of_two_that_lost_each_other_the_one_that_lost_more_goes(cluster: Cluster, members: Membership) -> None:
-    members.sever(1, wire.Severed(3, "reset"))
-    members.sever(3, wire.Severed(2, "reset"))
-    assert members.gone(ended=False) == set()  # a death would be known a moment later
+    members.sever(1, 3, "reset")
+    members.sever(3, 2, "reset")
+    assert gone(members, ended=False) == set()  # a death would be known a moment later
     cluster.now += 1.0
-    assert members.gone(ended=False) == {3}
+    assert gone(members, ended=False) == {3}
     members.remove(3)
-    assert members.gone(ended=False) == set()
+    assert gone(members, ended=False) == set()
 
 
 def test_a_peer_that_is_gone_cuts_nobody_off(cluster: Cluster, members: Membership) -> None:
     members.remove(3)
-    members.sever(1, wire.Severed(3, "reset"))
+    members.sever(1, 3, "reset")
     cluster.now += 2.0
-    assert members.gone(ended=False) == set()
+    assert gone(members, ended=False) == set()

@@ -1,4 +1,4 @@
-"""Numbers from a run that was written by hand."""
+"""Tables and summary of a hand-written run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: the same model afterwards, in blocks that can be read straight into memory; nothing half-made."""
+"""Packing: the same model afterwards, in blocks to be read directly into memory; no incomplete output after a failure."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class TestPacked:
 
 class TestNothingHalfMade:
     def broken(self, tiny: Path, tmp_path: Path) -> Path:
-        """A copy whose last tensor is missing."""
+        """A copy of a model without its last tensor."""
         copy = tmp_path / "m"
         copy.mkdir()
         (copy / "config.json").write_text((tiny / "config.json").read_text())
@@ -130,7 +130,7 @@ class TestNothingHalfMade:
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
     def test_a_full_disk(self, tiny: Path, tmp_path: Path) -> None:
-        """A limit on file sizes stands in for it: the write fails in the middle of a shard."""
+        """A limit on file sizes simulates a full disk: the write fails in the middle of a shard."""
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
@@ -208,14 +208,14 @@ class TestArchitectures:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
-            ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported; known are LlamaForCausalLM"),
+            ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported; choose from LlamaForCausalLM"),
             ({}, "none given"),
             (TINY | {"hidden_act": "gelu"}, "gelu"),
             (TINY | {"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
             ({key: value for key, value in TINY.items() if key != "hidden_size"}, "hidden_size"),
             ([1, 2], "does not hold a model's configuration"),
-            (TINY | {"num_hidden_layers": "many"}, "makes no sense"),
-            (TINY | {"num_attention_heads": 0}, "makes no sense"),
+            (TINY | {"num_hidden_layers": "many"}, "holds an invalid value"),
+            (TINY | {"num_attention_heads": 0}, "holds an invalid value"),
         ],
     )
     def test_unknown_ones_are_refused(self, config: dict[str, Any], reason: str) -> None:
@@ -249,7 +249,7 @@ class TestArchitectures:
         layer = max(layout.size_bytes for layout in block_layouts(architecture, "BF16", 1)) // layers
         sizes = [layout.size_bytes for layout in layouts]
         several = [size for size, layout in zip(sizes, layouts, strict=True) if layout.last_layer > layout.first_layer]
-        # A block of several layers could give one away to the smallest if it were larger by more than a layer.
+        # If a block of several layers were larger than the smallest by more than a layer, one layer could move there.
         assert max(several, default=0) - min(sizes) <= layer + 1000 or blocks == 1
 
 
@@ -284,7 +284,7 @@ class TestCommand:
             (["--random", "tiny", "OUT", "--blocks", "few"], "number or auto"),
             (["--random", "tiny", "OUT", "--nodes", "1"], "--nodes must be at least 2"),
             (["--random", "tiny", "OUT", "--profile", "moon"], "moon"),
-            (["--random", "tiny", "."], "exists already"),
+            (["--random", "tiny", "."], "already exists"),
         ],
     )
     def test_mistakes(self, arguments: list[str], about: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A measured profile is a configuration the simulator takes as it is."""
+"""A measured profile is a configuration that the simulator accepts unchanged."""
 
 from __future__ import annotations
 

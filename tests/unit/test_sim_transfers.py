@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace as replace_plan
 
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send, UserError
 from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.multicast import validate_plan
 from lambdascale.sim import SimConfig
 from lambdascale.sim.communicator import draw_setup_s, setup_distribution
 from lambdascale.sim.kernel import Kernel
@@ -37,6 +39,7 @@ TRIANGLE = MulticastPlan(  # 2 receives both blocks in round 2
     sources=(0,),
     blocks=2,
     rounds=((Send(0, 1, 0),), (Send(0, 2, 1), Send(1, 2, 0)), (Send(2, 1, 1),)),
+    double_receives=((2, 2),),
 )
 CHAIN = MulticastPlan(
     members=(0, 1, 2),
@@ -78,6 +81,24 @@ def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> Non
     rig.engine.multicast(multicast())
     # 100 wire bytes a block at 100 B/s: 1 s alone, 2 s when node 2 receives both at once.
     assert rig.run() == [(1.0, 1, 1, 0), (3.0, 1, 2, 1), (3.0, 1, 2, 0), (4.0, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("barrier", [False, True], ids=["eager", "barrier"])
+def test_a_round_with_a_declared_double_receive_takes_twice_the_time_of_its_port(barrier: bool) -> None:
+    validate_plan(TRIANGLE)
+    times = {}
+    for doubled in (True, False):
+        # Without the double receive, node 3 takes the second block of round 2 and passes it on in a round of its own.
+        split = replace_plan(
+            TRIANGLE, members=(0, 1, 2, 3), rounds=(TRIANGLE.rounds[0], (Send(0, 3, 1), Send(1, 2, 0))), double_receives=()
+        )
+        rig = Rig(barrier=barrier, barrier_s=0.0, record_grants=True)
+        rig.engine.multicast(multicast(TRIANGLE if doubled else split))
+        arrived = rig.run()
+        times[doubled] = [at for at, *_ in arrived][1:3]
+        into_two = [g for g in rig.engine.links.grants or [] if "nic_in:2" in g.ports and g.begin_s >= 1.0]
+        assert {g.rate for g in into_two} == {50.0 if doubled else 100.0}, "the two blocks share the receive port"
+    assert times == {True: [3.0, 3.0], False: [2.0, 2.0]}, "2 s after round 1 instead of 1 s"
 
 
 def test_the_barrier_costs_its_time_once_a_round_but_not_after_the_last() -> None:

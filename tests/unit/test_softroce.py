@@ -1,4 +1,4 @@
-"""What scripts/softroce does where it cannot start a machine."""
+"""Errors of scripts/softroce on machines where the virtual machine does not start."""
 
 from __future__ import annotations
 

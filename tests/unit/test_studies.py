@@ -1,4 +1,4 @@
-"""Studies: what a command line means, what their tables are made of, and the comparison with the paper."""
+"""Studies: meaning of command lines, rows of their tables, and the comparison with the paper."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
-# -- what tables are made of ---------------------------------------------------------------------------------------------
+# -- rows of tables ------------------------------------------------------------------------------------------------------
 
 
 def events(*rows: tuple[float, str, int | None, int | None, int | None, dict[str, object] | None]) -> pd.DataFrame:
@@ -173,8 +173,8 @@ def test_the_comparison_is_made_of_the_committed_tables() -> None:
     made = paper_table(load_tables(TABLES))
     committed = pd.read_csv(TABLES / "paper_vs_ours.csv", dtype=str, keep_default_na=False)
     assert made.astype(str).to_dict("list") == committed.to_dict("list")
-    readme = (ROOT / "README.md").read_text()
-    assert with_block(readme, "paper_vs_ours", markdown(made)) == readme, "scripts/tables.py writes it"
+    page = (ROOT / "docs" / "paper.md").read_text()
+    assert with_block(page, "paper_vs_ours", markdown(made)) == page, "scripts/tables.py writes it"
 
 
 def test_every_difference_has_a_reason() -> None:

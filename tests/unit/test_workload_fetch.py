@@ -1,4 +1,4 @@
-"""The trace downloader against a server on loopback that lies, stalls and breaks off."""
+"""The trace downloader against a loopback server that sends wrong bytes, stalls and closes connections early."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Serves ``content`` at /trace.txt, breaks off half-way at /short.txt, knows nothing else."""
+    """Serves ``content`` at /trace.txt, closes half-way through /short.txt, and answers 404 otherwise."""
 
     content = CONTENT
     asked = 0
@@ -148,7 +148,7 @@ def test_licence_and_digest_are_shown_on_download(upstream: str, tmp_path: Path,
 def test_an_unknown_name_is_refused_before_anything_is_downloaded(upstream: str, tmp_path: Path) -> None:
     sources = registry(f"{upstream}/trace.txt", DIGEST)
     for arguments in (["it", "that"], []):
-        with pytest.raises(UserError, match=r"unknown trace 'that'; there are it|at least one trace: it"):
+        with pytest.raises(UserError, match=r"unknown trace 'that'; choose from it|at least one trace: it"):
             main([*arguments, "--out", str(tmp_path)], sources)
     assert Upstream.asked == 0
 

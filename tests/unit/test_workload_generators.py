@@ -1,4 +1,4 @@
-"""Generators against the statistics they promise."""
+"""Generators: their requests have the documented statistics."""
 
 from __future__ import annotations
 

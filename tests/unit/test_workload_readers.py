@@ -1,4 +1,4 @@
-"""Trace readers: what they accept, what they refuse, and where they point."""
+"""Trace readers: rows they accept and refuse, and the file and line named in errors."""
 
 from __future__ import annotations
 

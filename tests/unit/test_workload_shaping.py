@@ -1,4 +1,4 @@
-"""Windows, repetition, rescaling, clipping and models."""
+"""Shaping of workloads: windows, repetition, rescaling, clipping and choice of models."""
 
 from __future__ import annotations
 

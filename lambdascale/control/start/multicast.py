@@ -27,8 +27,9 @@ class MulticastStart:
     sub-groups k of a multicast, or "auto" for as many as there are idle sources and destinations. ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination:
     always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
-    ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``: see
-    LoadBlocks; ``storage``: the tier of models without a host copy.
+    ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``:
+    "pipelined" uses SSD and PCIe at once, "sequential" reads everything into host memory first. ``storage``: the tier of models
+    without a host copy.
     """
 
     planner: MulticastPlanner
@@ -76,7 +77,8 @@ class MulticastStart:
         if not sources:
             return StartDecision(nodes=tuple(warm), loads=loads, pipelines=pipelines)
         order = self._order(state, sources, cold)
-        formed = tuple(self.pipelines.pipelines(order.plan))
+        resident = [node for node, tier in order.sources if tier == "gpu"]
+        formed = tuple(self.pipelines.pipelines(order.plan, resident))
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=(order,), pipelines=pipelines + formed)
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:

@@ -1,20 +1,16 @@
 """LiveBackend: node processes behind the control plane's Backend protocol.
 
-It translates: commands into messages to the nodes they concern, messages into events with the controller's time. And it keeps
-what the control plane has no business with: prompts, and the tokens of every answer so far, so that a request that is restarted
-goes on where it was and no token reaches a client twice.
+It translates commands into messages to the nodes they concern, and messages into events with the controller's time. One thread,
+the control thread, runs all of it; other threads leave what they have to say in a queue (see calls).
 """
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -29,6 +25,7 @@ from lambdascale.core.commands import (
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Repartition,
     Serve,
     SetTimer,
     StartMulticast,
@@ -45,52 +42,26 @@ from lambdascale.core.events import (
     RequestArrived,
     RequestFinished,
     TimerFired,
-    TokensProduced,
 )
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
+from lambdascale.live.controller.answers import Answers, Sink
+from lambdascale.live.controller.calls import Abort, Calls, End, Offer
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
-from lambdascale.live.controller.membership import PING_S, Membership
-
-_START_S = 120.0
-
-
-class Sink(Protocol):
-    """Who waits for an answer. Called from the controller's thread; must return at once."""
-
-    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
-        """More of the answer."""
-        ...
-
-    def failed(self, reason: str) -> None:
-        """There will be no answer."""
-        ...
-
-
-@dataclass
-class _Answer:
-    """A request the cluster has: what it consists of, its answer so far, and which instances may speak for it."""
-
-    ticket: Ticket
-    sink: Sink | None
-    owners: set[int] = field(default_factory=set)
-    moving: int | None = None  # the dissolved pipeline that has not handed it over yet
-    aborted: bool = False
-
-
-@dataclass
-class _Served:
-    """An instance: its nodes, the head first."""
-
-    nodes: tuple[NodeId, ...]
+from lambdascale.live.controller.log import Log
+from lambdascale.live.controller.membership import PING_S
+from lambdascale.live.controller.roster import Roster
+from lambdascale.live.controller.transfers import Transfers
+from lambdascale.live.node_config import NodeConfig
 
 
 class LiveBackend:
-    """A running cluster of ``nodes`` nodes, started by ``start()`` and ended by ``close()``.
+    """A running cluster, started by ``start()`` and ended by ``close()``.
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
-    ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time.
+    ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time. A lost node's
+    process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
     """
 
     def __init__(
@@ -98,32 +69,29 @@ class LiveBackend:
         *,
         launcher: Launcher,
         hub: Hub,
-        nodes: int,
         trace: Sequence[Request],
         ticket_of: Callable[[Request], Ticket],
         silence_s: float,
+        restarts: int = 0,
         open_ended: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.launcher = launcher
         self._hub = hub
-        self._nodes = nodes
         self._trace = trace
         self._next_request = 0
         self._ticket_of = ticket_of
         self._open_ended = open_ended
-        self._ended = threading.Event()
-        self._offered: deque[tuple[Request, Ticket, Sink]] = deque()
-        self._aborts: deque[int] = deque()
-        self._aborted_early: set[int] = set()
+        self._ending = False
+        self._calls = Calls(hub.wake)
+        self._offered: dict[int, Offer] = {}  # in order of arrival; the control plane has not heard of them yet
         self._events: deque[Event] = deque()
         self._timers: list[tuple[float, int]] = []
-        self._answers: dict[int, _Answer] = {}
-        self._instances: dict[int, _Served] = {}
-        self._switching: dict[int, NodeId] = {}
-        self._transfers: dict[int, tuple[str, set[tuple[NodeId, int]]]] = {}
-        self._members: dict[int, tuple[NodeId, ...]] = {}
-        self._holding: set[object] = set()  # what the clock waits for
-        self._membership = Membership(launcher, hub, silence_s)
+        self._transfers = Transfers()
+        self._log = Log(clock=clock)
+        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
+        self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
+        self._clock = clock
         self._started: float | None = None
         self._at = 0.0
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
@@ -134,93 +102,59 @@ class LiveBackend:
             StartMulticast: self._multicast,
             LoadBlocks: self._load,
             CancelTransfer: self._cancel,
-            Serve: self._serve,
-            Dispatch: self._dispatch,
-            SwitchMode: self._switch_mode,
-            StopInstance: self._stop_instance,
+            Serve: self._answers.serve,
+            Repartition: self._answers.repartition,
+            Dispatch: self._answers.dispatch,
+            SwitchMode: self._answers.switch_mode,
+            StopInstance: self._answers.stop,
             SetTimer: self._set_timer,
-            FailRequest: self._fail_request,
+            FailRequest: self._answers.fail,
         }
         self._listeners: dict[type, Callable[[NodeId, Any], None]] = {
-            wire.Happened: lambda node, m: self._happened(m.event),
-            wire.Tokens: lambda node, m: self._tokens(m),
-            wire.Aborted: lambda node, m: self._finish(m.request_id, m.instance),
-            wire.Resumed: lambda node, m: self._resumed(m),
-            wire.Placed: lambda node, m: self._let_go(("copy", m.node, m.model)),
-            wire.Fault: self._fault,
-            wire.Severed: self._membership.sever,
-            wire.Beat: lambda node, m: None,
+            wire.Happened: lambda node, m: self._happened(node, m.event),
+            wire.Tokens: lambda node, m: self._answers.tokens(m),
+            wire.Aborted: lambda node, m: self._answers.finish(m.request_id, m.instance),
+            wire.Resumed: lambda node, m: self._answers.resumed(m),
+            wire.Placed: lambda node, m: self._transfers.placed(m.node, m.model),
         }
 
     # -- from other threads ------------------------------------------------------------------------------------------
 
     def now(self) -> float:
         """Seconds of the run; 0 until the clock starts."""
-        return 0.0 if self._started is None else time.monotonic() - self._started
+        return 0.0 if self._started is None else self._clock() - self._started
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """A request from a front end."""
-        self._offered.append((request, ticket, sink))
-        self._hub.wake()
+        """Take a request from a front end. ``sink`` hears its answer, or why there is none."""
+        self._calls.put(Offer(request, ticket, sink))
 
     def abort(self, request_id: int) -> None:
-        """The client of a request is gone."""
-        self._aborts.append(request_id)
-        self._hub.wake()
+        """End a request whose client has hung up."""
+        self._calls.put(Abort(request_id))
 
-    def end(self) -> None:
-        """Let ``next_event`` return None, whatever is under way."""
-        self._ended.set()
-        self._hub.wake()
-
-    def fail_all(self, reason: str) -> None:
-        """Tell those who still wait for answers that there will be none."""
-        waiting = [answer.sink for answer in list(self._answers.values())] + [sink for _, _, sink in list(self._offered)]
-        for sink in waiting:
-            if sink is not None:
-                sink.failed(reason)
+    def end(self, reason: str = "the run was ended") -> None:
+        """Let ``next_event`` return None, whatever is under way. Those who wait for answers hear ``reason``."""
+        self._calls.put(End(reason))
 
     # -- start and end -----------------------------------------------------------------------------------------------
 
-    def start(self, launch: Callable[[], None]) -> None:
-        """Launch the agents and wait until all are connected. RuntimeError or UserError if one does not come up."""
-        launch()
-        deadline = time.monotonic() + _START_S
-        addresses: dict[NodeId, str] = {}
-        connected: set[NodeId] = set()
-        while len(connected) < self._nodes:
-            messages, _ = self._hub.poll(0.1)
-            for node, message in messages:
-                if isinstance(message, wire.Fault):
-                    self._fault(node, message)
-                elif isinstance(message, wire.Hello):
-                    addresses[node] = message.address
-                    if len(addresses) == self._nodes:
-                        for other in addresses:
-                            self._hub.send(other, wire.Directory(addresses))
-                elif isinstance(message, wire.Connected):
-                    connected.add(node)
-            dead = self.launcher.dead()
-            if dead and not messages:
-                raise RuntimeError(f"node {dead[0]} ended while it was starting")
-            if time.monotonic() > deadline:
-                missing = sorted(set(range(self._nodes)) - connected)
-                raise RuntimeError(f"nodes {missing} did not come up within {_START_S:.0f} s")
-        self._membership.begin(addresses)
-        self._events.extend(NodeJoined(0.0, node) for node in sorted(addresses))
+    def start(self, configs: Sequence[NodeConfig]) -> None:
+        """Launch the nodes and wait until all are connected. RuntimeError or UserError if one does not come up."""
+        self._events.extend(NodeJoined(0.0, node) for node in self._roster.start(configs))
+
+    def fail_all(self, reason: str) -> None:
+        """Tell all that wait for answers that there will be none, now and later. For the control thread, or after its end."""
+        self._calls.close(reason)
+        offered, self._offered = self._offered, {}
+        for sink in (*self._answers.sinks, *(offer.sink for offer in offered.values())):
+            sink.failed(reason)
 
     def close(self) -> None:
         """End all agents; no process, port or memory stays behind."""
         self.fail_all("the server is stopping")
-        for node in range(self._nodes):
-            self._hub.send(node, wire.Shutdown())
-        self.launcher.close()
+        self._roster.close()
         self._hub.close()
-
-    def _fault(self, node: NodeId, message: wire.Fault) -> None:
-        if message.users:
-            raise UserError(f"node {node}: {message.reason}")
-        raise RuntimeError(f"node {node}: {message.reason}")
+        self._log.flush(all_of_them=True)
 
     # -- Backend -----------------------------------------------------------------------------------------------------
 
@@ -229,24 +163,40 @@ class LiveBackend:
         self._handlers[type(command)](command)
 
     def next_event(self) -> Event | None:
-        """The next event; waits for it."""
-        while not self._ended.is_set():
+        """Wait for the next event and return it; None when the run has ended."""
+        while True:
+            self._answer_calls()
+            if self._ending:
+                return None
             event = self._ready()
             if event is not None:
                 return event
             if not self._open_ended and self._idle():
                 return None
             self._listen(self._until_due())
-        return None
+
+    def _answer_calls(self) -> None:
+        """Do what other threads have asked for."""
+        for call in self._calls.take():
+            if isinstance(call, Offer):
+                self._offered[call.request.request_id] = call
+            elif isinstance(call, Abort):
+                if self._offered.pop(call.request_id, None) is None:
+                    self._answers.abort(call.request_id)
+            else:
+                self._ending = True
+                self.fail_all(call.reason)
 
     def _ready(self) -> Event | None:
-        """What has happened or is due, with its time."""
+        """Return what has happened or is due, with its time, or None."""
         if self._events:
-            return msgspec.structs.replace(self._events.popleft(), at=self._tick())
+            event = self._events.popleft()
+            event = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+            return msgspec.structs.replace(event, at=self._tick())
         if self._started is None:
-            if self._holding:
+            if self._transfers.initial:
                 return None
-            self._started = time.monotonic()
+            self._started = self._clock()
         at = self._tick()
         if self._timers and self._timers[0][0] <= at:
             return TimerFired(at, heappop(self._timers)[1])
@@ -255,229 +205,109 @@ class LiveBackend:
             self._next_request += 1
             return self._arrive(at, request, self._ticket_of(request), None)
         if self._offered:
-            return self._arrive(at, *self._offered.popleft())
+            offer = self._offered.pop(next(iter(self._offered)))
+            return self._arrive(at, offer.request, offer.ticket, offer.sink)
         return None
 
     def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
-        aborted = request.request_id in self._aborted_early
-        self._aborted_early.discard(request.request_id)
-        self._answers[request.request_id] = _Answer(ticket, None if aborted else sink, aborted=aborted)
+        self._answers.begin(request.request_id, ticket, sink)
         return RequestArrived(at, request)
 
     def _tick(self) -> float:
-        """The time; it never goes back."""
+        """Return the time; it never goes back."""
         self._at = max(self._at, self.now())
         return self._at
 
     def _idle(self) -> bool:
-        """Whether nothing can happen any more by itself."""
-        waiting = any(answer.owners or answer.moving is not None for answer in self._answers.values())
+        """True if nothing can happen any more by itself."""
         return not (
-            self._events or self._timers or self._holding or waiting or self._transfers or self._next_request < len(self._trace)
+            self._events
+            or self._timers
+            or self._transfers
+            or self._transfers.initial
+            or self._answers.outstanding
+            or self._next_request < len(self._trace)
+            or (self._roster.returning and len(self._answers))
         )
 
     def _until_due(self) -> float:
-        """How long to wait for messages."""
+        """Seconds to wait for messages."""
+        longest = min(PING_S, self._roster.wait_s())
+        if self._started is None:
+            return longest
         due = self._timers[0][0] if self._timers else self._at + PING_S
         if self._next_request < len(self._trace):
             due = min(due, self._trace[self._next_request].arrival_s)
-        return max(0.0, min(due - self.now(), PING_S)) if self._started is not None else PING_S
+        return max(0.0, min(due - self.now(), longest))
 
     def _listen(self, timeout_s: float) -> None:
         messages, ended = self._hub.poll(timeout_s)
         for node, message in messages:
-            if self._membership.hear(node):
+            if self._roster.hear(node, message):
                 self._listeners[type(message)](node, message)
-        while self._aborts:
-            self._abort(self._aborts.popleft())
-        for node in self._membership.gone(ended=bool(ended)):
+        lost, joined = self._roster.look(ended=bool(ended))
+        for node in lost:
             self._lose(node)
+        self._events.extend(NodeJoined(0.0, node) for node in joined)
+        self._log.flush()
 
     def _lose(self, node: NodeId) -> None:
-        """A node is dead or silent: it is none of the cluster any more, and what was on it is gone."""
-        self._membership.remove(node)
-        for number, (_, waiting) in list(self._transfers.items()):
-            self._arrived(number, {pair for pair in waiting if pair[0] == node})
-        self._holding = {held for held in self._holding if not (isinstance(held, tuple) and node in held)}
+        """Take note that a node is a member no more, and that what was on it is lost."""
+        self._transfers.node_lost(node)
         self._events.append(NodeLost(0.0, node))
-        for pipeline, head in list(self._switching.items()):
-            if head == node:
-                self._redo_switch(pipeline)
+        self._answers.node_lost(node)
 
-    # -- what agents say ---------------------------------------------------------------------------------------------
+    # -- messages of agents ------------------------------------------------------------------------------------------
 
-    def _happened(self, event: AnyEvent) -> None:
+    def _happened(self, node: NodeId, event: AnyEvent) -> None:
+        if isinstance(event, CommandFailed):
+            self._failed(node, event)
+            return
         if isinstance(event, BlockArrived):
-            # A block may still come under the number of a cancelled transfer when its successor expects it.
-            for number, (model, _) in list(self._transfers.items()):
-                if model == event.model:
-                    self._arrived(number, {(event.node, event.block)})
-        elif isinstance(event, CommandFailed):
-            print(f"{event.command} failed: {event.reason}", file=sys.stderr)
-            self._transfers.pop(event.transfer_id, None)
-            self._let_go(("transfer", event.transfer_id))
-            if self._holding:
-                raise UserError(f"the cluster could not be set up: {event.reason}")
+            self._transfers.arrived(event.node, event.model, event.block)
         self._events.append(event)
 
-    def _arrived(self, number: int, pairs: set[tuple[NodeId, int]]) -> None:
-        _, waiting = self._transfers[number]
-        waiting -= pairs
-        if not waiting:
-            del self._transfers[number]
-            self._let_go(("transfer", number))
-
-    def _let_go(self, held: object) -> None:
-        self._holding.discard(held)
-
-    def _tokens(self, message: wire.Tokens) -> None:
-        by_request: dict[int, list[wire.Token]] = {}
-        for token in message.tokens:
-            by_request.setdefault(token.request_id, []).append(token)
-        for request_id, tokens in by_request.items():
-            self._take_tokens(message, request_id, tokens)
-
-    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
-        """Tokens of an instance that may speak for the request, in order and once."""
-        answer = self._answers.get(request_id)
-        if answer is None or message.instance not in answer.owners:
+    def _failed(self, node: NodeId, event: CommandFailed) -> None:
+        """Pass a failure on. One that names neither a transfer nor an instance costs its node: nobody could mend it."""
+        self._log.say(f"{event.command} failed: {event.reason}")
+        if self._transfers.initial:
+            raise UserError(f"the cluster could not be set up: {event.reason}")
+        if event.transfer_id < 0 and event.instance < 0:
+            self._roster.doom(node, f"{event.command} failed: {event.reason}")
             return
-        for token in tokens:
-            if token.index != answer.ticket.produced:
-                continue
-            answer.ticket.tokens.append(token.token)
-            if token.index == 0:
-                self._events.append(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
-            if answer.sink is not None:
-                answer.sink.tokens([token.token], token.finished)
-            if token.finished:
-                self._finish(request_id, message.instance)
-                return
-
-    def _finish(self, request_id: int, instance: int) -> None:
-        answer = self._answers.pop(request_id, None)
-        if answer is not None:
-            self._events.append(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
-
-    def _resumed(self, message: wire.Resumed) -> None:
-        for request_id in message.requests:
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                answer.moving = None
+        self._transfers.end(event.transfer_id)
+        self._events.append(event)
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
-        """Bookkeeping of the control plane."""
+        """Do nothing: the command is bookkeeping of the control plane."""
 
     def _tell(self, node: NodeId, message: wire.ToAgent) -> None:
-        if node in self._membership.alive:
+        if node in self._roster.alive:
             self._hub.send(node, message)
 
     def _tell_node(self, command: ReleaseNode | EvictBlocks) -> None:
         self._tell(command.node, wire.Do(command))
 
     def _place_copy(self, command: PlaceCopy) -> None:
-        self._holding.add(("copy", command.node, command.model))
+        self._transfers.place_copy(command)
         self._tell(command.node, wire.Do(command))
 
     def _multicast(self, command: StartMulticast) -> None:
-        pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
-        self._begin(command.transfer_id, command.model, command.plan.members, pairs)
+        self._transfers.multicast(command, self._roster.alive)
         for node in command.plan.members:
             self._tell(node, wire.Do(command))
 
     def _load(self, command: LoadBlocks) -> None:
-        if command.tier == "instant" and self._started is None:
-            self._holding.add(("transfer", command.transfer_id))
-        self._begin(command.transfer_id, command.model, (command.node,), {(command.node, block) for block in command.blocks})
+        self._transfers.load(command, self._roster.alive, initial=command.tier == "instant" and self._started is None)
         self._tell(command.node, wire.Do(command))
 
-    def _begin(self, number: int, model: str, members: tuple[NodeId, ...], pairs: set[tuple[NodeId, int]]) -> None:
-        waiting = {pair for pair in pairs if pair[0] in self._membership.alive}
-        if waiting:
-            self._transfers[number] = (model, waiting)
-        self._members[number] = members
-
     def _cancel(self, command: CancelTransfer) -> None:
-        self._transfers.pop(command.transfer_id, None)
-        for node in self._members.pop(command.transfer_id, ()):
-            self._tell(node, wire.Do(command))
-
-    def _serve(self, command: Serve) -> None:
-        nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
-        self._instances[command.instance] = _Served(nodes)
-        for node in nodes:
-            self._tell(node, wire.Do(command))
-
-    def _dispatch(self, command: Dispatch) -> None:
-        tickets = []
-        for request in command.requests:
-            answer = self._answers[request.request_id]
-            answer.owners, answer.moving = {command.instance}, None
-            if answer.aborted:
-                self._finish(request.request_id, command.instance)
-            else:
-                tickets.append(answer.ticket)
-        if tickets:
-            self._tell(self._instances[command.instance].nodes[0], wire.Assign(command.instance, tuple(tickets)))
-
-    def _switch_mode(self, command: SwitchMode) -> None:
-        nodes = self._instances.pop(command.pipeline).nodes
-        homes = {target: self._instances[target].nodes[0] for _, target in command.moves}
-        for request_id, target in command.moves:
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                answer.owners.add(target)
-                answer.moving = command.pipeline
-        self._switching[command.pipeline] = nodes[0]
-        self._tell(nodes[0], wire.Switch(command, homes))
-        if command.kv == "recompute":
-            for node in nodes[1:]:
-                self._tell(node, wire.Do(StopInstance(command.pipeline)))
-        if nodes[0] not in self._membership.alive:
-            self._redo_switch(command.pipeline)
-
-    def _redo_switch(self, pipeline: int) -> None:
-        """The head of a dissolved pipeline died with requests on it: their new instances get them from here."""
-        del self._switching[pipeline]
-        for answer in self._answers.values():
-            if answer.moving == pipeline:
-                answer.moving = None
-                answer.owners.discard(pipeline)
-                for target in answer.owners:
-                    if target in self._instances:
-                        self._tell(self._instances[target].nodes[0], wire.Assign(target, (answer.ticket,)))
-        for node in self._membership.alive:
-            self._tell(node, wire.Do(StopInstance(pipeline)))
-
-    def _stop_instance(self, command: StopInstance) -> None:
-        served = self._instances.pop(command.instance, None)
-        if served is None:
-            return
-        for answer in self._answers.values():
-            answer.owners.discard(command.instance)
-            if not answer.owners:
-                answer.moving = None
-        for node in served.nodes:
+        """Tell every node: who has a part in a transfer is not kept, and the others ignore the number."""
+        self._transfers.end(command.transfer_id)
+        for node in sorted(self._roster.alive):
             self._tell(node, wire.Do(command))
 
     def _set_timer(self, command: SetTimer) -> None:
         heappush(self._timers, (command.at, command.timer_id))
-
-    def _fail_request(self, command: FailRequest) -> None:
-        answer = self._answers.pop(command.request_id, None)
-        if answer is not None and answer.sink is not None:
-            answer.sink.failed(command.reason)
-
-    def _abort(self, request_id: int) -> None:
-        answer = self._answers.get(request_id)
-        if answer is None:
-            if any(request.request_id == request_id for request, _, _ in self._offered):
-                self._aborted_early.add(request_id)
-            return
-        answer.aborted = True
-        answer.sink = None
-        for instance in answer.owners:
-            if instance in self._instances:
-                self._tell(self._instances[instance].nodes[0], wire.Abort(request_id))

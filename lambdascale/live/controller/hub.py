@@ -16,18 +16,22 @@ from lambdascale.live.node_config import Access
 
 
 class _OnlyOurs:
-    """Lets in who has the cluster's key."""
+    """Admits clients that have the cluster's key."""
 
     def __init__(self, public: bytes) -> None:
         self._public = public
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """ZAP's question."""
+        """Return True if ZAP may let this key in."""
         return hmac.compare_digest(key, self._public)
 
 
 class Hub:
-    """``poll`` and ``send`` belong to one thread; ``wake`` may be called from any."""
+    """``wake`` may be called from any thread; all else belongs to one.
+
+    Each process of a node has an identity of its own, ``node.generation``: the hub talks with the one expected and hears no
+    other.
+    """
 
     def __init__(self, host: str) -> None:
         server_public, server_secret = zmq.curve_keypair()
@@ -49,7 +53,15 @@ class Hub:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._watched: set[int] = set()
+        self._generations: dict[NodeId, int] = {}  # 0 where there is none
         self.access = Access(f"tcp://{host}:{port}", server_public, client_public, client_secret, secrets.token_bytes(32))
+
+    def expect(self, node: NodeId, generation: int) -> None:
+        """Talk with this process of the node from now on."""
+        self._generations[node] = generation
+
+    def _identity(self, node: NodeId) -> bytes:
+        return b"%d.%d" % (node, self._generations.get(node, 0))
 
     def watch(self, descriptors: set[int]) -> None:
         """Return from ``poll`` also when one of these becomes readable."""
@@ -67,7 +79,7 @@ class Hub:
             return  # it is awake, or closed
 
     def poll(self, timeout_s: float) -> tuple[list[tuple[NodeId, wire.ToController]], set[int]]:
-        """Messages of agents, in order, and which of the watched descriptors are readable. Garbage ends nothing but itself."""
+        """Return the messages of agents, in order, and the watched descriptors that are readable. Garbage is left out."""
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
@@ -75,14 +87,16 @@ class Hub:
         while self._socket.poll(0, zmq.POLLIN):
             identity, data = self._socket.recv_multipart()
             try:
-                messages.append((int(identity), wire.to_controller(data)))
+                node, message = int(identity.partition(b".")[0]), wire.to_controller(data)
             except (ValueError, msgspec.MsgspecError):
                 continue
+            if identity == self._identity(node):
+                messages.append((node, message))
         return messages, self._watched & ready.keys()
 
     def send(self, node: NodeId, message: wire.ToAgent) -> None:
-        """To an agent; to nobody if it is gone."""
-        self._socket.send_multipart([b"%d" % node, wire.encode(message)])
+        """Send to an agent; to nobody if its process has ended."""
+        self._socket.send_multipart([self._identity(node), wire.encode(message)])
 
     def close(self) -> None:
         """Hang up; the port is free afterwards."""

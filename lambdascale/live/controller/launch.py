@@ -1,4 +1,4 @@
-"""Launchers: where the node processes come from. ``local`` forks them on this host."""
+"""Launchers start node processes. ``local`` forks them on this host."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lambdascale.live.node.agent import run
 from lambdascale.live.node_config import NodeConfig
 
 _JOIN_S = 10.0
+_REAP_S = 1.0  # a killed process has long ended when its successor is started
 _TUNABLES = "GLIBC_TUNABLES"
 # glibc writes past the caches only what is nearly as large as the last of them. A processor with a large shared one then reads
 # all that it overwrites: copies take twice as long (7 instead of 13 GB/s a core on a Sapphire Rapids with 480 MiB). Read at exec.
@@ -23,20 +24,20 @@ _COPY_PAST_CACHES = "glibc.cpu.x86_non_temporal_threshold=0x100000"
 
 
 class Launcher(Protocol):
-    """Starts agents and knows of their deaths."""
+    """Starts agents and notices when they die."""
 
     host: str  # the address the controller listens on, and whose interface agents on this host use
 
     def start(self, configs: Sequence[NodeConfig]) -> None:
-        """Start an agent for each configuration."""
+        """Start an agent for each configuration. An earlier one of the same node has died or has been killed."""
         ...
 
     def sentinels(self) -> dict[int, NodeId]:
-        """File descriptors that become readable when an agent dies, where there are such."""
+        """Return file descriptors that become readable when an agent dies, as far as the launcher has them."""
         ...
 
     def dead(self) -> list[NodeId]:
-        """Agents known to have died."""
+        """Return the nodes whose agents are known to have died."""
         ...
 
     def kill(self, node: NodeId) -> None:
@@ -44,7 +45,7 @@ class Launcher(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for agents that were told to leave; end those that do not."""
+        """Wait for agents that were told to leave; end those that stay."""
         ...
 
 
@@ -63,6 +64,9 @@ class LocalLauncher:
     def start(self, configs: Sequence[NodeConfig]) -> None:
         """See Launcher."""
         for config in configs:
+            before = self._processes.get(config.node)
+            if before is not None:
+                before.join(_REAP_S)
             process = self._context.Process(target=run, args=(config,), name=f"node-{config.node}", daemon=True)
             process.start()
             self._processes[config.node] = process
@@ -76,7 +80,7 @@ class LocalLauncher:
         return [node for node, process in self._processes.items() if not process.is_alive()]
 
     def pid(self, node: NodeId) -> int:
-        """The process of a node."""
+        """Return the id of a node's process."""
         pid = self._processes[node].pid
         assert pid is not None, "it was started"
         return pid
@@ -97,7 +101,7 @@ class LocalLauncher:
 
 @contextmanager
 def _tuned() -> Iterator[None]:
-    """What is executed meanwhile copies large pieces past the caches, unless the user has tuned that."""
+    """Have programs that are executed meanwhile copy large pieces past the caches, unless the user has tuned that."""
     before = os.environ.get(_TUNABLES)
     if before is None or "non_temporal_threshold" not in before:
         os.environ[_TUNABLES] = ":".join(filter(None, (before, _COPY_PAST_CACHES)))

@@ -1,68 +1,73 @@
-"""Which nodes are of a live cluster: their processes live, they are heard of, and they reach each other."""
+"""Members of a live cluster: their processes live, they are heard of, and they reach each other."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.log import Log
 
 PING_S = 1.0
 _SEVERED_S = 1.0  # a peer that died is known to be dead by then
 
 
 class Membership:
-    """Asks nodes for a sign of life each second; one that gives none for ``silence_s`` seconds is taken for dead."""
+    """Asks members for a sign of life each second; one that gives none for ``silence_s`` seconds is taken for dead."""
 
-    def __init__(self, launcher: Launcher, hub: Hub, silence_s: float) -> None:
+    def __init__(
+        self, launcher: Launcher, hub: Hub, log: Log, silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._launcher = launcher
         self._hub = hub
+        self._log = log
         self._silence_s = silence_s
+        self._clock = clock
         self.alive: set[NodeId] = set()
         self._heard: dict[NodeId, float] = {}
-        self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is gone, since when
+        self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is lost, since when
         self._pinged = 0.0
 
-    def begin(self, nodes: Iterable[NodeId]) -> None:
-        """These are there."""
-        self.alive = set(nodes)
-        self._heard = dict.fromkeys(self.alive, time.monotonic())
-        self._watch()
+    def admit(self, node: NodeId) -> None:
+        """Count a node as a member from now on."""
+        self.alive.add(node)
+        self._heard[node] = self._clock()
+        self.watch()
 
     def hear(self, node: NodeId) -> bool:
-        """A message has come; False: from a node that is none of the cluster any more."""
+        """Note a sign of life. Return False if the node is not a member."""
         if node not in self.alive:
             return False
-        self._heard[node] = time.monotonic()
+        self._heard[node] = self._clock()
         return True
 
-    def sever(self, node: NodeId, message: wire.Severed) -> None:
-        """A node says that it has lost its connection to another one."""
-        pair = frozenset((node, message.peer))
+    def sever(self, node: NodeId, peer: NodeId, reason: str) -> None:
+        """Note that a member has lost its connection to another node."""
+        pair = frozenset((node, peer))
         if pair <= self.alive and pair not in self._severed:
-            print(f"node {node} has lost its connection to node {message.peer}: {message.reason}", file=sys.stderr)
-            self._severed[pair] = time.monotonic()
+            self._log.say(f"node {node} has lost its connection to node {peer}: {reason}")
+            self._severed[pair] = self._clock()
 
-    def gone(self, *, ended: bool) -> set[NodeId]:
-        """Ping when it is time; nodes to be taken for dead. ``ended``: some process has."""
-        now = time.monotonic()
+    def gone(self, *, ended: bool) -> dict[NodeId, str]:
+        """Ping when it is time; return the members to be taken for dead, and why. ``ended``: some process has."""
+        now = self._clock()
         looking = ended or now - self._pinged >= PING_S
         if now - self._pinged >= PING_S:
             self._pinged = now
             for node in self.alive:
                 self._hub.send(node, wire.Ping())
-        dead = set(self._launcher.dead()) if looking else set()
-        dead |= {node for node, heard in self._heard.items() if now - heard > self._silence_s}
-        dead |= self._cut_off(now)
-        return dead & self.alive
+        found = dict.fromkeys(self._cut_off(now), "it has lost its connections to others")
+        found |= {node: f"silent for {now - at:.0f} s" for node, at in self._heard.items() if now - at > self._silence_s}
+        if looking:
+            found |= dict.fromkeys(self._launcher.dead(), "its process has ended")
+        return {node: reason for node, reason in found.items() if node in self.alive}
 
     def _cut_off(self, now: float) -> set[NodeId]:
-        """A node that lives and has lost its connection to another one: of the two, the one that has lost more.
+        """Of two members that have lost their connection, return the one that has lost more connections.
 
         Blocks and hidden states may take any connection, and nobody knows which end has failed: such a node is taken for dead.
         """
@@ -73,11 +78,13 @@ class Membership:
         return {max(losses, key=lambda node: (losses[node], node))}
 
     def remove(self, node: NodeId) -> None:
-        """It is none of the cluster any more; its process is ended if it still runs."""
+        """End a node's process if it still runs; the node is a member no more."""
         self.alive.discard(node)
         self._heard.pop(node, None)
+        self._severed = {pair: since for pair, since in self._severed.items() if node not in pair}
         self._launcher.kill(node)
-        self._watch()
+        self.watch()
 
-    def _watch(self) -> None:
+    def watch(self) -> None:
+        """Have the hub wake up when one of the processes ends."""
         self._hub.watch(set(self._launcher.sentinels()))

@@ -1,6 +1,6 @@
 """The ``ray`` launcher: an agent per node, placed by Ray on the machines of a Ray cluster with their GPUs as resources.
 
-Ray places the processes and says when one is gone; what they say to each other goes over the same channels as on one host. The
+Ray places the processes and notices when one ends; their messages go over the same channels as on one host. The
 machines are trusted to each other: controller and agents listen on the address that Ray knows them by. The packed model must be
 at the same path on every machine.
 """
@@ -21,14 +21,14 @@ _JOIN_S = 10.0
 
 
 def _be_a_node(encoded: bytes) -> None:
-    """What runs in Ray's process."""
+    """Run a node in Ray's process."""
     ray = _load_ray()
     config = msgpack.decode(encoded, type=NodeConfig)
     run(structs.replace(config, host=ray.util.get_node_ip_address()), local=False)
 
 
 def _load_ray() -> Any:
-    """Ray, most of which has no types; UserError if it is not installed."""
+    """Import Ray, most of which has no types; UserError if it is not installed."""
     try:
         return import_module("ray")
     except ImportError as error:
@@ -61,7 +61,7 @@ class RayLauncher:
             self._tasks[config.node] = options.remote(msgpack.encode(config))
 
     def sentinels(self) -> dict[int, NodeId]:
-        """See Launcher. Ray has none: deaths are found by asking, and by silence."""
+        """See Launcher. None with Ray: deaths are found by asking, and by silence."""
         return {}
 
     def dead(self) -> list[NodeId]:

@@ -1,7 +1,8 @@
 """A node's process: it joins the cluster, holds weights, moves blocks and computes until told to leave.
 
-Three parts with a thread each do the work: mover, computing, and the transport's receivers. The main thread talks with the
-controller over one socket, so that messages keep their order.
+Three parts with threads of their own do the work: the mover, computing, and the transport. The main thread talks with the
+controller over one socket, so that messages keep their order. A failure that no part can name the concern of ends the node: the
+controller hears of it as a Fault and counts the node as lost.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,25 +53,26 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-_SILENCE_S = 20.0  # without a word of the controller for so long, an agent leaves
+_SILENCE_S = 20.0  # an agent leaves when it has not heard of the controller for so long
 _PDEATHSIG = 1
 _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
 
 
 def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | None, gpu: int | None) -> Endpoint:
-    """The configured transport's end, for a node with this GPU. UserError if the node has no such thing."""
-    key, host = config.access.nodes_key, config.host
+    """Return the configured transport's endpoint, for a node with this GPU. UserError if the node lacks the hardware for it."""
+    key = config.access.nodes_key
+    options: dict[str, Any] = {"host": config.host, "link": link, "generation": config.generation}
     if config.transport == "cuda_ipc":
         require(gpu is not None, "the cuda_ipc transport moves blocks between GPUs: it needs device cuda")
-        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), host=host, link=link)
+        return CudaIpcEndpoint(config.node, handlers, key, gpu=gpu_of(gpu), **options)
     if config.transport == "rdma":
         owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
-        return rdma.load()(config.node, handlers, key, host=host, link=link, options=config.rdma, gpu=owner)
-    return _SOCKETS[config.transport](config.node, handlers, key, host=host, link=link)
+        return rdma.load()(config.node, handlers, key, options=config.rdma, gpu=owner, **options)
+    return _SOCKETS[config.transport](config.node, handlers, key, **options)
 
 
 def pick_gpu(config: NodeConfig) -> int | None:
-    """The GPU of a node, None on ``device: cpu``: nodes take turns at those they see. UserError if there is none."""
+    """Return a node's GPU, None on ``device: cpu``: nodes take turns at those they see. UserError if they see none."""
     if config.device == "cpu":
         return None
     import torch
@@ -80,7 +83,7 @@ def pick_gpu(config: NodeConfig) -> int | None:
 
 
 def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStore:
-    """A node's blocks; the arena that peers write to is memory that the endpoint has registered."""
+    """Return a node's store of blocks; the arena that peers write to is memory that the endpoint has registered."""
     import torch
 
     from lambdascale.inference import BlockStore, StoreConfig
@@ -91,6 +94,7 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStor
         device_bytes=config.device_bytes,
         device=device,
         land_on_device=on_device or config.collective == "nccl",
+        verify=config.verify,
     )
     if store_config.land_on_device and not on_device:
         return BlockStore(store_config)  # blocks come by NCCL, and none over the endpoint
@@ -103,12 +107,16 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStor
 
 
 def run(config: NodeConfig, *, local: bool = True) -> None:
-    """Be a node until the end. ``local``: a child of the controller's process, which it does not outlive."""
+    """Run a node until the controller ends it. ``local``: a child of the controller's process, which it does not outlive.
+
+    Exits with status 2 after a user's mistake and 1 after a failure; the controller hears the reason first.
+    """
     if local:
-        # Interrupts are the controller's business; and without it, nobody would end this process.
+        # Interrupts are the controller's business; and nobody else would end this process after the controller's death.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     line = Line(config)
+    threading.excepthook = partial(_report_thread, config.node, line)
     try:
         agent = Agent(config, line)
     except Exception as error:
@@ -120,16 +128,28 @@ def run(config: NodeConfig, *, local: bool = True) -> None:
         sys.exit(2 if users else 1)
     try:
         agent.serve()
-    finally:
-        agent.close()
+    except Exception as error:
+        traceback.print_exc()
+        line.say(wire.Fault(config.node, f"the agent failed: {type(error).__name__}: {error}", users=False))
         line.close()
+        sys.stderr.flush()
+        os._exit(1)  # in no good order: a thread that would have to be waited for may be part of the failure
+    agent.close()
+    line.close()
+
+
+def _report_thread(node: NodeId, line: Line, failure: threading.ExceptHookArgs) -> None:
+    """Report the exception that has ended one of the node's threads: nobody knows what will never be done without it."""
+    threading.__excepthook__(failure)
+    name = "" if failure.thread is None else failure.thread.name
+    line.say(wire.Fault(node, f"thread {name} failed: {failure.exc_type.__name__}: {failure.exc_value}", users=False))
 
 
 class Agent:
-    """The parts of a node, joined."""
+    """A node's parts, joined. UserError if its configuration does not fit its hardware."""
 
     def __init__(self, config: NodeConfig, line: Line) -> None:
-        # torch takes its time to load; the process that agents are forked from has it already.
+        # torch takes seconds to load; the process that agents are forked from has it already.
         import torch
 
         from lambdascale.inference import warm_up
@@ -144,11 +164,14 @@ class Agent:
         self._config = config
         self._line = line
         self._leaving = threading.Event()
-        self._stops: list[Any] = []
+        self._connecting = threading.Lock()  # one directory at a time
+        self._newest = 0  # number of the last directory; the main thread writes it
         link = None if config.link is None else TokenBucket(config.link)
         handlers = Handlers(
             on_write=lambda peer, immediate, offset, size: self.mover.written(peer, immediate),
-            on_checked=lambda peer, immediate, offset, size, found: self.mover.written(peer, immediate, found),
+            on_checked=None
+            if config.verify == "off"
+            else lambda peer, immediate, offset, size, found: self.mover.written(peer, immediate, found),
             on_message=self._on_message,
             on_lost=self._on_lost,
         )
@@ -171,6 +194,7 @@ class Agent:
         buckets = Links(
             ssd=None if config.ssd is None else TokenBucket(config.ssd),
             pcie=None if config.pcie is None else TokenBucket(config.pcie),
+            remote=None if config.remote is None else TokenBucket(config.remote),
         )
         outlet = Outlet(
             written=lambda number, block: self.mover.written(config.node, number << BLOCK_BITS | block),
@@ -185,6 +209,7 @@ class Agent:
             self.store,
             self.endpoint,
             self._report,
+            self._fault,
             window=2 if link is None else 1,
             links=buckets,
             collective=self.collective.start,
@@ -206,7 +231,8 @@ class Agent:
             line.say,
             self._send,
         )
-        self._commands: dict[type, Callable[[Any], None]] = {
+        self.compute.start()
+        self._commands: dict[type, Callable[[Any], object]] = {
             StartMulticast: self.mover.multicast,
             LoadBlocks: self.mover.load,
             CancelTransfer: lambda c: self.mover.cancel(c.transfer_id),
@@ -214,20 +240,25 @@ class Agent:
             PlaceCopy: self._place_copy,
             ReleaseNode: self._release,
             Serve: self.compute.serve,
-            StopInstance: self._stop,
+            StopInstance: lambda c: self.compute.stop(c.instance),
         }
-        self._messages: dict[type, Callable[[Any], None]] = {
+        self._messages: dict[type, Callable[[Any], object]] = {
             wire.Do: lambda m: self._commands[type(m.command)](m.command),
             wire.Assign: self.compute.assign,
             wire.Switch: self.compute.switch,
+            wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
-            wire.Directory: self._connect,
+            wire.Directory: self._start_connecting,
             wire.Ping: lambda m: None,
             wire.Shutdown: lambda m: self._leaving.set(),
         }
 
     def serve(self) -> None:
-        """Join, then do what the controller says until it says no more."""
+        """Join, then carry out the controller's messages until it ends the node or falls silent.
+
+        What runs in this loop must not wait for anything: while it does, no heartbeat is sent. Handlers queue work for the
+        mover's and the compute thread, or start a thread of their own; they may fail, which ends the node.
+        """
         self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid()))
         heard = beat = time.monotonic()
         while not self._leaving.is_set():
@@ -254,11 +285,14 @@ class Agent:
     def _report(self, event: AnyEvent) -> None:
         self._line.say(wire.Happened(event))
 
+    def _fault(self, reason: str) -> None:
+        self._line.say(wire.Fault(self._config.node, reason, users=False))
+
     def _send(self, node: NodeId, message: wire.Peer) -> None:
         try:
             self.endpoint.send(node, wire.encode(message))
         except TransportError:
-            return  # it is dead: the controller will say what becomes of the requests
+            return  # the peer is lost: the controller will say what becomes of the requests
 
     def _on_message(self, peer: NodeId, data: bytes) -> None:
         message = wire.to_peer(data)
@@ -277,25 +311,28 @@ class Agent:
 
     # -- commands that concern more than one part --------------------------------------------------------------------
 
+    def _start_connecting(self, directory: wire.Directory) -> None:
+        """Connect beside the main loop: each peer may take up to the transport's timeout."""
+        self._newest = directory.number
+        threading.Thread(target=self._connect, args=(directory,), name="connect", daemon=True).start()
+
     def _connect(self, directory: wire.Directory) -> None:
-        """Connect to the nodes with a lower id, so that every pair has one connection. What is in the way is the user's."""
-        try:
-            for node, address in directory.addresses.items():
-                if node < self._config.node:
-                    self.endpoint.connect(node, address)
-        except TransportError as error:
-            self._line.say(wire.Fault(self._config.node, str(error), users=True))
-        else:
-            self._line.say(wire.Connected(self._config.node))
+        """Connect to the nodes with a lower id that are new, so that every pair has one connection."""
+        with self._connecting:
+            if directory.number < self._newest:
+                return  # the later one names all nodes that this one does, or better
+            for node in self.endpoint.expect(directory.generations):
+                try:
+                    self.endpoint.connect(node, directory.addresses[node])
+                except TransportError as error:
+                    if not self._leaving.is_set() and directory.number == self._newest:
+                        self._line.say(wire.Unreached(node, str(error)))
+                    return
+            self._line.say(wire.Connected(self._config.node, directory.number))
 
     def _place_copy(self, command: PlaceCopy) -> None:
         self.mover.place_copy(command.model, lambda: self._line.say(wire.Placed(command.node, command.model)))
 
-    def _stop(self, command: StopInstance) -> None:
-        self._stops = [stop for stop in self._stops if not stop.done()]
-        self._stops.append(self.compute.stop(command.instance))
-
     def _release(self, command: ReleaseNode) -> None:
-        """The memory is free once what used it has stopped."""
-        after = self._stops[-1] if self._stops else self.compute.post(lambda: None)
-        self.mover.release(command.model, command.keep_host, after)
+        """Free the memory once the instances that used it have stopped: the compute thread was told so before."""
+        self.mover.release(command, self.compute.post(lambda: None))

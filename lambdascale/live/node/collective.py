@@ -1,17 +1,19 @@
 """Broadcast by torch.distributed, for the NCCL baseline: a communicator over all members first, then block after block.
 
-The communicator is really built, at every scale-out anew, and really paid for; a member that dies breaks it for all. NCCL brings
-blocks straight to the device arena, gloo to where blocks land. While it broadcasts, a source does not compute (reference,
-section 2.2).
+The communicator is built anew for every scale-out, and its set-up is part of the measured time; a member that dies breaks it for
+all. NCCL writes blocks straight to the device arena, gloo to where blocks land. A source does not compute while it broadcasts
+(reference, section 2.2).
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -27,16 +29,29 @@ from lambdascale.live.wire import Peer, Rendezvous
 from lambdascale.transport import TokenBucket
 
 _PACED_S = 0.02  # a paced broadcast moves in pieces of this duration
+_MEETINGS = 64
 
 
 @dataclass(frozen=True)
 class Outlet:
-    """Whom a broadcast tells: a block is written, it has ended (with an error or ""), the device is busy or free again."""
+    """Callbacks through which a broadcast reports progress, from its own thread.
+
+    ``written(transfer, block)``; ``ended(transfer, error)`` with "" for success; ``occupy(busy)``: the device is taken or free
+    again; ``send`` a message to another node.
+    """
 
     written: Callable[[int, int], None]
     ended: Callable[[int, str], None]
     occupy: Callable[[bool], None]
     send: Callable[[NodeId, Peer], None]
+
+
+@dataclass
+class _Meeting:
+    """A broadcast that is expected or under way: its rendezvous, and the members that were lost meanwhile."""
+
+    addresses: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
+    lost: set[NodeId] = field(default_factory=set)
 
 
 class Collective:
@@ -51,36 +66,48 @@ class Collective:
         self._link = link
         self._outlet = outlet
         self._kind = kind
-        self._lost: set[NodeId] = set()
+        # Guards the table, which other threads look up and change. A rendezvous may come before its broadcast starts here, or
+        # after it has failed: of those without a broadcast, the oldest are dropped.
         self._lock = threading.Lock()
-        self._meetings: dict[int, queue.SimpleQueue[str]] = {}
+        self._meetings: OrderedDict[int, _Meeting] = OrderedDict()
 
     def start(self, command: StartMulticast, tier: StoreTier) -> None:
         """Take part; ``tier`` is where this node has the blocks it holds."""
         threading.Thread(target=self._run, args=(command, tier), name="collective", daemon=True).start()
 
     def rendezvous(self, message: Rendezvous) -> None:
-        """Where the members of a broadcast meet."""
-        self._meeting(message.transfer_id).put(message.address)
+        """Note where the members of a broadcast meet."""
+        self._meeting(message.transfer_id).addresses.put(message.address)
 
     def lost(self, peer: NodeId) -> None:
-        """A node is gone: broadcasts with it as a member are over."""
-        self._lost.add(peer)
-
-    def _meeting(self, number: int) -> queue.SimpleQueue[str]:
+        """Break off the broadcasts under way that a lost node is a member of."""
         with self._lock:
-            return self._meetings.setdefault(number, queue.SimpleQueue())
+            for meeting in self._meetings.values():
+                meeting.lost.add(peer)
+
+    def _meeting(self, number: int) -> _Meeting:
+        with self._lock:
+            meeting = self._meetings.setdefault(number, _Meeting())
+            self._meetings.move_to_end(number)
+            while len(self._meetings) > _MEETINGS:
+                self._meetings.popitem(last=False)
+            return meeting
 
     def _run(self, command: StartMulticast, tier: StoreTier) -> None:
         error = ""
         try:
+            self._store.use_device()
             self._broadcast(command, tier)
-        except (RuntimeError, ValueError, queue.Empty) as failure:
+        except Exception as failure:  # whatever it is, the controller must not wait for this broadcast
+            if not isinstance(failure, RuntimeError | ValueError | queue.Empty):
+                traceback.print_exc()
+                failure = RuntimeError(f"{type(failure).__name__}: {failure}")
             # gloo's errors are several lines long and name a source file.
-            error = f"the broadcast broke: {str(failure).splitlines()[0] if str(failure) else 'nobody came'}"
-        with self._lock:
-            self._meetings.pop(command.transfer_id, None)
-        self._outlet.ended(command.transfer_id, error)
+            error = f"the broadcast broke: {str(failure).splitlines()[0] if str(failure) else 'no rendezvous came'}"
+        finally:
+            with self._lock:
+                self._meetings.pop(command.transfer_id, None)
+            self._outlet.ended(command.transfer_id, error)
 
     def _broadcast(self, command: StartMulticast, tier: StoreTier) -> None:
         with self._communicator(command) as group, self._occupied(command):
@@ -92,7 +119,7 @@ class Collective:
 
     @contextmanager
     def _occupied(self, command: StartMulticast) -> Iterator[None]:
-        """Meanwhile, a source computes nothing."""
+        """Keep a source from computing meanwhile."""
         if self._node not in command.plan.sources:
             yield
             return
@@ -104,6 +131,7 @@ class Collective:
 
     def _communicator(self, command: StartMulticast) -> Communicator:
         members, timeout = command.plan.members, timedelta(seconds=TIMEOUT_S)
+        meeting = self._meeting(command.transfer_id)
         rank, size = members.index(self._node), len(members)
         tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
         if rank == 0:
@@ -111,21 +139,29 @@ class Collective:
             for other in members[1:]:
                 self._outlet.send(other, Rendezvous(command.transfer_id, f"{self._host}:{store.port}"))
         else:
-            host, _, port = self._meeting(command.transfer_id).get(timeout=TIMEOUT_S).rpartition(":")
+            host, _, port = meeting.addresses.get(timeout=TIMEOUT_S).rpartition(":")
             store = tcp_store(host, int(port), size, False, timeout)
         if self._kind == "gloo":
             return Gloo(store, rank, size)
-        return Nccl(store, rank, size, self._store.device, lambda: self._who_is_gone(members))
+        return Nccl(store, rank, size, self._store.device, lambda: self._losses(meeting, members))
 
-    def _who_is_gone(self, members: Sequence[NodeId]) -> str:
-        return " and ".join(f"node {node} is gone" for node in members if node in self._lost)
+    def _losses(self, meeting: _Meeting, members: Sequence[NodeId]) -> str:
+        with self._lock:
+            return " and ".join(f"node {node} is lost" for node in members if node in meeting.lost)
 
     def _tensor(self, command: StartMulticast, block: int, tier: StoreTier, stack: ExitStack) -> torch.Tensor:
-        """The memory of a block: what is there, or where it is to land."""
-        if self._store.holds(command.model, block, tier):
-            (held,) = stack.enter_context(self._store.using(command.model, [block], tier))
+        """Return the memory of a block: where this node has it, where it is to land, or scratch memory if it is not needed."""
+        model = command.model
+        if self._store.holds(model, block, tier):
+            (held,) = stack.enter_context(self._store.using(model, [block], tier))
             return held
-        return self._store.landing(command.model, block)
+        if self._store.awaited(model, block):
+            return self._store.landing(model, block)
+        if self._node in command.plan.sources:
+            raise ValueError(f"node {self._node} does not hold block {block} of {model}, which it is to broadcast")
+        # It is on the device already, and not where blocks land: every member takes part, so the bytes come all the same.
+        device = self._store.device if tier == "gpu" else torch.device("cpu")
+        return torch.empty(self._store.model(model).block_bytes[block], dtype=torch.uint8, device=device)
 
     def _one(self, command: StartMulticast, block: int, root: NodeId, group: Communicator, data: torch.Tensor) -> None:
         rank = command.plan.members.index(root)
@@ -138,7 +174,7 @@ class Collective:
 
 
 def roots(command: StartMulticast) -> Iterator[tuple[int, NodeId]]:
-    """Every block of a plan and who has it first, in the plan's order."""
+    """Yield every block of a plan and its first holder, in the plan's order."""
     seen: set[int] = set()
     for transfers in command.plan.rounds:
         for transfer in transfers:

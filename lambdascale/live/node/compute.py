@@ -1,61 +1,38 @@
-"""A node's computing: one thread that runs the iterations of its instances, a replica's as well as its stages of pipelines.
+"""A node's compute: one thread that runs the stages of its instances, one at a time.
 
-The node of a pipeline's first stage is its head: it has the batches, starts their iterations and takes note of the tokens that
-come back from the last stage. A replica is a pipeline of one stage and one batch. All state belongs to the thread; others
-``post`` what is to be done between iterations.
+A replica is an instance of one stage. The head of an instance (the node of its first stage when it was started) owns its
+batches: it starts their iterations and takes note of the tokens that come back from the last stage. ``ComputeTurns`` decides what
+runs next. All state belongs to the worker's thread; others post jobs, which run between two stages.
 """
 
 from __future__ import annotations
 
-import threading
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 from lambdascale.control.batching import BatchLimits
+from lambdascale.control.turns import ComputeTurns
 from lambdascale.core import NodeId
-from lambdascale.core.commands import Serve
-from lambdascale.core.events import CommandFailed, Mode
+from lambdascale.core.commands import KvPolicy, Serve
+from lambdascale.core.events import CommandFailed
 from lambdascale.core.plan import Stage
-from lambdascale.inference.batch import Batch, BatchPlan, Ticket
+from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
-from lambdascale.live.node.runners import Executor, Runner
-
-SendPeer = Callable[[NodeId, wire.Peer], None]
-
-
-@dataclass
-class _Instance:
-    """What this node has of an instance: runners by stage and, at the head, its batches and their iterations under way."""
-
-    instance: int
-    model: str
-    mode: Mode
-    stages: tuple[Stage, ...]
-    runners: dict[int, Runner]
-    batches: list[Batch] = field(default_factory=list)
-    running: dict[int, BatchPlan] = field(default_factory=dict)
-
-    def batch_of(self, request_id: int) -> Batch | None:
-        """The batch that has a request."""
-        return next((batch for batch in self.batches if request_id in batch), None)
-
-
-@dataclass
-class _Expected:
-    """A request whose KV is on its way in parts."""
-
-    ticket: Ticket
-    parts: dict[int, wire.KvPart] = field(default_factory=dict)
+from lambdascale.live.node.instance import Head, Instance
+from lambdascale.live.node.mode_switch import KvInbox, hand_over, send_kv
+from lambdascale.live.node.recent import Recent
+from lambdascale.live.node.repartition import Repartitioner
+from lambdascale.live.node.runners import Executor
+from lambdascale.live.node.worker import NO_INSTANCE, Worker
 
 
 class Compute:
-    """``report`` sends messages to the controller, ``send`` to other agents (silently to nobody where the node is dead)."""
+    """``report`` sends to the controller, ``send`` to other nodes (to nobody if the node is lost); ``vocab`` sizes vocabularies.
+
+    ``start()`` runs the thread; without it, ``step()`` does its work piece by piece.
+    """
 
     def __init__(
         self,
@@ -65,143 +42,127 @@ class Compute:
         slot_tokens: int,
         vocab: Callable[[str], int],
         report: Callable[[wire.ToController], None],
-        send: SendPeer,
+        send: Callable[[NodeId, wire.Peer], None],
     ) -> None:
         self._node = node
-        self._executor = executor
         self._limits = limits
         self._slot_tokens = slot_tokens
         self._vocab = vocab
         self._report = report
         self._send = send
-        self._instances: dict[int, _Instance] = {}
-        self._ended: set[int] = set()
-        self._early: dict[int, list[Callable[[], None]]] = {}
-        self._forwards: deque[wire.Forward] = deque()
-        self._expected: dict[tuple[int, int], _Expected] = {}
-        self._kv: dict[tuple[int, int], list[bytes]] = {}
+        self._instances: dict[int, Instance] = {}
+        self._ended: Recent[int] = Recent()
+        self._early: dict[int, list[wire.ForInstance]] = {}  # for instances not yet started here
+        self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
+        self._repartitioner = Repartitioner(node, executor, self._tell)
+        self._inbox = KvInbox()
         self._occupied = 0
-        self._posted: deque[tuple[Callable[[], None], Future[None]]] = deque()
-        self._wake = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
-        self._thread.start()
+        self._worker = Worker("compute", self._may_run, self._run_turn, self._failed)
+        self._handlers: dict[type, Callable[[Instance, Any], None]] = {
+            wire.Assign: self._assign,
+            wire.Forward: self._queue_pass,
+            wire.Chosen: self._chosen,
+            wire.MoveBatch: self._repartitioner.take_move,
+            wire.SlotKv: self._repartitioner.take_kv,
+            wire.Handover: self._take_over,
+            wire.KvPart: self._kv_part,
+            wire.Collect: self._collect,
+        }
+
+    def start(self) -> None:
+        """Run the thread."""
+        self._worker.start()
+
+    def step(self) -> bool:
+        """Run the jobs posted so far, then one stage; False if there was nothing to do."""
+        return self._worker.step()
 
     def close(self) -> None:
-        """Stop after the iteration under way."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
-        self._thread.join()
-        for instance in list(self._instances):
-            self._drop(instance)
+        """Stop after the stage that runs now and the jobs posted so far."""
+        self._worker.close()
+        for number in list(self._instances):
+            self._drop(number)
 
-    def post(self, job: Callable[[], None]) -> Future[None]:
-        """Do something between iterations; the future is done when it has been."""
-        done = Future[None]()
-        with self._wake:
-            self._posted.append((job, done))
-            self._wake.notify()
-        return done
+    # -- from any thread ---------------------------------------------------------------------------------------------
 
-    # -- what the node is told (from any thread) ---------------------------------------------------------------------
+    def post(self, job: Callable[[], None], instance: int = NO_INSTANCE) -> Future[None]:
+        """Run a job between two stages.
+
+        If it raises, the controller hears of it as a failure of ``instance``, and the future raises the same.
+        """
+        return self._worker.post(job, instance)
 
     def serve(self, command: Serve) -> None:
-        """Serve this node's stages of an instance."""
-        mode: Mode = "local" if len(command.stages) == 1 else "pipeline"
-        self.post(lambda: self._start(command.instance, command.model, mode, command.stages))
+        """Start this node's part of an instance."""
+        self.post(lambda: self._start(command), command.instance)
+
+    def repartition(self, message: wire.NewStages) -> None:
+        """Serve an instance by new stages from its next iterations on."""
+        self.post(lambda: self._new_stages(message), message.command.instance)
 
     def assign(self, message: wire.Assign) -> None:
-        """Requests for an instance whose head is here."""
-        self.post(lambda: self._when_there(message.instance, lambda: self._assign(message)))
+        """Take requests for an instance whose head is this node."""
+        self.post(lambda: self._take(message), message.instance)
+
+    def peer(self, message: wire.ForInstance) -> None:
+        """Take a message of another node."""
+        self.post(lambda: self._take(message), message.instance)
 
     def stop(self, instance: int) -> Future[None]:
         """Forget an instance and all its requests."""
-        return self.post(lambda: self._drop(instance))
+        return self.post(lambda: self._stop(instance), instance)
 
     def abort(self, request_id: int) -> None:
         """End a request."""
         self.post(lambda: self._abort(request_id))
 
     def switch(self, message: wire.Switch) -> None:
-        """Dissolve a pipeline whose head is here."""
-        self.post(lambda: self._switch(message))
+        """Dissolve a pipeline whose head is this node."""
+        self.post(lambda: self._switch(message), message.command.pipeline)
 
     def occupy(self, busy: bool) -> Future[None]:
-        """Something else takes the device: no new iteration starts until all have given it back."""
+        """Keep the device free for something else: nothing runs until all who took it have given it back."""
         return self.post(lambda: self._occupy(busy))
 
-    def peer(self, message: wire.Peer) -> None:
-        """A message of another node's agent."""
-        handlers: dict[type, Callable[[Any], None]] = {
-            wire.Forward: self._take_forward,
-            wire.Chosen: self._chosen,
-            wire.Handover: self._handover,
-            wire.Collect: self._collect,
-            wire.KvPart: self._kv_part,
-        }
-        self.post(partial(handlers[type(message)], message))
-
     def lost(self, peer: NodeId) -> None:
-        """A peer is gone: KV that may not come is computed anew."""
-        self.post(self._stop_waiting)
+        """Take note that the connection to a node is lost."""
+        self.post(lambda: self._lost(peer))
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._posted and not self._stopping and not self._has_work():
-                    self._wake.wait()
-                if self._stopping and not self._posted:  # somebody may wait for what was posted
-                    return
-                posted, self._posted = self._posted, deque()
-            for job, done in posted:
-                self._guarded(job, -1)
-                done.set_result(None)
-            if not self._occupied:
-                self._iterate()
+    def _may_run(self) -> bool:
+        return not self._occupied and bool(self._turns)
 
-    def _guarded(self, job: Callable[[], None], instance: int) -> None:
-        try:
-            job()
-        except Exception as error:
-            traceback.print_exc()
-            reason = f"node {self._node}: {type(error).__name__}: {error}"
-            self._report(wire.Happened(CommandFailed(0.0, "Compute", reason, instance=instance)))
+    def _run_turn(self) -> None:
+        """Run the stage, or start the iteration, whose turn it is."""
+        turn = self._turns.next()
+        assert turn is not None, "a turn is taken when there is one"
+        instance = self._instances[turn.instance]
+        job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
+        self._worker.guarded(job, turn.instance)
 
-    def _has_work(self) -> bool:
-        if self._occupied:
-            return False
-        return bool(self._forwards) or any(self._idle_batches(i) for i in self._instances.values())
-
-    @staticmethod
-    def _idle_batches(instance: _Instance) -> list[int]:
-        return [index for index, batch in enumerate(instance.batches) if len(batch) and index not in instance.running]
-
-    def _iterate(self) -> None:
-        """One stage's iteration: what pipelines wait for first, then each instance's next in turn."""
-        if self._forwards:
-            forward = self._forwards.popleft()
-            self._guarded(lambda: self._run_stage(forward), forward.instance)
-            return
-        for number, instance in list(self._instances.items()):
-            idle = self._idle_batches(instance)
-            if idle:
-                # To the end of the queue, so that instances take turns.
-                self._instances[number] = self._instances.pop(number)
-                self._guarded(partial(self._begin, instance, idle[0]), number)
-                return
+    def _failed(self, error: Exception, instance: int) -> None:
+        reason = f"node {self._node}: {type(error).__name__}: {error}"
+        self._report(wire.Happened(CommandFailed(0.0, "Compute", reason, instance=instance)))
 
     # -- iterations --------------------------------------------------------------------------------------------------
 
-    def _begin(self, instance: _Instance, index: int) -> None:
-        """Start an iteration of a batch at the head."""
-        plan = instance.batches[index].next()
+    def _offer(self, instance: Instance) -> None:
+        """Queue an instance for its next iteration if one can start."""
+        if instance.head is not None and instance.head.has_work:
+            self._turns.add_head(instance.number)
+
+    def _begin(self, instance: Instance) -> None:
+        """Start the iteration of the batch whose turn it is."""
+        head = instance.head
+        index = None if head is None else head.next_batch()
+        if head is None or index is None:
+            return
+        plan = head.batches[index].next()
         if plan is None:
             return
         for request_id, slot in plan.settling:
-            instance.runners[0].write_kv(slot, self._kv.pop((instance.instance, request_id)))
+            self._settle(instance, request_id, slot)
         iteration = plan.iteration
         work = wire.Pass(
             plan.batch,
@@ -211,200 +172,220 @@ class Compute:
             tuple(plan.rules),
             tuple(plan.positions),
         )
-        instance.running[index] = plan
-        self._compute(instance, index, 0, work, plan.tokens)
+        head.running[index] = plan
+        self._offer(instance)
+        version = head.versions[index]
+        first = instance.partitions[version].stages[0]
+        self._tell(first.node, wire.Forward(instance.number, index, version, 0, work, tuple(plan.tokens)))
 
-    def _run_stage(self, forward: wire.Forward) -> None:
-        instance = self._instances.get(forward.instance)
-        if instance is not None:
-            self._compute(instance, forward.batch, forward.stage, forward.work, forward.hidden)
+    def _settle(self, instance: Instance, request_id: int, slot: int) -> None:
+        """Put KV that was brought along into a slot. Only an instance that is whole here takes such requests."""
+        runner = instance.whole
+        assert runner is not None, "KV is brought along to whole instances only"
+        for part in self._inbox.take(instance.number, request_id):
+            runner.write_kv(slot, range(part.first_layer, part.first_layer + part.layers), part.data)
 
-    def _compute(self, instance: _Instance, batch: int, stage: int, work: wire.Pass, inputs: Sequence[int] | bytes) -> None:
-        output = instance.runners[stage].run(work, inputs)
+    def _queue_pass(self, instance: Instance, forward: wire.Forward) -> None:
+        self._turns.add_pass(instance.number, forward)
+
+    def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
+        """Run a stage and send what comes out of it on."""
+        partition = instance.partitions[forward.version]
+        output = partition.runners[forward.stage].run(forward.work, forward.inputs)
         if isinstance(output, bytes):
-            following = stage + 1
-            message: wire.Peer = wire.Forward(instance.instance, batch, following, work, output)
-            self._tell(instance.stages[following].node, message)
+            following = forward.stage + 1
+            message = wire.Forward(forward.instance, forward.batch, forward.version, following, forward.work, output)
+            self._tell(partition.stages[following].node, message)
         else:
-            self._tell(instance.stages[0].node, wire.Chosen(instance.instance, batch, tuple(output)))
+            self._tell(instance.head_node, wire.Chosen(forward.instance, forward.batch, tuple(output)))
 
     def _tell(self, node: NodeId, message: wire.Peer) -> None:
+        """Send a message to a node; this node's own are taken at once."""
         if node != self._node:
             self._send(node, message)
-        elif isinstance(message, wire.Forward):
-            self._forwards.append(message)
-        elif isinstance(message, wire.Chosen):
-            self._chosen(message)
-        else:
-            self.peer(message)
-
-    def _take_forward(self, forward: wire.Forward) -> None:
-        self._when_there(forward.instance, lambda: self._forwards.append(forward))
-
-    def _chosen(self, message: wire.Chosen) -> None:
-        instance = self._instances.get(message.instance)
-        if instance is None:
             return
-        plan = instance.running.pop(message.batch)
-        produced = instance.batches[message.batch].complete(plan, message.tokens)
+        assert not isinstance(message, wire.Ready | wire.Rendezvous), "those are the mover's"
+        self._take(message)
+
+    def _chosen(self, instance: Instance, message: wire.Chosen) -> None:
+        """Take the tokens of an iteration; the batch may move before its next one."""
+        head = instance.head
+        plan = None if head is None else head.running.pop(message.batch, None)
+        if head is None or plan is None:  # the pipeline has been dissolved: the tokens are redone
+            return
+        mode = instance.partitions[head.versions[message.batch]].mode
+        produced = head.batches[message.batch].complete(plan, message.tokens)
         if produced:
             tokens = tuple(wire.Token(p.request_id, p.index, p.token, p.finished) for p in produced)
-            self._report(wire.Tokens(instance.instance, instance.mode, tokens))
+            self._report(wire.Tokens(instance.number, mode, tokens))
+        self._move_batches(instance)
+        self._offer(instance)
 
     # -- instances ---------------------------------------------------------------------------------------------------
 
-    def _start(self, number: int, model: str, mode: Mode, stages: tuple[Stage, ...]) -> None:
-        """Make runners for this node's stages. A pipeline keeps a batch in flight per node (reference, section 2.4)."""
-        nodes = len({stage.node for stage in stages})
-        per_batch = self._limits.max_batch
-        runners = {
-            index: self._executor.runner(model, stage.first_block, stage.last_block, nodes * per_batch)
-            for index, stage in enumerate(stages)
-            if stage.node == self._node
-        }
-        instance = _Instance(number, model, mode, stages, runners)
-        if stages[0].node == self._node:
-            slots = [range(i * per_batch, (i + 1) * per_batch) for i in range(nodes)]
-            instance.batches = [Batch(self._limits, part, self._slot_tokens, self._vocab(model)) for part in slots]
-        self._instances[number] = instance
-        for job in self._early.pop(number, ()):
-            job()
+    def _start(self, command: Serve) -> None:
+        """Make runners for this node's stages of a new instance, and take what came for it before."""
+        nodes = len({stage.node for stage in command.stages})
+        instance = Instance(command.instance, command.model, command.stages[0].node, self._limits.max_batch, nodes)
+        self._instances[command.instance] = instance
+        try:
+            self._divide(instance, 0, command.stages)
+        except Exception:
+            self._drop(command.instance)
+            raise
+        instance.at = dict.fromkeys(range(nodes), 0)
+        if instance.head is not None:
+            instance.head.versions = [0] * nodes
+        self._inbox.joined(instance.nodes)
+        self._take_early(instance)
 
-    def _when_there(self, instance: int, job: Callable[[], None]) -> None:
-        """Now, or when the instance has been started: messages of different senders overtake each other."""
-        if instance in self._instances:
-            job()
-        elif instance not in self._ended:
-            self._early.setdefault(instance, []).append(job)
+    def _new_stages(self, message: wire.NewStages) -> None:
+        command = message.command
+        if command.instance in self._ended:
+            return
+        instance = self._instances.setdefault(
+            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch)
+        )
+        instance.batches = message.batches
+        self._divide(instance, message.version, command.stages, command.kv)
+        for ticket in self._inbox.give_up(command.instance):
+            self._add(instance, ticket)
+        self._move_batches(instance)
+        self._take_early(instance)
+        self._drain(instance)
+        self._offer(instance)
 
-    def _assign(self, message: wire.Assign) -> None:
-        instance = self._instances[message.instance]
+    def _divide(self, instance: Instance, version: int, stages: tuple[Stage, ...], kv: KvPolicy = "copy") -> None:
+        """Add a partition; the head keeps a batch in flight for each of its nodes."""
+        self._repartitioner.add(instance, version, stages, kv)
+        if instance.head_node == self._node:
+            if instance.head is None:
+                instance.head = Head(partial(self._make_batch, instance.model))
+            instance.head.resize(len({stage.node for stage in stages}))
+
+    def _make_batch(self, model: str, index: int) -> Batch:
+        size = self._limits.max_batch
+        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, self._vocab(model))
+
+    def _take(self, message: wire.ForInstance) -> None:
+        """Handle a message of an instance, and what has waited for it; keep it if something else must come first.
+
+        Messages of instances that have ended are dropped, of instances not yet started they wait.
+        """
+        instance = self._instances.get(message.instance)
+        if instance is not None:
+            instance.hold(message)
+            self._drain(instance)
+        elif message.instance not in self._ended:
+            self._early.setdefault(message.instance, []).append(message)
+
+    def _drain(self, instance: Instance) -> None:
+        while (message := instance.next_held()) is not None:
+            self._handlers[type(message)](instance, message)
+
+    def _take_early(self, instance: Instance) -> None:
+        for message in self._early.pop(instance.number, ()):
+            self._take(message)
+
+    def _assign(self, instance: Instance, message: wire.Assign) -> None:
         for ticket in message.tickets:
             self._add(instance, ticket)
+        self._offer(instance)
 
-    def _add(self, instance: _Instance, ticket: Ticket, *, cached: bool = False) -> None:
-        if instance.batch_of(ticket.request_id) is None:  # it may come twice when a node dies during a mode switch
-            min(instance.batches, key=len).add(ticket, cached=cached)
+    def _add(self, instance: Instance, ticket: Ticket, *, cached: bool = False) -> None:
+        """Add a request, unless it is here or on its way: it may come twice when a node is lost during a mode switch."""
+        if not self._has(instance, ticket.request_id):
+            head = instance.head
+            assert head is not None, "requests go to the head"
+            head.add(ticket, cached=cached)
+
+    def _has(self, instance: Instance, request_id: int) -> bool:
+        here = instance.head is not None and instance.head.batch_of(request_id) is not None
+        return here or self._inbox.expects(instance.number, request_id)
+
+    def _move_batches(self, instance: Instance) -> None:
+        """Bring batches without an iteration under way to the newest partition, and merge those that are too many."""
+        for request_id in self._repartitioner.move_batches(instance):
+            self._inbox.drop(instance.number, request_id)
+        if instance.head is not None:
+            instance.head.merge(instance.newest)
+
+    def _stop(self, number: int) -> None:
+        self._inbox.stop(number)
+        self._drop(number)
 
     def _drop(self, number: int) -> None:
         self._ended.add(number)
         self._early.pop(number, None)
+        self._turns.remove(number)
+        self._inbox.forget(number)
         instance = self._instances.pop(number, None)
-        if instance is None:
-            return
-        for runner in instance.runners.values():
-            runner.close()
-        self._forwards = deque(f for f in self._forwards if f.instance != number)
-        for table in (self._expected, self._kv):
-            for key in [key for key in table if key[0] == number]:
-                del table[key]
+        if instance is not None:
+            instance.close()
 
     def _abort(self, request_id: int) -> None:
         for instance in self._instances.values():
-            batch = instance.batch_of(request_id)
-            if batch is None:
-                continue
-            index = instance.batches.index(batch)
-            if index in instance.running:
-                # It is in the iteration under way: it ends with its next token instead.
-                ticket = batch.ticket(request_id)
-                ticket.stop_tokens = frozenset(range(self._vocab(instance.model)))
+            if self._inbox.drop(instance.number, request_id):
+                self._report(wire.Aborted(instance.number, request_id))
                 return
-            batch.take(request_id)
-            self._kv.pop((instance.instance, request_id), None)
-            self._report(wire.Aborted(instance.instance, request_id))
+            head = instance.head
+            index = None if head is None else head.batch_of(request_id)
+            if head is None or index is None:
+                continue
+            if index in head.running:
+                # It is in the iteration under way: it ends with its next token instead.
+                head.batches[index].ticket(request_id).stop_tokens = frozenset(range(self._vocab(instance.model)))
+            else:
+                head.batches[index].take(request_id)
+                self._report(wire.Aborted(instance.number, request_id))
             return
 
     def _occupy(self, busy: bool) -> None:
         self._occupied += 1 if busy else -1
 
+    def _lost(self, peer: NodeId) -> None:
+        """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
+        for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
+            self._drop(number)
+        for number, ticket in self._inbox.lose(peer):
+            self._add(self._instances[number], ticket)
+            self._offer(self._instances[number])
+
     # -- mode switch -------------------------------------------------------------------------------------------------
 
     def _switch(self, message: wire.Switch) -> None:
-        """Hand the requests over. The tokens in flight are redone; KV goes along where the policy says so and it is complete."""
-        command = message.command
-        pipeline = self._instances.get(command.pipeline)
+        pipeline = self._instances.get(message.command.pipeline)
         if pipeline is None:
             return
-        moves = [(request_id, target) for request_id, target in command.moves if pipeline.batch_of(request_id) is not None]
-        kv_moves = list(self._kv_moves(pipeline, moves, message.homes)) if command.kv == "copy" else []
-        with_kv = frozenset(move.request_id for move in kv_moves)
-        for target, group in groupby(sorted(moves, key=lambda move: move[1]), key=lambda move: move[1]):
-            tickets = tuple(self._take(pipeline, request_id) for request_id, _ in group)
-            kept = frozenset(t.request_id for t in tickets) & with_kv
-            self._tell(message.homes[target], wire.Handover(target, tickets, kept))
-        if command.kv == "copy":
-            for node in dict.fromkeys(stage.node for stage in pipeline.stages[1:]):
-                if node != self._node:
-                    self._send(node, wire.Collect(command.pipeline, tuple(kv_moves)))
-            self._collect(wire.Collect(command.pipeline, tuple(kv_moves)))
-        else:
-            self._drop(command.pipeline)
+        hand_over(pipeline, message, self._tell)
+        if message.command.kv == "recompute":
+            self._drop(pipeline.number)
 
-    @staticmethod
-    def _kv_moves(pipeline: _Instance, moves: Iterable[tuple[int, int]], homes: dict[int, NodeId]) -> Iterable[wire.KvMove]:
-        for request_id, target in moves:
-            batch = pipeline.batch_of(request_id)
-            slot = None if batch is None else batch.cached_slot(request_id)
-            if batch is not None and slot is not None:
-                tokens = len(batch.ticket(request_id).tokens) - 1
-                yield wire.KvMove(request_id, slot, tokens, target, homes[target])
+    def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
+        send_kv(pipeline, message, self._tell)
+        self._drop(pipeline.number)
 
-    @staticmethod
-    def _take(pipeline: _Instance, request_id: int) -> Ticket:
-        batch = pipeline.batch_of(request_id)
-        assert batch is not None, "only what is here is handed over"
-        return batch.ticket(request_id)
+    def _take_over(self, instance: Instance, message: wire.Handover) -> None:
+        """Take requests of a dissolved pipeline."""
+        for ticket in message.tickets:
+            if self._has(instance, ticket.request_id):
+                continue
+            wanted = ticket.request_id in message.with_kv and instance.whole is not None
+            if not (wanted and self._inbox.expect(message, ticket)):
+                self._add(instance, ticket)
+        self._inbox.close_handover(message)
+        self._report(wire.Resumed(message.instance, tuple(ticket.request_id for ticket in message.tickets)))
+        for ticket in message.tickets:
+            self._complete_kv(instance, ticket.request_id)
+        self._offer(instance)
 
-    def _collect(self, message: wire.Collect) -> None:
-        """Send this node's KV of a dissolved pipeline off and forget the pipeline."""
-        pipeline = self._instances.get(message.pipeline)
-        if pipeline is None:
-            return
-        for move in message.moves:
-            for runner in pipeline.runners.values():
-                data = runner.read_kv(move.slot, move.tokens)
-                part = wire.KvPart(move.instance, move.request_id, runner.first_layer, runner.layers, data)
-                self._tell(move.node, part)
-        self._drop(message.pipeline)
+    def _kv_part(self, instance: Instance, part: wire.KvPart) -> None:
+        self._inbox.put(part)
+        self._complete_kv(instance, part.request_id)
+        self._offer(instance)
 
-    def _handover(self, message: wire.Handover) -> None:
-        def take() -> None:
-            instance = self._instances[message.instance]
-            for ticket in message.tickets:
-                if ticket.request_id in message.with_kv:
-                    self._expect(instance, ticket)
-                else:
-                    self._add(instance, ticket)
-            self._report(wire.Resumed(message.instance, tuple(t.request_id for t in message.tickets)))
-
-        self._when_there(message.instance, take)
-
-    def _expect(self, instance: _Instance, ticket: Ticket) -> None:
-        key = (instance.instance, ticket.request_id)
-        self._expected.setdefault(key, _Expected(ticket)).ticket = ticket
-        self._complete_kv(instance, key)
-
-    def _kv_part(self, part: wire.KvPart) -> None:
-        def take() -> None:
-            key = (part.instance, part.request_id)
-            # The parts may come before the ticket does.
-            waiting = self._expected.setdefault(key, _Expected(Ticket(part.request_id, [], 0, 0)))
-            waiting.parts[part.first_layer] = part
-            self._complete_kv(self._instances[part.instance], key)
-
-        self._when_there(part.instance, take)
-
-    def _complete_kv(self, instance: _Instance, key: tuple[int, int]) -> None:
-        waiting = self._expected[key]
-        layers = sum(part.layers for part in waiting.parts.values())
-        if waiting.ticket.prompt_tokens and layers == instance.runners[0].layers:
-            del self._expected[key]
-            self._kv[key] = [waiting.parts[first].data for first in sorted(waiting.parts)]
-            self._add(instance, waiting.ticket, cached=True)
-
-    def _stop_waiting(self) -> None:
-        for key, waiting in list(self._expected.items()):
-            if waiting.ticket.prompt_tokens:
-                del self._expected[key]
-                self._add(self._instances[key[0]], waiting.ticket)
+    def _complete_kv(self, instance: Instance, request_id: int) -> None:
+        runner = instance.whole
+        ticket = None if runner is None else self._inbox.complete(instance.number, request_id, len(runner.layers))
+        if ticket is not None:
+            self._add(instance, ticket, cached=True)

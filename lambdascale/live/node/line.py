@@ -18,7 +18,7 @@ class Line:
         access = config.access
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.identity = b"%d" % config.node
+        self._socket.identity = b"%d.%d" % (config.node, config.generation)
         self._socket.curve_serverkey = access.server_public
         self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
         self._socket.linger = 1000

@@ -1,186 +1,224 @@
-"""A node's loads from its own storage, and what leaves its memory again."""
+"""A node's own storage: loads from disk and host memory, host copies, and the release of what leaves its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Timer
+from functools import partial
 
+from lambdascale.core import UserError
+from lambdascale.core.checks import require
 from lambdascale.core.commands import LoadBlocks
 from lambdascale.inference.loading import Load
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockInUseError, BlockStore
+from lambdascale.live.node.jobs import About, Jobs
+from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
 from lambdascale.transport import TokenBucket
 
 _RETRY_S = 0.01
-_RETRIES = 500
+_RETRIES = 3000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """How slow storage is made to look, None: as fast as it is."""
+    """Rates that storage is slowed down to; None: as fast as it is. ``remote`` None: the cluster has no remote store."""
 
     ssd: TokenBucket | None = None
     pcie: TokenBucket | None = None
+    remote: TokenBucket | None = None
 
 
 class Loads:
-    """One thread's: ``do`` brings a call there.
+    """Loads, host copies, releases and evictions, each begun when ``order`` says so. For the jobs' thread.
 
     ``preloaded``: every model stays on the device from the start (ideal scaling's "instant" loads).
     """
 
-    def __init__(
-        self, store: BlockStore, reports: Reports, do: Callable[[Callable[[], None]], None], *, links: Links, preloaded: bool
-    ) -> None:
-        self._store = store
-        self._reports = reports
-        self._do = do
+    def __init__(self, store: BlockStore, reports: Reports, jobs: Jobs, order: Order, *, links: Links, preloaded: bool) -> None:
+        self._store, self._reports, self._jobs, self._order = store, reports, jobs, order
         self._links = links
         self._preloaded = preloaded
-        self._loads: dict[int, Load] = {}
-        self._delayed: list[LoadBlocks] = []
-        self._placing: set[str] = set()
+        self._loads: dict[int, Load] = {}  # by transfer; cancelled ones excepted
+        self._running: list[
+            Load
+        ] = []  # once for each job that waits for the end: threads may touch the store's memory until then
 
-    def close(self, end_thread: Callable[[], None]) -> None:
-        """Cancel what is under way, end the thread, and wait: no load touches the node's memory afterwards."""
-        loads = list(self._loads.values())
-        for load in loads:
+    def close(self) -> None:
+        """Cancel loads and wait for their ends: none touches the node's memory afterwards. After the jobs' threads have ended."""
+        for load in self._running:
             load.cancel()
-        end_thread()
-        for load in loads:
+        for load in self._running:
             load.join()
 
     def cancel(self, number: int) -> None:
-        """Stop a load."""
-        self._delayed = [command for command in self._delayed if command.transfer_id != number]
-        if number in self._loads:
-            self._loads.pop(number).cancel()
+        """Stop a load after its block under way; later commands of the model wait for that."""
+        load = self._loads.pop(number, None)
+        if load is not None:
+            load.cancel()
+            self._order.hold(load.model)
+            about = About(f"the cancellation of transfer {number}", model=load.model)
+            self._when_ended(load, about, lambda _: self._order.let_go(load.model))
 
-    def retry(self) -> None:
-        """Try again the loads that had to wait."""
-        delayed, self._delayed = self._delayed, []
-        for command in delayed:
-            self.load(command)
+    def cancel_all(self, model: str) -> None:
+        """Stop all loads of a model that leaves this node."""
+        for number in [number for number, load in self._loads.items() if load.model == model]:
+            self.cancel(number)
+
+    # -- loads -------------------------------------------------------------------------------------------------------
+
+    def may_load(self, command: LoadBlocks) -> bool:
+        """Return False while senders of a cancelled multicast may still write to blocks of the load."""
+        return not any(self._store.awaited(command.model, block) for block in command.blocks)
 
     def load(self, command: LoadBlocks) -> None:
-        """Load blocks from this node's own storage."""
-        model, number = command.model, command.transfer_id
-        # Until the senders of a cancelled multicast are known to be through, or a host copy that a GPU's load needs is there.
-        if any(self._store.awaited(model, block) for block in command.blocks) or model in self._placing:
-            self._delayed.append(command)
-            return
-        if command.tier == "remote":
-            self._reports.failed("LoadBlocks", "a live cluster has no remote store", number)
-            return
+        """Load blocks from this node's own storage. UserError or CapacityError if that is not possible."""
         from_host = command.tier == "host"
-        if from_host and not all(self._store.holds(model, block, "host") for block in command.blocks):
-            self._reports.failed("LoadBlocks", f"node {self._reports.node} has no host copy of {model}", number)
-            return
-        try:
-            if command.loader == "sequential" and not from_host:
-                self._load_twice(command)
-            else:
-                pace = None if command.tier == "instant" else self._links.pcie if from_host else self._links.ssd
-                self._loads[number] = self._store.load(
-                    model, command.blocks, keep_host=False, on_block=self._arrival(command, pace)
-                )
-        except ValueError as error:
-            self._reports.failed("LoadBlocks", str(error), number)
-            return
-        self._watch(number, self._loads[number])
+        require(
+            command.tier != "remote" or self._links.remote is not None,
+            "this cluster has no remote store: cluster.remote_bytes_per_s is 0",
+        )
+        if from_host and not all(self._is_near(command.model, block) for block in command.blocks):
+            raise UserError(f"node {self._reports.node} has no host copy of {command.model}")
+        if command.loader == "sequential" and not from_host:
+            self._load_twice(command)
+        else:
+            self._load_up(command, self._pace(command))
 
-    def _load_twice(self, command: LoadBlocks) -> None:
-        """Everything into host memory before the first block goes to the device."""
-        model, number = command.model, command.transfer_id
-        sizes = self._store.model(model).block_bytes
-        coming = set(command.blocks)
+    def _is_near(self, model: str, block: int) -> bool:
+        return self._store.holds(model, block, "host") or self._store.holds(model, block, "gpu")
 
-        def on_host(_: str, block: int) -> None:
-            if self._links.ssd is not None:
-                self._links.ssd.take(sizes[block])
-            coming.discard(block)
-            if not coming:
-                self._do(second)
+    def _pace(self, command: LoadBlocks) -> TokenBucket | None:
+        """Return the link that a command's blocks come over."""
+        paces = {"host": self._links.pcie, "ssd": self._links.ssd, "remote": self._links.remote}
+        return paces.get(command.tier)
 
-        def second() -> None:
-            if number in self._loads:
-                up = self._store.load(model, command.blocks, keep_host=False, on_block=self._arrival(command, self._links.pcie))
-                self._loads[number] = up
-                self._watch(number, up)
-                up.when_ended(lambda _: self._do(lambda: self.evict(model, "host")))
-
-        self._loads[number] = self._store.load(model, command.blocks, to="host", on_block=on_host)
-
-    def _arrival(self, command: LoadBlocks, pace: TokenBucket | None) -> Callable[[str, int], None]:
-        sizes = self._store.model(command.model).block_bytes
+    def _load_up(self, command: LoadBlocks, pace: TokenBucket | None) -> Load:
+        """Load to the device, and report each block."""
+        about, sizes = _about(command), self._store.model(command.model).block_bytes
 
         def arrived(model: str, block: int) -> None:
             if pace is not None:
                 pace.take(sizes[block])
-            self._do(lambda: self._reports.arrived(command.transfer_id, model, block))
+            self._jobs.do(about, lambda: self._reports.arrived(command.transfer_id, model, block))
 
-        return arrived
+        load = self._store.load(command.model, command.blocks, keep_host=False, on_block=arrived)
+        self._watch(command, load)
+        return load
 
-    def _watch(self, number: int, load: Load) -> None:
-        """Tell the controller if a load fails; forget it when it has ended."""
+    def _load_twice(self, command: LoadBlocks) -> None:
+        """Load everything into host memory before the first block goes to the device; then the host copy is dropped."""
+        pace, dropping = self._pace(command), About("LoadBlocks", model=command.model)
+        sizes = self._store.model(command.model).block_bytes
+
+        def on_host(_: str, block: int) -> None:
+            if pace is not None:
+                pace.take(sizes[block])
+
+        def second(error: Exception | None) -> None:
+            up = None
+            try:
+                if error is None and not first.cancelled:
+                    up = self._load_up(command, self._links.pcie)
+            finally:
+                if up is None:
+                    self._evict(dropping, "host")
+                else:
+                    self._when_ended(up, dropping, lambda _: self._evict(dropping, "host"))
+
+        first = self._store.load(command.model, command.blocks, to="host", on_block=on_host)
+        self._watch(command, first, second)
+
+    def _watch(self, command: LoadBlocks, load: Load, then: Callable[[Exception | None], None] | None = None) -> None:
+        """Report a load's failure and forget it when it has ended, then do ``then``."""
+        about, number = _about(command), command.transfer_id
+        self._loads[number] = load
 
         def ended(error: Exception | None) -> None:
-            def note() -> None:
-                if self._loads.get(number) is load:
-                    del self._loads[number]
-                if error is not None:
-                    self._reports.failed("LoadBlocks", str(error), number)
+            if self._loads.get(number) is load:
+                del self._loads[number]
+            if error is not None:
+                self._reports.failed(about, error)
+            if then is not None:
+                then(error)
 
-            self._do(note)
+        self._when_ended(load, about, ended)
 
-        load.when_ended(ended)
+    def _when_ended(self, load: Load, about: About, call: Callable[[Exception | None], None]) -> None:
+        """Call ``call(error)`` on the jobs' thread once a load has ended."""
+        self._running.append(load)
+
+        def ended(error: Exception | None) -> None:
+            self._running.remove(load)
+            call(error)
+
+        load.when_ended(lambda error: self._jobs.do(about, lambda: ended(error)))
+
+    # -- copies and releases -----------------------------------------------------------------------------------------
 
     def place_copy(self, model: str, done: Callable[[], None]) -> None:
-        """Have a host copy."""
-        everything = range(len(self._store.model(model).blocks))
+        """Make a host copy, then call ``done``; later commands of the model wait. CapacityError if there is no room."""
+        about = About("PlaceCopy", model=model)
+        load = self._store.load(model, range(len(self._store.model(model).blocks)), to="host")
 
         def ended(error: Exception | None) -> None:
-            if error is not None:
-                self._reports.failed("PlaceCopy", str(error))
-            done()
-            self._do(placed)
+            if error is None:
+                done()
+            else:
+                self._reports.failed(about, error)
+            self._order.let_go(model)
 
-        def placed() -> None:
-            self._placing.discard(model)
-            self.retry()
+        self._order.hold(model)
+        self._when_ended(load, about, ended)
 
-        self._placing.add(model)
-        self._store.load(model, everything, to="host").when_ended(ended)
+    def release(self, model: str, keep_host: bool) -> None:
+        """Free a model's memory, once its instances have stopped; later commands of the model wait.
 
-    def release(self, model: str, keep_host: bool, after: Future[None]) -> None:
-        """Free device memory once ``after`` (what used it has stopped)."""
-        after.result()
+        ``keep_host``: keep a copy in host memory. If there is no room for one, that is reported, and the device is freed all the
+        same.
+        """
+        about = About("ReleaseNode", model=model)
         self._reports.forget(model)
         if self._preloaded:
             return
-        try:
-            if keep_host:
-                self._store.demote(model)
-                return
-        except BlockInUseError:
-            pass  # copied, and still being sent from the device: it goes when that has ended
-        self.evict(model, "gpu")
-        if self._store.landing_tier == "host" and not keep_host:
-            self.evict(model, "host")
+        if keep_host:
+            self._order.hold(model)
+            self._jobs.work(about, partial(self._store.mirror, model), partial(self._mirrored, about))
+            return
+        self._evict(about, "gpu")
+        if self._store.landing_tier == "host":
+            self._evict(about, "host")
 
-    def evict(self, model: str, tier: StoreTier, tries: int = _RETRIES) -> None:
-        """Drop a copy. The last read of a copy may be ending just now: then again a moment later."""
-        try:
-            self._store.evict(model, tier)
-        except BlockInUseError:
-            if not tries:
-                raise
-            self._later(lambda: self.evict(model, tier, tries - 1))
+    def _mirrored(self, about: About, error: Exception | None) -> None:
+        if error is not None:
+            self._reports.failed(about, error)
+        self._evict(about, "gpu")
+        self._order.let_go(about.model)
 
-    def _later(self, job: Callable[[], None]) -> None:
-        timer = Timer(_RETRY_S, self._do, (job,))
-        timer.daemon = True
-        timer.start()
+    def evict(self, model: str, tier: StoreTier) -> None:
+        """Drop a copy; later commands of the model wait."""
+        self._evict(About("EvictBlocks", model=model), tier)
+
+    def _evict(self, about: About, tier: StoreTier) -> None:
+        self._order.hold(about.model)
+        self._try_to_evict(about, tier, _RETRIES)
+
+    def _try_to_evict(self, about: About, tier: StoreTier, tries: int) -> None:
+        """Drop a copy, or try again a little later: the last read of it may be ending just now."""
+        again = False
+        try:
+            self._store.evict(about.model, tier)
+        except BlockInUseError as error:
+            again = tries > 0
+            if not again:
+                self._reports.failed(about, f"node {self._reports.node}: {error}")
+        finally:
+            if not again:
+                self._order.let_go(about.model)
+        if again:
+            self._jobs.later(_RETRY_S, about, lambda: self._try_to_evict(about, tier, tries - 1))
+
+
+def _about(command: LoadBlocks) -> About:
+    return About("LoadBlocks", command.transfer_id, command.model)

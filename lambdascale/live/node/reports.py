@@ -1,31 +1,33 @@
-"""What the controller hears of a node's blocks: that they arrived, each once, and what went wrong."""
+"""Reports of a node's blocks to the controller: each arrival once, and failures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from lambdascale.core import NodeId
-from lambdascale.core.events import AnyEvent, BlockArrived, CommandFailed
+from lambdascale.core.events import AnyEvent, BlockArrived
+from lambdascale.live.node.jobs import About, Failures
 
 
 class Reports:
-    """``send`` takes events for the controller."""
+    """``send`` takes events for the controller; ``fault`` the reason why the node cannot go on (see Failures)."""
 
-    def __init__(self, node: NodeId, send: Callable[[AnyEvent], None]) -> None:
+    def __init__(self, node: NodeId, send: Callable[[AnyEvent], None], fault: Callable[[str], None]) -> None:
         self.node = node
+        self.failures = Failures(node, send, fault)
         self._send = send
-        self._told: set[tuple[str, int]] = set()
+        self._told: set[tuple[str, int]] = set()  # bounded: at most every block of every model
 
     def arrived(self, transfer_id: int, model: str, block: int) -> None:
-        """A block is on the device: told once, however many transfers were to bring it."""
+        """Report that a block is on the device: once, however many transfers were to bring it."""
         if (model, block) not in self._told:
             self._told.add((model, block))
             self._send(BlockArrived(0.0, transfer_id, self.node, model, block))
 
     def forget(self, model: str) -> None:
-        """The model leaves the device: its blocks may arrive anew."""
+        """Report the model's blocks anew when they arrive: the model leaves the device."""
         self._told = {key for key in self._told if key[0] != model}
 
-    def failed(self, command: str, reason: str, transfer_id: int = -1) -> None:
-        """A command could not be carried out."""
-        self._send(CommandFailed(0.0, command, reason, transfer_id=transfer_id))
+    def failed(self, about: About, error: Exception | str) -> None:
+        """Report that a command could not be carried out."""
+        self.failures.failed(about, error)

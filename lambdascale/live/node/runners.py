@@ -1,4 +1,4 @@
-"""What computes a stage: the engine (torch), the engine held back to a profile's time (paced), or that time alone (timed)."""
+"""Runners compute a stage: the engine (torch), the engine held back to a profile's time (paced), or that time alone (timed)."""
 
 from __future__ import annotations
 
@@ -20,34 +20,43 @@ from lambdascale.live.wire import Pass
 
 
 class Runner(Protocol):
-    """A range of blocks, ready to compute. Used by one thread."""
+    """A range of blocks, ready to compute. Used by one thread. ``layers`` are the model's layers in these blocks."""
 
-    first_layer: int
-    layers: int
+    layers: range
+    slots: int
 
     def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
-        """One iteration: token ids or hidden states in; hidden states out, or the chosen tokens of ``work.rules``."""
+        """Run one iteration: token ids or hidden states in; hidden states out, or the chosen tokens of ``work.rules``."""
         ...
 
-    def read_kv(self, slot: int, tokens: int) -> bytes:
-        """The KV of a slot's first tokens."""
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
+        """Return the KV of a slot's first tokens in some of the runner's layers."""
         ...
 
-    def write_kv(self, slot: int, parts: Sequence[bytes]) -> None:
-        """KV as ``read_kv`` gave it, of all the runner's layers: parts in order of their layers."""
+    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+        """Put what ``read_kv`` returned for these layers into a slot."""
         ...
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Release the weights and the KV memory."""
         ...
 
 
 class Executor(Protocol):
     """Makes runners for a node."""
 
-    def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
-        """A runner for blocks the node holds, with ``slots`` KV slots."""
+    def layers(self, model: str, first_block: int, last_block: int) -> range:
+        """Return the layers in a range of blocks."""
         ...
+
+    def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
+        """Make a runner with ``slots`` KV slots for blocks that the node holds. Raises if the KV memory does not fit."""
+        ...
+
+
+def _layers(packed: PackedModel, first_block: int, last_block: int) -> range:
+    """Layers of the model in a range of blocks."""
+    return range(packed.layouts[first_block].first_layer, packed.layouts[last_block].last_layer + 1)
 
 
 class TorchExecutor:
@@ -57,13 +66,17 @@ class TorchExecutor:
         self._store = store
         self._slot_tokens = slot_tokens
 
+    def layers(self, model: str, first_block: int, last_block: int) -> range:
+        """See Executor."""
+        return _layers(self._store.model(model), first_block, last_block)
+
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
         return TorchRunner(self._store, model, range(first_block, last_block + 1), slots, self._slot_tokens)
 
 
 class TorchRunner:
-    """A stage; hidden states travel as the raw bytes of its element type."""
+    """A stage of the engine; hidden states travel as the raw bytes of its element type."""
 
     def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int) -> None:
         packed = store.model(model)
@@ -72,8 +85,8 @@ class TorchRunner:
         self._stack = ExitStack()
         weights = self._stack.enter_context(store.weights(model, list(blocks)))
         self._stage = TransformerStage(packed.architecture, weights, slots, slot_tokens)
-        self.first_layer = weights[0].layout.first_layer
-        self.layers = weights[-1].layout.last_layer + 1 - self.first_layer
+        self.layers = _layers(packed, blocks.start, blocks.stop - 1)
+        self.slots = slots
 
     def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
         """See Runner."""
@@ -86,23 +99,21 @@ class TorchRunner:
             return choose(state, work.rules, work.positions) if work.rules else []
         return _raw(state)
 
-    def read_kv(self, slot: int, tokens: int) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
-        return _raw(self._stage.kv.read(slot, tokens))
+        return _raw(self._stage.kv.read(slot, tokens, self._places(layers)))
 
-    def write_kv(self, slot: int, parts: Sequence[bytes]) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
         """See Runner."""
         a = self._architecture
-        tensors = []
-        for part in parts:
-            flat = torch.frombuffer(bytearray(part), dtype=self._dtype)
-            # [key or value, layers, kv heads, tokens, head size]; parts differ in their layers only.
-            tensors.append(flat.view(2, -1, a.kv_heads, self._tokens(parts), a.head_dim))
-        self._stage.kv.write(slot, torch.cat(tensors, dim=1).to(self._stage.device))
+        flat = torch.frombuffer(bytearray(data), dtype=self._dtype)
+        kv = flat.view(2, len(layers), a.kv_heads, -1, a.head_dim)
+        self._stage.kv.write(slot, kv.to(self._stage.device), self._places(layers))
 
-    def _tokens(self, parts: Sequence[bytes]) -> int:
-        a, size = self._architecture, sum(len(part) for part in parts)
-        return size // (2 * self.layers * a.kv_heads * a.head_dim * self._dtype.itemsize)
+    def _places(self, layers: range) -> slice:
+        """Places of the model's layers among those of this stage."""
+        first = self.layers.start
+        return slice(layers.start - first, layers.stop - first)
 
     def close(self) -> None:
         """See Runner."""
@@ -114,17 +125,21 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 
 def _share(packed: PackedModel, first_block: int, last_block: int) -> float:
-    """The part of the model that a range of blocks is."""
+    """Part of the model's bytes that a range of blocks has."""
     return sum(packed.block_bytes[first_block : last_block + 1]) / sum(packed.block_bytes)
 
 
 class PacedExecutor:
-    """The engine's stages, no faster than the cluster's compute model: a small model's tokens with a large one's timing."""
+    """Stages of the engine, no faster than the cluster's compute model: a small model's tokens with a large one's timing."""
 
     def __init__(self, store: BlockStore, hardware: NodeSpec, slot_tokens: int) -> None:
         self._store = store
         self._hardware = hardware
         self._inner = TorchExecutor(store, slot_tokens)
+
+    def layers(self, model: str, first_block: int, last_block: int) -> range:
+        """See Executor."""
+        return self._inner.layers(model, first_block, last_block)
 
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
@@ -138,7 +153,7 @@ class PacedRunner:
 
     def __init__(self, inner: Runner, compute: ComputeModel, share: float) -> None:
         self._inner, self._compute, self._share = inner, compute, share
-        self.first_layer, self.layers = inner.first_layer, inner.layers
+        self.layers, self.slots = inner.layers, inner.slots
 
     def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
         """See Runner."""
@@ -147,13 +162,13 @@ class PacedRunner:
         time.sleep(max(0.0, until - time.monotonic()))
         return output
 
-    def read_kv(self, slot: int, tokens: int) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
-        return self._inner.read_kv(slot, tokens)
+        return self._inner.read_kv(slot, tokens, layers)
 
-    def write_kv(self, slot: int, parts: Sequence[bytes]) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
         """See Runner."""
-        self._inner.write_kv(slot, parts)
+        self._inner.write_kv(slot, layers, data)
 
     def close(self) -> None:
         """See Runner."""
@@ -168,19 +183,21 @@ class TimedExecutor:
         self._hardware = hardware
         self._sleep = sleep
 
+    def layers(self, model: str, first_block: int, last_block: int) -> range:
+        """See Executor."""
+        return _layers(self._store.model(model), first_block, last_block)
+
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
         packed = self._store.model(model)
-        layouts = packed.layouts
         return TimedRunner(
             ComputeModel(self._hardware, packed.spec),
             _share(packed, first_block, last_block),
-            first_layer=layouts[first_block].first_layer,
-            layers=layouts[last_block].last_layer + 1 - layouts[first_block].first_layer,
-            is_last=last_block == len(layouts) - 1,
+            layers=_layers(packed, first_block, last_block),
+            slots=slots,
+            is_last=last_block == len(packed.layouts) - 1,
             row_bytes=packed.architecture.hidden * TORCH_TYPES[packed.dtype].itemsize,
-            kv_bytes=packed.spec.kv_bytes_per_token,
-            all_layers=packed.architecture.layers,
+            layer_kv_bytes=packed.spec.kv_bytes_per_token // packed.architecture.layers,
             sleep=self._sleep,
         )
 
@@ -193,36 +210,38 @@ class TimedRunner:
         compute: ComputeModel,
         share: float,
         *,
-        first_layer: int,
-        layers: int,
+        layers: range,
+        slots: int,
         is_last: bool,
         row_bytes: int,
-        kv_bytes: int,
-        all_layers: int,
+        layer_kv_bytes: int,
         sleep: Callable[[float], None],
     ) -> None:
         self._compute = compute
         self._share = share
-        self.first_layer = first_layer
         self.layers = layers
+        self.slots = slots
         self._is_last = is_last
         self._row_bytes = row_bytes
-        self._kv_bytes = kv_bytes * layers // all_layers
+        self._layer_kv_bytes = layer_kv_bytes
         self._sleep = sleep
 
     def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
         """See Runner."""
         rows = work.batch.rows
-        require(not isinstance(inputs, bytes) or len(inputs) == rows * self._row_bytes, "hidden states of another size")
+        require(
+            not isinstance(inputs, bytes) or len(inputs) == rows * self._row_bytes,
+            f"hidden states of {len(inputs)} bytes do not have {rows} rows of {self._row_bytes}",
+        )
         self._sleep(self._compute.iteration_s(work, self._share))
-        # Token 1 for everybody: no tokenizer's end of a text.
+        # Token 1 for every request: no tokenizer uses it as the end of a text.
         return [1] * len(work.rules) if self._is_last else bytes(rows * self._row_bytes)
 
-    def read_kv(self, slot: int, tokens: int) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
-        return bytes(self._kv_bytes * tokens)
+        return bytes(self._layer_kv_bytes * tokens * len(layers))
 
-    def write_kv(self, slot: int, parts: Sequence[bytes]) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
         """See Runner."""
 
     def close(self) -> None:

@@ -17,9 +17,10 @@ class Collector:
         self._state = state
 
     def collect(self) -> list[Metric]:
-        """All metrics, now."""
-        state, snapshot = self._state, self._state.snapshot()
-        requests, counts = snapshot["requests"], state.counts
+        """Return all metrics of one moment."""
+        readings = self._state.readings()
+        snapshot, counts = readings.snapshot, readings.counts
+        requests = snapshot["requests"]
         values: list[tuple[type[Any], str, str, float]] = [
             (CounterMetricFamily, "requests_arrived", "requests received", counts.arrived),
             (CounterMetricFamily, "requests_finished", "requests answered", counts.finished),
@@ -29,6 +30,7 @@ class Collector:
             (CounterMetricFamily, "first_tokens_from_pipelines", "first tokens that a pipeline produced", counts.from_pipelines),
             (CounterMetricFamily, "scale_outs", "replicas begun after the start", counts.scale_outs),
             (CounterMetricFamily, "nodes_lost", "nodes that died", counts.nodes_lost),
+            (CounterMetricFamily, "node_restarts", "lost nodes that came back", counts.nodes_restarted),
             (CounterMetricFamily, "gpu_seconds", "GPU-seconds allocated", snapshot["gpu_seconds"]),
             (GaugeMetricFamily, "requests_queued", "requests waiting for an instance", requests["queued"]),
             (GaugeMetricFamily, "requests_running", "requests on an instance", requests["running"]),
@@ -38,9 +40,9 @@ class Collector:
             (GaugeMetricFamily, "transfers", "multicasts and loads under way", len(snapshot["transfers"])),
         ]
         families: list[Metric] = [kind(f"lambdascale_{name}", text, value=value) for kind, name, text, value in values]
-        totals = list(itertools.accumulate(state.ttft_counts))
+        totals = list(itertools.accumulate(readings.ttft_counts))
         buckets = [(str(bound), float(total)) for bound, total in zip((*TTFT_BUCKETS_S, "+Inf"), totals, strict=True)]
         return [
             *families,
-            HistogramMetricFamily("lambdascale_ttft_seconds", "time to the first token", buckets, state.ttft_sum),
+            HistogramMetricFamily("lambdascale_ttft_seconds", "time to the first token", buckets, readings.ttft_sum),
         ]

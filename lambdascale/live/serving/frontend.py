@@ -1,6 +1,6 @@
 """The front end: OpenAI's completions and chat completions over HTTP, and the state of the cluster.
 
-It knows requests, tokens and sinks; which node serves what is the control plane's business.
+It knows requests, tokens and sinks; where a request is served is the control plane's business.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -22,9 +24,10 @@ from starlette.routing import Route
 
 from lambdascale.core import Request, UserError
 from lambdascale.inference.batch import Ticket
-from lambdascale.inference.sampling import Sampling
-from lambdascale.live.controller.backend import Sink
+from lambdascale.inference.sampling import Sampling, usable_temperature
+from lambdascale.live.controller.answers import Sink
 from lambdascale.live.serving.exposition import Collector
+from lambdascale.live.serving.limits import MOST_PROMPTS, Limits
 from lambdascale.live.serving.openai_api import (
     Answer,
     ApiError,
@@ -42,28 +45,29 @@ from lambdascale.live.serving.state import ClusterState
 from lambdascale.live.serving.text import Growing, Text
 
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI's
+_TOKENIZERS = 2  # threads: further prompts wait, so that the nodes of this host keep their processors
 _json = msgspec.json.Encoder().encode
 
 
 class Cluster(Protocol):
-    """What the front end needs of a backend."""
+    """The part of a backend that the front end uses."""
 
     def now(self) -> float:
         """Seconds of the run."""
         ...
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request."""
+        """Take a request. ``sink`` hears its answer, or why there is none."""
         ...
 
     def abort(self, request_id: int) -> None:
-        """Its client is gone."""
+        """End a request whose client has hung up."""
         ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More of an answer, or what became of it."""
+    """The next tokens of an answer, or the reason why it failed."""
 
     tokens: Sequence[int] = ()
     finished: bool = False
@@ -86,12 +90,15 @@ class _Waiting:
         self._put(Piece(failure=reason))
 
     def _put(self, piece: Piece) -> None:
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
 
 
 class FrontEnd:
-    """``model`` is the name served. ``alive`` says whether the cluster takes requests. A sequence has ``slot_tokens`` at most."""
+    """The HTTP application, ``app``. ``model`` is the name served; a sequence has ``slot_tokens`` tokens at most.
+
+    ``ill`` returns why the cluster takes no requests, "" if it does; ``unready`` why none would be answered right now.
+    """
 
     def __init__(
         self,
@@ -101,25 +108,33 @@ class FrontEnd:
         cluster: Cluster,
         state: ClusterState,
         slot_tokens: int,
-        alive: Callable[[], bool],
+        ill: Callable[[], str],
+        unready: Callable[[], str],
     ) -> None:
         self._model = model
         self._text = text
         self._cluster = cluster
         self._state = state
         self._slot_tokens = slot_tokens
-        self._alive = alive
+        self._limits = Limits(slot_tokens=slot_tokens, longest_token=text.longest_token)
+        self._ill = ill
+        self._unready = unready
+        self._tokenizers = ThreadPoolExecutor(_TOKENIZERS, thread_name_prefix="tokenize")
         self._ids = itertools.count()
         self._created = int(time.time())
         self._registry = CollectorRegistry()
         self._registry.register(Collector(state))
+        self._refusals = Counter(
+            "lambdascale_refusals", "requests answered with an error, by HTTP status", ["status"], registry=self._registry
+        )
         self.app = Starlette(
             routes=[
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._counted(self._completions), methods=["POST"]),
+                Route("/v1/chat/completions", self._counted(self._chat), methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._one_model),
                 Route("/health", self._health),
+                Route("/ready", self._ready),
                 Route("/metrics", self._metrics),
                 Route("/cluster", self._cluster_state),
             ]
@@ -128,7 +143,10 @@ class FrontEnd:
     # -- what is not an answer ---------------------------------------------------------------------------------------
 
     async def _health(self, http: HttpRequest) -> Response:
-        return Response(status_code=200 if self._alive() else 503)
+        return _condition(self._ill())
+
+    async def _ready(self, http: HttpRequest) -> Response:
+        return _condition(self._ill() or self._unready())
 
     async def _models(self, http: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -155,17 +173,37 @@ class FrontEnd:
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
+    def _counted(self, answer: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
+        """An endpoint whose errors become responses, which are counted."""
+
+        async def endpoint(http: HttpRequest) -> Response:
+            try:
+                return await answer(http)
+            except ApiError as error:
+                self._refusals.labels(str(error.status)).inc()
+                return error.response()
+
+        return endpoint
+
     async def _completions(self, http: HttpRequest) -> Response:
-        try:
-            body = decode(await http.body(), CompletionBody)
-            self._check(body)
-            if body.echo:
-                raise ApiError(400, "echo is not supported", param="echo")
-            prompts = [self._text.encode(p) if isinstance(p, str) else self._ids_of(p) for p in prompts_of(body.prompt)]
-            bound = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-            return await self._answer(http, body, prompts, bound, CompletionForm(self._model))
-        except ApiError as error:
-            return error.response()
+        body = decode(await self._limits.body(http), CompletionBody)
+        self._check(body)
+        if body.echo:
+            raise ApiError(400, "echo is not supported", param="echo")
+        given = prompts_of(body.prompt)
+        if len(given) > MOST_PROMPTS:
+            raise ApiError(400, f"a request may have {MOST_PROMPTS} prompts at most, not {len(given)}", param="prompt")
+        prompts = [await self._tokens_of(p) if isinstance(p, str) else self._ids_of(p) for p in given]
+        bound = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        return await self._answer(http, body, prompts, bound, CompletionForm(self._model))
+
+    async def _tokens_of(self, text: str) -> list[int]:
+        self._limits.check_text(text, "prompt")
+        return await self._working(lambda: self._text.encode(text))
+
+    async def _working(self, work: Callable[[], list[int]]) -> list[int]:
+        """Have a tokenizer's thread do it: the event loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
 
     def _ids_of(self, prompt: list[int]) -> list[int]:
         if any(not 0 <= token < self._text.vocab for token in prompt):
@@ -173,24 +211,29 @@ class FrontEnd:
         return prompt
 
     async def _chat(self, http: HttpRequest) -> Response:
+        body = decode(await self._limits.body(http), ChatBody)
+        self._check(body)
+        if not body.messages:
+            raise ApiError(400, "messages must not be empty", param="messages")
+        messages = [plain(message) for message in body.messages]
+        prompt = await self._working(lambda: self._conversation(messages))
+        bound = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        room = max(1, self._slot_tokens - len(prompt))
+        return await self._answer(http, body, [prompt], room if bound is None else bound, ChatForm(self._model))
+
+    def _conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation; in a tokenizer's thread."""
         try:
-            body = decode(await http.body(), ChatBody)
-            self._check(body)
-            if not body.messages:
-                raise ApiError(400, "messages must not be empty", param="messages")
-            try:
-                prompt = self._text.chat([plain(message) for message in body.messages])
-            except UserError as error:
-                raise ApiError(400, str(error), param="messages") from error
-            bound = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-            room = max(1, self._slot_tokens - len(prompt))
-            return await self._answer(http, body, [prompt], room if bound is None else bound, ChatForm(self._model))
-        except ApiError as error:
-            return error.response()
+            text = self._text.chat(messages)
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from error
+        self._limits.check_text(text, "messages")
+        return self._text.encode(text, special=False)
 
     def _check(self, body: CommonBody) -> None:
-        if not self._alive():
-            raise ApiError(503, "the server is stopping", kind="server_error")
+        ill = self._ill()
+        if ill:
+            raise ApiError(503, ill, kind="server_error")
         if body.model != self._model:
             raise self._unknown(body.model)
         for name, value in (("n", body.n), ("best_of", body.best_of)):
@@ -226,7 +269,7 @@ class FrontEnd:
             )
         try:
             sampling = Sampling(
-                temperature=1.0 if body.temperature is None else float(body.temperature),
+                temperature=1.0 if body.temperature is None else usable_temperature(float(body.temperature)),
                 top_p=1.0 if body.top_p is None else float(body.top_p),
                 seed=secrets.randbits(31) if body.seed is None else body.seed,
             )
@@ -236,7 +279,7 @@ class FrontEnd:
         return Ticket(next(self._ids), list(prompt), len(prompt), bound, sampling, ends)
 
     async def _stream(self, ticket: Ticket, stops: Sequence[str], index: int) -> AsyncIterator[tuple[str, Answer]]:
-        """The answer's text as it comes, with its state so far. ApiError if the cluster gives it up."""
+        """Yield the answer's text as it comes, with its state so far. ApiError if the cluster gives it up."""
         waiting, text = _Waiting(), Growing(self._text, stops)
         answer = Answer(index, ticket.prompt_tokens)
         request = Request(ticket.request_id, self._cluster.now(), self._model, ticket.prompt_tokens, ticket.max_tokens)
@@ -259,7 +302,7 @@ class FrontEnd:
                 self._cluster.abort(ticket.request_id)
 
     async def _whole(self, http: HttpRequest, stream: AsyncIterator[tuple[str, Answer]]) -> Answer:
-        """All of it; given up when the client hangs up."""
+        """Return all of it; given up when the client hangs up."""
         collecting = asyncio.ensure_future(_last(stream))
         while True:
             done, _ = await asyncio.wait({collecting}, timeout=1.0)
@@ -267,7 +310,7 @@ class FrontEnd:
                 return collecting.result()
             if await http.is_disconnected():
                 collecting.cancel()
-                raise ApiError(499, "the client has gone")
+                raise ApiError(499, "the client has hung up")
 
     async def _events(self, streams: list[AsyncIterator[tuple[str, Answer]]], form: Form, usage: bool) -> AsyncIterator[bytes]:
         """Server-sent events. An error after the first byte is an event too, as OpenAI's clients expect."""
@@ -284,6 +327,10 @@ class FrontEnd:
         if usage:
             yield b"data: " + _json(form.usage(list(answers.values()))) + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+def _condition(problem: str) -> Response:
+    return JSONResponse({"status": "unavailable", "reason": problem}, 503) if problem else JSONResponse({"status": "ok"})
 
 
 async def _last(stream: AsyncIterator[tuple[str, Answer]]) -> Answer:

@@ -1,4 +1,4 @@
-"""OpenAI's requests, answers and errors as values: what HTTP bodies say and what is said back. Nothing here waits or serves."""
+"""OpenAI's requests, answers and errors as values: the contents of HTTP bodies. Nothing here waits or serves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from starlette.responses import JSONResponse, Response
 
 
 class StreamOptions(Struct):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
 class CommonBody(Struct, kw_only=True):
-    """What both kinds of request have. Names and defaults are OpenAI's; ``ignore_eos`` is vLLM's."""
+    """Fields of both kinds of request. Names and defaults are OpenAI's; ``ignore_eos`` is vLLM's."""
 
     model: str
     max_tokens: int | None = None
@@ -84,7 +84,7 @@ class ApiError(Exception):
 
 @dataclass
 class Answer:
-    """What came of one prompt."""
+    """The answer to one prompt, as far as it has come."""
 
     index: int
     prompt_tokens: int
@@ -94,7 +94,7 @@ class Answer:
 
 
 class Form:
-    """How answers are written."""
+    """The way in which answers are written."""
 
     prefix = ""
     object_whole = ""
@@ -104,7 +104,7 @@ class Form:
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """All at once."""
+        """Return complete answers."""
         return {
             **self._head,
             "object": self.object_whole,
@@ -113,11 +113,11 @@ class Form:
         }
 
     def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The last chunk, if it was asked for."""
+        """Return the last chunk of a stream that was asked for the usage."""
         return {**self._head, "object": self.object_chunk, "choices": [], "usage": usage_of(answers)}
 
     def chunks(self, new: str, answer: Answer, first: bool) -> list[dict[str, Any]]:
-        """Events for a piece of an answer."""
+        """Return the chunks for a piece of an answer."""
         return [{**self._head, "object": self.object_chunk, "choices": [self._part(new, answer, first)]}]
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class ChatForm(Form):
 
 
 def usage_of(answers: Sequence[Answer]) -> dict[str, int]:
-    """The tokens of all answers."""
+    """Count the tokens of all answers."""
     prompt = sum(answer.prompt_tokens for answer in answers)
     completion = sum(answer.completion_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -164,7 +164,7 @@ _Body = TypeVar("_Body", bound=CommonBody)
 
 
 def decode(data: bytes, body: type[_Body]) -> _Body:
-    """A body; ApiError for what it must not say."""
+    """Decode a body. ApiError if it is not JSON of this form."""
     try:
         return msgspec.json.decode(data, type=body)
     except msgspec.MsgspecError as error:
@@ -172,7 +172,7 @@ def decode(data: bytes, body: type[_Body]) -> _Body:
 
 
 def prompts_of(prompt: str | list[Any]) -> list[Any]:
-    """One prompt or several, as text or token ids."""
+    """Return the prompts, each a text or token ids. ApiError for a mixture."""
     if isinstance(prompt, str):
         return [prompt]
     kinds = {type(part) for part in prompt}
@@ -182,7 +182,7 @@ def prompts_of(prompt: str | list[Any]) -> list[Any]:
 
 
 def plain(message: ChatMessage) -> dict[str, str]:
-    """A message as chat templates take it; ApiError for parts that are no text."""
+    """Return a message as chat templates take it. ApiError for parts that are no text."""
     content = message.content
     if isinstance(content, list):
         if any(part.type != "text" for part in content):

@@ -22,6 +22,7 @@ from lambdascale.live.serving.text import Text
 from lambdascale.live.serving.view import View
 
 _LINGER_S = 5
+_STOPPING = "the server is stopping"
 
 
 class Service:
@@ -32,6 +33,8 @@ class Service:
         plane = build_system(system, cluster=cluster, models=[model.spec])
         self.state = ClusterState(len(model.blocks))
         self.backend: LiveBackend = config.start(cluster=cluster, models=[(model.name, model)], system=system, open_ended=True)
+        self._model = model.name
+        self._to_zero = system.autoscaler.min_replicas == 0
         self._stopping = False
         self.fault: BaseException | None = None
         self.on_fault: Callable[[], None] = _nothing
@@ -53,13 +56,32 @@ class Service:
             cluster=self.backend,
             state=self.state,
             slot_tokens=config.slot_tokens,
-            alive=lambda: not self._stopping and self.fault is None,
+            ill=self.ill,
+            unready=self.unready,
         )
 
+    def ill(self) -> str:
+        """Return why the cluster takes no requests, "" if it does: the control thread runs and a node is alive."""
+        if self.fault is not None:
+            return "the server has failed"
+        if self._stopping or not self._thread.is_alive():
+            return _STOPPING
+        return "" if self.state.nodes_alive else "no node is alive"
+
+    def unready(self) -> str:
+        """Return why no request would be answered right now, "" if one would.
+
+        The initial loads are complete and an instance serves the model, or none has to: a cluster that may shrink to 0 nodes
+        starts one at the first request.
+        """
+        if self.backend.now() == 0:
+            return f"{self._model} is being loaded"
+        return "" if self._to_zero or self.state.serves(self._model) else f"no instance serves {self._model}"
+
     def stop_answering(self) -> None:
-        """No new requests; those under way are told."""
+        """Take no new requests; clients of those under way are told."""
         self._stopping = True
-        self.backend.end()
+        self.backend.end(_STOPPING)
 
     def close(self) -> None:
         """End the nodes; nothing stays behind."""
@@ -69,13 +91,23 @@ class Service:
 
 
 def _nothing() -> None:
-    """Before the server runs, nobody has to be told."""
+    """Do nothing."""
 
 
 class _Server(uvicorn.Server):
-    """Tells the service first when it is asked to stop, so that open streams end."""
+    """Calls ``on_ready`` once requests are answered; tells the service first when asked to stop, so that open streams end."""
 
-    service: Service
+    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.service = service
+        self._on_ready: Callable[[], None] | None = on_ready
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look ten times a second, from the moment on that the port is open."""
+        if self._on_ready is not None and not self.service.ill() and not self.service.unready():
+            self._on_ready()
+            self._on_ready = None
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -88,19 +120,17 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal."""
+        """Handle a signal."""
         self.service.stop_answering()
-        self.service.backend.fail_all("the server is stopping")
         super().handle_exit(sig, frame)
 
 
-def serve(service: Service, *, host: str, port: int, view: bool) -> int:
-    """Answer requests until a signal; the exit status."""
+def serve(service: Service, *, host: str, port: int, view: bool, on_ready: Callable[[], None] = _nothing) -> int:
+    """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served."""
     config = uvicorn.Config(
         service.front_end.app, host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LINGER_S
     )
-    server = _Server(config)
-    server.service = service
+    server = _Server(config, service, on_ready)
 
     def stop() -> None:
         server.should_exit = True

@@ -1,10 +1,10 @@
-"""What the cluster looks like right now, for people: an observer of events and commands, read from other threads."""
+"""The cluster as it is now, for people and monitoring: an observer of events and commands, read from other threads."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from lambdascale.core.commands import (
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
+    Repartition,
     Serve,
     StartMulticast,
     StopInstance,
@@ -43,7 +44,7 @@ TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 @dataclass
 class _Node:
     alive: bool = True
-    models: set[str] = field(default_factory=set)
+    models: dict[str, int] = field(default_factory=dict)  # GPUs allocated to each
     blocks: dict[str, set[int]] = field(default_factory=dict)
     host_copies: set[str] = field(default_factory=set)
 
@@ -66,7 +67,9 @@ class _Instance:
 
 
 @dataclass
-class _Counts:
+class Counts:
+    """Totals since the start."""
+
     arrived: int = 0
     finished: int = 0
     failed: int = 0
@@ -74,12 +77,34 @@ class _Counts:
     tokens: int = 0
     scale_outs: int = 0
     nodes_lost: int = 0
+    nodes_restarted: int = 0
     from_pipelines: int = 0
     gpu_seconds: float = 0.0
 
 
+@dataclass
+class _Asked:
+    """A request that has neither ended nor failed. ``arrived``: None once its first token has come."""
+
+    arrived: float | None
+    dispatched: bool = False
+
+
+@dataclass(frozen=True)
+class Readings:
+    """All that monitoring shows, of one moment. ``ttft_counts`` belong to the buckets of TTFT_BUCKETS_S and beyond."""
+
+    snapshot: dict[str, Any]
+    counts: Counts
+    ttft_counts: tuple[int, ...]
+    ttft_sum: float
+
+
 class ClusterState:
-    """Observe a run; ``snapshot()`` is what /cluster shows. ``blocks``: of each model."""
+    """Observe a run; ``snapshot()`` is what /cluster shows. ``blocks``: of each model.
+
+    A lock guards all of it: the control thread writes, others read. Requests and transfers are forgotten when they end.
+    """
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
@@ -89,13 +114,12 @@ class ClusterState:
         self._nodes: dict[NodeId, _Node] = {}
         self._instances: dict[int, _Instance] = {}
         self._transfers: dict[int, _Transfer] = {}
-        self._arrivals: dict[int, float] = {}
+        self._requests: dict[int, _Asked] = {}
         self._queued: set[int] = set()
-        self._dispatched: set[int] = set()
         self._ttft: deque[float] = deque(maxlen=_RECENT)
-        self.ttft_counts = [0] * (len(TTFT_BUCKETS_S) + 1)
-        self.ttft_sum = 0.0
-        self.counts = _Counts()
+        self._ttft_counts = [0] * (len(TTFT_BUCKETS_S) + 1)
+        self._ttft_sum = 0.0
+        self._counts = Counts()
 
     # -- Observer ----------------------------------------------------------------------------------------------------
 
@@ -112,13 +136,13 @@ class ClusterState:
             self._command(command)
 
     def _pass_time(self, at: float) -> None:
-        self.counts.gpu_seconds += self._gpus * (at - self._at)
+        self._counts.gpu_seconds += self._gpus * (at - self._at)
         self._at = at
 
     def _event(self, event: Event) -> None:
         if isinstance(event, RequestArrived):
-            self.counts.arrived += 1
-            self._arrivals[event.request.request_id] = event.request.arrival_s
+            self._counts.arrived += 1
+            self._requests[event.request.request_id] = _Asked(event.request.arrival_s)
             self._queued.add(event.request.request_id)
         elif isinstance(event, BlockArrived):
             self._nodes[event.node].blocks.setdefault(event.model, set()).add(event.block)
@@ -128,35 +152,35 @@ class ClusterState:
         elif isinstance(event, TokensProduced):
             self._first_token(event)
         elif isinstance(event, RequestFinished):
-            self.counts.finished += 1
-            self.counts.tokens += event.tokens
+            self._counts.finished += 1
+            self._counts.tokens += event.tokens
             self._forget(event.request_id)
         elif isinstance(event, NodeJoined):
+            self._counts.nodes_restarted += event.node in self._nodes
             self._nodes[event.node] = _Node()
         elif isinstance(event, NodeLost):
             node = self._nodes[event.node]
-            self._gpus -= len(node.models)
+            self._gpus -= sum(node.models.values())
             self._nodes[event.node] = _Node(alive=False)
-            self.counts.nodes_lost += 1
+            self._counts.nodes_lost += 1
             for number, transfer in list(self._transfers.items()):
                 self._progress(number, {pair for pair in transfer.missing if pair[0] == event.node})
         elif isinstance(event, CommandFailed):
             self._transfers.pop(event.transfer_id, None)
 
     def _first_token(self, event: TokensProduced) -> None:
-        arrived = self._arrivals.pop(event.request_id, None)
-        if arrived is None:
+        asked = self._requests.get(event.request_id)
+        if asked is None or asked.arrived is None:
             return
-        ttft = self._at - arrived
+        ttft, asked.arrived = self._at - asked.arrived, None
         self._ttft.append(ttft)
-        self.ttft_sum += ttft
-        self.ttft_counts[int(np.searchsorted(TTFT_BUCKETS_S, ttft))] += 1
-        self.counts.from_pipelines += event.mode == "pipeline"
+        self._ttft_sum += ttft
+        self._ttft_counts[int(np.searchsorted(TTFT_BUCKETS_S, ttft))] += 1
+        self._counts.from_pipelines += event.mode == "pipeline"
 
     def _forget(self, request_id: int) -> None:
         self._queued.discard(request_id)
-        self._dispatched.discard(request_id)
-        self._arrivals.pop(request_id, None)
+        self._requests.pop(request_id, None)
         for instance in self._instances.values():
             instance.running.discard(request_id)
 
@@ -172,12 +196,12 @@ class ClusterState:
             self._dispatch(command)
         elif isinstance(command, AllocateNode):
             self._gpus += command.gpus
-            self._nodes[command.node].models.add(command.model)
-            self.counts.scale_outs += self._at > 0
+            self._nodes[command.node].models[command.model] = command.gpus
+            self._counts.scale_outs += self._at > 0
         elif isinstance(command, ReleaseNode):
             self._gpus -= command.gpus
             node = self._nodes[command.node]
-            node.models.discard(command.model)
+            node.models.pop(command.model, None)
             node.blocks.pop(command.model, None)
             if command.keep_host:
                 node.host_copies.add(command.model)
@@ -186,7 +210,7 @@ class ClusterState:
         elif isinstance(command, EvictBlocks):
             self._nodes[command.node].host_copies.discard(command.model)
         elif isinstance(command, FailRequest):
-            self.counts.failed += 1
+            self._counts.failed += 1
             self._forget(command.request_id)
         elif isinstance(command, StartMulticast | LoadBlocks | CancelTransfer):
             self._transfer(command)
@@ -196,10 +220,12 @@ class ClusterState:
     def _dispatch(self, command: Dispatch) -> None:
         running = self._instances[command.instance].running
         for request in command.requests:
-            self._queued.discard(request.request_id)
-            self.counts.restarts += request.request_id in self._dispatched
-            self._dispatched.add(request.request_id)
-            running.add(request.request_id)
+            asked = self._requests.get(request.request_id)
+            if asked is not None:
+                self._queued.discard(request.request_id)
+                self._counts.restarts += asked.dispatched
+                asked.dispatched = True
+                running.add(request.request_id)
 
     def _transfer(self, command: StartMulticast | LoadBlocks | CancelTransfer) -> None:
         if isinstance(command, CancelTransfer):
@@ -218,10 +244,15 @@ class ClusterState:
         if isinstance(command, Serve):
             stages = tuple((s.node, s.first_block, s.last_block) for s in command.stages)
             self._instances[command.instance] = _Instance(command.model, stages, pipeline=len(stages) > 1)
+        elif isinstance(command, Repartition):
+            instance = self._instances[command.instance]
+            instance.stages = tuple((s.node, s.first_block, s.last_block) for s in command.stages)
+            instance.pipeline = len(instance.stages) > 1
         elif isinstance(command, SwitchMode):
             del self._instances[command.pipeline]
             for request_id, target in command.moves:
-                self._instances[target].running.add(request_id)
+                if request_id in self._requests:
+                    self._instances[target].running.add(request_id)
         elif isinstance(command, StopInstance):
             gone = self._instances.pop(command.instance, None)
             if gone is not None:
@@ -229,57 +260,77 @@ class ClusterState:
 
     # -- for people --------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Any]:
-        """The cluster as plain values: nodes with what they hold, instances, transfers with their progress, queue, TTFT."""
+    @property
+    def nodes_alive(self) -> int:
+        """Number of nodes alive."""
         with self._lock:
-            recent = sorted(self._ttft)
-            return {
-                "at_s": round(self._at, 3),
-                "blocks": self._blocks,
-                "nodes": [self._node(number, node) for number, node in sorted(self._nodes.items())],
-                "replicas": [
-                    {"instance": number, "model": i.model, "node": i.stages[0][0], "running": len(i.running)}
-                    for number, i in self._instances.items()
-                    if not i.pipeline
-                ],
-                "pipelines": [
-                    {
-                        "instance": number,
-                        "model": i.model,
-                        "running": len(i.running),
-                        "stages": [{"node": n, "first_block": a, "last_block": b} for n, a, b in i.stages],
-                    }
-                    for number, i in self._instances.items()
-                    if i.pipeline
-                ],
-                "transfers": [
-                    {
-                        "transfer_id": number,
-                        "model": t.model,
-                        "kind": t.kind,
-                        "sources": t.sources,
-                        "arrived": t.total - len(t.missing),
-                        "total": t.total,
-                    }
-                    for number, t in self._transfers.items()
-                ],
-                "requests": {
-                    "queued": len(self._queued),
-                    "running": sum(len(i.running) for i in self._instances.values()),
-                    "arrived": self.counts.arrived,
-                    "finished": self.counts.finished,
-                    "failed": self.counts.failed,
-                    "restarts": self.counts.restarts,
-                    "first_tokens_from_pipelines": self.counts.from_pipelines,
-                },
-                "ttft_s": {
-                    "recent": len(recent),
-                    "p50": recent[len(recent) // 2] if recent else None,
-                    "p90": recent[len(recent) * 9 // 10] if recent else None,
-                },
-                "scale_outs": self.counts.scale_outs,
-                "gpu_seconds": round(self.counts.gpu_seconds, 3),
-            }
+            return sum(node.alive for node in self._nodes.values())
+
+    def serves(self, model: str) -> bool:
+        """Return True if an instance serves the model."""
+        with self._lock:
+            return any(instance.model == model for instance in self._instances.values())
+
+    def readings(self) -> Readings:
+        """Return all figures of one moment."""
+        with self._lock:
+            return Readings(self._snapshot(), replace(self._counts), tuple(self._ttft_counts), self._ttft_sum)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the cluster as plain values: nodes with what they hold, instances, transfers, queue, TTFT."""
+        with self._lock:
+            return self._snapshot()
+
+    def _snapshot(self) -> dict[str, Any]:
+        recent = sorted(self._ttft)
+        return {
+            "at_s": round(self._at, 3),
+            "blocks": self._blocks,
+            "nodes": [self._node(number, node) for number, node in sorted(self._nodes.items())],
+            "replicas": [
+                {"instance": number, "model": i.model, "node": i.stages[0][0], "running": len(i.running)}
+                for number, i in self._instances.items()
+                if not i.pipeline
+            ],
+            "pipelines": [
+                {
+                    "instance": number,
+                    "model": i.model,
+                    "running": len(i.running),
+                    "stages": [{"node": n, "first_block": a, "last_block": b} for n, a, b in i.stages],
+                }
+                for number, i in self._instances.items()
+                if i.pipeline
+            ],
+            "transfers": [
+                {
+                    "transfer_id": number,
+                    "model": t.model,
+                    "kind": t.kind,
+                    "sources": t.sources,
+                    "arrived": t.total - len(t.missing),
+                    "total": t.total,
+                }
+                for number, t in self._transfers.items()
+            ],
+            "requests": {
+                "queued": len(self._queued),
+                "running": sum(len(i.running) for i in self._instances.values()),
+                "arrived": self._counts.arrived,
+                "finished": self._counts.finished,
+                "failed": self._counts.failed,
+                "restarts": self._counts.restarts,
+                "first_tokens_from_pipelines": self._counts.from_pipelines,
+            },
+            "ttft_s": {
+                "recent": len(recent),
+                "p50": recent[len(recent) // 2] if recent else None,
+                "p90": recent[len(recent) * 9 // 10] if recent else None,
+            },
+            "scale_outs": self._counts.scale_outs,
+            "node_restarts": self._counts.nodes_restarted,
+            "gpu_seconds": round(self._counts.gpu_seconds, 3),
+        }
 
     @staticmethod
     def _node(number: NodeId, node: _Node) -> dict[str, Any]:

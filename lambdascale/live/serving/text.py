@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,27 @@ class Text:
 
     @property
     def vocab(self) -> int:
-        """Token ids are below this."""
+        """Number of token ids."""
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return list(self._tokenizer.encode(text).ids)
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary spells it: at least as many as it stands for."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins. UserError if the template refuses it."""
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a text, with the ``special`` ones that a model's prompts begin with.
+
+        Takes some tenths of a second for the longest texts, in which other threads go on: of the tokenizer's methods, only those
+        for batches release the interpreter's lock.
+        """
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return list(encoding.ids)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return a conversation as text, up to where the assistant's answer begins. UserError if the template refuses it."""
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=messages,
                 add_generation_prompt=True,
                 bos_token=self._special("bos_token") or "",
@@ -67,15 +78,14 @@ class Text:
             )
         except TemplateError as error:
             raise UserError(f"the model's chat template refuses the messages: {error}") from error
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of an answer."""
+        """Return the text of an answer."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
 
 class Growing:
-    """The text of an answer as its tokens come: what can be shown now, and whether a stop string has come.
+    """The text of an answer as its tokens come: the part that can be shown now, and whether a stop string has come.
 
     Text is held back while it may be the beginning of a stop string or half a character.
     """
@@ -88,7 +98,7 @@ class Growing:
         self.stopped = False
 
     def add(self, tokens: Sequence[int], *, last: bool) -> str:
-        """New text that is certain. Nothing more comes after a stop string."""
+        """Take tokens and return the new text that is certain. Nothing more comes after a stop string."""
         if self.stopped:
             return ""
         self._tokens += tokens
@@ -103,7 +113,7 @@ class Growing:
         return new
 
     def _uncertain(self, whole: str) -> int:
-        """How many characters at the end may still change their meaning."""
+        """Number of characters at the end that may still change their meaning."""
         halves = len(whole) - len(whole.rstrip(_INCOMPLETE))
         begun = (
             length

@@ -1,7 +1,7 @@
 """A small virtual machine with RDMA devices (Soft-RoCE), for tests on machines that have none.
 
-QEMU emulates a machine (no KVM needed) whose root is this machine's own file system, read-only below a layer in memory. The
-kernel is Debian's, whose rdma_rxe module makes RDMA devices of ordinary network interfaces: real verbs, slowly.
+QEMU emulates a machine (KVM is not needed) whose root is this machine's file system, read-only below a layer in memory. Debian's
+kernel has the module rdma_rxe, which turns ordinary network interfaces into RDMA devices: real verbs, but slow.
 """
 
 from lambdascale.testing.softroce.machine import Machine, Outcome, Wire, run, start

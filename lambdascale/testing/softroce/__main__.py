@@ -1,4 +1,4 @@
-"""``scripts/softroce``: see its --help."""
+"""Command line of ``scripts/softroce``; see its --help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lambdascale.testing.softroce.machine import run
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status is the command's; 2 with one line if this machine cannot have the virtual one."""
+    """Run a command in the virtual machine; return its exit status, or 2 after one line on stderr for a user's mistake."""
     given = _parser().parse_args(arguments)
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     try:
@@ -31,12 +31,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/softroce",
         description="Run a command in a virtual machine that has two RDMA devices (Soft-RoCE), in this checkout, with its .venv. "
-        "The machine's files are this one's; its changes are lost, but for those in /run/results (--results). The exit "
-        "status is the command's, 124 if its time is up, 125 if the machine did not come up.",
+        "The machine sees this one's files; its changes are lost, except in /run/results (--results). The exit status is the "
+        "command's, 124 after a timeout, 125 if the machine failed.",
     )
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="(default: %(default)s)")
-    parser.add_argument("--memory-mib", type=int, default=3072, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="a folder that is the machine's /run/results")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="time limit in seconds (default: %(default)s)")
+    parser.add_argument("--memory-mib", type=int, default=3072, metavar="N", help="memory in MiB (default: %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder to mount as the machine's /run/results")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
     return parser
 

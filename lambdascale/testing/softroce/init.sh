@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# The guest's first process: modules, the host's files below a layer in memory, then what the host asks for in its control folder.
+# First process of the guest: load modules, mount the host's files below a layer in memory, run the control folder's start script.
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc

@@ -1,4 +1,4 @@
-"""The guest's kernel and first file system, built once and kept in the user's cache."""
+"""The guest's kernel and initial file system, built once and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from lambdascale.core import UserError
 from lambdascale.testing.softroce.packages import apt, find
 
-# crc32_generic: without it the rxe driver refuses to add a link and does not say why.
+# crc32_generic: without it the rxe driver refuses to add a link, with no message.
 _MODULES = (
     "virtio_pci",
     "9pnet_virtio",
@@ -39,12 +39,15 @@ class Kernel:
 
 
 def cache_folder() -> Path:
-    """Where kernels are kept: $XDG_CACHE_HOME/lambdascale/softroce, by default below ~/.cache."""
+    """Folder of cached kernels: $XDG_CACHE_HOME/lambdascale/softroce, by default below ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lambdascale" / "softroce"
 
 
 def ensure_kernel() -> Kernel:
-    """The kernel of this distribution's linux-image-amd64 (its generic one on Ubuntu): from the cache, else downloaded."""
+    """Kernel of this distribution's linux-image-amd64 (linux-image-generic on Ubuntu), from the cache or downloaded.
+
+    UserError if the download fails.
+    """
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     roots = sorted(folder.glob("linux-image-*"))
@@ -58,16 +61,16 @@ def ensure_kernel() -> Kernel:
 
 
 def _fingerprint() -> str:
-    """Changes with what goes into the initrd, so that no stale one is booted."""
+    """Hash of the contents of the initrd, so that no stale one is booted."""
     import xxhash
 
     return xxhash.xxh64_hexdigest(_INIT.read_bytes() + repr(_MODULES).encode())
 
 
 def _download(folder: Path) -> Path:
-    """Unpack the kernel package without installing it. UserError if there is none to be had."""
+    """Download and unpack the kernel package without installing it; UserError if that fails."""
     if not find("apt-get") or not find("dpkg"):
-        raise UserError("the Soft-RoCE machine's kernel comes from Debian's or Ubuntu's packages: no apt-get here")
+        raise UserError("the Soft-RoCE machine needs a kernel package of Debian or Ubuntu, but this machine has no apt-get")
     package = _package()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
         os.chmod(new, 0o755)
@@ -81,16 +84,16 @@ def _download(folder: Path) -> Path:
 
 
 def _package() -> str:
-    """The package that the distribution's kernel meta-package stands for."""
+    """Package that the distribution's kernel meta-package depends on; UserError if none is found."""
     for meta in ("linux-image-amd64", "linux-image-generic"):
         shown = subprocess.run(["apt-cache", "depends", meta], capture_output=True, text=True).stdout
         if match := re.search(r"Depends: (linux-image-\d\S+)", shown):
             return match[1]
-    raise UserError("no kernel package found: apt-get update, then try again")
+    raise UserError("no kernel package found: run apt-get update, then try again")
 
 
 def _build(root: Path, version: str, initrd: Path) -> None:
-    """An initramfs of busybox, the modules in the order they must be loaded in, and the init script."""
+    """Build an initramfs of busybox, the modules numbered in load order, and the init script."""
     subprocess.run([find("depmod") or "depmod", "-b", str(root), version], check=True)
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)

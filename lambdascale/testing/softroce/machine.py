@@ -1,4 +1,4 @@
-"""Boots the machine and runs one command in it, in the repository's folder and with this Python's environment."""
+"""Boot of the machine, which runs one command in the repository's folder with this Python's environment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import IO
 from lambdascale.testing.softroce.kernel import ensure_kernel
 from lambdascale.testing.softroce.packages import PYVERBS, ensure_packages, find
 
-# Emulated, page table switches (mitigations) and every clock but the TSC are slow.
+# Under emulation, page table switches (mitigations) and every clock except the TSC are slow.
 _KERNEL_LINE = "console=ttyS0 panic=-1 quiet mitigations=off clocksource=tsc tsc=reliable nowatchdog audit=0"
-_TIMED_OUT = 124  # as timeout(1) has it
+_TIMED_OUT = 124  # as in timeout(1)
 _FAILED = 125
 
 
@@ -33,13 +33,13 @@ class Wire:
 
     @property
     def address(self) -> str:
-        """The guest's address on the cable."""
+        """IP address of the guest on the cable."""
         return f"10.77.0.{self.host}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The command's exit status (124: it ran out of time, 125: the machine did not come up) and all it printed."""
+    """Exit status of the command (124: timeout, 125: the machine failed), its whole output, and the time it took."""
 
     status: int
     output: str
@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass
 class Machine:
-    """A guest that is running. ``wait`` for it, or ``close`` it."""
+    """A running guest; ``wait`` for its end or ``close`` it."""
 
     process: subprocess.Popen[bytes]
     control: tempfile.TemporaryDirectory[str]
@@ -56,7 +56,7 @@ class Machine:
     began: float = field(default_factory=time.monotonic)
 
     def wait(self, echo: IO[str] | None = None) -> Outcome:
-        """Until the guest has switched itself off, or its time is up. ``echo`` gets its output as it comes."""
+        """Wait until the guest switches itself off or its time is up; copy its output to ``echo`` meanwhile."""
         pieces: list[str] = []
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
@@ -85,14 +85,14 @@ class Machine:
         if (folder / "status").exists():
             return int((folder / "status").read_text())
         if late:
-            pieces.append(f"\nsoftroce: no end after {self.timeout_s:g} s\n")
+            pieces.append(f"\nsoftroce: timeout after {self.timeout_s:g} s\n")
             return _TIMED_OUT
         console = (folder / "console").read_text(errors="replace") if (folder / "console").exists() else ""
-        pieces.append("\nsoftroce: the machine went off before the command ended; the end of its console:\n" + console[-2000:])
+        pieces.append("\nsoftroce: the machine stopped before the command ended; end of its console:\n" + console[-2000:])
         return _FAILED
 
     def close(self) -> None:
-        """Switch it off if it is on."""
+        """Kill the guest if it runs, and delete its control folder."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
@@ -116,10 +116,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     echo: IO[str] | None = None,
 ) -> Outcome:
-    """Run a command in a guest of its own. UserError if this machine cannot have one.
+    """Run a command in a new guest; UserError if this machine lacks what a guest needs.
 
-    The guest sees this machine's files; what it changes is gone with it, but for ``results``, its /run/results. It has two
-    RDMA devices: rxe0 on the loopback, rxe1 on a dummy interface.
+    The guest sees this machine's files; its changes are lost, except in ``results``, its /run/results. It has two RDMA
+    devices: rxe0 on the loopback, rxe1 on a dummy interface.
     """
     ensure_packages()
     with start(command, timeout_s=timeout_s, memory_mib=memory_mib, results=results, environment=environment) as machine:
@@ -135,7 +135,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     wire: Wire | None = None,
 ) -> Machine:
-    """Boot a guest; with a ``wire``, its one RDMA device rxe0 is on a cable to another guest."""
+    """Boot a guest; with a ``wire``, its only RDMA device rxe0 is on a cable to another guest. UserError without a kernel."""
     kernel = ensure_kernel()
     control = tempfile.TemporaryDirectory(prefix="softroce-")
     folder = Path(control.name)
@@ -145,7 +145,7 @@ def start(
         shares.append(("results", results, False))
     arguments = [
         find("qemu-system-x86_64") or "qemu-system-x86_64",
-        # No -enable-kvm: /dev/kvm may exist and not work (containers), and two cores of emulation are enough.
+        # Without -enable-kvm: in containers /dev/kvm may exist and fail, and two emulated cores are enough.
         *("-machine", "q35", "-cpu", "max,la57=off", "-m", str(memory_mib), "-smp", "2"),
         *("-display", "none", "-monitor", "none", "-nodefaults", "-no-reboot"),
         *("-serial", f"file:{folder / 'console'}", "-serial", "stdio"),
@@ -185,14 +185,14 @@ rdma link add rxe0 type rxe netdev eth0
 
 
 def _script(command: Sequence[str], environment: Mapping[str, str], wire: Wire | None) -> str:
-    """What the guest runs once it has the host's files: devices, then the command with its output on the second serial port."""
+    """Script of the guest after its boot: make devices, then run the command with its output on the second serial port."""
     here = Path.cwd()
     beside = Path(sys.executable).parent
     variables = {
         "HOME": os.environ.get("HOME", "/root"),
         "LANG": "C.UTF-8",
         "PATH": f"{beside}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        # Only pyverbs, not everything the distribution's Python has.
+        # pyverbs alone, without the other packages of the distribution's Python.
         "PYTHONPATH": f"/run/pyverbs:{here}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "SOFTROCE": "1",

@@ -1,4 +1,4 @@
-"""What the virtual machine needs of the distribution; installed where that is possible without asking."""
+"""Packages of the distribution that the virtual machine needs; root on Debian or Ubuntu installs them automatically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lambdascale.core import UserError
 
-# What must be there (a command, or a file) -> the Debian package it comes from.
+# Required command or file -> the Debian package that contains it.
 NEEDED = {
     "qemu-system-x86_64": "qemu-system-x86",
     "cpio": "cpio",
@@ -28,7 +28,7 @@ _ADMIN = os.pathsep.join(("/usr/sbin", "/sbin"))
 
 
 def ensure_packages() -> None:
-    """Install what is missing (root on Debian or Ubuntu). UserError: one line that says what is missing and how to get it."""
+    """Install missing packages (as root on Debian or Ubuntu); UserError names those still missing and how to install them."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise UserError(f"the Soft-RoCE machine needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
     packages = missing()
@@ -44,19 +44,19 @@ def ensure_packages() -> None:
 
 
 def missing() -> list[str]:
-    """The packages that are not there."""
+    """Names of the missing packages."""
     return [package for wanted, package in NEEDED.items() if not find(wanted)]
 
 
 def find(command: str) -> str | None:
-    """A command's path, also of those that only root has on the path; or a file's, if it is there."""
+    """Path of a command, also of one on root's path only, or of a file; None if it does not exist."""
     if command.startswith("/"):
         return command if Path(command).exists() else None
     return shutil.which(command, path=os.pathsep.join((os.environ.get("PATH", os.defpath), _ADMIN)))
 
 
 def apt(*arguments: str, cwd: Path | None = None) -> None:
-    """Run apt-get quietly. UserError with its last line if it fails."""
+    """Run apt-get quietly; UserError with its last line if it fails."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(["apt-get", "-qq", *arguments], capture_output=True, text=True, env=environment, cwd=cwd)
     if done.returncode:
@@ -71,7 +71,7 @@ def _install(packages: list[str]) -> None:
 
 
 def _check_pyverbs() -> None:
-    """The distribution's pyverbs is compiled for the distribution's Python; this one must be of the same version."""
+    """Raise UserError unless the distribution's pyverbs, compiled for its own Python, fits this Python's version."""
     ours = sys.implementation.cache_tag  # cpython-311
     if not list(PYVERBS.glob(f"device.{ours}-*.so")):
         raise UserError(f"{PYVERBS} is not built for {ours}: make .venv with the distribution's version of Python (PYTHON=...)")

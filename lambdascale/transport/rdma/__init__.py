@@ -1,4 +1,4 @@
-"""The RDMA transport. Importing this package needs no verbs; ``load`` does."""
+"""The RDMA transport. Importing this package does not need verbs; ``load`` does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["RdmaOptions", "load"]
 
 NO_PYVERBS = (
     "the rdma transport needs pyverbs: the distribution's python3-pyverbs where rdma-core is older than PyPI's pyverbs, "
-    "else pip install 'lambdascale[rdma]' (lambdascale/transport/README.md; 'lambdascale doctor --rdma' tells what is there)"
+    "else pip install 'lambdascale[rdma]' (docs/hardware.md; 'lambdascale doctor --rdma' tells what is there)"
 )
 
 
 def load() -> type[RdmaEndpoint]:
-    """The endpoint's class. UserError if pyverbs is not there or cannot be loaded."""
+    """Import and return the endpoint's class; UserError if pyverbs is missing or fails to load."""
     try:
         from lambdascale.transport.rdma.endpoint import RdmaEndpoint
     except ImportError as error:

@@ -1,7 +1,7 @@
 """A connection to one peer: its queue pairs (a rail for each device) and its socket.
 
-One thread sends; the endpoint's watching thread takes completions and tells the node of what has arrived. The socket over which
-the two ends have introduced themselves stays open: a process that dies closes it, long before retries are exhausted.
+One thread sends; the endpoint's watch thread polls completions and notifies the node of arrivals. The socket over which the two
+ends introduced themselves stays open: a process that dies closes it long before retries are exhausted.
 """
 
 from __future__ import annotations
@@ -9,33 +9,58 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from lambdascale.core import NodeId
-from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.cuda import address_of
+from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.gate import Gate
 from lambdascale.transport.rdma.inbox import Inbox
 from lambdascale.transport.rdma.lane import Arrival, Lane, LaneError
-from lambdascale.transport.rdma.outbox import Outbox, Step
+from lambdascale.transport.rdma.outbox import Outbox, Source, Step
 from lambdascale.transport.rdma.slots import Slots
+from lambdascale.transport.rdma.watch import Watch, guarded
 from lambdascale.transport.sockets import TIMEOUT_S, fill, flat
 
-if TYPE_CHECKING:
-    from lambdascale.transport.rdma.endpoint import RdmaEndpoint
-
-# How long what was given may take to arrive when a connection is ended on purpose.
+# Time that writes and messages may take to arrive when a connection is ended on purpose.
 _DRAIN_S = 60.0
 _GRACE_S = 0.5
-# A work request that has no completion for so long has lost it: more than retries take, and than a full queue on an emulated NIC.
+# Seconds after which a missing completion counts as lost: longer than retries take, or the full queue of an emulated NIC.
 _LOST_S = 30.0
 _GO = b"!"
+
+
+class Owner(Protocol):
+    """The endpoint a connection belongs to: its handlers, its watching thread and its pacing, and who hears of the end."""
+
+    handlers: Handlers
+    watch: Watch
+    link: TokenBucket | None
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one work request at most."""
+        ...
+
+    def source(self, address: int, size: int) -> Source:
+        """Return the registered memory that holds these bytes."""
+        ...
+
+    def forget(self, connection: RdmaConnection, lost: str = "") -> None:
+        """Take note that a connection accepts nothing any more; ``lost``: the reason to tell the node, "" after a goodbye."""
+        ...
+
+    def freed(self, connection: RdmaConnection) -> None:
+        """Take note that a connection has let go of its device."""
+        ...
 
 
 class RdmaConnection:
@@ -43,34 +68,35 @@ class RdmaConnection:
 
     def __init__(
         self,
-        endpoint: RdmaEndpoint,
+        endpoint: Owner,
         peer: NodeId,
         sock: socket.socket,
         lanes: list[Lane],
         slots: Slots,
         theirs: Card,
-        guarded: Region | None,
+        region: Region | None,
     ) -> None:
         self.peer = peer
         self.sock = sock
         self.lanes = lanes
         self._endpoint = endpoint
         self._slots = slots
+        # Guards the outbox, the gate, the lanes' requests and the fields below: callers, sender and watch thread use them.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._outbox = Outbox(lanes, slots, theirs, endpoint.step_bytes)
-        self._gate = Gate(lanes, self._outbox, guarded, self._lock)
+        self._gate = Gate(lanes, self._outbox, region, self._lock)
         handlers = endpoint.handlers
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
         self._ending = False  # this end says goodbye once everything is through
-        self._reason = ""  # why nothing is accepted any more
-        self._gone = threading.Event()  # the peer has nothing to say any more
+        self._reason = ""  # the reason why nothing is accepted any more
+        self._gone = threading.Event()  # the peer has left
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
 
     def start(self) -> None:
         """See Connection. The peer sends nothing before it is told that this end listens."""
-        self._endpoint.watch.call(self._watch_lanes)
+        self._endpoint.watch.call(self._watch_lanes, self.failed)
         with suppress(OSError):  # then this end will hear of it, too
             self.sock.sendall(_GO)
         self._thread.start()
@@ -128,14 +154,17 @@ class RdmaConnection:
             answer = bytearray(1)
             fill(self.sock, memoryview(answer))
             self.sock.setblocking(False)
-            self._endpoint.watch.call(self._watch_socket)
+            self._endpoint.watch.call(self._watch_socket, self.failed)
             while (step := self._next()) is not None:
                 self._take(step)
         except (OSError, EOFError, LaneError, TransportError) as error:
-            self._break(str(error) or "the connection is gone")
+            self._break(str(error) or "the connection has ended")
+        except Exception as error:  # a fault of ours: nothing is sent any more, and the node has to know
+            traceback.print_exc()
+            self.failed(error)
 
     def _next(self) -> Step | None:
-        """What to post next, once there is something; None when the connection has ended."""
+        """Wait for the next step and return it; None when the connection has ended."""
         with self._changed:
             while not self._reason:
                 step = self._outbox.step()
@@ -154,18 +183,18 @@ class RdmaConnection:
             if not self._reason:
                 step.post()
 
-    # -- what the watching thread does -------------------------------------------------------------------------------
+    # -- on the watch thread -----------------------------------------------------------------------------------------
 
     def _watch_lanes(self) -> None:
         for rail, lane in enumerate(self.lanes if not self._freed else []):
-            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True))
+            self._endpoint.watch.add(lane.fd, partial(self._completed, rail, lane, acknowledge=True), self.failed)
 
     def _watch_socket(self) -> None:
         if not self._freed:
-            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable)
+            self._endpoint.watch.add(self.sock.fileno(), self._socket_readable, self.failed)
 
     def _completed(self, rail: int, lane: Lane, *, acknowledge: bool) -> None:
-        """Take a rail's completions and act on them."""
+        """Poll a rail's completions and act on them."""
         items: list[Arrival | Callable[[], None]] = []
         failure = ""
         with self._changed:
@@ -207,7 +236,7 @@ class RdmaConnection:
             self._outbox.keys = keys
 
     def _socket_readable(self) -> None:
-        """The peer's process has ended, or it has closed the connection: it never says anything there."""
+        """Note that the peer's process has ended, or that it has closed the connection: it never says anything there."""
         for rail, lane in enumerate(self.lanes):
             if not self._freed:
                 self._completed(rail, lane, acknowledge=False)
@@ -217,10 +246,10 @@ class RdmaConnection:
         if self._ending:
             self._gone.set()
         else:
-            self._break("the connection is gone")
+            self._break("the connection has ended")
 
     def check(self) -> None:
-        """Called every now and then: has a completion been lost?"""
+        """Break the connection if a completion has been lost. Called every second or so."""
         with self._changed:
             stuck_s = max(lane.stuck_s() for lane in self.lanes) if not self._freed else 0.0
         if stuck_s > _LOST_S:
@@ -234,13 +263,13 @@ class RdmaConnection:
             self._break("the peer has disconnected", tell=False)
 
     def finish(self) -> None:
-        """See Connection. Not from a handler."""
+        """See Connection. Must not be called from a handler."""
         with self._changed:
             self._ending = True
             self._outbox.goodbye()
             self._changed.notify()
         deadline = time.monotonic() + _DRAIN_S
-        while self._thread.is_alive() and time.monotonic() < deadline and not self._outbox.is_shut_out:
+        while self._thread.is_alive() and time.monotonic() < deadline and not self._is_shut_out():
             self._thread.join(_GRACE_S)
         if not self._reason:
             self._gone.wait(TIMEOUT_S)
@@ -248,34 +277,49 @@ class RdmaConnection:
         self._endpoint.watch.call_and_wait(self._free, TIMEOUT_S)
         self._thread.join(TIMEOUT_S)
 
+    def _is_shut_out(self) -> bool:
+        with self._changed:
+            return self._outbox.is_shut_out
+
+    def failed(self, error: Exception) -> None:
+        """Break the connection after an exception that nothing foresaw: the peer counts as lost."""
+        self._break(f"{type(error).__name__}: {error}")
+
     def _break(self, reason: str, *, tell: bool = True) -> None:
-        """The connection is over: nothing is accepted any more, and what waits has failed."""
+        """End the connection: nothing is accepted any more, and what waits has failed."""
         with self._changed:
             if self._reason:
                 return
             self._reason = reason
             self._changed.notify()
-        self._endpoint.forget(self)
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._endpoint.watch.call(self._free)
-        if tell and not self._ending:
-            self._endpoint.handlers.on_lost(self.peer, reason)
+        self._endpoint.forget(self, reason if tell and not self._ending else "")
+
+    def cut(self, reason: str) -> None:
+        """See Connection."""
+        self._break(reason)
 
     def _free(self) -> None:
-        """Close queue pairs, memory and socket; in the watching thread, or before the connection has been started."""
+        """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""
         with self._changed:
             if self._freed:
                 return
             self._freed = True
-            self._gate.close()  # first: a queue pair waits for the windows bound to it
-            for lane in self.lanes:
-                self._endpoint.watch.remove(lane.fd)
-                lane.close()
-            self._endpoint.watch.remove(self.sock.fileno())
-            self._slots.close()
-            self.sock.close()
+            for step in self._closing_steps():
+                guarded(step)  # one that fails leaves nothing else open, and nobody waiting
             futures = self._outbox.fail()
         self._endpoint.freed(self)
         for future in futures:
             future.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+
+    def _closing_steps(self) -> Iterator[Callable[[], None]]:
+        watch = self._endpoint.watch
+        yield self._gate.close  # first: a queue pair waits for the windows bound to it
+        for lane in self.lanes:
+            yield partial(watch.remove, lane.fd)
+            yield lane.close
+        yield partial(watch.remove, self.sock.fileno())
+        yield self._slots.close
+        yield self.sock.close

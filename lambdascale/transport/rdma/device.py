@@ -1,4 +1,4 @@
-"""An RDMA device that a node uses: opened once, with the memory that is registered with it."""
+"""RDMA devices of a node, opened once, and the memory registered with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _GID_TYPES: dict[int, GidType] = {
 
 
 class Region:
-    """Memory registered with every device of a node. ``origin``: the address that devices know its first byte by."""
+    """Memory registered with every device of a node. ``origin`` is the address of its first byte for the devices."""
 
     def __init__(self, address: int, size: int, regions: list[MR], origin: int) -> None:
         self.address, self.size, self.origin = address, size, origin
@@ -36,34 +36,34 @@ class Region:
 
     @property
     def local_keys(self) -> list[int]:
-        """For each device."""
+        """Key of each device for its own access."""
         return [region.lkey for region in self._regions]
 
     @property
     def remote_keys(self) -> list[int]:
-        """For each device."""
+        """Key of each device for its peers' access."""
         return [region.rkey for region in self._regions]
 
     def of(self, rail: int) -> MR:
-        """A device's own."""
+        """Registration with one device."""
         return self._regions[rail]
 
     def has(self, address: int, size: int) -> bool:
-        """Whether all of it lies in here."""
+        """True if the ``size`` bytes from ``address`` all lie in this region."""
         return self.address <= address and address + size <= self.address + self.size
 
     def place(self, address: int) -> int:
-        """What devices call an address in here."""
+        """Address that the devices use for ``address`` of this region."""
         return self.origin + address - self.address
 
     def close(self) -> None:
-        """Register it no longer."""
+        """Deregister the memory."""
         for region in self._regions:
             region.close()
 
 
 class Device:
-    """A context and protection domain of the chosen port."""
+    """Context and protection domain of the chosen port; TransportError if the device fails to open."""
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
@@ -75,12 +75,12 @@ class Device:
 
     @property
     def has_windows(self) -> bool:
-        """Whether there are memory windows of type 2B."""
+        """True if the device has memory windows of type 2B."""
         attributes = self.context.query_device()
         return attributes.max_mw > 0 and bool(attributes.device_cap_flags & enums.IBV_DEVICE_MEM_WINDOW_TYPE_2B)
 
     def close(self) -> None:
-        """All that uses it has been closed before."""
+        """Close the device, after all that uses it has been closed."""
         self.domain.close()
         self.context.close()
 
@@ -96,10 +96,10 @@ def register(
     make: Callable[[PD, int], MR] | None = None,
     origin: int | None = None,
 ) -> Region:
-    """Register memory to be read by our devices; for their receives too if ``local``, for peers' writes if ``remote``.
+    """Register memory for reading by our devices; for their receives too if ``local``, for peers' writes if ``remote``.
 
-    ``windows``: for peers' writes through memory windows only. ``make(domain, access)``: for memory that is not registered by its
-    address; devices begin to count at ``origin`` then. TransportError where it cannot be (the limit on locked memory).
+    ``windows``: for peers' writes through memory windows only. ``make(domain, access)`` registers memory without a host
+    address, whose device addresses start at ``origin``. TransportError on failure (often the limit on locked memory).
     """
     make = make or (lambda domain, access: MR(domain, size, access, address=address))
     access = enums.IBV_ACCESS_LOCAL_WRITE if local or remote or windows else 0
@@ -118,7 +118,7 @@ def register(
 
 
 def list_ports(root: Path = SYSFS) -> list[Port]:
-    """All ports of all devices. UserError for a device that this process may not open."""
+    """List all ports of all devices; UserError for a device that this process may not open."""
     try:
         devices = get_device_list()
     except PyverbsError:  # a kernel without RDMA
@@ -137,7 +137,7 @@ def list_ports(root: Path = SYSFS) -> list[Port]:
 
 def _port(device: str, number: int, context: Context, root: Path) -> Port:
     attributes = context.query_port(number)
-    # From the device, not from sysfs: there, a table of a thousand mostly empty entries is as many files.
+    # From the device, not from sysfs, where a table of a thousand mostly empty entries is a thousand files.
     gids = [gid for gid in context.query_gid_table(max(1, attributes.gid_tbl_len)) if gid.port_num == number]
     return Port(
         device=device,
@@ -154,7 +154,7 @@ def _port(device: str, number: int, context: Context, root: Path) -> Port:
 
 
 def read_rate(folder: Path) -> float:
-    """A port's labelled rate in bytes/s: its file says ``400 Gb/sec (4X NDR)``. 0 if it says nothing."""
+    """Nominal rate of a port in bytes/s, from a file with ``400 Gb/sec (4X NDR)``; 0 if unknown."""
     try:
         words = (folder / "rate").read_text().split()
     except OSError:
@@ -163,7 +163,7 @@ def read_rate(folder: Path) -> float:
 
 
 def guarded(work: Callable[[], Any]) -> Any:
-    """Call verbs while a connection is made: their errors as OSError, which SocketEndpoint knows."""
+    """Call verbs while a connection is made, raising their errors as OSError, which SocketEndpoint handles."""
     try:
         return work()
     except PyverbsError as error:

@@ -1,7 +1,7 @@
 """The RDMA transport: one-sided writes into registered memory over reliable connections, by pyverbs.
 
-Peers introduce themselves over an authenticated socket, where each tells the other its queue pairs and the key of its memory: a
-process that does not know the cluster's key learns neither. Connections are made once and kept: no scale-out waits for one.
+Peers introduce themselves over an authenticated socket, where each sends the other its queue pairs and the key of its memory; a
+process without the cluster's key learns neither. Connections are made once and kept, so that no scale-out waits for one.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ from lambdascale.transport.cuda import CudaError, DeviceMemory, Gpu, address_of
 from lambdascale.transport.pacing import TokenBucket
 from lambdascale.transport.rdma import gpudirect
 from lambdascale.transport.rdma.connection import RdmaConnection
-from lambdascale.transport.rdma.device import Device, Region, guarded, list_ports, register
+from lambdascale.transport.rdma.device import Device, Region, list_ports, register
+from lambdascale.transport.rdma.device import guarded as translated
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.lane import Lane
 from lambdascale.transport.rdma.options import RdmaOptions
 from lambdascale.transport.rdma.outbox import Source
 from lambdascale.transport.rdma.ports import choose
 from lambdascale.transport.rdma.slots import SLOT_BYTES, Slots
-from lambdascale.transport.rdma.watch import Watch
+from lambdascale.transport.rdma.watch import Watch, guarded
 from lambdascale.transport.sockets import SocketEndpoint, fill
 
-# Receives per rail; spare ones for frames without credit: a goodbye, and per rail as many credit frames as can be under way.
+# Receives per rail; spare ones for frames without credit: a goodbye, and per rail as many credit frames as can be in flight.
 _RECEIVES, _SPARE_PER_RAIL = 64, 8
 _SENDS = 16
 _LENGTH = struct.Struct("!I")
 _LARGEST_CARD = 1 << 16
-# Made here: msgspec crashes when two threads are the first to decode a type.
+# Made on import, since msgspec crashes when two threads are the first to decode a type.
 _cards = msgpack.Decoder(Card)
 
 
 class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
-    """An Endpoint over RDMA devices. UserError if there is none, or not the one that ``options`` name.
+    """An Endpoint over RDMA devices. UserError if none exists, or one that ``options`` names is missing.
 
-    ``gpu``: whose memory is registered where ``options.gpudirect`` says so.
+    ``gpu`` provides the registered memory unless ``options.gpudirect`` is off.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         *,
         host: str = "127.0.0.1",
         link: TokenBucket | None = None,
+        generation: int = 0,
         options: RdmaOptions | None = None,
         gpu: Gpu | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         self._sources: list[Region] = []
         self._live: set[RdmaConnection] = set()
         self.watch = Watch(f"rdma-watch-{node}", self._check)
-        super().__init__(node, handlers, key, host=host, link=link)
+        super().__init__(node, handlers, key, host=host, link=link, generation=generation)
 
     def _use_windows(self) -> bool:
         possible = all(device.has_windows for device in self._devices)
@@ -78,11 +80,11 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
 
     @property
     def step_bytes(self) -> int:
-        """Size of a chunk: a paced link's are small, so that messages need not wait for long."""
+        """Size of a chunk in bytes; small on a paced link, so that messages do not wait long."""
         return self.options.chunk_bytes if self.link is None else min(self.options.chunk_bytes, self.link.piece_bytes)
 
     def allocate(self, size: int) -> Memory:
-        """See Endpoint. The host's memory, or once a GPU's."""
+        """See Endpoint. Host memory, or with GPUDirect the GPU's (UserError for a second call)."""
         if self._gpu is None or not self.on_device:
             return super().allocate(size)
         require(self._arena is None, "an endpoint's GPU memory is allocated once")
@@ -90,7 +92,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         return self._arena
 
     def register(self, memory: Memory) -> None:
-        """See Endpoint. Once; TransportError if more than may be locked, UserError if ``gpudirect`` does not work."""
+        """See Endpoint. TransportError beyond the limit on locked memory, UserError for a second call or without GPUDirect."""
         require(self._target is None, "an endpoint's memory is registered once")
         super().register(memory)
         if memory.nbytes:
@@ -109,7 +111,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
             self._sources.append(register(self._devices, address_of(memory), memory.nbytes))
 
     def source(self, address: int, size: int) -> Source:
-        """Where a write comes from. What has not been registered is now, until the write is through."""
+        """Registered source of a write; memory not registered before is registered until the write has arrived."""
         if not size:
             return Source(address, 0, [0] * len(self._devices), lambda: None)
         for region in self._sources:
@@ -124,21 +126,21 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
 
     def dismiss(self, peer: NodeId) -> None:
         """See Endpoint."""
-        with suppress(TransportError):  # it is gone, and its keys with it
+        with suppress(TransportError):  # the connection is lost, and its keys are void
             self._connection(peer).dismiss()
 
     def make(self, peer: NodeId, sock: socket.socket) -> RdmaConnection:
-        """See SocketEndpoint. Both ends are ready to receive before either gets to know that the connection is made."""
+        """See SocketEndpoint. Both ends are ready to receive before either learns that the connection is made."""
         lanes: list[Lane] = []
         slots = Slots(self._devices[0], self._receives(0), _SENDS)
         try:
             for rail, device in enumerate(self._devices):
-                lanes.append(guarded(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
+                lanes.append(translated(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
             theirs = self._exchange(sock, self._card(lanes))
             if len(theirs.rails) != len(lanes):
                 raise TransportError(f"node {peer} has {len(theirs.rails)} rails, this one {len(lanes)}: name as many devices")
             for lane, card in zip(lanes, theirs.rails, strict=True):
-                guarded(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
+                translated(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
                 lane.receives.credits = theirs.receives
         except BaseException:
             for lane in lanes:
@@ -150,7 +152,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         return connection
 
     def _receives(self, rail: int) -> int:
-        """Of these, the peer has credit for the first _RECEIVES."""
+        """Number of receives to post on a rail; the peer has credit for _RECEIVES of them."""
         return _RECEIVES + (_SPARE_PER_RAIL * len(self._devices) if rail == 0 else 0)
 
     def _lane(self, rail: int, device: Device, slots: Slots) -> Lane:
@@ -159,7 +161,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
             device, receives=_RECEIVES, spare=count - _RECEIVES, sends=_SENDS + self.options.depth, depth=self.options.depth
         )
         for slot in range(count):
-            # Sends come on the first rail; on the others, receives are only for immediates.
+            # Sends arrive on the first rail; on the others, receives take only immediates.
             lane.receive(slot, slots.address(slot), SLOT_BYTES if rail == 0 else 0, slots.key)
         return lane
 
@@ -186,12 +188,12 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
             raise EOFError(f"it does not introduce itself as expected: {error}") from error
 
     def freed(self, connection: RdmaConnection) -> None:
-        """Called by a connection that has closed its queue pairs."""
+        """Forget a connection that has closed its queue pairs."""
         self._live.discard(connection)
 
     def _check(self) -> None:
         for connection in list(self._live):
-            connection.check()
+            guarded(connection.check, connection.failed)
 
     def close(self) -> None:
         """See Endpoint."""
@@ -201,7 +203,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         self.watch.close()
         closing: list[Region | Device] = [*self._sources, *self._devices]
         for each in closing:
-            with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
+            with suppress(PyverbsError):  # a removed device refuses to free its objects, which no longer matter
                 each.close()
         if self._arena is not None:
             with suppress(CudaError):

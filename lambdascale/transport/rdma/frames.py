@@ -1,8 +1,8 @@
-"""What the transport says about itself, and the book-keeping of both ends; no verbs, no threads.
+"""Frames of the RDMA transport, and the bookkeeping of both ends; no verbs, no threads.
 
-An immediate of RDMA has 32 bits, this package's has 64. So a write is announced by a small frame with its number, place and size
-and by how many rails it comes; the last chunk on every rail carries the announcement's serial number as its immediate. Frames,
-and pieces of messages, are sends into receives that the peer has posted.
+An immediate of RDMA has 32 bits, this package's has 64. So a write is announced by a small frame with its number, place, size
+and number of rails; the last chunk on every rail carries the announcement's serial number as its immediate. Frames, and pieces
+of messages, are sends into receives that the peer has posted.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ SERIALS = 1 << 32
 
 
 class Kind(IntEnum):
-    """Of frames."""
+    """Kinds of frames."""
 
     WRITE = 1  # serial, rails, immediate, offset | size in the tail
-    MESSAGE = 2  # a piece; size: of the whole message
+    MESSAGE = 2  # a piece of a message; first: size of the whole message
     CREDIT = 3  # receives posted again
     BYE = 4
-    KEYS = 5  # of the memory, behind the head; none: they are void
+    KEYS = 5  # keys of the memory, after the head; without keys, earlier ones are void
 
 
 class RailCard(Struct, frozen=True):
-    """One queue pair's end, as told to the other end. ``key``: of the memory; 0 if it is told later, for a while."""
+    """Description of a queue pair for the other end. ``key`` of the memory; 0 if a later KEYS frame grants it for a while."""
 
     qp: int
     psn: int
@@ -42,7 +42,7 @@ class RailCard(Struct, frozen=True):
 
 
 class Card(Struct, frozen=True):
-    """A node's end of a connection. ``address``, ``size``: of its memory; ``receives``: how many are posted for each rail."""
+    """A node's end of a connection: ``address`` and ``size`` (bytes) of its memory, number of ``receives`` posted per rail."""
 
     address: int
     size: int
@@ -52,7 +52,7 @@ class Card(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Head of a send. What the fields mean is the kind's business."""
+    """Head of a send. The meaning of the fields depends on the kind."""
 
     kind: Kind
     number: int = 0
@@ -61,12 +61,12 @@ class Frame:
     third: int = 0
 
     def encode(self) -> bytes:
-        """To bytes."""
+        """Encode to HEAD_BYTES bytes."""
         return _HEAD.pack(self.kind, self.number, self.first, self.second, self.third)
 
 
 def decode(data: memoryview) -> Frame:
-    """From bytes; ValueError if it is none."""
+    """Decode a frame from bytes; ValueError if they are not a frame."""
     if len(data) < HEAD_BYTES:
         raise ValueError(f"a frame of {len(data)} bytes")
     kind, number, first, second, third = _HEAD.unpack_from(data)
@@ -75,7 +75,7 @@ def decode(data: memoryview) -> Frame:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a write. ``last``: of its rail."""
+    """A piece of a write, in bytes. ``last`` is true for the last piece on its rail."""
 
     rail: int
     begin: int
@@ -84,7 +84,7 @@ class Chunk:
 
 
 def chunks(size: int, step: int, rails: int) -> Iterator[Chunk]:
-    """A write of ``size`` bytes cut into pieces of ``step``, dealt to the rails in turn; one empty piece for nothing."""
+    """Divide a write of ``size`` bytes into pieces of ``step``, assigned to the rails in turn; one empty piece for size 0."""
     count = max(1, -(-size // step))
     used = rails_used(size, step, rails)
     for index in range(count):
@@ -93,32 +93,32 @@ def chunks(size: int, step: int, rails: int) -> Iterator[Chunk]:
 
 
 def rails_used(size: int, step: int, rails: int) -> int:
-    """How many rails ``chunks`` uses."""
+    """Number of rails that ``chunks`` uses."""
     return min(rails, max(1, -(-size // step)))
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A write of which not everything is there."""
+    """A write that has not arrived completely."""
 
     frame: Frame | None = None
     rails: int = 0
 
 
 class Gather:
-    """Puts writes together: complete when announced and when every rail has brought its last chunk, told in order of serials."""
+    """Assembles writes: complete when announced and when every rail has delivered its last chunk, reported in serial order."""
 
     def __init__(self) -> None:
         self._pending: dict[int, _Pending] = {}
-        self.complete = 0  # how many writes have been told
+        self.complete = 0  # number of writes reported
 
     def announce(self, frame: Frame) -> list[Frame]:
-        """An announcement is here; the announcements of writes that are complete now."""
+        """Take an announcement; return the announcements of the writes that are complete now."""
         self._at(frame.number).frame = frame
         return self._ready()
 
     def landed(self, serial: int) -> list[Frame]:
-        """A rail's last chunk is here."""
+        """Take the arrival of a rail's last chunk; return the announcements of the writes that are complete now."""
         self._at(serial).rails += 1
         return self._ready()
 
@@ -135,22 +135,22 @@ class Gather:
 
 
 def announcement(serial: int, rails: int, immediate: int, offset: int, size: int) -> Frame:
-    """Of a write. Memory and sizes are below 2**56 bytes, so that the number of rails fits beside the size."""
+    """Announcement of a write. Sizes are below 2**56 bytes, so that the number of rails fits beside the size."""
     return Frame(Kind.WRITE, serial, immediate, offset, rails << 56 | size)
 
 
 def rails_of(frame: Frame) -> int:
-    """How many rails bring an announced write."""
+    """Number of rails that carry an announced write."""
     return frame.third >> 56
 
 
 def size_of(frame: Frame) -> int:
-    """Bytes of an announced write."""
+    """Size of an announced write in bytes."""
     return frame.third & ((1 << 56) - 1)
 
 
 class Assembly:
-    """Puts messages together from their pieces, which come in order."""
+    """Assembles messages of at most ``largest`` bytes from their pieces, which arrive in order."""
 
     def __init__(self, largest: int) -> None:
         self._largest = largest
@@ -158,7 +158,7 @@ class Assembly:
         self._data = bytearray()
 
     def add(self, size: int, piece: memoryview) -> bytes | None:
-        """A piece of a message of ``size`` bytes; the message once it is whole. ValueError for a message too large."""
+        """Add a piece of a message of ``size`` bytes; return the message once complete, else None. ValueError if too large."""
         if self._size < 0:
             if size > self._largest:
                 raise ValueError(f"a message of {size} bytes")
@@ -171,10 +171,10 @@ class Assembly:
 
 
 class Receives:
-    """A rail's receives as both ends count them, so that nothing is sent that no receive waits for.
+    """Receives of a rail as both ends count them, so that nothing is sent without a receive waiting for it.
 
-    Of ``posted`` receives, ``spare`` are for frames that need no credit: a quarter of the credits is given back at a time, so
-    the peer's credit frames under way are few.
+    ``posted`` counts the receives that need credit; further ones take the frames that need none. A quarter of the credits is
+    returned at a time, so that few credit frames are in flight.
     """
 
     def __init__(self, posted: int) -> None:
@@ -183,12 +183,12 @@ class Receives:
         self._used = 0
 
     def take(self) -> None:
-        """Before a send that the peer's receive takes."""
+        """Use one credit, before a send that takes one of the peer's receives."""
         assert self.credits > 0, "a send without credit"
         self.credits -= 1
 
     def used(self) -> int:
-        """One of ours was used and is posted again; how many to tell the peer of now."""
+        """Count a receive of ours that was used and posted again; return the number of credits to return to the peer now."""
         self._used += 1
         if self._used < max(1, self.posted // 4):
             return 0

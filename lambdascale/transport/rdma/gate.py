@@ -1,4 +1,4 @@
-"""Whether a peer may write to this node's memory: by memory windows, each open as long as a plan has the peer write.
+"""Permission for a peer to write to this node's memory: memory windows, each open as long as a plan has the peer write.
 
 A window of type 2 belongs to one queue pair: its key is of no use to anybody else, and of none to the peer once the window is
 closed.
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def pack_keys(keys: Sequence[int]) -> bytes:
-    """Keys of all rails, for a frame. None: the windows are closed."""
+    """Encode the keys of all rails for a frame. No keys: the windows are closed."""
     return struct.pack(f"!{len(keys)}I", *keys)
 
 
 def unpack_keys(data: memoryview) -> list[int]:
-    """See pack_keys. ValueError for something else."""
+    """Decode what pack_keys made. ValueError for anything else."""
     if len(data) % 4:
         raise ValueError(f"keys of {len(data)} bytes")
     return list(struct.unpack(f"!{len(data) // 4}I", data))
@@ -43,7 +43,7 @@ class _Opening:
 
 
 class Gate:
-    """Counts for how many plans the peer is admitted. All is called under the connection's lock, which can be taken again."""
+    """Windows for one peer, open while at least one plan admits it. Called under the connection's lock, which is re-entrant."""
 
     def __init__(self, lanes: Sequence[Lane], outbox: Outbox, region: Region | None, lock: AbstractContextManager[bool]) -> None:
         self._lanes, self._outbox, self._region, self._lock = lanes, outbox, region, lock
@@ -51,7 +51,7 @@ class Gate:
         self._openings: list[_Opening] = []  # the last may be open, those before are to be closed once they are bound
 
     def admit(self) -> None:
-        """For a plan more."""
+        """Open the window for one more plan."""
         self._plans += 1
         if self._plans > 1 or self._region is None:
             return
@@ -61,7 +61,7 @@ class Gate:
             self._outbox.bind(rail, window, lambda: self._bound(opening))
 
     def dismiss(self) -> None:
-        """For a plan less. Everything that the peer had to write for it has arrived."""
+        """Close the window for one plan. Everything that the peer had to write for it has arrived."""
         self._plans -= 1
         if self._plans or not self._openings:
             return
@@ -86,7 +86,7 @@ class Gate:
         opening.close()
 
     def close(self) -> None:
-        """With the queue pairs."""
+        """Close all windows, before the queue pairs they are bound to."""
         for opening in self._openings:
             opening.close()
         self._openings.clear()

@@ -1,7 +1,7 @@
 """GPUDirect: a GPU's memory registered with NICs, which then write to it and read from it without the host.
 
-By dma-buf, whose descriptor CUDA exports, or by nvidia-peermem, with which verbs take a GPU's addresses like the host's. Written
-after the documentation of CUDA, verbs and pyverbs, and tested over fakes of them: no NIC that can do it has been at hand.
+Either by dma-buf, whose descriptor CUDA exports, or by nvidia-peermem, with which verbs accept a GPU's addresses like the host's.
+Written from the documentation of CUDA, verbs and pyverbs, and tested with fakes only: no NIC with GPUDirect was available.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _ADVICE = {
 
 
 def register(devices: Sequence[Device], memory: DeviceMemory, way: GpuDirect, *, remote: bool, windows: bool) -> Region:
-    """Register a GPU's memory to be written to by peers, as ``device.register``. UserError if that cannot be done in this way."""
+    """Register a GPU's memory for peers' writes, as ``device.register``; UserError if this ``way`` does not work."""
     register_at = partial(device.register, devices, memory.address, memory.nbytes, remote=remote, windows=windows)
     try:
-        # Otherwise a synchronous copy might return before what it does is seen by the NIC.
+        # Otherwise a synchronous copy might return before its result is visible to the NIC.
         memory.gpu.call("cuPointerSetAttribute", byref(c_uint(1)), c_int(_SYNC_MEMOPS), c_uint64(memory.address))
         if way == "peermem":
             return register_at()
         with _exported(memory) as descriptor:
-            # pyverbs takes the offset in the dma-buf, 0, as the first address for the NIC's eyes, too.
+            # pyverbs uses the offset in the dma-buf, 0, as the NIC's first address, too.
             return register_at(make=lambda domain, access: DmaBufMR(domain, memory.nbytes, access, dmabuf=descriptor), origin=0)
     except (CudaError, TransportError) as error:
         raise UserError(
@@ -52,13 +52,13 @@ def register(devices: Sequence[Device], memory: DeviceMemory, way: GpuDirect, *,
 
 @contextmanager
 def _exported(memory: DeviceMemory) -> Iterator[int]:
-    """A dma-buf of the memory's pages; who has registered it needs the descriptor no more."""
+    """Yield the descriptor of a dma-buf of the memory's pages; once registered, the memory no longer needs the descriptor."""
     gpu, supported, descriptor = memory.gpu, c_int(), c_int(-1)
     gpu.call("cuDeviceGetAttribute", byref(supported), c_int(_DMA_BUF_SUPPORTED), c_int(gpu.device))
     if not supported.value:
         raise TransportError(f"the driver of GPU {gpu.ordinal} exports none")
     page = os.sysconf("SC_PAGE_SIZE")
-    # Whole pages: what was allocated ends on one.
+    # Whole pages: every allocation ends at the end of a page.
     size = c_size_t(-(-memory.nbytes // page) * page)
     gpu.call(
         "cuMemGetHandleForAddressRange",

@@ -1,4 +1,4 @@
-"""What has come from a peer, put together: complete writes, whole messages, credits, the goodbye."""
+"""Assembly of a peer's arrivals into complete writes, whole messages, credits and the goodbye."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _LARGEST_MESSAGE = 1 << 30
 
 
 class Inbox:
-    """Tells of writes by ``on_write(immediate, offset, size)``, messages by ``on_message``, credits by ``on_credit(rail, n)``,
+    """Reports writes by ``on_write(immediate, offset, size)``, messages by ``on_message``, credits by ``on_credit(rail, n)``,
     keys of the peer's memory by ``on_keys``.
 
-    One thread calls it, in the order in which completions come on each rail.
+    One thread calls it, in the order of each rail's completions.
     """
 
     def __init__(
@@ -28,20 +28,20 @@ class Inbox:
         self._on_write, self._on_message, self._on_credit, self._on_keys = on_write, on_message, on_credit, on_keys
         self._gather = Gather()
         self._assembly = Assembly(_LARGEST_MESSAGE)
-        self._goodbye = -1  # how many writes the peer had given before it
+        self._goodbye = -1  # number of writes the peer had sent before its goodbye; -1 before that
 
     @property
     def peer_has_left(self) -> bool:
-        """It has said goodbye, and everything that it gave before is here."""
+        """True if the peer has said goodbye and everything it sent before has arrived."""
         return self._gather.complete == self._goodbye
 
     def immediate(self, serial: int) -> bool:
-        """A rail's last chunk of a write. Whether the peer needed a credit for it."""
+        """Take a rail's last chunk of a write; return True, since the peer needed a credit for it."""
         self._tell(self._gather.landed(serial))
         return True
 
     def frame(self, data: memoryview) -> bool:
-        """A send. Whether the peer needed a credit for it. ValueError for what is none of this transport."""
+        """Take a send; return True if the peer needed a credit for it. ValueError if it is not a frame of this transport."""
         frame = frames.decode(data)
         if frame.kind is Kind.WRITE:
             self._tell(self._gather.announce(frame))

@@ -1,6 +1,6 @@
-"""One queue pair of a connection, with its completions: work requests go in, completions come out in batches.
+"""One queue pair of a connection with its completion queue: work requests go in, completions come out in batches.
 
-Work requests are objects of pyverbs that are filled in anew for each use: it never frees the memory of those it makes.
+The pyverbs objects of work requests are reused, since pyverbs never frees their memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lambdascale.transport.rdma.ports import mtu_code
 from lambdascale.transport.rdma.verbs import enums
 
 _BATCH = 32
-# A packet not acknowledged is sent again after 4.096 us * 2**17 = 0.54 s, six times (to rxe, seven means without limit): a peer
-# is dead after about four seconds; its process' death is seen at once, by the socket. Receives not posted in time are waited
-# for, without limit (7).
+# An unacknowledged packet is sent again after 4.096 us * 2**17 = 0.54 s, six times (for rxe, seven means without limit), so that
+# a silent peer is lost after about four seconds; the death of its process is seen at once, by the socket. For receives that are
+# not posted in time, the NIC waits without limit (7).
 _ACK_TIMEOUT, _RETRIES, _RNR_RETRIES, _RNR_TIMER = 17, 6, 7, 12
 _HOPS = 64
 _PSN_BITS = 24
@@ -45,7 +45,7 @@ _opening = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A receive that was used: by a write's immediate, or by a send of ``size`` bytes into a slot."""
+    """A completed receive: of a write's immediate, or of a send of ``size`` bytes into a slot."""
 
     slot: int
     size: int
@@ -53,7 +53,7 @@ class Arrival:
 
 
 class LaneError(RuntimeError):
-    """The queue pair has failed; the message says how, of the peer."""
+    """A failure of the queue pair; the message gives the reason, with the peer as «it»."""
 
 
 @dataclass(slots=True)
@@ -75,13 +75,13 @@ class Window:
         self.key: int = self.request.rkey
 
     def close(self) -> None:
-        """The key is void from now on."""
-        with suppress(PyverbsError):  # what remains of a device that went away cannot be freed, and need not
+        """Close the window, which makes its key void."""
+        with suppress(PyverbsError):  # a removed device refuses to free its objects, which no longer matter
             self._window.close()
 
 
 class Lane:
-    """A reliable connection's end. One thread calls ``send`` and ``write``, another ``completed``, under one lock."""
+    """One end of a reliable connection. One thread calls ``send`` and ``write``, another ``completed``, under one lock."""
 
     def __init__(self, device: Device, *, receives: int, spare: int, sends: int, depth: int) -> None:
         self.receives = Receives(receives)
@@ -104,14 +104,14 @@ class Lane:
         self._unsignalled = 0
 
     def card(self, key: int) -> RailCard:
-        """What the other end must know."""
+        """Description of this queue pair for the other end."""
         choice = self._device.choice
         return RailCard(
             self.qp.qp_num, self._psn, choice.port.lid, choice.gid.address.packed, choice.mtu, choice.port.infiniband, key
         )
 
     def connect(self, theirs: RailCard) -> None:
-        """Bring the queue pair into a state to send in."""
+        """Connect the queue pair to ``theirs`` and make it ready to send."""
         choice, attributes = self._device.choice, self._attributes()
         attributes.path_mtu = mtu_code(min(choice.mtu, theirs.mtu))
         attributes.dest_qp_num = theirs.qp
@@ -128,7 +128,7 @@ class Lane:
         return attributes
 
     def _route(self, theirs: RailCard) -> AHAttr:
-        """Within an InfiniBand subnet by LID, otherwise by GID."""
+        """Route to the peer: by LID within an InfiniBand subnet, otherwise by GID."""
         choice = self._device.choice
         port, mine = choice.port, choice.gid.address.packed
         if port.infiniband and theirs.infiniband and mine[:8] == theirs.gid[:8]:
@@ -141,21 +141,21 @@ class Lane:
 
     @property
     def has_room(self) -> bool:
-        """For another chunk."""
+        """True if another chunk may be posted."""
         return self._chunks < self._depth
 
     @property
     def idle(self) -> bool:
-        """Nothing is under way."""
+        """True if nothing is in flight."""
         return not self._posted
 
     def stuck_s(self) -> float:
-        """For how long the oldest work request has been waiting for its completion."""
+        """Seconds for which the oldest work request has waited for its completion; 0 without one."""
         posted = self._posted
         return time.monotonic() - posted[0].at if posted else 0.0
 
     def send(self, address: int, size: int, key: int, done: Callable[[], None] | None) -> None:
-        """Send from registered memory; ``done`` is given back once it has arrived."""
+        """Send from registered memory; ``completed`` returns ``done`` once it has arrived. LaneError if refused."""
         self._request.opcode = enums.IBV_WR_SEND
         self._post(address, size, key, done, chunk=False, signalled=True)
 
@@ -170,7 +170,7 @@ class Lane:
         immediate: int | None,
         done: Callable[[], None] | None,
     ) -> None:
-        """Write a chunk; the last of a write has an immediate. Only every so many chunks ask for a completion of their own."""
+        """Write a chunk; the last of a write has an immediate. Only some chunks request a completion. LaneError if refused."""
         request = self._request
         request.opcode = enums.IBV_WR_RDMA_WRITE if immediate is None else enums.IBV_WR_RDMA_WRITE_WITH_IMM
         request.imm_data = immediate or 0
@@ -179,14 +179,14 @@ class Lane:
         self._post(address, size, key, done, chunk=True, signalled=signalled)
 
     def window(self, region: Region, rail: int) -> Window:
-        """A window for this lane's peer, to be bound. LaneError if the device has no more."""
+        """Make a window for this lane's peer, still to be bound; LaneError if the device has no more."""
         try:
             return Window(self._device, region, rail)
         except PyverbsError as error:
             raise LaneError(f"no memory window is to be had: {error}") from error
 
     def bind(self, window: Window, done: Callable[[], None]) -> None:
-        """Open a window; what is sent afterwards on this lane finds it open."""
+        """Bind a window; it is open for everything sent later on this lane. LaneError if refused."""
         self._submit(window.request, done, chunk=False, signalled=True)
 
     def _post(self, address: int, size: int, key: int, done: Callable[[], None] | None, *, chunk: bool, signalled: bool) -> None:
@@ -214,14 +214,14 @@ class Lane:
         self.qp.post_recv(self._waiting[slot])
 
     def receive_again(self, slot: int) -> None:
-        """Post a slot's receive again."""
+        """Post a slot's receive again; LaneError if refused."""
         try:
             self.qp.post_recv(self._waiting[slot])
         except PyverbsError as error:
             raise LaneError(f"a receive is refused: {error}") from error
 
     def acknowledge(self) -> None:
-        """The channel is readable: take the event, and ask for the next. Completions are to be looked at afterwards."""
+        """Take the event of a readable channel and request the next one; poll completions after this. LaneError on failure."""
         try:
             self._channel.get_cq_event(self._cq)
             self._cq.ack_events(1)
@@ -230,9 +230,9 @@ class Lane:
             raise LaneError(f"its completions cannot be waited for: {error}") from error
 
     def completed(self, into: list[Arrival | Callable[[], None]]) -> None:
-        """Put what has completed into a list: arrivals, and what was to be done then. LaneError at the first failure."""
+        """Append arrivals and the ``done`` of completed work requests to ``into``; LaneError at the first failure."""
         while True:
-            count, completions = self._cq.poll(_BATCH)
+            count, completions = self._poll()
             for completion in completions:
                 if completion.status != enums.IBV_WC_SUCCESS:
                     raise LaneError(_reason(completion.status))
@@ -243,8 +243,14 @@ class Lane:
             if count < _BATCH:
                 return
 
+    def _poll(self) -> tuple[int, Any]:
+        try:
+            return self._cq.poll(_BATCH)  # type: ignore[no-any-return]
+        except PyverbsError as error:
+            raise LaneError(f"its completions cannot be read: {error}") from error
+
     def _retire(self, number: int) -> Iterator[Callable[[], None]]:
-        """A completion stands for all work requests before it, too."""
+        """Remove the work requests up to ``number``, all completed by its completion; yield their ``done``."""
         while self._posted and self._posted[0].number <= number:
             posted = self._posted.popleft()
             self._chunks -= posted.chunk
@@ -257,13 +263,13 @@ class Lane:
         return Arrival(completion.wr_id >> 1, completion.byte_len, completion.imm_data if written else None)
 
     def fail(self) -> None:
-        """Put the queue pair into its error state, as a fault of the device would: what is under way is flushed. For tests."""
+        """Put the queue pair into its error state, as a device fault would, flushing what is in flight. For tests."""
         attributes = QPAttr(qp_state=enums.IBV_QPS_ERR)
         self.qp.modify(attributes, enums.IBV_QP_STATE)
 
     def close(self) -> None:
-        """End the queue pair; whatever is under way is dropped."""
-        # What remains of a device that went away cannot be freed, and need not.
+        """Close the queue pair, dropping what is in flight."""
+        # A removed device refuses to free its objects, which no longer matter.
         for each in (self.qp, self._cq, self._channel):
             with suppress(PyverbsError):
                 each.close()
@@ -277,9 +283,9 @@ def _reason(status: int) -> str:
 
 
 def _open_channel(device: Device) -> tuple[CompChannel, int]:
-    """A completion channel and its file descriptor, which pyverbs does not tell: the one that is new among this process' own.
+    """Open a completion channel; return it and its file descriptor, the new one of this process, since pyverbs hides it.
 
-    Waiting in pyverbs itself would stop all threads, it does so with the interpreter's lock held.
+    Waiting in pyverbs itself would stop all threads, since it holds the interpreter lock.
     """
     with _opening:
         before = _event_descriptors()
@@ -291,7 +297,7 @@ def _open_channel(device: Device) -> tuple[CompChannel, int]:
 def _event_descriptors() -> set[int]:
     found = set()
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # closed meanwhile, as the folder's own is
+        with suppress(OSError):  # closed meanwhile, like the listing's own descriptor
             if os.readlink(f"/proc/self/fd/{name}").endswith("[infinibandevent]"):
                 found.add(int(name))
     return found

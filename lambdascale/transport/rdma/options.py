@@ -1,4 +1,4 @@
-"""What can be chosen of the RDMA transport."""
+"""Options of the RDMA transport."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MTUS = (256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True, kw_only=True)
 class RdmaOptions:
-    """``None`` and the empty tuple: chosen automatically.
+    """Options; None and the empty tuple are chosen automatically.
 
-    ``devices``: several make rails, every block is striped over them; the n-th device of a node talks with its peers' n-th.
-    ``port``, ``gid_index`` and ``mtu`` (bytes) hold for all of them. A write goes as chunks of ``chunk_bytes``, of which a queue
-    pair has up to ``depth`` under way. ``windows``: a peer may write only while it is admitted (memory windows of type 2; None:
-    where the devices have them); False: as long as it is connected. ``gpudirect``: blocks land in the GPU's memory, registered by
-    dma-buf or nvidia-peermem; off: in the host's.
+    ``devices``: several become rails, over which every block is striped; a node's n-th device connects to its peers' n-th.
+    ``port``, ``gid_index`` and ``mtu`` (bytes) apply to all of them. A write is divided into chunks of ``chunk_bytes``, of which
+    a queue pair has up to ``depth`` in flight. ``windows``: a peer may write only while it is admitted (memory windows of type 2;
+    None: if the devices have them); False: as long as it is connected. ``gpudirect``: blocks are written to the GPU's memory,
+    registered by dma-buf or nvidia-peermem; off: to host memory.
     """
 
     devices: tuple[str, ...] = ()

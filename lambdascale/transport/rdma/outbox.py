@@ -1,7 +1,7 @@
-"""What waits to be sent to a peer, and what of it goes next: frames before messages before chunks of writes.
+"""Queue of what waits to be sent to a peer, and its order: frames before messages before chunks of writes.
 
-Everything here is called under the connection's lock. A step says how many bytes it will move, so that a paced link can make it
-wait, and posts them when called; room for it cannot vanish meanwhile, since only one thread takes steps.
+Everything here is called under the connection's lock. A step has the number of bytes it will move, so that a paced link can
+delay it, and posts them when called. Room for it stays free meanwhile, since only one thread takes steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOTHING = memoryview(b"")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Registered memory that a write comes from: its keys for every rail; ``release`` is called when it is through."""
+    """Registered memory that a write is sent from, with its key for each rail; ``release`` is called once it has arrived."""
 
     address: int
     size: int
@@ -35,14 +35,14 @@ class Source:
 
 @dataclass(eq=False)
 class Write:
-    """A write of which not everything has arrived. ``data`` keeps the memory alive."""
+    """A write that has not arrived completely. ``data`` keeps the memory alive."""
 
     data: Memory
     source: Source
     offset: int
     immediate: int
     pieces: Iterator[Chunk]
-    left: int  # rails whose last chunk has not arrived
+    left: int  # number of rails whose last chunk has not arrived
     rails: int
     serial: int = -1
     done: Future[None] = field(default_factory=Future)
@@ -53,7 +53,7 @@ class Write:
 
 @dataclass(eq=False)
 class Message:
-    """A message of which not everything has arrived."""
+    """A message that has not arrived completely; ``at`` bytes have been posted."""
 
     data: memoryview
     at: int = 0
@@ -62,14 +62,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Something that can be posted now. ``paced_bytes``: what a paced link counts."""
+    """A work request that can be posted now. ``paced_bytes``: the bytes that a paced link counts."""
 
     paced_bytes: int
     post: Callable[[], None]
 
 
 class Outbox:
-    """See the module. ``step_bytes``: size of a chunk."""
+    """See the module. ``step_bytes`` is the size of a chunk."""
 
     def __init__(self, lanes: Sequence[Lane], slots: Slots, theirs: Card, step_bytes: int) -> None:
         self._lanes, self._slots, self._theirs = lanes, slots, theirs
@@ -77,19 +77,19 @@ class Outbox:
         self._messages: deque[Message] = deque()
         self._writes: deque[Write] = deque()
         self._incomplete: set[Write | Message] = set()
-        self._frames: deque[Frame] = deque()  # those that need no credit
-        self._own_frames: deque[tuple[Frame, bytes]] = deque()  # and those that do
+        self._frames: deque[Frame] = deque()  # frames that need no credit
+        self._own_frames: deque[tuple[Frame, bytes]] = deque()  # frames that need one
         self._binds: deque[tuple[int, Window, Callable[[], None]]] = deque()
         keys = [card.key for card in theirs.rails]
-        self.keys = keys if any(keys) else []  # of the peer's memory; none: it does not admit this node now
+        self.keys = keys if any(keys) else []  # of the peer's memory; empty while it does not admit this node
         self._written = 0
         self._goodbye = False
         self.said_goodbye = False
 
-    # -- what is given -----------------------------------------------------------------------------------------------
+    # -- queueing ----------------------------------------------------------------------------------------------------
 
     def write(self, data: Memory, source: Source, offset: int, immediate: int) -> Future[None]:
-        """Queue a write."""
+        """Queue a write; the future is done once it has arrived."""
         size, count = source.size, len(self._lanes)
         used = frames.rails_used(size, self._step_bytes, count)
         job = Write(data, source, offset, immediate, frames.chunks(size, self._step_bytes, count), used, used)
@@ -98,40 +98,40 @@ class Outbox:
         return job.done
 
     def message(self, data: bytes) -> Future[None]:
-        """Queue a message."""
+        """Queue a message; the future is done once it has arrived."""
         job = Message(memoryview(data))
         self._messages.append(job)
         self._incomplete.add(job)
         return job.done
 
     def credit(self, rail: int, count: int) -> None:
-        """Tell the peer that ``count`` receives are posted again."""
+        """Queue a frame that returns ``count`` credits of ``rail`` to the peer."""
         self._frames.append(Frame(Kind.CREDIT, rail, count))
 
     def bind(self, rail: int, window: Window, done: Callable[[], None]) -> None:
-        """Open a window."""
+        """Queue the binding of a window; ``done`` is called once it is open."""
         self._binds.append((rail, window, done))
 
     def tell_keys(self, keys: bytes) -> None:
-        """Tell the peer the keys of this node's memory."""
+        """Queue a frame with the keys of this node's memory."""
         self._own_frames.append((Frame(Kind.KEYS), keys))
 
     def goodbye(self) -> None:
-        """Nothing more will be given: say so after everything else."""
+        """Queue the goodbye, to be sent after everything else."""
         self._goodbye = True
 
     def fail(self) -> list[Future[None]]:
-        """Drop everything; the futures of what has not arrived. Nothing is under way any more."""
+        """Drop everything and return the futures of what has not arrived. Nothing may be in flight any more."""
         jobs, self._incomplete = self._incomplete, set()
         for job in jobs:
             if isinstance(job, Write):
                 job.source.release()
         return [job.done for job in jobs]
 
-    # -- what goes next ----------------------------------------------------------------------------------------------
+    # -- choosing the next step --------------------------------------------------------------------------------------
 
     def step(self) -> Step | None:
-        """The next step; None if there is nothing to send or no room. TransportError for a write outside the peer's memory."""
+        """Choose the next step; None if nothing waits or no room is left. TransportError for a write beyond the peer's memory."""
         lane = self._lanes[0]
         if self._binds:
             rail, window, done = self._binds[0]
@@ -163,7 +163,7 @@ class Outbox:
 
     @property
     def is_shut_out(self) -> bool:
-        """The next write waits until the peer admits this node."""
+        """True if the next write waits for the peer to admit this node."""
         return bool(self._writes) and self._writes[0].serial < 0 and not self.keys and self._writes[0].source.size > 0
 
     def _say_goodbye(self) -> None:
@@ -216,7 +216,7 @@ class Outbox:
             chunk.size,
             job.source.keys[chunk.rail],
             to=self._theirs.address + job.offset + chunk.begin,
-            remote_key=self.keys[chunk.rail] if self.keys else 0,  # an empty write needs none
+            remote_key=self.keys[chunk.rail] if self.keys else 0,  # an empty write needs no key
             immediate=job.serial if chunk.last else None,
             done=(lambda: self._rail_arrived(job)) if chunk.last else None,
         )
@@ -233,7 +233,7 @@ class Outbox:
 
         self._lanes[0].send(slots.address(slot), size, slots.key, done)
 
-    # -- what has arrived (called without the lock, by the one thread that sees completions) -------------------------
+    # -- arrivals (called without the lock, by the one thread that polls completions) --------------------------------
 
     def _rail_arrived(self, job: Write) -> None:
         job.left -= 1

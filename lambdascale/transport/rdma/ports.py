@@ -1,4 +1,4 @@
-"""Which ports of RDMA devices there are, and which of them a node should use. The choice itself is pure."""
+"""Ports of RDMA devices, and the choice of those that a node uses; pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_DEVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Gid:
-    """An address of a port."""
+    """An address of a port, with its index in the port's GID table."""
 
     index: int
     kind: GidType
@@ -28,7 +28,7 @@ class Gid:
 
 @dataclass(frozen=True, kw_only=True)
 class Port:
-    """A port as its device describes it. ``mtu`` in bytes, ``rate_bytes_per_s`` as the link is labelled (0: unknown)."""
+    """A port as described by its device. ``mtu`` in bytes; ``rate_bytes_per_s`` is the nominal rate, 0 if unknown."""
 
     device: str
     number: int
@@ -42,7 +42,7 @@ class Port:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A port to use, by which of its addresses and with which packets' size."""
+    """A port to use, with the address and the packet size (``mtu``, bytes) to use on it."""
 
     port: Port
     gid: Gid
@@ -50,9 +50,9 @@ class Choice:
 
 
 def choose(ports: Sequence[Port], options: RdmaOptions, host: str) -> list[Choice]:
-    """One port for each named device, in that order; else the best port there is. UserError if there is none.
+    """Choose a port for each named device, in that order, or else the best port. UserError if none is usable.
 
-    ``host``: the IP address the node is known by; a port with that address is preferred, then the fastest.
+    A port with the IP address ``host``, the node's own, is preferred, then the fastest.
     """
     if not ports:
         raise UserError(NO_DEVICE)
@@ -98,7 +98,7 @@ def _gid(port: Port, index: int | None, host: str) -> Gid:
 
 
 def _rank(gid: Gid, host: str) -> tuple[bool, bool, bool, bool]:
-    """RoCE v2 can be routed and v1 cannot; an IPv4 address can be reached where a link-local one may not be."""
+    """Rank of a GID: RoCE v2 above v1, which is not routed; IPv4 above link-local addresses, which may be unreachable."""
     return (_is(gid, host), gid.kind != "RoCE v1", gid.address.ipv4_mapped is not None, not gid.address.is_link_local)
 
 
@@ -107,5 +107,5 @@ def _is(gid: Gid, host: str) -> bool:
 
 
 def mtu_code(mtu: int) -> int:
-    """The verbs' number for a packet size in bytes (IBV_MTU_256 is 1)."""
+    """Number that verbs use for a packet size in bytes (IBV_MTU_256 is 1)."""
     return MTUS.index(mtu) + 1

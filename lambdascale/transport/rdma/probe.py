@@ -1,4 +1,4 @@
-"""A port tried out: two endpoints of this process write to each other through it."""
+"""Test of a port: two endpoints of this process write to each other through it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Loopback:
-    """What came of it. ``choice``: the GID and MTU that were chosen; ``intact``: every byte arrived as it was."""
+    """Result of a test. ``choice`` has the GID and MTU used; ``intact`` is true if every byte arrived unchanged."""
 
     choice: Choice
     bytes_per_s: float
@@ -26,7 +26,7 @@ class Loopback:
 
 
 def loopback(options: RdmaOptions, size: int) -> Loopback:
-    """Write ``size`` random bytes through a port and compare. TransportError or UserError if they do not arrive."""
+    """Write ``size`` random bytes through a port and compare them; TransportError or UserError if they do not arrive."""
     written = threading.Semaphore(0)
     lost: list[str] = []
 
@@ -37,16 +37,16 @@ def loopback(options: RdmaOptions, size: int) -> Loopback:
     handlers = Handlers(on_write=lambda *_: written.release(), on_message=lambda *_: None, on_lost=note_loss)
     key = secrets.token_bytes(_KEY_BYTES)
     options = replace(options, windows=False, gpudirect="off")
-    one, two = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
+    two, one = (RdmaEndpoint(node, handlers, key, options=options) for node in range(2))
     try:
         source, target = (endpoint.allocate(size) for endpoint in (one, two))
         assert isinstance(source, memoryview), "the host's memory is tried"
         source[:] = secrets.token_bytes(size)
         one.register(source)
         two.register(target)
-        one.connect(1, two.address)
+        one.connect(0, two.address)
         began = time.monotonic()
-        one.write(1, source, 0, 0)
+        one.write(0, source, 0, 0)
         told = written.acquire(timeout=_PATIENCE_S)
         took_s = time.monotonic() - began
         if lost or not told:

@@ -1,4 +1,4 @@
-"""The verbs' numbers: newer pyverbs, PyPI's among them, have another name for the module that they are in."""
+"""Constants of verbs, from the module that older pyverbs or newer pyverbs (such as PyPI's) keep them in."""
 
 from __future__ import annotations
 

@@ -1,47 +1,65 @@
-"""The one thread of an endpoint that waits: for completions, and for sockets that end. It sleeps unless there is something."""
+"""The one thread of an endpoint that waits: for completions, and for sockets that end. All connections depend on it.
+
+So nothing that it calls can end it: an exception is printed and told to whom the call belongs, and the thread goes on.
+"""
 
 from __future__ import annotations
 
 import os
 import select
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 _TICK_S = 1.0
+Failed = Callable[[Exception], None]
+
+
+def guarded(act: Callable[[], None], failed: Failed | None = None) -> bool:
+    """Call ``act``. An exception is printed and given to ``failed``, if there is one; False then."""
+    try:
+        act()
+    except Exception as error:
+        traceback.print_exc()
+        if failed is not None:
+            guarded(partial(failed, error))
+        return False
+    return True
 
 
 class Watch:
-    """Calls back when a descriptor is readable, and runs what other threads give it. ``tick``: called every second or so."""
+    """Calls back when a descriptor is readable, and runs jobs of other threads. ``tick``: called every second or so."""
 
     def __init__(self, name: str, tick: Callable[[], None]) -> None:
         self._tick = tick
         self._poll = select.poll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._callbacks: dict[int, tuple[Callable[[], None], Failed]] = {}
+        self._jobs: deque[tuple[Callable[[], None], Failed | None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll.register(self._wake, select.POLLIN)
         self._ended = False
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        """Watch a descriptor. Only from this thread."""
-        self._callbacks[fd] = callback
+    def add(self, fd: int, callback: Callable[[], None], failed: Failed) -> None:
+        """Watch a descriptor. One whose callback fails is watched no longer, and ``failed`` is told. Only from this thread."""
+        self._callbacks[fd] = callback, failed
         self._poll.register(fd, select.POLLIN)
 
     def remove(self, fd: int) -> None:
-        """Watch it no longer. Only from this thread."""
+        """Watch a descriptor no longer. Only from this thread."""
         if self._callbacks.pop(fd, None) is not None:
             self._poll.unregister(fd)
 
-    def call(self, job: Callable[[], None]) -> None:
-        """Run something in this thread, soon."""
-        self._jobs.append(job)
+    def call(self, job: Callable[[], None], failed: Failed | None = None) -> None:
+        """Run a job in this thread, soon. ``failed`` is told if it raises."""
+        self._jobs.append((job, failed))
         os.eventfd_write(self._wake, 1)
 
     def call_and_wait(self, job: Callable[[], None], timeout_s: float) -> None:
-        """Run something in this thread and wait for it; from this thread itself, at once."""
+        """Run a job in this thread and wait for it, at most ``timeout_s``; from this thread itself, at once."""
         if threading.current_thread() is self.thread:
             job()
             return
@@ -68,12 +86,16 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended:
-            # Callbacks of a connection remove others: look each up when its turn comes.
             for fd, _ in self._poll.poll(_TICK_S * 1000 if len(self._callbacks) else None):
                 if fd == self._wake:
                     os.eventfd_read(self._wake)
-                elif fd in self._callbacks:
-                    self._callbacks[fd]()
+                else:
+                    self._call_back(fd)
             while self._jobs:
-                self._jobs.popleft()()
-            self._tick()
+                guarded(*self._jobs.popleft())
+            guarded(self._tick)
+
+    def _call_back(self, fd: int) -> None:
+        # Callbacks of a connection remove others: each is looked up when its turn comes.
+        if fd in self._callbacks and not guarded(*self._callbacks[fd]):
+            self.remove(fd)

@@ -1,0 +1,39 @@
+"""One-line messages for a user's mistakes, whichever library noticed them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from lambdascale.core import UserError
+
+
+def user_message(error: BaseException) -> str | None:
+    """Return the one-line message of a user's mistake, also of one wrapped by Hydra; None if the error is not the user's."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return " ".join(str(cause).split())
+    ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
+    return " ".join(dict.fromkeys(_first_lines(cause) for cause in ours)) or None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _first_lines(error: BaseException) -> str:
+    """First lines of a message of Hydra or OmegaConf, without the hints about their internals that follow."""
+    lines = []
+    for line in (line.strip() for line in str(error).splitlines()):
+        if "$VALUE" in line or line.startswith(
+            ("Config search path", "full_key:", "object_type=", "reference_type=", "Set the env", "To append", "See https")
+        ):
+            break
+        lines.append(line)
+    return " ".join(line for line in lines if line)

@@ -1,0 +1,294 @@
+"""Answers under way: prompts, the tokens produced so far, and the instances that may add to them.
+
+The control plane moves requests between instances without their contents. This table keeps the contents, so that a request that
+is restarted goes on where it was and no token reaches a client twice. All of it belongs to the control thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from msgspec import structs
+
+from lambdascale.core import NodeId
+from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
+from lambdascale.core.events import CommandFailed, Event, RequestFinished, TokensProduced
+from lambdascale.core.plan import Stage
+from lambdascale.inference.batch import Ticket
+from lambdascale.live import wire
+
+
+class Sink(Protocol):
+    """Receiver of an answer. Called from the control thread; must return at once."""
+
+    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
+        """Take the next tokens of the answer; ``finished`` with the last."""
+        ...
+
+    def failed(self, reason: str) -> None:
+        """Take note that the answer ends here with an error."""
+        ...
+
+
+@dataclass
+class _Answer:
+    """A request in the cluster: its contents, and the instances whose tokens count.
+
+    ``moving``: the dissolved pipeline that has not handed it over yet.
+    """
+
+    ticket: Ticket
+    sink: Sink | None
+    owners: set[int] = field(default_factory=set)
+    moving: int | None = None
+    aborted: bool = False
+
+
+@dataclass
+class _Served:
+    """An instance in service. ``nodes``: all that have had stages of it, the head (owner of its batches) first.
+
+    ``version`` counts its partitions; ``batches`` is the largest number of batches it has had in flight.
+    """
+
+    model: str
+    stages: tuple[Stage, ...]
+    nodes: tuple[NodeId, ...]
+    batches: int
+    version: int = 0
+
+    @property
+    def head(self) -> NodeId:
+        """Node of the first stage when the instance was started."""
+        return self.nodes[0]
+
+
+@dataclass
+class _Switch:
+    """A mode switch under way: the dissolved pipeline's head, and the requests that their targets do not have yet."""
+
+    head: NodeId
+    waiting: set[int]
+
+
+class Answers:
+    """``tell`` sends a message to a node (to nobody if it is lost), ``alive`` returns the members, ``emit`` queues an event."""
+
+    def __init__(
+        self,
+        tell: Callable[[NodeId, wire.ToAgent], None],
+        alive: Callable[[], Collection[NodeId]],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._tell = tell
+        self._alive = alive
+        self._emit = emit
+        self._answers: dict[int, _Answer] = {}
+        # Requests whose end is among the queued events, and the instance that the control plane believes to have them.
+        self._ended: dict[int, int] = {}
+        self._instances: dict[int, _Served] = {}
+        self._switches: dict[int, _Switch] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def outstanding(self) -> bool:
+        """True if an instance works on a request, or a mode switch carries one."""
+        return any(answer.owners or answer.moving is not None for answer in self._answers.values())
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """Receivers that still wait for the end of their answer."""
+        return [answer.sink for answer in list(self._answers.values()) if answer.sink is not None]
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def begin(self, request_id: int, ticket: Ticket, sink: Sink | None, *, aborted: bool = False) -> None:
+        """Take a request that has arrived; ``aborted``: its client has left already."""
+        self._answers[request_id] = _Answer(ticket, None if aborted else sink, aborted=aborted)
+
+    def abort(self, request_id: int) -> None:
+        """End a request whose client has left. Nothing happens if it is unknown or complete."""
+        answer = self._answers.get(request_id)
+        if answer is None:
+            return
+        answer.aborted = True
+        answer.sink = None
+        for instance in answer.owners:
+            if instance in self._instances:
+                self._tell(self._instances[instance].head, wire.Abort(request_id))
+
+    def tokens(self, message: wire.Tokens) -> None:
+        """Take the tokens of an instance's iteration."""
+        by_request: dict[int, list[wire.Token]] = {}
+        for token in message.tokens:
+            by_request.setdefault(token.request_id, []).append(token)
+        for request_id, tokens in by_request.items():
+            self._take_tokens(message, request_id, tokens)
+
+    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
+        """Add tokens of an instance that owns the request, in order and once."""
+        answer = self._answers.get(request_id)
+        if answer is None or message.instance not in answer.owners:
+            return
+        for token in tokens:
+            if token.index != answer.ticket.produced:
+                continue
+            answer.ticket.tokens.append(token.token)
+            if token.index == 0:
+                self._emit(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
+            if answer.sink is not None:
+                answer.sink.tokens([token.token], token.finished)
+            if token.finished:
+                self.finish(request_id, message.instance)
+                return
+
+    def finish(self, request_id: int, instance: int) -> None:
+        """End a request, answered or aborted, that ``instance`` had last."""
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._end_move(request_id, answer)
+            self._ended[request_id] = instance
+            self._emit(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
+
+    def deliver(self, event: RequestFinished) -> RequestFinished:
+        """Return a request's end as the control plane has to hear it, now that it does.
+
+        It may have restarted the request meanwhile, because it heard of its instance's failure first: it ends where it is now.
+        """
+        instance = self._ended.pop(event.request_id, event.instance)
+        return event if instance == event.instance else structs.replace(event, instance=instance)
+
+    def resumed(self, message: wire.Resumed) -> None:
+        """Take note that requests of a dissolved pipeline are with their new instance."""
+        for request_id in message.requests:
+            answer = self._answers.get(request_id)
+            if answer is not None:
+                self._end_move(request_id, answer)
+
+    def _end_move(self, request_id: int, answer: _Answer) -> None:
+        """Forget that a mode switch carries the request, and the switch with its last one."""
+        pipeline, answer.moving = answer.moving, None
+        switch = None if pipeline is None else self._switches.get(pipeline)
+        if pipeline is not None and switch is not None:
+            switch.waiting.discard(request_id)
+            if not switch.waiting:
+                del self._switches[pipeline]
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def dispatch(self, command: Dispatch) -> None:
+        """Send requests to an instance's head; aborted ones end here."""
+        tickets = []
+        for request in command.requests:
+            answer = self._answers.get(request.request_id)
+            if answer is None:
+                assert request.request_id in self._ended, "the control plane has not heard of its end"
+                self._ended[request.request_id] = command.instance
+                continue
+            self._end_move(request.request_id, answer)
+            answer.owners = {command.instance}
+            if answer.aborted:
+                self.finish(request.request_id, command.instance)
+            else:
+                tickets.append(answer.ticket)
+        if tickets:
+            self._tell(self._instances[command.instance].head, wire.Assign(command.instance, tuple(tickets)))
+
+    def fail(self, command: FailRequest) -> None:
+        """Give a request up and tell its client."""
+        answer = self._answers.pop(command.request_id, None)
+        if answer is None:
+            return
+        self._end_move(command.request_id, answer)
+        if answer.sink is not None:
+            answer.sink.failed(command.reason)
+
+    def serve(self, command: Serve) -> None:
+        """Start an instance on the nodes of its stages."""
+        nodes = _nodes(command.stages)
+        self._instances[command.instance] = _Served(command.model, command.stages, nodes, len(nodes))
+        for node in nodes:
+            self._tell(node, wire.Do(command))
+
+    def repartition(self, command: Repartition) -> None:
+        """Tell the nodes of an instance's old and new stages how it is divided from now on."""
+        served = self._instances[command.instance]
+        nodes = _nodes(command.stages)
+        served.stages = command.stages
+        served.version += 1
+        served.batches = max(served.batches, len(nodes))
+        served.nodes = tuple(dict.fromkeys((*served.nodes, *nodes)))
+        message = wire.NewStages(command, served.version, served.model, served.head, served.batches)
+        for node in served.nodes:
+            self._tell(node, message)
+
+    def switch_mode(self, command: SwitchMode) -> None:
+        """Dissolve a pipeline: its head hands the requests over to the heads of their targets."""
+        served = self._instances.pop(command.pipeline)
+        homes = {target: self._instances[target].head for _, target in command.moves}
+        waiting = set()
+        for request_id, target in command.moves:
+            answer = self._answers.get(request_id)
+            if answer is not None:
+                answer.owners.add(target)
+                answer.moving = command.pipeline
+                waiting.add(request_id)
+        if waiting:
+            self._switches[command.pipeline] = _Switch(served.head, waiting)
+        self._tell(served.head, wire.Switch(command, homes))
+        if command.kv == "recompute":
+            for node in served.nodes[1:]:
+                self._tell(node, wire.Do(StopInstance(command.pipeline)))
+        if served.head not in self._alive():
+            self._redo_switch(command.pipeline)
+
+    def _redo_switch(self, pipeline: int) -> None:
+        """Hand over from here what the lost head of a dissolved pipeline still had.
+
+        StopInstance goes to every node: KV of the pipeline may be on its way to any of them.
+        """
+        switch = self._switches.pop(pipeline, None)
+        for request_id in () if switch is None else sorted(switch.waiting):
+            answer = self._answers[request_id]
+            answer.moving = None
+            answer.owners.discard(pipeline)
+            for target in sorted(answer.owners & self._instances.keys()):
+                self._tell(self._instances[target].head, wire.Assign(target, (answer.ticket,)))
+        for node in sorted(self._alive()):
+            self._tell(node, wire.Do(StopInstance(pipeline)))
+
+    def stop(self, command: StopInstance) -> None:
+        """Take an instance out of service; its requests wait for another dispatch."""
+        served = self._instances.pop(command.instance, None)
+        if served is None:
+            return
+        for request_id, answer in self._answers.items():
+            answer.owners.discard(command.instance)
+            if not answer.owners:
+                self._end_move(request_id, answer)
+        for node in served.nodes:
+            self._tell(node, wire.Do(command))
+
+    def node_lost(self, node: NodeId) -> None:
+        """Redo the mode switches whose head was on ``node``, and report the instances that it has had a part in before.
+
+        The control plane knows the nodes of an instance's present stages only. The head owns the requests wherever the stages
+        are, and a node that has given its stages away may still owe their KV: these instances fail, so that their requests are
+        restarted.
+        """
+        for pipeline, switch in list(self._switches.items()):
+            if switch.head == node:
+                self._redo_switch(pipeline)
+        for number, served in self._instances.items():
+            if node in served.nodes and node not in _nodes(served.stages):
+                reason = f"node {node} was lost, which had stages of instance {number} before"
+                self._emit(CommandFailed(0.0, "Repartition", reason, instance=number))
+
+
+def _nodes(stages: Sequence[Stage]) -> tuple[NodeId, ...]:
+    """The distinct nodes of the stages, in order of first appearance."""
+    return tuple(dict.fromkeys(stage.node for stage in stages))

@@ -1,0 +1,117 @@
+"""How a process becomes a member: it is launched, says hello, hears of the others, and everybody connects."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from lambdascale.core import NodeId
+from lambdascale.live import wire
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.node_config import NodeConfig
+
+START_S = 120.0
+
+
+@dataclass
+class _Batch:
+    """Processes launched together: the directory that names them is sent when none is missing any more."""
+
+    missing: set[NodeId]
+    introduced: dict[NodeId, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Listed:
+    """A node in the directory, since directory number ``since``; ``answered`` is the last one it has connected by."""
+
+    address: str
+    since: int
+    answered: int = 0
+
+
+class Joining:
+    """Processes that come up, and the directory of those that are up. A process that does not join within 120 s has failed.
+
+    A node has joined once all nodes of the directory that first named it have answered that one or a later one: connections
+    are made by the node with the higher id, so either side may have to connect.
+    """
+
+    def __init__(self, launcher: Launcher, hub: Hub, clock: Callable[[], float] = time.monotonic) -> None:
+        self._launcher = launcher
+        self._hub = hub
+        self._clock = clock
+        self._number = 0
+        self._generations: dict[NodeId, int] = {}
+        self._deadlines: dict[NodeId, float] = {}  # of the nodes that have not joined yet
+        self._batches: list[_Batch] = []
+        self._directory: dict[NodeId, _Listed] = {}
+
+    @property
+    def coming(self) -> Collection[NodeId]:
+        """Nodes that were launched and have not joined yet."""
+        return self._deadlines.keys()
+
+    def launch(self, configs: Sequence[NodeConfig]) -> None:
+        """Start processes. From now on nothing is heard from earlier processes of these nodes."""
+        for config in configs:
+            self._generations[config.node] = config.generation
+            self._deadlines[config.node] = self._clock() + START_S
+            self._hub.expect(config.node, config.generation)
+        self._batches.append(_Batch({config.node for config in configs}))
+        self._launcher.start(configs)
+
+    def hello(self, node: NodeId, message: wire.Hello) -> None:
+        """A process is up."""
+        for batch in self._batches:
+            if node in batch.missing:
+                batch.missing.discard(node)
+                batch.introduced[node] = message.address
+        self._announce()
+
+    def connected(self, node: NodeId, message: wire.Connected) -> None:
+        """A node has connected to those that it has to connect to."""
+        listed = self._directory.get(node)
+        if listed is not None:
+            listed.answered = max(listed.answered, message.number)
+
+    def remove(self, node: NodeId) -> None:
+        """Forget a process that has ended, joined or not."""
+        self._deadlines.pop(node, None)
+        self._directory.pop(node, None)
+        for batch in self._batches:
+            batch.missing.discard(node)
+            batch.introduced.pop(node, None)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Send the directory to all, if a batch is complete."""
+        complete = [batch for batch in self._batches if not batch.missing]
+        self._batches = [batch for batch in self._batches if batch.missing]
+        new = {node: address for batch in complete for node, address in batch.introduced.items()}
+        if not new:
+            return
+        self._number += 1
+        self._directory |= {node: _Listed(address, self._number) for node, address in new.items()}
+        addresses = {node: listed.address for node, listed in self._directory.items()}
+        message = wire.Directory(self._number, addresses, {node: self._generations[node] for node in addresses})
+        for node in addresses:
+            self._hub.send(node, message)
+
+    def take_joined(self) -> list[NodeId]:
+        """Return the nodes that have joined since the last time."""
+        joined = [node for node in self._deadlines if node in self._directory and self._has_joined(self._directory[node].since)]
+        for node in joined:
+            del self._deadlines[node]
+        return sorted(joined)
+
+    def _has_joined(self, number: int) -> bool:
+        return all(listed.answered >= number for listed in self._directory.values() if listed.since <= number)
+
+    def failed(self, dead: Collection[NodeId]) -> dict[NodeId, str]:
+        """Return the nodes that will not join, and why: their process is among the ``dead``, or takes too long."""
+        now = self._clock()
+        late = {node: f"it did not come up within {START_S:.0f} s" for node, at in self._deadlines.items() if now > at}
+        return late | {node: "it ended while it was starting" for node in dead if node in self._deadlines}

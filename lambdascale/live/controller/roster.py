@@ -1,0 +1,152 @@
+"""The node processes of a cluster: started, introduced to each other, watched, and started anew when they are lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from msgspec import structs
+
+from lambdascale.core import NodeId, UserError
+from lambdascale.live import wire
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.controller.joining import Joining
+from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.log import Log
+from lambdascale.live.controller.membership import Membership
+from lambdascale.live.controller.supervisor import Supervisor
+from lambdascale.live.node_config import NodeConfig
+
+_POLL_S = 0.1
+
+
+class Roster:
+    """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        hub: Hub,
+        log: Log,
+        *,
+        silence_s: float,
+        restarts: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._launcher = launcher
+        self._hub = hub
+        self._log = log
+        self._joining = Joining(launcher, hub, clock)
+        self._membership = Membership(launcher, hub, log, silence_s, clock)
+        self._supervisor = Supervisor(restarts, log.say, clock)
+        self._configs: dict[NodeId, NodeConfig] = {}
+        self._doomed: dict[NodeId, str] = {}  # to be removed at the next look, and why
+
+    @property
+    def alive(self) -> set[NodeId]:
+        """The members."""
+        return self._membership.alive
+
+    @property
+    def returning(self) -> bool:
+        """True if a lost node may come back."""
+        return bool(self._joining.coming) or self._supervisor.waiting
+
+    def start(self, configs: Sequence[NodeConfig]) -> list[NodeId]:
+        """Launch all nodes and wait until they are connected. RuntimeError or UserError if one does not come up."""
+        self._configs = {config.node: config for config in configs}
+        self._joining.launch(configs)
+        while self._joining.coming:
+            messages, _ = self._hub.poll(_POLL_S)
+            for node, message in messages:
+                self._meet(node, message)
+                if node in self._doomed:
+                    users = isinstance(message, wire.Unreached) or (isinstance(message, wire.Fault) and message.users)
+                    raise (UserError if users else RuntimeError)(f"node {node}: {self._doomed[node]}")
+            failed = {} if messages else self._joining.failed(self._launcher.dead())
+            if failed:
+                raise RuntimeError("; ".join(f"node {node}: {reason}" for node, reason in sorted(failed.items())))
+            for node in self._joining.take_joined():
+                self._membership.admit(node)
+        return sorted(self.alive)
+
+    def hear(self, node: NodeId, message: wire.ToController) -> bool:
+        """Take what concerns membership; return True if the message is another one of a member's."""
+        if node in self._joining.coming:
+            self._meet(node, message)
+            return False
+        if not self._membership.hear(node):
+            return False
+        if isinstance(message, wire.Connected):
+            self._joining.connected(node, message)
+        elif isinstance(message, wire.Severed):
+            self._membership.sever(node, message.peer, message.reason)
+        elif isinstance(message, wire.Unreached):
+            self._unreached(node, message)
+        elif isinstance(message, wire.Fault):
+            self._doomed[node] = message.reason
+        else:
+            return not isinstance(message, wire.Beat)
+        return False
+
+    def _meet(self, node: NodeId, message: wire.ToController) -> None:
+        """A message of a node that has not joined yet."""
+        if isinstance(message, wire.Hello):
+            self._joining.hello(node, message)
+        elif isinstance(message, wire.Connected):
+            self._joining.connected(node, message)
+        elif isinstance(message, wire.Fault) or (
+            isinstance(message, wire.Unreached | wire.Severed)
+            and (message.peer in self.alive or message.peer in self._joining.coming)
+        ):
+            self._doomed[node] = message.reason
+
+    def _unreached(self, node: NodeId, message: wire.Unreached) -> None:
+        """A member cannot connect to a node: to blame is the one that is new."""
+        if message.peer in self._joining.coming:
+            self._doomed[message.peer] = f"node {node} cannot connect: {message.reason}"
+        else:
+            self._membership.sever(node, message.peer, message.reason)
+
+    def doom(self, node: NodeId, reason: str) -> None:
+        """Count a member as lost from the next ``look`` on."""
+        self._doomed.setdefault(node, reason)
+
+    def look(self, *, ended: bool) -> tuple[list[NodeId], list[NodeId]]:
+        """Return the members lost and the nodes joined since the last time, and restart what is due. ``ended``: a process has."""
+        joined = self._joining.take_joined()
+        for node in joined:
+            self._membership.admit(node)
+        doomed, self._doomed = self._doomed, {}
+        coming = set(self._joining.coming)
+        failed = self._joining.failed(self._launcher.dead() if coming else ())
+        gone = self._membership.gone(ended=ended) | failed | doomed
+        lost = [node for node in sorted(gone) if node in self.alive]
+        for node in sorted(gone.keys() & (self.alive | coming)):
+            self._remove(node, gone[node])
+        self._restart()
+        return lost, joined
+
+    def _remove(self, node: NodeId, reason: str) -> None:
+        self._log.say(f"node {node} is lost: {reason}")
+        self._joining.remove(node)
+        self._membership.remove(node)
+        self._supervisor.lost(node)
+
+    def _restart(self) -> None:
+        for node in self._supervisor.take_due():
+            before = self._configs[node]
+            self._configs[node] = structs.replace(before, generation=before.generation + 1)
+            self._log.say(f"node {node} is started again")
+            self._joining.launch([self._configs[node]])
+            self._membership.watch()
+
+    def wait_s(self) -> float:
+        """Seconds until the next ``look`` has something to do, infinite if nothing is planned."""
+        return _POLL_S if self._joining.coming else self._supervisor.wait_s()
+
+    def close(self) -> None:
+        """End all processes."""
+        for node in self.alive | set(self._joining.coming):
+            self._hub.send(node, wire.Shutdown())
+        self._launcher.close()

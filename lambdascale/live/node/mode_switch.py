@@ -1,0 +1,174 @@
+"""Mode switches: a dissolved pipeline's requests go to replicas, with their KV where the policy says so and it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+from lambdascale.core import NodeId
+from lambdascale.inference.batch import Ticket
+from lambdascale.live import wire
+from lambdascale.live.node.instance import Instance
+from lambdascale.live.node.recent import Recent
+
+Tell = Callable[[NodeId, wire.Peer], None]
+_Key = tuple[int, int]  # instance, request
+
+
+def hand_over(pipeline: Instance, switch: wire.Switch, tell: Tell) -> None:
+    """Send a pipeline's requests to the heads of their targets, from its own head. Tokens in flight are redone.
+
+    With KV to copy, every node of the pipeline is told to send its layers. The pipeline has no batches afterwards.
+    """
+    head, command = pipeline.head, switch.command
+    assert head is not None, "a pipeline is dissolved at its head"
+    moves = [(request_id, target) for request_id, target in command.moves if head.batch_of(request_id) is not None]
+    kv_moves = tuple(_kv_moves(pipeline, moves, switch.homes)) if command.kv == "copy" else ()
+    with_kv = frozenset(move.request_id for move in kv_moves)
+    tickets = {request_id: batch.ticket(request_id) for batch in head.batches for request_id in batch}
+    by_target = sorted(moves, key=lambda move: move[1])
+    for target, group in groupby(by_target, key=lambda move: move[1]):
+        handed = tuple(tickets[request_id] for request_id, _ in group)
+        kept = with_kv & {ticket.request_id for ticket in handed}
+        tell(switch.homes[target], wire.Handover(target, handed, pipeline.number, kept, pipeline.nodes))
+    head.batches, head.running = [], {}
+    if command.kv == "copy":
+        for node in pipeline.nodes:
+            tell(node, wire.Collect(pipeline.number, kv_moves))
+
+
+def _kv_moves(pipeline: Instance, moves: Sequence[_Key], homes: dict[int, NodeId]) -> Iterator[wire.KvMove]:
+    head = pipeline.head
+    for request_id, target in moves:
+        index = None if head is None else head.batch_of(request_id)
+        if head is None or index is None:
+            continue
+        batch = head.batches[index]
+        slot = batch.cached_slot(request_id)
+        if slot is not None:
+            tokens = len(batch.ticket(request_id).tokens) - 1
+            yield wire.KvMove(request_id, index, head.versions[index], slot, tokens, target, homes[target])
+
+
+def send_kv(pipeline: Instance, message: wire.Collect, tell: Tell) -> None:
+    """Send this node's KV of a dissolved pipeline to the requests' new nodes."""
+    for move in message.moves:
+        partition = pipeline.partitions.get(move.version)
+        for runner in () if partition is None else partition.runners.values():
+            layers = runner.layers
+            data = runner.read_kv(move.slot, move.tokens, layers)
+            part = wire.KvPart(move.instance, move.request_id, pipeline.number, layers.start, len(layers), data)
+            tell(move.node, part)
+
+
+@dataclass
+class _Expected:
+    """A request's KV in parts by first layer; ``ticket`` None while the handover has not come."""
+
+    pipeline: int
+    ticket: Ticket | None = None
+    sources: tuple[NodeId, ...] = ()
+    parts: dict[int, wire.KvPart] = field(default_factory=dict)
+
+
+class KvInbox:
+    """KV that mode switches bring to this node's instances, until a slot takes it.
+
+    Parts may come before their handover, and after it has been given up: those are dropped, for nobody will ask for them.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[_Key, _Expected] = {}
+        self._complete: dict[_Key, list[wire.KvPart]] = {}
+        self._handed_over: Recent[tuple[int, int]] = Recent()  # pipeline, instance
+        self._stopped: Recent[int] = Recent()  # pipelines that the controller has stopped
+        self._lost: set[NodeId] = set()
+
+    def __len__(self) -> int:
+        """Number of requests with KV here or on its way."""
+        return len(self._expected) + len(self._complete)
+
+    def expects(self, instance: int, request_id: int) -> bool:
+        """True if a request waits for its KV."""
+        found = self._expected.get((instance, request_id))
+        return found is not None and found.ticket is not None
+
+    def close_handover(self, message: wire.Handover) -> None:
+        """Take note that a handover has been taken: parts for requests it does not wait for are late from now on."""
+        self._handed_over.add((message.pipeline, message.instance))
+
+    def expect(self, message: wire.Handover, ticket: Ticket) -> bool:
+        """Wait for a request's KV; False if it cannot come any more, because a node that has parts of it is lost."""
+        if self._lost.intersection(message.sources):
+            self._expected.pop((message.instance, ticket.request_id), None)
+            return False
+        expected = self._expected.setdefault((message.instance, ticket.request_id), _Expected(message.pipeline))
+        expected.ticket, expected.sources = ticket, message.sources
+        return True
+
+    def put(self, part: wire.KvPart) -> None:
+        """Keep a part, unless it is late."""
+        key = (part.instance, part.request_id)
+        late = (part.pipeline, part.instance) in self._handed_over or part.pipeline in self._stopped
+        if key not in self._expected:
+            if late:
+                return
+            self._expected[key] = _Expected(part.pipeline)
+        self._expected[key].parts[part.first_layer] = part
+
+    def complete(self, instance: int, request_id: int, layers: int) -> Ticket | None:
+        """Return the request if its ticket and the KV of all ``layers`` layers have come; None otherwise."""
+        key = (instance, request_id)
+        expected = self._expected.get(key)
+        if expected is None or expected.ticket is None:
+            return None
+        if sum(part.layers for part in expected.parts.values()) < layers:
+            return None
+        del self._expected[key]
+        self._complete[key] = [expected.parts[first] for first in sorted(expected.parts)]
+        return expected.ticket
+
+    def take(self, instance: int, request_id: int) -> list[wire.KvPart]:
+        """Take the complete KV of a request out."""
+        return self._complete.pop((instance, request_id))
+
+    def drop(self, instance: int, request_id: int) -> bool:
+        """Drop the KV of a request; True if the request was still waiting for it."""
+        key = (instance, request_id)
+        self._complete.pop(key, None)
+        expected = self._expected.pop(key, None)
+        return expected is not None and expected.ticket is not None
+
+    def give_up(self, instance: int) -> list[Ticket]:
+        """Wait no longer for an instance's KV; return its requests that did."""
+        return [ticket for _, ticket in self._withdraw(lambda key, _: key[0] == instance)]
+
+    def lose(self, peer: NodeId) -> list[tuple[int, Ticket]]:
+        """Take note that a node is lost; return (instance, request) of those that waited for KV from it."""
+        self._lost.add(peer)
+        return self._withdraw(lambda _, expected: peer in expected.sources)
+
+    def _withdraw(self, wanted: Callable[[_Key, _Expected], bool]) -> list[tuple[int, Ticket]]:
+        """Take out requests that wait for KV. Parts without a handover stay: theirs may still come."""
+        found = [(key, e.ticket) for key, e in self._expected.items() if e.ticket is not None and wanted(key, e)]
+        for key, _ in found:
+            del self._expected[key]
+        return [(instance, ticket) for (instance, _), ticket in found]
+
+    def joined(self, nodes: Sequence[NodeId]) -> None:
+        """Take note that nodes are alive, which may have been lost before."""
+        self._lost.difference_update(nodes)
+
+    def forget(self, instance: int) -> None:
+        """Drop everything for an instance that has ended."""
+        for table in (self._expected, self._complete):
+            for key in [key for key in table if key[0] == instance]:
+                del table[key]
+
+    def stop(self, pipeline: int) -> None:
+        """Take note that the controller has stopped a pipeline: parts without a handover will not get one."""
+        self._stopped.add(pipeline)
+        for key, expected in list(self._expected.items()):
+            if expected.pipeline == pipeline and expected.ticket is None:
+                del self._expected[key]

@@ -1,0 +1,20 @@
+"""Write the reference of all configuration keys: python scripts/reference.py [--out FILE]."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lambdascale.cli.guard import run_guarded
+from lambdascale.experiments.reference import reference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the reference of all configuration keys, from conf/ and the classes.")
+    parser.add_argument("--out", type=Path, default=Path("docs/reference.md"), metavar="FILE")
+    arguments = parser.parse_args()
+    arguments.out.write_text(reference())
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_guarded(main))

@@ -1,0 +1,125 @@
+"""Requests to instances: every sentence of the router's docstrings as fleet state, event and commands."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.policy.world import World, pipelined, without
+
+
+def test_a_request_goes_to_a_free_slot_at_once_and_waits_for_one_otherwise() -> None:
+    world = World(nodes=1)
+    assert world.arrive(2) == ["dispatch i1 0", "timer 0", "dispatch i1 1"]
+    assert world.arrive(3) == [], "an instance never gets more requests than its batch has slots"
+    assert world.finish(1) == ["dispatch i1 2"], "first come, first served"
+    assert world.finish(0, 2) == ["dispatch i1 3", "dispatch i1 4"]
+
+
+def test_the_least_loaded_instance_takes_the_request_and_the_older_one_in_a_tie() -> None:
+    world = World(nodes=3, min_replicas=3)
+    assert world.arrive(4) == ["dispatch i1 0", "timer 0", "dispatch i2 1", "dispatch i3 2", "dispatch i1 3"]
+    world.finish(1)
+    assert world.arrive(1) == ["dispatch i2 4"]
+
+
+def test_load_is_relative_to_capacity() -> None:
+    """A pipeline of two nodes with two requests is as loaded as a replica with one."""
+    world = pipelined()
+    world.finish(0, 4, 5, 6)  # 8 has gone to i1
+    assert world.at_instance[8] == world.at_instance[0]
+    world.finish(2)
+    assert world.arrive(4) == ["dispatch i3 9", "dispatch i1 10", "dispatch i3 11", "dispatch i3 12"]
+
+
+def test_new_capacity_takes_over_the_queue_at_once_in_one_dispatch() -> None:
+    world = World(nodes=2)
+    world.arrive(6)
+    world.tick()
+    assert world.deliver("t2") == ["serve i2 1", "dispatch i2 2,3"]
+
+
+def test_one_queue_per_model() -> None:
+    world = World(nodes=2, models="ab")
+    assert world.start == [
+        *["allocate 0", "load t1 0 instant 0123", "allocate 1b", "load t2 1b instant 0123"],
+        *["serve i1 0", "serve i2 1b"],
+    ]
+    world.arrive(4, "a")
+    assert world.arrive(2, "b") == ["dispatch i2 4", "dispatch i2 5"]
+    assert world.finish(4) == []
+    assert world.finish(0) == ["dispatch i1 2"]
+
+
+@pytest.mark.parametrize(("prompt", "output", "refused"), [(79_000, 345, False), (79_000, 346, True), (345, 79_001, True)])
+def test_a_request_whose_cache_never_fits_is_refused(prompt: int, output: int, refused: bool) -> None:
+    """2.6 GB beside the weights at 32 KiB a token: 79,345 tokens, prompt and answer together."""
+    world = World(nodes=1)
+    assert world.arrive(prompt=prompt, output=output)[0] == ("fail 0" if refused else "dispatch i1 0")
+    assert world.arrive()[0] == f"dispatch i1 {1}"
+    if refused:
+        (reason,) = [command.reason for command in world.commands if hasattr(command, "reason")]
+        assert reason == f"needs {prompt + output} tokens of KV cache, a replica of a has 79345"
+
+
+def test_without_a_node_requests_are_refused_and_the_queue_is_given_up() -> None:
+    world = World(nodes=2)
+    world.arrive(4)
+    assert world.lose(1) == []
+    assert world.lose(0) == ["stop i1", "fail 0", "fail 1", "fail 2", "fail 3"]
+    assert world.arrive()[0] == "fail 4"
+
+
+def test_requests_of_a_lost_instance_go_to_the_head_of_the_queue_oldest_first() -> None:
+    world = World(nodes=2, min_replicas=2)
+    world.arrive(6)  # 0 and 2 on i1, 1 and 3 on i2, 4 and 5 wait
+    assert world.lose(0) == ["stop i1"]
+    assert world.finish(1) == ["dispatch i2 0"], "before 4, which came later"
+    # i2 got 3 before 0; on the new instance they are in the order in which they arrived.
+    assert world.fail(instance="i2") == ["stop i2", "serve i3 1", "dispatch i3 0,3"]
+    assert world.finish(3, 0) == ["dispatch i3 2", "dispatch i3 4"]
+
+
+def test_an_answer_of_a_request_that_was_restarted_is_ignored() -> None:
+    world = World(nodes=2, min_replicas=2)
+    world.arrive(4)
+    stale = dict(world.at_instance)
+    world.lose(0)
+    world.finish(1, 3)
+    assert {r: world.at_instance[r] for r in (0, 2)} != {r: stale[r] for r in (0, 2)}
+    assert world.stale(stale[0], 0) == []
+    assert world.stale(10_000, 2) == [], "nor one of an instance nobody knows"
+    assert world.arrive(1) == [], "no slot was freed by it"
+
+
+def test_a_request_that_a_mode_switch_moved_may_end_under_the_pipelines_name() -> None:
+    world = pipelined()
+    pipeline = world.at_instance[4]
+    assert world.deliver("t3")[-1:] == ["switch i3 4>i4,5>i5,6>i4,7>i5 recompute"]
+    assert world.finish_at(pipeline, 4) == ["dispatch i4 8"]
+    assert world.stale(pipeline, 4) == [], "once"
+
+
+def test_a_moved_request_that_is_restarted_is_not_where_the_switch_put_it() -> None:
+    world = pipelined()
+    pipeline = world.at_instance[4]
+    world.deliver("t3")
+    assert world.lose(2)[0] == "stop i4"
+    assert world.finish(0) == ["dispatch i1 4"], "ahead of 8"
+    assert world.stale(pipeline, 4) == [], "the pipeline's last word on it came too late"
+    assert world.finish(4) == ["dispatch i1 6"]
+
+
+def test_a_moved_request_that_is_restarted_ends_where_it_is_now() -> None:
+    world = pipelined()
+    world.deliver("t3")
+    world.lose(2)
+    world.finish(0)
+    assert world.finish(4) == ["dispatch i1 6"], "on i1, not on the replica that the switch moved it to"
+
+
+def test_requests_that_wait_again_no_longer_run() -> None:
+    """Two of six: four run and two wait, three replicas are wanted."""
+    world = World(nodes=4, min_replicas=3)
+    world.arrive(6)
+    world.lose(0)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 1:gpu>3"]

@@ -1,0 +1,192 @@
+"""The rdma transport when verbs or handlers fail: one connection ends, and the thread that all depend on goes on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+from lambdascale.transport.rdma.watch import Watch, guarded
+
+VERBS = ("addr", "cq", "device", "enums", "mr", "pd", "pyverbs_error", "qp", "wr")
+OURS = "lambdascale.transport.rdma"
+
+
+class PyverbsError(Exception):
+    pass
+
+
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module of connections, imported with made-up verbs; afterwards nothing of that is left."""
+    parts = ("verbs", "device", "lane", "slots", "connection")
+    for part in parts:
+        monkeypatch.delitem(sys.modules, f"{OURS}.{part}", raising=False)
+    package: Any = ModuleType("pyverbs")
+    monkeypatch.setitem(sys.modules, "pyverbs", package)
+    for name in VERBS:
+        module = MagicMock(name=name, PyverbsError=PyverbsError)
+        monkeypatch.setitem(sys.modules, f"pyverbs.{name}", module)
+        setattr(package, name, module)
+    yield importlib.import_module(f"{OURS}.connection")
+    for part in parts:
+        sys.modules.pop(f"{OURS}.{part}", None)
+
+
+class Pipe:
+    """A descriptor that is readable."""
+
+    def __init__(self) -> None:
+        self.fd, self._end = os.pipe()
+        os.write(self._end, b"x")
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._end)
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watch = Watch("watch", lambda: None)
+    yield watch
+    watch.close()
+    assert not watch.thread.is_alive()
+
+
+class TestWatch:
+    def test_a_callback_that_fails(self, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Its owner is told, it is called no more, and others are."""
+        bad, good, told, called = Pipe(), Pipe(), list[str](), threading.Event()
+
+        def fail() -> None:
+            raise PyverbsError("no completion queue")
+
+        watch.call(lambda: watch.add(bad.fd, fail, lambda error: told.append(str(error))))
+        watch.call_and_wait(lambda: None, 10)
+
+        def once() -> None:
+            watch.remove(good.fd)
+            called.set()
+
+        watch.call(lambda: watch.add(good.fd, once, lambda error: None))
+        assert called.wait(10)
+        assert told == ["no completion queue"]
+        assert capsys.readouterr().err.count("PyverbsError: no completion queue") == 1
+        for pipe in (bad, good):
+            pipe.close()
+
+    def test_a_job_that_fails(self, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Also where whoever is told fails, too."""
+        told: list[str] = []
+
+        def fail(error: Exception | None = None) -> None:
+            told.append(repr(error))
+            raise ZeroDivisionError
+
+        watch.call(fail, fail)
+        watch.call_and_wait(lambda: None, 10)
+        watch.call_and_wait(fail, 10)
+        assert told == ["None", "ZeroDivisionError()", "None"]
+        assert watch.thread.is_alive()
+
+    def test_a_tick_that_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        calls: list[int] = []
+
+        def tick() -> None:
+            calls.append(1)
+            raise ZeroDivisionError
+
+        watch = Watch("watch", tick)
+        for _ in range(2):
+            watch.call_and_wait(lambda: None, 10)
+        watch.close()
+        assert len(calls) >= 2
+
+
+def made(connection: Any, **parts: Any) -> Any:
+    """A connection to node 3 of which the given parts are there; what it tells is in ``lost`` and ``jobs``."""
+    it = connection.RdmaConnection.__new__(connection.RdmaConnection)
+    lock, lost, jobs = threading.RLock(), list[tuple[int, str]](), list[Any]()
+    endpoint = SimpleNamespace(
+        watch=SimpleNamespace(call=lambda job, failed=None: jobs.append(job), remove=lambda fd: None),
+        forget=lambda one, reason="": lost.append((one.peer, reason)) if reason else None,
+        freed=lambda one: None,
+        link=None,
+    )
+    outbox = SimpleNamespace(fail=list)
+    usual = {
+        "peer": 3, "sock": MagicMock(), "lanes": [], "lost": lost, "jobs": jobs, "_endpoint": endpoint, "_lock": lock,
+        "_changed": threading.Condition(lock), "_outbox": outbox, "_gate": MagicMock(), "_slots": MagicMock(),
+        "_inbox": SimpleNamespace(peer_has_left=False), "_ending": False, "_reason": "", "_freed": False,
+        "_gone": threading.Event(),
+    }  # fmt: skip
+    it.__dict__.update(usual | parts)
+    return it
+
+
+def test_a_completion_queue_that_fails(connection: Any) -> None:
+    """The peer counts as lost, with the reason."""
+    lane = connection.Lane.__new__(connection.Lane)
+    lane._cq = SimpleNamespace(poll=MagicMock(side_effect=PyverbsError("device removed")))
+    it = made(connection)
+    it._completed(0, lane, acknowledge=False)
+    assert it.lost == [(3, "its completions cannot be read: device removed")]
+
+
+def test_an_exception_that_nothing_foresaw(connection: Any) -> None:
+    it = made(connection)
+    guarded(MagicMock(side_effect=ZeroDivisionError("mine")), it.failed)
+    assert it.lost == [(3, "ZeroDivisionError: mine")]
+    assert it.jobs == [it._free]
+
+
+def test_a_sending_thread_that_fails(connection: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    it = made(connection, _next=MagicMock(side_effect=KeyError("mine")))
+    it.sock.recv_into.side_effect = lambda view: 1
+    it._send_all()
+    assert it.lost == [(3, "KeyError: 'mine'")]
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_memory_that_cannot_be_freed(connection: Any) -> None:
+    """Everything else is, and whoever waits for a write is told."""
+    future: Any = MagicMock()
+    lane = MagicMock(fd=5)
+    it = made(connection, lanes=[lane], _outbox=SimpleNamespace(fail=lambda: [future]))
+    it._gate.close.side_effect = PyverbsError("mine")
+    it._slots.close.side_effect = PyverbsError("mine")
+    it._free()
+    assert lane.close.called
+    assert it.sock.close.called
+    assert future.set_exception.called
+
+
+def test_whether_a_write_is_shut_out_is_looked_up_under_the_lock(connection: Any) -> None:
+    """The sending thread takes writes out of the queue meanwhile."""
+    from lambdascale.transport.rdma.outbox import Outbox
+
+    it = made(connection)
+    looked: list[bool] = []
+
+    class Writes(deque[Any]):
+        def __bool__(self) -> bool:
+            looked.append(it._lock._is_owned())
+            return False
+
+    outbox = Outbox.__new__(Outbox)
+    outbox.__dict__.update(_writes=Writes(), goodbye=lambda: None)
+    turns = iter((True, True, False))
+    it._outbox = outbox
+    it._thread = SimpleNamespace(is_alive=lambda: next(turns), join=lambda timeout: None)
+    it._reason = "over"
+    it._endpoint.watch.call_and_wait = lambda job, timeout: None
+    it.finish()
+    assert looked == [True, True]

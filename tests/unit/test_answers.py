@@ -1,0 +1,262 @@
+"""Answers under way: every token once and in order, from the instances that own the request; nothing is kept for ever."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from lambdascale.core import Request
+from lambdascale.core.commands import Dispatch, FailRequest, KvPolicy, Repartition, Serve, StopInstance, SwitchMode
+from lambdascale.core.events import CommandFailed, RequestFinished, TokensProduced
+from lambdascale.core.plan import Stage
+from lambdascale.inference.batch import Ticket
+from lambdascale.live import wire
+from lambdascale.live.controller.answers import Answers
+
+
+@dataclass
+class Client:
+    """A client, and what it got."""
+
+    got: list[int] = field(default_factory=list)
+    finished: bool = False
+    reason: str | None = None
+
+    def tokens(self, tokens: Any, finished: bool) -> None:
+        assert not self.finished
+        self.got += tokens
+        self.finished = finished
+
+    def failed(self, reason: str) -> None:
+        self.reason = reason
+
+
+class Table(Answers):
+    """Answers, with what they told nodes and the control plane."""
+
+    def __init__(self, nodes: int = 4) -> None:
+        self.told: list[tuple[int, wire.ToAgent]] = []
+        self.events: list[Any] = []
+        self.alive = set(range(nodes))
+        super().__init__(lambda node, message: self.told.append((node, message)), lambda: self.alive, self.events.append)
+
+    def request(self, number: int, instance: int | None = None) -> Client:
+        client = Client()
+        self.begin(number, Ticket(number, [1, 2, 3], 3, 5), client)
+        if instance is not None:
+            self.dispatch(Dispatch(instance, (Request(number, 0.0, "m", 3, 5),)))
+        return client
+
+    def say(self, instance: int, request: int, *tokens: tuple[int, int], finished: bool = False) -> None:
+        """Tokens of an instance: (index, token)."""
+        last = len(tokens) - 1
+        these = tuple(
+            wire.Token(request, index, token, finished and place == last) for place, (index, token) in enumerate(tokens)
+        )
+        self.tokens(wire.Tokens(instance, "local", these))
+
+    def take(self, kind: type) -> list[tuple[int, Any]]:
+        """What nodes were told of a kind since the last call."""
+        found = [(node, message) for node, message in self.told if isinstance(message, kind)]
+        self.told.clear()
+        return found
+
+
+def serve(instance: int, *nodes: int) -> Serve:
+    return Serve(instance, "m", tuple(Stage(node, place, place) for place, node in enumerate(nodes)), (1,) * len(nodes))
+
+
+def table(*instances: Serve) -> Table:
+    answers = Table()
+    for command in instances:
+        answers.serve(command)
+    return answers
+
+
+def test_tokens_reach_the_client_once_and_in_order() -> None:
+    """A token that comes again, or ahead of one that is missing, is not the next."""
+    answers = table(serve(1, 0))
+    client = answers.request(7, 1)
+    answers.say(1, 7, (0, 10), (1, 11))
+    answers.say(1, 7, (0, 99), (1, 99), (3, 13))
+    assert client.got == [10, 11]
+    answers.say(1, 7, (2, 12), (3, 13), finished=True)
+    assert client.got == [10, 11, 12, 13]
+    assert client.finished
+    assert answers.events == [TokensProduced(0.0, 1, 7, 1, "local"), RequestFinished(0.0, 1, 7, 4)]
+    assert not answers.outstanding
+
+
+def test_tokens_of_an_instance_that_does_not_own_the_request_do_not_count() -> None:
+    answers = table(serve(1, 0), serve(2, 1))
+    client = answers.request(7, 1)
+    answers.say(2, 7, (0, 10))
+    assert client.got == []
+    answers.stop(StopInstance(1))
+    answers.say(1, 7, (0, 10))
+    assert client.got == []
+    answers.say(1, 8, (0, 10))
+    assert answers.events == []
+
+
+def test_a_restarted_request_goes_on_where_it_was() -> None:
+    answers = table(serve(1, 0), serve(2, 1))
+    client = answers.request(7, 1)
+    answers.say(1, 7, (0, 10), (1, 11))
+    answers.stop(StopInstance(1))
+    assert not answers.outstanding
+    answers.take(wire.Do)
+    answers.dispatch(Dispatch(2, (Request(7, 0.0, "m", 3, 5),)))
+    assert answers.take(wire.Assign) == [(1, wire.Assign(2, (Ticket(7, [1, 2, 3, 10, 11], 3, 5),)))]
+    answers.say(2, 7, (2, 12), finished=True)
+    assert client.got == [10, 11, 12]
+
+
+def test_an_aborted_request_is_told_to_its_head_and_ends_at_its_next_dispatch() -> None:
+    answers = table(serve(1, 0, 1))
+    client = answers.request(7, 1)
+    answers.abort(7)
+    answers.abort(8)
+    assert answers.take(wire.Abort) == [(0, wire.Abort(7))]
+    answers.say(1, 7, (0, 10))
+    assert client.got == []
+    answers.stop(StopInstance(1))
+    answers.serve(serve(2, 2))
+    answers.dispatch(Dispatch(2, (Request(7, 0.0, "m", 3, 5),)))
+    assert answers.take(wire.Assign) == []
+    assert answers.events[-1] == RequestFinished(0.0, 2, 7, 1)
+
+
+def test_a_request_given_up_tells_its_client_why() -> None:
+    answers = table(serve(1, 0))
+    client = answers.request(7, 1)
+    answers.fail(FailRequest(7, "no node is left"))
+    answers.fail(FailRequest(7, "again"))
+    assert client.reason == "no node is left"
+    assert not answers.outstanding
+    assert answers.sinks == []
+
+
+# -- mode switches -------------------------------------------------------------------------------------------------------
+
+
+def switching(kv: KvPolicy = "copy") -> tuple[Table, Client]:
+    """Request 7 of pipeline 1 (head on node 0) goes to replica 2 on node 1."""
+    answers = table(serve(1, 0, 1), serve(2, 1))
+    client = answers.request(7, 1)
+    answers.say(1, 7, (0, 10))
+    answers.take(wire.Do)
+    answers.switch_mode(SwitchMode(1, ((7, 2),), kv))
+    return answers, client
+
+
+@pytest.mark.parametrize("kv", ["copy", "recompute"])
+def test_a_switch_is_told_to_the_head(kv: KvPolicy) -> None:
+    """With KV to copy, the other nodes hear from the head when to forget the pipeline."""
+    answers, _ = switching(kv)
+    stopped = [node for node, message in answers.told if message == wire.Do(StopInstance(1))]
+    assert answers.take(wire.Switch) == [(0, wire.Switch(SwitchMode(1, ((7, 2),), kv), {2: 1}))]
+    assert stopped == ([] if kv == "copy" else [1])
+
+
+def test_tokens_count_from_both_sides_of_a_switch() -> None:
+    answers, client = switching()
+    answers.say(1, 7, (1, 11))
+    answers.say(2, 7, (1, 11), (2, 12))
+    assert client.got == [10, 11, 12]
+
+
+@pytest.mark.parametrize("end", ["resumed", "finished", "failed", "stopped", "dispatched"])
+def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
+    """And the death of its head means nothing then."""
+    answers, _ = switching()
+    if end == "resumed":
+        answers.resumed(wire.Resumed(2, (7, 99)))
+    elif end == "finished":
+        answers.say(1, 7, (1, 11), finished=True)
+    elif end == "failed":
+        answers.fail(FailRequest(7, "given up"))
+    elif end == "stopped":
+        answers._answers[7].owners.discard(1)
+        answers.stop(StopInstance(2))
+    else:
+        answers.dispatch(Dispatch(2, (Request(7, 0.0, "m", 3, 5),)))
+    assert answers._switches == {}
+    answers.take(wire.Do)
+    answers.node_lost(0)
+    assert answers.told == []
+
+
+def test_many_switches_leave_nothing() -> None:
+    answers = table()
+    for number in range(0, 300, 3):
+        answers.serve(serve(number, 0, 1))
+        answers.serve(serve(number + 1, 1))
+        answers.request(number, number)
+        answers.switch_mode(SwitchMode(number, ((number, number + 1),), "recompute"))
+        answers.resumed(wire.Resumed(number + 1, (number,)))
+        answers.say(number + 1, number, (0, 1), finished=True)
+        answers.stop(StopInstance(number + 1))
+    assert answers._switches == answers._answers == answers._instances == {}
+
+
+def test_the_head_dies_before_it_has_handed_over() -> None:
+    """The targets get the requests from the controller, and every node forgets the pipeline."""
+    answers, client = switching()
+    answers.take(wire.Do)
+    answers.alive = {1, 2, 3}
+    answers.node_lost(0)
+    stopped = [node for node, message in answers.told if message == wire.Do(StopInstance(1))]
+    assert stopped == [1, 2, 3]
+    assert answers.take(wire.Assign) == [(1, wire.Assign(2, (Ticket(7, [1, 2, 3, 10], 3, 5),)))]
+    answers.say(1, 7, (1, 99))
+    answers.say(2, 7, (1, 11))
+    assert client.got == [10, 11]
+
+
+def test_a_switch_whose_head_is_dead_already() -> None:
+    answers = table(serve(1, 0, 1), serve(2, 1))
+    answers.request(7, 1)
+    answers.take(wire.Do)
+    answers.alive = {1}
+    answers.switch_mode(SwitchMode(1, ((7, 2),), "copy"))
+    assert [node for node, _ in answers.take(wire.Assign)] == [1]
+    assert answers._switches == {}
+
+
+# -- repartitions --------------------------------------------------------------------------------------------------------
+
+
+def repartitioned() -> Table:
+    """Instance 1 begins on node 0, is shared with node 1, then with node 2, then alone on node 2."""
+    answers = table(serve(1, 0))
+    answers.take(wire.Do)
+    for shares in ([(1, 0, 0), (0, 1, 1)], [(2, 0, 0), (0, 1, 1)], [(2, 0, 1)]):
+        answers.repartition(Repartition(1, tuple(Stage(*share) for share in shares), "copy"))
+    return answers
+
+
+def test_all_nodes_old_and_new_hear_of_new_stages() -> None:
+    answers = repartitioned()
+    told = answers.take(wire.NewStages)
+    assert [(node, m.version) for node, m in told] == [(0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
+    assert {(m.head, m.model) for _, m in told} == {(0, "m")}
+    assert [m.batches for _, m in told] == [2] * 8, "slots for as many batches as there ever were"
+
+
+def test_requests_go_to_the_head_wherever_the_stages_are() -> None:
+    answers = repartitioned()
+    answers.request(7, 1)
+    assert [node for node, _ in answers.take(wire.Assign)] == [0]
+    answers.stop(StopInstance(1))
+    assert [node for node, _ in answers.take(wire.Do)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("node", "fails"), [(0, True), (1, True), (2, False), (3, False)])
+def test_an_instance_fails_with_a_node_that_the_control_plane_no_longer_counts(node: int, fails: bool) -> None:
+    """The head and former nodes; of a node with stages the control plane knows itself."""
+    answers = repartitioned()
+    answers.node_lost(node)
+    assert [(type(event), event.instance) for event in answers.events] == [(CommandFailed, 1)] * fails

@@ -1,0 +1,97 @@
+"""A node's part in broadcasts: its memory, its losses, and its end, which is always reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lambdascale.core import MulticastPlan
+from lambdascale.core.commands import StartMulticast
+from lambdascale.core.plan import Send
+from lambdascale.live.node.collective import Collective, Outlet
+from lambdascale.live.wire import Rendezvous
+
+
+def test_losses_of_a_broadcast() -> None:
+    """Those of its members, while it is expected or under way."""
+    collective = Collective(0, "127.0.0.1", None, None, None)  # type: ignore[arg-type]
+    collective.lost(1)
+    meeting = collective._meeting(5)
+    assert collective._losses(meeting, (0, 1, 2)) == ""
+    collective.lost(7)
+    collective.lost(2)
+    assert collective._losses(meeting, (0, 1, 2)) == "node 2 is lost"
+
+
+def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
+    collective = Collective(0, "127.0.0.1", None, None, None)  # type: ignore[arg-type]
+    for number in range(1000):
+        collective.rendezvous(Rendezvous(number, "host:1"))
+    assert len(collective._meetings) <= 64
+    assert collective._meeting(999).addresses.get_nowait() == "host:1"
+
+
+class TestBroadcasts:
+    """One member's part, with a communicator that moves nothing."""
+
+    def run(self, node: int, held: dict[str, set[int]], awaited: set[int], error: Exception | None = None) -> Any:
+        told = SimpleNamespace(written=[], ended=[], tensors=[])
+        outlet = Outlet(
+            written=lambda number, block: told.written.append(block),
+            ended=lambda number, reason: told.ended.append((number, reason)),
+            occupy=lambda busy: None,
+            send=lambda node, message: None,
+        )
+
+        @contextmanager
+        def using(model: str, blocks: list[int], tier: str) -> Iterator[list[str]]:
+            yield [f"{tier} {block}" for block in blocks]
+
+        store = SimpleNamespace(
+            device=torch.device("cpu"),
+            use_device=lambda: None,
+            holds=lambda model, block, tier: block in held[tier],
+            awaited=lambda model, block: block in awaited,
+            using=using,
+            landing=lambda model, block: f"landing {block}",
+            model=lambda name: SimpleNamespace(block_bytes=(8, 8, 8)),
+        )
+        collective = Collective(node, "127.0.0.1", store, None, outlet)  # type: ignore[arg-type]
+
+        def one(command: Any, block: int, root: int, group: Any, data: Any) -> None:
+            if error is not None:
+                raise error
+            told.tensors.append(data)
+
+        collective._communicator = lambda command: nullcontext()  # type: ignore[assignment,method-assign,return-value]
+        collective._one = one  # type: ignore[method-assign]
+        plan = MulticastPlan((0, 1), (0,), 3, tuple((Send(0, 1, block),) for block in range(3)))
+        collective._run(StartMulticast(4, "m", plan, (8, 8, 8), ("gpu",), "collective"), "host")
+        return told
+
+    def test_a_destination(self) -> None:
+        """A block it holds, one it waits for, and one that it has on the device only: its bytes come, and are dropped."""
+        told = self.run(1, {"host": {0}}, {1})
+        assert told.tensors[:2] == ["host 0", "landing 1"]
+        assert told.tensors[2].numel() == 8
+        assert (told.written, told.ended) == ([0, 1, 2], [(4, "")])
+
+    def test_a_source_without_its_blocks(self) -> None:
+        """It broadcasts nothing instead of whatever lies in its memory."""
+        told = self.run(0, {"host": {0}}, set())
+        assert told.tensors == ["host 0"]
+        assert told.ended == [(4, "the broadcast broke: node 0 does not hold block 1 of m, which it is to broadcast")]
+
+    @pytest.mark.parametrize("error", [RuntimeError("a\nb"), ZeroDivisionError("a")])
+    def test_every_end_is_told(self, error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+        """Also one by a fault of ours, which is printed."""
+        told = self.run(1, {"host": {0, 1, 2}}, set(), error)
+        ((number, reason),) = told.ended
+        assert number == 4
+        assert reason.startswith("the broadcast broke: ")
+        assert ("Traceback" in capsys.readouterr().err) == isinstance(error, ZeroDivisionError)
