@@ -41,9 +41,9 @@ class Tile:
 def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
     """The tile for a product, None where cuBLAS is as fast or faster.
 
-    Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to 100 %
-    of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where it
-    saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
+    Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to
+    100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where
+    it saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
     """
     if rows == 1:
         if gated:
