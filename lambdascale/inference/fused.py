@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from lambdascale.checkpoints import Architecture
+from lambdascale.checkpoints.packing import PART_BYTES
 from lambdascale.inference import devices
+from lambdascale.inference.digest import part_digests
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators, Window
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import LayerWeights
@@ -293,8 +295,9 @@ def _key(architecture: Architecture, dtype: torch.dtype, device: torch.device) -
 
 
 def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of a model's stages once on a few rows and outputs, with the tiles of the real ones."""
+    """Run every kernel of a model's stages, and the digest's, once on a few rows and outputs, with the tiles of the real ones."""
     a, tokens = architecture, 16
+    part_digests(torch.zeros(PART_BYTES, dtype=torch.uint8, device=device))
     tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
     operators = TritonOperators(a, tables, Scratch(dtype, device))
     wide = a.heads + 2 * a.kv_heads
