@@ -43,8 +43,9 @@ def pack(
 ) -> None:
     """Write the checkpoint in ``source`` as ``target``, cut into ``blocks`` blocks of element type ``dtype`` (None: as it is).
 
-    ``advance`` is told the bytes of each piece written, from several threads. ``target`` appears when it is complete; UserError if it exists, if the
-    disk is full, or for anything wrong with the source. ``part_bytes``, whole pages: what gets a checksum of its own.
+    ``advance`` is told the bytes of each piece written, from several threads. ``target`` appears when it is complete; UserError
+    if it exists, if the disk is full, or for anything wrong with the source. ``part_bytes``, whole pages: the size of what gets
+    checksums of its own.
     """
     require(part_bytes > 0 and part_bytes % ALIGNMENT == 0, f"part_bytes must be a multiple of {ALIGNMENT}, not {part_bytes}")
     checkpoint = HfCheckpoint(source)

@@ -223,7 +223,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _meaning(section: _Section, name: str) -> str:
-    """Return the meaning of a key: the comment in conf/ and, where that only says where the value is from, the docstring before it."""
+    """Return the meaning of a key: the comment in conf/; if that only names the value's source, the docstring before it."""
     comment, described = section.comments.get(name, ""), _of_docstring(section.cls, name)
     if f"{section.place}.{name}" in _GROUPS.values() or isinstance(section.values.get(name), Mapping):
         return comment or "a part: its keys are below"

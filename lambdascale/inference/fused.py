@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from lambdascale.checkpoints import Architecture
+from lambdascale.checkpoints.packing import PART_BYTES
 from lambdascale.inference import devices
+from lambdascale.inference.digest import part_digests
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators, Window
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import LayerWeights
@@ -41,9 +43,9 @@ class Tile:
 def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
     """The tile for a product, None where cuBLAS is as fast or faster.
 
-    Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to 100 %
-    of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where it
-    saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
+    Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to
+    100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where
+    it saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
     """
     if rows == 1:
         if gated:
@@ -293,8 +295,9 @@ def _key(architecture: Architecture, dtype: torch.dtype, device: torch.device) -
 
 
 def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of a model's stages once on a few rows and outputs, with the tiles of the real ones."""
+    """Run every kernel of a model's stages, and the digest's, once on a few rows and outputs, with the tiles of the real ones."""
     a, tokens = architecture, 16
+    part_digests(torch.zeros(PART_BYTES, dtype=torch.uint8, device=device))
     tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
     operators = TritonOperators(a, tables, Scratch(dtype, device))
     wide = a.heads + 2 * a.kv_heads

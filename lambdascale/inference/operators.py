@@ -99,7 +99,7 @@ class TorchOperators:
         return states[:, : a.heads]
 
     def attend(self, query: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
-        """Attention of one token a row over its slot's context: ``query`` [rows, heads, head size] to [rows, heads x head size]."""
+        """Attention of one token a row over its slot's context: from [rows, heads, head size] to [rows, heads x head size]."""
         a = self.architecture
         found = torch.zeros(len(query), a.heads * a.head_dim, dtype=query.dtype, device=query.device)
         for row, (slot, position) in enumerate(zip(places.slots.tolist(), places.positions.tolist(), strict=True)):

@@ -41,7 +41,11 @@ def test_choice(wanted: Any, device: str, gpus: int, nccl: bool, kind: str, why:
 
 @pytest.mark.parametrize(
     ("device", "gpus", "nccl", "says"),
-    [("cuda", 3, True, "4 nodes have 3"), ("cuda", 4, False, "this PyTorch build has no NCCL"), ("cpu", 4, True, "device is cpu")],
+    [
+        ("cuda", 3, True, "4 nodes have 3"),
+        ("cuda", 4, False, "this PyTorch build has no NCCL"),
+        ("cpu", 4, True, "device is cpu"),
+    ],
 )
 def test_what_cannot_be_is_an_error(device: str, gpus: int, nccl: bool, says: str) -> None:
     with pytest.raises(UserError, match=says):
