@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where to measure: prompt lengths, batch sizes, and the contexts at which decode steps are timed."""
+    """Points to measure at: prompt lengths, batch sizes, and the contexts at which decode steps are timed."""
 
     prefill_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024)
     decode_batch: tuple[int, ...] = (1, 2, 4, 8)

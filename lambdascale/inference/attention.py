@@ -48,7 +48,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is attended together: the rows of prefills, then ``decodes`` (None: none, or somebody else attends them)."""
+    """Rows attended together: those of prefills, then ``decodes`` (None: none, or attended elsewhere)."""
 
     prefills: tuple[Prefill, ...]
     decodes: Decodes | None

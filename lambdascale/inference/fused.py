@@ -31,7 +31,7 @@ _ALL_TOKENS = 1 << 30
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program of ``linear_kernel`` computes at a time, and how it is run."""
+    """Rows, columns and depth that a program of ``linear_kernel`` computes at a time, and its launch settings."""
 
     rows: int
     outputs: int

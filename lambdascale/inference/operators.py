@@ -1,4 +1,4 @@
-"""What the layers of a stage compute, in torch: what CPUs run, and the reference of the kernels that GPUs run.
+"""Operators of a stage's layers in torch: CPUs run them, and they are the reference of the kernels that GPUs run.
 
 An operators object keeps the memory of its results: each is to be used before the same method is called again.
 """

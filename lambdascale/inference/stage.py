@@ -196,7 +196,7 @@ class TransformerStage:
         return functional.embedding(self._there(inputs), self.blocks[0].embedding)
 
     def _rest(self, operators: TorchOperators, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
-        """What follows attention in a layer."""
+        """Compute the part of a layer that follows attention."""
         operators.add_product(hidden, attended, layer.output, layer.output_bias)
         operators.add_product(hidden, operators.gated(hidden, layer), layer.down, layer.down_bias)
 

@@ -293,7 +293,7 @@ class KvPart(Message, frozen=True, tag=True):
 
 
 class Rendezvous(Message, frozen=True, tag=True):
-    """Where the members of a broadcast meet to make their communicator."""
+    """Address at which the members of a broadcast meet to make their communicator."""
 
     transfer_id: int
     address: str

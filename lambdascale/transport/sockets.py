@@ -146,7 +146,7 @@ class SocketEndpoint(ABC, Generic[C]):
             return [peer for peer in generations if peer < self.node and peer not in self._connections]
 
     def _objection(self, party: Party) -> str:
-        """Why the directory speaks against a connection to ``party``, "" if it does not. Called with the lock."""
+        """Return the directory's objection to a connection to ``party``, "" if it has none. Called with the lock."""
         if self._expected is None:
             return ""
         if party.node not in self._expected:

@@ -268,7 +268,7 @@ def test_one_gib_to_seven(benchmark: BenchmarkFixture, gigabyte: PackedModel) ->
 
 @pytest.mark.parametrize("rate", ["0.2GB/s", "0.4GB/s"])
 def test_paced_rate(benchmark: BenchmarkFixture, gigabyte: PackedModel, rate: str) -> None:
-    """What share of a paced link a multicast to three nodes uses: the plan's rounds against the time taken."""
+    """Share of a paced link that a multicast to three nodes uses: the plan's rounds against the time taken."""
     plan = BinomialPipeline().plan(sources=1, destinations=3, blocks=len(gigabyte.blocks))
     sizes = gigabyte.block_bytes
     ideal = sum(max(sizes[t.block] for t in transfers) for transfers in plan.rounds) / float(rate[:3]) / 1e9

@@ -1,4 +1,4 @@
-"""How long planning takes, from nothing cached."""
+"""Time of planning, with nothing cached."""
 
 from __future__ import annotations
 

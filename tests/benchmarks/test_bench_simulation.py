@@ -1,4 +1,4 @@
-"""How long simulating takes: the Azure conversation trace on 8 replicas of 7B, and one large multicast."""
+"""Time of simulating: the Azure conversation trace on 8 replicas of 7B, and one large multicast."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def make(two: dict[str, PackedModel]) -> Iterator[Callable[..., BlockStore]]:
 
 
 def right(store: BlockStore, name: str, tier: str) -> bool:
-    """Whether every resident block of the model has the bytes its manifest says."""
+    """Return True if every resident block of the model has the bytes its manifest says."""
     model = store.model(name)
     for block in store.resident(name, tier):
         with store.using(name, [block], tier) as (buffer,):

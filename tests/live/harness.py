@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass
 class Outcome:
-    """What came of a run: the answers by request, the rows, everything that happened, and the backend (closed)."""
+    """Outcome of a run: the answers by request, the rows, everything that happened, and the backend (closed)."""
 
     answers: dict[int, list[int]]
     rows: Any

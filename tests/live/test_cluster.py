@@ -51,7 +51,7 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str) -> None:
 
 
 def _complete_at(outcome: Outcome) -> dict[int, float]:
-    """When each destination of the multicast held all blocks."""
+    """Return the time at which each destination of the multicast held all blocks."""
     blocks: dict[int, list[float]] = {}
     for at, entry in outcome.recorder.entries:
         if isinstance(entry, BlockArrived) and at > 0:
@@ -187,7 +187,7 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
 
 
 def test_a_damaged_block_is_brought_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was damaged on the way is planned anew from what everybody holds; nobody computes with it, nobody starts over."""
+    """A block damaged on the way is planned anew from what everybody holds; nobody computes with it, nobody starts over."""
     inject(Damage(block=3), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="tcp")
     check(outcome, tiny)

@@ -1,4 +1,4 @@
-"""What node processes are started with."""
+"""Environment of node processes."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ TOKENS = 24
 
 
 def is_greedy(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-    """Whether ``generate`` without sampling would answer so: each token is the most likely one after all before it."""
+    """Return True if ``generate`` without sampling would answer so: each token is the most likely one after all before it."""
     ids = torch.tensor([[*prompt, *answer]])
     with torch.inference_mode():
         logits = model(ids).logits[0]

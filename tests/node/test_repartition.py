@@ -220,7 +220,7 @@ def consolidated(max_batch: int) -> tuple[FakeCluster, int]:
 
 
 def test_batches_that_are_too_many_are_merged() -> None:
-    """Where there is room, the requests of both decode in the same iterations."""
+    """With room, the requests of both decode in the same iterations."""
     cluster, on_pipeline = consolidated(max_batch=2)
     left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
     assert cluster.executors[0].log.count("run 0-8") < left
@@ -228,7 +228,7 @@ def test_batches_that_are_too_many_are_merged() -> None:
 
 
 def test_merged_requests_wait_with_their_kv() -> None:
-    """Where there is none, one waits for the other, and decodes then without a prefill."""
+    """Without room, one waits for the other, and decodes then without a prefill."""
     cluster, on_pipeline = consolidated(max_batch=1)
     left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
     assert cluster.executors[0].log.count("run 0-8") == left

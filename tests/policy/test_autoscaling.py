@@ -1,4 +1,4 @@
-"""When the plane looks, what it then wants, and whom it takes room from."""
+"""Times at which the plane looks, replicas it then wants, and models it takes room from."""
 
 from __future__ import annotations
 

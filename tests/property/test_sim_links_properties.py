@@ -101,7 +101,7 @@ def exact_rates(used: dict[int, list[int]], caps: dict[int, float]) -> dict[int,
 
 
 def exact_completions(script: list[tuple[float, list[int], float, float, float | None]]) -> dict[int, Fraction]:
-    """When each flow ends if all rates are worked out anew, from nothing, whenever anything changes. Nothing is cancelled."""
+    """Return the end of each flow if all rates are computed anew whenever anything changes. Nothing is cancelled."""
     now, left, done = Fraction(0), dict[int, Fraction](), dict[int, Fraction]()
     waiting = sorted(range(len(script)), key=lambda index: script[index][0])
     while waiting or left:

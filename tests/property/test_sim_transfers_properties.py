@@ -41,7 +41,7 @@ BLOCK_S = BLOCK / 42e9 + 1e-5
 
 
 class Deliveries:
-    """What an engine delivered, and its grants."""
+    """Blocks an engine delivered, and its grants."""
 
     def __init__(self, **options: bool) -> None:
         self.kernel = Kernel()

@@ -1,4 +1,4 @@
-"""Who gets into a node's data port: strangers that reflect, relay, repeat and hang up, and key holders in the wrong place."""
+"""Connections to a node's data port: strangers that reflect, relay, repeat and hang up, and key holders in the wrong place."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_the_wrong_direction(make: Make) -> None:
 
 @pytest.mark.parametrize("role", ["listens", ""])
 def test_a_proof_for_another_role(make: Make, role: str) -> None:
-    """What a listener would prove over the same challenges does not let a caller in."""
+    """A listener's proof over the same challenges does not let a caller in."""
     zero = make(0)
     with socket.create_connection(zero.where) as caller:
         caller.settimeout(10)

@@ -97,7 +97,7 @@ class FakeLauncher:
 
     @staticmethod
     def greeting(config: NodeConfig) -> wire.ToController:
-        """What a process says first."""
+        """The first message of a process."""
         return wire.Hello(config.node, f"{config.node}.{config.generation}", 1)
 
     def sentinels(self) -> dict[int, int]:

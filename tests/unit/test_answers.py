@@ -58,7 +58,7 @@ class Table(Answers):
         self.tokens(wire.Tokens(instance, "local", these))
 
     def take(self, kind: type) -> list[tuple[int, Any]]:
-        """What nodes were told of a kind since the last call."""
+        """Return the messages of a kind that nodes got since the last call."""
         found = [(node, message) for node, message in self.told if isinstance(message, kind)]
         self.told.clear()
         return found

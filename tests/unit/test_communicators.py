@@ -1,4 +1,4 @@
-"""What a broadcast goes by, and when it is given up."""
+"""Choice of communicators, and broadcasts that are given up."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Calls:
 
 
 def _problem(ticket: Ticket) -> str:
-    """Why a node could not be told of the request, "" if it can: an error here would otherwise end the control thread."""
+    """Return the reason a request cannot be sent to a node, "" if it can: raised later, it would end the control thread."""
     try:
         wire.encode(ticket)
     except (OverflowError, TypeError, ValueError) as error:

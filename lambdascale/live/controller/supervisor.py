@@ -1,4 +1,4 @@
-"""When to start a lost node's process again: after a delay that doubles, and a bounded number of times."""
+"""Restarts of lost nodes' processes: after a delay that doubles, and a bounded number of times."""
 
 from __future__ import annotations
 
