@@ -27,7 +27,7 @@ _NO_PRICE = 0.0
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileRequest:
-    """Settings of a measurement. ``nodes`` like this one make the cluster; ``disk``: a directory on the disk to measure. Sizes in MiB.
+    """Settings of a measurement. ``nodes`` like this one make the cluster; ``disk``: a directory on the disk; sizes in MiB.
 
     ``threads`` to compute with, None: torch's default. ``sharing``: also measure how much slower iterations (of the first model)
     are while up to so many processes compute at once, as nodes of a live cluster on one machine do; 1: not measured.

@@ -75,7 +75,7 @@ def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> No
 
 @pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
 def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
-    """A write that no handler took note of does not count as delivered: the connection ends, at both ends, and the fault is printed."""
+    """A write that no handler took note of does not count: the connection ends, at both ends, and the fault is printed."""
 
     def fail(peer: int, data: bytes) -> None:
         raise ZeroDivisionError("mine")
