@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``--json`` prints: seconds of each multicast, the plan's at the link's rate, and what was moved how."""
+    """Document that ``--json`` prints: seconds of each multicast, the plan's at the link's rate, and what was moved how."""
     # torch takes seconds to import: only here.
     from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned_s
     from lambdascale.control import drive

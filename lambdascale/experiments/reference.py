@@ -223,7 +223,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _meaning(section: _Section, name: str) -> str:
-    """What a key means: the comment in conf/ and, where that only says where the value is from, the docstring before it."""
+    """Return the meaning of a key: its comment in conf/ or, where that only names a source, the docstring before it."""
     comment, described = section.comments.get(name, ""), _of_docstring(section.cls, name)
     if f"{section.place}.{name}" in _GROUPS.values() or isinstance(section.values.get(name), Mapping):
         return comment or "a part: its keys are below"
@@ -231,7 +231,7 @@ def _meaning(section: _Section, name: str) -> str:
 
 
 def _of_docstring(cls: type, name: str) -> str:
-    """What a class' docstring (or a base's) says of a field: the sentences that begin with it, else those that name it."""
+    """Return sentences of a class's or base's docstring about a field: those that begin with it, else those that name it."""
     text = " ".join(" ".join(c.__doc__ or "" for c in cls.__mro__ if dataclasses.is_dataclass(c)).split())
     named = [s for s in re.split(r"(?<=[.!])\s+(?=[A-Z`])", text) if f"``{name}``" in s]
     own = [sentence.removeprefix(f"``{name}``:").strip() for sentence in named if sentence.startswith(f"``{name}``")]
