@@ -129,6 +129,7 @@ def test_nothing_lacking_is_an_empty_plan_and_a_lost_block_an_error_only_if_some
         (BinomialPipeline(), 1, 3, 2, ["0>1:0", "0>2:1 1>3:0", "0>1:1 2>3:1 3>2:0"]),
         (BinomialPipeline(), 2, 2, 2, ["0>2:0 1>3:1", "0>2:1 1>3:0"]),
         (BinomialPipeline(order="none"), 2, 2, 2, ["0>2:0 1>3:0", "0>2:1 1>3:1"]),
+        (BinomialPipeline(chunks="round_robin"), 2, 2, 4, ["0>2:0 1>3:1", "0>2:2 1>3:3", "0>2:1 1>3:0", "0>2:3 1>3:2"]),
         (BinomialPipeline(), 3, 1, 1, ["0>3:0"]),
         (BinomialPipeline(), 1, 0, 1, []),
         (BalancedTree(), 1, 3, 2, ["0>1:0", "0>2:0 1>3:0", "0>1:1", "0>2:1 1>3:1"]),
@@ -160,6 +161,7 @@ def test_a_chain_names_its_root_only() -> None:
     plan = Chain().plan(sources=3, destinations=2, blocks=3)
     assert (plan.members, plan.sources, plan.groups) == ((0, 3, 4), (0,), ((0, 3, 4),))
     assert plan.orders == ((0, 1, 2),)
+    assert plan.streaming is True
 
 
 def test_each_for_itself_keeps_all_members() -> None:

@@ -221,6 +221,14 @@ def test_locality_takes_warm_nodes_first() -> None:
     assert scaled(3, nodes=5, copies=2, cluster=FAST_PCIE) == ["allocate 1", "load t2 1 host 0123"]
 
 
+@pytest.mark.parametrize(("system", "cluster"), [("lambdascale", FAST_PCIE), ("serverlessllm", None)])
+def test_a_models_own_copy_is_what_makes_a_node_warm(system: str, cluster: dict[str, object] | None) -> None:
+    """Node 0 has a copy of a, node 1 one of b."""
+    world = World(system, nodes=3, models="ab", copies=1, min_replicas=0, cluster=cluster)
+    world.arrive(1, "b")
+    assert without(world.tick(), "timer") == ["allocate 1b", "load t1 1b host 0123"]
+
+
 def test_copies_are_spared_where_they_do_more_good_as_sources() -> None:
     assert scaled(3, nodes=5, copies=2) == ["allocate 3", "multicast t2 2:gpu>3"]
 
