@@ -6,13 +6,11 @@ They know nothing of bytes, links, clocks or the system they serve.
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.multicast.binomial import BinomialPipeline, check_counts
 from lambdascale.multicast.grouping import chunk_blocks, injection_orders, near_equal_groups
-from lambdascale.multicast.none import EachForItself
 from lambdascale.multicast.repair import plan_from_holdings
 from lambdascale.multicast.validate import arrival_rounds, completion_rounds, validate_plan
 
 __all__ = [
     "BinomialPipeline",
-    "EachForItself",
     "MulticastPlanner",
     "arrival_rounds",
     "check_counts",

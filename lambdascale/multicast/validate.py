@@ -25,12 +25,11 @@ def completion_rounds(plan: MulticastPlan) -> dict[NodeId, int]:
     return {node: max(arrivals[node].values(), default=0) for node in plan.destinations}
 
 
-def validate_plan(plan: MulticastPlan, *, complete: bool = True, holdings: Holdings | None = None) -> None:
+def validate_plan(plan: MulticastPlan, *, holdings: Holdings | None = None) -> None:
     """Raise PlanError, naming round, node and block, unless the plan is valid.
 
-    Every destination gets every block exactly once (``complete=False`` allows it to lack some: nodes that load for
-    themselves); no node sends a block that it does not hold at the start of the round; no node sends more than one block a
-    round; a node receives two blocks in exactly the rounds that ``plan.double_receives`` declares, and at most one in all
+    Every destination gets every block exactly once; no node sends a block that it does not hold at the start of the round; no
+    node sends more than one block a round; a node receives two blocks in exactly the rounds that ``plan.double_receives`` declares, and at most one in all
     others. ``holdings``: the blocks that nodes hold at the start and need not receive (default: the sources hold everything).
     """
     _check_shape(plan)
@@ -47,11 +46,10 @@ def validate_plan(plan: MulticastPlan, *, complete: bool = True, holdings: Holdi
             if t.block in held[t.dst]:
                 raise PlanError(f"round {number}: node {t.dst} gets block {t.block} again")
             held[t.dst].add(t.block)
-    if complete:
-        for node in plan.destinations:
-            lacking = set(everything) - held[node]
-            if lacking:
-                raise PlanError(f"node {node} never gets block {min(lacking)}")
+    for node in plan.destinations:
+        lacking = set(everything) - held[node]
+        if lacking:
+            raise PlanError(f"node {node} never gets block {min(lacking)}")
 
 
 def _check_shape(plan: MulticastPlan) -> None:

@@ -5,7 +5,7 @@ import pytest
 from baselines.faasnet import BalancedTree, PrototypeTree
 from baselines.nccl_broadcast import Chain
 from lambdascale.core import PlanError
-from lambdascale.multicast import BinomialPipeline, EachForItself, MulticastPlanner
+from lambdascale.multicast import BinomialPipeline, MulticastPlanner
 from lambdascale.testing.planners import PlannerConformance
 
 
@@ -63,10 +63,3 @@ class TestChain(PlannerConformance):
         plan = self.make_planner().plan(sources=1, destinations=nodes - 1, blocks=blocks)
         assert len(plan.rounds) == blocks + nodes - 2
         assert plan.streaming
-
-
-class TestEachForItself(PlannerConformance):
-    delivers = False
-
-    def make_planner(self) -> MulticastPlanner:
-        return EachForItself()

@@ -15,7 +15,6 @@ from lambdascale.core import MulticastPlan, PlanError, Send
 from lambdascale.core.units import parse_size
 from lambdascale.multicast import (
     BinomialPipeline,
-    EachForItself,
     MulticastPlanner,
     arrival_rounds,
     check_counts,
@@ -137,7 +136,6 @@ def test_nothing_lacking_is_an_empty_plan_and_a_lost_block_an_error_only_if_some
         (PrototypeTree(), 1, 1, 2, ["0>1:0", "0>1:1"]),
         (Chain(), 2, 2, 2, ["0>2:0", "0>2:1 2>3:0", "2>3:1"]),
         (Chain(), 1, 0, 2, []),
-        (EachForItself(), 2, 2, 2, []),
     ],
 )
 def test_plans_worked_out_by_hand(
@@ -162,11 +160,6 @@ def test_a_chain_names_its_root_only() -> None:
     assert (plan.members, plan.sources, plan.groups) == ((0, 3, 4), (0,), ((0, 3, 4),))
     assert plan.orders == ((0, 1, 2),)
     assert plan.streaming is True
-
-
-def test_each_for_itself_keeps_all_members() -> None:
-    plan = EachForItself().plan(sources=2, destinations=2, blocks=3)
-    assert (plan.members, plan.sources, plan.blocks) == ((0, 1, 2, 3), (0, 1), 3)
 
 
 @pytest.mark.parametrize("nodes", [3, 5, 6, 7, 11, 13])

@@ -215,7 +215,7 @@ def test_three_blocks_at_once_are_never_valid() -> None:
 )
 def test_the_shape_of_a_plan(members: tuple[int, ...], sources: tuple[int, ...], blocks: int, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        validate_plan(MulticastPlan(members=members, sources=sources, blocks=blocks, rounds=()), complete=False)
+        validate_plan(MulticastPlan(members=members, sources=sources, blocks=blocks, rounds=()))
 
 
 @given(st.lists(st.integers(), max_size=30, unique=True), st.integers(1, 5), st.data())
