@@ -29,8 +29,9 @@ def validate_plan(plan: MulticastPlan, *, holdings: Holdings | None = None) -> N
     """Raise PlanError, naming round, node and block, unless the plan is valid.
 
     Every destination gets every block exactly once; no node sends a block that it does not hold at the start of the round; no
-    node sends more than one block a round; a node receives two blocks in exactly the rounds that ``plan.double_receives`` declares, and at most one in all
-    others. ``holdings``: the blocks that nodes hold at the start and need not receive (default: the sources hold everything).
+    node sends more than one block a round; a node receives two blocks in exactly the rounds that ``plan.double_receives``
+    declares, and at most one in all others. ``holdings``: the blocks that nodes hold at the start and need not receive (default:
+    the sources hold everything).
     """
     _check_shape(plan)
     declared = frozenset(plan.double_receives)
