@@ -82,6 +82,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, link: str, 
     """Run one burst and return its row."""
     paced = link != "none"
     overrides = [
+        "cluster=testbed1",
         f"system={system}",
         "system.memory.enabled=false",
         "backend=live",
