@@ -107,6 +107,11 @@ class BlockStore:
         """Make the store's GPU the current one of the calling thread: each thread that copies to or from it needs that."""
         devices.use(self.device)
 
+    def rehearse(self) -> None:
+        """Compile what verifies blocks in a GPU's memory, before the first block arrives; nothing elsewhere."""
+        if self._lands_on_gpu and self.config.verify != "off":
+            self._digest(torch.zeros(1 << 20, dtype=torch.uint8, device=self.device), 1 << 20)
+
     # -- what is where -----------------------------------------------------------------------------------------------
 
     def add(self, model: PackedModel) -> None:

@@ -235,6 +235,7 @@ class TransportConformance:
             other.endpoint.connect(0, two.endpoint.address)
         assert one.endpoint.expect({0: 0, 1: 0}) == []
         assert one.endpoint.expect({1: 0, 2: 0}) == []
+        one.heard.wait(lambda heard: bool(heard.lost))
         assert [peer for peer, _ in one.heard.lost] == [0]
         two.heard.wait(lambda heard: bool(heard.lost))
 
@@ -243,6 +244,7 @@ class TransportConformance:
         two, one = nodes(2)
         one.endpoint.connect(0, two.endpoint.address)
         assert one.endpoint.expect({0: 1, 1: 0}) == [0]
+        one.heard.wait(lambda heard: bool(heard.lost))
         assert [peer for peer, _ in one.heard.lost] == [0]
         with pytest.raises(TransportError):
             one.endpoint.connect(0, two.endpoint.address)

@@ -172,9 +172,9 @@ class RemoteEndpoint:
 
     def _give(self, name: str, *arguments: Any) -> Future[None]:
         ticket = next(self._tickets)
-        self._futures[ticket] = Future()
-        self._host.give(self._number, ticket, name, *arguments)
-        return self._futures[ticket]
+        future = self._futures[ticket] = Future()
+        self._host.give(self._number, ticket, name, *arguments)  # it may have ended before this returns
+        return future
 
     def disconnect(self, peer: NodeId) -> None:
         self._host.call(self._number, "disconnect", peer)

@@ -188,6 +188,8 @@ class Agent:
         if gpu is not None and config.executor != "timed":
             for name, _ in config.models:
                 warm_up(self.store.model(name), device)
+        elif config.executor == "timed":
+            self.store.rehearse()  # the engine's warm-up does it otherwise
         if config.preloaded:
             for name, _ in config.models:
                 self.store.load(name, range(len(self.store.model(name).blocks)), keep_host=False).wait()
