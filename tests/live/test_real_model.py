@@ -71,7 +71,7 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
     text = Text(packed.directory)
     requests, tickets = [], {}
     for number, prompt in enumerate(PROMPTS):
-        ids = text.chat([{"role": "user", "content": prompt}])
+        ids = text.encode(text.chat([{"role": "user", "content": prompt}]), special=False)
         requests.append(Request(number, 0.1, packed.name, len(ids), TOKENS))
         tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
     # Links at which 0.65 GB take a quarter of a minute, and iterations that keep one node busy twice as long.
