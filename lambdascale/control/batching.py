@@ -141,7 +141,7 @@ class BatchScheduler:
 
     def schedule(self) -> Iteration | None:
         """Return the next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
-        if self.admits:
+        if self.waiting and self.admits:
             self._admit()
         decodes = len(self.decoding)
         if not self._prefilling:
@@ -213,7 +213,9 @@ class BatchScheduler:
         finished = []
         while self._ends and self._ends[0][0] <= self._step:
             finished.append(self._leave(heappop(self._ends)[1]))
-        return finished + [self._drop(request_id) for request_id in stopped if request_id in self.decoding]
+        if stopped:
+            finished += [self._drop(request_id) for request_id in stopped if request_id in self.decoding]
+        return finished
 
     def _leave(self, request_id: int) -> BatchedRequest:
         sequence = self.decoding.pop(request_id)

@@ -149,19 +149,21 @@ class ControlPlane:
         if event.timer_id != self._tick:
             return
         self._tick = 0
-        for state in self.fleet.models.values():
-            self._evaluate(state)
-        if any(self._unsettled(state) for state in self.fleet.models.values()):
-            self._arm(after=True)
+        models = self.fleet.models.values()
+        for state in models:
+            if surplus := self._surplus(state):
+                self._correct(state, surplus)
+        for state in models:
+            if self._unsettled(state):
+                self._arm(after=True)
+                return
 
-    def _evaluate(self, state: ModelState) -> None:
-        autoscaler = self.config.autoscaler
-        surplus = self._surplus(state)
+    def _correct(self, state: ModelState, surplus: int) -> None:
         if surplus < 0:
             self._make_room(state, -surplus)
             self._scaler.scale_out(state, -surplus)
-        elif surplus > 0:
-            due = self.fleet.at - autoscaler.keep_alive_s + _TICK_TOLERANCE
+        else:
+            due = self.fleet.at - self.config.autoscaler.keep_alive_s + _TICK_TOLERANCE
             for instance in self._scaler.idle_instances(state)[:surplus]:
                 if instance.idle_since <= due:
                     self._scaler.release(state, instance)

@@ -120,12 +120,12 @@ class SimInstance:
                 batch.under_way.ports[0].cut()
         self._look_for_work()
 
-    def _look_for_work(self, *, at_once: bool = False) -> None:
+    def _look_for_work(self) -> None:
         if self._stopped:
             return
         for batch in self._batches:
             if batch.is_due:
-                self._layout.ports[0].want(self, at_once=at_once)
+                self._layout.ports[0].want(self)
                 return
 
     def involves(self, node: NodeId) -> bool:
@@ -182,7 +182,7 @@ class SimInstance:
         batch.under_way = None
         if batch.on is not self._layout:
             self._move(batch)
-        self._layout.ports[0].want(self, at_once=True)
+        self._layout.ports[0].resume(self)
 
     def note(self, batch: _Batch, iteration: Iteration, steps: int) -> None:
         """Report first tokens and finished requests of an iteration that ran ``steps`` times."""

@@ -59,20 +59,20 @@ class ComputePort:
         self._woken = False
         self._occupied = 0
 
-    def want(self, owner: Owner, *, at_once: bool = False) -> None:
-        """Queue the start of an iteration of ``owner``; a long run of another instance ends with its iteration under way.
-
-        ``at_once``: a free port begins before requests that arrive at this very time can join.
-        """
-        if at_once and self._running is None:
-            if self._turns or self._occupied:
-                self._turns.add_head(owner)
-                self._next()
-            elif (run := owner.next_run(alone=True)) is not None:
-                self._begin(owner, run)
-            return
+    def want(self, owner: Owner) -> None:
+        """Queue the start of an iteration of ``owner``; a long run of another instance ends with its iteration under way."""
         self._turns.add_head(owner)
         self._look(owner)
+
+    def resume(self, owner: Owner) -> None:
+        """Queue the next iteration of ``owner``; a free port begins before requests that arrive at this very time can join."""
+        if self._running is not None:
+            self.want(owner)
+        elif self._turns or self._occupied:
+            self._turns.add_head(owner)
+            self._next()
+        elif (run := owner.next_run(alone=True)) is not None:
+            self._begin(owner, run)
 
     def add_pass(self, owner: Owner, run: Run) -> None:
         """Run a later stage's part of an iteration under way: at once on a free port, else before all that is to begin."""
