@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lambdascale.checkpoints import PackedModel
 
 _GB = 1e9
+_FAST = "1TB/s"
 
 
 def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -76,10 +77,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = _open(arguments.model, arguments.blocks)
     overrides = ["cluster=desk", f"system={arguments.system}", f"system.blocks={len(model.blocks)}"]
     config = compose([*overrides, "system.memory.enabled=false"])
-    cluster = replace(instantiate(config.cluster, _convert_="all"), nodes=arguments.nodes)
     link = None if arguments.link is None else parse_rate(arguments.link)
-    if link is not None:
-        cluster = replace(cluster, nic_bytes_per_s=link)
+    cluster = replace(
+        instantiate(config.cluster, _convert_="all"),
+        nodes=arguments.nodes,
+        nic_bytes_per_s=link or _FAST,
+        # Only the links are paced: at the desk's rates the sources would take minutes to load a model of billions of parameters.
+        ssd_bytes_per_s=_FAST,
+        pcie_bytes_per_s=_FAST,
+    )
     system = instantiate(config.system, _convert_="all")
     planner = getattr(system.start, "planner", None)
     if planner is None:

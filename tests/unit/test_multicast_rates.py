@@ -10,8 +10,10 @@ from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.main import main
+from lambdascale.core import ClusterSpec, UserError
 from lambdascale.core.commands import LoadBlocks, ReleaseNode, SetTimer, StartMulticast
 from lambdascale.core.events import BlockArrived, CommandFailed, NodeJoined, TimerFired
+from lambdascale.live.config import LiveConfig
 from lambdascale.multicast import BinomialPipeline
 
 
@@ -69,6 +71,23 @@ def test_links_of_other_hosts_are_not_guessed() -> None:
     rate = link_rate("tcp", 1 << 24)
     assert rate is not None
     assert rate > 0
+
+
+@pytest.mark.parametrize("link", [None, "12.5GB/s"])
+def test_only_the_links_are_paced(model: PackedModel, monkeypatch: pytest.MonkeyPatch, link: str | None) -> None:
+    """Sources load at the disk's own rate: at the desk's, 13.5 GB take 216 s before the first multicast."""
+    clusters = []
+
+    def start(config: LiveConfig, *, cluster: ClusterSpec, **_: object) -> None:
+        clusters.append((cluster, config.paced))
+        raise UserError("enough")
+
+    monkeypatch.setattr(LiveConfig, "start", start)
+    assert main(["multicast", "--model", str(model.directory), *([] if link is None else ["--link", link])]) == 2
+    ((cluster, paced),) = clusters
+    assert paced == (link is not None)
+    assert min(cluster.ssd_bytes_per_s, cluster.pcie_bytes_per_s) >= 1e12
+    assert cluster.nic_bytes_per_s == (1e12 if link is None else 12.5e9)
 
 
 @pytest.mark.parametrize("wrong", [["--sources", "4"], ["--sources", "0"], ["--repeat", "0"]])
