@@ -25,7 +25,10 @@ _PAGE_BYTES = 2 << 20
 _STREAM_NON_BLOCKING = 1
 _EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2
 _IPC_LAZY_ENABLE_PEER_ACCESS = 1
-_OUT_OF_MEMORY = 2
+_OUT_OF_MEMORY, _NOT_READY = 2, 600
+# Functions that return at once. They are called with the interpreter's lock held: a thread that lets go of it beside a computing
+# one waits milliseconds for it, at each call.
+_QUICK = frozenset(("cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuEventQuery", "cuEventRecord"))
 
 
 class CudaError(OSError):
@@ -46,21 +49,25 @@ class IpcHandle(ctypes.Structure):
 def gpu_of(ordinal: int) -> Gpu:
     """GPU of this process, numbered as torch does. UserError without CUDA or without that GPU."""
     try:
-        library = ctypes.CDLL("libcuda.so.1")
+        library, quick = ctypes.CDLL("libcuda.so.1"), ctypes.PyDLL("libcuda.so.1")
     except OSError as error:
         raise UserError("there is no CUDA on this machine: libcuda.so.1, a part of NVIDIA's driver, cannot be loaded") from error
     try:
-        return Gpu(ordinal, library)
+        return Gpu(ordinal, library, quick)
     except CudaError as error:
         raise UserError(f"CUDA does not work on this machine: {error}") from error
 
 
 class Gpu:
-    """A device and its primary context, usable from any thread. ``library`` has the driver's functions as attributes."""
+    """A device and its primary context, usable from any thread. ``library`` has the driver's functions as attributes.
 
-    def __init__(self, ordinal: int, library: Any) -> None:
+    ``quick``: the same functions without letting other threads run meanwhile.
+    """
+
+    def __init__(self, ordinal: int, library: Any, quick: Any = None) -> None:
         self.ordinal = ordinal
         self._library = library
+        self._quick = library if quick is None else quick
         self._context = c_void_p()
         count, device = c_int(), c_int()  # the handle of a device is a number other than its ordinal
         self._call("cuInit", c_uint(0))
@@ -77,7 +84,13 @@ class Gpu:
             self._call(name, *arguments)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
+        self._check(name, self._status(name, *arguments))
+
+    def _status(self, name: str, *arguments: Any) -> int:
+        status: int = getattr(self._quick if name in _QUICK else self._library, name)(*arguments)
+        return status
+
+    def _check(self, name: str, status: int) -> None:
         if status:
             text = c_char_p()
             self._library.cuGetErrorString(c_int(status), byref(text))
@@ -138,6 +151,21 @@ class Gpu:
         self.call("cuMemcpy", c_uint64(target), c_uint64(source), c_size_t(size))
         self.call("cuCtxSynchronize")  # with pageable memory, cuMemcpy returns before the copy is complete
 
+    def wait_for(self, event: c_void_p) -> None:
+        """Wait until the work before an event is complete."""
+        with self._current():
+            status = self._status("cuEventQuery", event)
+            if status == _NOT_READY:
+                self._call("cuEventSynchronize", event)
+            else:
+                self._check("cuEventQuery", status)
+
+    def copy_later(self, target: int, source: int, size: int, stream: c_void_p, event: c_void_p) -> None:
+        """Queue a copy in a stream, with an event behind it."""
+        with self._current():
+            self._call("cuMemcpyAsync", c_uint64(target), c_uint64(source), c_size_t(size), stream)
+            self._call("cuEventRecord", event, stream)
+
 
 class Copies:
     """Copies in sequence in a stream of their own, concurrent with the GPU's computation; used by one thread.
@@ -158,14 +186,13 @@ class Copies:
         """Copy ``size`` bytes between addresses of the host or of GPUs; neither may change until ``wait`` has returned."""
         event = self._events[self._turn]
         self._turn = 1 - self._turn
-        self._gpu.call("cuEventSynchronize", event)
-        self._gpu.call("cuMemcpyAsync", c_uint64(target), c_uint64(source), c_size_t(size), self._stream)
-        self._gpu.call("cuEventRecord", event, self._stream)
+        self._gpu.wait_for(event)
+        self._gpu.copy_later(target, source, size, self._stream, event)
 
     def wait(self) -> None:
         """Wait until all copies are complete and visible to others."""
         for event in self._events:
-            self._gpu.call("cuEventSynchronize", event)
+            self._gpu.wait_for(event)
 
     def close(self) -> None:
         """Free stream and events."""

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lambdascale.core.checks import require
 
-# Seconds by which a link may run ahead of its rate: longer than a sleep's inaccuracy, much shorter than a block's send.
+# Seconds by which an idle link may run ahead of its rate: longer than a sleep's inaccuracy, much shorter than a block's send.
 _BURST_S = 0.002
-# Most oversleeping, in seconds, that a bucket makes up for: on a busy machine, threads are woken later than requested.
-_OVERSLEPT_S = 0.05
+# Most lateness, in seconds, that a link with work queued makes up for. Its senders are late when they wait for a processor or for
+# the interpreter's lock (5 ms each time beside a computing thread), or for the copies beneath the link.
+_LATE_S = 0.25
+# Longest gap, in seconds, between two pieces of work that counts as work: a receiver asks for its next block when it has noted
+# the one before, which takes some messages and threads. Links without pacing have the next write queued by then.
+_TURN_S = 0.01
 
 
 class TokenBucket:
     """Limits all senders that share it to ``bytes_per_s`` on average, first come, first served. Thread-safe.
 
-    Tests replace ``clock`` and ``sleep`` (seconds). UserError unless the rate is positive.
+    A link with work queued never idles, whatever its senders' threads wait for: the time that they lose is made up by larger
+    pieces, up to a quarter of a second. Gaps of up to ten milliseconds between two pieces of work count as work; of longer ones,
+    two milliseconds are made up. Tests replace ``clock`` and ``sleep`` (seconds). UserError unless the rate is positive.
     """
 
     def __init__(
@@ -26,23 +33,72 @@ class TokenBucket:
         require(bytes_per_s > 0, f"a link's rate must be positive, not {bytes_per_s}")
         self.bytes_per_s = bytes_per_s
         self._clock, self._sleep = clock, sleep
+        # Guards all below: what is granted is through at _busy_until; _queued pieces of work are not yet done, none since
+        # _idle_at.
         self._lock = threading.Lock()
         self._busy_until = 0.0
-        self._overslept = 0.0
+        self._queued = 0
+        self._idle_at = 0.0
 
     @property
     def piece_bytes(self) -> int:
         """Best number of bytes per ``take``: larger pieces move in bursts, smaller ones add overhead."""
         return max(4096, int(self.bytes_per_s * _BURST_S))
 
+    def queued(self) -> None:
+        """Note that a piece of work for the link waits from now on, until ``done`` is called."""
+        with self._lock:
+            now = self._clock()
+            if not self._queued and now - self._idle_at > _TURN_S:
+                self._busy_until = max(self._busy_until, now - _BURST_S)
+            self._queued += 1
+
+    def done(self) -> None:
+        """Note the end of a piece of work, whether it was carried out or has failed."""
+        with self._lock:
+            self._queued -= 1
+            self._idle_at = self._clock()
+            assert self._queued >= 0, "what is done was queued"
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Keep a piece of work queued for as long as the context lasts."""
+        self.queued()
+        try:
+            yield
+        finally:
+            self.done()
+
+    def grant(self, most_bytes: int) -> tuple[int, float]:
+        """Return the size of the next piece, of ``most_bytes``, and the seconds until the link has had time for it (0 or more).
+
+        A piece has at least ``piece_bytes``, and all that a late sender has missed. The caller waits.
+        """
+        with self._lock:
+            now = self._clock()
+            begin = self._begin(now)
+            size = min(most_bytes, max(self.piece_bytes, int((now - begin) * self.bytes_per_s)))
+            return size, max(0.0, self._book(begin, size) - now)
+
+    def cut_in(self, size_bytes: int) -> None:
+        """Wait until the link has had time for ``size_bytes``, which go ahead of all that has been granted before."""
+        with self._lock:
+            self._book(self._begin(self._clock()), size_bytes)
+        self._sleep(size_bytes / self.bytes_per_s)
+
     def take(self, size_bytes: int) -> None:
         """Wait until the link has had time for ``size_bytes``."""
         with self._lock:
             now = self._clock()
-            begin = max(self._busy_until, now - _BURST_S - self._overslept)
-            self._overslept = 0.0
-            self._busy_until = due = begin + size_bytes / self.bytes_per_s
-        if due > now:
-            self._sleep(due - now)
-            with self._lock:
-                self._overslept = min(_OVERSLEPT_S, max(0.0, self._clock() - due))
+            wait_s = self._book(self._begin(now), size_bytes) - now
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+    def _begin(self, now: float) -> float:
+        """Return when the next bytes are on the link's schedule. Called with the lock."""
+        return max(self._busy_until, now - (_LATE_S if self._queued else _BURST_S))
+
+    def _book(self, begin: float, size_bytes: int) -> float:
+        """Put bytes on the schedule; return when they are through. Called with the lock."""
+        self._busy_until = begin + size_bytes / self.bytes_per_s
+        return self._busy_until

@@ -10,9 +10,9 @@ import mmap
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -206,11 +206,26 @@ class SocketEndpoint(ABC, Generic[C]):
 
     def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
         """See Endpoint."""
-        return self._connection(peer).write(data, offset, immediate)
+        connection = self._connection(peer)
+        return self._queued(lambda: connection.write(data, offset, immediate))
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:
         """See Endpoint."""
-        return self._connection(peer).send(data)
+        connection = self._connection(peer)
+        return self._queued(lambda: connection.send(data))
+
+    def _queued(self, give: Callable[[], Future[None]]) -> Future[None]:
+        """Give a connection work, which a paced link knows of until it is done: a sender that is late then makes that up."""
+        link = self.link
+        if link is None:
+            return give()
+        with ExitStack() as undo:
+            link.queued()
+            undo.callback(link.done)
+            future = give()
+            undo.pop_all()
+        future.add_done_callback(lambda _: link.done())
+        return future
 
     def disconnect(self, peer: NodeId) -> None:
         """See Endpoint."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -205,7 +206,7 @@ class _Connection:
         """Send a message or a goodbye."""
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
-            bucket.take(job.payload.nbytes)
+            bucket.cut_in(job.payload.nbytes)
         assert isinstance(job.payload, memoryview), "a message is on the host"
         self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
 
@@ -214,29 +215,43 @@ class _Connection:
         theirs = self._theirs
         if theirs is not None and job.offset + job.payload.nbytes > theirs.nbytes:
             raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
-        for begin, piece in self._pieces(job.payload, _PIECE_BYTES if theirs is None else theirs.step_bytes):
+        data, step = flat(job.payload), _PIECE_BYTES if theirs is None else theirs.step_bytes
+        for place in self._steps(len(data), step):
+            piece = data[place.start : place.stop]
             if theirs is None:
                 assert isinstance(piece, memoryview), "sockets take the host's memory"
-                self._sendall(_HEAD.pack(_DATA, 0, job.offset + begin, len(piece)), piece)
+                self._sendall(_HEAD.pack(_DATA, 0, job.offset + place.start, len(piece)), piece)
             else:
-                theirs.put(piece, job.offset + begin)
-            while self._messages:
-                self._carry_out(self._messages.popleft())
+                theirs.put(piece, job.offset + place.start)
+            self._send_messages()
         written = None if theirs is None else theirs.complete()
         if written is not None:
             self._sendall(_HEAD.pack(_HASH, written, 0, 0), memoryview(b""))
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
 
-    def _pieces(self, payload: Memory, largest: int) -> Iterator[tuple[int, Memory]]:
-        """Yield the payload and its places, in pieces, each when the link has room for it."""
-        bucket = self._endpoint.link
-        data = flat(payload)
-        step = largest if bucket is None else min(largest, bucket.piece_bytes)
-        for begin in range(0, len(data), step):
-            piece = data[begin : begin + step]
-            if bucket is not None:
-                bucket.take(len(piece))
-            yield begin, piece
+    def _steps(self, size: int, largest: int) -> Iterator[range]:
+        """Yield the places of ``size`` bytes in steps of at most ``largest``, each when the link has had time for it."""
+        bucket, at = self._endpoint.link, 0
+        while at < size:
+            granted, wait_s = (size - at, 0.0) if bucket is None else bucket.grant(size - at)
+            self._rest(wait_s)
+            for begin in range(at, at + granted, largest):
+                yield range(begin, min(begin + largest, at + granted))
+            at += granted
+
+    def _rest(self, wait_s: float) -> None:
+        """Wait while the link is busy with the piece that follows, and send messages meanwhile."""
+        until = time.monotonic() + wait_s
+        while (left_s := until - time.monotonic()) > 0:
+            with self._given:
+                if not self._messages:
+                    self._given.wait(left_s)
+            self._send_messages()
+
+    def _send_messages(self) -> None:
+        """Send the messages that wait."""
+        while self._messages:
+            self._carry_out(self._messages.popleft())
 
     def _sendall(self, head: bytes, payload: memoryview) -> None:
         sent = self.sock.sendmsg([head, payload])

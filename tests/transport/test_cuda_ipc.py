@@ -75,12 +75,19 @@ class TestForeign(TestCudaIpc):
         one.endpoint.write(0, data, 0, 1).result(10)
         two.heard.wait(lambda heard: bool(heard.writes))
         steps = [name for name in self.driver.calls if not name.startswith("cuCtx")]
-        assert steps == ["cuEventSynchronize", "cuMemcpyAsync", "cuEventRecord", "cuEventSynchronize", "cuEventSynchronize"]
+        assert steps == ["cuEventQuery", "cuMemcpyAsync", "cuEventRecord", "cuEventQuery", "cuEventQuery"]
+        self.driver.calls.clear()
+        self.driver.failing["cuEventQuery"] = 600  # not ready
+        one.endpoint.write(0, data, 0, 1).result(10)
+        steps = [name for name in self.driver.calls if name.startswith("cuEvent")]
+        assert steps == ["cuEventQuery", "cuEventSynchronize", "cuEventRecord", *["cuEventQuery", "cuEventSynchronize"] * 2]
+        two.heard.wait(lambda heard: len(heard.writes) == 2)
+        del self.driver.failing["cuEventQuery"]
         self.driver.failing["cuMemcpyAsync"] = 700
         with pytest.raises(TransportError, match=r"node 0: cuMemcpyAsync: status 700 of a fake \(700\)"):
             one.endpoint.write(0, data, 0, 2).result(10)
         one.heard.wait(lambda heard: bool(heard.lost))
-        assert [write[1] for write in two.heard.writes] == [1]
+        assert [write[1] for write in two.heard.writes] == [1, 1]
 
 
 class TestPaced(TestCudaIpc):
@@ -140,7 +147,8 @@ class TestDriver:
     def test_a_driver_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         driver = FakeCuda()
         driver.failing["cuInit"] = 100
-        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
+        for kind in ("CDLL", "PyDLL"):
+            monkeypatch.setattr(cuda.ctypes, kind, lambda name: driver)
         cuda.gpu_of.cache_clear()
         with pytest.raises(UserError, match=r"cuInit: .*\(100\)"):
             cuda.gpu_of(0)
@@ -162,6 +170,20 @@ class TestDriver:
         driver.failing["cuMemAlloc_v2"] = 700
         with pytest.raises(CudaError, match="700"):
             Gpu(0, driver).allocate(1)
+
+    def test_what_returns_at_once_keeps_the_lock(self) -> None:
+        """A copy lets other threads run while it waits, and not around calls that return at once."""
+        driver, quick = FakeCuda(), FakeCuda()
+        gpu = Gpu(0, driver, quick)
+        gpu._context.value = 1
+        copies = Copies(gpu)
+        memory = gpu.allocate(10)
+        driver.calls.clear()
+        copies.start(memory.address, memory.address, 5)
+        assert driver.calls == ["cuMemcpyAsync"]
+        quick.failing["cuEventQuery"] = 700
+        with pytest.raises(CudaError, match="cuEventQuery"):
+            copies.wait()
 
     def test_the_context_of_the_thread_is_given_back(self) -> None:
         driver = FakeCuda()

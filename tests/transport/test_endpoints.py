@@ -74,6 +74,38 @@ def test_a_message_does_not_wait_for_a_long_write(kind: type[TcpEndpoint]) -> No
 
 
 @pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
+def test_a_link_is_busy_from_a_write_to_its_end(kind: type[TcpEndpoint]) -> None:
+    """A paced link knows of writes and messages that wait, and of none afterwards, also if they fail."""
+
+    class Watched(TokenBucket):
+        at_once = waiting = 0
+
+        def queued(self) -> None:
+            super().queued()
+            self.waiting += 1
+            self.at_once = max(self.at_once, self.waiting)
+
+        def done(self) -> None:
+            self.waiting -= 1
+            super().done()
+
+    heard, link = Heard(), Watched(20e6)
+    one, two = kind(1, heard.handlers(), KEY, link=link), kind(0, heard.handlers(), KEY)
+    two.register(two.allocate(1_000_000))
+    one.connect(0, two.address)
+    futures = [one.write(0, memoryview(bytes(500_000)), at, 1) for at in (0, 500_000, 999_999)]
+    one.send(0, b"quick").result(10)
+    with pytest.raises(TransportError):  # it goes beyond the peer's memory
+        futures[-1].result(10)
+    heard.wait(lambda heard: len(heard.lost) == 2)
+    with pytest.raises(TransportError):
+        one.send(0, b"nobody").result(10)
+    one.close()
+    two.close()
+    assert (link.waiting, link.at_once) == (0, 4)
+
+
+@pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
 def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFixture[str]) -> None:
     """A write that no handler took note of does not count: the connection ends, at both ends, and the fault is printed."""
 
@@ -195,9 +227,74 @@ class TestPacing:
 
     def test_oversleeping_is_made_up(self) -> None:
         bucket, now = self.bucket(1000.0, oversleeps=0.03)
-        for _ in range(100):
-            bucket.take(50)
+        with bucket.busy():
+            for _ in range(100):
+                bucket.take(50)
         assert now[0] - 100.0 == pytest.approx(5.0, abs=0.05)
+
+    @pytest.mark.parametrize("late_s", [0.0005, 0.005, 0.05])
+    def test_a_sender_that_is_late_with_every_piece_keeps_the_rate(self, late_s: float) -> None:
+        """A thread that waits for the interpreter's lock after each piece: 840 MB at 12.5 GB/s take 67 ms all the same."""
+        bucket, now = self.bucket(12.5e9)
+        left, pieces, begin = 840_000_000, 0, now[0]
+        with bucket.busy():
+            while left:
+                size, wait_s = bucket.grant(left)
+                assert 0 <= wait_s <= 0.0021
+                now[0] += wait_s + late_s
+                left, pieces = left - size, pieces + 1
+        assert 840e6 / 12.5e9 - 0.003 <= now[0] - begin <= 840e6 / 12.5e9 + 0.001 + 2 * late_s
+        assert pieces <= 840e6 / 12.5e9 / late_s + 2
+
+    def test_lateness_beyond_a_quarter_of_a_second_is_lost(self) -> None:
+        bucket, now = self.bucket(1e7)
+        with bucket.busy():
+            now[0] += 100.0
+            assert bucket.grant(10_000_000) == (2_500_000, 0.0)
+            assert bucket.grant(10_000_000) == (20_000, pytest.approx(0.002))
+
+    def test_time_without_work_is_not_made_up(self) -> None:
+        """Work that comes after a pause has the burst only, also where there was work before."""
+        bucket, now = self.bucket(1e7)
+        with bucket.busy():
+            bucket.take(10_000)
+        now[0] += 0.1
+        with bucket.busy():
+            assert bucket.grant(1_000_000) == (20_000, pytest.approx(0.0, abs=1e-9))
+            assert bucket.grant(1_000_000) == (20_000, pytest.approx(0.002))
+
+    def test_blocks_follow_each_other(self) -> None:
+        """Late with every piece, and 5 ms between two blocks: 16 blocks take as long as planned."""
+        bucket, now = self.bucket(12.5e9)
+        begin = now[0]
+        for _ in range(16):
+            with bucket.busy():
+                left = 840_000_000
+                while left:
+                    size, wait_s = bucket.grant(left)
+                    now[0] += wait_s + 0.005
+                    left -= size
+            now[0] += 0.005
+        assert now[0] - begin == pytest.approx(16 * 840e6 / 12.5e9, rel=0.02)
+
+    def test_two_senders_are_busy_until_the_last_is_done(self) -> None:
+        bucket, now = self.bucket(1e7)
+        bucket.queued()
+        bucket.queued()
+        bucket.done()
+        now[0] += 0.05
+        size, _ = bucket.grant(1_000_000)
+        assert size == pytest.approx(520_000, abs=10)
+        bucket.done()
+
+    def test_a_message_goes_ahead_and_is_counted(self) -> None:
+        bucket, now = self.bucket(1e7)
+        with bucket.busy():
+            bucket.grant(20_000)
+            _, wait_s = bucket.grant(20_000)
+            bucket.cut_in(10_000)
+            assert now[0] - 100.0 == pytest.approx(0.001)
+            assert bucket.grant(20_000)[1] == pytest.approx(wait_s + 0.002)
 
     def test_idle_time_is_not_saved_up(self) -> None:
         bucket, now = self.bucket(1000.0)

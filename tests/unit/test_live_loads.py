@@ -61,9 +61,11 @@ class Counted(TokenBucket):
     def __init__(self) -> None:
         super().__init__(1.0, sleep=lambda _: None)
         self.passed: list[int] = []
+        self.queues: list[int] = []
 
     def take(self, size_bytes: int) -> None:
         self.passed.append(size_bytes)
+        self.queues.append(self._queued)
 
 
 class TestLoads:
@@ -80,7 +82,7 @@ class TestLoads:
     def test_sequential_reads_everything_first(self, make: Callable[..., Node]) -> None:
         node = make()
         node.mover.load(load(7, loader="sequential"))
-        node.run()
+        node.step()  # begins the first step; running on could see its end
         (first,) = node.mover._loads._running
         first.join()
         assert node.store.resident("tiny", "host") == set(ALL)
@@ -93,7 +95,7 @@ class TestLoads:
         """Cancelled between its two steps."""
         node = make()
         node.mover.load(load(7, loader="sequential"))
-        node.run()
+        node.step()  # begins the first step; running on could see its end
         (first,) = node.mover._loads._running
         first.join()
         node.mover._loads.cancel(7)
@@ -111,6 +113,7 @@ class TestLoads:
         assert {name for name, bucket in links.items() if bucket.passed} == ({link} if link else set())
         if link:
             assert links[link].passed == list(node.model.block_bytes)
+            assert (set(links[link].queues), links[link]._queued) == ({1}, 0), "the link is busy between blocks, not afterwards"
 
     def test_a_cluster_without_a_remote_store(self, make: Callable[..., Node]) -> None:
         node = make()

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 _BEAT_S = 0.25
 _SILENCE_S = 20.0  # an agent leaves when it has not heard of the controller for so long
 _PDEATHSIG = 1
+# Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
+# and a block takes several threads' turns.
+_SWITCH_S = 0.0005
 _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
 
 
@@ -115,6 +118,7 @@ def run(config: NodeConfig, *, local: bool = True) -> None:
         # Interrupts are the controller's business; and nobody else would end this process after the controller's death.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+    sys.setswitchinterval(_SWITCH_S)
     line = Line(config)
     threading.excepthook = partial(_report_thread, config.node, line)
     try:

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -166,11 +166,13 @@ class Collective:
     def _one(self, command: StartMulticast, block: int, root: NodeId, group: Communicator, data: torch.Tensor) -> None:
         rank = command.plan.members.index(root)
         step = data.numel() if self._link is None else max(1 << 16, int(self._link.bytes_per_s * _PACED_S))
-        for begin in range(0, data.numel(), step):
-            piece = data[begin : begin + step]
-            if self._link is not None and self._node == root:
-                self._link.take(piece.numel())
-            group.broadcast(piece, rank)
+        pace = self._link if self._node == root else None
+        with nullcontext() if pace is None else pace.busy():
+            for begin in range(0, data.numel(), step):
+                piece = data[begin : begin + step]
+                if pace is not None:
+                    pace.take(piece.numel())
+                group.broadcast(piece, rank)
 
 
 def roots(command: StartMulticast) -> Iterator[tuple[int, NodeId]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,25 +97,39 @@ class Loads:
 
     def _load_up(self, command: LoadBlocks, pace: TokenBucket | None) -> Load:
         """Load to the device, and report each block."""
-        about, sizes = _about(command), self._store.model(command.model).block_bytes
+        about = _about(command)
 
         def arrived(model: str, block: int) -> None:
-            if pace is not None:
-                pace.take(sizes[block])
             self._jobs.do(about, lambda: self._reports.arrived(command.transfer_id, model, block))
 
-        load = self._store.load(command.model, command.blocks, keep_host=False, on_block=arrived)
+        load = self._paced(command, pace, "gpu", arrived)
         self._watch(command, load)
+        return load
+
+    def _paced(
+        self, command: LoadBlocks, pace: TokenBucket | None, to: StoreTier, then: Callable[[str, int], None] = lambda *_: None
+    ) -> Load:
+        """Load blocks over a link: ``then(model, block)`` follows each when it is there and the link has had time for it."""
+        store, model = self._store, command.model
+        if pace is None:
+            return store.load(model, command.blocks, to=to, keep_host=False, on_block=then)
+        sizes = store.model(model).block_bytes
+
+        def arrived(model: str, block: int) -> None:
+            pace.take(sizes[block])
+            then(model, block)
+
+        with ExitStack() as undo:
+            pace.queued()  # the link is busy from now on, while blocks are read as well as between them
+            undo.callback(pace.done)
+            load = store.load(model, command.blocks, to=to, keep_host=False, on_block=arrived)
+            undo.pop_all()
+        load.when_ended(lambda _: pace.done())
         return load
 
     def _load_twice(self, command: LoadBlocks) -> None:
         """Load everything into host memory before the first block goes to the device; then the host copy is dropped."""
-        pace, dropping = self._pace(command), About("LoadBlocks", model=command.model)
-        sizes = self._store.model(command.model).block_bytes
-
-        def on_host(_: str, block: int) -> None:
-            if pace is not None:
-                pace.take(sizes[block])
+        dropping = About("LoadBlocks", model=command.model)
 
         def second(error: Exception | None) -> None:
             up = None
@@ -127,7 +142,7 @@ class Loads:
                 else:
                     self._when_ended(up, dropping, lambda _: self._evict(dropping, "host"))
 
-        first = self._store.load(command.model, command.blocks, to="host", on_block=on_host)
+        first = self._paced(command, self._pace(command), "host")
         self._watch(command, first, second)
 
     def _watch(self, command: LoadBlocks, load: Load, then: Callable[[Exception | None], None] | None = None) -> None:
