@@ -24,12 +24,15 @@ from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
 from lambdascale.live.node.communicators import Kind, choose, has_nccl
+from lambdascale.live.node.memory import row_bytes
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
 _FIRST_TOKEN, _TRACE_STREAM = 64, 7
 _SERVER_RESTARTS = 5
+# Nodes of a pipeline, and so its batches in flight, that there is memory for; and the most of it in bytes.
+_PIPELINE, _MOST_PLACES = 4, {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +234,15 @@ class LiveConfig:
             rdma=self.rdma,
             collective=collective,
             verify=self.verify,
+            place_bytes=self._place_bytes(models, system, cluster.nodes),
         )
+
+    def _place_bytes(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> int:
+        """Return the memory of a node for the hidden states that others send it: for two pipelines, as far as that is little."""
+        if nodes == 1 or self.transport == "rdma":
+            return 0
+        one = system.batching.max_tokens * max((row_bytes(model) for _, model in models), default=0)
+        return min(2 * min(nodes, _PIPELINE) * (one + ALIGNMENT), _MOST_PLACES[self.device])
 
 
 def _room(model: PackedModel) -> int:

@@ -26,7 +26,8 @@ class NodeConfig(Struct, frozen=True):
     """All an agent needs to know; plain values.
 
     Rates in bytes/s, None: as fast as it goes; ``remote`` None: there is no remote store. ``verify``: see StoreConfig.
-    ``generation`` is the number of processes that the node has had before this one.
+    ``place_bytes``: registered memory for hidden states, 0: they travel in messages. ``generation`` is the number of processes
+    that the node has had before this one.
     """
 
     node: NodeId
@@ -51,3 +52,4 @@ class NodeConfig(Struct, frozen=True):
     rdma: rdma.RdmaOptions = rdma.RdmaOptions()
     collective: Literal["nccl", "gloo"] = "gloo"
     verify: Verify = "full"
+    place_bytes: int = 0

@@ -200,10 +200,40 @@ class Pass(Struct, frozen=True, array_like=True):
         return self.batch.decodes
 
 
+class Landed(Struct, frozen=True):
+    """Hidden states of ``size`` bytes that the sender has written to byte ``offset`` of the receiver's registered memory."""
+
+    offset: int
+    size: int
+
+
+class Offer(Message, frozen=True, tag=True):
+    """A place of ``size`` bytes at ``offset`` of ``node``'s memory for the hidden states of a batch, from the stage before.
+
+    The receiver's stage comes right before one of ``node``'s in partition ``version``, which may not have come yet.
+    """
+
+    instance: int
+    node: NodeId
+    version: int
+    batch: int
+    offset: int
+    size: int
+
+
+class Vacate(Message, frozen=True, tag=True):
+    """``node`` writes nothing more to these places, which it was offered for an instance."""
+
+    instance: int
+    node: NodeId
+    offsets: tuple[int, ...]
+
+
 class Forward(Message, frozen=True, tag=True):
     """An iteration of a batch, for stage ``stage`` of the instance's partition ``version``.
 
-    ``inputs``: token ids, from the head, for the first stage; for the others hidden states from the stage before.
+    ``inputs``: token ids, from the head, for the first stage; for the others hidden states from the stage before, or where it
+    has written them.
     """
 
     instance: int
@@ -211,7 +241,7 @@ class Forward(Message, frozen=True, tag=True):
     version: int
     stage: int
     work: Pass
-    inputs: bytes | tuple[int, ...]
+    inputs: bytes | tuple[int, ...] | Landed
 
 
 class Chosen(Message, frozen=True, tag=True):
@@ -299,8 +329,8 @@ class Rendezvous(Message, frozen=True, tag=True):
     address: str
 
 
-ForInstance = Assign | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
-Peer = Ready | Rendezvous | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
+ForInstance = Assign | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
+Peer = Ready | Rendezvous | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
 
 encode = msgpack.Encoder().encode
 to_agent = msgpack.Decoder(ToAgent).decode

@@ -135,6 +135,47 @@ class TransportConformance:
         assert [data for _, data in two.heard.messages] == [b"%d" % index for index in range(200)]
         assert bytes(two.memory[:200]) == bytes(range(200))
 
+    def test_what_is_placed_is_there_before_the_next_message(self, nodes: Callable[..., list[Node]]) -> None:
+        """Placed data is not reported; the message that follows finds it, and nothing else has changed."""
+        one, two = self.pair(nodes)
+        if not one.endpoint.can_place:
+            return
+        for index in range(50):
+            data = bytes([index + 1]) * 5000
+            one.endpoint.place(0, self.source(data), 4096)
+            one.endpoint.send(0, b"%d" % index)
+            two.heard.wait(lambda heard: len(heard.messages) == index + 1)  # noqa: B023
+            assert bytes(two.memory[4095:9097]) == b"\0" + data + b"\0"
+        assert not two.heard.writes
+
+    def test_placing_does_not_disturb_a_write(self, nodes: Callable[..., list[Node]]) -> None:
+        """Data goes into the memory beside a write under way, whose bytes and hash are right."""
+        size = 1 << 24
+        one, two = self.pair(nodes, size + 4096)
+        if not one.endpoint.can_place:
+            return
+        data = random.Random(5).randbytes(size)
+        written = one.endpoint.write(0, self.source(data), 4096, 1)
+        placed = [one.endpoint.place(0, self.source(bytes([index]) * 100), 100 * index) for index in range(40)]
+        for future in (*placed, written):
+            future.result(_WAIT_S)
+        one.endpoint.send(0, b"done")
+        two.heard.wait(lambda heard: bool(heard.writes and heard.messages))
+        assert two.heard.writes == [(1, 1, 4096, size)]
+        assert two.heard.hashes in ([], [xxhash.xxh3_64_intdigest(data)])
+        assert bytes(two.memory[:4000]) == b"".join(bytes([index]) * 100 for index in range(40))
+        assert bytes(two.memory[4096:]) == data
+
+    def test_placing_outside_the_memory_ends_the_connection(self, nodes: Callable[..., list[Node]]) -> None:
+        """As a write there does."""
+        one, two = self.pair(nodes, 1000)
+        if not one.endpoint.can_place:
+            return
+        one.endpoint.place(0, self.source(bytes([255]) * 600), 500)
+        for node in (one, two):
+            node.heard.wait(lambda heard: bool(heard.lost))
+        assert not any(bytes(two.memory))
+
     def test_both_directions_at_once(self, nodes: Callable[..., list[Node]]) -> None:
         """Both ends of a connection may write at the same time."""
         one, two = self.pair(nodes, 1 << 22)

@@ -100,6 +100,19 @@ class Endpoint(Protocol):
         """
         ...
 
+    @property
+    def can_place(self) -> bool:
+        """True if ``place`` works: where peers may write to registered memory at any time."""
+        ...
+
+    def place(self, peer: NodeId, data: Memory, offset: int) -> Future[None]:
+        """Write ``data`` to byte ``offset`` of the peer's registered memory, in order with messages and ahead of writes.
+
+        The peer is not notified: a message given after tells it. Arguments and future as of ``write``. For small data, such as
+        hidden states.
+        """
+        ...
+
     def disconnect(self, peer: NodeId) -> None:
         """Close a connection after delivering the writes and messages given before."""
         ...

@@ -40,7 +40,7 @@ class _Opened:
     def __init__(self, gpu: Gpu, address: int, nbytes: int, *, foreign: bool) -> None:
         self.nbytes = nbytes
         self._gpu, self._address, self._foreign = gpu, address, foreign
-        self._copies = Copies(gpu)
+        self._copies, self._ahead = Copies(gpu), Copies(gpu)
 
     def put(self, data: Memory, at: int) -> None:
         self._copies.start(self._address + at, address_of(data), data.nbytes)
@@ -49,9 +49,14 @@ class _Opened:
         # No hash: the bytes were in no CPU cache. The receiver's GPU computes their digest.
         self._copies.wait()
 
+    def place(self, data: Memory, at: int) -> None:
+        self._ahead.start(self._address + at, address_of(data), data.nbytes)
+        self._ahead.wait()
+
     def close(self) -> None:
         with suppress(CudaError):  # a broken context refuses to free anything
             self._copies.close()
+            self._ahead.close()
             if self._foreign:
                 self._gpu.shut(self._address)
 

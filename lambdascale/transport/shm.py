@@ -54,6 +54,10 @@ class _Mapped:
         # numpy's copy lets other threads compute meanwhile, a memoryview's does not.
         self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
 
+    def place(self, data: Memory, at: int) -> None:
+        assert isinstance(data, memoryview), "it is on the host"
+        self._memory[at : at + len(data)] = np.frombuffer(data, dtype=np.uint8)
+
     def complete(self) -> int | None:
         if self._copied is None:
             return None

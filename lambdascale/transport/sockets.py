@@ -48,6 +48,10 @@ class Connection(Protocol):
         """See Endpoint."""
         ...
 
+    def place(self, data: Memory, offset: int) -> Future[None]:
+        """See Endpoint."""
+        ...
+
     def finish(self) -> None:
         """Say goodbye after what was given, and wait until the peer has had it all."""
         ...
@@ -82,6 +86,7 @@ class SocketEndpoint(ABC, Generic[C]):
     """
 
     on_device = False
+    can_place = True
 
     def __init__(
         self,
@@ -213,6 +218,11 @@ class SocketEndpoint(ABC, Generic[C]):
         """See Endpoint."""
         connection = self._connection(peer)
         return self._queued(lambda: connection.send(data))
+
+    def place(self, peer: NodeId, data: Memory, offset: int) -> Future[None]:
+        """See Endpoint."""
+        connection = self._connection(peer)
+        return self._queued(lambda: connection.place(data, offset))
 
     def _queued(self, give: Callable[[], Future[None]]) -> Future[None]:
         """Give a connection work, which a paced link knows of until it is done: a sender that is late then makes that up."""

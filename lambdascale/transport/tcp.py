@@ -21,8 +21,9 @@ from lambdascale.transport.base import Memory, TransportError
 from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill, flat
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
-# Frames: a piece of a write; the write's hash, if the sender has it; its completion; a message; the end of the connection.
-_DATA, _HASH, _WRITTEN, _MESSAGE, _BYE = range(5)
+# Frames: a piece of a write; the write's hash, if the sender has it; its completion; a message; the end of the connection; data
+# placed ahead of writes.
+_DATA, _HASH, _WRITTEN, _MESSAGE, _BYE, _PLACED = range(6)
 _LARGEST_MESSAGE = 1 << 30
 _BUFFER_BYTES = 1 << 20
 # Largest piece of a write; messages are sent between pieces.
@@ -43,6 +44,10 @@ class Reachable(Protocol):
 
     def complete(self) -> int | None:
         """Wait until all that was put is there. Returns the hash (xxh3_64) of these bytes, where it was computed."""
+        ...
+
+    def place(self, data: Memory, at: int) -> None:
+        """Copy data there, beside what is being put, and wait for it. OSError if it fails."""
         ...
 
     def close(self) -> None:
@@ -111,6 +116,10 @@ class _Connection:
         """See Connection."""
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
+    def place(self, data: Memory, offset: int) -> Future[None]:
+        """See Connection."""
+        return self._give(_PLACED, 0, offset, flat(data))
+
     def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
         """Queue a write or message; its future."""
         job = _Job(kind, immediate, offset, payload)
@@ -118,7 +127,7 @@ class _Connection:
             if self._reason:
                 job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
             else:
-                (self._messages if kind == _MESSAGE else self._writes).append(job)
+                (self._messages if kind in (_MESSAGE, _PLACED) else self._writes).append(job)
                 self._given.notify()
         return job.done
 
@@ -203,18 +212,22 @@ class _Connection:
             job.done.set_result(None)
 
     def _send(self, job: _Job) -> None:
-        """Send a message or a goodbye."""
+        """Send a message or a goodbye, or place data."""
         bucket = self._endpoint.link
         if bucket is not None and job.payload.nbytes:
             bucket.cut_in(job.payload.nbytes)
+        if job.kind == _PLACED and self._theirs is not None:
+            self._check_room(self._theirs, job)
+            self._theirs.place(job.payload, job.offset)
+            return
         assert isinstance(job.payload, memoryview), "a message is on the host"
         self._sendall(_HEAD.pack(job.kind, job.immediate, job.offset, job.payload.nbytes), job.payload)
 
     def _write(self, job: _Job) -> None:
         """Move the bytes in pieces, with messages in between, then announce that they are complete."""
         theirs = self._theirs
-        if theirs is not None and job.offset + job.payload.nbytes > theirs.nbytes:
-            raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
+        if theirs is not None:
+            self._check_room(theirs, job)
         data, step = flat(job.payload), _PIECE_BYTES if theirs is None else theirs.step_bytes
         for place in self._steps(len(data), step):
             piece = data[place.start : place.stop]
@@ -228,6 +241,11 @@ class _Connection:
         if written is not None:
             self._sendall(_HEAD.pack(_HASH, written, 0, 0), memoryview(b""))
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
+
+    @staticmethod
+    def _check_room(theirs: Reachable, job: _Job) -> None:
+        if job.offset + job.payload.nbytes > theirs.nbytes:
+            raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
 
     def _steps(self, size: int, largest: int) -> Iterator[range]:
         """Yield the places of ``size`` bytes in steps of at most ``largest``, each when the link has had time for it."""
@@ -281,15 +299,16 @@ class _Connection:
         if kind == _BYE:
             return False
         handlers = self._endpoint.handlers
-        if kind in (_DATA, _WRITTEN):
+        if kind in (_DATA, _WRITTEN, _PLACED):
             memory = self._endpoint.memory
             if offset + size > len(memory):
                 raise EOFError(f"it writes to bytes {offset} to {offset + size} of {len(memory)}")
-            if kind == _DATA:
-                assert isinstance(memory, memoryview), "who can reach a GPU's memory does not send"
-                self._receive_piece(memory[offset : offset + size])
-            else:
+            if kind == _WRITTEN:
                 self._complete(immediate, offset, size)
+            else:
+                assert isinstance(memory, memoryview), "who can reach a GPU's memory does not send"
+                target = memory[offset : offset + size]
+                self._receive_piece(target) if kind == _DATA else fill(self.sock, target)
         elif kind == _HASH:
             self._told = immediate
         elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:

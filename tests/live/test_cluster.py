@@ -37,7 +37,7 @@ def check(outcome: Outcome, directory: Path) -> None:
 @pytest.mark.parametrize("kv", ["recompute", "copy"])
 def test_execute_while_load(tiny: Path, transport: str, kv: str) -> None:
     """Tokens of pipelines, across a mode switch and of replicas are the engine's."""
-    outcome = run(tiny, REQUESTS, system=system_of("lambdascale", f"system.kv={kv}"), transport=transport)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale", f"system.kv={kv}"), transport=transport, link="0.6MB/s")
     check(outcome, tiny)
     assert "SwitchMode" in outcome.kinds()
     modes = outcome.rows.first_token_mode.value_counts()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from zlib import crc32
 
 from lambdascale.control.batching import BatchLimits
@@ -14,7 +16,10 @@ from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.compute import Compute
+from lambdascale.live.node.parcels import Parcels
+from lambdascale.transport import Memory
 
+PAGE = 4096
 BLOCKS, LAYERS_PER_BLOCK, VOCAB, SLOT_TOKENS = 4, 2, 50, 40
 LAYERS = BLOCKS * LAYERS_PER_BLOCK
 Kv = dict[int, list[int]]  # by layer: a value for each token of a slot
@@ -46,11 +51,15 @@ class FakeRunner:
         self.slots = slots
         self.closed = False
         self.prefilled = 0  # tokens
+        self.landed = 0  # passes whose inputs had been written to the node's memory
         self.kv: dict[tuple[int, int], list[int]] = {}  # slot, layer
         self._log = log
 
-    def run(self, work: wire.Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
+    def run(self, work: wire.Pass, inputs: Sequence[int] | bytes | Memory) -> list[int] | bytes:
         assert not self.closed, "a closed runner runs"
+        if isinstance(inputs, memoryview):
+            self.landed += 1
+            inputs = bytes(inputs)
         self.prefilled += work.prefill_tokens
         self._log.append(f"run {self.layers.start}-{self.layers.stop}")
         values = (
@@ -116,13 +125,36 @@ class FakeExecutor:
         return [runner for runner in self.made if not runner.closed]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a node writes into another's memory, on its way."""
+
+    data: bytes
+    offset: int
+
+
+class FakePlaces:
+    """The part of a node's endpoint that places hidden states: in order with its messages."""
+
+    def __init__(self, node: int, wires: dict[tuple[int, int], deque[wire.Peer | Placed]]) -> None:
+        self._node, self._wires = node, wires
+
+    def place(self, peer: int, data: Memory, offset: int) -> Future[None]:
+        assert offset >= PAGE, "the arena is not for hidden states"
+        self._wires.setdefault((self._node, peer), deque()).append(Placed(bytes(data), offset))
+        done = Future[None]()
+        done.set_result(None)
+        return done
+
+
 class FakeCluster:
     """Nodes and the connections between them. Messages keep their order per connection only; ``run`` may choose what happens next
-    at random.
+    at random. Each node has room for ``places`` batches' hidden states behind a page that is not theirs.
     """
 
-    def __init__(self, nodes: int, max_batch: int = 2, max_tokens: int = 8) -> None:
-        self.wires: dict[tuple[int, int], deque[wire.Peer]] = {}
+    def __init__(self, nodes: int, max_batch: int = 2, max_tokens: int = 8, places: int = 3) -> None:
+        self.wires: dict[tuple[int, int], deque[wire.Peer | Placed]] = {}
+        self.memories = [bytearray((1 + places) * PAGE) for _ in range(nodes)]
         self.said: list[wire.ToController] = []
         self.executors = [FakeExecutor() for _ in range(nodes)]
         limits = BatchLimits(max_batch=max_batch, max_tokens=max_tokens)
@@ -136,7 +168,12 @@ class FakeCluster:
             decoded = wire.to_peer(wire.encode(message))
             self.wires.setdefault((node, peer), deque()).append(decoded)
 
-        return Compute(node, self.executors[node], limits, SLOT_TOKENS, lambda model: VOCAB, self.said.append, send)
+        def parcels(tell: Callable[[int, wire.Peer], None]) -> Parcels:
+            area = memoryview(self.memories[node])[PAGE:]
+            return Parcels(node, FakePlaces(node, self.wires), area, PAGE, lambda model: 4 * limits.max_tokens, tell)
+
+        vocab = lambda model: VOCAB  # noqa: E731
+        return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, self.said.append, send, parcels)
 
     # -- what a controller says --------------------------------------------------------------------------------------
 
@@ -172,6 +209,9 @@ class FakeCluster:
     def deliver(self, src: int, dst: int) -> None:
         """Let a node take the next message of another."""
         message = self.wires[src, dst].popleft()
+        if isinstance(message, Placed):
+            self.memories[dst][message.offset : message.offset + len(message.data)] = message.data
+            return
         assert not isinstance(message, wire.Ready | wire.Rendezvous)
         self.nodes[dst].peer(message)
         self.nodes[dst].step()
@@ -207,7 +247,7 @@ class FakeCluster:
             self.happen(choices[0] if rng is None else rng.choice(choices))
         assert steps is not None, "the nodes never come to rest"
 
-    def run_noting(self) -> list[wire.Peer]:
+    def run_noting(self) -> list[wire.Peer | Placed]:
         """Go on until nothing can happen; return the messages that went from node to node, in order."""
         sent = []
         while choices := self.choices():
@@ -236,6 +276,10 @@ class FakeCluster:
             else:
                 answer.append(token.token)
         return found
+
+    def landed(self) -> int:
+        """Passes whose hidden states had been written to the node's memory."""
+        return sum(runner.landed for executor in self.executors for runner in executor.made)
 
     def check(self) -> None:
         """Every request has the model's answer, and nothing failed."""

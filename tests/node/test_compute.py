@@ -86,7 +86,7 @@ def test_memory_of_ended_instances_is_bounded() -> None:
 
 def test_passes_run_before_iterations_start() -> None:
     """A node that is the second stage of one instance and the head of another serves the pipeline first."""
-    cluster = FakeCluster(2)
+    cluster = FakeCluster(2, places=0)
     cluster.serve(1, *HALVES)
     cluster.serve(2, *stages(replica(1)))
     cluster.run()

@@ -207,9 +207,9 @@ class TestDriver:
 
 
 def test_a_block_on_the_cpu_is_sent_as_before() -> None:
-    from lambdascale.live.node.sending import _memory
+    from lambdascale.live.node.memory import memory_of
 
     data = torch.arange(10, dtype=torch.uint8)
-    found = _memory(data)
+    found = memory_of(data)
     assert isinstance(found, memoryview)
     assert cuda.address_of(found) == data.data_ptr()

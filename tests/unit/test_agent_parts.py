@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,9 +166,28 @@ def test_what_is_verified(verify: Any) -> None:
         register=lambda memory: None,
         register_source=lambda memory: None,
     )
-    sizes = {"host_bytes": 0, "device_bytes": 0}
-    store = make_store(config(device="cpu", verify=verify, collective="gloo", **sizes), endpoint, "cpu")  # type: ignore[arg-type]
+    sizes = {"host_bytes": 0, "device_bytes": 0, "place_bytes": 0}
+    told = config(device="cpu", verify=verify, collective="gloo", **sizes)
+    store, _, _ = make_store(told, endpoint, "cpu")  # type: ignore[arg-type]
     assert store.config.verify == verify
+    store.close()
+
+
+def test_hidden_states_land_behind_the_arena() -> None:
+    """Peers write blocks and hidden states to one registered memory; the store's arena has none of the latter's."""
+    registered = []
+    endpoint = SimpleNamespace(
+        on_device=False,
+        allocate=lambda size: memoryview(mmap.mmap(-1, size)),
+        register=registered.append,
+        register_source=lambda memory: None,
+    )
+    told = config(device="cpu", verify="off", collective="gloo", host_bytes=0, device_bytes=8192 + 5, place_bytes=100)
+    store, area, first = make_store(told, endpoint, "cpu")  # type: ignore[arg-type]
+    assert (first, area.nbytes, registered[0].nbytes) == (12288, 100, 12388)
+    area[:] = bytes([255]) * 100
+    assert bytes(registered[0][first:]) == bytes(area)
+    assert not store._tiers["gpu"].arena.bytes.any()
     store.close()
 
 
@@ -181,6 +202,11 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     composed = compose(["cluster=desk", f"cluster.remote_bytes_per_s={rate}"])
     cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
     live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
+    model.architecture, model.dtype = SimpleNamespace(hidden=64), "BF16"
     hub = SimpleNamespace(access=None)
     told = live._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)
+    assert told.place_bytes == 2 * cluster.nodes * (system.batching.max_tokens * 64 * 2 + 4096), "two pipelines' batches"
+    over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    alone = live._node(0, hub, replace(cluster, nodes=1), [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    assert (over_rdma.place_bytes, alone.place_bytes) == (0, 0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
 from lambdascale.core.commands import (
@@ -41,6 +42,7 @@ from lambdascale.transport import (
     DeviceMemory,
     Endpoint,
     Handlers,
+    Memory,
     ShmEndpoint,
     TcpEndpoint,
     TokenBucket,
@@ -85,8 +87,11 @@ def pick_gpu(config: NodeConfig) -> int | None:
     return config.node % count
 
 
-def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStore:
-    """Return a node's store of blocks; the arena that peers write to is memory that the endpoint has registered."""
+def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[BlockStore, Memory, int]:
+    """Return a node's store of blocks, and the memory for hidden states with its offset in what the endpoint has registered.
+
+    The arena that peers write to comes first in that memory.
+    """
     import torch
 
     from lambdascale.inference import BlockStore, StoreConfig
@@ -99,14 +104,17 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> BlockStor
         land_on_device=on_device or config.collective == "nccl",
         verify=config.verify,
     )
-    if store_config.land_on_device and not on_device:
-        return BlockStore(store_config)  # blocks come by NCCL, and none over the endpoint
-    landing = endpoint.allocate(config.device_bytes if on_device else config.host_bytes)
+    by_nccl = store_config.land_on_device and not on_device  # blocks do not come over the endpoint
+    arena_bytes = 0 if by_nccl else config.device_bytes if on_device else config.host_bytes
+    first = -(-arena_bytes // ALIGNMENT) * ALIGNMENT
+    landing = endpoint.allocate(first + config.place_bytes)
     endpoint.register(landing)
+    if by_nccl:
+        return BlockStore(store_config), landing, first
     store = BlockStore(store_config, torch.as_tensor(landing, device=device) if isinstance(landing, DeviceMemory) else landing)
     if on_device:
         endpoint.register_source(store.host_memory())
-    return store
+    return store, landing[first:], first
 
 
 def run(config: NodeConfig, *, local: bool = True) -> None:
@@ -160,8 +168,10 @@ class Agent:
         from lambdascale.live.node.collective import Collective, Outlet
         from lambdascale.live.node.compute import Compute
         from lambdascale.live.node.loads import Links
+        from lambdascale.live.node.memory import row_bytes
         from lambdascale.live.node.mover import Mover
         from lambdascale.live.node.multicasts import BLOCK_BITS
+        from lambdascale.live.node.parcels import Parcels
         from lambdascale.live.node.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)
@@ -184,7 +194,7 @@ class Agent:
         if gpu is not None:
             torch.cuda.set_device(gpu)
         self.endpoint = make_endpoint(config, handlers, link, gpu)
-        self.store = make_store(config, self.endpoint, device)
+        self.store, area, first = make_store(config, self.endpoint, device)
         if config.transport == "rdma" and self.endpoint.on_device:
             print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
         for name, directory in config.models:
@@ -236,6 +246,15 @@ class Agent:
             lambda model: self.store.model(model).architecture.vocab,
             line.say,
             self._send,
+            # A place holds the hidden states of the largest iteration.
+            lambda tell: Parcels(
+                config.node,
+                self.endpoint,
+                area,
+                first,
+                lambda model: config.limits.max_tokens * row_bytes(self.store.model(model)),
+                tell,
+            ),
         )
         self.compute.start()
         self._commands: dict[type, Callable[[Any], object]] = {

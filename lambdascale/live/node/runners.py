@@ -16,7 +16,12 @@ from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
 from lambdascale.inference.sampling import choose
+from lambdascale.live.node.memory import row_bytes, tensor_of
 from lambdascale.live.wire import Pass
+from lambdascale.transport import Memory
+
+# Hidden states as they come in: from a message, or in the memory that the stage before wrote them to.
+Hidden = bytes | Memory
 
 
 class Runner(Protocol):
@@ -25,8 +30,11 @@ class Runner(Protocol):
     layers: range
     slots: int
 
-    def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
-        """Run one iteration: token ids or hidden states in; hidden states out, or the chosen tokens of ``work.rules``."""
+    def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes | torch.Tensor:
+        """Run one iteration: token ids or hidden states in; hidden states out, or the chosen tokens of ``work.rules``.
+
+        Hidden states come out as bytes, or as a flat tensor of bytes of their own, which may still be being computed.
+        """
         ...
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
@@ -76,7 +84,7 @@ class TorchExecutor:
 
 
 class TorchRunner:
-    """A stage of the engine; hidden states travel as the raw bytes of its element type."""
+    """A stage of the engine; hidden states are the raw bytes of its element type."""
 
     def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int) -> None:
         packed = store.model(model)
@@ -88,16 +96,18 @@ class TorchRunner:
         self.layers = _layers(packed, blocks.start, blocks.stop - 1)
         self.slots = slots
 
-    def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
+    def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | torch.Tensor:
         """See Runner."""
-        if isinstance(inputs, bytes):
-            hidden = torch.frombuffer(bytearray(inputs), dtype=self._dtype).view(work.batch.rows, self._architecture.hidden)
+        if isinstance(inputs, Hidden):
+            raw = tensor_of(inputs, self._stage.device)
+            hidden = raw.view(self._dtype).view(work.batch.rows, self._architecture.hidden)
         else:
             hidden = torch.tensor(inputs, dtype=torch.long)
         state = self._stage.run(work.batch, hidden.to(self._stage.device))
         if self._stage.is_last:
             return choose(state, work.rules, work.positions) if work.rules else []
-        return _raw(state)
+        # A replay of a recording writes to the same memory each time.
+        return (state.contiguous() if state.device.type == "cpu" else state.clone()).view(torch.uint8).flatten()
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
@@ -155,7 +165,7 @@ class PacedRunner:
         self._inner, self._compute, self._share = inner, compute, share
         self.layers, self.slots = inner.layers, inner.slots
 
-    def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
+    def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes | torch.Tensor:
         """See Runner."""
         until = time.monotonic() + self._compute.iteration_s(work, self._share)
         output = self._inner.run(work, inputs)
@@ -196,7 +206,7 @@ class TimedExecutor:
             layers=_layers(packed, first_block, last_block),
             slots=slots,
             is_last=last_block == len(packed.layouts) - 1,
-            row_bytes=packed.architecture.hidden * TORCH_TYPES[packed.dtype].itemsize,
+            row_bytes=row_bytes(packed),
             layer_kv_bytes=packed.spec.kv_bytes_per_token // packed.architecture.layers,
             sleep=self._sleep,
         )
@@ -226,11 +236,11 @@ class TimedRunner:
         self._layer_kv_bytes = layer_kv_bytes
         self._sleep = sleep
 
-    def run(self, work: Pass, inputs: Sequence[int] | bytes) -> list[int] | bytes:
+    def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes:
         """See Runner."""
         rows = work.batch.rows
         require(
-            not isinstance(inputs, bytes) or len(inputs) == rows * self._row_bytes,
+            not isinstance(inputs, Hidden) or len(inputs) == rows * self._row_bytes,
             f"hidden states of {len(inputs)} bytes do not have {rows} rows of {self._row_bytes}",
         )
         self._sleep(self._compute.iteration_s(work, self._share))

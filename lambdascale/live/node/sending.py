@@ -12,17 +12,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from lambdascale.core import NodeId
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.plan import Send
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
 from lambdascale.live.node.jobs import About, Jobs
+from lambdascale.live.node.memory import memory_of
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.wire import Ready
-from lambdascale.transport import DeviceMemory, Endpoint, Memory, TransportError, gpu_of
+from lambdascale.transport import Endpoint, TransportError
 
 BLOCK_BITS = 24
 FENCE = (1 << BLOCK_BITS) - 1  # in place of a block's number
@@ -135,7 +134,7 @@ class Sending:
             self._jobs.do(about, lambda: self._sent(number, out))
 
         try:
-            self._endpoint.write(send.dst, _memory(data), offset, number << BLOCK_BITS | send.block).add_done_callback(sent)
+            self._endpoint.write(send.dst, memory_of(data), offset, number << BLOCK_BITS | send.block).add_done_callback(sent)
         except TransportError:
             # The receiver is lost: the controller plans anew, and the sends to others go on.
             stack.close()
@@ -158,10 +157,3 @@ class Sending:
     def _fence(self, receiver: NodeId, number: int) -> None:
         with suppress(TransportError):  # the receiver is lost
             self._endpoint.write(receiver, memoryview(b""), 0, number << BLOCK_BITS | FENCE)
-
-
-def _memory(data: torch.Tensor) -> Memory:
-    """Return a block's bytes as endpoints take them."""
-    if data.device.type == "cpu":
-        return data.numpy().data
-    return DeviceMemory(gpu_of(data.device.index), data.data_ptr(), data.numel())

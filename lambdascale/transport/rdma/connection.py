@@ -117,6 +117,10 @@ class RdmaConnection:
         """See Connection."""
         return self._give(lambda: self._outbox.message(data)) or self._refusal()
 
+    def place(self, data: Memory, offset: int) -> Future[None]:
+        """See Endpoint: not possible here."""
+        raise TransportError(f"node {self.peer}: nothing can be placed over rdma")
+
     def admit(self) -> None:
         """See Endpoint."""
         self._at_the_gate(self._gate.admit)

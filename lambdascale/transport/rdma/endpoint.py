@@ -60,6 +60,7 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
     ) -> None:
         self.options = options or RdmaOptions()
         self.on_device = self.options.gpudirect != "off"
+        self.can_place = False  # memory windows admit a plan's writes only
         require(not self.on_device or gpu is not None, f"rdma.gpudirect={self.options.gpudirect} needs device cuda")
         self._gpu = gpu
         self._arena: DeviceMemory | None = None
