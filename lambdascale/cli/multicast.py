@@ -15,6 +15,7 @@ from rich.table import Table
 
 from lambdascale.core import UserError, parse_rate
 from lambdascale.experiments.compose import compose
+from lambdascale.live.forkserver import prepare
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -69,6 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the document of ``--json``: seconds of each multicast, the plan's at the link's rate, and what was moved how."""
+    prepare()  # the nodes' imports run beside this process's own
     # torch takes seconds to import: only here.
     from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned_s
     from lambdascale.control import drive
@@ -116,6 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "transport": arguments.transport,
         "device": device,
         "seconds": plane.seconds,
+        "start_parts_s": backend.start_parts,
         "link_bytes_per_s": rate,
         "plan_s": None if rate is None else planned_s(plan, model.block_bytes, rate),
     }

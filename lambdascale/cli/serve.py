@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lambdascale.core import ClusterSpec, UserError, parse_rate
+from lambdascale.live.forkserver import prepare
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -90,6 +91,13 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="start a lost node again, so often within ten minutes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--spares",
+        type=int,
+        default=0,
+        metavar="N",
+        help="keep so many processes with a context ready for each GPU, which restarted nodes take (default: %(default)s)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
@@ -100,6 +108,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start everything and serve."""
     _check(arguments)
+    if arguments.launcher == "local":
+        prepare()  # the nodes' imports run beside this process's own
     # torch takes seconds to import: only here.
     from lambdascale.live.config import LiveConfig
     from lambdascale.live.serving.server import Service, serve
@@ -122,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         collective=arguments.collective,
         slot_tokens=arguments.slot_tokens,
         restarts=arguments.restarts,
+        spares=arguments.spares,
         paced=arguments.link is not None or arguments.disk is not None,
     )
     with console.status("starting the nodes ..."):

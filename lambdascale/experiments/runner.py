@@ -19,6 +19,7 @@ from lambdascale.experiments.finished import finished_run
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
+from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace
@@ -69,7 +70,7 @@ def _execute(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
-    drive_experiment(experiment, trace.requests, settings["seed"], recorder, title)
+    start_parts = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title)
     wall_s = time.perf_counter() - begin
     requests = requests_table(recorder, experiment.system.name)
     summary = summarise(
@@ -90,6 +91,7 @@ def _execute(
         "workload": asdict(trace.provenance),
         "started": started,
         "wall_s": wall_s,
+        "start_parts_s": start_parts,
         **environment(),
     }
     with new_run_folder(folder, replace=bool(settings["force"])) as temporary:
@@ -102,14 +104,20 @@ def _execute(
     return summary
 
 
-def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
-    """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal."""
+def drive_experiment(
+    experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = ""
+) -> dict[str, float]:
+    """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal.
+
+    Returns the seconds of each part of a live cluster's start.
+    """
     system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
     with ExitStack() as stack:
         backend = _backend(experiment, requests, seed, stack)
         progress = stack.enter_context(Progress(len(requests), title))
         observers: list[Observer] = [recorder, progress] if progress.visible else [recorder]
         drive(system, backend, observers)
+        return backend.start_parts if isinstance(backend, LiveBackend) else {}
 
 
 def _communicator(experiment: Experiment) -> str | None:

@@ -50,6 +50,7 @@ class LiveConfig:
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
     ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
     never while a trace is replayed, whose failures are part of what is measured.
+    ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context made, which restarted nodes take.
     """
 
     checkpoint: str = "smollm2"
@@ -65,6 +66,7 @@ class LiveConfig:
     verify: Verify = "full"
     silence_s: float = 10.0
     restarts: int | None = None
+    spares: int = 0
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
 
     def __post_init__(self) -> None:
@@ -86,6 +88,8 @@ class LiveConfig:
             f"backend.collective=nccl moves the memory of GPUs: it needs device cuda, not {self.device}",
         )
         require(self.restarts is None or self.restarts >= 0, f"backend.restarts must not be negative, not {self.restarts}")
+        require(self.spares >= 0, f"backend.spares must not be negative, not {self.spares}")
+        require(self.spares == 0 or self.launcher == "local", "backend.spares needs launcher local")
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property
@@ -190,7 +194,7 @@ class LiveConfig:
             from lambdascale.live.controller.ray_launcher import RayLauncher
 
             return RayLauncher(gpus_per_node=1 if self.device == "cuda" else 0)
-        return LocalLauncher()
+        return LocalLauncher(spares=self.spares, gpus=torch.cuda.device_count() if self.device == "cuda" else 0)
 
     def _node(
         self,

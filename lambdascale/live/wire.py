@@ -85,11 +85,12 @@ class Shutdown(Message, frozen=True, tag=True):
 
 
 class Hello(Message, frozen=True, tag=True):
-    """An agent is up; ``address`` is its endpoint's."""
+    """An agent is up; ``address`` is its endpoint's, ``parts`` says how many seconds each part of its start took."""
 
     node: NodeId
     address: str
     pid: int
+    parts: dict[str, float] = {}
 
 
 class Connected(Message, frozen=True, tag=True):

@@ -20,6 +20,7 @@ from lambdascale.live import wire
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.node import agent as module
 from lambdascale.live.node.agent import Agent, make_endpoint, make_store, pick_gpu
+from lambdascale.live.node.start import StartParts
 from lambdascale.transport import Handlers, TransportError
 
 NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=lambda *_: None)
@@ -101,7 +102,7 @@ class Line:
 def bare_agent(line: Line, **parts: Any) -> Agent:
     """An agent of which only the main loop is there."""
     agent = Agent.__new__(Agent)
-    known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event()}
+    known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event(), "_parts": StartParts(None)}
     agent.__dict__.update(_config=config(node=1), _line=line, **known, **parts)
     agent._messages = {wire.Directory: agent._start_connecting, wire.Ping: lambda m: None}
     return agent
@@ -137,7 +138,7 @@ def test_a_main_loop_that_fails(monkeypatch: pytest.MonkeyPatch, exits: list[int
     line = Line(wire.Do(StopInstance(3)))
     agent = bare_agent(line, endpoint=SimpleNamespace(address="x"), close=lambda: None)
     monkeypatch.setattr(module, "Line", lambda config: line)
-    monkeypatch.setattr(module, "Agent", lambda config, line: agent)
+    monkeypatch.setattr(module, "Agent", lambda config, line, parts: agent)
     module.run(config(node=1), local=False)
     assert exits == [1]
     assert "Traceback" in capsys.readouterr().err

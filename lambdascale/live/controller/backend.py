@@ -92,6 +92,7 @@ class LiveBackend:
         self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
         self._clock = clock
+        self._joined = 0.0  # when all nodes had joined
         self._started: float | None = None
         self._at = 0.0
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
@@ -141,6 +142,13 @@ class LiveBackend:
     def start(self, configs: Sequence[NodeConfig]) -> None:
         """Launch the nodes and wait until all are connected. RuntimeError or UserError if one does not come up."""
         self._events.extend(NodeJoined(0.0, node) for node in self._roster.start(configs))
+        self._joined = self._clock()
+
+    @property
+    def start_parts(self) -> dict[str, float]:
+        """Seconds of each part of the start: see Roster; ``loaded``: from then until the initial replicas were in place."""
+        parts = self._roster.start_parts
+        return parts if self._started is None else parts | {"loaded": self._started - self._joined}
 
     def fail_all(self, reason: str) -> None:
         """Tell all that wait for answers that there will be none, now and later. For the control thread, or after its end."""

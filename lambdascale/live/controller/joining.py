@@ -48,6 +48,8 @@ class Joining:
         self._deadlines: dict[NodeId, float] = {}  # of the nodes that have not joined yet
         self._batches: list[_Batch] = []
         self._directory: dict[NodeId, _Listed] = {}
+        self._launched: dict[NodeId, float] = {}
+        self.parts: dict[NodeId, dict[str, float]] = {}  # seconds of each part of the last start of each node
 
     @property
     def coming(self) -> Collection[NodeId]:
@@ -58,13 +60,15 @@ class Joining:
         """Start processes. From now on nothing is heard from earlier processes of these nodes."""
         for config in configs:
             self._generations[config.node] = config.generation
-            self._deadlines[config.node] = self._clock() + START_S
+            self._launched[config.node] = self._clock()
+            self._deadlines[config.node] = self._launched[config.node] + START_S
             self._hub.expect(config.node, config.generation)
         self._batches.append(_Batch({config.node for config in configs}))
         self._launcher.start(configs)
 
     def hello(self, node: NodeId, message: wire.Hello) -> None:
         """A process is up."""
+        self.parts[node] = dict(message.parts)
         for batch in self._batches:
             if node in batch.missing:
                 batch.missing.discard(node)
@@ -105,6 +109,7 @@ class Joining:
         joined = [node for node in self._deadlines if node in self._directory and self._has_joined(self._directory[node].since)]
         for node in joined:
             del self._deadlines[node]
+            self.parts.setdefault(node, {})["joined"] = self._clock() - self._launched[node]
         return sorted(joined)
 
     def _has_joined(self, number: int) -> bool:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Protocol
 
 from lambdascale.core import NodeId
-from lambdascale.live.node.agent import run
+from lambdascale.live.forkserver import prepare
+from lambdascale.live.node.agent import run, wait_and_run
 from lambdascale.live.node_config import NodeConfig
 
 _JOIN_S = 10.0
 _REAP_S = 1.0  # a killed process has long ended when its successor is started
-_TUNABLES = "GLIBC_TUNABLES"
-# glibc writes past the caches only what is nearly as large as the last of them. A processor with a large shared one then reads
-# all that it overwrites: copies take twice as long (7 instead of 13 GB/s a core on a Sapphire Rapids with 480 MiB). Read at exec.
-_COPY_PAST_CACHES = "glibc.cpu.x86_non_temporal_threshold=0x100000"
 
 
 class Launcher(Protocol):
@@ -49,17 +44,37 @@ class Launcher(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Spare:
+    """A process that waits at the other end of ``connection`` for the configuration of a node with this GPU."""
+
+    gpu: int | None
+    process: BaseProcess
+    connection: Connection
+
+
 class LocalLauncher:
-    """Processes on this host, forked from a server that has loaded torch once. They die with the controller."""
+    """Processes on this host, forked from a server that has loaded torch once. They die with the controller.
+
+    ``spares``: processes kept ready for each GPU (with ``gpus`` 0: for all nodes), with its context made; a node that is started
+    takes one, and another is started. ``main`` and ``spare_main`` run in the processes.
+    """
 
     host = "127.0.0.1"
 
-    def __init__(self) -> None:
-        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["lambdascale.live.node.agent", "lambdascale.live.node.preload"])
-        with _tuned():
-            forkserver.ensure_running()
+    def __init__(
+        self,
+        *,
+        spares: int = 0,
+        gpus: int = 0,
+        main: Callable[[NodeConfig, float], None] = run,
+        spare_main: Callable[[int | None, Connection], None] = wait_and_run,
+    ) -> None:
+        self._context = prepare()
+        self._main, self._spare_main = main, spare_main
         self._processes: dict[NodeId, BaseProcess] = {}
+        self._wanted = {gpu: spares for gpu in (range(gpus) if gpus else (None,)) if spares}
+        self._spares: list[_Spare] = []
 
     def start(self, configs: Sequence[NodeConfig]) -> None:
         """See Launcher."""
@@ -67,9 +82,40 @@ class LocalLauncher:
             before = self._processes.get(config.node)
             if before is not None:
                 before.join(_REAP_S)
-            process = self._context.Process(target=run, args=(config,), name=f"node-{config.node}", daemon=True)
-            process.start()
-            self._processes[config.node] = process
+            self._processes[config.node] = self._take_spare(config) or self._new(config)
+        self.refill()
+
+    def _new(self, config: NodeConfig) -> BaseProcess:
+        process = self._context.Process(
+            target=self._main, args=(config, time.monotonic()), name=f"node-{config.node}", daemon=True
+        )
+        process.start()
+        return process
+
+    def _take_spare(self, config: NodeConfig) -> BaseProcess | None:
+        """Turn a spare process with the node's GPU into the node, if one is left."""
+        gpus = len(self._wanted)
+        gpu = config.node % gpus if gpus and None not in self._wanted else None
+        for spare in [spare for spare in self._spares if spare.gpu == gpu]:
+            self._spares.remove(spare)
+            try:
+                with spare.connection:
+                    spare.connection.send((config, time.monotonic()))
+            except OSError:  # it has died
+                continue
+            return spare.process
+        return None
+
+    def refill(self) -> None:
+        """Start spare processes in place of those taken."""
+        self._spares = [spare for spare in self._spares if spare.process.is_alive()]
+        for gpu, wanted in self._wanted.items():
+            for _ in range(wanted - sum(spare.gpu == gpu for spare in self._spares)):
+                theirs, ours = self._context.Pipe(duplex=False)
+                process = self._context.Process(target=self._spare_main, args=(gpu, theirs), name="spare", daemon=True)
+                process.start()
+                theirs.close()
+                self._spares.append(_Spare(gpu, process, ours))
 
     def sentinels(self) -> dict[int, NodeId]:
         """See Launcher."""
@@ -91,24 +137,13 @@ class LocalLauncher:
 
     def close(self) -> None:
         """See Launcher."""
-        for process in self._processes.values():
+        for spare in self._spares:
+            spare.connection.close()  # it ends by itself
+        spares = [spare.process for spare in self._spares]
+        for process in (*self._processes.values(), *spares):
             process.join(_JOIN_S)
             if process.is_alive():
                 process.kill()
                 process.join()
         self._processes.clear()
-
-
-@contextmanager
-def _tuned() -> Iterator[None]:
-    """Have programs that are executed meanwhile copy large pieces past the caches, unless the user has tuned that."""
-    before = os.environ.get(_TUNABLES)
-    if before is None or "non_temporal_threshold" not in before:
-        os.environ[_TUNABLES] = ":".join(filter(None, (before, _COPY_PAST_CACHES)))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_TUNABLES]
-        else:
-            os.environ[_TUNABLES] = before
+        self._spares.clear()

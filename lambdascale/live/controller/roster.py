@@ -48,6 +48,15 @@ class Roster:
         return self._membership.alive
 
     @property
+    def start_parts(self) -> dict[str, float]:
+        """Seconds of each part of the nodes' last starts, of the slowest node each; ``joined``: from launch to membership."""
+        found: dict[str, float] = {}
+        for parts in self._joining.parts.values():
+            for name, seconds in parts.items():
+                found[name] = max(seconds, found.get(name, 0.0))
+        return found
+
+    @property
     def returning(self) -> bool:
         """True if a lost node may come back."""
         return bool(self._joining.coming) or self._supervisor.waiting
@@ -117,6 +126,8 @@ class Roster:
         joined = self._joining.take_joined()
         for node in joined:
             self._membership.admit(node)
+            took = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self._joining.parts[node].items())
+            self._log.say(f"node {node} is back (seconds: {took})")
         doomed, self._doomed = self._doomed, {}
         coming = set(self._joining.coming)
         failed = self._joining.failed(self._launcher.dead() if coming else ())

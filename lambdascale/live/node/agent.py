@@ -15,7 +15,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import AnyEvent
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
+from lambdascale.live.node.start import StartParts, make_context
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -117,20 +120,41 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[Blo
     return store, landing[first:], first
 
 
-def run(config: NodeConfig, *, local: bool = True) -> None:
+def wait_and_run(gpu: int | None, connection: Connection) -> None:
+    """Be a spare process: make the context of a GPU, wait for a node's configuration, and run the node.
+
+    Ends at once when the other end of ``connection`` is closed instead.
+    """
+    _bind()
+    make_context(gpu)
+    try:
+        with connection:
+            config, launched = connection.recv()
+    except EOFError:
+        return
+    run(config, launched)
+
+
+def _bind() -> None:
+    """Make this process one that its parent decides about: deaf to interrupts, and dead when the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
+def run(config: NodeConfig, launched: float | None = None, *, local: bool = True) -> None:
     """Run a node until the controller ends it. ``local``: a child of the controller's process, which it does not outlive.
 
-    Exits with status 2 after a user's mistake and 1 after a failure; the controller hears the reason first.
+    ``launched``: when the launcher was asked for it, by this host's monotonic clock. Exits with status 2 after a user's mistake
+    and 1 after a failure; the controller hears the reason first.
     """
+    parts = StartParts(launched)
     if local:
-        # Interrupts are the controller's business; and nobody else would end this process after the controller's death.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+        _bind()
     sys.setswitchinterval(_SWITCH_S)
     line = Line(config)
     threading.excepthook = partial(_report_thread, config.node, line)
     try:
-        agent = Agent(config, line)
+        agent = Agent(config, line, parts)
     except Exception as error:
         users = isinstance(error, ValueError)
         if not users:
@@ -160,9 +184,12 @@ def _report_thread(node: NodeId, line: Line, failure: threading.ExceptHookArgs) 
 class Agent:
     """A node's parts, joined. UserError if its configuration does not fit its hardware."""
 
-    def __init__(self, config: NodeConfig, line: Line) -> None:
+    def __init__(self, config: NodeConfig, line: Line, parts: StartParts) -> None:
         # torch takes seconds to load; the process that agents are forked from has it already.
-        import torch
+        with parts.part("imports"):
+            import torch
+
+            import lambdascale.live.node.preload  # noqa: F401
 
         from lambdascale.inference import warm_up
         from lambdascale.live.node.collective import Collective, Outlet
@@ -177,6 +204,7 @@ class Agent:
         torch.set_num_threads(config.threads)
         self._config = config
         self._line = line
+        self._parts = parts
         self._leaving = threading.Event()
         self._connecting = threading.Lock()  # one directory at a time
         self._newest = 0  # number of the last directory; the main thread writes it
@@ -191,22 +219,35 @@ class Agent:
         )
         gpu = pick_gpu(config)
         device = "cpu" if gpu is None else f"cuda:{gpu}"
-        if gpu is not None:
-            torch.cuda.set_device(gpu)
-        self.endpoint = make_endpoint(config, handlers, link, gpu)
-        self.store, area, first = make_store(config, self.endpoint, device)
+        with parts.part("context"):
+            make_context(gpu)
+            self.endpoint = make_endpoint(config, handlers, link, gpu)
+        models = [PackedModel.open(Path(directory), name) for name, directory in config.models]
+
+        def warm() -> None:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
+            with parts.part("warm-up"):
+                for model in models:
+                    warm_up(model, device)
+
+        # Memory is populated, which takes seconds for a large arena, while the engine's first kernels are loaded.
+        with ThreadPoolExecutor(1, "warm-up") as beside:
+            warmed = beside.submit(warm) if gpu is not None and config.executor != "timed" else None
+            with parts.part("memory"):
+                self.store, area, first = make_store(config, self.endpoint, device)
+            if warmed is not None:
+                warmed.result()
         if config.transport == "rdma" and self.endpoint.on_device:
             print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
-        for name, directory in config.models:
-            self.store.add(PackedModel.open(Path(directory), name))
-        if gpu is not None and config.executor != "timed":
-            for name, _ in config.models:
-                warm_up(self.store.model(name), device)
-        elif config.executor == "timed":
+        for model in models:
+            self.store.add(model)
+        if config.executor == "timed":
             self.store.rehearse()  # the engine's warm-up does it otherwise
         if config.preloaded:
-            for name, _ in config.models:
-                self.store.load(name, range(len(self.store.model(name).blocks)), keep_host=False).wait()
+            with parts.part("preload"):
+                for model in models:
+                    self.store.load(model.name, range(len(model.blocks)), keep_host=False).wait()
         buckets = Links(
             ssd=None if config.ssd is None else TokenBucket(config.ssd),
             pcie=None if config.pcie is None else TokenBucket(config.pcie),
@@ -284,7 +325,7 @@ class Agent:
         What runs in this loop must not wait for anything: while it does, no heartbeat is sent. Handlers queue work for the
         mover's and the compute thread, or start a thread of their own; they may fail, which ends the node.
         """
-        self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid()))
+        self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid(), self._parts.seconds))
         heard = beat = time.monotonic()
         while not self._leaving.is_set():
             for message in self._line.poll(_BEAT_S):

@@ -1,0 +1,37 @@
+"""Parts of a node's start, timed; and spare processes, which have the first of them behind them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StartParts:
+    """Seconds of each part of a start, in full where they overlap.
+
+    The first is ``process``, from ``launched`` (by the monotonic clock; None: not known) to now.
+    """
+
+    def __init__(self, launched: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.seconds: dict[str, float] = {} if launched is None else {"process": max(0.0, clock() - launched)}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time a part."""
+        begin = self._clock()
+        yield
+        self.seconds[name] = self._clock() - begin
+
+
+def make_context(gpu: int | None) -> None:
+    """Import what a node needs and make the context of its GPU, None: it has none."""
+    import torch
+
+    import lambdascale.live.node.preload  # noqa: F401
+
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+        torch.zeros(1, device=f"cuda:{gpu}")
+        torch.cuda.synchronize(gpu)
