@@ -174,7 +174,8 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
     again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0 and entry.node == 0, kill(1))
     watchers = [Watcher(first(TokensProduced), kill(0)), again]
     requests = REQUESTS + [structs.replace(request, request_id=request.request_id + 32, arrival_s=8.0) for request in REQUESTS]
-    outcome = run(tiny, requests, system=system_of("lambdascale"), nodes=2, watchers=watchers, transport=transport, restarts=3, spares=1)
+    system = system_of("lambdascale")
+    outcome = run(tiny, requests, system=system, nodes=2, watchers=watchers, transport=transport, restarts=3, spares=1)
     assert again.acted
     assert [event.node for event in of(outcome, NodeLost)] == [0, 1]
     assert [event.node for event in of(outcome, NodeJoined)] == [0, 1, 0, 1]

@@ -1,0 +1,145 @@
+"""Profile this machine and compare the simulator's models with measurements off the profile's grid, in one command.
+
+python scripts/gpu_profile.py --model DIR|NAME --out conf/cluster/measured/NAME.yaml [--device cuda] [--errors FILE.csv] [--quick]
+
+Writes the profile, with the rate of a copy between two GPUs as its network where the machine has two, and a table of errors in
+per cent: decode steps and prefills of the whole model beside ComputeModel, and a multicast beside its plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+
+from lambdascale.calibration import probes
+from lambdascale.calibration.iterations import Grid, decode, inputs_of, loaded, prefill
+from lambdascale.calibration.multicast_rates import link_rate
+from lambdascale.calibration.profile import ProfileRequest, measure, write
+from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.builtin import NAMES, builtin_model
+from lambdascale.core.timing import ComputeModel
+from lambdascale.inference import StageBatch, TransformerStage
+from lambdascale.live.wire import Pass
+
+COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
+FULL = Grid(prefill_tokens=(16, 128, 512, 2048), decode_batch=(1, 4, 8, 32), contexts=(64, 512, 1024), rounds=3)
+QUICK = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
+Row = dict[str, Any]
+
+
+def row(what: str, size: str, simulated_s: float, measured_s: float) -> Row:
+    """A row of the table of errors."""
+    error = 100 * (simulated_s / measured_s - 1)
+    return {"what": what, "size": size, "simulated_s": simulated_s, "measured_s": measured_s, "error_percent": error}
+
+
+def between(values: tuple[int, ...]) -> list[int]:
+    """Sizes in the middle of a grid's intervals: the profile has not seen them."""
+    return [(low + high) // 2 for low, high in pairwise(values)]
+
+
+def compute_rows(model: PackedModel, device: str, compute: ComputeModel, grid: Grid) -> Iterator[Row]:
+    """Decode steps and prefills of the whole model."""
+    with loaded(model, device) as weights:
+        slots, tokens = max(grid.decode_batch), max(*grid.prefill_tokens, *grid.contexts) + 1
+        stage = TransformerStage(model.architecture, weights, slots, tokens)
+        for count in between(grid.decode_batch):
+            stage.prepare([count])
+            for context in between(grid.contexts):
+                size = f"batch {count} at {context}"
+                yield row("decode", size, simulated(compute, decode(count, context)), timed(stage, decode(count, context)))
+        for count in between(grid.prefill_tokens):
+            yield row("prefill", f"{count} tokens", simulated(compute, prefill(count)), timed(stage, prefill(count)))
+
+
+def simulated(compute: ComputeModel, batch: StageBatch) -> float:
+    """Seconds of an iteration by the model that simulations use."""
+    filled = batch.segments[: len(batch.segments) - batch.decodes]
+    context = sum(segment.start for segment in batch.segments[len(filled) :])
+    attended = sum(segment.tokens * (segment.tokens + 1) // 2 for segment in filled)
+    return compute.iteration_s(Pass(batch, sum(segment.tokens for segment in filled), context, attended, (), ()))
+
+
+def timed(stage: TransformerStage, batch: StageBatch) -> float:
+    """Seconds of an iteration on the engine, the first ones left out."""
+    inputs = inputs_of(stage, batch)
+    return median([probes.once(lambda: stage.run(batch, inputs), stage.device) for _ in range(8)][3:])
+
+
+def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Iterator[Row]:
+    """A multicast from one node to the others: the later ones' median beside the plan at the link's rate."""
+    asked = [
+        "--model",
+        model,
+        "--blocks",
+        str(blocks),
+        "--nodes",
+        str(nodes),
+        "--transport",
+        transport,
+        "--repeat",
+        "5",
+        "--json",
+    ]
+    done = subprocess.run(
+        [*COMMAND, "multicast", *asked, "--repeat", "5", "--json"], check=True, stdout=subprocess.PIPE, timeout=150
+    )
+    found = json.loads(done.stdout)
+    yield row("multicast", f"1 to {nodes - 1}, {transport}", found["plan_s"], median(found["seconds"][1:]))
+
+
+def main() -> None:
+    """Measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a packed model or a built-in one's name")
+    parser.add_argument("--blocks", type=int, default=16, help="of built-in models")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--errors", type=Path, help="default: results/tables/errors_<name of --out>.csv")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--disk", type=Path, default=Path("."))
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    model = (
+        builtin_model(arguments.model, arguments.blocks) if arguments.model in NAMES else PackedModel.open(Path(arguments.model))
+    )
+    gpus = torch.cuda.device_count() if arguments.device == "cuda" else 0
+    grid, mib = (QUICK, 32) if arguments.quick else (FULL, 512)
+    nodes = max(2, min(gpus, 4))
+    request = ProfileRequest(
+        name=arguments.out.stem,
+        models=(model,),
+        device=arguments.device,
+        nodes=nodes,
+        disk=arguments.disk,
+        disk_mib=mib,
+        memory_mib=mib,
+        grid=grid,
+    )
+    profile = measure(request, lambda what: print(f"measuring {what} ...", file=sys.stderr, flush=True))
+    if gpus > 1:
+        profile.cluster["nic_bytes_per_s"] = link_rate("cuda_ipc")
+    write(profile, arguments.out)
+    compute = ComputeModel(instantiate(profile.cluster, _convert_="all").node(0), model.spec)
+    rows = list(compute_rows(model, arguments.device, compute, grid))
+    rows += multicast_rows(arguments.model, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
+    table = pd.DataFrame(rows).assign(model=model.name, measured_on=profile.provenance)
+    errors = arguments.errors or Path("results/tables") / f"errors_{arguments.out.stem}.csv"
+    errors.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(errors, index=False, float_format="%.4g")
+    print(table.drop(columns=["model", "measured_on"]).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(f"wrote {arguments.out} and {errors}")
+
+
+if __name__ == "__main__":
+    main()
