@@ -62,15 +62,16 @@ class Fabric:
         cap: float = inf,
     ) -> None:
         """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
-        if group.cancelled or not self.alive(nodes):
+        if group.cancelled or (self._lost and not self.alive(nodes)):
             return
+        flows = group.flows
 
         def done() -> None:
-            del group.flows[flow]
+            del flows[flow]
             on_done()
 
         flow = self.links.start(ports, size_bytes, done, cap)
-        group.flows[flow] = nodes
+        flows[flow] = nodes
 
     def cancel(self, group: FlowGroup) -> None:
         """Stop the group's flows; it starts no others."""

@@ -67,17 +67,21 @@ class LinkNetwork:
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
-        self._next_id += 1
-        flow = Flow(self._next_id, ports, size_bytes, on_done, cap)
+        self._next_id = flow_id = self._next_id + 1
+        flow = Flow(flow_id, ports, size_bytes, on_done, cap)
         flow.settled_s = self._kernel.now
         alone = True
+        rate = cap
         for port in ports:
-            alone = alone and not port.flows
-            port.flows[flow.flow_id] = flow
+            if port.flows:
+                alone = False
+            if port.bytes_per_s < rate:
+                rate = port.bytes_per_s
+            port.flows[flow_id] = flow
         if alone:
-            self._grant(flow, min(cap, *(port.bytes_per_s for port in ports)))
+            self._grant(flow, rate)
         else:
-            self._share(flow.ports)
+            self._share(ports)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -86,12 +90,14 @@ class LinkNetwork:
             self._leave(flow)
 
     def _leave(self, flow: Flow) -> None:
-        self._settle(flow)
+        if self.grants is not None:
+            self._settle(flow)
         flow.version += 1
         crowded = False
         for port in flow.ports:
             del port.flows[flow.flow_id]
-            crowded = crowded or bool(port.flows)
+            if port.flows:
+                crowded = True
         if crowded:
             self._share(flow.ports)
 
@@ -112,8 +118,9 @@ class LinkNetwork:
 
     def _grant(self, flow: Flow, rate: float) -> None:
         flow.rate = rate
-        flow.version += 1
-        self._kernel.at(self._kernel.now + flow.remaining / rate, self._finish, (flow, flow.version))
+        flow.version = version = flow.version + 1
+        kernel = self._kernel
+        kernel.at(kernel.now + flow.remaining / rate, self._finish, (flow, version))
 
     def _share(self, ports: tuple[Port, ...]) -> None:
         """Give the flows connected to ``ports`` their fair rates; those whose rate stays keep their completion time."""
