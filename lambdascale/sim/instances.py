@@ -139,7 +139,7 @@ class _Batch:
             return
         done = self._steps_by_now() - 1
         if done:
-            self._instance.note(self, done)
+            self._instance.keep(self, done)
 
 
 class SimInstance:
@@ -187,7 +187,7 @@ class SimInstance:
         if self._stopped:
             return
         for batch in self._batches:
-            if batch.is_due:
+            if batch.under_way is None and batch.is_due:
                 self._layout.ports[0].want(self)
                 return
 
@@ -245,17 +245,19 @@ class SimInstance:
 
     def complete(self, batch: _Batch) -> None:
         """Take note that a batch's iteration is over, and look for the next one."""
-        self.note(batch, batch.steps)
+        first, finished = batch.scheduler.complete(batch.iteration, batch.steps)
+        if first or finished:
+            self._report(batch, first, finished)
         batch.under_way = None
         if batch.on is not self._layout:
             self._move(batch)
         self._layout.ports[0].resume(self)
 
-    def note(self, batch: _Batch, steps: int) -> None:
-        """Report first tokens and finished requests of an iteration that ran ``steps`` times."""
-        first, finished = batch.scheduler.complete(batch.iteration, steps)
-        if not first and not finished:
-            return
+    def keep(self, batch: _Batch, steps: int) -> None:
+        """Take note of the ``steps`` iterations that a lost run has behind it."""
+        self._report(batch, *batch.scheduler.complete(batch.iteration, steps))
+
+    def _report(self, batch: _Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
         assert batch.under_way is not None, "the iteration was under way"
         now, emit, mode = self.kernel.now, self._around.emit, batch.under_way.mode
         for work in first:

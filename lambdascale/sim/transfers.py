@@ -156,8 +156,10 @@ class TransferEngine:
         receives = destination.receives
         number, _ = receives.popleft()
         self._received(transfer, destination, block)
-        self._send_next(transfer, node)
-        self._send_next(transfer, destination)
+        if node.sends:
+            self._send_next(transfer, node)
+        if destination.sends:
+            self._send_next(transfer, destination)
         if receives and receives[0][0] != number:
             due = receives[0][0]
             for index in range(len(receives)):
