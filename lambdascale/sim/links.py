@@ -7,11 +7,12 @@ re-shared; a flow that has its ports for itself costs one kernel entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import inf
 
 from msgspec import Struct
 
+from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
 
@@ -27,12 +28,32 @@ class Port:
         self.flows: dict[int, Flow] = {}
 
 
+class FlowGroup:
+    """The flows a command has under way, each with the nodes it depends on."""
+
+    def __init__(self) -> None:
+        self.flows: dict[Flow, Collection[NodeId]] = {}
+        self.cancelled = False
+
+
 class Flow:
-    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``."""
+    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``.
 
-    __slots__ = ("cap", "flow_id", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+    ``group``: the group, if any, that holds the flow until it has completed.
+    """
 
-    def __init__(self, flow_id: int, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float) -> None:
+    __slots__ = ("cap", "flow_id", "group", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+
+    def __init__(
+        self,
+        flow_id: int,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float,
+        group: FlowGroup | None,
+    ) -> None:
+        self.group = group
         self.flow_id = flow_id
         self.ports = ports
         self.remaining = size_bytes
@@ -62,13 +83,20 @@ class LinkNetwork:
         self._next_id = 0
         self.grants: list[Grant] | None = [] if record_grants else None
 
-    def start(self, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float = inf) -> Flow:
+    def start(
+        self,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float = inf,
+        group: FlowGroup | None = None,
+    ) -> Flow:
         """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through."""
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
         self._next_id = flow_id = self._next_id + 1
-        flow = Flow(flow_id, ports, size_bytes, on_done, cap)
+        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group)
         flow.settled_s = self._kernel.now
         alone = True
         rate = cap
@@ -105,6 +133,8 @@ class LinkNetwork:
         flow, version = entry
         if flow.version == version:
             self._leave(flow)
+            if flow.group is not None:
+                del flow.group.flows[flow]
             flow.on_done()
 
     def _settle(self, flow: Flow) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
 from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.sim.communicator import draw_setup_s
-from lambdascale.sim.fabric import Fabric, FlowGroup
+from lambdascale.sim.fabric import Fabric
 from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.links import FlowGroup
 from lambdascale.sim.loads import Deliver, Load
 from lambdascale.sim.options import TransferOptions
 
