@@ -7,11 +7,12 @@ re-shared; a flow that has its ports for itself costs one kernel entry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import inf
 
 from msgspec import Struct
 
+from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
 
@@ -27,12 +28,32 @@ class Port:
         self.flows: dict[int, Flow] = {}
 
 
+class FlowGroup:
+    """The flows a command has under way, each with the nodes it depends on."""
+
+    def __init__(self) -> None:
+        self.flows: dict[Flow, Collection[NodeId]] = {}
+        self.cancelled = False
+
+
 class Flow:
-    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``."""
+    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``.
 
-    __slots__ = ("cap", "flow_id", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+    ``group``: the group, if any, that holds the flow until it has completed.
+    """
 
-    def __init__(self, flow_id: int, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float) -> None:
+    __slots__ = ("cap", "flow_id", "group", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+
+    def __init__(
+        self,
+        flow_id: int,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float,
+        group: FlowGroup | None,
+    ) -> None:
+        self.group = group
         self.flow_id = flow_id
         self.ports = ports
         self.remaining = size_bytes
@@ -62,22 +83,33 @@ class LinkNetwork:
         self._next_id = 0
         self.grants: list[Grant] | None = [] if record_grants else None
 
-    def start(self, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float = inf) -> Flow:
+    def start(
+        self,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float = inf,
+        group: FlowGroup | None = None,
+    ) -> Flow:
         """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through."""
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
-        self._next_id += 1
-        flow = Flow(self._next_id, ports, size_bytes, on_done, cap)
+        self._next_id = flow_id = self._next_id + 1
+        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group)
         flow.settled_s = self._kernel.now
         alone = True
+        rate = cap
         for port in ports:
-            alone = alone and not port.flows
-            port.flows[flow.flow_id] = flow
+            if port.flows:
+                alone = False
+            if port.bytes_per_s < rate:
+                rate = port.bytes_per_s
+            port.flows[flow_id] = flow
         if alone:
-            self._grant(flow, min(cap, *(port.bytes_per_s for port in ports)))
+            self._grant(flow, rate)
         else:
-            self._share(flow.ports)
+            self._share(ports)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -86,12 +118,14 @@ class LinkNetwork:
             self._leave(flow)
 
     def _leave(self, flow: Flow) -> None:
-        self._settle(flow)
+        if self.grants is not None:
+            self._settle(flow)
         flow.version += 1
         crowded = False
         for port in flow.ports:
             del port.flows[flow.flow_id]
-            crowded = crowded or bool(port.flows)
+            if port.flows:
+                crowded = True
         if crowded:
             self._share(flow.ports)
 
@@ -99,6 +133,8 @@ class LinkNetwork:
         flow, version = entry
         if flow.version == version:
             self._leave(flow)
+            if flow.group is not None:
+                del flow.group.flows[flow]
             flow.on_done()
 
     def _settle(self, flow: Flow) -> None:
@@ -112,8 +148,9 @@ class LinkNetwork:
 
     def _grant(self, flow: Flow, rate: float) -> None:
         flow.rate = rate
-        flow.version += 1
-        self._kernel.at(self._kernel.now + flow.remaining / rate, self._finish, (flow, flow.version))
+        flow.version = version = flow.version + 1
+        kernel = self._kernel
+        kernel.at(kernel.now + flow.remaining / rate, self._finish, (flow, version))
 
     def _share(self, ports: tuple[Port, ...]) -> None:
         """Give the flows connected to ``ports`` their fair rates; those whose rate stays keep their completion time."""
