@@ -40,11 +40,11 @@ class Study:
 
 def study_of(config: DictConfig, experiment: str) -> Study | None:
     """Study of a configuration, None for an ordinary run; UserError for unknown keys or a contradictory study."""
-    settings = OmegaConf.to_container(config.study) if config.study is not None else None
-    if settings is None:
+    if config.study is None:
         return None
+    settings: Any = OmegaConf.to_container(config.study)
     try:
-        study = Study(**settings)  # type: ignore[arg-type]
+        study = Study(**settings)
     except TypeError as error:
         raise UserError(f"experiment {experiment}: study: {error}") from None
     if bool(study.experiments) == bool(study.grids and study.rows):

@@ -95,7 +95,7 @@ def study(experiment: str) -> Study:
 
 def written(experiment: str) -> dict[str, Any]:
     """The study of a file, read without composing anything."""
-    return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})  # type: ignore[union-attr]
+    return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})
 
 
 STUDIES = [name for name in EXPERIMENTS if "grids" in written(name)]

@@ -150,7 +150,7 @@ class TestCalls:
         rig.sent()
         dispatch(rig, 1, instance=6)
         assert rig.sent() == []
-        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]  # type: ignore[attr-defined]
+        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]
         assert sink.finished
 
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
