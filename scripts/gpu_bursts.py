@@ -131,14 +131,14 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
     names = [model.name for model in experiment.models]
     requests = experiment.workload.requests(models=names, seed=seed)
     plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
-    backend = experiment.backend.build(  # type: ignore[call-arg]
+    backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=seed
     )
     times = Times()
     try:
         drive(plane, backend, [times])
     finally:
-        backend.close()  # type: ignore[union-attr]
+        backend.close()
     model = Path(arguments.model).name
     row = {
         "model": model,

@@ -51,7 +51,7 @@ class Replay:
 
     def _record(self, pool: Any) -> None:
         """Run the step once over padding, which makes libraries ready and changes no KV; then record it."""
-        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), _without_collection():

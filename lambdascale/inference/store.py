@@ -77,7 +77,7 @@ class BlockStore:
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"
         self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
         # Digests wait for nothing that the GPU computes in its default stream.
-        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None  # type: ignore[no-untyped-call]
+        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))

@@ -327,7 +327,7 @@ class TestReception:
 
     @pytest.mark.parametrize("tier", ["host", "gpu"])
     def test_resident_blocks_need_no_write(self, landing: BlockStore, tier: str) -> None:
-        landing.load("a", [4, 6], to=tier, keep_host=False).wait(30)  # type: ignore[arg-type]
+        landing.load("a", [4, 6], to=tier, keep_host=False).wait(30)
         reception = landing.expect("a", [5, 4, 6])
         there = () if (tier, landing.landing_tier) == ("host", "gpu") else (4, 6)
         assert reception.resident == there

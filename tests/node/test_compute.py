@@ -241,7 +241,7 @@ def test_an_abort_ends_a_request_wherever_it_is() -> None:
     node.abort(2)
     node.step()
     assert [m.request_id for m in cluster.said if isinstance(m, wire.Aborted)] == [2]
-    while not node._instances[1].head.running:  # type: ignore[union-attr]
+    while not node._instances[1].head.running:
         node.step()
     node.abort(1)
     cluster.run()
@@ -430,7 +430,7 @@ def test_kv_that_waits_for_a_slot_is_given_up_when_the_stages_change(kv: KvPolic
     """A request that waits for its turn, with complete KV outside of slots, is prefilled on the new stages."""
     cluster, ticket = waiting_replica()
     cluster.assign(5, 0, 2, 3)
-    while len(cluster.nodes[0]._instances[5].head.batches[0].kv_slots()) < 2:  # type: ignore[union-attr]
+    while len(cluster.nodes[0]._instances[5].head.batches[0].kv_slots()) < 2:
         cluster.run(steps=1)
     feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4), kv_part(cluster, ticket, 4, 4))
     assert len(cluster.nodes[0]._inbox) == 1

@@ -112,7 +112,7 @@ class Node:
         self.mover = Mover(
             number,
             self.store,
-            self.endpoint,  # type: ignore[arg-type]
+            self.endpoint,
             self.events.append,
             self.faults.append,
             window=1,

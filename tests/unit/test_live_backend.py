@@ -23,6 +23,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -149,7 +150,7 @@ class TestCalls:
         rig.sent()
         dispatch(rig, 1, instance=6)
         assert rig.sent() == []
-        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]  # type: ignore[attr-defined]
+        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]
         assert sink.finished
 
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
@@ -175,6 +176,20 @@ class TestCalls:
         rig.events()
         rig.backend.submit(FailRequest(1, "its instances failed 3 times"))
         assert sink.failures == ["its instances failed 3 times"]
+
+    def test_a_request_given_up_before_its_end_is_heard_of_counts_once(self, rig: Rig) -> None:
+        """It ended while the failure of its instance was on its way to the control plane, which then gave it up."""
+        rig.offer(1)
+        rig.events()
+        serve(rig)
+        dispatch(rig, 1)
+        failure = CommandFailed(0.0, "Serve", "no room", instance=5)
+        rig.say(0, wire.Happened(failure))
+        answer(rig, 1)
+        rig.backend._listen(0)
+        assert rig.backend.next_event() == failure
+        rig.backend.submit(FailRequest(1, "its instance failed 3 times"))
+        assert ids(rig.events(), RequestFinished) == []
 
 
 class TestLosses:
@@ -286,20 +301,24 @@ class TestRestarts:
         rig.launcher.stillborn = True
         rig.launcher.ended.add(1)
         begin = rig.now_s
-        times, count = [], len(rig.launcher.started)
+        times, count, events = [], len(rig.launcher.started), list[Any]()
         while rig.now_s < begin + 60:
-            rig.after(0.25, [0])
+            events += rig.after(0.25, [0])
             if len(rig.launcher.started) > count:
                 count = len(rig.launcher.started)
                 times.append(rig.now_s)
         assert [generation for node, generation in rig.launcher.started if node == 1] == [0, 1, 2, 3]
+        assert [type(event) for event in events] == [NodeLost, NodeGivenUp]
+        assert events[0].returns
         assert [round(b - a) for a, b in pairwise(times)] == [1, 2]
         assert capsys.readouterr().err.count("given up") == 1
         assert rig.backend._roster.alive == {0}
 
     def test_no_restarts_unless_asked_for(self, rig: Rig) -> None:
         rig.launcher.ended.add(1)
-        rig.after(40.0, [0])
+        (lost,) = rig.after(40.0, [0])
+        assert isinstance(lost, NodeLost)
+        assert not lost.returns
         assert rig.launcher.started == [(0, 0), (1, 0)]
 
     def test_messages_of_a_lost_node_are_not_heard(self, rig: Rig) -> None:
@@ -428,12 +447,27 @@ def test_restarts_long_ago_do_not_count() -> None:
         assert supervisor.waiting
         now[0] += 610
         assert supervisor.take_due() == [3]
+        supervisor.joined(3)
     assert not lines
     for _ in range(2):
         supervisor.lost(3)
         now[0] += 31
         supervisor.take_due()
     assert lines == ["node 3 was restarted 2 times within 600 s: given up"]
+
+
+def test_starts_that_hang_come_to_an_end() -> None:
+    """Each takes longer than the window has room for; a node that was up in between has all its restarts again."""
+    now, lines = [0.0], list[str]()
+    supervisor = Supervisor(2, lines.append, lambda: now[0])
+    for up in (True, False):
+        for again in (True, True, False):
+            assert supervisor.lost(3) is again
+            now[0] += 610
+            assert supervisor.take_due() == ([3] if again else [])
+        if up:
+            supervisor.joined(3)
+    assert lines == ["node 3 was restarted 2 times and did not come up: given up"] * 2
 
 
 def test_the_delay_has_a_bound() -> None:

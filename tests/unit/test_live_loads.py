@@ -299,7 +299,7 @@ class TestOrder:
         done, order = list[str](), Order(lambda about, error: None)
         order.hold("a")
         for model in ("a", "b", "a"):
-            order.submit(model, About("x"), lambda model=model: done.append(model))  # type: ignore[misc]
+            order.submit(model, About("x"), lambda model=model: done.append(model))
         assert done == ["b"]
         order.let_go("a")
         assert done == ["b", "a", "a"]

@@ -58,7 +58,7 @@ class Rig:
         self.engine = TransferEngine(
             self.kernel,
             cluster,
-            TransferOptions(**options),  # type: ignore[arg-type]
+            TransferOptions(**options),
             np.random.default_rng(0),
             lambda transfer, node, model, block: self.arrived.append((self.kernel.now, transfer, node, block)),
             lambda node, busy: self.occupied.append((self.kernel.now, node, busy)),
@@ -73,7 +73,7 @@ class Rig:
 def multicast(
     plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, multicast: str = "one_sided"
 ) -> StartMulticast:
-    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), multicast)  # type: ignore[arg-type]
+    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), multicast)
 
 
 def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> None:
@@ -184,7 +184,7 @@ def test_communicator_setup_follows_the_measurements() -> None:
 def load(
     tier: str, loader: str = "pipelined", node: int = 0, transfer_id: int = 1, blocks: tuple[int, ...] = (1, 0)
 ) -> LoadBlocks:
-    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)  # type: ignore[arg-type]
+    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)
 
 
 @pytest.mark.parametrize(
@@ -375,4 +375,4 @@ def test_a_slow_node_slows_what_crosses_its_port() -> None:
 @pytest.mark.parametrize("slow", [((1, 0.0),), ((1, 1.5),), ((1,),)])
 def test_slow_nodes_that_make_no_sense(slow: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(UserError, match="slow_nodes"):
-        SimConfig(slow_nodes=slow)  # type: ignore[arg-type]
+        SimConfig(slow_nodes=slow)

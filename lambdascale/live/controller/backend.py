@@ -37,6 +37,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -189,9 +190,8 @@ class LiveBackend:
 
     def _ready(self) -> Event | None:
         """Return what has happened or is due, with its time, or None."""
-        if self._events:
-            event = self._events.popleft()
-            event = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+        event = self._take_event()
+        if event is not None:
             return msgspec.structs.replace(event, at=self._tick())
         if self._started is None:
             if self._transfers.initial:
@@ -207,6 +207,15 @@ class LiveBackend:
         if self._offered:
             offer = self._offered.pop(next(iter(self._offered)))
             return self._arrive(at, offer.request, offer.ticket, offer.sink)
+        return None
+
+    def _take_event(self) -> Event | None:
+        """Return the oldest event that the control plane still has to hear of."""
+        while self._events:
+            event = self._events.popleft()
+            told = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+            if told is not None:
+                return told
         return None
 
     def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
@@ -245,16 +254,17 @@ class LiveBackend:
         for node, message in messages:
             if self._roster.hear(node, message):
                 self._listeners[type(message)](node, message)
-        lost, joined = self._roster.look(ended=bool(ended))
-        for node in lost:
-            self._lose(node)
-        self._events.extend(NodeJoined(0.0, node) for node in joined)
+        changes = self._roster.look(ended=bool(ended))
+        for node, returns in changes.lost.items():
+            self._lose(node, returns)
+        self._events.extend(NodeGivenUp(0.0, node) for node in changes.given_up)
+        self._events.extend(NodeJoined(0.0, node) for node in changes.joined)
         self._log.flush()
 
-    def _lose(self, node: NodeId) -> None:
-        """Take note that a node is a member no more, and that what was on it is lost."""
+    def _lose(self, node: NodeId, returns: bool) -> None:
+        """Take note that a node is a member no more, and that what was on it is lost; ``returns``: it will be started again."""
         self._transfers.node_lost(node)
-        self._events.append(NodeLost(0.0, node))
+        self._events.append(NodeLost(0.0, node, returns))
         self._answers.node_lost(node)
 
     # -- messages of agents ------------------------------------------------------------------------------------------

@@ -90,12 +90,12 @@ class Nccl:
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, gone: Callable[[], str]) -> None:
         os.environ.update(_WATCHDOG)
-        nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]
+        nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]  # builds with NCCL have it
         devices.use(device)
         self._device = device
         self._gone = gone
         # Its own: what the node computes meanwhile, in the default stream, does not wait for a broadcast.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             self._group = nccl(store, rank, size, nccl.Options())
             self._group.eager_connect_single_device(device)
@@ -106,13 +106,13 @@ class Nccl:
         with torch.cuda.stream(self._stream):
             work = self._group.broadcast([data.to(self._device)], _from(root))
             work.wait()  # lets the stream wait, not the thread
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()
             done.record()
             self._until(done)
 
     def _until(self, done: torch.cuda.Event) -> None:
         deadline = time.monotonic() + TIMEOUT_S
-        while not done.query():  # type: ignore[no-untyped-call]
+        while not done.query():
             if gone := self._gone():
                 raise RuntimeError(gone)
             if time.monotonic() > deadline:

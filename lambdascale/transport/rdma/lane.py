@@ -245,9 +245,10 @@ class Lane:
 
     def _poll(self) -> tuple[int, Any]:
         try:
-            return self._cq.poll(_BATCH)  # type: ignore[no-any-return]
+            count, completions = self._cq.poll(_BATCH)
         except PyverbsError as error:
             raise LaneError(f"its completions cannot be read: {error}") from error
+        return count, completions
 
     def _retire(self, number: int) -> Iterator[Callable[[], None]]:
         """Remove the work requests up to ``number``, all completed by its completion; yield their ``done``."""
