@@ -33,7 +33,7 @@ from lambdascale.experiments.compose import compose
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run varies. ``link``: a rate, or none for an unpaced one; ``output_tokens`` of each request."""
+    """Settings that vary between runs. ``link``: a rate, or none for an unpaced one; ``output_tokens`` of each request."""
 
     link: str
     sources: int
