@@ -115,6 +115,12 @@ def _explains(call: ast.Call) -> bool:
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_module_is_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{lines} lines: split it by subject"
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_whatever_is_silenced_says_why(path: Path) -> None:
     lines = unexplained(path.read_text())
     assert not lines, f"a reason is missing beside what silences a check or leaves a test out, at lines {lines}"
