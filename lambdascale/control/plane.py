@@ -179,7 +179,7 @@ class ControlPlane:
         return state.replicas - self.config.autoscaler.desired(len(state.queue), state.running)
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Release idle replicas of other models, longest idle first, when there are too few free nodes."""
+        """Release idle replicas of other models, longest idle first, when too few nodes are free."""
         lacking = replicas - len(self.fleet.free_nodes(state))
         if lacking <= 0 or len(self.fleet.models) == 1:
             return

@@ -129,7 +129,7 @@ class Serving:
         self._router.fill(state)
 
     def _replica_on(self, state: ModelState, allocation: Allocation) -> Instance:
-        """Return the replica that serves on a complete node, a new one if there is none."""
+        """Return the replica that serves on a complete node, or a new one."""
         replicas = (instance for instance in allocation.instances.values() if not instance.is_pipeline)
         return next(replicas, None) or self._serve_alone(state, allocation)
 

@@ -67,7 +67,7 @@ class Extents:
 
 
 class Arena:
-    """``capacity`` bytes on a device, allocated and touched at once; CapacityError if they are not there.
+    """``capacity`` bytes on a device, allocated and touched at once; CapacityError if the device has less.
 
     In host memory it begins on a page, so that O_DIRECT can read into it, and is registered with CUDA where that is present.
     ``memory``: use this instead of allocating (a transport's: in host memory on a page boundary, on a GPU a uint8 tensor).

@@ -35,7 +35,7 @@ class Replay:
             self._record(pool)
 
     def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The step's output for as many rows as there are ``slots``, in memory of its own."""
+        """The step's output for ``slots`` rows, in memory of its own."""
         count, rows = len(slots), len(self._inputs)
         self._inputs[:count].copy_(inputs, non_blocking=True)
         padding = [0] * (rows - count), [-1] * (rows - count)

@@ -202,7 +202,7 @@ class LiveConfig:
         sizes = sorted((_room(model) for _, model in models), reverse=True)
         at_once = max(1, cluster.node(node).gpus)
         preloaded = system.start.instant
-        # With several models there is room for one more than run: memory comes back in pieces.
+        # With several models, leave room for one more than run: memory comes back in pieces.
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
         room = system.memory.room_bytes(cluster.node(node).host_memory_bytes)
         wanted = (sum(sizes) if room else 0) + (sizes[0] if system.start.loader == "sequential" else 0)

@@ -82,6 +82,36 @@ def test_questions_are_found() -> None:
     assert questions('"""Number of nodes."""\ndef f():\n    """Whether it holds."""\nclass A:\n    """What it is."""') == [3, 5]
 
 
+# -- plain English -------------------------------------------------------------------------------------------------------
+
+PAGES = sorted({ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "results" / "LOG.md", *(ROOT / "docs").glob("*.md")})
+# What docs/contributing.md calls riddles; it names them itself.
+RIDDLES = re.compile(
+    r"\bthere (?:is|are|was|were|may|will)\b|\b(?:is|are|be|was|were|not) there\b|\bto be had\b|\bgone\b|\bcannot be(?:[.:,;]|$)",
+    re.IGNORECASE,
+)
+
+
+def prose(source: str) -> str:
+    """Comments and strings of a module, docstrings among them."""
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    nodes = ast.walk(ast.parse(source))
+    return "\n".join([*comments, *(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))])
+
+
+@pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_riddles(path: Path) -> None:
+    text = prose(path.read_text()) if path.suffix == ".py" else path.read_text()
+    found = [line.strip() for line in text.splitlines() if RIDDLES.search(line)]
+    assert not found or path.name == "contributing.md", "say it in plain English (docs/contributing.md)"
+
+
+def test_riddles_are_found() -> None:
+    assert RIDDLES.search(prose("def f():\n    'None if there is none.'"))
+    assert RIDDLES.search(prose("x = 1  # the node is gone"))
+    assert not RIDDLES.search(prose("raise ValueError('it cannot be read; the file lies there')"))
+
+
 # -- reasons for silenced checks and tests left out ----------------------------------------------------------------------
 
 EVERYWHERE = sorted({*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.py")})
@@ -112,6 +142,12 @@ def _leaves_out(node: ast.AST) -> bool:
 def _explains(call: ast.Call) -> bool:
     plain = isinstance(call.func, ast.Attribute) and call.func.attr == "skip" and bool(call.args)
     return plain or any(keyword.arg == "reason" for keyword in call.keywords)
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_module_is_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{lines} lines: split it by subject"
 
 
 @pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -90,7 +90,7 @@ class Never:
 
 def waiting(gone: str = "") -> Nccl:
     made = Nccl.__new__(Nccl)
-    made._gone = lambda: gone
+    made._lost = lambda: gone
     return made
 
 

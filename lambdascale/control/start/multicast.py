@@ -24,7 +24,7 @@ class MulticastStart:
     """New nodes receive the model from nodes that hold it, by ``planner``; without a holder, every node loads for itself.
 
     ``pipelines`` serve while blocks arrive. ``multicast``: one-sided writes, or a collective over a communicator. ``sources``:
-    sub-groups k of a multicast, or "auto" for as many as there are idle sources and destinations. ``host_sources``: host copies
+    sub-groups k of a multicast, or "auto" for one for each idle source that has a destination. ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination:
     always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
     ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``:

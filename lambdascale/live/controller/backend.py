@@ -61,7 +61,7 @@ class LiveBackend:
     """A running cluster, started by ``start()`` and ended by ``close()``.
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
-    ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time. A lost node's
+    ``open_ended``: go on without anything to do, until ``end()``; requests may be offered all the time. A lost node's
     process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
     """
 
@@ -126,7 +126,7 @@ class LiveBackend:
         return 0.0 if self._started is None else self._clock() - self._started
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request from a front end. ``sink`` hears its answer, or why there is none."""
+        """Take a request from a front end. ``sink`` hears its answer, or the reason for having none."""
         self._calls.put(Offer(request, ticket, sink))
 
     def abort(self, request_id: int) -> None:
@@ -144,7 +144,7 @@ class LiveBackend:
         self._events.extend(NodeJoined(0.0, node) for node in self._roster.start(configs))
 
     def fail_all(self, reason: str) -> None:
-        """Tell all that wait for answers that there will be none, now and later. For the control thread, or after its end."""
+        """Fail all requests, present and future, with ``reason``. For the control thread, or after its end."""
         self._calls.close(reason)
         offered, self._offered = self._offered, {}
         for sink in (*self._answers.sinks, *(offer.sink for offer in offered.values())):

@@ -134,9 +134,9 @@ class Roster:
         doomed, self._doomed = self._doomed, {}
         coming = set(self._joining.coming)
         failed = self._joining.failed(self._launcher.dead() if coming else ())
-        gone = self._membership.gone(ended=ended) | failed | doomed
+        lost = self._membership.lost(ended=ended) | failed | doomed
         members = set(self.alive)
-        returns = {node: self._remove(node, gone[node]) for node in sorted(gone.keys() & (members | coming))}
+        returns = {node: self._remove(node, lost[node]) for node in sorted(lost.keys() & (members | coming))}
         self._restart()
         return Changes(
             joined=tuple(joined),

@@ -57,7 +57,7 @@ class Cluster(Protocol):
         ...
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request. ``sink`` hears its answer, or why there is none."""
+        """Take a request. ``sink`` hears its answer, or the reason for having none."""
         ...
 
     def abort(self, request_id: int) -> None:
@@ -245,7 +245,7 @@ class FrontEnd:
         if body.logprobs:
             raise ApiError(400, "logprobs are not supported", param="logprobs")
         if len(body.stops) > 4:
-            raise ApiError(400, "there may be 4 stop strings at most", param="stop")
+            raise ApiError(400, "at most 4 stop strings are allowed", param="stop")
 
     def _unknown(self, model: str) -> ApiError:
         return ApiError(404, f"the model {model} does not exist; this server has {self._model}", param="model")

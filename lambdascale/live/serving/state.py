@@ -260,9 +260,9 @@ class ClusterState:
                 if request_id in self._requests:
                     self._instances[target].running.add(request_id)
         elif isinstance(command, StopInstance):
-            gone = self._instances.pop(command.instance, None)
-            if gone is not None:
-                self._queued |= gone.running
+            stopped = self._instances.pop(command.instance, None)
+            if stopped is not None:
+                self._queued |= stopped.running
 
     # -- for people --------------------------------------------------------------------------------------------------
 

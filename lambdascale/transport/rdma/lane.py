@@ -183,7 +183,7 @@ class Lane:
         try:
             return Window(self._device, region, rail)
         except PyverbsError as error:
-            raise LaneError(f"no memory window is to be had: {error}") from error
+            raise LaneError(f"the device has no memory window left: {error}") from error
 
     def bind(self, window: Window, done: Callable[[], None]) -> None:
         """Bind a window; it is open for everything sent later on this lane. LaneError if refused."""
