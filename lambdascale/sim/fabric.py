@@ -52,11 +52,12 @@ class Fabric:
         size_bytes: float,
         on_done: Callable[[], None],
         cap: float = inf,
+        weights: tuple[float, ...] | None = None,
     ) -> None:
         """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
         if group.cancelled or (self._lost and not self.alive(nodes)):
             return
-        flow = self.links.start(ports, size_bytes, on_done, cap, group)
+        flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
         group.flows[flow] = nodes
 
     def cancel(self, group: FlowGroup) -> None:

@@ -1,8 +1,8 @@
 """The simulated data plane: multicast plans, loads from storage and copies between nodes, as flows over ports.
 
-Assumptions, all stated: NICs are full duplex; a NIC reads GPU and registered host memory at its line rate (GPUDirect, host
-memory as RDMA source), so the tier of a multicast's source costs nothing extra and its reads do not take the node's PCIe
-from a load; a transfer's start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim.loads`.
+Assumptions, all stated: NICs are full duplex; a NIC reads GPU memory at its line rate (GPUDirect); what a source sends from
+host memory also crosses the node's PCIe, at most as fast as that is, and shares it with the node's own loads; a transfer's
+start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim.loads`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from math import inf
 
 import numpy as np
 
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
-from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core.commands import LoadBlocks, StartMulticast, Tier
 from lambdascale.sim.communicator import draw_setup_s
 from lambdascale.sim.fabric import Fabric
 from lambdascale.sim.kernel import Kernel
@@ -26,11 +27,15 @@ Occupy = Callable[[NodeId, bool], None]
 
 
 class _Member:
-    """A node's part in a multicast: sends (round, to, block) and receives (round, from) to come, blocks held, NIC."""
+    """A node's part in a multicast: sends (round, to, block) and receives (round, from) to come, blocks held, NIC.
 
-    __slots__ = ("busy", "held", "nic_in", "nic_out", "node", "receives", "sends")
+    ``pcie``: crossed by what it sends, if it sends from host memory.
+    """
 
-    def __init__(self, node: NodeId, fabric: Fabric) -> None:
+    __slots__ = ("busy", "held", "nic_in", "nic_out", "node", "pcie", "receives", "sends")
+
+    def __init__(self, node: NodeId, fabric: Fabric, tier: Tier) -> None:
+        self.pcie = fabric.port("pcie", node) if tier == "host" else None
         self.node = node
         self.sends: deque[tuple[int, _Member, int]] = deque()
         self.receives: deque[tuple[int, _Member]] = deque()
@@ -48,7 +53,8 @@ class _Multicast(FlowGroup):
         self.command = command
         self.sizes = sizes
         self.occupied: tuple[NodeId, ...] = ()
-        self.members = members = {node: _Member(node, fabric) for node in command.plan.members}
+        tiers = dict(zip(command.plan.sources, command.source_tiers, strict=True))
+        self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu")) for node in command.plan.members}
         received: dict[NodeId, set[int]] = {node: set() for node in members}
         self.left = 0
         for number, sends in enumerate(command.plan.rounds):
@@ -203,8 +209,15 @@ class TransferEngine:
 
     def _edge(self, transfer: _Multicast, src: _Member, dst: _Member, block: int, on_done: Callable[[], None]) -> None:
         nodes = src.node, dst.node
-        size = transfer.sizes[block] if self._rate else self._line_bytes(transfer.command, block, self._nic_rate(nodes))
-        self._fabric.flow(transfer, nodes, (src.nic_out, dst.nic_in), size, on_done)
+        if src.pcie is None:
+            size = transfer.sizes[block] if self._rate else self._line_bytes(transfer.command, block, self._nic_rate(nodes))
+            self._fabric.flow(transfer, nodes, (src.nic_out, dst.nic_in), size, on_done)
+            return
+        # PCIe carries the payload, the NICs the payload and what they fall short of their line rate by.
+        goodput = self._cluster.rdma_efficiency
+        line = min(self._nic_rate(nodes), src.pcie.bytes_per_s / goodput)
+        size, ports = self._line_bytes(transfer.command, block, line), (src.pcie, src.nic_out, dst.nic_in)
+        self._fabric.flow(transfer, nodes, ports, size, on_done, weights=(goodput, 1.0, 1.0))
 
     def _sizes(self, command: StartMulticast) -> tuple[float, ...]:
         """Return what each block of a multicast takes of a NIC, if all NICs of the cluster are alike."""
@@ -226,17 +239,20 @@ class TransferEngine:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
         plan, cluster = transfer.command.plan, self._cluster
         edges = dict.fromkeys((t.src, t.dst) for transfers in plan.rounds for t in transfers)
-        ports = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
+        nics = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
+        pcie = tuple(member.pcie for member in transfer.members.values() if member.pcie is not None)
+        ports = pcie + nics
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
-        hops = _longest_path(plan)
-        rate = self._nic_rate(plan.members) * cluster.collective_efficiency
+        hops, goodput = _longest_path(plan), cluster.collective_efficiency
+        rate = min(self._nic_rate(plan.members) * goodput, *(port.bytes_per_s for port in pcie), inf)
         fill_s = (hops - 1) * self._options.chunk_bytes / rate + hops * cluster.link_latency_s
-        size = sum(transfer.command.block_bytes) / cluster.collective_efficiency
+        size = sum(transfer.command.block_bytes) / goodput
+        weights = (goodput,) * len(pcie) + (1.0,) * len(nics) if pcie else None
 
         def drained() -> None:
             self._kernel.at(self._kernel.now + fill_s, self._stream_done, transfer)
 
-        self._fabric.flow(transfer, plan.members, ports, size, drained)
+        self._fabric.flow(transfer, plan.members, ports, size, drained, weights=weights)
 
     def _stream_done(self, transfer: _Multicast) -> None:
         plan = transfer.command.plan
