@@ -152,7 +152,7 @@ def test_a_thread_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """Whichever it is, the controller hears of it."""
     line, error = Line(), ZeroDivisionError("mine")
     failure = threading.ExceptHookArgs((type(error), error, None, threading.Thread(name="some")))
-    module._report_thread(1, line, failure)  # type: ignore[arg-type]
+    module._report_thread(1, line, failure)
     assert line.said == [wire.Fault(1, "thread some failed: ZeroDivisionError: mine", False)]
     assert "mine" in capsys.readouterr().err
 
@@ -194,7 +194,7 @@ def test_hidden_states_land_behind_the_arena() -> None:
 
 def test_a_setting_of_verify_that_does_not_exist() -> None:
     with pytest.raises(UserError, match="verify"):
-        LiveConfig(verify="some")  # type: ignore[arg-type]
+        LiveConfig(verify="some")
 
 
 @pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])
@@ -205,7 +205,7 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
     model.architecture, model.dtype = SimpleNamespace(hidden=64), "BF16"
     hub = SimpleNamespace(access=None)
-    told = live._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)
     assert told.place_bytes == 2 * cluster.nodes * (system.batching.max_tokens * 64 * 2 + 4096), "two pipelines' batches"
     over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]

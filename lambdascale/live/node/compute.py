@@ -22,7 +22,7 @@ from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Head, Instance
 from lambdascale.live.node.mode_switch import KvInbox, hand_over, send_kv
-from lambdascale.live.node.parcels import Parcels, Tell, to_bytes
+from lambdascale.live.node.parcels import Parcels, Tell
 from lambdascale.live.node.recent import Recent
 from lambdascale.live.node.repartition import Repartitioner
 from lambdascale.live.node.runners import Executor
@@ -32,7 +32,7 @@ from lambdascale.live.node.worker import NO_INSTANCE, Worker
 class Compute:
     """``report`` sends to the controller, ``send`` to other nodes (to nobody if the node is lost); ``vocab`` sizes vocabularies.
 
-    ``parcels`` makes what hidden states go through, None: messages.
+    ``parcels`` makes what hidden states go through.
 
     ``start()`` runs the thread; without it, ``step()`` does its work piece by piece.
     """
@@ -46,7 +46,7 @@ class Compute:
         vocab: Callable[[str], int],
         report: Callable[[wire.ToController], None],
         send: Callable[[NodeId, wire.Peer], None],
-        parcels: Callable[[Tell], Parcels] | None = None,
+        parcels: Callable[[Tell], Parcels],
     ) -> None:
         self._node = node
         self._limits = limits
@@ -59,7 +59,7 @@ class Compute:
         self._early: dict[int, list[wire.ForInstance]] = {}  # for instances not yet started here
         self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
         self._repartitioner = Repartitioner(node, executor, self._tell)
-        self._parcels = None if parcels is None else parcels(self._tell)
+        self._parcels = parcels(self._tell)
         self._inbox = KvInbox()
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed)
@@ -72,7 +72,7 @@ class Compute:
             wire.Handover: self._take_over,
             wire.KvPart: self._kv_part,
             wire.Collect: self._collect,
-            wire.Offer: self._offered,
+            wire.Offer: lambda instance, message: self._parcels.offered(message, instance),
         }
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class Compute:
         self._worker.start()
 
     def step(self) -> bool:
-        """Run the jobs posted so far, then one stage; False if there was nothing to do."""
+        """Run the jobs posted so far, then one stage; False if nothing was to do."""
         return self._worker.step()
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class Compute:
     def _run_turn(self) -> None:
         """Run the stage, or start the iteration, whose turn it is."""
         turn = self._turns.next()
-        assert turn is not None, "a turn is taken when there is one"
+        assert turn is not None, "a turn is taken when one is due"
         instance = self._instances[turn.instance]
         job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
         self._worker.guarded(job, turn.instance)
@@ -197,18 +197,14 @@ class Compute:
     def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
         """Run a stage and send what comes out of it on."""
         partition = instance.partitions[forward.version]
-        parcels, inputs = self._parcels, forward.inputs
-        if isinstance(inputs, wire.Landed):
-            assert parcels is not None, "what has landed was offered a place"
-            output = partition.runners[forward.stage].run(forward.work, parcels.read(inputs))
-        else:
-            output = partition.runners[forward.stage].run(forward.work, inputs)
+        inputs = self._parcels.read(forward.inputs) if isinstance(forward.inputs, wire.Landed) else forward.inputs
+        output = partition.runners[forward.stage].run(forward.work, inputs)
         if isinstance(output, list):
             self._tell(instance.head_node, wire.Chosen(forward.instance, forward.batch, tuple(output)))
             return
         following = forward.stage + 1
         node = partition.stages[following].node
-        sent = to_bytes(output) if parcels is None else parcels.send(node, forward.instance, forward.batch, output)
+        sent = self._parcels.send(node, forward.instance, forward.batch, output)
         self._tell(node, wire.Forward(forward.instance, forward.batch, forward.version, following, forward.work, sent))
 
     def _tell(self, node: NodeId, message: wire.Peer) -> None:
@@ -270,8 +266,7 @@ class Compute:
     def _divide(self, instance: Instance, version: int, stages: tuple[Stage, ...], kv: KvPolicy = "copy") -> None:
         """Add a partition; the head keeps a batch in flight for each of its nodes."""
         self._repartitioner.add(instance, version, stages, kv)
-        if self._parcels is not None:
-            self._parcels.offer(instance)
+        self._parcels.offer(instance)
         if instance.head_node == self._node:
             if instance.head is None:
                 instance.head = Head(partial(self._make_batch, instance.model))
@@ -288,8 +283,7 @@ class Compute:
         """
         instance = self._instances.get(message.instance)
         if isinstance(message, wire.Vacate):  # also of instances that have ended
-            if self._parcels is not None:
-                self._parcels.vacated(message)
+            self._parcels.vacated(message)
         elif instance is not None:
             instance.hold(message)
             self._drain(instance)
@@ -304,17 +298,12 @@ class Compute:
 
     def _refuse(self, message: wire.ForInstance) -> None:
         """Drop a message of an instance that has ended here; places that are offered for it stay empty."""
-        if isinstance(message, wire.Offer) and self._parcels is not None:
+        if isinstance(message, wire.Offer):
             self._parcels.offered(message, None)
-
-    def _offered(self, instance: Instance, message: wire.Offer) -> None:
-        if self._parcels is not None:
-            self._parcels.offered(message, instance)
 
     def _take_move(self, instance: Instance, message: wire.MoveBatch) -> None:
         self._repartitioner.take_move(instance, message)
-        if self._parcels is not None:
-            self._parcels.settle(instance)
+        self._parcels.settle(instance)
 
     def _take_early(self, instance: Instance) -> None:
         for message in self._early.pop(instance.number, ()):
@@ -356,8 +345,7 @@ class Compute:
         instance = self._instances.pop(number, None)
         if instance is not None:
             instance.close()
-            if self._parcels is not None:
-                self._parcels.settle(instance)
+            self._parcels.settle(instance)
 
     def _abort(self, request_id: int) -> None:
         for instance in self._instances.values():
@@ -381,8 +369,7 @@ class Compute:
 
     def _lost(self, peer: NodeId) -> None:
         """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
-        if self._parcels is not None:
-            self._parcels.lost(peer)
+        self._parcels.lost(peer)
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
             self._drop(number)
         for number, ticket in self._inbox.lose(peer):
