@@ -192,7 +192,7 @@ class ControlPlane:
                 lacking -= 1
 
     def _unsettled(self, state: ModelState) -> bool:
-        """True if a later look could decide something for this model without a further event arming the timer."""
+        """True if a later evaluation could change something for this model without a further event that sets the timer."""
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
             return not autoscaler.fixed or state.replicas < autoscaler.min_replicas

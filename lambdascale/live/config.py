@@ -97,7 +97,7 @@ class LiveConfig:
         return _SERVER_RESTARTS if open_ended else 0
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
-        """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
+        """Return the communicator of the system's broadcasts, None without any; and the reason for not using NCCL.
 
         UserError if NCCL is asked for and not possible.
         """

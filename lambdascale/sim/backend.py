@@ -45,7 +45,7 @@ from lambdascale.sim.transfers import TransferEngine
 class SimConfig:
     """The simulated cluster. ``transfers``: how data moves. ``node_failures``: (node, time in seconds) pairs.
 
-    ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, and nobody is told.
+    ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, unknown to the control plane.
     """
 
     transfers: TransferOptions = field(default_factory=TransferOptions)

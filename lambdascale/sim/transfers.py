@@ -36,16 +36,16 @@ class _Multicast(FlowGroup):
         self.receives: dict[NodeId, deque[tuple[int, NodeId]]] = {}
         received: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
         sent: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
-        for number, transfers in enumerate(command.plan.rounds):
-            for t in transfers:
-                self.sends.setdefault(t.src, deque()).append((number, t.dst, t.block))
-                self.receives.setdefault(t.dst, deque()).append((number, t.src))
-                received[t.dst].add(t.block)
-                sent[t.src].add(t.block)
+        for number, sends in enumerate(command.plan.rounds):
+            for send in sends:
+                self.sends.setdefault(send.src, deque()).append((number, send.dst, send.block))
+                self.receives.setdefault(send.dst, deque()).append((number, send.src))
+                received[send.dst].add(send.block)
+                sent[send.src].add(send.block)
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
         self.held = {node: sent[node] - received[node] for node in command.plan.members}
         self.busy: set[NodeId] = set()
-        self.left = sum(len(transfers) for transfers in command.plan.rounds)
+        self.left = sum(len(sends) for sends in command.plan.rounds)
 
 
 class TransferEngine:
@@ -194,7 +194,7 @@ class TransferEngine:
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
         plan, cluster = transfer.command.plan, self._cluster
-        edges = dict.fromkeys((t.src, t.dst) for transfers in plan.rounds for t in transfers)
+        edges = dict.fromkeys((send.src, send.dst) for sends in plan.rounds for send in sends)
         ports = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
         hops = _longest_path(plan)
@@ -258,7 +258,7 @@ class TransferEngine:
 def _longest_path(plan: MulticastPlan) -> int:
     """Hops from a source to the destination farthest from it."""
     depth = dict.fromkeys(plan.sources, 0)
-    for transfers in plan.rounds:
-        for t in transfers:
-            depth[t.dst] = depth.get(t.src, 0) + 1
+    for sends in plan.rounds:
+        for send in sends:
+            depth[send.dst] = depth.get(send.src, 0) + 1
     return max(depth.values())
