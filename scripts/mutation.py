@@ -69,8 +69,13 @@ ROOMS = {
     "sim": Room(
         ("lambdascale/sim/*",),
         (
-            *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/policy/test_simulator.py"),
-            *("tests/property/test_sim_links_properties.py", "tests/golden", "tests/unit/test_sim_sharing.py"),
+            *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/unit/test_sim_loads.py"),
+            *(
+                "tests/policy/test_simulator.py",
+                "tests/property/test_sim_links_properties.py",
+                "tests/golden",
+                "tests/unit/test_sim_sharing.py",
+            ),
         ),
     ),
 }
