@@ -10,12 +10,15 @@ from typing import Any, cast
 import pytest
 
 from lambdascale.control import Autoscaler, Backend, SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, Request
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, TracedRequest, traced
 from lambdascale.core.commands import CancelTransfer, Command, ReleaseNode
 from lambdascale.core.events import BlockArrived, CommandFailed, Event
 from lambdascale.metrics import Recorder, events_table
 from lambdascale.sim import SimConfig, TransferOptions
 from lambdascale.testing.invariants import InvariantChecker
+
+# Limit on the answers of requests here: above every answer, and far below the KV memory.
+LIMIT = 100
 
 
 def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
@@ -43,9 +46,9 @@ def small_model(name: str = "small") -> ModelSpec:
     return ModelSpec(name=name, layers=16, hidden=1024, heads=16, kv_heads=8, vocab=8000, weight_bytes="1GB")
 
 
-def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[Request]:
-    """Requests that all arrive at once."""
-    return [Request(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4)) for i in range(count)]
+def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[TracedRequest]:
+    """Requests that all arrive at once, with the same limit."""
+    return [traced(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4), LIMIT) for i in range(count)]
 
 
 def _checker(config: SystemConfig, cluster: ClusterSpec) -> InvariantChecker:
@@ -100,7 +103,7 @@ class SystemConformance:
 
     def run(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[TracedRequest],
         *,
         cluster: ClusterSpec | None = None,
         models: Sequence[ModelSpec] = (),
@@ -130,7 +133,7 @@ class SystemConformance:
 
     def test_one_request_of_one_token(self) -> None:
         """The smallest answer."""
-        self.run([Request(0, 3.7, "small", 1, 1)])
+        self.run([traced(0, 3.7, "small", 1, 1)])
 
     @pytest.mark.parametrize("min_replicas", [0, 1, 3])
     def test_a_burst_scales_out_and_back(self, min_replicas: int) -> None:
@@ -204,7 +207,7 @@ class SystemConformance:
     def test_a_request_that_cannot_fit_is_refused_at_once(self) -> None:
         """It fails alone; the others are served."""
         config, cluster = self.make_system(), small_cluster()
-        requests = [Request(0, 0.0, "small", 10_000_000, 5), Request(1, 0.0, "small", 10, 5)]
+        requests = [traced(0, 0.0, "small", 10_000_000, 5), traced(1, 0.0, "small", 10, 5)]
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
         checker = _checker(config, cluster)
         drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])

@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.core import traced
 from lambdascale.core.commands import Command, LoadBlocks, Serve, StartMulticast, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.live.controller.backend import LiveBackend
@@ -70,7 +70,7 @@ def test_several_sources_and_a_second_burst(tiny: Path) -> None:
     """A host copy feeds the multicast too; after a pause, released nodes come back from their host copies."""
     system = system_of("lambdascale", *TWO_SOURCES, "system.autoscaler.keep_alive_s=0.3")
     again = burst(32, at_s=6.0)
-    requests = [*REQUESTS, *(type(r)(r.request_id + 100, r.arrival_s, r.model, r.prompt_tokens, r.output_tokens) for r in again)]
+    requests = [*REQUESTS, *(traced(r.request_id + 100, r.arrival_s, r.model, r.prompt_tokens, r.output_tokens) for r in again)]
     outcome = run(tiny, requests, system=system, link="2MB/s")
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)
     assert "ReleaseNode" in outcome.kinds()
@@ -173,7 +173,7 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
     """The node that serves dies; once it is back, the other one does: a new process, reached in either direction, takes over."""
     again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0 and entry.node == 0, kill(1))
     watchers = [Watcher(first(TokensProduced), kill(0)), again]
-    requests = REQUESTS + [structs.replace(request, request_id=request.request_id + 32, arrival_s=8.0) for request in REQUESTS]
+    requests = REQUESTS + [traced(r.request_id + 32, 8.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
     outcome = run(tiny, requests, system=system_of("lambdascale"), nodes=2, watchers=watchers, transport=transport, restarts=3)
     assert again.acted
     assert [event.node for event in of(outcome, NodeLost)] == [0, 1]

@@ -67,7 +67,7 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
 
 
 def _new_stages(instance: int) -> wire.NewStages:
-    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy"), 1, "tiny", 0, 1)
+    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy", 100), 1, "tiny", 0, 1)
 
 
 def test_memory_of_ended_instances_is_bounded() -> None:

@@ -197,7 +197,7 @@ def test_moves_of_a_batch_keep_their_order() -> None:
 def test_batches_take_turns() -> None:
     """In a circle: a batch whose iterations end at once is not served alone."""
     head = Head(lambda index: Batch(BatchLimits(max_batch=1), range(index, index + 1), 20, 50))
-    head.resize(3)
+    head.resize(3, 20)
     for request_id in range(3):
         head.add(Ticket(request_id, [1], 1, 9))
     assert [head.next_batch() for _ in range(4)] == [0, 1, 2, 0]

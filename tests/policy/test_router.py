@@ -58,7 +58,8 @@ def test_a_request_whose_cache_never_fits_is_refused(prompt: int, output: int, r
     assert world.arrive()[0] == f"dispatch i1 {1}"
     if refused:
         (reason,) = [command.reason for command in world.commands if hasattr(command, "reason")]
-        assert reason == f"needs {prompt + output} tokens of KV cache, a replica of a has 79345"
+        needed = f"{prompt + output} tokens of KV cache ({prompt} for its prompt, {output} for its answer)"
+        assert reason == f"needs up to {needed}, a replica of a has 79345"
 
 
 def test_without_a_node_requests_are_refused_and_the_queue_is_given_up() -> None:
