@@ -167,9 +167,10 @@ class Batch:
             min(ticket.tokens) >= 0 and max(ticket.tokens) < self._vocab,
             f"request {ticket.request_id} has tokens outside 0 to {self._vocab - 1}",
         )
-        wanted, room = ticket.prompt_tokens + ticket.max_tokens, min(self.slot_tokens, self._scheduler.kv_tokens)
-        if wanted > room:
-            raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, a slot has {room}")
+        wanted, room = ticket.prompt_tokens + ticket.max_tokens, self._scheduler.kv_tokens
+        if wanted > min(self.slot_tokens, room):
+            found = f"a slot has {self.slot_tokens}" if self.slot_tokens <= room else f"the instance has {room}"
+            raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, {found}")
 
     def cached_slot(self, request_id: int) -> int | None:
         """Return the slot with the KV of all of a request's tokens but the newest; None while that KV is not complete."""

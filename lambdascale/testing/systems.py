@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 
 from lambdascale.control import Autoscaler, Backend, SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, TracedRequest, traced
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, NodeOverride, TracedRequest, traced
 from lambdascale.core.commands import CancelTransfer, Command, ReleaseNode
-from lambdascale.core.events import BlockArrived, CommandFailed, Event
+from lambdascale.core.events import BlockArrived, CommandFailed, Event, RequestFinished, TokensProduced
 from lambdascale.metrics import Recorder, events_table
 from lambdascale.sim import SimConfig, TransferOptions
 from lambdascale.testing.invariants import InvariantChecker
@@ -39,6 +39,16 @@ def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
         host_memory_bytes="3GB",
         usd_per_gpu_hour=1.0,
     )
+
+
+def with_kv_tokens(cluster: ClusterSpec, tokens: int, nodes: Sequence[int] | None = None) -> ClusterSpec:
+    """The cluster with memory for so many tokens of KV cache beside a small model on ``nodes`` (None: on all)."""
+    model = small_model()
+    needed = model.size_bytes + (tokens + 0.5) * model.kv_bytes_per_token
+    gpu = replace(cluster.gpu, memory_bytes=round(needed / 0.9))
+    if nodes is None:
+        return replace(cluster, gpu=gpu)
+    return replace(cluster, overrides=(NodeOverride(nodes=tuple(nodes), gpu=gpu),))
 
 
 def small_model(name: str = "small") -> ModelSpec:
@@ -213,6 +223,38 @@ class SystemConformance:
         drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         assert checker.failed == {0}
         assert checker.finished == {1: 5}
+
+    @pytest.mark.parametrize("kv_tokens", [600, 79_345])
+    def test_no_decision_depends_on_where_answers_end(self, kv_tokens: int) -> None:
+        """Until the first one ends, a run is the same when the ends are dealt out anew; also when KV memory runs out before."""
+        ends = [60 + 37 * i % 240 for i in range(60)]
+        logs = []
+        for dealt in (ends, ends[23:] + ends[:23]):
+            requests = [traced(i, 0.0, "small", 20 + 7 * (i % 5), end, 400) for i, end in enumerate(dealt)]
+            _, recorder = self.run(requests, cluster=with_kv_tokens(small_cluster(), kv_tokens))
+            logs.append(recorder.entries)
+        first = min(at for log in logs for at, entry in log if isinstance(entry, RequestFinished))
+        before = [[(at, entry) for at, entry in log if at < first] for log in logs]
+        assert before[0] == before[1]
+        assert any(isinstance(entry, TokensProduced) for _, entry in before[0])
+
+    def test_scarce_kv_memory(self) -> None:
+        """Room for two requests at their longest: the others wait or are computed anew, and all are answered."""
+        self.run(burst(60), cluster=with_kv_tokens(small_cluster(), 300))
+
+    @pytest.mark.parametrize("small", [(0, 1, 2), (3, 4, 5), (0, 2, 4)])
+    def test_nodes_with_different_kv_memory(self, small: tuple[int, ...]) -> None:
+        """Large requests are served by the nodes that can hold them, whichever those are; nobody waits for ever."""
+        cluster = with_kv_tokens(small_cluster(), 300, small)
+        large = [traced(60 + i, 0.01 * i, "small", 2000, 20) for i in range(4)]
+        late = [traced(70, 20.0, "small", 2000, 20)]
+        requests = sorted([*burst(60), *large], key=lambda request: request.arrival_s) + late
+        self.run(requests, cluster=cluster, min_replicas=1)
+
+    def test_a_fixed_number_of_replicas_on_nodes_too_small(self) -> None:
+        """The one replica there may be gives way to one on the node that can hold the request."""
+        cluster = with_kv_tokens(small_cluster(3), 300, (0, 1))
+        self.run([traced(0, 0.5, "small", 2000, 20)], cluster=cluster, min_replicas=1, max_replicas=1)
 
     def test_the_same_seed_gives_the_same_events(self) -> None:
         """Byte for byte."""

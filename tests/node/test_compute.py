@@ -218,6 +218,17 @@ def test_the_thread_does_the_same() -> None:
     assert last.done()
 
 
+def test_kv_memory_that_runs_out_costs_time_and_no_token() -> None:
+    """Two requests of up to 21 tokens share 25: the later one is prefilled twice."""
+    cluster = FakeCluster(1, kv_tokens=25)
+    cluster.serve(1, *stages(replica(0)))
+    cluster.assign(1, 0, 4, 8)
+    cluster.run()
+    cluster.check()
+    (runner,) = cluster.executors[0].open
+    assert runner.prefilled > sum(ticket.prompt_tokens for ticket in cluster.tickets.values())
+
+
 def test_an_instance_ends_with_its_head() -> None:
     """Nobody else would tell the other nodes of a dissolved pipeline to release their memory."""
     cluster = FakeCluster(2)
