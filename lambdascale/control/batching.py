@@ -175,33 +175,36 @@ class BatchScheduler:
         """True if the longest-waiting sequence could join at the next iteration."""
         if not self.waiting or (self.limits.mode == "static" and self._admitted):
             return False
-        return len(self._admitted) < self.limits.max_batch and self._has_room(self.waiting[0])
-
-    def _has_room(self, sequence: BatchedRequest) -> bool:
-        """True if what exists of a sequence fits beside the next tokens of the others, with the watermark to spare."""
         if not self._admitted:
             return True
-        needed = self._context + self._held + len(self.decoding) + sequence.context_tokens
-        return needed + self.kv_tokens // _WATERMARK <= self.kv_tokens
+        return len(self._admitted) < self.limits.max_batch and self.waiting[0].context_tokens <= self._room()
+
+    def _room(self) -> int:
+        """Tokens of KV beside those held and the next tokens of decoding sequences, with the watermark to spare."""
+        return self.kv_tokens - self.kv_tokens // _WATERMARK - self._context - self._held - len(self.decoding)
 
     def schedule(self) -> Iteration | None:
         """Return the next iteration, None if there is nothing to run. Sequences join and are preempted here."""
-        preempted = self._make_room()
-        if self.waiting and not preempted and self.admits:
-            self._admit()
         decodes = len(self.decoding)
+        preempted: Sequence[BatchedRequest] = ()
+        if self._context + self._held + decodes > self.kv_tokens:
+            preempted = self._make_room()
+            decodes = len(self.decoding)
+        elif self.waiting:
+            self._admit()
+            decodes = len(self.decoding)
         if self._prefilling:
             prefills = self._prefills(self.limits.max_tokens - decodes)
             return Iteration(prefills, decodes, self._context, 1, preempted)
         if not decodes:
             return None
-        ends, fits = self._ends[0][0] - self._step, (self.kv_tokens - self._context) // decodes
-        return Iteration([], decodes, self._context, ends if ends <= fits else max(fits, 1), preempted)
+        steps, room = self._ends[0][0] - self._step, self.kv_tokens - self._context
+        if steps * decodes > room:
+            steps = max(1, room // decodes)
+        return Iteration([], decodes, self._context, steps, preempted)
 
-    def _make_room(self) -> Sequence[BatchedRequest]:
+    def _make_room(self) -> list[BatchedRequest]:
         """Preempt the sequences admitted last until the next token of every decoding one fits; return them."""
-        if self._context + self._held + len(self.decoding) <= self.kv_tokens:
-            return ()
         preempted = []
         while len(self._admitted) > 1 and self._context + self._held + len(self.decoding) > self.kv_tokens:
             request_id, sequence = next(reversed(self._admitted.items()))
@@ -216,14 +219,23 @@ class BatchScheduler:
         return preempted
 
     def _admit(self) -> None:
-        waiting, max_batch = self.waiting, self.limits.max_batch
-        while waiting and len(self._admitted) < max_batch and self._has_room(waiting[0]):
-            sequence = waiting.popleft()
-            self._admitted[sequence.request_id] = sequence
+        """Let waiting sequences join while there is room; one that is alone needs no more than fits."""
+        limits, waiting, admitted = self.limits, self.waiting, self._admitted
+        if limits.mode == "static" and admitted:
+            return
+        room = self._room()
+        while waiting and len(admitted) < limits.max_batch:
+            sequence = waiting[0]
+            tokens = sequence.context_tokens
+            if tokens > room and admitted:
+                return
+            waiting.popleft()
+            admitted[sequence.request_id] = sequence
+            room -= tokens
             if sequence.cached:
                 self._join(sequence)
             else:
-                self._held += sequence.context_tokens
+                self._held += tokens
                 self._prefilling.append(sequence)
 
     def _prefills(self, budget: int) -> list[tuple[BatchedRequest, int]]:

@@ -152,7 +152,7 @@ class ControlPlane:
         models = self.fleet.models.values()
         for state in models:
             surplus = self._surplus(state)
-            if surplus >= 0 and self.fleet.lacking(state):
+            if surplus >= 0 and state.queue and self.fleet.lacking(state):
                 self._add_larger(state)
             elif surplus:
                 self._correct(state, surplus)

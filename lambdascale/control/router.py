@@ -23,7 +23,7 @@ class Router:
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
             return
-        if request.kv_tokens > state.least_kv_tokens and not self._fleet.fits(state, request):
+        if not self._fleet.fits(state, request):
             self._fleet.out.append(FailRequest(request.request_id, self._too_large(state, request)))
             return
         instance = None if state.queue else self._pick(state, request)

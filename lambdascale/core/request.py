@@ -56,7 +56,8 @@ class TracedRequest(Struct, frozen=True, gc=False):
     @property
     def answer_tokens(self) -> int:
         """Number of tokens in the answer: it ends by itself, or at the request's limit."""
-        return min(self.output_tokens, self.request.max_tokens)
+        tokens, limit = self.output_tokens, self.request.max_tokens
+        return tokens if tokens < limit else limit
 
 
 def traced(

@@ -107,7 +107,7 @@ class SimBackend:
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         self._requests = requests
         # Where answers end: known here and nowhere in the control plane.
-        self._answer_tokens = {each.request_id: each.answer_tokens for each in requests}
+        self._answer_tokens = {each.request.request_id: each.answer_tokens for each in requests}
         self._next_request = 0
         self._instances: dict[int, SimInstance] = {}
         self._model_of: dict[int, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import structs
 
-from lambdascale.core import Request, TracedRequest
+from lambdascale.core import TracedRequest
 
 
 def bounded(requests: Sequence[TracedRequest], kv_tokens: Mapping[str, int]) -> tuple[Sequence[TracedRequest], int]:
@@ -17,15 +17,11 @@ def bounded(requests: Sequence[TracedRequest], kv_tokens: Mapping[str, int]) -> 
     """
     found, cut = [], 0
     for traced in requests:
-        bound = _within(traced.request, kv_tokens[traced.request.model])
-        if bound is not traced.request:
-            cut += bound.max_tokens < traced.answer_tokens
-            traced = TracedRequest(bound, traced.output_tokens)
-        found.append(traced)
+        request, room = traced.request, kv_tokens[traced.request.model]
+        if request.prompt_tokens + request.max_tokens <= room:
+            found.append(traced)
+            continue
+        limit = max(1, room - request.prompt_tokens)
+        cut += limit < traced.answer_tokens
+        found.append(TracedRequest(structs.replace(request, max_tokens=limit), traced.output_tokens))
     return found, cut
-
-
-def _within(request: Request, kv_tokens: int) -> Request:
-    if request.kv_tokens <= kv_tokens:
-        return request
-    return structs.replace(request, max_tokens=max(1, kv_tokens - request.prompt_tokens))

@@ -177,8 +177,8 @@ def test_preempted_requests_go_on_where_they_were(
 
 
 def test_sampled_answers_do_not_depend_on_preemptions(models: Callable[[str], Path]) -> None:
-    """A draw depends on the seed and the place in the answer. Rounding differs with the batch, and moves one draw in a thousand of
-    these flat distributions to the next token.
+    """A draw depends on the seed and the place in the answer. Rounding differs with the batch: it moves about one draw in a
+    thousand, of these flat distributions, to the next token.
     """
     source = HfCheckpoint(models("llama"))
     found = []
