@@ -111,7 +111,8 @@ class BatchScheduler:
     """Forms the iterations of one batch. First come, first served: in admission, and in what is kept when KV memory runs out.
 
     ``kv_tokens`` may change between iterations. Every sequence fits it alone, prompt and answer, and so ends some time: the one
-    admitted first is never preempted while others run. ``preemptions`` counts.
+    admitted first is never preempted while others run. KV that a waiting sequence brings along is in transit: it does not count.
+    ``preemptions`` counts sequences that lost their KV.
     """
 
     __slots__ = (

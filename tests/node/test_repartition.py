@@ -205,6 +205,19 @@ def test_batches_take_turns() -> None:
     assert [head.next_batch() for _ in range(3)] == [2, 0, 2]
 
 
+def test_kv_memory_changes_with_the_stages() -> None:
+    """For the batches there are, and for new ones."""
+    cluster = FakeCluster(2, kv_tokens=30)
+    story = Story(cluster, ALONE)
+    cluster.run()
+    cluster.kv_tokens = 25
+    story.repartition(SOURCE_FIRST, "copy")
+    cluster.run()
+    head = cluster.nodes[0]._instances[1].head
+    assert head is not None
+    assert [batch._scheduler.kv_tokens for batch in head.batches] == [25, 25]
+
+
 def consolidated(max_batch: int) -> tuple[FakeCluster, int]:
     """Requests 1 and 2, each in a batch of its own, moved onto one node when each has a token; the tokens so far."""
     cluster = FakeCluster(2, max_batch=max_batch)

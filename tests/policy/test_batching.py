@@ -101,7 +101,7 @@ def test_no_more_join_than_the_batch_has_places() -> None:
         (99, ((50, 1), (30, 1), (20, 1), (19, 1)), [0, 1]),  # 3 would fit, but it came after 2
         (400, ((200, 9), (197, 9)), [0]),  # a hundredth stays free
         (400, ((200, 9), (196, 9)), [0, 1]),
-        (30, ((29, 1),), [0]),  # nothing needs to stay free for a request that is alone
+        (200, ((199, 1),), [0]),  # nothing needs to stay free for a request that is alone
     ],
 )
 def test_what_exists_of_a_request_is_admitted(kv: int, requests: tuple[tuple[int, int], ...], admitted: list[int]) -> None:
@@ -197,6 +197,11 @@ def test_several_are_preempted_when_memory_is_taken_away() -> None:
     assert iteration is not None
     assert [s.request_id for s in iteration.preempted] == [2, 1]
     assert [s.request_id for s in batch.waiting] == [1, 2]
+    assert batch.preemptions == 2
+    batch.kv_tokens = 5
+    iteration = batch.schedule()
+    assert iteration is not None
+    assert (iteration.decodes, iteration.max_steps, iteration.preempted) == (1, 1, []), "the one that is left goes on"
 
 
 def test_the_last_one_is_never_preempted() -> None:

@@ -187,3 +187,14 @@ def test_a_pipeline_has_the_least_memory_of_its_nodes() -> None:
     world.tick()
     world.deliver("t3", 4)
     assert [command.kv_tokens for command in world.commands if isinstance(command, Serve)] == [79_345, 79_345, 300]
+
+
+def test_idle_replicas_of_other_models_make_room_on_the_nodes_that_the_queue_fits() -> None:
+    world = mixed((0,), nodes=2, models="ab", min_replicas=0, keep_alive_s=100.0)
+    for model, node in (("a", 0), ("b", 1)):
+        world.arrive(model=model)
+        assert f"allocate {node}{'' if model == 'a' else model}" in world.tick()
+        world.deliver(world.open_transfers()[0])
+    world.finish(0, 1)
+    world.arrive(prompt=290, output=11)
+    assert without(world.tick(), "timer")[:3] == ["stop i2", "release 1b keep", "allocate 1"]

@@ -185,3 +185,21 @@ def test_a_node_with_other_hardware_computes_at_its_own_speed() -> None:
         serve(cluster, node + 1, node)
         cluster.submit(Dispatch(node + 1, (request(node, 11),)))
     assert finished(play(cluster)) == pytest.approx({0: 0.3, 1: 0.6})
+
+
+def test_kv_memory_that_runs_out_costs_a_prefill() -> None:
+    """Two requests of 8 + 11 tokens in 30: after 8 steps the second is preempted; it waits and is prefilled again."""
+    cluster = backend()
+    cluster.submit(Serve(1, "small", stages(0), SIZES, 30))
+    cluster.submit(Dispatch(1, (request(0, 11), request(1, 11))))
+    ends = finished(play(cluster))
+    assert ends[0] == pytest.approx(0.1 + 10 * 0.02)
+    assert ends[1] == pytest.approx(0.1 + 10 * 0.02 + 0.1 + 2 * 0.02), "7 + 1 of its tokens came before, one with the prefill"
+
+
+def test_kv_memory_changes_with_the_stages() -> None:
+    """For the batches there are, and for new ones."""
+    cluster = backend()
+    serve(cluster, 1, 0)
+    cluster.submit(Repartition(1, stages(0, 1), "copy", 50))
+    assert [batch.scheduler.kv_tokens for batch in cluster._instances[1]._batches] == [50, 50]
