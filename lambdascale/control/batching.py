@@ -54,8 +54,8 @@ class BatchedRequest:
     """A request inside a scheduler.
 
     ``produced`` output tokens exist already when it enters (more than 0 after a mode switch); ``cached`` says that the KV
-    of everything so far is there, so that it needs no prefill. ``output_tokens`` is where the answer ends at the latest: nothing
-    but the number of steps that may be merged depends on it.
+    of everything so far is resident, so that it needs no prefill. ``output_tokens`` is where the answer ends at the latest:
+    nothing but the number of steps that may be merged depends on it.
     """
 
     __slots__ = ("_joined", "cached", "output_tokens", "prefilled", "produced", "prompt_tokens", "request_id")
@@ -165,7 +165,7 @@ class BatchScheduler:
     def add(self, sequence: BatchedRequest) -> None:
         """Queue a sequence. The caller refuses a sequence that could never fit the KV memory."""
         needed = sequence.prompt_tokens + sequence.output_tokens
-        assert needed <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
+        assert needed <= self.kv_tokens, f"request {sequence.request_id} needs more KV than the memory has"
         assert sequence.produced < sequence.output_tokens, (
             f"request {sequence.request_id} already has {sequence.produced} of its {sequence.output_tokens} tokens"
         )
@@ -185,7 +185,7 @@ class BatchScheduler:
         return self.kv_tokens - self.kv_tokens // _WATERMARK - self._context - self._held - len(self.decoding)
 
     def schedule(self) -> Iteration | None:
-        """Return the next iteration, None if there is nothing to run. Sequences join and are preempted here."""
+        """Return the next iteration, None without anything to run. Sequences join and are preempted here."""
         decodes = len(self.decoding)
         preempted: Sequence[BatchedRequest] = ()
         if self._context + self._held + decodes > self.kv_tokens:
@@ -220,7 +220,7 @@ class BatchScheduler:
         return preempted
 
     def _admit(self) -> None:
-        """Let waiting sequences join while there is room; one that is alone needs no more than fits."""
+        """Let waiting sequences join while they fit; a sequence that would be alone always does."""
         limits, waiting, admitted = self.limits, self.waiting, self._admitted
         if limits.mode == "static" and admitted:
             return

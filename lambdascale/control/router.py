@@ -18,7 +18,7 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """Dispatch a new request, queue it, or refuse it: its KV cache, up to its limit, fits no node, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache, up to its limit, fits no node, or no node will serve."""
         state = self._fleet.models[request.model]
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
@@ -34,7 +34,7 @@ class Router:
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
 
     def give_up(self, state: ModelState) -> None:
-        """Fail what is queued and fits no node that is left; all of it if none is left that could serve the model."""
+        """Fail what is queued and fits no node, neither a living one nor one that will be started again."""
         fleet = self._fleet
         serves = fleet.can_serve(state)
         failed = [request for request in state.queue if not serves or not fleet.fits(state, request)]
@@ -49,7 +49,7 @@ class Router:
         return f"{state.spec.name} fails on every node: {state.reason}" if state.unfit else _NO_NODE
 
     def _too_large(self, state: ModelState, request: Request) -> str:
-        room = max(state.kv_tokens[node] for node in self._fleet.candidates(state))
+        room = self._fleet.most_kv_tokens(state)
         return (
             f"needs up to {request.kv_tokens} tokens of KV cache ({request.prompt_tokens} for its prompt, {request.max_tokens} "
             f"for its answer), a replica of {request.model} has {room}"

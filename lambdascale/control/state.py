@@ -134,7 +134,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of.
+    ``storage``: the tier in which every node finds models that it has no host copy of. ``returning``: lost nodes that will be
+    started again.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Fleet:
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
+        self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
         self.instances: dict[int, Instance] = {}
@@ -173,7 +175,9 @@ class Fleet:
         return self._next_id
 
     def can_serve(self, state: ModelState) -> bool:
-        """True if some living node can serve the model at all."""
+        """True if a node can serve the model at all: one that lives, or one that will be started again."""
+        if self.returning and not self.returning.isdisjoint(state.kv_tokens):
+            return True
         if not state.unfit and len(state.kv_tokens) == self.cluster.nodes:
             return bool(self.gpus_free)
         return any(True for _ in self.candidates(state))
@@ -189,9 +193,14 @@ class Fleet:
         return [n for n in free if state.kv_tokens[n] >= room] if room else free
 
     def fits(self, state: ModelState, request: Request) -> bool:
-        """True if some living node that can serve the model has the KV memory that the request may need."""
+        """True if a node that can serve the model has the KV memory that the request may need."""
         needed = request.kv_tokens
-        return needed <= state.least_kv_tokens or any(state.kv_tokens[n] >= needed for n in self.candidates(state))
+        return needed <= state.least_kv_tokens or needed <= self.most_kv_tokens(state)
+
+    def most_kv_tokens(self, state: ModelState) -> int:
+        """Return the most KV memory of a node that can serve the model: one that lives, or one that will be started again."""
+        nodes = [*self.candidates(state), *(node for node in self.returning if node in state.kv_tokens)]
+        return max((state.kv_tokens[node] for node in nodes), default=0)
 
     def lacking(self, state: ModelState) -> int:
         """KV tokens that the head of the queue may need and no node allocated to the model has; 0 if nothing is lacking."""

@@ -92,7 +92,7 @@ class Serve(Command, frozen=True, gc=False, tag=True):
 
     ``stages`` cover the model once, in order; a node may have several. ``block_bytes`` as in StartMulticast. ``kv_tokens``:
     tokens of KV memory of each of its batches, the least that its nodes have beside the model. Every batch has it: a node keeps
-    the KV of its own layers only, and as many batches are in flight as there are nodes.
+    the KV of its own layers only, and the instance has one batch in flight per node.
     """
 
     instance: int

@@ -234,7 +234,7 @@ class Batch:
         return self._tickets.pop(request_id)
 
     def next(self) -> BatchPlan | None:
-        """Return the next iteration, None if there is nothing to run. Requests preempted for it lose their slots."""
+        """Return the next iteration, None without anything to run. Requests preempted for it lose their slots."""
         iteration = self._scheduler.schedule()
         if iteration is None:
             return None

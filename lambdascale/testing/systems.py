@@ -252,9 +252,10 @@ class SystemConformance:
         self.run(requests, cluster=cluster, min_replicas=1)
 
     def test_a_fixed_number_of_replicas_on_nodes_too_small(self) -> None:
-        """The one replica there may be gives way to one on the node that can hold the request."""
+        """The only replica gives way, once it is idle, to one on the node that can hold the request."""
         cluster = with_kv_tokens(small_cluster(3), 300, (0, 1))
-        self.run([traced(0, 0.5, "small", 2000, 20)], cluster=cluster, min_replicas=1, max_replicas=1)
+        requests = [traced(0, 0.5, "small", 20, 50), traced(1, 0.6, "small", 2000, 20)]
+        self.run(requests, cluster=cluster, min_replicas=1, max_replicas=1)
 
     def test_the_same_seed_gives_the_same_events(self) -> None:
         """Byte for byte."""

@@ -10,7 +10,7 @@ from lambdascale.core import UserError
 
 def scheduler(kv: int = 100, requests: tuple[tuple[int, int], ...] = (), **limits: object) -> BatchScheduler:
     """A scheduler with waiting requests 0, 1, ... of (prompt, output) tokens."""
-    made = BatchScheduler(BatchLimits(**limits), kv)  # type: ignore[arg-type]
+    made = BatchScheduler(BatchLimits(**limits), kv)
     for number, (prompt, output) in enumerate(requests):
         made.add(BatchedRequest(number, prompt, output))
     return made
@@ -128,7 +128,9 @@ def test_the_next_tokens_of_the_others_come_before_a_newcomer() -> None:
     run(batch)
     batch.add(BatchedRequest(2, 21, 5))
     assert not batch.admits
-    assert batch.schedule().prefills == []  # type: ignore[union-attr]
+    iteration = batch.schedule()
+    assert iteration is not None
+    assert iteration.prefills == []
 
 
 def full() -> BatchScheduler:
@@ -148,10 +150,14 @@ def test_steps_are_merged_until_the_memory_runs_out() -> None:
     assert (iteration.decodes, iteration.max_steps) == (3, 3), "30 tokens, 3 more each step"
     batch = scheduler(40, ((10, 4), (10, 30), (10, 30)), max_batch=4)
     run(batch)
-    assert batch.schedule().max_steps == 3, "the first ends then"  # type: ignore[union-attr]
+    iteration = batch.schedule()
+    assert iteration is not None
+    assert iteration.max_steps == 3, "the first ends then"
     batch = scheduler(40, ((10, 3), (10, 30), (10, 30)), max_batch=4)
     run(batch)
-    assert batch.schedule().max_steps == 2  # type: ignore[union-attr]
+    iteration = batch.schedule()
+    assert iteration is not None
+    assert iteration.max_steps == 2
 
 
 def test_the_request_admitted_last_is_preempted_and_computed_anew() -> None:
@@ -328,4 +334,4 @@ def test_limits_are_checked() -> None:
     with pytest.raises(UserError, match=r"BatchLimits\.max_batch must be at least 1, not 0"):
         BatchLimits(max_batch=0)
     with pytest.raises(UserError, match="mode"):
-        BatchLimits(mode="dynamic")  # type: ignore[arg-type]
+        BatchLimits(mode="dynamic")

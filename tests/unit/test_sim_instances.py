@@ -24,7 +24,7 @@ KV = 79_345
 
 def backend(cluster: object = CLUSTER, failures: tuple[tuple[int, float], ...] = ()) -> SimBackend:
     built = SimConfig(node_failures=failures).build(
-        cluster=cluster,  # type: ignore[arg-type]
+        cluster=cluster,
         models=[small_model()],
         requests=[],
         batching=BatchLimits(max_batch=8),
