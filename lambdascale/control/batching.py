@@ -276,7 +276,7 @@ class BatchScheduler:
                 continue
             ended = self._prefilling.popleft()
             assert ended is sequence, "prefills end in the order they began"
-            self._held -= sequence.context_tokens
+            self._held -= sequence.prefilled
             sequence.produced += 1
             if sequence.produced == 1:
                 first.append(sequence)

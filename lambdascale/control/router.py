@@ -23,10 +23,11 @@ class Router:
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
             return
-        if not self._fleet.fits(state, request):
+        needed = request.kv_tokens
+        if needed > state.least_kv_tokens and needed > self._fleet.most_kv_tokens(state):
             self._fleet.out.append(FailRequest(request.request_id, self._too_large(state, request)))
             return
-        instance = None if state.queue else self._pick(state, request)
+        instance = None if state.queue else self._pick(state, needed)
         if instance is None:
             state.queue.append(request)
             return
@@ -36,8 +37,10 @@ class Router:
     def give_up(self, state: ModelState) -> None:
         """Fail what is queued and fits no node, neither a living one nor one that will be started again."""
         fleet = self._fleet
-        serves = fleet.can_serve(state)
-        failed = [request for request in state.queue if not serves or not fleet.fits(state, request)]
+        if not state.queue:
+            return
+        serves, room = fleet.can_serve(state), fleet.most_kv_tokens(state)
+        failed = [request for request in state.queue if not serves or request.kv_tokens > room]
         for request in failed:
             reason = self._too_large(state, request) if serves else self._why(state)
             fleet.out.append(FailRequest(request.request_id, reason))
@@ -72,7 +75,7 @@ class Router:
     def fill(self, state: ModelState) -> None:
         """Give queued requests to free slots, one Dispatch per instance."""
         chosen: dict[int, list[Request]] = {}
-        while state.queue and (instance := self._pick(state, state.queue[0])) is not None:
+        while state.queue and (instance := self._pick(state, state.queue[0].kv_tokens)) is not None:
             request = state.queue.popleft()
             self._take(state, instance, request)
             chosen.setdefault(instance.instance_id, []).append(request)
@@ -103,12 +106,12 @@ class Router:
         return True
 
     @staticmethod
-    def _pick(state: ModelState, request: Request) -> Instance | None:
-        """Return the least loaded instance with a free slot and the KV memory that the request may need."""
-        best, least, needed = None, 1.0, request.kv_tokens
+    def _pick(state: ModelState, kv_tokens: int) -> Instance | None:
+        """Return the least loaded instance with a free slot and so much KV memory."""
+        best, least = None, 1.0
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
-            if load < least and instance.kv_tokens >= needed:
+            if load < least and instance.kv_tokens >= kv_tokens:
                 best, least = instance, load
         return best
 

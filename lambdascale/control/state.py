@@ -192,11 +192,6 @@ class Fleet:
         free = [n for n in self.candidates(state) if self.gpus_free[n] >= gpus and n not in state.allocations]
         return [n for n in free if state.kv_tokens[n] >= room] if room else free
 
-    def fits(self, state: ModelState, request: Request) -> bool:
-        """True if a node that can serve the model has the KV memory that the request may need."""
-        needed = request.kv_tokens
-        return needed <= state.least_kv_tokens or needed <= self.most_kv_tokens(state)
-
     def most_kv_tokens(self, state: ModelState) -> int:
         """Return the most KV memory of a node that can serve the model: one that lives, or one that will be started again."""
         nodes = [*self.candidates(state), *(node for node in self.returning if node in state.kv_tokens)]
