@@ -41,9 +41,11 @@ def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
     )
 
 
-def with_kv_tokens(cluster: ClusterSpec, tokens: int, nodes: Sequence[int] | None = None) -> ClusterSpec:
-    """The cluster with memory for so many tokens of KV cache beside a small model on ``nodes`` (None: on all)."""
-    model = small_model()
+def with_kv_tokens(
+    cluster: ClusterSpec, tokens: int, nodes: Sequence[int] | None = None, model: ModelSpec | None = None
+) -> ClusterSpec:
+    """The cluster with memory for so many tokens of KV cache beside a model (None: a small one) on ``nodes`` (None: on all)."""
+    model = model or small_model()
     needed = model.size_bytes + (tokens + 0.5) * model.kv_bytes_per_token
     gpu = replace(cluster.gpu, memory_bytes=round(needed / 0.9))
     if nodes is None:

@@ -15,6 +15,7 @@ from lambdascale.core.commands import Command, LoadBlocks, Serve, StartMulticast
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
+from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.live.faults import Break, Damage, check_damage, inject
 from tests.live.harness import Outcome, Watcher, burst, expected, of, run, system_of
 
@@ -76,6 +77,15 @@ def test_several_sources_and_a_second_burst(tiny: Path) -> None:
     assert "ReleaseNode" in outcome.kinds()
     plans = [e.plan for _, e in outcome.recorder.entries if isinstance(e, StartMulticast)]
     assert any(len(plan.sources) == 2 for plan in plans)
+
+
+def test_scarce_kv_memory(tiny: Path) -> None:
+    """Room for two of a batch's four requests at their longest, in replicas and pipelines: the others are computed anew."""
+    scarce = with_kv_tokens(small_cluster(), 260, model=PackedModel.open(tiny, "tiny").spec)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), cluster_changes={"gpu": scarce.gpu})
+    check(outcome, tiny)
+    assert {e.kv_tokens for e in of(outcome, Serve)} == {260}
+    assert any(e.is_pipeline for e in of(outcome, Serve))
 
 
 def test_from_nothing(tiny: Path) -> None:
