@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lambdascale.core.commands import FailRequest, Serve
+from lambdascale.core.events import NodeGivenUp
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, pipelined, without
 
@@ -198,3 +199,10 @@ def test_idle_replicas_of_other_models_make_room_on_the_nodes_that_the_queue_fit
     world.finish(0, 1)
     world.arrive(prompt=290, output=11)
     assert without(world.tick(), "timer")[:3] == ["stop i2", "release 1b keep", "allocate 1"]
+
+
+def test_a_node_that_will_be_started_again_counts_with_its_memory() -> None:
+    world = mixed((0, 1), min_replicas=1)
+    world.lose(2, returns=True)
+    assert without(world.arrive(prompt=290, output=11), "timer") == [], "it waits for node 2"
+    assert world.play(NodeGivenUp(world.at, 2)) == ["fail 0"]
