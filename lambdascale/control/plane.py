@@ -157,7 +157,10 @@ class ControlPlane:
         self._tick = 0
         models = self.fleet.models.values()
         for state in models:
-            if surplus := self._surplus(state):
+            surplus = self._surplus(state)
+            if surplus >= 0 and state.queue and self.fleet.lacking(state):
+                self._add_larger(state)
+            elif surplus:
                 self._correct(state, surplus)
         for state in models:
             if self._unsettled(state):
@@ -173,6 +176,15 @@ class ControlPlane:
             for instance in self._scaler.idle_instances(state)[:surplus]:
                 if instance.idle_since <= due:
                     self._scaler.release(state, instance)
+
+    def _add_larger(self, state: ModelState) -> None:
+        """Add a replica on a node with the KV memory that the head of the queue may need, once another is idle.
+
+        The idle one is surplus from then on.
+        """
+        if self._scaler.idle_instances(state):
+            self._make_room(state, 1)
+            self._scaler.scale_out(state, 1)
 
     def _surplus(self, state: ModelState) -> int:
         """Replicas beyond the desired number; negative if too few."""
@@ -192,8 +204,8 @@ class ControlPlane:
                 lacking -= 1
 
     def _unsettled(self, state: ModelState) -> bool:
-        """True if a later look could decide something for this model without a further event arming the timer."""
+        """True if a later evaluation could change something for this model without a further event that sets the timer."""
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
-            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas
+            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas or self.fleet.lacking(state) > 0
         return state.replicas != autoscaler.min_replicas and bool(state.allocations)

@@ -144,7 +144,7 @@ class TransportConformance:
             data = bytes([index + 1]) * 5000
             one.endpoint.place(0, self.source(data), 4096)
             one.endpoint.send(0, b"%d" % index)
-            two.heard.wait(lambda heard: len(heard.messages) == index + 1)  # noqa: B023
+            two.heard.wait(lambda heard: len(heard.messages) == index + 1)  # noqa: B023 (called at once)
             assert bytes(two.memory[4095:9097]) == b"\0" + data + b"\0"
         assert not two.heard.writes
 
@@ -190,7 +190,7 @@ class TransportConformance:
         assert bytes(two.memory[: 1 << 21]) == bytes(one.memory[1 << 21 :]) == data
 
     def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
-        """Each gets its own."""
+        """Every peer gets what is sent to it, and nothing else."""
         *others, last = nodes(6)
         for peer, node in enumerate(others):
             last.endpoint.connect(peer, node.endpoint.address)
@@ -252,7 +252,7 @@ class TransportConformance:
             one.endpoint.connect(0, address)
 
     def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
-        """An address that belongs to another node."""
+        """Connecting to an address that belongs to another node is refused."""
         other, _, one = nodes(3)
         with pytest.raises(TransportError, match="is node 0, not 1"):
             one.endpoint.connect(1, other.endpoint.address)

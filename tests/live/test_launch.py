@@ -77,7 +77,7 @@ class TestSpares:
 
     @staticmethod
     def start(launcher: LocalLauncher, notes: Path, *nodes: int) -> dict[int, list[str]]:
-        launcher.start([SimpleNamespace(node=node, notes=notes) for node in nodes])  # type: ignore[misc]
+        launcher.start([SimpleNamespace(node=node, notes=notes) for node in nodes])  # type: ignore[misc]  # a stand-in
         for node in nodes:
             launcher._processes[node].join(60)
         return {node: notes.joinpath(str(node)).read_text().split() for node in nodes}

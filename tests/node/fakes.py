@@ -152,7 +152,10 @@ class FakeCluster:
     at random. Each node has room for ``places`` batches' hidden states behind a page that is not theirs.
     """
 
-    def __init__(self, nodes: int, max_batch: int = 2, max_tokens: int = 8, places: int = 3) -> None:
+    def __init__(
+        self, nodes: int, max_batch: int = 2, max_tokens: int = 8, kv_tokens: int = 2 * SLOT_TOKENS, places: int = 3
+    ) -> None:
+        self.kv_tokens = kv_tokens
         self.wires: dict[tuple[int, int], deque[wire.Peer | Placed]] = {}
         self.memories = [bytearray((1 + places) * PAGE) for _ in range(nodes)]
         self.said: list[wire.ToController] = []
@@ -172,7 +175,7 @@ class FakeCluster:
             area = memoryview(self.memories[node])[PAGE:]
             return Parcels(node, FakePlaces(node, self.wires), area, PAGE, lambda model: 4 * limits.max_tokens, tell)
 
-        vocab = lambda model: VOCAB  # noqa: E731
+        vocab = lambda model: VOCAB  # noqa: E731 (as short as it is)
         return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, self.said.append, send, parcels)
 
     # -- what a controller says --------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ class FakeCluster:
 
     def serve(self, instance: int, *stages: Stage) -> None:
         for node in dict.fromkeys(stage.node for stage in stages):
-            self.order(node, "serve", Serve(instance, "tiny", stages, (1,) * BLOCKS))
+            self.order(node, "serve", Serve(instance, "tiny", stages, (1,) * BLOCKS, self.kv_tokens))
 
     def assign(self, instance: int, head: int, *requests: int) -> None:
         for request_id in requests:
@@ -193,7 +196,7 @@ class FakeCluster:
     def repartition(
         self, instance: int, version: int, head: int, nodes: Sequence[int], batches: int, kv: KvPolicy, *stages: Stage
     ) -> None:
-        message = wire.NewStages(Repartition(instance, stages, kv), version, "tiny", head, batches)
+        message = wire.NewStages(Repartition(instance, stages, kv, self.kv_tokens), version, "tiny", head, batches)
         for node in nodes:
             self.order(node, "repartition", message)
 

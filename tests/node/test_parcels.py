@@ -16,7 +16,7 @@ THIRDS = stages((0, 0, 1), (1, 2, 2), (2, 3, 3))
 def pipeline(*shares: object, nodes: int = 2, places: int = 3) -> FakeCluster:
     """A cluster whose instance 1 has these stages, at rest."""
     cluster = FakeCluster(nodes, places=places)
-    cluster.serve(1, *shares)  # type: ignore[arg-type]
+    cluster.serve(1, *shares)  # type: ignore[arg-type]  # literals and stages are joined at run time
     cluster.run()
     return cluster
 
@@ -145,10 +145,10 @@ def test_places_come_back_whatever_happens_first(seed: int) -> None:
     cluster.assign(1, 0, 1, 2, 3, 4)
     cluster.run(rng, steps=rng.randrange(60))
     kv = rng.choice(("copy", "recompute"))
-    cluster.repartition(1, 1, 0, [0, 1, 2], 3, kv, *THIRDS)  # type: ignore[arg-type]
+    cluster.repartition(1, 1, 0, [0, 1, 2], 3, kv, *THIRDS)  # type: ignore[arg-type]  # literals and stages are joined at run time
     cluster.run(rng, steps=rng.randrange(60))
     last = rng.choice((stages((0, 0, 3)), stages((2, 0, 0), (0, 1, 3)), HALVES))
-    cluster.repartition(1, 2, 0, [0, 1, 2], 3, kv, *last)  # type: ignore[arg-type]
+    cluster.repartition(1, 2, 0, [0, 1, 2], 3, kv, *last)  # type: ignore[arg-type]  # literals and stages are joined at run time
     if rng.random() < 0.5:
         cluster.run(rng)
         cluster.check()
@@ -160,4 +160,4 @@ def test_places_come_back_whatever_happens_first(seed: int) -> None:
     cluster.run(rng)
     assert cluster.failures() == []
     assert [free(cluster, node) for node in range(3)] == rooms
-    assert not any(node._parcels._places or node._parcels._offered for node in cluster.nodes)  # type: ignore[union-attr]
+    assert not any(node._parcels._places or node._parcels._offered for node in cluster.nodes)  # type: ignore[union-attr]  # fakes have parcels

@@ -169,7 +169,7 @@ def test_what_is_verified(verify: Any) -> None:
     )
     sizes = {"host_bytes": 0, "device_bytes": 0, "place_bytes": 0}
     told = config(device="cpu", verify=verify, collective="gloo", **sizes)
-    store, _, _ = make_store(told, endpoint, "cpu")  # type: ignore[arg-type]
+    store, _, _ = make_store(told, endpoint, "cpu")
     assert store.config.verify == verify
     store.close()
 
@@ -184,7 +184,7 @@ def test_hidden_states_land_behind_the_arena() -> None:
         register_source=lambda memory: None,
     )
     told = config(device="cpu", verify="off", collective="gloo", host_bytes=0, device_bytes=8192 + 5, place_bytes=100)
-    store, area, first = make_store(told, endpoint, "cpu")  # type: ignore[arg-type]
+    store, area, first = make_store(told, endpoint, "cpu")
     assert (first, area.nbytes, registered[0].nbytes) == (12288, 100, 12388)
     area[:] = bytes([255]) * 100
     assert bytes(registered[0][first:]) == bytes(area)
@@ -208,6 +208,6 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)
     assert told.place_bytes == 2 * cluster.nodes * (system.batching.max_tokens * 64 * 2 + 4096), "two pipelines' batches"
-    over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
-    alone = live._node(0, hub, replace(cluster, nodes=1), [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")
+    alone = live._node(0, hub, replace(cluster, nodes=1), [("m", model)], system, "gloo")
     assert (over_rdma.place_bytes, alone.place_bytes) == (0, 0)

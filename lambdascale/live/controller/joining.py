@@ -67,7 +67,7 @@ class Joining:
         self._launcher.start(configs)
 
     def hello(self, node: NodeId, message: wire.Hello) -> None:
-        """A process is up."""
+        """Note that a process is up."""
         self.parts[node] = dict(message.parts)
         for batch in self._batches:
             if node in batch.missing:
@@ -76,7 +76,7 @@ class Joining:
         self._announce()
 
     def connected(self, node: NodeId, message: wire.Connected) -> None:
-        """A node has connected to those that it has to connect to."""
+        """Note that a node has connected to those that it has to connect to."""
         listed = self._directory.get(node)
         if listed is not None:
             listed.answered = max(listed.answered, message.number)

@@ -7,9 +7,7 @@ controller hears of it as a Fault and counts the node as lost.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
@@ -38,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import AnyEvent
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, make_context
+from lambdascale.live.node.start import StartParts, bind, make_context
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -59,7 +57,6 @@ if TYPE_CHECKING:
 
 _BEAT_S = 0.25
 _SILENCE_S = 20.0  # an agent leaves when it has not heard of the controller for so long
-_PDEATHSIG = 1
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
 _SWITCH_S = 0.0005
@@ -125,7 +122,7 @@ def wait_and_run(gpu: int | None, connection: Connection) -> None:
 
     Ends at once when the other end of ``connection`` is closed instead.
     """
-    _bind()
+    bind()
     make_context(gpu)
     try:
         with connection:
@@ -133,12 +130,6 @@ def wait_and_run(gpu: int | None, connection: Connection) -> None:
     except EOFError:
         return
     run(config, launched)
-
-
-def _bind() -> None:
-    """Make this process one that its parent decides about: deaf to interrupts, and dead when the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def run(config: NodeConfig, launched: float | None = None, *, local: bool = True) -> None:
@@ -149,7 +140,7 @@ def run(config: NodeConfig, launched: float | None = None, *, local: bool = True
     """
     parts = StartParts(launched)
     if local:
-        _bind()
+        bind()
     sys.setswitchinterval(_SWITCH_S)
     line = Line(config)
     threading.excepthook = partial(_report_thread, config.node, line)
@@ -189,7 +180,7 @@ class Agent:
         with parts.part("imports"):
             import torch
 
-            import lambdascale.live.node.preload  # noqa: F401
+            import lambdascale.live.node.preload  # noqa: F401  imported for its effect
 
         from lambdascale.inference import warm_up
         from lambdascale.live.node.collective import Collective, Outlet

@@ -20,7 +20,7 @@ from lambdascale.core.events import CommandFailed
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Head, Instance
+from lambdascale.live.node.instance import Head, Instance, pass_of
 from lambdascale.live.node.mode_switch import KvInbox, hand_over, send_kv
 from lambdascale.live.node.parcels import Parcels, Tell
 from lambdascale.live.node.recent import Recent
@@ -72,7 +72,7 @@ class Compute:
             wire.Handover: self._take_over,
             wire.KvPart: self._kv_part,
             wire.Collect: self._collect,
-            wire.Offer: lambda instance, message: self._parcels.offered(message, instance),
+            wire.Offer: lambda _, message: self._parcels.offered(message),
         }
 
     def start(self) -> None:
@@ -169,20 +169,11 @@ class Compute:
             return
         for request_id, slot in plan.settling:
             self._settle(instance, request_id, slot)
-        iteration = plan.iteration
-        work = wire.Pass(
-            plan.batch,
-            iteration.prefill_tokens,
-            iteration.context_tokens,
-            iteration.attended_tokens,
-            tuple(plan.rules),
-            tuple(plan.positions),
-        )
         head.running[index] = plan
         self._offer(instance)
         version = head.versions[index]
         first = instance.partitions[version].stages[0]
-        self._tell(first.node, wire.Forward(instance.number, index, version, 0, work, tuple(plan.tokens)))
+        self._tell(first.node, wire.Forward(instance.number, index, version, 0, pass_of(plan), tuple(plan.tokens)))
 
     def _settle(self, instance: Instance, request_id: int, slot: int) -> None:
         """Put KV that was brought along into a slot. Only an instance that is whole here takes such requests."""
@@ -234,7 +225,9 @@ class Compute:
     def _start(self, command: Serve) -> None:
         """Make runners for this node's stages of a new instance, and take what came for it before."""
         nodes = len({stage.node for stage in command.stages})
-        instance = Instance(command.instance, command.model, command.stages[0].node, self._limits.max_batch, nodes)
+        instance = Instance(
+            command.instance, command.model, command.stages[0].node, self._limits.max_batch, command.kv_tokens, nodes
+        )
         self._instances[command.instance] = instance
         try:
             self._divide(instance, 0, command.stages)
@@ -252,9 +245,10 @@ class Compute:
         if command.instance in self._ended:
             return
         instance = self._instances.setdefault(
-            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch)
+            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch, command.kv_tokens)
         )
         instance.batches = message.batches
+        instance.kv_tokens = command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
         for ticket in self._inbox.give_up(command.instance):
             self._add(instance, ticket)
@@ -269,12 +263,12 @@ class Compute:
         self._parcels.offer(instance)
         if instance.head_node == self._node:
             if instance.head is None:
-                instance.head = Head(partial(self._make_batch, instance.model))
-            instance.head.resize(len({stage.node for stage in stages}))
+                instance.head = Head(partial(self._make_batch, instance))
+            instance.head.resize(len({stage.node for stage in stages}), instance.kv_tokens)
 
-    def _make_batch(self, model: str, index: int) -> Batch:
-        size = self._limits.max_batch
-        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, self._vocab(model))
+    def _make_batch(self, instance: Instance, index: int) -> Batch:
+        size, vocab = self._limits.max_batch, self._vocab(instance.model)
+        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, vocab, instance.kv_tokens)
 
     def _take(self, message: wire.ForInstance) -> None:
         """Handle a message of an instance, and what has waited for it; keep it if something else must come first.
@@ -290,16 +284,11 @@ class Compute:
         elif message.instance not in self._ended:
             self._early.setdefault(message.instance, []).append(message)
         else:
-            self._refuse(message)
+            self._parcels.refuse(message)
 
     def _drain(self, instance: Instance) -> None:
         while (message := instance.next_held()) is not None:
             self._handlers[type(message)](instance, message)
-
-    def _refuse(self, message: wire.ForInstance) -> None:
-        """Drop a message of an instance that has ended here; places that are offered for it stay empty."""
-        if isinstance(message, wire.Offer):
-            self._parcels.offered(message, None)
 
     def _take_move(self, instance: Instance, message: wire.MoveBatch) -> None:
         self._repartitioner.take_move(instance, message)
@@ -339,7 +328,7 @@ class Compute:
     def _drop(self, number: int) -> None:
         self._ended.add(number)
         for message in self._early.pop(number, ()):
-            self._refuse(message)
+            self._parcels.refuse(message)
         self._turns.remove(number)
         self._inbox.forget(number)
         instance = self._instances.pop(number, None)
@@ -349,20 +338,13 @@ class Compute:
 
     def _abort(self, request_id: int) -> None:
         for instance in self._instances.values():
-            if self._inbox.drop(instance.number, request_id):
+            ended: bool | None = self._inbox.drop(instance.number, request_id) or None
+            if ended is None and instance.head is not None:
+                ended = instance.head.abort(request_id, self._vocab(instance.model))
+            if ended:
                 self._report(wire.Aborted(instance.number, request_id))
+            if ended is not None:
                 return
-            head = instance.head
-            index = None if head is None else head.batch_of(request_id)
-            if head is None or index is None:
-                continue
-            if index in head.running:
-                # It is in the iteration under way: it ends with its next token instead.
-                head.batches[index].ticket(request_id).stop_tokens = frozenset(range(self._vocab(instance.model)))
-            else:
-                head.batches[index].take(request_id)
-                self._report(wire.Aborted(instance.number, request_id))
-            return
 
     def _occupy(self, busy: bool) -> None:
         self._occupied += 1 if busy else -1

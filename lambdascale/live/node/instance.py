@@ -58,9 +58,11 @@ class Head:
         self._in_flight = 0
         self._last = -1
 
-    def resize(self, in_flight: int) -> None:
-        """Keep so many batches in flight from now on; new ones have no partition yet (-1)."""
+    def resize(self, in_flight: int, kv_tokens: int) -> None:
+        """Keep so many batches in flight from now on, each with so much KV; new ones have no partition yet (-1)."""
         self._in_flight = in_flight
+        for batch in self.batches:
+            batch.limit(kv_tokens)
         for index in range(len(self.batches), in_flight):
             self.batches.append(self._make_batch(index))
             self.versions.append(-1)
@@ -86,6 +88,17 @@ class Head:
         """Return the index of the batch that has a request."""
         return next((index for index, batch in enumerate(self.batches) if request_id in batch), None)
 
+    def abort(self, request_id: int, vocab: int) -> bool | None:
+        """End a request; None if no batch has it, False if it ends with the token of the iteration under way instead."""
+        index = self.batch_of(request_id)
+        if index is None:
+            return None
+        if index in self.running:
+            self.batches[index].ticket(request_id).stop_tokens = frozenset(range(vocab))
+            return False
+        self.batches[index].take(request_id)
+        return True
+
     @property
     def idle(self) -> list[int]:
         """Batches without an iteration under way."""
@@ -105,18 +118,26 @@ class Head:
         return self._last
 
 
+def pass_of(plan: BatchPlan) -> wire.Pass:
+    """Return a planned iteration as the stages hand it on."""
+    i = plan.iteration
+    sizes = i.prefill_tokens, i.context_tokens, i.attended_tokens
+    return wire.Pass(plan.batch, *sizes, tuple(plan.rules), tuple(plan.positions))
+
+
 @dataclass
 class Instance:
     """``head_node`` owns the batches; ``head`` has them if that is this node.
 
-    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots; ``at`` is the partition that each is
-    on as far as this node knows.
+    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots and ``kv_tokens`` tokens of KV in
+    them; ``at`` is the partition that each is on as far as this node knows.
     """
 
     number: int
     model: str
     head_node: NodeId
     slots_per_batch: int
+    kv_tokens: int
     batches: int = 0
     head: Head | None = None
     partitions: dict[int, Partition] = field(default_factory=dict)

@@ -109,7 +109,7 @@ class Loads:
     def _paced(
         self, command: LoadBlocks, pace: TokenBucket | None, to: StoreTier, then: Callable[[str, int], None] = lambda *_: None
     ) -> Load:
-        """Load blocks over a link: ``then(model, block)`` follows each when it is there and the link has had time for it."""
+        """Load blocks over a link: ``then(model, block)`` follows each once it has landed and the link has had time for it."""
         store, model = self._store, command.model
         if pace is None:
             return store.load(model, command.blocks, to=to, keep_host=False, on_block=then)

@@ -106,12 +106,14 @@ class Parcels:
 
     # -- places on other nodes ---------------------------------------------------------------------------------------
 
-    def offered(self, message: wire.Offer, instance: Instance | None) -> None:
-        """Take note of an offer; ``instance`` None: it has ended here, and nothing will be written."""
-        key = (message.instance, message.node, message.batch)
-        if instance is None:
+    def refuse(self, message: wire.ForInstance) -> None:
+        """Drop a message of an instance that has ended here; places that it offers stay empty."""
+        if isinstance(message, wire.Offer):
             self._vacate(message.node, message.instance, [message])
-            return
+
+    def offered(self, message: wire.Offer) -> None:
+        """Take note of an offer for an instance that this node serves."""
+        key = (message.instance, message.node, message.batch)
         before = self._places.get(key)
         self._places[key] = message
         if before is not None:
@@ -128,7 +130,7 @@ class Parcels:
             done = self._endpoint.place(peer, data, place.offset)
         except TransportError:
             return b""  # the peer is lost: the message will not arrive either
-        done.add_done_callback(lambda _, kept=hidden: None)  # type: ignore[misc]  # the memory lives until it has been read
+        done.add_done_callback(lambda _, kept=hidden: None)  # type: ignore[misc]  # mypy cannot infer the default; the memory lives until read
         return wire.Landed(place.offset, size)
 
     def _vacate(self, node: NodeId, instance: int, places: Collection[wire.Offer]) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_PDEATHSIG = 1
 
 
 class StartParts:
@@ -25,11 +29,17 @@ class StartParts:
         self.seconds[name] = self._clock() - begin
 
 
+def bind() -> None:
+    """Make this process one that its parent decides about: deaf to interrupts, and dead when the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
 def make_context(gpu: int | None) -> None:
     """Import what a node needs and make the context of its GPU, None: it has none."""
     import torch
 
-    import lambdascale.live.node.preload  # noqa: F401
+    import lambdascale.live.node.preload  # noqa: F401  imported for its effect
 
     if gpu is not None:
         torch.cuda.set_device(gpu)
