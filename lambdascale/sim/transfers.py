@@ -97,7 +97,7 @@ class TransferEngine:
         self._deliver = deliver
         self._occupy = occupy
         self._layers = layers or {}
-        self._rate = None if cluster.overrides else float(cluster.nic_bytes_per_s)  # of all NICs, if they are alike
+        self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
         self._transfers: dict[int, FlowGroup] = {}
         self._copies = FlowGroup()
