@@ -113,7 +113,7 @@ def _blocks(arguments: argparse.Namespace, spec: ModelSpec) -> int:
     nodes = cluster.nodes if arguments.nodes is None else arguments.nodes
     if nodes < 2:
         raise UserError(f"--nodes must be at least 2, not {nodes}")
-    rate = cluster.nic_bytes_per_s * cluster.rdma_efficiency
+    rate = cluster.node(0).nic_bytes_per_s * cluster.rdma_efficiency
     return elbow(spec.size_bytes, range(1, spec.layers + 1), nodes, rate, cluster.link_latency_s)
 
 

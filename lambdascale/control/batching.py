@@ -49,6 +49,10 @@ class BatchLimits:
             f"BatchLimits.max_tokens ({self.max_tokens}) must not be below max_batch ({self.max_batch})",
         )
 
+    def batches(self, gpus: int) -> int:
+        """Number of batches in flight on a node that holds a model's layers on ``gpus`` GPUs: one each; one in mode "static"."""
+        return 1 if self.mode == "static" else gpus
+
 
 class BatchedRequest:
     """A request inside a scheduler.

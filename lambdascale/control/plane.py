@@ -43,9 +43,7 @@ class ControlPlane:
         self._router = Router(fleet)
         transfers = Transfers(fleet, loader=start.loader, multicast=start.multicast or "one_sided")
         allocations = Allocations(fleet)
-        self._serving = Serving(
-            fleet, self._router, transfers, allocations, start=start, max_batch=config.batching.max_batch, kv=config.kv
-        )
+        self._serving = Serving(fleet, self._router, transfers, allocations, start=start, batching=config.batching, kv=config.kv)
         self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lambdascale.control.allocations import Allocations
+from lambdascale.control.batching import BatchLimits
 from lambdascale.control.router import Router
 from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
@@ -15,7 +16,7 @@ from lambdascale.pipelines import spread_requests
 
 
 class Serving:
-    """Forms, reshapes and dissolves instances as blocks arrive. ``max_batch``: requests of an instance per node it has."""
+    """Forms, reshapes and dissolves instances as blocks arrive. ``batching`` bounds the requests of an instance."""
 
     def __init__(
         self,
@@ -25,7 +26,7 @@ class Serving:
         allocations: Allocations,
         *,
         start: StartPolicy,
-        max_batch: int,
+        batching: BatchLimits,
         kv: KvPolicy,
     ) -> None:
         self._fleet = fleet
@@ -33,7 +34,7 @@ class Serving:
         self._transfers = transfers
         self._allocations = allocations
         self._gradual = start if isinstance(start, GradualStart) else None
-        self._max_batch = max_batch
+        self._batching = batching
         self._kv = kv
 
     def expect(self, state: ModelState, pipelines: Sequence[PipelinePlan]) -> None:
@@ -91,7 +92,7 @@ class Serving:
         return self._serve(state, (Stage(allocation.node, 0, state.blocks - 1),))
 
     def _serve(self, state: ModelState, stages: tuple[Stage, ...]) -> Instance:
-        """Start an instance. It keeps as many batches in flight as it has nodes (reference, section 2.4)."""
+        """Start an instance. It keeps as many batches in flight as it has GPUs in a row (reference, section 2.4)."""
         fleet, name = self._fleet, state.spec.name
         instance = Instance(fleet.new_id(), name, stages, fleet.at)
         self._set_stages(state, instance, stages)
@@ -103,7 +104,8 @@ class Serving:
         for node in instance.nodes:
             state.allocations[node].instances.pop(instance.instance_id, None)
         instance.stages = stages
-        instance.capacity = len(instance.nodes) * self._max_batch
+        batches = len(instance.nodes) * self._batching.batches(state.spec.gpus_per_replica)
+        instance.capacity = batches * self._batching.max_batch
         instance.kv_tokens = self._kv_tokens(state, stages)
         for node in instance.nodes:
             state.allocations[node].instances[instance.instance_id] = instance

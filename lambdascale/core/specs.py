@@ -202,7 +202,11 @@ class ComputeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeSpec:
-    """Hardware of one node: ``gpus`` GPUs of one kind, their engine's speed; NIC (per direction), PCIe and SSD in bytes/s."""
+    """Hardware of one node: ``gpus`` GPUs of one kind and their engine's speed; rates in bytes/s.
+
+    ``nic_bytes_per_s`` is the line rate of all its NICs together, per direction; ``pcie_bytes_per_s`` and ``ssd_bytes_per_s`` are
+    the node's too.
+    """
 
     gpus: int
     gpu: GpuSpec
@@ -213,11 +217,15 @@ class NodeSpec:
     host_memory_bytes: int
 
     def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
-        """Tokens of KV cache that fit beside the weights on the GPUs of one replica; 0 or less if the weights do not fit."""
-        if model.gpus_per_replica > self.gpus:
+        """Tokens of KV cache for each batch of a replica, beside the weights; 0 or less if the weights do not fit.
+
+        The GPUs of a replica work on as many batches at once, and share the memory that the weights leave among them.
+        """
+        gpus = model.gpus_per_replica
+        if gpus > self.gpus:
             return 0
-        memory = int(self.gpu.memory_bytes) * model.gpus_per_replica * memory_utilisation
-        return int((memory - model.size_bytes) // model.kv_bytes_per_token)
+        memory = int(self.gpu.memory_bytes) * gpus * memory_utilisation
+        return int((memory - model.size_bytes) // (gpus * model.kv_bytes_per_token))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +236,7 @@ class NodeOverride:
     gpus: int | None = None
     gpu: GpuSpec | None = None
     compute: ComputeSpec | None = None
+    nics_per_node: int | None = None
     nic_bytes_per_s: float | str | None = None
     pcie_bytes_per_s: float | str | None = None
     ssd_bytes_per_s: float | str | None = None
@@ -240,24 +249,29 @@ class NodeOverride:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, parse_rate(getattr(self, name)))
                 _positive(self, name)
+        if self.nics_per_node is not None:
+            _positive(self, "nics_per_node")
         if self.host_memory_bytes is not None:
             object.__setattr__(self, "host_memory_bytes", parse_size(self.host_memory_bytes))
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        """Fields of NodeSpec that differ, with their values."""
-        named = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name != "nodes")
-        return {name: value for name, value in named if value is not None}
+    def apply(self, common: NodeSpec, nics: int, nic_bytes_per_s: float) -> NodeSpec:
+        """Return ``common`` with the differences; ``nics`` and the rate of each are the cluster's."""
+        apart = ("nodes", "nics_per_node", "nic_bytes_per_s")
+        named = ((field.name, getattr(self, field.name)) for field in fields(self) if field.name not in apart)
+        rate = (self.nics_per_node or nics) * (nic_bytes_per_s if self.nic_bytes_per_s is None else float(self.nic_bytes_per_s))
+        changes: dict[str, Any] = {name: value for name, value in named if value is not None}
+        return replace(common, nic_bytes_per_s=rate, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """A cluster of nodes that are equal except for ``overrides``.
 
-    ``nic_bytes_per_s`` is a node's line rate per direction. ``rdma_efficiency`` and ``collective_efficiency`` are the shares
-    of it that one-sided writes and a collective's ring achieve. ``link_latency_s`` is the start-up time of one send,
-    ``hop_latency_s`` the time for activations to reach the next stage. ``pcie_bytes_per_s`` (host to GPU) and
-    ``ssd_bytes_per_s`` are per node; ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store.
+    A node has ``nics_per_node`` NICs of ``nic_bytes_per_s`` line rate per direction each; a send uses them all.
+    ``rdma_efficiency`` and ``collective_efficiency`` are the shares of the line rate that one-sided writes and a collective's
+    ring achieve. ``link_latency_s`` is the start-up time of one send, ``hop_latency_s`` the time for activations to reach the
+    next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
+    ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -276,6 +290,7 @@ class ClusterSpec:
     host_memory_bytes: int | str
     usd_per_gpu_hour: float
     remote_bytes_per_s: float | str = 0.0
+    nics_per_node: int = 1
     overrides: tuple[NodeOverride, ...] = ()
     provenance: str = "configured: conf/cluster and overrides"
 
@@ -285,7 +300,7 @@ class ClusterSpec:
         for name in ("nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s", "remote_bytes_per_s"):
             object.__setattr__(self, name, parse_rate(getattr(self, name)))
         object.__setattr__(self, "host_memory_bytes", parse_size(self.host_memory_bytes))
-        _positive(self, "nodes", "gpus_per_node", "nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s")
+        _positive(self, "nodes", "gpus_per_node", "nics_per_node", "nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s")
         for name in ("rdma_efficiency", "collective_efficiency"):
             value = getattr(self, name)
             require(0 < value <= 1, f"ClusterSpec.{name} must be in (0, 1], not {value!r}")
@@ -308,7 +323,7 @@ class ClusterSpec:
             gpus=self.gpus_per_node,
             gpu=self.gpu,
             compute=self.compute,
-            nic_bytes_per_s=float(self.nic_bytes_per_s),
+            nic_bytes_per_s=self.nics_per_node * float(self.nic_bytes_per_s),
             pcie_bytes_per_s=float(self.pcie_bytes_per_s),
             ssd_bytes_per_s=float(self.ssd_bytes_per_s),
             host_memory_bytes=int(self.host_memory_bytes),
@@ -316,7 +331,8 @@ class ClusterSpec:
 
     @cached_property
     def _specs(self) -> dict[int, NodeSpec]:
-        return {node: replace(self._common, **override.changes) for override in self.overrides for node in override.nodes}
+        nics, rate = self.nics_per_node, float(self.nic_bytes_per_s)
+        return {node: each.apply(self._common, nics, rate) for each in self.overrides for node in each.nodes}
 
     @property
     def kinds(self) -> tuple[NodeSpec, ...]:

@@ -3,8 +3,9 @@ nodes share it.
 
 Roofline: an iteration reads the weights once and does 2 FLOP per parameter and token, whichever takes longer; on top come
 the KV cache that decoding sequences read (memory-bound) and the attention of prefills (compute-bound). The GPUs of a node
-hold consecutive layers and work one after another, so a node is as fast as one of its GPUs that held everything
-(reference, section 4: 140 ms a token for 70B on four GPUs).
+hold consecutive layers and an iteration visits them one after another, so that it takes as long as on one GPU that held
+everything (reference, section 4: 140 ms a token for 70B on four GPUs); other batches may be on the other GPUs meanwhile.
+Tensor parallelism, which divides the time of one iteration by the GPUs, is not modelled: the paper's system has none.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,7 +100,8 @@ class SimBackend:
         self._limits = batching
         self._models = {model.name: model for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
-        self._ports: dict[NodeId, ComputePort] = {}
+        self._ports: dict[NodeId, dict[str, ComputePort]] = {node: {} for node in range(cluster.nodes)}
+        self._taken = Counter[NodeId]()  # by collectives
         self.kernel = Kernel()
         slowdown = cluster.compute.shared_slowdown
         self._cores = SharedCores(slowdown) if slowdown else None
@@ -181,21 +182,27 @@ class SimBackend:
         model = self._models[command.model]
         return Surroundings(
             kernel=self.kernel,
-            port=self._port,
+            port=partial(self._port, model),
             timing=partial(self._timing, model),
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
+            batches=self._limits.batches(model.gpus_per_replica),
             kv_tokens=command.kv_tokens,
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,
         )
 
-    def _port(self, node: NodeId) -> ComputePort:
-        if node not in self._ports:
-            self._ports[node] = ComputePort(self.kernel, self._cores)
-        return self._ports[node]
+    def _port(self, model: ModelSpec, node: NodeId) -> ComputePort:
+        """Models on a node of several GPUs have each their own; on a node of one GPU they take turns at it."""
+        name = model.name if self._cluster.node(node).gpus > 1 else ""
+        ports = self._ports[node]
+        if name not in ports:
+            ports[name] = ComputePort(self.kernel, self._cores, self._limits.batches(model.gpus_per_replica))
+            for _ in range(self._taken[node]):
+                ports[name].occupy(True)
+        return ports[name]
 
     def _timing(self, model: ModelSpec, node: NodeId) -> ComputeModel:
         """Nodes of one kind share a compute model."""
@@ -265,7 +272,9 @@ class SimBackend:
 
     def _occupy(self, node: NodeId, busy: bool) -> None:
         """A collective takes the node's GPUs or gives them back."""
-        self._port(node).occupy(busy)
+        self._taken[node] += 1 if busy else -1
+        for port in self._ports[node].values():
+            port.occupy(busy)
 
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)

@@ -1,8 +1,8 @@
 """Simulated instances: the control plane's batch scheduler, with time from the compute model, on the nodes' compute ports.
 
-An instance is a list of stages; a replica has one. It keeps one batch in flight per node (reference, section 2.4). An iteration
-visits its stages in order and waits for each node's port. A decode batch of a replica that no request joins or leaves, on a node
-where nothing else computes, advances many iterations in one event.
+An instance is a list of stages; a replica has one. It keeps one batch in flight per node (reference, section 2.4), or one per GPU
+of its nodes where a model is split over several. An iteration visits its stages in order and waits for each node's port. A decode
+batch of a replica that no request joins or leaves, on a node where nothing else computes, advances many iterations in one event.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """The cluster as an instance sees it. ``timing``: the compute model of each node for the instance's model."""
+    """The cluster as an instance sees it. ``timing``: the compute model of each node for the instance's model.
+
+    ``batches``: batches in flight for each node (see BatchLimits.batches).
+    """
 
     kernel: Kernel
     port: Callable[[NodeId], ComputePort]
@@ -34,6 +37,7 @@ class Surroundings:
     emit: Emit
     copy_kv: CopyKv
     limits: BatchLimits
+    batches: int
     kv_tokens: int
     kv_bytes_per_token: int
     hop_s: float
@@ -110,6 +114,16 @@ class _Batch:
             return pace * timing.decode_run_s(iteration.decodes, iteration.context_tokens, self.steps)
         return pace * timing.iteration_s(iteration, layout.shares[position])
 
+    def last_s(self) -> float:
+        """See Run."""
+        layout, iteration = self.under_way, self.iteration
+        assert layout is not None, "an iteration is under way"
+        timing, position = layout.timings[self.position], self.position
+        if self.steps == 1:
+            return self._pace * timing.iteration_s(iteration, layout.shares[position])
+        context = iteration.context_tokens + iteration.decodes * (self.steps - 1)
+        return self._pace * timing.decode_run_s(iteration.decodes, context, 1)
+
     def cut(self) -> float | None:
         """See Run."""
         if self.steps <= 1:
@@ -153,7 +167,7 @@ class SimInstance:
         self._kv: KvPolicy = "copy"
         self._kv_tokens = around.kv_tokens
         self._layout = _Layout(stages, around)
-        self._batches = [self._new_batch() for _ in self.nodes]
+        self._batches = [self._new_batch() for _ in range(self._wanted)]
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -164,6 +178,11 @@ class SimInstance:
     def shares(self) -> list[tuple[NodeId, float]]:
         """Node and share of the model of each stage."""
         return [(stage.node, share) for stage, share in zip(self._layout.stages, self._layout.shares, strict=True)]
+
+    @property
+    def _wanted(self) -> int:
+        """Number of batches to keep in flight."""
+        return len(self._layout.nodes) * self._around.batches
 
     def _new_batch(self) -> _Batch:
         return _Batch(self, BatchScheduler(self._around.limits, self._kv_tokens), self._layout)
@@ -180,13 +199,15 @@ class SimInstance:
                 batch.under_way.ports[0].cut()
         self._look_for_work()
 
-    def _look_for_work(self) -> None:
+    def _look_for_work(self) -> bool:
+        """Queue for a turn if a batch is due; return True if one is."""
         if self._stopped:
-            return
+            return False
         for batch in self._batches:
             if batch.under_way is None and batch.is_due:
                 self._layout.ports[0].want(self)
-                return
+                return True
+        return False
 
     def involves(self, node: NodeId) -> bool:
         """True if the node serves it, or an iteration under way or KV on the move still needs the node."""
@@ -219,9 +240,9 @@ class SimInstance:
             batch.iteration = iteration
             batch.position = 0
             batch.steps = 1
-            if len(batches) > 1:
-                self._look_for_work()
-            elif alone and layout.single:
+            if len(batches) > 1 and self._look_for_work():
+                return batch
+            if alone and layout.single:
                 batch.steps = iteration.max_steps
             return batch
         return None
@@ -270,7 +291,7 @@ class SimInstance:
         self._layout, self._kv, self._kv_tokens = _Layout(stages, self._around), kv, kv_tokens
         for batch in self._batches:
             batch.scheduler.kv_tokens = kv_tokens
-        while len(self._batches) < len(self.nodes):
+        while len(self._batches) < self._wanted:
             self._batches.append(self._new_batch())
         for batch in list(self._batches):
             if batch.under_way is None and not batch.blocked:
@@ -311,8 +332,8 @@ class SimInstance:
             self._around.copy_kv(src, dst, size_bytes, arrived)
 
     def _settle(self, batch: _Batch) -> None:
-        """Merge a batch that the instance has no node for any more into the others."""
-        if len(self._batches) > len(self.nodes):
+        """Merge a batch that the instance has no GPU for any more into the others."""
+        if len(self._batches) > self._wanted:
             self._batches.remove(batch)
             with_kv = set(batch.scheduler.decoding)
             works = batch.scheduler.drain()

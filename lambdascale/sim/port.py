@@ -1,4 +1,8 @@
-"""The compute port of a simulated node: everything that computes on the node takes turns at it, as on a live node."""
+"""The compute port of a simulated node: everything that computes on the node takes turns at it, as on a live node.
+
+A model that is split over several GPUs of a node has a line of them there: an iteration visits the GPUs one after another, each
+for an equal part of its time, and the next one may enter as soon as the first GPU is free. Nobody overtakes in the line.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,10 @@ class Run(Protocol):
         """End with the iteration under way; return the seconds from the begin to that end, None if the end stays where it is."""
         ...
 
+    def last_s(self) -> float:
+        """Return the seconds that its last iteration takes."""
+        ...
+
     def end(self) -> None:
         """Take note of the end; the port is free."""
         ...
@@ -38,20 +46,23 @@ class Owner(Protocol):
     def __hash__(self) -> int: ...
 
     def next_run(self, *, alone: bool) -> Run | None:
-        """Return its next iteration here, None if it has none now. ``alone``: nothing else waits for the port."""
+        """Return its next iteration here, None if it has none now. ``alone``: nothing else waits for the port or is at it."""
         ...
 
 
 class ComputePort:
     """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns).
 
-    ``cores``: the cores that the node shares with others, if it does.
+    ``cores``: the cores that the node shares with others, if it does. ``gpus``: the length of the line. An iteration is what runs
+    until it leaves the first GPU; then it is in the line, and nothing but its owner's withdrawal changes its end.
     """
 
     __slots__ = (
         "_began_s",
         "_cores",
+        "_free_s",
         "_kernel",
+        "_line",
         "_occupied",
         "_owner",
         "_run",
@@ -61,7 +72,7 @@ class ComputePort:
         "_woken",
     )
 
-    def __init__(self, kernel: Kernel, cores: SharedCores | None) -> None:
+    def __init__(self, kernel: Kernel, cores: SharedCores | None, gpus: int = 1) -> None:
         self._kernel = kernel
         self._cores = cores
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
@@ -72,11 +83,14 @@ class ComputePort:
         self._version = 0
         self._woken = False
         self._occupied = 0
+        # Behind the first GPU: when each of the others is free, and the iterations there by version.
+        self._free_s = [0.0] * (gpus - 1)
+        self._line: dict[int, tuple[Owner, Run]] = {}
 
     def want(self, owner: Owner) -> None:
         """Queue the start of an iteration of ``owner``; a long run of another instance ends with its iteration under way."""
         self._turns.add_head(owner)
-        self._look(owner)
+        self._look()
 
     def resume(self, owner: Owner) -> None:
         """Queue the next iteration of ``owner``; a free port begins before requests that arrive at this very time can join."""
@@ -85,7 +99,7 @@ class ComputePort:
         elif self._turns or self._occupied:
             self._turns.add_head(owner)
             self._next()
-        elif (run := owner.next_run(alone=True)) is not None:
+        elif (run := owner.next_run(alone=not self._line)) is not None:
             self._begin(owner, run)
 
     def add_pass(self, owner: Owner, run: Run) -> None:
@@ -94,17 +108,21 @@ class ComputePort:
             self._begin(owner, run)
             return
         self._turns.add_pass(owner, run)
-        self._look(owner)
+        self._look()
 
-    def _look(self, owner: Owner) -> None:
+    def _look(self) -> None:
         if self._run is None:
             self._wake()
-        elif self._owner is not owner:
+        else:
             self.cut()
 
     def withdraw(self, owner: Owner) -> None:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
         self._turns.remove(owner)
+        for version in [version for version, (other, _) in self._line.items() if other is owner]:
+            self._line.pop(version)[1].lose()
+        if not self._line:
+            self._free_s = [0.0] * len(self._free_s)
         if self._run is not None and self._owner is owner:
             self._lose()
             self._wake()
@@ -125,7 +143,7 @@ class ComputePort:
         lasts = self._run.cut()
         if lasts is not None:
             self._version += 1
-            self._kernel.at(max(self._began_s + lasts, self._kernel.now), self._end, self._version)
+            self._schedule(self._run, lasts)
 
     def _wake(self) -> None:
         if not self._woken and self._run is None:
@@ -143,7 +161,7 @@ class ComputePort:
                 return
             owner, run = turn
             if run is None:
-                run = owner.next_run(alone=not self._turns)
+                run = owner.next_run(alone=not self._turns and not self._line)
             if run is not None:
                 self._begin(owner, run)
 
@@ -154,7 +172,43 @@ class ComputePort:
         pace = 1.0
         if self._cores is not None:
             self._ticket, pace = self._cores.enter(self.cut)
-        self._kernel.at(now + run.begin(pace), self._end, version)
+        lasts = run.begin(pace)
+        if self._free_s:
+            self._schedule(run, lasts)
+        else:
+            self._kernel.at(now + lasts, self._end, version)
+
+    def _schedule(self, run: Run, lasts: float) -> None:
+        """Set the end of what runs, ``lasts`` seconds after its begin if no GPU keeps it waiting."""
+        kernel, end_s = self._kernel, self._began_s + lasts
+        if not self._free_s:
+            kernel.at(max(end_s, kernel.now), self._end, self._version)
+            return
+        # A long run that is cut may have left the first GPU already.
+        part_s = run.last_s() / (len(self._free_s) + 1)
+        left_s = end_s - len(self._free_s) * part_s
+        kernel.at(max(left_s, kernel.now), self._pass_on, (self._version, left_s, part_s))
+
+    def _pass_on(self, entry: tuple[int, float, float]) -> None:
+        """Let an iteration leave the first GPU, at ``left_s``; the line's other GPUs take it as they get free."""
+        version, at, part_s = entry
+        run, owner = self._run, self._owner
+        if version != self._version or run is None or owner is None:
+            return
+        self._run = None
+        if self._cores is not None:
+            self._cores.leave(self._ticket)
+        for gpu, free_s in enumerate(self._free_s):
+            at = self._free_s[gpu] = max(at, free_s) + part_s
+        self._line[version] = owner, run
+        self._kernel.at(max(at, self._kernel.now), self._leave, version)
+        if self._turns:
+            self._next()
+
+    def _leave(self, version: int) -> None:
+        if version in self._line:
+            _, run = self._line.pop(version)
+            run.end()
 
     def _end(self, version: int) -> None:
         run = self._run

@@ -97,7 +97,7 @@ class TransferEngine:
         self._deliver = deliver
         self._occupy = occupy
         self._layers = layers or {}
-        self._rate = None if cluster.overrides else float(cluster.nic_bytes_per_s)  # of all NICs, if they are alike
+        self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
         self._transfers: dict[int, FlowGroup] = {}
         self._copies = FlowGroup()
@@ -215,9 +215,13 @@ class TransferEngine:
             return
         # PCIe carries the payload, the NICs the payload and what they fall short of their line rate by.
         goodput = self._cluster.rdma_efficiency
-        line = min(self._nic_rate(nodes), src.pcie.bytes_per_s / goodput)
+        line = min(self._rate or self._nic_rate(nodes), src.pcie.bytes_per_s / goodput)
         size, ports = self._line_bytes(transfer.command, block, line), (src.pcie, src.nic_out, dst.nic_in)
         self._fabric.flow(transfer, nodes, ports, size, on_done, weights=(goodput, 1.0, 1.0))
+
+    def _nic_rate(self, nodes: Collection[NodeId]) -> float:
+        """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
+        return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _sizes(self, command: StartMulticast) -> tuple[float, ...]:
         """Return what each block of a multicast takes of a NIC, if all NICs of the cluster are alike."""
@@ -230,10 +234,6 @@ class TransferEngine:
         layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
         overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
         return payload / cluster.rdma_efficiency + overhead_s * rate
-
-    def _nic_rate(self, nodes: Collection[NodeId]) -> float:
-        """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
-        return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""

@@ -57,7 +57,7 @@ class InvariantChecker:
     requests go to instances in service only; every request is answered exactly once or given up; time never goes back. A node is
     not released, nor a host copy evicted, while a transfer lists it. A failed multicast is planned anew once: what fails then is
     loaded. With ``desired`` (replicas wanted for so many queued and running requests: the autoscaler's), a timer takes no replica
-    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its nodes. Every
+    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its GPUs. Every
     request fits the KV memory of its instance up to its limit, and nobody is told where its answer ends.
     """
 
@@ -72,6 +72,7 @@ class InvariantChecker:
         self._blocks = blocks
         self._desired = desired
         self._max_batch = max_batch
+        self._gpus_of: dict[tuple[NodeId, str], int] = {}
         self._event: Event | None = None
         self._transfers: dict[int, _Transfer] = {}
         self._cancelled: list[_Transfer] = []
@@ -135,6 +136,7 @@ class InvariantChecker:
             self._gpus[command.node] -= command.gpus
             assert self._gpus[command.node] >= 0, f"node {command.node} is over-allocated"
             self._held[command.node, command.model] = set()
+            self._gpus_of[command.node, command.model] = command.gpus
         elif isinstance(command, ReleaseNode):
             self._gpus[command.node] += command.gpus
             self._check_release(command)
@@ -247,7 +249,8 @@ class InvariantChecker:
     def _check_capacity(self, instance: int) -> None:
         if self._max_batch is not None:
             requests = sum(at == instance for at in self._running.values())
-            room = self._max_batch * len(set(self._instances[instance]))
+            model = self._models_of[instance]
+            room = self._max_batch * sum(self._gpus_of[node, model] for node in set(self._instances[instance]))
             assert requests <= room, f"instance {instance} has room for {room} requests, it gets {requests}"
 
     def _check_room(self, instance: int) -> None:

@@ -177,6 +177,12 @@ class SystemConformance:
         requests = sorted(burst(20, 0.0, 0, "a") + burst(20, 0.3, 20, "b"), key=lambda r: r.arrival_s)
         self.run(requests, models=models, cluster=small_cluster(3, gpus_per_node=2))
 
+    @pytest.mark.parametrize("at_s", [0.05, 0.25, 0.45])
+    def test_a_model_split_over_the_gpus_of_its_nodes(self, at_s: float) -> None:
+        """Several batches in flight on each node; a lost node loses no request."""
+        split = replace(small_model(), gpus_per_replica=2)
+        self.run(burst(80), models=[split], cluster=small_cluster(4, gpus_per_node=2), failures=[(1, at_s)])
+
     @pytest.mark.parametrize("at_s", [0.0, 0.05, 0.15, 0.25, 0.3, 0.35, 0.45, 0.7, 1.5])
     @pytest.mark.parametrize("node", [0, 1, 3])
     def test_a_lost_node_loses_no_request(self, node: int, at_s: float) -> None:

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
 from lambdascale.control import BatchLimits
-from lambdascale.core import ClusterSpec, ComputeTable, MulticastPlan, Request, Send, Stage, TracedRequest, UserError, traced
+from lambdascale.core import (
+    ClusterSpec,
+    ComputeTable,
+    ModelSpec,
+    MulticastPlan,
+    Request,
+    Send,
+    Stage,
+    TracedRequest,
+    UserError,
+    traced,
+)
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -60,11 +72,18 @@ class Cluster:
     """A backend with commands at given times, and the events that come of them."""
 
     def __init__(
-        self, *, cluster: ClusterSpec = CLUSTER, requests: tuple[TracedRequest, ...] = (), max_batch: int = 8, **config: object
+        self,
+        *,
+        cluster: ClusterSpec = CLUSTER,
+        models: tuple[ModelSpec, ...] = (small_model(),),
+        requests: tuple[TracedRequest, ...] = (),
+        max_batch: int = 8,
+        mode: Literal["continuous", "static"] = "continuous",
+        **config: object,
     ) -> None:
         options = TransferOptions(record_grants=True, communicator_setup=False, chunk_bytes=1)
         self.backend: SimBackend = SimConfig(transfers=options, **config).build(
-            cluster=cluster, models=[small_model()], requests=requests, batching=BatchLimits(max_batch=max_batch), seed=0
+            cluster=cluster, models=models, requests=requests, batching=BatchLimits(max_batch=max_batch, mode=mode), seed=0
         )
 
     def at(self, at_s: float, *commands: Command) -> Cluster:

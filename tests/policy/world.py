@@ -93,9 +93,9 @@ def _yaml(value: object) -> str:
 class World:
     """A fleet of ``nodes`` nodes of ``gpus`` GPUs, joined at time 0, with the replicas a run starts with in place.
 
-    Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one. One request a batch slot, ``max_batch`` 2; a replica wanted for
-    every ``target`` 2 requests; no host copies, unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace;
-    ``start``: another start policy than the system's.
+    Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one, or ``gpus_per_replica`` GPUs of a node do. One request a batch
+    slot, ``max_batch`` 2; a replica wanted for every ``target`` 2 requests; no host copies, unless settings say otherwise.
+    ``cluster``: fields of ClusterSpec to replace; ``start``: another start policy than the system's.
     ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance that each
     request was sent to last. ``requests``: number of requests so far.
     """
@@ -107,6 +107,7 @@ class World:
         nodes: int = 4,
         joined: int | None = None,
         gpus: int = 1,
+        gpus_per_replica: int = 1,
         models: str = "a",
         cluster: dict[str, Any] | None = None,
         start: StartPolicy | None = None,
@@ -117,7 +118,8 @@ class World:
         if start is not None:
             self.config = replace(self.config, start=start)
         hardware = replace(small_cluster(nodes, gpus), **(cluster or {}))
-        self.plane = build_system(self.config, cluster=hardware, models=[small_model(name) for name in models])
+        specs = [replace(small_model(name), gpus_per_replica=gpus_per_replica) for name in models]
+        self.plane = build_system(self.config, cluster=hardware, models=specs)
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
         self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch)
         self.at = 0.0

@@ -116,6 +116,15 @@ def test_a_streaming_broadcast_from_host_memory_is_as_fast_as_pcie() -> None:
     assert [at for at, *_ in rig.run()] == [pytest.approx(5.5)] * 4
 
 
+def test_sends_and_reads_from_the_remote_store_use_all_nics_of_a_node() -> None:
+    rig = Rig(replace(CLUSTER, nics_per_node=2, remote_bytes_per_s=150.0, pcie_bytes_per_s=1000.0))
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig.engine.multicast(multicast(pair, size=150))
+    rig.engine.load(load("remote", node=2, transfer_id=2, blocks=(0, 1)))
+    # 300 wire bytes at 2 x 100 B/s; 100 and 20 bytes at the store's 150 B/s.
+    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(2 / 3, 2), (0.8, 2), (1.5, 1)]
+
+
 def test_cancel_in_the_middle_delivers_nothing_more_and_frees_the_ports() -> None:
     rig = Rig()
     rig.engine.multicast(multicast())
