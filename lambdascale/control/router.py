@@ -99,7 +99,7 @@ class Router:
         best, least = None, 1.0
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
-            if load < least:
+            if load < least and instance.open:
                 best, least = instance, load
         return best
 

@@ -6,20 +6,28 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
+from lambdascale.control.prospects import Passes
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage, SwitchRule
 from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
 
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage."""
+    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage.
+
+    ``switch``: when a pipeline dissolves, see PipelinePlan. ``limited``: it takes only what it can bring to first tokens by
+    then. ``open``: it takes further requests.
+    """
 
     instance_id: int
     model: str
     stages: tuple[Stage, ...]
     capacity: int
     idle_since: float
+    switch: SwitchRule = "all"
+    limited: bool = False
+    open: bool = True
     outstanding: dict[int, Request] = field(default_factory=dict)
 
     @property
@@ -38,8 +46,9 @@ class Allocation:
     """GPUs of a node held for a model, from their allocation to their release.
 
     ``wanted``: the blocks the node is to hold, of ``total``; fewer than all for a share. ``blocks``: those it holds.
-    ``instances``: those it serves in. ``transfers``: number of transfers under way in which it is a source or a destination that
-    passes blocks on. ``failures``: failures in a row of instances on it.
+    ``began_at``, ``first_at``: time of its allocation, and of its first block. ``instances``: those it serves in.
+    ``transfers``: number of transfers under way in which it is a source or a destination that passes blocks on.
+    ``failures``: failures in a row of instances on it.
     """
 
     node: NodeId
@@ -51,6 +60,8 @@ class Allocation:
     incoming: dict[int, TransferState] = field(default_factory=dict)
     transfers: int = 0
     failures: int = 0
+    began_at: float = 0.0
+    first_at: float | None = None
 
     @property
     def complete(self) -> bool:
@@ -125,7 +136,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of.
+    ``storage``: the tier in which every node finds models that it has no host copy of. ``max_batch``:
+    requests of an instance per node it has.
     """
 
     def __init__(
@@ -135,8 +147,11 @@ class Fleet:
         blocks: int,
         memory: HostMemoryConfig,
         storage: Storage = "ssd",
+        *,
+        max_batch: int,
     ) -> None:
         self.cluster = cluster
+        self.passes = Passes(cluster, max_batch)
         self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []
