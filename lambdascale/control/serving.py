@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.prospects import costs_now, left_s
 from lambdascale.control.router import Router
-from lambdascale.control.start import Change, Reshape, StartPolicy
+from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PipelinePlan, Stage, SwitchRule
@@ -33,7 +33,7 @@ class Serving:
         self._router = router
         self._transfers = transfers
         self._allocations = allocations
-        self._start = start
+        self._gradual = start if isinstance(start, GradualStart) else None
         self._max_batch = max_batch
         self._kv = kv
 
@@ -63,11 +63,9 @@ class Serving:
             for instance in allocation.instances.values():
                 if instance.limited and instance.open:
                     self._look_ahead(state, instance)
-        self._advance(state, allocation)
-
-    def _advance(self, state: ModelState, allocation: Allocation) -> None:
-        for change in self._start.advance(self._fleet, state, allocation):
-            self._apply(state, change)
+        if self._gradual is not None:
+            for change in self._gradual.advance(self._fleet, state, allocation):
+                self._apply(state, change)
 
     def _apply(self, state: ModelState, change: Change) -> None:
         if isinstance(change, Reshape):
@@ -166,7 +164,7 @@ class Serving:
         self._router.fill(state)
 
     def _replica_on(self, state: ModelState, allocation: Allocation) -> Instance:
-        """Return the replica that serves on a complete node, a new one if there is none."""
+        """Return the replica that serves on a complete node, or a new one."""
         replicas = (instance for instance in allocation.instances.values() if not instance.is_pipeline)
         return next(replicas, None) or self._serve_alone(state, allocation)
 

@@ -136,8 +136,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of. ``max_batch``:
-    requests of an instance per node it has.
+    ``storage``: the tier in which every node finds models that it has no host copy of. ``max_batch``: requests of an instance per
+    node it has. ``returning``: lost nodes that will be started again.
     """
 
     def __init__(
@@ -156,6 +156,7 @@ class Fleet:
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
+        self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
         self.instances: dict[int, Instance] = {}
@@ -180,7 +181,9 @@ class Fleet:
         return self._next_id
 
     def can_serve(self, state: ModelState) -> bool:
-        """True if some living node can serve the model at all."""
+        """True if a node can serve the model at all: one that lives, or one that will be started again."""
+        if self.returning and not self.returning.isdisjoint(state.hosts):
+            return True
         if not state.unfit and len(state.hosts) == self.cluster.nodes:
             return bool(self.gpus_free)
         return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)

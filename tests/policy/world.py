@@ -96,8 +96,8 @@ class World:
     """A fleet of ``nodes`` nodes of ``gpus`` GPUs, joined at time 0, with the replicas a run starts with in place.
 
     Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one. One request a batch slot, ``max_batch`` 2; a replica wanted for
-    every ``target`` 2 requests; no host copies; pipelines form always, since time stands still; unless settings say otherwise. ``cluster``: fields of ClusterSpec to replace;
-    ``start``: another start policy than the system's.
+    every ``target`` 2 requests; no host copies; pipelines form always, since time stands still; unless settings say otherwise.
+    ``cluster``: fields of ClusterSpec to replace; ``start``: another start policy than the system's.
     ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance that each
     request was sent to last. ``requests``: number of requests so far.
     """
@@ -201,9 +201,9 @@ class World:
             moves = [(send.dst, send.block) for sends in command.plan.rounds for send in sends]
         return [(node, block) for node, block in moves if block not in self.held(node, command.model)]
 
-    def lose(self, node: int) -> list[str]:
-        """A node is lost."""
-        return self.play(NodeLost(self.at, node))
+    def lose(self, node: int, *, returns: bool = False) -> list[str]:
+        """A node is lost; ``returns``: it will be started again."""
+        return self.play(NodeLost(self.at, node, returns))
 
     def fail(self, *, transfer: str | None = None, instance: str | None = None) -> list[str]:
         """A transfer or an instance fails; with neither, a command nobody knows."""
