@@ -47,7 +47,7 @@ class ComplementaryPipelines:
     earlier where holdings interleave. A pipeline that would not be ready before one of its nodes holds the whole model is left
     out: that node serves alone by then.
 
-    ``form``: "always" when the blocks are there, or if "useful": where the time until the mode switch suffices for a first pass;
+    ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch suffices for a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
     when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
     """
@@ -84,7 +84,7 @@ class ComplementaryPipelines:
         return apart if apart[0] > _WORTH_PARTING * joint[0] or not joint[1] else joint
 
     def _joint(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
-        """Return the seconds saved by the best pipeline of all ``nodes``, and that pipeline, if there is one."""
+        """Return the seconds saved by the best pipeline of all ``nodes``, and that pipeline, if any is useful."""
         rows = tuple(late[node] for node in nodes)
         complete = [max(row) for row in rows]
         end_s = costs.round_s * (max(complete) if self.switch == "all" else min(complete))
