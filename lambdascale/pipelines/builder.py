@@ -47,7 +47,7 @@ class ComplementaryPipelines:
     earlier where holdings interleave. A pipeline that would not be ready before one of its nodes holds the whole model is left
     out: that node serves alone by then.
 
-    ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch suffices for a first pass;
+    ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
     when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
     """
