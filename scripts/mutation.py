@@ -55,7 +55,7 @@ ROOMS = {
             ),
         ),
     ),
-    "pipelines": Room(("lambdascale/pipelines/*",), ("tests/policy/test_pipelines.py",)),
+    "pipelines": Room(("lambdascale/pipelines/*",), ("tests/policy/test_pipelines.py", "tests/policy/test_pipeline_rules.py")),
     "control": Room(
         ("lambdascale/control/*",),
         (

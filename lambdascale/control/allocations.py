@@ -20,7 +20,7 @@ class Allocations:
         gpus = state.spec.gpus_per_replica
         self._fleet.gpus_free[node] -= gpus
         blocks = set(range(state.blocks)) if wanted is None else set(wanted)
-        state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks)
+        state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks, began_at=self._fleet.at)
         state.spared += state.blocks - len(blocks)
         self._fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 

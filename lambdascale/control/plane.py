@@ -38,7 +38,9 @@ class ControlPlane:
 
     def __init__(self, *, config: SystemConfig, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> None:
         self.config = config
-        self.fleet = Fleet(cluster, models, config.blocks, config.memory, config.start.storage)
+        self.fleet = Fleet(
+            cluster, models, config.blocks, config.memory, config.start.storage, max_batch=config.batching.max_batch
+        )
         fleet, start = self.fleet, config.start
         self._router = Router(fleet)
         transfers = Transfers(fleet, loader=start.loader, multicast=start.multicast or "one_sided")

@@ -111,7 +111,7 @@ class Router:
         best, least = None, 1.0
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
-            if load < least and instance.kv_tokens >= kv_tokens:
+            if load < least and instance.open and instance.kv_tokens >= kv_tokens:
                 best, least = instance, load
         return best
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.batching import BatchLimits
+from lambdascale.control.prospects import costs_now, left_s
 from lambdascale.control.router import Router
 from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
 from lambdascale.control.transfers import Transfers
-from lambdascale.core import NodeId, PipelinePlan, Stage
+from lambdascale.core import NodeId, PipelinePlan, Stage, SwitchRule
 from lambdascale.core.commands import KvPolicy, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.pipelines import spread_requests
+from lambdascale.pipelines import divide, spread_requests
 
 
 class Serving:
@@ -49,6 +50,8 @@ class Serving:
         allocation = state.allocations.get(node)
         if allocation is None or block in allocation.blocks:
             return
+        if not allocation.blocks:
+            allocation.first_at = self._fleet.at
         allocation.blocks.add(block)
         self._transfers.block_arrived(allocation, block)
         if allocation.complete:
@@ -58,6 +61,9 @@ class Serving:
                 pending.missing.discard((node, block))
             for pending in [p for p in state.pending if not p.missing]:
                 self._form(state, pending)
+            for instance in allocation.instances.values():
+                if instance.limited and instance.open:
+                    self._look_ahead(state, instance)
         if self._gradual is not None:
             for change in self._gradual.advance(self._fleet, state, allocation):
                 self._apply(state, change)
@@ -73,9 +79,28 @@ class Serving:
     # -- instances ---------------------------------------------------------------------------------------------------
 
     def _form(self, state: ModelState, pending: PendingPipeline) -> None:
+        """Let a pipeline serve whose blocks are in place; with ``form`` "useful" only if it gives something."""
+        plan = pending.plan
         state.pending.remove(pending)
-        self._serve(state, pending.plan.stages)
+        room = None
+        if plan.form == "useful":
+            room = costs_now(self._fleet, state).room(plan.stages, self._left_s(state, plan.nodes, plan.switch))
+            if not room:
+                return
+        instance = self._serve(state, plan.stages)
+        instance.switch, instance.limited = plan.switch, room is not None
+        instance.capacity = min(instance.capacity, room or instance.capacity)
         self._router.fill(state)
+
+    def _left_s(self, state: ModelState, nodes: Iterable[NodeId], switch: SwitchRule) -> float:
+        """Predict the seconds until a pipeline on ``nodes`` dissolves or the first of them leaves it."""
+        left = (left_s(state.allocations[node], self._fleet.at) for node in nodes)
+        return max(left) if switch == "all" else min(left)
+
+    def _look_ahead(self, state: ModelState, pipeline: Instance) -> None:
+        """Give a pipeline no further requests once one of them would not get a token before the mode switch."""
+        costs, left = costs_now(self._fleet, state), self._left_s(state, pipeline.nodes, pipeline.switch)
+        pipeline.open = costs.pass_s(pipeline.stages, 1) <= left
 
     def _node_complete(self, state: ModelState, allocation: Allocation) -> None:
         # A pipeline that is not ready by the time one of its nodes can serve alone has come too late.
@@ -85,8 +110,8 @@ class Serving:
             self._router.fill(state)
             return
         for instance in list(allocation.instances.values()):
-            if instance.is_pipeline and all(state.allocations[node].complete for node in instance.nodes):
-                self._switch_mode(state, instance)
+            if instance.is_pipeline:
+                self._leave(state, instance)
 
     def _serve_alone(self, state: ModelState, allocation: Allocation) -> Instance:
         return self._serve(state, (Stage(allocation.node, 0, state.blocks - 1),))
@@ -132,14 +157,26 @@ class Serving:
                 self._allocations.release(state, allocation)
         self._router.fill(state)
 
-    def _switch_mode(self, state: ModelState, pipeline: Instance) -> None:
-        """All nodes of a pipeline are complete: each serves alone and takes its share of the running requests (paper, 4.4)."""
+    def _leave(self, state: ModelState, pipeline: Instance) -> None:
+        """Dissolve a pipeline whose nodes are complete; with ``switch`` "each" also one whose others can go on without those."""
+        held = {node: a.blocks for node in pipeline.nodes if not (a := state.allocations[node]).complete}
+        if not held:
+            self._switch_mode(state, pipeline)
+        elif pipeline.switch == "each" and len(held) > 1 and (stages := divide(held, state.blocks)) is not None:
+            self._switch_mode(state, pipeline, stages)
+
+    def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = ()) -> None:
+        """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4)."""
         self.drop(state, pipeline)
-        replicas = {i.instance_id: i for i in (self._replica_on(state, state.allocations[n]) for n in pipeline.nodes)}
-        loads = {number: len(replica.outstanding) for number, replica in replicas.items()}
-        moves = spread_requests(list(pipeline.outstanding), list(replicas), loads)
+        targets = [self._replica_on(state, a) for node in pipeline.nodes if (a := state.allocations[node]).complete]
+        if rest:
+            smaller = self._serve(state, rest)
+            smaller.switch, smaller.limited, smaller.open = pipeline.switch, pipeline.limited, pipeline.open
+            targets += [smaller] * len(smaller.nodes)
+        loads = {instance.instance_id: len(instance.outstanding) for instance in targets}
+        moves = spread_requests(list(pipeline.outstanding), [instance.instance_id for instance in targets], loads)
         for request_id, instance_id in moves:
-            replicas[instance_id].outstanding[request_id] = pipeline.outstanding[request_id]
+            state.instances[instance_id].outstanding[request_id] = pipeline.outstanding[request_id]
             self._fleet.moved[request_id] = instance_id
         self._fleet.out.append(SwitchMode(pipeline.instance_id, moves, self._kv))
         self._router.fill(state)

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
+from lambdascale.control.prospects import Passes
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage, SwitchRule
 from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
 
@@ -16,6 +17,8 @@ class Instance:
     """A list of stages that takes requests; a replica has one stage.
 
     ``capacity`` bounds the requests it has at once; ``kv_tokens`` is the KV memory that one of them can have, in tokens.
+    ``switch``: when a pipeline dissolves, see PipelinePlan. ``limited``: it takes only what it can bring to first tokens by
+    then. ``open``: it takes further requests.
     """
 
     instance_id: int
@@ -24,6 +27,9 @@ class Instance:
     idle_since: float
     capacity: int = 0
     kv_tokens: int = 0
+    switch: SwitchRule = "all"
+    limited: bool = False
+    open: bool = True
     outstanding: dict[int, Request] = field(default_factory=dict)
 
     @property
@@ -42,8 +48,9 @@ class Allocation:
     """GPUs of a node held for a model, from their allocation to their release.
 
     ``wanted``: the blocks the node is to hold, of ``total``; fewer than all for a share. ``blocks``: those it holds.
-    ``instances``: those it serves in. ``transfers``: number of transfers under way in which it is a source or a destination that
-    passes blocks on. ``failures``: failures in a row of instances on it.
+    ``began_at``, ``first_at``: time of its allocation, and of its first block. ``instances``: those it serves in.
+    ``transfers``: number of transfers under way in which it is a source or a destination that passes blocks on.
+    ``failures``: failures in a row of instances on it.
     """
 
     node: NodeId
@@ -55,6 +62,8 @@ class Allocation:
     incoming: dict[int, TransferState] = field(default_factory=dict)
     transfers: int = 0
     failures: int = 0
+    began_at: float = 0.0
+    first_at: float | None = None
 
     @property
     def complete(self) -> bool:
@@ -134,8 +143,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of. ``returning``: lost nodes that will be
-    started again.
+    ``storage``: the tier in which every node finds models that it has no host copy of. ``max_batch``: requests of an instance per
+    node it has. ``returning``: lost nodes that will be started again.
     """
 
     def __init__(
@@ -145,8 +154,11 @@ class Fleet:
         blocks: int,
         memory: HostMemoryConfig,
         storage: Storage = "ssd",
+        *,
+        max_batch: int,
     ) -> None:
         self.cluster = cluster
+        self.passes = Passes(cluster, max_batch)
         self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []

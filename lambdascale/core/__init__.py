@@ -1,7 +1,7 @@
 """Vocabulary of the package: requests, events, commands, plans, specs, errors, units. Frozen values; no I/O, no policy."""
 
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
-from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Send, Stage
+from lambdascale.core.plan import FormRule, MulticastPlan, NodeId, PipelinePlan, Send, Stage, SwitchRule
 from lambdascale.core.request import Request, TracedRequest, traced
 from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec, NodeOverride, NodeSpec
 from lambdascale.core.units import parse_rate, parse_size
@@ -12,6 +12,7 @@ __all__ = [
     "ClusterSpec",
     "ComputeSpec",
     "ComputeTable",
+    "FormRule",
     "GpuSpec",
     "IncompleteRunError",
     "ModelSpec",
@@ -24,6 +25,7 @@ __all__ = [
     "Request",
     "Send",
     "Stage",
+    "SwitchRule",
     "TraceError",
     "TracedRequest",
     "UserError",

@@ -131,7 +131,7 @@ class SwitchMode(Command, frozen=True, gc=False, tag=True):
     """Dissolve ``pipeline`` and go on with its requests on replicas: ``moves`` is (request_id, instance) for each.
 
     The token in flight is redone. ``kv`` says whether a target recomputes the KV cache from the tokens so far or
-    copies the layers it lacks from the other stages (paper, section 4.4).
+    copies the layers it lacks from the other stages (paper, section 4.4). A target that is a pipeline recomputes.
     """
 
     pipeline: int

@@ -6,10 +6,13 @@ A plan speaks of positions 0..nodes-1, sources first; :meth:`MulticastPlan.on` p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from msgspec import Struct
 
 NodeId = int
+FormRule = Literal["always", "useful"]
+SwitchRule = Literal["all", "each"]
 
 
 class Send(Struct, frozen=True, gc=False):
@@ -71,10 +74,16 @@ class Stage(Struct, frozen=True, gc=False):
 
 
 class PipelinePlan(Struct, frozen=True, gc=False):
-    """Stages in execution order that cover the model once; ready after ``ready_round`` rounds of its multicast."""
+    """Stages in execution order that cover the model once; ready after ``ready_round`` rounds of its multicast.
+
+    ``form``: it serves "always" from then on, or if "useful" before its mode switch. ``switch``: it dissolves when "all" nodes
+    hold the whole model, or "each" node leaves when it does.
+    """
 
     ready_round: int
     stages: tuple[Stage, ...]
+    form: FormRule = "always"
+    switch: SwitchRule = "all"
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:

@@ -4,7 +4,17 @@ They know nothing of bytes, requests' contents, clocks or the cluster behind the
 """
 
 from lambdascale.pipelines.base import PipelineBuilder
-from lambdascale.pipelines.builder import ComplementaryPipelines, NoPipelines, validate_pipeline
+from lambdascale.pipelines.builder import ComplementaryPipelines, NoPipelines, divide, validate_pipeline
+from lambdascale.pipelines.costs import IN_ROUNDS, Costs
 from lambdascale.pipelines.switch import spread_requests
 
-__all__ = ["ComplementaryPipelines", "NoPipelines", "PipelineBuilder", "spread_requests", "validate_pipeline"]
+__all__ = [
+    "IN_ROUNDS",
+    "ComplementaryPipelines",
+    "Costs",
+    "NoPipelines",
+    "PipelineBuilder",
+    "divide",
+    "spread_requests",
+    "validate_pipeline",
+]

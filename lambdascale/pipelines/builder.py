@@ -11,20 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, PlanError, Stage
+from lambdascale.core import FormRule, MulticastPlan, NodeId, PipelinePlan, PlanError, Stage, SwitchRule
 from lambdascale.core.checks import check_types, require
 from lambdascale.multicast import arrival_rounds
+from lambdascale.pipelines.costs import IN_ROUNDS, Costs
 
 _Arrivals = Mapping[NodeId, Mapping[int, int]]
+_Late = Mapping[NodeId, tuple[int, ...]]  # the round of each block
+_Cut = tuple[int, int, int]  # index of a node, first block, last block
 _NEVER = 1 << 60
+# Halves have to save so much more than one pipeline of all nodes, in which whatever comes is spread evenly. Assumption.
+_WORTH_PARTING = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoPipelines:
     """Load, then execute: builder of systems whose nodes serve only once they hold the whole model."""
 
-    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+    def pipelines(
+        self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
+    ) -> Sequence[PipelinePlan]:
         """Return no pipelines."""
         return ()
 
@@ -33,27 +41,62 @@ class NoPipelines:
 class ComplementaryPipelines:
     """Disjoint pipelines of destinations, one node from each sub-group as long as all sub-groups have one.
 
-    The nodes left over (all of them, with one sub-group) are joined into pipelines of up to ``max_stages`` nodes if that helps.
-    A node has one contiguous stage, and stages are as equal as the holdings at the ready round allow. Where holdings interleave
-    too much for that (one sub-group), nodes take several stages in turn. A pipeline that would not be ready before one of its
-    nodes holds the whole model is left out: that node serves alone by then.
+    The nodes left over (all of them, with one sub-group) are joined into pipelines of up to ``max_stages`` nodes. Of each set of
+    nodes, that pipeline is chosen, or those of its halves, which save the waiting requests most time until the mode switch, as
+    predicted (see Costs): one contiguous stage a node, as equal as the holdings allow, or several stages in turn, which are ready
+    earlier where holdings interleave. A pipeline that would not be ready before one of its nodes holds the whole model is left
+    out: that node serves alone by then.
+
+    ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
+    such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
+    when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
     """
 
     max_stages: int = 8
+    form: FormRule = "useful"
+    switch: SwitchRule = "all"
 
     def __post_init__(self) -> None:
         """Validate."""
         check_types(self)
         require(self.max_stages >= 2, f"pipelines.max_stages must be at least 2, not {self.max_stages}")
 
-    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+    def pipelines(
+        self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
+    ) -> Sequence[PipelinePlan]:
         """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
         arrivals = arrival_rounds(plan)
         starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
-        found = (_pipeline(_in_stage_order(nodes, starts, arrivals), arrivals, plan.blocks) for nodes in self._candidates(plan))
-        return sorted((p for p in found if p is not None), key=lambda p: (p.ready_round, p.nodes))
+        late = {node: tuple(arrivals[node].get(block, _NEVER) for block in range(plan.blocks)) for node in plan.destinations}
+        batch = costs.batch(len(plan.destinations) or 1)
+        found = []
+        for nodes in self._sets(plan):
+            found += self._best(_in_stage_order(nodes, starts, arrivals), late, costs, batch)[1]
+        return sorted(found, key=lambda p: (p.ready_round, p.nodes))
 
-    def _candidates(self, plan: MulticastPlan) -> list[list[NodeId]]:
+    def _best(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
+        """Return the seconds saved and the pipelines: one of all ``nodes``, or the best of each half."""
+        if len(nodes) < 2:
+            return 0.0, []
+        halves = [self._best(nodes[side::2], late, costs, batch) for side in (0, 1)]
+        apart = sum(saved for saved, _ in halves), [plan for _, plans in halves for plan in plans]
+        joint = self._joint(nodes, late, costs, batch)
+        return apart if apart[0] > _WORTH_PARTING * joint[0] or not joint[1] else joint
+
+    def _joint(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
+        """Return the seconds saved by the best pipeline of all ``nodes``, and that pipeline, if any is useful."""
+        rows = tuple(late[node] for node in nodes)
+        complete = [max(row) for row in rows]
+        end_s = costs.round_s * (max(complete) if self.switch == "all" else min(complete))
+        best, saved = None, 0.0
+        for ready, cuts in _divisions(rows):
+            stages = tuple(Stage(nodes[index], first, last) for index, first, last in cuts)
+            saves = costs.saved_s(stages, costs.round_s * ready, end_s, batch)
+            if saves > saved or (best is None and self.form == "always"):
+                best, saved = PipelinePlan(ready, stages, self.form, self.switch), saves
+        return saved, [] if best is None else [best]
+
+    def _sets(self, plan: MulticastPlan) -> list[list[NodeId]]:
         """Disjoint sets of destinations, taken evenly from the sub-groups."""
         queues = [list(group[1:]) for group in plan.groups]
         sets = []
@@ -69,33 +112,44 @@ class ComplementaryPipelines:
         return [part for part in (nodes[i::count] for i in range(count)) if len(part) > 1]
 
 
-def _pipeline(ordered: Sequence[NodeId], arrivals: _Arrivals, blocks: int) -> PipelinePlan | None:
-    """Return the earliest pipeline of these nodes in this order; None if one of them is complete before it is ready."""
-    late = [[arrivals[node].get(block, _NEVER) for block in range(blocks)] for node in ordered]
-    alone = min(max(rounds) for rounds in late)
-    ready = _earliest(late, blocks)
-    if ready < alone:
-        cuts = _balanced_cuts(late, blocks, ready)
-        return PipelinePlan(ready, tuple(Stage(node, cuts[i], cuts[i + 1] - 1) for i, node in enumerate(ordered)))
-    ready = max(min(rounds[block] for rounds in late) for block in range(blocks))
-    if ready < alone:
-        return PipelinePlan(ready, tuple(_taking_turns(ordered, late, blocks, ready)))
-    return None
+@lru_cache(maxsize=1024)
+def _divisions(late: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, tuple[_Cut, ...]], ...]:
+    """Return the ways in which nodes, in this order, can divide the model before one of them holds all of it, by their rounds.
+
+    ``late``: by node, the round of each block. A way is the (index of the node, first block, last block) of its stages: stages in
+    turn for every round that allows it, until each node can have one contiguous stage.
+    """
+    blocks = len(late[0])
+    alone, contiguous = min(max(rounds) for rounds in late), _earliest(late, blocks)
+    first = max(min(rounds[block] for rounds in late) for block in range(blocks))
+    early = sorted({r for rounds in late for r in rounds if first <= r < min(contiguous, alone)})
+    found: list[tuple[int, tuple[_Cut, ...]]] = [(ready, tuple(_taking_turns(late, blocks, ready))) for ready in early]
+    if contiguous < alone:
+        cuts = _balanced_cuts(late, blocks, contiguous)
+        found.append((contiguous, tuple((index, cuts[index], cuts[index + 1] - 1) for index in range(len(late)))))
+    return tuple(found)
 
 
-def _taking_turns(nodes: Sequence[NodeId], late: Sequence[Sequence[int]], blocks: int, ready: int) -> Iterator[Stage]:
+def divide(held: Mapping[NodeId, Collection[int]], blocks: int) -> tuple[Stage, ...] | None:
+    """Return stages of the blocks that nodes hold now, one a node if possible; None if they do not cover the model."""
+    nodes = sorted(held, key=lambda node: (sum(held[node]) / max(1, len(held[node])), node))
+    ways = _divisions(tuple(tuple(0 if block in held[node] else 1 for block in range(blocks)) for node in nodes))
+    return next((tuple(Stage(nodes[index], *cut) for index, *cut in cuts) for ready, cuts in ways if ready == 0), None)
+
+
+def _taking_turns(late: Sequence[Sequence[int]], blocks: int, ready: int) -> Iterator[_Cut]:
     """Yield stages that cover the model with the blocks the nodes hold after round ``ready``.
 
     Each node takes an even share of the blocks as long as others hold the next one; the longest run goes first.
     """
-    left = [-(-blocks // len(nodes))] * len(nodes)
+    left = [-(-blocks // len(late))] * len(late)
     begin = 0
     while begin < blocks:
         runs = [next((b for b in range(begin, blocks) if rounds[b] > ready), blocks) - begin for rounds in late]
         within = [min(run, quota) for run, quota in zip(runs, left, strict=True)]
         taken = within if any(within) else runs
-        taker = max(range(len(nodes)), key=lambda i: (taken[i], left[i], -i))
-        yield Stage(nodes[taker], begin, begin + taken[taker] - 1)
+        taker = max(range(len(late)), key=lambda i: (taken[i], left[i], -i))
+        yield taker, begin, begin + taken[taker] - 1
         left[taker] -= min(taken[taker], left[taker])
         begin += taken[taker]
 

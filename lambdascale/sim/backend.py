@@ -251,7 +251,10 @@ class SimBackend:
         """Fetch the KV of the layers the target never ran from the stages that did; go on when all of it has arrived."""
         if target not in self._instances:
             return
-        (home,) = self._instances[target].nodes
+        home, *others = self._instances[target].nodes
+        if others:  # a pipeline, whose nodes each need other layers: they compute them
+            self._resume(target, work, cached=False)
+            return
         kv_bytes = (work.context_tokens - 1) * self._models[self._model_of[target]].kv_bytes_per_token
         missing = [(node, share * kv_bytes) for node, share in pipeline.shares if node != home]
         left = len(missing)

@@ -16,6 +16,7 @@ from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send, Stage
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage
 from lambdascale.multicast import arrival_rounds
+from lambdascale.pipelines import IN_ROUNDS, Costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,9 @@ class SpreadStart:
 class WithHolders:
     """Pipelines of a destination, for the first half of the model, and a node that holds all of it, for the second half."""
 
-    def pipelines(self, plan: MulticastPlan, holders: Collection[NodeId] = ()) -> Sequence[PipelinePlan]:
+    def pipelines(
+        self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
+    ) -> Sequence[PipelinePlan]:
         """See PipelineBuilder."""
         arrivals, half = arrival_rounds(plan), plan.blocks // 2
         if half == 0:

@@ -118,12 +118,12 @@ def by_arrivals(*orders: Sequence[int]) -> MulticastPlan:
         (((0, 1, 2, 3, 4, 5), (3, 4, 5, 0, 1, 2)), ["3 1:0-2 2:3-5"]),
         (((3, 4, 5, 0, 1, 2), (0, 1, 2, 3, 4, 5)), ["3 2:0-2 1:3-5"]),
         (((0, 1, 2, 3, 4, 5), (4, 5, 3, 2, 1, 0)), ["3 1:0-2 2:3-5"]),
-        # Only the first node has block 1, only the second block 2: a longer stage.
-        (((0, 1, 5, 4, 3, 2), (2, 3, 4, 5, 0, 1)), ["4 1:0-1 2:2-5"]),
+        # Stages in turn are ready a round before one stage each: 0 to 1 and 2 to 5.
+        (((0, 1, 5, 4, 3, 2), (2, 3, 4, 5, 0, 1)), ["3 1:0-1 2:2-4 1:5-5"]),
         # Interleaved holdings: nodes take several stages in turn, the longest run first, each an even share.
         (((0, 4, 1, 2, 3), (2, 1, 3, 0, 4)), ["3 1:0-1 2:2-3 1:4-4"]),
-        # A single stage each is preferred where it is ready before a node is complete, if only just.
-        (((0, 2, 4, 5, 3, 1), (1, 3, 5, 4, 2, 0)), ["5 1:0-0 2:1-5"]),
+        # One stage each would be ready two rounds later: 0 and 1 to 5.
+        (((0, 2, 4, 5, 3, 1), (1, 3, 5, 4, 2, 0)), ["3 1:0-0 2:1-1 1:2-2 2:3-3 1:4-4 2:5-5"]),
         (((0, 1, 2, 5, 3, 4), (3, 4, 5, 0, 1, 2), (2, 3, 0, 1, 4, 5)), ["3 1:0-1 3:2-3 2:4-5"]),
         # Never before one of the nodes serves alone.
         (((0, 1), (0, 1)), []),

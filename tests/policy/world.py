@@ -63,6 +63,8 @@ _KEYS = {
     "loader": "system.start.loader",
     "kv": "system.kv",
     "order": "system.start.planner.order",
+    "form": "+system.start.pipelines.form",
+    "switch": "+system.start.pipelines.switch",
     "blocks": "system.blocks",
     "max_batch": "system.batching.max_batch",
     "copies": "system.memory.initial_copies",
@@ -94,7 +96,8 @@ class World:
     """A fleet of ``nodes`` nodes of ``gpus`` GPUs, joined at time 0, with the replicas a run starts with in place.
 
     Models ("a", "b", ...) have 1 GB in 4 blocks; a GPU holds one, or ``gpus_per_replica`` GPUs of a node do. One request a batch
-    slot, ``max_batch`` 2; a replica wanted for every ``target`` 2 requests; no host copies, unless settings say otherwise.
+    slot, ``max_batch`` 2; a replica wanted for every ``target`` 2 requests; no host copies; pipelines form always, since time
+    stands still; unless settings say otherwise.
     ``cluster``: fields of ClusterSpec to replace; ``start``: another start policy than the system's.
     ``joined``: as many nodes have joined when the test begins (default: all). ``at_instance``: the id of the instance that each
     request was sent to last. ``requests``: number of requests so far.
@@ -114,6 +117,8 @@ class World:
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
+        if system == "lambdascale":
+            defaults["form"] = "always"
         self.config = configured(system, **(defaults | settings))
         if start is not None:
             self.config = replace(self.config, start=start)

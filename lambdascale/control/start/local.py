@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lambdascale.control.placement import by_startup_time
+from lambdascale.control.prospects import load_costs
 from lambdascale.control.start.base import LoadOrder, StartDecision
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
@@ -55,7 +56,7 @@ def loads_together(
     if not nodes:
         return (), ()
     plan = _plan_of_loads(nodes, injection_orders(state.blocks, len(nodes)))
-    pipelines = tuple(builder.pipelines(plan)) if len(nodes) > 1 else ()
+    pipelines = tuple(builder.pipelines(plan, (), load_costs(fleet, state, nodes))) if len(nodes) > 1 else ()
     plain = tuple(range(state.blocks))
     loads = tuple(
         LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=order if pipelines else plain)

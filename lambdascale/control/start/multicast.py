@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lambdascale.control.placement import by_locality, sparing_copies
+from lambdascale.control.prospects import multicast_costs
 from lambdascale.control.start.base import MulticastOrder, StartDecision
 from lambdascale.control.start.local import loads_together
 from lambdascale.control.state import Fleet, ModelState
@@ -78,7 +79,8 @@ class MulticastStart:
             return StartDecision(nodes=tuple(warm), loads=loads, pipelines=pipelines)
         order = self._order(state, sources, cold)
         resident = [node for node, tier in order.sources if tier == "gpu"]
-        formed = tuple(self.pipelines.pipelines(order.plan, resident))
+        costs = multicast_costs(fleet, state, order.plan.members, [tier for _, tier in order.sources])
+        formed = tuple(self.pipelines.pipelines(order.plan, resident, costs))
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=(order,), pipelines=pipelines + formed)
 
     def _loads_own_copy(self, fleet: Fleet, node: NodeId) -> bool:

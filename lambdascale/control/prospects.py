@@ -1,0 +1,104 @@
+"""Predictions for pipelines, from the cluster's description and from what has arrived: rounds, first passes, mode switches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import chain, islice
+from math import inf
+from typing import TYPE_CHECKING
+
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId
+from lambdascale.core.commands import Tier
+from lambdascale.core.timing import ComputeModel
+from lambdascale.pipelines import Costs
+
+if TYPE_CHECKING:
+    from lambdascale.control.state import Allocation, Fleet, ModelState
+
+# Number of requests whose prompts stand for all.
+_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """An iteration of prefills alone: see IterationSize."""
+
+    prefill_tokens: int
+    attended_tokens: int
+    decodes: int = 0
+    context_tokens: int = 0
+
+
+class Passes:
+    """Times of first passes on the slowest kind of node, for batches of up to ``max_batch`` requests of one length."""
+
+    def __init__(self, cluster: ClusterSpec, max_batch: int) -> None:
+        self._cluster = cluster
+        self._max_batch = max_batch
+        self._models: dict[str, list[ComputeModel]] = {}
+        self._rate = cluster.rdma_efficiency * min(node.nic_bytes_per_s for node in cluster.kinds)
+
+    def costs(self, spec: ModelSpec, prompt_tokens: int, *, requests: int, round_s: float) -> Costs:
+        """Return the costs for ``requests`` of ``prompt_tokens``. Activations travel at the network's rate, alone."""
+        models = self._models.get(spec.name)
+        if models is None:
+            models = self._models[spec.name] = [ComputeModel(kind, spec) for kind in self._cluster.kinds]
+        sizes = [
+            _Prefill(batch * prompt_tokens, batch * prompt_tokens * (prompt_tokens + 1) // 2)
+            for batch in range(1, self._max_batch + 1)
+        ]
+        overhead_s = max(model.iteration_s(sizes[0], 0.0) for model in models)
+        token_s = spec.hidden * spec.dtype_bytes / self._rate
+        return Costs(
+            round_s=round_s,
+            batch_s=tuple(max(model.iteration_s(size) for model in models) - overhead_s for size in sizes),
+            overhead_s=overhead_s,
+            hop_s=tuple(self._cluster.hop_latency_s + size.prefill_tokens * token_s for size in sizes),
+            requests=requests,
+        )
+
+
+def multicast_costs(fleet: Fleet, state: ModelState, nodes: Iterable[NodeId], tiers: Collection[Tier]) -> Costs:
+    """Predict for a multicast among ``nodes`` from sources in ``tiers``: every link at the rate of the slowest."""
+    cluster = fleet.cluster
+    hardware = [cluster.node(node) for node in nodes]
+    rate = min(node.nic_bytes_per_s for node in hardware) * cluster.rdma_efficiency
+    if "host" in tiers:
+        rate = min(rate, *(node.pcie_bytes_per_s for node in hardware))
+    return _costs(fleet, state, cluster.link_latency_s + max(state.block_bytes) / rate)
+
+
+def load_costs(fleet: Fleet, state: ModelState, nodes: Iterable[NodeId]) -> Costs:
+    """Predict for loads by ``nodes`` from their own memory or storage: a block a round, at the rate of the slowest."""
+    cluster, rates = fleet.cluster, []
+    for number in nodes:
+        node, tier = cluster.node(number), fleet.own_tier(state, number)
+        storage = {"host": inf, "ssd": node.ssd_bytes_per_s, "remote": float(cluster.remote_bytes_per_s)}
+        rates.append(min(node.pcie_bytes_per_s, storage[tier]))
+    return _costs(fleet, state, max(state.block_bytes) / min(rates))
+
+
+def costs_now(fleet: Fleet, state: ModelState) -> Costs:
+    """Predict the first passes of what waits now; ``round_s`` has no meaning."""
+    return _costs(fleet, state, inf)
+
+
+def left_s(allocation: Allocation, at: float) -> float:
+    """Predict the seconds until a node holds the whole model, at the pace at which its blocks came; infinite for a share."""
+    missing, held = allocation.total - len(allocation.blocks), len(allocation.blocks)
+    if allocation.is_share:
+        return inf
+    if not missing:
+        return 0.0
+    if held < 2 or allocation.first_at is None:
+        return missing * (at - allocation.began_at)
+    return missing * (at - allocation.first_at) / (held - 1)
+
+
+def _costs(fleet: Fleet, state: ModelState, round_s: float) -> Costs:
+    """Costs for the requests that wait, by the mean of their prompts; without any, for one like those that run."""
+    running = chain.from_iterable(instance.outstanding.values() for instance in state.instances.values())
+    prompts = [request.prompt_tokens for request in islice(state.queue or running, _SAMPLE)]
+    mean = max(1, round(sum(prompts) / len(prompts))) if prompts else 1
+    return fleet.passes.costs(state.spec, mean, requests=max(1, len(state.queue)), round_s=round_s)

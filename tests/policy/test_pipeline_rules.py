@@ -1,0 +1,196 @@
+"""Rules for pipelines: which one nodes form, if it forms at all, how many requests it gets, and how nodes leave it."""
+
+from __future__ import annotations
+
+import pytest
+
+from lambdascale.core import Stage
+from lambdascale.multicast import BinomialPipeline
+from lambdascale.pipelines import ComplementaryPipelines, Costs, divide
+from tests.policy.test_pipelines import by_arrivals, shown
+from tests.policy.world import World
+
+TWO = (Stage(1, 0, 1), Stage(2, 2, 3))
+UNEVEN = (Stage(1, 0, 0), Stage(2, 1, 3))
+TURNS = (Stage(1, 0, 0), Stage(2, 1, 1), Stage(1, 2, 2), Stage(2, 3, 3))
+TIMES = Costs(round_s=1.0, batch_s=(2.0, 4.0), overhead_s=0.5, hop_s=(0.25, 0.5), requests=4)
+
+
+@pytest.mark.parametrize(
+    ("stages", "batch", "passes", "period"),
+    [
+        # 2 stages with half a second each, the whole model's time, the hop there and back; half of the model on each node.
+        (TWO, 1, 1.0 + 2.0 + 0.5, 1.5),
+        (TWO, 2, 1.0 + 4.0 + 1.0, 2.5),
+        (UNEVEN, 2, 6.0, 3.5),
+        (TURNS, 2, 2.0 + 4.0 + 2.0, 3.0),
+        ((Stage(1, 0, 3),), 2, 4.5, 4.5),
+    ],
+)
+def test_times_of_passes(stages: tuple[Stage, ...], batch: int, passes: float, period: float) -> None:
+    assert (TIMES.pass_s(stages, batch), TIMES.period_s(stages, batch)) == (passes, period)
+    assert TIMES.last_s(stages, batch) == passes + (len({s.node for s in stages}) - 1) * period
+
+
+@pytest.mark.parametrize(
+    ("requests", "left_s", "room"),
+    [
+        (4, 8.5, 4),  # two batches of two: 6 + 2.5
+        (4, 8.4, 2),  # two batches of one: 3.5 + 1.5
+        (4, 6.0, 2),
+        (4, 5.9, 0),  # not even the first pass of what waits
+        (1, 5.0, 2),  # one request waits: passes of one
+        (1, 4.9, 0),
+        (1, 3.4, 0),
+        (100, 1e9, 4),  # full batches
+    ],
+)
+def test_a_pipeline_gets_what_it_can_bring_to_first_tokens(requests: int, left_s: float, room: int) -> None:
+    times = Costs(batch_s=(2.0, 4.0), overhead_s=0.5, hop_s=(0.25, 0.5), requests=requests)
+    assert times.room(TWO, left_s) == room
+
+
+@pytest.mark.parametrize(
+    ("ready_s", "end_s", "saved"),
+    [
+        # Tokens at 6 and 8.5; without the pipeline at 10 + 4.5.
+        (0.0, 10.0, 2 * (8.5 + 6.0)),
+        (1.5, 10.0, 2 * (7.0 + 4.5)),
+        (1.6, 10.0, 2 * 6.9),  # the second batch is too late and begins anew
+        (4.1, 10.0, 0.0),
+    ],
+)
+def test_waiting_saved_until_the_mode_switch(ready_s: float, end_s: float, saved: float) -> None:
+    assert TIMES.saved_s(TWO, ready_s, end_s, 2) == pytest.approx(saved)
+
+
+# In turn after 4 rounds, one stage each after 5, complete after 8.
+EARLY_TURNS = ((0, 1, 2, 5, 3, 4, 6, 7), (3, 4, 6, 7, 5, 0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("hop_s", "expected"),
+    [
+        # Four stages save 8 - 4 - 4 hops, two save 8 - 5 - 2 hops.
+        (0.0, ["4 1:0-2 2:3-4 1:5-5 2:6-7"]),
+        (0.4, ["4 1:0-2 2:3-4 1:5-5 2:6-7"]),
+        (0.6, ["5 1:0-3 2:4-7"]),
+        (1.4, ["5 1:0-3 2:4-7"]),
+        (1.6, []),
+    ],
+)
+def test_hops_decide_between_early_and_few_stages(hop_s: float, expected: list[str]) -> None:
+    """Stages in turn are early, one stage a node is fast; with passes longer than what is left, none."""
+    costs = Costs(hop_s=(hop_s,))
+    assert shown(ComplementaryPipelines().pipelines(by_arrivals(*EARLY_TURNS), (), costs)) == expected
+
+
+def test_round_robin_chunks_are_ready_as_early_as_their_blocks() -> None:
+    """Issue: k = 4, 8 destinations: round 15 where 4 is possible."""
+    plan = BinomialPipeline(chunks="round_robin").plan(sources=4, destinations=8, blocks=16)
+    assert [p.ready_round for p in ComplementaryPipelines().pipelines(plan)] == [4, 5]
+    always = ComplementaryPipelines(form="always").pipelines(plan, (), Costs(batch_s=(1e9,)))
+    assert [p.form for p in always] == ["always", "always"], "formed although passes would take longer than all rounds"
+    assert ComplementaryPipelines().pipelines(plan, (), Costs(batch_s=(1e9,))) == []
+
+
+def test_nodes_that_would_be_late_are_left_out() -> None:
+    """Nodes 1 and 3 hold the model together after two rounds; with node 2 between them, stages cost more than they give."""
+    orders = ((0, 1, 2, 3), (0, 1, 2, 3), (2, 3, 0, 1))
+    assert shown(ComplementaryPipelines().pipelines(by_arrivals(*orders), (), Costs(overhead_s=0.6))) == ["2 1:0-1 3:2-3"]
+
+
+def test_division_of_what_nodes_hold() -> None:
+    assert divide({1: {0, 1, 2}, 2: {2, 3}}, 4) == (Stage(1, 0, 1), Stage(2, 2, 3))
+    assert divide({1: {0, 2}, 2: {1, 3}}, 4) == (Stage(1, 0, 0), Stage(2, 1, 1), Stage(1, 2, 2), Stage(2, 3, 3))
+    assert divide({1: {0, 1, 2}, 2: {0, 1, 2}}, 4) is None
+
+
+# -- formed or not ---------------------------------------------------------------------------------------------------
+
+
+def arriving(pace_s: float, *, requests: int = 9, prompt: int = 470, **settings: object) -> tuple[World, list[str]]:
+    """Two replicas; blocks come to nodes 2 and 3 every ``pace_s``: the commands of the block that makes a pipeline possible.
+
+    A first pass of two requests of 470 tokens takes 0.197 s, of one 0.099; a round of the plan should take 0.31 s.
+    """
+    slow_links = {"nic_bytes_per_s": 1e9}
+    world = World(nodes=4, min_replicas=2, cluster=slow_links, **({"form": "useful"} | settings))
+    world.arrive(requests, prompt=prompt, output=100)
+    world.tick()
+    lines: list[str] = []
+    for block in range(2):
+        world.at += pace_s
+        lines = world.block(2, block)
+        assert not lines
+        lines = world.block(3, 2 + block)
+    return world, lines
+
+
+@pytest.mark.parametrize(
+    ("pace_s", "expected"),
+    [
+        (0.25, ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]),  # half a second is left: 0.2 s and 0.1 s behind it
+        (0.13, ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5"]),  # 0.26 s are left: the second batch of two would be late
+        (0.09, []),  # 0.18 s are left: less than a first pass
+    ],
+)
+def test_a_pipeline_forms_if_there_is_time_for_a_first_pass(pace_s: float, expected: list[str]) -> None:
+    """Mutation: a pipeline that its mode switch ends before a token."""
+    assert arriving(pace_s)[1] == expected
+    assert arriving(pace_s, form="always")[1] == ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]
+
+
+def test_short_prompts_make_a_late_pipeline_useful() -> None:
+    assert arriving(0.09, prompt=100)[1] == ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]
+
+
+def test_a_pipeline_gets_no_requests_that_it_would_not_bring_to_a_token() -> None:
+    """Mutation: the look ahead forgotten. With one block missing on each node, 0.07 s are left: less than a pass of one."""
+    world, _ = arriving(0.13)
+    assert world.finish(4) == ["dispatch i3 6"], "two blocks are missing"
+    world.at += 0.01
+    assert world.block(2, 2) + world.block(3, 0) == []
+    assert world.finish(6) == [], "the others wait for a replica"
+    assert world.block(2, 3) == []
+    assert world.block(3, 1) == ["serve i4 2", "serve i5 3", "switch i3 5>i4 recompute", "dispatch i5 7", "dispatch i4 8"]
+
+
+# -- how nodes leave -------------------------------------------------------------------------------------------------
+
+
+def trio(**settings: object) -> World:
+    """Three nodes load for themselves; pipeline i1 serves on 0:0-0,1:1-2,2:3-3 and has six requests."""
+    world = World(nodes=3, min_replicas=0, **settings)
+    world.arrive(6)
+    world.tick()
+    world.block(0, 0)
+    world.block(1, 1)
+    world.block(2, 2, 3)
+    assert world.block(1, 2) == ["serve i1 0:0-0,1:1-2,2:3-3", "dispatch i1 0,1,2,3,4,5"]
+    return world
+
+
+def test_all_nodes_switch_together() -> None:
+    world = trio(switch="all")
+    assert world.block(1, 3, 0) + world.block(0, 1, 2, 3) == []
+    assert world.block(2, 0, 1) == [
+        *["serve i2 0", "serve i3 1", "serve i4 2"],
+        "switch i1 0>i2,1>i3,2>i4,3>i2,4>i3,5>i4 recompute",
+    ]
+
+
+def test_each_node_leaves_when_it_is_complete_and_the_others_go_on() -> None:
+    """Paper, 4.4. The smaller pipeline gets two thirds of the requests. Mutation: requests spread by instance."""
+    world = trio(switch="each")
+    assert world.block(0, 1, 2) == []
+    assert world.block(1, 3, 0) == ["serve i2 1", "serve i3 0:0-1,2:2-3", "switch i1 0>i2,1>i3,2>i3,3>i2,4>i3,5>i3 recompute"]
+    assert world.block(0, 3) == [], "node 2 cannot go on alone: the last two leave together"
+    assert world.block(2, 0, 1) == ["serve i4 0", "serve i5 2", "switch i3 1>i4,2>i5,4>i4,5>i5 recompute"]
+
+
+def test_a_node_stays_while_the_others_need_its_blocks() -> None:
+    world = trio(switch="each")
+    assert world.block(1, 3, 0) == [], "nodes 0 and 2 lack block 1"
+    assert world.block(0, 1, 2, 3) == []
+    assert world.block(2, 0, 1)[-1].startswith("switch i1 ")
