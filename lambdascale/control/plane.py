@@ -155,7 +155,7 @@ class ControlPlane:
         for state in models:
             desired = self.config.autoscaler.desired(len(state.queue), state.running)
             lacking = desired - state.replicas
-            if lacking > 0:
+            if lacking > 0 and len(models) > 1:
                 self._make_room(state, lacking)
             self._scale_in.look(state, desired)
             if lacking > 0:
