@@ -10,7 +10,7 @@ from lambdascale.core.checks import check_types, require
 
 @runtime_checkable
 class AutoscalingPolicy(Protocol):
-    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while there is work.
+    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while requests are open.
 
     ``min_replicas`` are in place when the run starts. Replicas that were too many for ``keep_alive_s`` seconds are drained and
     released (see ScaleIn); for that, more requests never want fewer replicas.
@@ -45,7 +45,7 @@ class AutoscalingPolicy(Protocol):
 class Autoscaler:
     """Desired replicas = ceil((queued + running) / target_per_replica), within [min_replicas, max_replicas].
 
-    Looked at every ``interval_s`` while there is work. Replicas beyond the largest number desired in the last ``keep_alive_s``
+    Asked every ``interval_s`` while requests are open. Replicas beyond the largest number desired in the last ``keep_alive_s``
     get no new requests and are released when they are empty. ``min_replicas`` are in place when the run starts; 0 is allowed.
     ``max_replicas`` None: the cluster's size.
     """

@@ -23,7 +23,7 @@ def loaded(*requests: int, keep_alive_s: float = 0.0, model: str = "a", **settin
     """
     count = len(requests)
     defaults: dict[str, object] = {"nodes": count, "min_replicas": 1, "target": 4, "max_batch": 8}
-    world = World("faasnet", **(defaults | settings), keep_alive_s=keep_alive_s)  # type: ignore[arg-type]
+    world = World("faasnet", **(defaults | settings), keep_alive_s=keep_alive_s)
     world.arrive(4 * count, model)
     world.tick()
     for transfer in world.open_transfers():
