@@ -18,7 +18,7 @@ class AutoscalingPolicy(Protocol):
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two evaluations."""
         ...
 
     @property

@@ -56,6 +56,11 @@ class ScaleIn:
             self._release_empty(state)
         return found
 
+    @staticmethod
+    def has_idle(state: ModelState) -> bool:
+        """True if an instance has no requests and none of its nodes is in a transfer."""
+        return any(not instance.outstanding and not _in_transfer(state, instance) for instance in state.instances.values())
+
     # -- demand --------------------------------------------------------------------------------------------------------
 
     def _peak(self, state: ModelState) -> tuple[int, int]:
