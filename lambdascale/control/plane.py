@@ -162,7 +162,7 @@ class ControlPlane:
             desired = self.config.autoscaler.desired(len(state.queue), state.running)
             more = desired - state.replicas
             if more <= 0 and state.queue and self.fleet.lacking(state):
-                # On a node with the KV memory that the head of the queue may need, once another is idle; that one is surplus then.
+                # On a node with the KV memory that the head of the queue may need, once another is idle and so to spare.
                 more = int(self._scale_in.has_idle(state))
             if more > 0 and len(models) > 1:
                 self._make_room(state, more)

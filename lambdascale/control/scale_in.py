@@ -18,9 +18,9 @@ class ScaleIn:
     """Drains surplus instances, and releases them once they are empty.
 
     Only what serves counts: an instance is drained if those that go on serving hold as many copies as were desired at any look
-    in the last ``keep_alive_s`` seconds, and the last one of a model if it was idle for as long. An instance with requests is
-    drained only if the others will not need it back: with N - 1 of N replicas, the load of each grows to N / (N - 1), and
-    answers may take as much longer. A drained instance serves again as soon as it is needed.
+    in the last ``keep_alive_s`` seconds. One that was in use in that time is drained only if the others will not need it back:
+    with N - 1 of N replicas, the load of each grows to N / (N - 1), and answers may take as much longer; a model's last one
+    stays. A drained instance serves again as soon as it is needed.
     """
 
     def __init__(self, fleet: Fleet, allocations: Allocations, serving: Serving, autoscaler: AutoscalingPolicy) -> None:
@@ -101,14 +101,14 @@ class ScaleIn:
     def _drain(self, state: ModelState, queued: int, running: int, due: float) -> bool:
         """Drain the least loaded instance if a load of ``queued`` and ``running`` requests allows it; True if it did.
 
-        A model's last instance must have been idle since ``due``.
+        Instances that were idle since ``due`` are not in use.
         """
         desired, copies = self._autoscaler.desired, state.replicas - state.draining
         if desired(queued, running) >= copies:
             return False
-        # The common case, decided without a look at the nodes: all are busy, and none is to spare even if all nodes serve.
-        busy = all(instance.outstanding for instance in state.instances.values())
-        if busy and not self._spares(queued, running, copies, copies - 1, copies - 1):
+        # The common case, decided without a look at the nodes: all are in use, and none is to spare even if all nodes serve.
+        in_use = all(instance.outstanding or instance.idle_since > due for instance in state.instances.values())
+        if in_use and not self._spares(queued, running, copies, copies - 1, copies - 1):
             return False
         able = (i for i in state.instances.values() if not i.draining and not _in_transfer(state, i))
         instance = min(able, key=_by_load, default=None)
@@ -117,10 +117,10 @@ class ScaleIn:
         serving = self._serving_blocks(state)
         left = serving - _blocks(state, instance)
         copies = left // state.blocks
-        if instance.outstanding:
+        if instance.outstanding or instance.idle_since > due:
             allowed = self._spares(queued, running, serving, left, copies)
         else:
-            allowed = desired(queued, running) <= copies and (copies > 0 or instance.idle_since <= due)
+            allowed = desired(queued, running) <= copies
         if allowed:
             instance.draining = True
             state.draining += 1

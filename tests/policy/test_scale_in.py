@@ -120,9 +120,21 @@ def test_a_busy_replica_is_drained_if_the_others_will_not_need_it_back(requests:
     assert drained(world) == expected
 
 
-def test_idle_replicas_need_no_look_ahead() -> None:
-    """Mutation: the load on the others thought to grow. Eight requests on two of three replicas want two of them."""
+def test_replicas_that_were_not_in_use_need_no_look_ahead() -> None:
+    """Mutations: the load on the others thought to grow; one that is idle by chance thought to be unused (constant load flaps).
+
+    Eight requests on two of three replicas want two of them.
+    """
     world, _ = loaded(4, 4, 0)
+    assert without(world.tick(), "timer") == ["stop i3", "release 2 keep"]
+    world, _ = loaded(4, 4, 0, keep_alive_s=0.25)
+    world.tick()
+    world.tick()
+    world.arrive(1)
+    world.finish(24)  # on i3, at 0.2
+    world.tick()
+    world.tick()
+    assert drained(world) == [], "at 0.4, idle for 0.2 seconds"
     assert without(world.tick(), "timer") == ["stop i3", "release 2 keep"]
 
 
@@ -316,6 +328,6 @@ def steady(process: str, system: str) -> tuple[float, int]:
 
 @pytest.mark.parametrize("system", ["lambdascale", "serverlessllm", "ideal"])
 def test_steady_load_holds_what_it_wants(system: str) -> None:
-    """Poisson arrivals want 2.9 replicas on average, 3.4 as the highest within the keep-alive; without draining 5.1 are held."""
+    """Poisson arrivals want 2.9 replicas on average, 3.4 as the highest in the keep-alive; undrained, 5.1 are held."""
     held, _ = steady("poisson", system)
-    assert 2.9 < held < 3.9
+    assert 2.9 < held < 4.1
