@@ -107,12 +107,21 @@ class Router:
 
     @staticmethod
     def _pick(state: ModelState, kv_tokens: int) -> Instance | None:
-        """Return the least loaded instance with a free slot and so much KV memory."""
-        best, least = None, 1.0
+        """Return the least loaded instance with a free slot and so much KV memory.
+
+        A drained one is returned only if no other has both; it then serves again.
+        """
+        best, least, drained = None, 1.0, None
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
             if load < least and instance.open and instance.kv_tokens >= kv_tokens:
-                best, least = instance, load
+                if instance.draining:
+                    drained = instance
+                else:
+                    best, least = instance, load
+        if best is None and drained is not None:
+            drained.draining = False
+            return drained
         return best
 
     @staticmethod

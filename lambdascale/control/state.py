@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lambdascale.control.prospects import Passes
+from lambdascale.control.traffic import Port, Traffic
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage, SwitchRule
 from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
@@ -19,6 +20,7 @@ class Instance:
     ``capacity`` bounds the requests it has at once; ``kv_tokens`` is the KV memory that one of them can have, in tokens.
     ``switch``: when a pipeline dissolves, see PipelinePlan. ``limited``: it takes only what it can bring to first tokens by
     then. ``open``: it takes further requests.
+    ``draining``: it gets new requests only where no other instance has room, and is released once it has none.
     """
 
     instance_id: int
@@ -31,6 +33,7 @@ class Instance:
     limited: bool = False
     open: bool = True
     outstanding: dict[int, Request] = field(default_factory=dict)
+    draining: bool = False
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -88,14 +91,16 @@ class PendingPipeline:
 class TransferState:
     """A multicast (``sources`` and many nodes) or a load (one node) under way.
 
-    ``waiting``: for each destination that is not through, the blocks the transfer still has to bring it. ``members``: all nodes
-    that take part; one that is through may still have to pass blocks on. ``held``: their allocations, and ``sources``: the (node,
+    ``waiting``: for each destination that is not through, the blocks the transfer still has to bring it and the node that sends
+    each (itself, for a load). ``ports``: those that a sender uses, where they are not just its NIC. ``members``: all nodes that
+    take part; one that is through may still have to pass blocks on. ``held``: their allocations, and ``sources``: the (node,
     tier) pairs read from; both stay until the transfer ends. ``again``: the transfer brings the rest of a failed multicast.
     """
 
     transfer_id: int
     model: str
-    waiting: dict[NodeId, set[int]]
+    waiting: dict[NodeId, dict[int, NodeId]]
+    ports: dict[NodeId, tuple[Port, ...]]
     members: frozenset[NodeId]
     held: tuple[Allocation, ...]
     sources: tuple[tuple[NodeId, str], ...]
@@ -109,7 +114,8 @@ class ModelState:
 
     ``spared``: number of blocks that its allocations are not to hold. ``kv_tokens``: tokens of KV memory beside the model on each
     node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
-    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
+    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most.
     """
 
     spec: ModelSpec
@@ -123,6 +129,8 @@ class ModelState:
     reason: str = ""
     running: int = 0
     spared: int = 0
+    looks: deque[tuple[float, int, int]] = field(default_factory=deque)
+    draining: int = 0
     least_kv_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -143,8 +151,9 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of. ``max_batch``: requests of an instance per
-    node it has. ``returning``: lost nodes that will be started again.
+    ``traffic``: bytes that the nodes' ports have still to move for the transfers. ``storage``: the tier in which every node finds
+    models that it has no host copy of. ``max_batch``: requests of an instance per node it has. ``returning``: lost nodes that
+    will be started again.
     """
 
     def __init__(
@@ -166,6 +175,7 @@ class Fleet:
         self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
+        self.traffic = Traffic(cluster, storage)
         self.instances: dict[int, Instance] = {}
         # The instance a mode switch moved a request to: its last event may still come in under the pipeline's name.
         self.moved: dict[int, int] = {}
@@ -223,8 +233,3 @@ class Fleet:
     def own_tier(self, state: ModelState, node: NodeId) -> Tier:
         """Return the fastest tier from which ``node`` can load the model without another node's help."""
         return "host" if self.is_warm(state, node) else self.storage
-
-    def loads_on(self, node: NodeId) -> int:
-        """Bytes still to be loaded by ``node``, as a bound: whole models count until they are complete."""
-        waiting = (t for t in self.transfers.values() if node in t.waiting)
-        return sum(self.models[t.model].spec.size_bytes for t in waiting)

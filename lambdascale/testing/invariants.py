@@ -57,8 +57,9 @@ class InvariantChecker:
     requests go to instances in service only; every request is answered exactly once or given up; time never goes back. A node is
     not released, nor a host copy evicted, while a transfer lists it. A failed multicast is planned anew once: what fails then is
     loaded. With ``desired`` (replicas wanted for so many queued and running requests: the autoscaler's), a timer takes no replica
-    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its GPUs. Every
-    request fits the KV memory of its instance up to its limit, and nobody is told where its answer ends.
+    from a model that needs it, and those that still load do not count. With ``max_batch``, an instance never has more requests
+    than that for each of its GPUs. Every request fits the KV memory of its instance up to its limit, and nobody is told where
+    its answer ends.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class InvariantChecker:
             running = len(open_requests & set(self._running))
             wanted = self._desired(len(open_requests) - running, running)
             assert left >= wanted, f"{model} keeps {left} replicas, it needs {wanted}"
+            serving = len({other for nodes in self._serving(model) for other in nodes})
+            assert serving >= wanted, f"{model} keeps {serving} nodes that serve, it needs {wanted}"
 
     def _check_transfer(self, command: StartMulticast | LoadBlocks) -> None:
         self._check_source(command)

@@ -11,13 +11,17 @@ from lambdascale.control.prospects import multicast_costs
 from lambdascale.control.start.base import MulticastOrder, StartDecision
 from lambdascale.control.start.local import loads_together
 from lambdascale.control.state import Fleet, ModelState
+from lambdascale.control.traffic import ports_of_source
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage, Tier
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.pipelines import NoPipelines, PipelineBuilder
 
-_Holder = tuple[int, int, NodeId, Tier]
+# The tiers that sources read, the better one first.
+_TIERS: tuple[Tier, ...] = ("gpu", "host")
+# Seconds that the node's ports are busy sending for any model, 0 for GPU and 1 for host memory, node, tier.
+_Holder = tuple[float, int, NodeId, Tier]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +102,14 @@ class MulticastStart:
         return [node for node in warm if feeds_others or self._loads_own_copy(fleet, node)]
 
     def _holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[_Holder]:
-        """All that could feed a multicast to ``targets``: (transfers it feeds now, 0 for GPU and 1 for host, node, tier)."""
-        name = state.spec.name
-        found: list[_Holder] = [(a.transfers, 0, node, "gpu") for node, a in state.allocations.items() if a.complete]
+        """All that could feed a multicast to ``targets``, those first that have least to send and load for all models."""
+        name, nodes = state.spec.name, [node for node, a in state.allocations.items() if a.complete]
+        found: list[tuple[NodeId, Tier]] = [(node, "gpu") for node in nodes]
         if self.host_sources:
-            excluded = {node for _, _, node, _ in found}.union(targets)
-            copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in excluded)
-            found += [(fleet.host.pins(node, name), 1, node, "host") for node in copies]
-        return sorted(found)
+            excluded = {*nodes, *targets}
+            copies = fleet.host.holders(fleet.gpus_free, name, fleet.at)
+            found += [(node, "host") for node in copies if node not in excluded]
+        return sorted((fleet.traffic.seconds(n, *ports_of_source(t)), _TIERS.index(t), n, t) for n, t in found)
 
     def _pick_sources(self, holders: Sequence[_Holder], destinations: int) -> list[tuple[NodeId, Tier]]:
         """Return the sources to use: idle ones, GPU replicas before host copies, at most one per destination."""
