@@ -45,7 +45,16 @@ class _Multicast(FlowGroup):
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
         self.held = {node: sent[node] - received[node] for node in command.plan.members}
         self.busy: set[NodeId] = set()
+        # Sources that other transfers still bring blocks to; the round (under a barrier) that waits for such a block.
+        self.joined: tuple[NodeId, ...] = ()
+        self.stalled: int | None = None
         self.left = sum(len(transfers) for transfers in command.plan.rounds)
+
+    def coming(self, model: str, node: NodeId) -> set[int]:
+        """Return the blocks of ``model`` that this transfer has still to bring to ``node``."""
+        if self.command.model != model or not self.receives.get(node):
+            return set()
+        return {t.block for sends in self.command.plan.rounds for t in sends if t.dst == node} - self.held[node]
 
 
 class TransferEngine:
@@ -77,7 +86,8 @@ class TransferEngine:
         self._layers = layers or {}
         self._rate = None if cluster.overrides else float(cluster.nic_bytes_per_s)  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
-        self._transfers: dict[int, FlowGroup] = {}
+        self._transfers: dict[int, _Multicast | Load] = {}
+        self._joins: dict[_Multicast, None] = {}  # those with sources that still receive; in order
         self._copies = FlowGroup()
         self.links = self._fabric.links
         self.setup_s: dict[int, float] = {}
@@ -94,6 +104,7 @@ class TransferEngine:
         transfer = _Multicast(command)
         if not transfer.left:
             return
+        self._join(transfer)
         self._transfers[command.transfer_id] = transfer
         if command.multicast == "one_sided":
             self._begin_multicast(transfer)
@@ -104,6 +115,27 @@ class TransferEngine:
             setup_s = draw_setup_s(ranks, self._rng, self._options.communicator_outlier_probability)
         self.setup_s[command.transfer_id] = setup_s
         self._kernel.at(self._kernel.now + setup_s, self._begin_collective, transfer)
+
+    def _join(self, transfer: _Multicast) -> None:
+        """Note what the sources still receive by other transfers: they send it on once they hold it."""
+        for node in transfer.command.plan.sources:
+            lacking = {block for other in self._transfers.values() for block in other.coming(transfer.command.model, node)}
+            if lacking:
+                transfer.held[node] -= lacking
+                transfer.joined += (node,)
+        if transfer.joined:
+            self._joins[transfer] = None
+
+    def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
+        """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
+        for join in [j for j in self._joins if node in j.joined and j.command.model == model]:
+            join.held[node].add(block)
+            if join.stalled is None:
+                self._send_next(join, node)
+            else:
+                index, join.stalled = join.stalled, None
+                self._run_round((join, index))
+        self._deliver(transfer_id, node, model, block)
 
     def _begin_collective(self, transfer: _Multicast) -> None:
         plan = transfer.command.plan
@@ -117,7 +149,7 @@ class TransferEngine:
     def _begin_multicast(self, transfer: _Multicast) -> None:
         if transfer.command.plan.streaming:
             self._stream(transfer)
-        elif self._options.barrier:
+        elif self._barrier_s(transfer.command) is not None:
             self._run_round((transfer, 0))
         else:
             for node in list(transfer.sends):
@@ -154,13 +186,16 @@ class TransferEngine:
         if transfer.left == 0:
             self._release(transfer)
             self._ended(transfer.command.transfer_id)
-        self._deliver(transfer.command.transfer_id, node, transfer.command.model, block)
+        self._arrived(transfer.command.transfer_id, node, transfer.command.model, block)
 
     def _run_round(self, entry: tuple[_Multicast, int]) -> None:
         """Run a round as the prototype's controller does: all its sends, then a barrier, then the next round."""
         transfer, index = entry
         rounds = transfer.command.plan.rounds
         if transfer.cancelled or index == len(rounds):
+            return
+        if transfer.joined and any(t.block not in transfer.held[t.src] for t in rounds[index]):
+            transfer.stalled = index
             return
         left = len(rounds[index])
         if not left:
@@ -177,7 +212,14 @@ class TransferEngine:
             self._edge(transfer, t.src, t.dst, t.block, partial(done, t.dst, t.block))
 
     def _end_round(self, transfer: _Multicast, index: int) -> None:
-        self._kernel.at(self._kernel.now + self._options.barrier_s, self._run_round, (transfer, index + 1))
+        barrier_s = self._barrier_s(transfer.command) or 0.0
+        self._kernel.at(self._kernel.now + barrier_s, self._run_round, (transfer, index + 1))
+
+    def _barrier_s(self, command: StartMulticast) -> float | None:
+        """Return the system's barrier, else the one that this run imposes on all systems; None without any."""
+        if command.barrier_s is None and self._options.barrier:
+            return self._options.barrier_s
+        return command.barrier_s
 
     def _edge(self, transfer: _Multicast, src: NodeId, dst: NodeId, block: int, on_done: Callable[[], None]) -> None:
         cluster, command = self._cluster, transfer.command
@@ -219,7 +261,7 @@ class TransferEngine:
 
     def load(self, command: LoadBlocks) -> None:
         """Load blocks one after another; UserError if the cluster has no such tier."""
-        load = self._transfers[command.transfer_id] = Load(command, self._fabric, self._deliver, self._ended)
+        load = self._transfers[command.transfer_id] = Load(command, self._fabric, self._arrived, self._ended)
         load.start()
 
     def copy(self, src: NodeId, dst: NodeId, size_bytes: float, on_done: Callable[[], None]) -> None:
@@ -240,6 +282,7 @@ class TransferEngine:
             return
         self._fabric.cancel(transfer)
         if isinstance(transfer, _Multicast):
+            self._joins.pop(transfer, None)
             self._release(transfer)
 
     def node_lost(self, node: NodeId) -> None:
@@ -247,7 +290,9 @@ class TransferEngine:
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
 
     def _ended(self, transfer_id: int) -> None:
-        self._transfers.pop(transfer_id, None)
+        transfer = self._transfers.pop(transfer_id, None)
+        if isinstance(transfer, _Multicast):
+            self._joins.pop(transfer, None)
 
     def _release(self, transfer: _Multicast) -> None:
         for node in transfer.occupied:

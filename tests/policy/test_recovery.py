@@ -391,7 +391,7 @@ def test_a_node_that_comes_back_may_serve_a_model_again_that_failed_on_it() -> N
 
 
 def test_the_rest_is_loaded_from_a_nodes_own_host_copy_if_it_has_one() -> None:
-    world = World("faasnet", nodes=3, copies=1, cluster={"pcie_bytes_per_s": 8e9})
+    world = World("faasnet", nodes=3, copies=1, warm="NoOwnCopies")
     world.arrive(6)
     assert world.tick()[:3] == ["allocate 2", "allocate 0", "multicast t2 1:gpu>2,0"]
     world.deliver("t2", 2)

@@ -1,19 +1,33 @@
 """Start policies: how new replicas get their weights, from where, with whom, and who serves meanwhile."""
 
+from lambdascale.control.placement import ByLocality, ByStartupTime, Placement, SparingCopies
 from lambdascale.control.start.base import Change, LoadMore, LoadOrder, MulticastOrder, Reshape, StartDecision, StartPolicy
 from lambdascale.control.start.instant import InstantStart
 from lambdascale.control.start.local import LocalStart
 from lambdascale.control.start.multicast import MulticastStart
+from lambdascale.control.start.sources import GpuAndHostSources, GpuSources, SourceRule
+from lambdascale.control.start.warm import FasterWay, NoOwnCopies, OwnCopies, WarmRule
 
 __all__ = [
+    "ByLocality",
+    "ByStartupTime",
     "Change",
+    "FasterWay",
+    "GpuAndHostSources",
+    "GpuSources",
     "InstantStart",
     "LoadMore",
     "LoadOrder",
     "LocalStart",
     "MulticastOrder",
     "MulticastStart",
+    "NoOwnCopies",
+    "OwnCopies",
+    "Placement",
     "Reshape",
+    "SourceRule",
+    "SparingCopies",
     "StartDecision",
     "StartPolicy",
+    "WarmRule",
 ]
