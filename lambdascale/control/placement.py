@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from lambdascale.control.state import Fleet, ModelState
+from lambdascale.control.traffic import Port
 from lambdascale.core import NodeId
+
+_PORTS: tuple[Port, ...] = ("nic_in", "nic_out", "pcie", "storage")
 
 
 @runtime_checkable
@@ -21,11 +24,11 @@ class Placement(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ByLocality:
-    """Nodes with a host copy first, then those with fewest bytes to load, then those with most free GPUs (paper, section 5)."""
+    """Nodes with a host copy first, then those least busy with transfers, then those with most free GPUs (paper, section 5)."""
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See Placement."""
-        return sorted(nodes, key=lambda node: (not fleet.is_warm(state, node), *_least_to_load(fleet, node)))
+        return sorted(nodes, key=lambda node: (not fleet.is_warm(state, node), *_idleness(fleet, node)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +42,19 @@ class SparingCopies:
         """See Placement."""
         if all(pcie_is_faster(fleet, node) for node in nodes):
             return ByLocality().rank(fleet, state, nodes)
-        return sorted(nodes, key=lambda node: (fleet.is_warm(state, node), *_least_to_load(fleet, node)))
+        return sorted(nodes, key=lambda node: (fleet.is_warm(state, node), *_idleness(fleet, node)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByStartupTime:
-    """Shortest estimated start-up first: (bytes still to be loaded on the node + the model) / rate of its tier (ServerlessLLM)."""
+    """Shortest estimated start-up first: (bytes queued at the tier to read from + the model) / its rate (ServerlessLLM)."""
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See Placement."""
 
         def key(node: NodeId) -> tuple[float, int, NodeId]:
-            hardware = fleet.cluster.node(node)
-            storage = hardware.ssd_bytes_per_s if fleet.storage == "ssd" else float(fleet.cluster.remote_bytes_per_s)
-            rate = hardware.pcie_bytes_per_s if fleet.is_warm(state, node) else storage
-            return (fleet.loads_on(node) + state.spec.size_bytes) / rate, -fleet.gpus_free[node], node
+            port: Port = "pcie" if fleet.is_warm(state, node) else "storage"
+            return fleet.traffic.seconds(node, port, more=state.spec.size_bytes), -fleet.gpus_free[node], node
 
         return sorted(nodes, key=key)
 
@@ -64,5 +65,5 @@ def pcie_is_faster(fleet: Fleet, node: NodeId) -> bool:
     return hardware.pcie_bytes_per_s >= hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency
 
 
-def _least_to_load(fleet: Fleet, node: NodeId) -> tuple[int, int, NodeId]:
-    return fleet.loads_on(node), -fleet.gpus_free[node], node
+def _idleness(fleet: Fleet, node: NodeId) -> tuple[float, int, NodeId]:
+    return fleet.traffic.seconds(node, *_PORTS), -fleet.gpus_free[node], node

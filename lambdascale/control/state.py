@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lambdascale.control.traffic import Port, Traffic
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage
 from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
@@ -75,14 +76,16 @@ class PendingPipeline:
 class TransferState:
     """A multicast (``sources`` and many nodes) or a load (one node) under way.
 
-    ``waiting``: for each destination that is not through, the blocks the transfer still has to bring it. ``members``: all nodes
-    that take part; one that is through may still have to pass blocks on. ``held``: their allocations, and ``sources``: the (node,
+    ``waiting``: for each destination that is not through, the blocks the transfer still has to bring it and the node that sends
+    each (itself, for a load). ``ports``: those that a sender uses, where they are not just its NIC. ``members``: all nodes that
+    take part; one that is through may still have to pass blocks on. ``held``: their allocations, and ``sources``: the (node,
     tier) pairs read from; both stay until the transfer ends. ``again``: the transfer brings the rest of a failed multicast.
     """
 
     transfer_id: int
     model: str
-    waiting: dict[NodeId, set[int]]
+    waiting: dict[NodeId, dict[int, NodeId]]
+    ports: dict[NodeId, tuple[Port, ...]]
     members: frozenset[NodeId]
     held: tuple[Allocation, ...]
     sources: tuple[tuple[NodeId, str], ...]
@@ -125,7 +128,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of.
+    ``traffic``: bytes that the nodes' ports have still to move for the transfers. ``storage``: the tier in which every node finds
+    models that it has no host copy of.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class Fleet:
         self.gpus_free: dict[NodeId, int] = {}
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
+        self.traffic = Traffic(cluster, storage)
         self.instances: dict[int, Instance] = {}
         # The instance a mode switch moved a request to: its last event may still come in under the pipeline's name.
         self.moved: dict[int, int] = {}
@@ -186,8 +191,3 @@ class Fleet:
     def own_tier(self, state: ModelState, node: NodeId) -> Tier:
         """Return the fastest tier from which ``node`` can load the model without another node's help."""
         return "host" if self.is_warm(state, node) else self.storage
-
-    def loads_on(self, node: NodeId) -> int:
-        """Bytes still to be loaded by ``node``, as a bound: whole models count until they are complete."""
-        waiting = (t for t in self.transfers.values() if node in t.waiting)
-        return sum(self.models[t.model].spec.size_bytes for t in waiting)

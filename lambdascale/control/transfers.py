@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lambdascale.control.state import Allocation, Fleet, ModelState, TransferState
+from lambdascale.control.traffic import Port, ports_of_load, ports_of_source
 from lambdascale.core import MulticastPlan, NodeId
 from lambdascale.core.commands import LoadBlocks, Loader, MulticastKind, StartMulticast, Tier
+
+_FORWARDING: tuple[Port, ...] = ports_of_source("gpu")
+_RECEIVING: tuple[Port, ...] = ("nic_in",)
 
 
 class Transfers:
@@ -27,11 +31,12 @@ class Transfers:
         again: bool = False,
     ) -> None:
         """Issue a plan over real nodes; ``barrier_s``: see StartMulticast, ``again``: see TransferState."""
-        coming: dict[NodeId, set[int]] = {node: set() for node in plan.destinations}
+        coming: dict[NodeId, dict[int, NodeId]] = {node: {} for node in plan.destinations}
         for sends in plan.rounds:
             for send in sends:
-                coming[send.dst].add(send.block)
-        transfer_id = self._begin(state, coming, sources, multicast=True, again=again)
+                coming[send.dst][send.block] = send.src
+        ports = {node: ports_of_source(tier) for node, tier in sources}
+        transfer_id = self._begin(state, coming, sources, ports, multicast=True, again=again)
         tiers = tuple(tier for _, tier in sources)
         self._fleet.out.append(
             StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._multicast, barrier_s)
@@ -40,7 +45,8 @@ class Transfers:
     def load(self, state: ModelState, node: NodeId, tier: Tier, blocks: Sequence[int]) -> None:
         """Let ``node`` load ``blocks`` from its own ``tier``, in this order."""
         sources: list[tuple[NodeId, Tier]] = [(node, tier)] if tier == "host" else []
-        transfer_id = self._begin(state, {node: set(blocks)}, sources, multicast=False)
+        ports = {node: ports_of_load(tier)}
+        transfer_id = self._begin(state, {node: dict.fromkeys(blocks, node)}, sources, ports, multicast=False)
         command = LoadBlocks(transfer_id, state.spec.name, node, tuple(blocks), state.block_bytes, tier, self._loader)
         self._fleet.out.append(command)
 
@@ -55,8 +61,9 @@ class Transfers:
     def _begin(
         self,
         state: ModelState,
-        coming: Mapping[NodeId, set[int]],
+        coming: dict[NodeId, dict[int, NodeId]],
         sources: Sequence[tuple[NodeId, Tier]],
+        ports: dict[NodeId, tuple[Port, ...]],
         *,
         multicast: bool,
         again: bool = False,
@@ -64,23 +71,35 @@ class Transfers:
         fleet = self._fleet
         members = frozenset([*coming, *(node for node, _ in sources)])
         held = tuple(allocation for node, allocation in state.allocations.items() if node in members)
-        transfer = TransferState(fleet.new_id(), state.spec.name, dict(coming), members, held, tuple(sources), multicast, again)
-        fleet.transfers[transfer.transfer_id] = transfer
-        for node in coming:
-            state.allocations[node].incoming[transfer.transfer_id] = transfer
+        number = fleet.new_id()
+        transfer = TransferState(number, state.spec.name, coming, ports, members, held, tuple(sources), multicast, again)
+        fleet.transfers[number] = transfer
+        for node, blocks in coming.items():
+            state.allocations[node].incoming[number] = transfer
+            for block, sender in blocks.items():
+                self._count(transfer, sender, node, state.block_bytes[block])
         for allocation in held:
             allocation.transfers += 1
         for node, tier in sources:
             if tier == "host":
                 fleet.host.pin(node, state.spec.name)
-        return transfer.transfer_id
+        return number
+
+    def _count(self, transfer: TransferState, sender: NodeId, receiver: NodeId, size_bytes: int) -> None:
+        """Add a block that is on its way to the account of traffic, or take it off (``size_bytes`` negative)."""
+        traffic = self._fleet.traffic
+        traffic.add(sender, transfer.ports.get(sender, _FORWARDING), size_bytes)
+        if sender != receiver:
+            traffic.add(receiver, _RECEIVING, size_bytes)
 
     def block_arrived(self, allocation: Allocation, block: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
         node, through = allocation.node, []
         for transfer in allocation.incoming.values():
             left = transfer.waiting[node]
-            left.discard(block)
+            sender = left.pop(block, None)
+            if sender is not None:
+                self._count(transfer, sender, node, -self._fleet.models[transfer.model].block_bytes[block])
             if not left:
                 through.append(transfer)
         for transfer in through:
@@ -89,11 +108,16 @@ class Transfers:
                 self.end(transfer)
 
     def end(self, transfer: TransferState) -> None:
-        """Free the members of a transfer that is done or given up."""
-        del self._fleet.transfers[transfer.transfer_id]
+        """Free the members of a transfer that is done or given up, and their ports of what it had still to bring."""
+        fleet = self._fleet
+        del fleet.transfers[transfer.transfer_id]
+        block_bytes = fleet.models[transfer.model].block_bytes
+        for node, blocks in transfer.waiting.items():
+            for block, sender in blocks.items():
+                self._count(transfer, sender, node, -block_bytes[block])
         for allocation in transfer.held:
             allocation.transfers -= 1
             allocation.incoming.pop(transfer.transfer_id, None)
         for node, tier in transfer.sources:
             if tier == "host":
-                self._fleet.host.unpin(node, transfer.model, self._fleet.at)
+                fleet.host.unpin(node, transfer.model, fleet.at)

@@ -101,6 +101,37 @@ def test_a_source_feeds_one_multicast_at_a_time() -> None:
     assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
 
 
+def test_new_nodes_join_a_tree_that_is_under_way() -> None:
+    """FaaSNet: 3 becomes a child of 2, a leaf of the tree from 0, and 4 one of 3's. Mutation: a join to an inner node."""
+    world = World("faasnet", nodes=6, target=1)
+    world.arrive(3)
+    assert without(world.tick(), "timer")[-1] == "multicast t2 0:gpu>1,2"
+    world.deliver("t2", 3)
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t3 1:gpu>3"], "0 still sends; 1 and 2 do not, and receive"
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 4", "multicast t4 2:gpu>4"]
+    world.deliver("t2")
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 5", "multicast t5 0:gpu>5"], "the root is idle again"
+
+
+def test_nodes_that_load_from_storage_are_not_joined() -> None:
+    world = World("faasnet", nodes=4, min_replicas=0, target=1)
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 0", "load t1 0 ssd 0123"]
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 1", "load t2 1 ssd 0123"]
+
+
+def test_nodes_wait_for_an_idle_source_where_they_do_not_join() -> None:
+    world = World("faasnet", nodes=6, target=1, source_rule="GpuAndHostSources")
+    world.arrive(3)
+    world.tick()
+    world.arrive(1)
+    assert without(world.tick(), "timer") == []
+
+
 def test_a_host_copy_that_feeds_is_busy_until_its_multicast_ends() -> None:
     world = World(nodes=4, copies=1, min_replicas=0)
     world.arrive(2)
@@ -147,7 +178,10 @@ def test_systems_without_pipelines_load_in_order() -> None:
         # PCIe slower than the network: the copies feed, or load while they would feed others.
         ({}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
         ({"cluster": FAST_PCIE}, ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"]),
-        ({"warm": "OwnCopies", "placement": "ByLocality"}, ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"]),
+        (
+            {"warm": "OwnCopies", "placement": "ByLocality"},
+            ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"],
+        ),
         ({"warm": "NoOwnCopies"}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
         ({"warm": "NoOwnCopies", "cluster": FAST_PCIE}, ["allocate 1", "allocate 2", "multicast t2 0:gpu>1,2"]),
         # PCIe exactly as fast as the network counts as faster; now the pair serves together, and node 1 begins with the half

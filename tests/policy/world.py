@@ -131,6 +131,7 @@ class World:
         self._transfers: dict[int, str] = {}
         self._instances: dict[int, str] = {}
         self._open: dict[str, StartMulticast | LoadBlocks] = {}
+        self._cancelled: set[str] = set()
         self._timer: SetTimer | None = None
         self.requests = 0
         self.at_instance: dict[int, int] = {}
@@ -174,6 +175,11 @@ class World:
     def finish_at(self, instance: int, request: int) -> list[str]:
         """A request ends, reported by an instance (its id): where it is, or the pipeline it was moved from."""
         return self.play(RequestFinished(self.at, instance, request, 10))
+
+    @property
+    def ticking(self) -> bool:
+        """True if a timer is set."""
+        return self._timer is not None
 
     def tick(self, at: float | None = None) -> list[str]:
         """The timer set last fires, at its time or at ``at``."""
@@ -219,8 +225,8 @@ class World:
         return self.checker.held(node, model)
 
     def open_transfers(self) -> list[str]:
-        """Names of the transfers with blocks still to bring."""
-        return [name for name, command in self._open.items() if self._moves(command)]
+        """Names of the transfers with blocks still to bring, without those that were cancelled."""
+        return [name for name, command in self._open.items() if name not in self._cancelled and self._moves(command)]
 
     def command(self, transfer: str) -> StartMulticast | LoadBlocks:
         """The command behind a transfer's name."""
@@ -231,6 +237,8 @@ class World:
     def _note(self, command: Command) -> None:
         if isinstance(command, StartMulticast | LoadBlocks):
             self._open[self._transfer(command.transfer_id)] = command
+        elif isinstance(command, CancelTransfer):
+            self._cancelled.add(self._transfer(command.transfer_id))
         elif isinstance(command, SetTimer):
             self._timer = command
         elif isinstance(command, Dispatch):

@@ -5,7 +5,7 @@ from lambdascale.control.start.base import Change, LoadMore, LoadOrder, Multicas
 from lambdascale.control.start.instant import InstantStart
 from lambdascale.control.start.local import LocalStart
 from lambdascale.control.start.multicast import MulticastStart
-from lambdascale.control.start.sources import GpuAndHostSources, GpuSources, SourceRule
+from lambdascale.control.start.sources import GpuAndHostSources, GpuSources, JoiningSources, SourceRule
 from lambdascale.control.start.warm import FasterWay, NoOwnCopies, OwnCopies, WarmRule
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GpuAndHostSources",
     "GpuSources",
     "InstantStart",
+    "JoiningSources",
     "LoadMore",
     "LoadOrder",
     "LocalStart",

@@ -17,7 +17,6 @@ from lambdascale.multicast import injection_orders
 from lambdascale.pipelines import PipelineBuilder
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class LocalStart:
     """Every new node loads from its host memory or ``storage``; ``placement``: order in which free nodes are taken."""

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-from lambdascale.control.state import Fleet, ModelState
+from lambdascale.control.state import Allocation, Fleet, ModelState
+from lambdascale.control.traffic import ports_of_source
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Tier
+
+
+# The tiers that sources read, the better one first.
+_TIERS: tuple[Tier, ...] = ("gpu", "host")
 
 
 class Source(NamedTuple):
     """A node that could feed a multicast from ``tier``; compares by preference.
 
-    ``transfers``: those it takes part in now; it is idle at 0. ``rank``: GPU before host.
+    ``busy_s``: seconds for which its ports have still to send or load, for all models; 0 if it is idle. ``rank``: GPU before host.
     """
 
-    transfers: int
+    busy_s: float
     rank: int
     node: NodeId
     tier: Tier
@@ -46,13 +51,13 @@ class SourceRule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSources:
-    """Replicas that are complete on the GPU, while they take part in no other transfer (the prototype's FaaSNet and NCCL)."""
+    """Replicas that are complete on the GPU, while they have nothing else to send (the prototype's FaaSNet and NCCL)."""
 
     host: ClassVar[bool] = False
 
     def holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[Source]:
         """See SourceRule."""
-        return sorted(_on_gpu(state))
+        return sorted(_on_gpu(fleet, state))
 
     def pick(self, fleet: Fleet, state: ModelState, holders: Sequence[Source], wanted: int) -> list[Source]:
         """See SourceRule."""
@@ -61,30 +66,59 @@ class GpuSources:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuAndHostSources:
-    """Idle replicas on the GPU, then host copies that no transfer reads (λScale; reference, section 2.6)."""
+    """Idle replicas on the GPU, then idle host copies (λScale; reference, section 2.6)."""
 
     host: ClassVar[bool] = True
 
     def holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[Source]:
         """See SourceRule."""
-        return sorted(_on_gpu(state) + _in_host_memory(fleet, state, targets))
+        return sorted(_on_gpu(fleet, state) + _in_host_memory(fleet, state, targets))
 
     def pick(self, fleet: Fleet, state: ModelState, holders: Sequence[Source], wanted: int) -> list[Source]:
         """See SourceRule."""
         return idle(holders, wanted)
 
 
+@dataclass(frozen=True, kw_only=True)
+class JoiningSources:
+    """As GpuAndHostSources; while no holder is idle, new nodes join the trees under way (FaaSNet, USENIX ATC'21).
+
+    They become children of nodes that receive the model and have nothing to send, which pass every block on as it comes in.
+    Nodes that load from storage are not joined: every new node has storage of its own.
+    """
+
+    host: ClassVar[bool] = True
+
+    def holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[Source]:
+        """See SourceRule."""
+        return GpuAndHostSources().holders(fleet, state, targets)
+
+    def pick(self, fleet: Fleet, state: ModelState, holders: Sequence[Source], wanted: int) -> list[Source]:
+        """See SourceRule."""
+        leaves = [_source(fleet, node, "gpu") for node, a in state.allocations.items() if _receives(a)]
+        return idle(holders, wanted) or idle(sorted(leaves), wanted)
+
+
 def idle(holders: Sequence[Source], wanted: int) -> list[Source]:
-    """Return the first ``wanted`` holders that take part in no transfer: k = min(idle holders, ``wanted``)."""
-    return [holder for holder in holders if not holder.transfers][:wanted]
+    """Return the first ``wanted`` holders that are idle: k = min(idle holders, ``wanted``)."""
+    return [holder for holder in holders if not holder.busy_s][:wanted]
 
 
-def _on_gpu(state: ModelState) -> list[Source]:
-    return [Source(a.transfers, 0, node, "gpu") for node, a in state.allocations.items() if a.complete]
+def _on_gpu(fleet: Fleet, state: ModelState) -> list[Source]:
+    return [_source(fleet, node, "gpu") for node, a in state.allocations.items() if a.complete]
 
 
 def _in_host_memory(fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[Source]:
-    name = state.spec.name
     excluded = {node for node, a in state.allocations.items() if a.complete}.union(targets)
-    copies = (node for node in fleet.host.holders(fleet.gpus_free, name, fleet.at) if node not in excluded)
-    return [Source(fleet.host.pins(node, name), 1, node, "host") for node in copies]
+    copies = fleet.host.holders(fleet.gpus_free, state.spec.name, fleet.at)
+    return [_source(fleet, node, "host") for node in copies if node not in excluded]
+
+
+def _source(fleet: Fleet, node: NodeId, tier: Tier) -> Source:
+    return Source(fleet.traffic.seconds(node, *ports_of_source(tier)), _TIERS.index(tier), node, tier)
+
+
+def _receives(allocation: Allocation) -> bool:
+    """True if transfers from memory bring the node the whole model."""
+    coming = allocation.incoming.values()
+    return bool(coming) and not allocation.is_share and all(transfer.sources for transfer in coming)

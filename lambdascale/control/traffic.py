@@ -1,0 +1,58 @@
+"""Bytes that the ports of every node have still to move for the transfers under way, of all models together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+from lambdascale.core import ClusterSpec, NodeId
+from lambdascale.core.commands import Storage, Tier
+
+Port = Literal["nic_out", "nic_in", "pcie", "storage"]
+# Ports of the reading node that a block crosses on its way from a tier to the node's own GPUs.
+_LOADING: dict[Tier, tuple[Port, ...]] = {"gpu": (), "instant": (), "host": ("pcie",)}
+_COLD: tuple[Port, ...] = ("storage", "pcie")
+
+
+def ports_of_load(tier: Tier) -> tuple[Port, ...]:
+    """Ports that a node's load from its own ``tier`` uses; a cold one passes PCIe too."""
+    return _LOADING.get(tier, _COLD)
+
+
+def ports_of_source(tier: Tier) -> tuple[Port, ...]:
+    """Ports that a node uses to send what it holds in ``tier``: a host copy crosses PCIe on its way to the NIC."""
+    return ("pcie", "nic_out") if tier == "host" else ("nic_out",)
+
+
+class Traffic:
+    """An account of what is still to be moved: transfers add their blocks, and take them off as they arrive or are given up.
+
+    Rates are the nodes' own: NICs at the efficiency of one-sided writes, ``storage`` at that of the SSD or the remote store.
+    """
+
+    def __init__(self, cluster: ClusterSpec, storage: Storage) -> None:
+        self._cluster = cluster
+        self._storage = storage
+        self._left: defaultdict[tuple[NodeId, Port], int] = defaultdict(int)
+
+    def add(self, node: NodeId, ports: Sequence[Port], size_bytes: int) -> None:
+        """Count ``size_bytes`` more on ``ports`` of a node; fewer if negative."""
+        for port in ports:
+            self._left[node, port] += size_bytes
+
+    def left(self, node: NodeId, port: Port) -> int:
+        """Return the bytes that a port has still to move."""
+        return self._left.get((node, port), 0)
+
+    def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:
+        """Return the time until the busiest of ``ports`` has moved what is under way and ``more`` bytes; 0 if all are idle."""
+        return max((self.left(node, port) + more) / self._rate(node, port) for port in ports)
+
+    def _rate(self, node: NodeId, port: Port) -> float:
+        hardware = self._cluster.node(node)
+        if port == "pcie":
+            return hardware.pcie_bytes_per_s
+        if port == "storage":
+            return hardware.ssd_bytes_per_s if self._storage == "ssd" else float(self._cluster.remote_bytes_per_s)
+        return hardware.nic_bytes_per_s * self._cluster.rdma_efficiency
