@@ -22,7 +22,10 @@ class LoadOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class MulticastOrder:
-    """``plan`` over real node ids, read from ``sources``: (node, tier) pairs in the plan's order; ``barrier_s``: see StartMulticast."""
+    """``plan`` over real node ids, read from ``sources``: (node, tier) pairs in the plan's order.
+
+    ``barrier_s``: see StartMulticast.
+    """
 
     plan: MulticastPlan
     sources: tuple[tuple[NodeId, Tier], ...]

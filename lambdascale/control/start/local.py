@@ -106,7 +106,7 @@ def _plan_of_loads(fleet: Fleet, nodes: Sequence[NodeId], blocks: int, beside: M
 
 
 def _rounds_per_block(fleet: Fleet, node: NodeId, *, feeds: bool) -> float:
-    """Rounds of a multicast in which a node loads a block over its PCIe, half of which the multicast takes if the node feeds it."""
+    """Return the rounds of a multicast in which a node loads a block; a multicast that it feeds takes half of its PCIe."""
     hardware = fleet.cluster.node(node)
     pcie = hardware.pcie_bytes_per_s / (2 if feeds else 1)
     return hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency / pcie

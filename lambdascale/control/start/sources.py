@@ -11,7 +11,6 @@ from lambdascale.control.traffic import ports_of_source
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Tier
 
-
 # The tiers that sources read, the better one first.
 _TIERS: tuple[Tier, ...] = ("gpu", "host")
 
@@ -19,7 +18,8 @@ _TIERS: tuple[Tier, ...] = ("gpu", "host")
 class Source(NamedTuple):
     """A node that could feed a multicast from ``tier``; compares by preference.
 
-    ``busy_s``: seconds for which its ports have still to send or load, for all models; 0 if it is idle. ``rank``: GPU before host.
+    ``busy_s``: seconds for which its ports have still to send or load, for all models; 0 if it is idle. ``rank``: the GPU's is
+    below the host's.
     """
 
     busy_s: float
