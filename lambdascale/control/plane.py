@@ -9,6 +9,7 @@ from typing import Any
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.recovery import Recovery
 from lambdascale.control.router import Router
+from lambdascale.control.scale_in import ScaleIn
 from lambdascale.control.scaling import Scaler
 from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, ModelState
@@ -46,6 +47,7 @@ class ControlPlane:
             fleet, self._router, transfers, allocations, start=start, max_batch=config.batching.max_batch, kv=config.kv
         )
         self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
+        self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
@@ -151,39 +153,26 @@ class ControlPlane:
         self._tick = 0
         models = self.fleet.models.values()
         for state in models:
-            if surplus := self._surplus(state):
-                self._correct(state, surplus)
+            desired = self.config.autoscaler.desired(len(state.queue), state.running)
+            lacking = desired - state.replicas
+            if lacking > 0:
+                self._make_room(state, lacking)
+            self._scale_in.look(state, desired)
+            if lacking > 0:
+                self._scaler.scale_out(state, lacking)
         for state in models:
             if self._unsettled(state):
                 self._arm(after=True)
                 return
 
-    def _correct(self, state: ModelState, surplus: int) -> None:
-        if surplus < 0:
-            self._make_room(state, -surplus)
-            self._scaler.scale_out(state, -surplus)
-        else:
-            due = self.fleet.at - self.config.autoscaler.keep_alive_s + _TICK_TOLERANCE
-            for instance in self._scaler.idle_instances(state)[:surplus]:
-                if instance.idle_since <= due:
-                    self._scaler.release(state, instance)
-
-    def _surplus(self, state: ModelState) -> int:
-        """Replicas beyond the desired number; negative if too few."""
-        return state.replicas - self.config.autoscaler.desired(len(state.queue), state.running)
-
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Release idle replicas of other models, longest idle first, when there are too few free nodes."""
+        """Take surplus replicas from other models when there are too few free nodes."""
         lacking = replicas - len(self.fleet.free_nodes(state))
-        if lacking <= 0 or len(self.fleet.models) == 1:
-            return
         for other in self.fleet.models.values():
-            surplus = self._surplus(other)
-            if other is state or surplus <= 0:
-                continue
-            for instance in self._scaler.idle_instances(other)[: min(surplus, lacking)]:
-                self._scaler.release(other, instance)
-                lacking -= 1
+            if lacking <= 0:
+                return
+            if other is not state:
+                lacking -= self._scale_in.make_room(other, lacking)
 
     def _unsettled(self, state: ModelState) -> bool:
         """True if a later look could decide something for this model without a further event arming the timer."""

@@ -96,11 +96,18 @@ class Router:
 
     @staticmethod
     def _pick(state: ModelState) -> Instance | None:
-        best, least = None, 1.0
+        """Return the least loaded instance with a free slot; a drained one, which then serves again, only if no other has any."""
+        best, least, drained = None, 1.0, None
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
             if load < least:
-                best, least = instance, load
+                if instance.draining:
+                    drained = instance
+                else:
+                    best, least = instance, load
+        if best is None and drained is not None:
+            drained.draining = False
+            return drained
         return best
 
     @staticmethod

@@ -1,14 +1,13 @@
-"""Scale-out and scale-in: which nodes get a model and which are released."""
+"""Scale-out: which nodes get a model."""
 
 from __future__ import annotations
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.serving import Serving
 from lambdascale.control.start import StartPolicy
-from lambdascale.control.state import Fleet, Instance, ModelState
+from lambdascale.control.state import Fleet, ModelState
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId
-from lambdascale.core.commands import StopInstance
 
 
 class Scaler:
@@ -47,22 +46,3 @@ class Scaler:
     def free_nodes(self, state: ModelState) -> list[NodeId]:
         """Nodes that could take an allocation of the model, best first."""
         return self._start.rank(self._fleet, state, self._fleet.free_nodes(state))
-
-    def idle_instances(self, state: ModelState) -> list[Instance]:
-        """Instances that could be released now, longest idle first: no requests, and no node of theirs in a transfer."""
-        idle = [
-            instance
-            for instance in state.instances.values()
-            if not instance.outstanding and not any(state.allocations[node].transfers for node in instance.nodes)
-        ]
-        return sorted(idle, key=lambda instance: (instance.idle_since, instance.nodes))
-
-    def release(self, state: ModelState, instance: Instance) -> None:
-        """Take an idle instance out of service and free those of its nodes that serve in nothing else."""
-        assert not instance.outstanding, f"instance {instance.instance_id} has requests"
-        self._fleet.out.append(StopInstance(instance.instance_id))
-        self._serving.drop(state, instance)
-        for node in instance.nodes:
-            allocation = state.allocations[node]
-            if not allocation.instances:
-                self._allocations.release(state, allocation)

@@ -14,7 +14,10 @@ from lambdascale.memory import HostMemoryConfig
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage."""
+    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage.
+
+    ``draining``: it gets new requests only where no other instance has room, and is released once it has none.
+    """
 
     instance_id: int
     model: str
@@ -22,6 +25,7 @@ class Instance:
     capacity: int
     idle_since: float
     outstanding: dict[int, Request] = field(default_factory=dict)
+    draining: bool = False
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -98,7 +102,8 @@ class ModelState:
     """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
 
     ``spared``: number of blocks that its allocations are not to hold. ``hosts``: nodes whose GPUs can hold it.
-    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
+    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most.
     """
 
     spec: ModelSpec
@@ -113,6 +118,8 @@ class ModelState:
     reason: str = ""
     running: int = 0
     spared: int = 0
+    looks: deque[tuple[float, int, int]] = field(default_factory=deque)
+    draining: int = 0
 
     @property
     def blocks(self) -> int:

@@ -1,0 +1,152 @@
+"""Scale-in: which replicas take no new requests, and when they are released. One rule for every system."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from lambdascale.control.allocations import Allocations
+from lambdascale.control.autoscaler import AutoscalingPolicy
+from lambdascale.control.serving import Serving
+from lambdascale.control.state import Fleet, Instance, ModelState
+from lambdascale.core.commands import StopInstance
+
+# Times within a billionth of an interval count as equal (sums of floats).
+_TOLERANCE = 1e-9
+
+
+class ScaleIn:
+    """Drains surplus instances, and releases them once they are empty.
+
+    Only what serves counts: an instance is drained if those that go on serving hold as many copies as were desired at any look
+    in the last ``keep_alive_s`` seconds, and the last one of a model if it was idle for as long. An instance with requests is
+    drained only if the others will not need it back: with N - 1 of N replicas, the load of each grows to N / (N - 1), and
+    answers may take as much longer. A drained instance serves again as soon as it is needed.
+    """
+
+    def __init__(self, fleet: Fleet, allocations: Allocations, serving: Serving, autoscaler: AutoscalingPolicy) -> None:
+        self._fleet = fleet
+        self._allocations = allocations
+        self._serving = serving
+        self._autoscaler = autoscaler
+
+    def look(self, state: ModelState, desired: int) -> None:
+        """Take instances back into service, drain others and release those that are empty; ``desired`` replicas now."""
+        queued, running = self._peak(state)
+        if state.draining:
+            self._resume(state, desired)
+        if state.replicas > desired:
+            due = self._fleet.at - self._autoscaler.keep_alive_s + _TOLERANCE
+            while self._drain(state, queued, running, due):
+                pass
+        if state.draining:
+            self._release_empty(state)
+
+    def make_room(self, state: ModelState, replicas: int) -> int:
+        """Release up to ``replicas`` idle copies that are not needed at the moment, else drain busy ones; return their number."""
+        found = sum(instance.draining for instance in state.instances.values())
+        while found < replicas and self._drain(state, len(state.queue), state.running, due=self._fleet.at):
+            found += 1
+        if state.draining:
+            self._release_empty(state)
+        return found
+
+    # -- demand --------------------------------------------------------------------------------------------------------
+
+    def _peak(self, state: ModelState) -> tuple[int, int]:
+        """Return the queued and running requests of the look that saw most in the last ``keep_alive_s``, this one included."""
+        now = (self._fleet.at, len(state.queue), state.running)
+        looks, begin = state.looks, self._fleet.at - self._autoscaler.keep_alive_s - _TOLERANCE
+        # Descending: a look that a later one exceeds can never be the highest again.
+        while looks and looks[-1][1] + looks[-1][2] <= now[1] + now[2]:
+            looks.pop()
+        looks.append(now)
+        while looks[0][0] < begin:
+            looks.popleft()
+        return looks[0][1], looks[0][2]
+
+    # -- draining ------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _serving_blocks(state: ModelState) -> int:
+        """Number of blocks on nodes that serve in an instance which takes requests."""
+        return sum(
+            len(allocation.wanted)
+            for allocation in state.allocations.values()
+            if any(not instance.draining for instance in allocation.instances.values())
+        )
+
+    def _resume(self, state: ModelState, desired: int) -> None:
+        """Take drained instances back, those with most requests first, until as many copies serve as are desired."""
+        if len(state.instances) - state.draining >= desired:
+            return
+        serving = self._serving_blocks(state)
+        for instance in sorted(state.instances.values(), key=_by_load, reverse=True):
+            if serving >= desired * state.blocks:
+                return
+            if instance.draining:
+                instance.draining = False
+                serving += _blocks(state, instance)
+
+    def _drain(self, state: ModelState, queued: int, running: int, due: float) -> bool:
+        """Drain the least loaded instance if a load of ``queued`` and ``running`` requests allows it; True if it did.
+
+        A model's last instance must have been idle since ``due``.
+        """
+        desired, copies = self._autoscaler.desired, state.replicas - state.draining
+        if desired(queued, running) >= copies:
+            return False
+        # The common case, decided without a look at the nodes: all are busy, and none is to spare even if all nodes serve.
+        busy = all(instance.outstanding for instance in state.instances.values())
+        if busy and not self._spares(queued, running, copies, copies - 1, copies - 1):
+            return False
+        able = (i for i in state.instances.values() if not i.draining and not _in_transfer(state, i))
+        instance = min(able, key=_by_load, default=None)
+        if instance is None:
+            return False
+        serving = self._serving_blocks(state)
+        left = serving - _blocks(state, instance)
+        copies = left // state.blocks
+        if instance.outstanding:
+            allowed = self._spares(queued, running, serving, left, copies)
+        else:
+            allowed = desired(queued, running) <= copies and (copies > 0 or instance.idle_since <= due)
+        if allowed:
+            instance.draining = True
+            state.draining += 1
+        return allowed
+
+    def _spares(self, queued: int, running: int, serving: int, left: int, copies: int) -> bool:
+        """True if ``copies`` are enough for the load, also when answers take longer as ``left`` do the work of ``serving``."""
+        return copies > 0 and self._autoscaler.desired(queued, ceil(running * serving / left)) <= copies
+
+    def _release_empty(self, state: ModelState) -> None:
+        drained = [instance for instance in state.instances.values() if instance.draining]
+        empty = [instance for instance in drained if not instance.outstanding and not _in_transfer(state, instance)]
+        for instance in sorted(empty, key=_by_load):
+            self._release(state, instance)
+        state.draining = len(drained) - len(empty)
+
+    def _release(self, state: ModelState, instance: Instance) -> None:
+        """Take an empty instance out of service and free those of its nodes that serve in nothing else."""
+        self._fleet.out.append(StopInstance(instance.instance_id))
+        self._serving.drop(state, instance)
+        for node in instance.nodes:
+            allocation = state.allocations[node]
+            if not allocation.instances:
+                self._allocations.release(state, allocation)
+
+
+def _by_load(instance: Instance) -> tuple[float, float, int]:
+    """Order of draining: least loaded first, then longest idle."""
+    return len(instance.outstanding) / instance.capacity, instance.idle_since, instance.instance_id
+
+
+def _in_transfer(state: ModelState, instance: Instance) -> bool:
+    """True if a node of the instance takes part in a transfer."""
+    return any(state.allocations[stage.node].transfers for stage in instance.stages)
+
+
+def _blocks(state: ModelState, instance: Instance) -> int:
+    """Number of blocks on the nodes that serve in no other instance."""
+    allocations = (state.allocations[node] for node in instance.nodes)
+    return sum(len(allocation.wanted) for allocation in allocations if len(allocation.instances) == 1)
