@@ -35,8 +35,8 @@ class BalancedTree:
 class PrototypeTree:
     """The λScale prototype's FaaSNet: one fixed tree for up to 12 nodes.
 
-    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass, unless there
-    are only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
+    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass; not so with
+    only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:

@@ -46,7 +46,7 @@ class BatchedRequest:
     """A request inside a scheduler.
 
     ``produced`` output tokens exist already when it enters (more than 0 after a mode switch); ``cached`` says that the KV
-    of everything so far is there, so that it needs no prefill. ``output_tokens`` bounds the answer.
+    of everything so far is resident, so that it needs no prefill. ``output_tokens`` bounds the answer.
     """
 
     __slots__ = ("_joined", "cached", "output_tokens", "prefilled", "produced", "prompt_tokens", "request_id")
@@ -126,7 +126,7 @@ class BatchScheduler:
 
     def add(self, sequence: BatchedRequest) -> None:
         """Queue a sequence. The caller refuses a sequence that could never fit the KV memory."""
-        assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
+        assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than the memory has"
         assert sequence.produced < sequence.output_tokens, (
             f"request {sequence.request_id} already has {sequence.produced} of its {sequence.output_tokens} tokens"
         )
@@ -140,7 +140,7 @@ class BatchScheduler:
         return self.running < self.limits.max_batch and self._reserved + self.waiting[0].kv_tokens <= self.kv_tokens
 
     def schedule(self) -> Iteration | None:
-        """Return the next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
+        """Return the next iteration, None without anything to run. Sequences join here, never in mid-iteration."""
         if self.waiting and self.admits:
             self._admit()
         decodes = len(self.decoding)

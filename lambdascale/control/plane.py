@@ -21,6 +21,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -59,6 +60,7 @@ class ControlPlane:
             RequestFinished: self._request_finished,
             TimerFired: self._timer_fired,
             NodeLost: self._node_lost,
+            NodeGivenUp: self._node_given_up,
             CommandFailed: self._command_failed,
         }
 
@@ -79,7 +81,8 @@ class ControlPlane:
         """Take a node in. One that comes back is empty; what it held before is lost, whether or not its loss was noticed."""
         fleet, node = self.fleet, event.node
         if node in fleet.gpus_free:
-            self._recovery.node_lost(node)
+            self._recovery.node_lost(node, returns=True)
+        fleet.returning.discard(node)
         fleet.gpus_free[node] = fleet.cluster.node(node).gpus
         if self._provisioned:
             for state in fleet.models.values():
@@ -119,8 +122,11 @@ class ControlPlane:
         self._serving.block_arrived(self.fleet.models[event.model], event.node, event.block)
 
     def _node_lost(self, event: NodeLost) -> None:
-        self._recovery.node_lost(event.node)
+        self._recovery.node_lost(event.node, returns=event.returns)
         self._arm_once()
+
+    def _node_given_up(self, event: NodeGivenUp) -> None:
+        self._recovery.node_given_up(event.node)
 
     def _command_failed(self, event: CommandFailed) -> None:
         if event.transfer_id < 0 and event.instance < 0:

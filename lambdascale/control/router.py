@@ -18,7 +18,7 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node will serve it."""
         state = self._fleet.models[request.model]
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
@@ -36,7 +36,7 @@ class Router:
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
 
     def give_up(self, state: ModelState) -> None:
-        """Fail what is queued if no node is left that could serve the model."""
+        """Fail what is queued if no node could serve the model, neither a living one nor one that will be started again."""
         if state.queue and not self._fleet.can_serve(state):
             self._fleet.out += [FailRequest(request.request_id, self._why(state)) for request in state.queue]
             for request in state.queue:

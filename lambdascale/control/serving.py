@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.router import Router
-from lambdascale.control.start import Change, Reshape, StartPolicy
+from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PipelinePlan, Stage
@@ -32,7 +32,7 @@ class Serving:
         self._router = router
         self._transfers = transfers
         self._allocations = allocations
-        self._start = start
+        self._gradual = start if isinstance(start, GradualStart) else None
         self._max_batch = max_batch
         self._kv = kv
 
@@ -57,11 +57,9 @@ class Serving:
                 pending.missing.discard((node, block))
             for pending in [p for p in state.pending if not p.missing]:
                 self._form(state, pending)
-        self._advance(state, allocation)
-
-    def _advance(self, state: ModelState, allocation: Allocation) -> None:
-        for change in self._start.advance(self._fleet, state, allocation):
-            self._apply(state, change)
+        if self._gradual is not None:
+            for change in self._gradual.advance(self._fleet, state, allocation):
+                self._apply(state, change)
 
     def _apply(self, state: ModelState, change: Change) -> None:
         if isinstance(change, Reshape):
@@ -131,7 +129,7 @@ class Serving:
         self._router.fill(state)
 
     def _replica_on(self, state: ModelState, allocation: Allocation) -> Instance:
-        """Return the replica that serves on a complete node, a new one if there is none."""
+        """Return the replica that serves on a complete node, or a new one."""
         replicas = (instance for instance in allocation.instances.values() if not instance.is_pipeline)
         return next(replicas, None) or self._serve_alone(state, allocation)
 

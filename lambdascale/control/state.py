@@ -136,7 +136,7 @@ class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
     ``traffic``: bytes that the nodes' ports have still to move for the transfers. ``storage``: the tier in which every node finds
-    models that it has no host copy of.
+    models that it has no host copy of. ``returning``: lost nodes that will be started again.
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class Fleet:
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
+        self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
         self.traffic = Traffic(cluster, storage)
@@ -177,7 +178,9 @@ class Fleet:
         return self._next_id
 
     def can_serve(self, state: ModelState) -> bool:
-        """True if some living node can serve the model at all."""
+        """True if a node can serve the model at all: one that lives, or one that will be started again."""
+        if self.returning and not self.returning.isdisjoint(state.hosts):
+            return True
         if not state.unfit and len(state.hosts) == self.cluster.nodes:
             return bool(self.gpus_free)
         return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)

@@ -85,7 +85,7 @@ def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
 
 
 def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per published number with our value: the median over seeds, with the range if there are several."""
+    """One row per published number with our value: the median over seeds, with the range over several seeds."""
     parts: list[Callable[[pd.DataFrame], Iterator[dict[str, str]]]] = [_host_cache, _multicast, _rampup, _sources, _trace]
     rows = [
         row | {"backend": str(tables[name].backend.iloc[0])}

@@ -217,7 +217,7 @@ class Batch:
         return self._tickets.pop(request_id)
 
     def next(self) -> BatchPlan | None:
-        """Return the next iteration, None if there is nothing to run."""
+        """Return the next iteration, None without anything to run."""
         iteration = self._scheduler.schedule()
         if iteration is None:
             return None

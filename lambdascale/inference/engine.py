@@ -67,7 +67,7 @@ class Engine:
         return ticket, kv if with_kv else None
 
     def step(self) -> list[Produced]:
-        """Run one iteration and return the tokens it produced, [] if there was nothing to run."""
+        """Run one iteration and return the tokens it produced, [] if nothing was to run."""
         plan = self.batch.next()
         if plan is None:
             return []

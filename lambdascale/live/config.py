@@ -202,10 +202,10 @@ class LiveConfig:
         sizes = sorted((_room(model) for _, model in models), reverse=True)
         at_once = max(1, cluster.node(node).gpus)
         preloaded = system.start.instant
-        # With several models there is room for one more than run: memory comes back in pieces.
+        # With several models, leave room for one more than run: memory comes back in pieces.
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
-        budget = cluster.node(node).host_memory_bytes if system.memory.budget is None else int(system.memory.budget)
-        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
+        room = system.memory.room_bytes(cluster.node(node).host_memory_bytes)
+        wanted = (sum(sizes) if room else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
         through_host = sizes[0] if self.device != "cpu" else 0
         hardware = cluster.node(node)
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
@@ -219,7 +219,7 @@ class LiveConfig:
             executor=self.executor,
             device=self.device,
             slot_tokens=self.slot_tokens,
-            host_bytes=max(min(wanted, budget + sizes[0]), through_host),
+            host_bytes=max(min(wanted, room + sizes[0]), through_host),
             device_bytes=device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,

@@ -48,7 +48,7 @@ class BinomialPipeline:
 
 
 def check_counts(sources: int, destinations: int, blocks: int) -> None:
-    """Raise PlanError unless there is at least one source and one block, and no negative number of destinations."""
+    """Raise PlanError for fewer than one source or block, or a negative number of destinations."""
     for what, count, least in (("sources", sources, 1), ("destinations", destinations, 0), ("blocks", blocks, 1)):
         if count < least:
             raise PlanError(f"a multicast needs at least {least} {what}, not {count}")

@@ -80,6 +80,6 @@ def _check_send(number: int, t: Send, held: Mapping[NodeId, set[int]], blocks: i
     if t.src not in held or t.dst not in held or t.src == t.dst:
         raise PlanError(f"round {number}: a send from {t.src} to {t.dst} is not between two members")
     if not 0 <= t.block < blocks:
-        raise PlanError(f"round {number}: there is no block {t.block} of {blocks}")
+        raise PlanError(f"round {number}: block {t.block} does not exist: the model has {blocks}")
     if t.block not in held[t.src]:
         raise PlanError(f"round {number}: node {t.src} sends block {t.block}, which it does not hold yet")

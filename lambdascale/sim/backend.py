@@ -99,8 +99,8 @@ class SimBackend:
         slowdown = cluster.compute.shared_slowdown
         self._cores = SharedCores(slowdown) if slowdown else None
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
-        self._requests = requests
-        self._next_request = 0
+        self._requests = iter(requests)
+        self._arriving = next(self._requests, None)
         self._instances: dict[int, SimInstance] = {}
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
@@ -141,18 +141,14 @@ class SimBackend:
 
     def next_event(self) -> Event | None:
         """Return the next event; requests arrive before anything else that happens at the same time."""
-        events = self._events
-        if events:
+        events, arriving = self._events, self._arriving
+        if events or self.kernel.advance(inf if arriving is None else arriving.arrival_s, events):
             return events.popleft()
-        if self._next_request < len(self._requests):
-            request = self._requests[self._next_request]
-            if not self.kernel.advance(request.arrival_s, events):
-                self._next_request += 1
-                self.kernel.now = request.arrival_s
-                return RequestArrived(request.arrival_s, request)
-        elif not self.kernel.advance(inf, events):
+        if arriving is None:
             return None
-        return events.popleft()
+        self._arriving = next(self._requests, None)
+        self.kernel.now = at = arriving.arrival_s
+        return RequestArrived(at, arriving)
 
     # -- commands ----------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class InvariantChecker:
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
         self._models_of: dict[int, str] = {}
-        self._gone: set[int] = set()
+        self._used: set[int] = set()
         self._arrived: dict[int, float] = {}
         self._dispatched: dict[int, float] = {}
         self.finished: dict[int, int] = {}
@@ -213,8 +213,8 @@ class InvariantChecker:
 
     def _check_serving(self, command: Command) -> None:
         if isinstance(command, Serve):
-            assert command.instance not in self._gone, f"instance id {command.instance} is used again"
-            self._gone.add(command.instance)
+            assert command.instance not in self._used, f"instance id {command.instance} is used again"
+            self._used.add(command.instance)
             self._models_of[command.instance] = command.model
             self._check_stages(command.instance, command.stages)
         elif isinstance(command, Repartition):

@@ -198,7 +198,7 @@ class TransportConformance:
         one, two = self.pair(nodes)
         for round_ in range(3):
             one.endpoint.send(0, b"%d" % round_).result(_WAIT_S)
-            two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
+            two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023 (called at once)
             one.endpoint.disconnect(0)
             one.endpoint.connect(0, two.endpoint.address)
 
@@ -240,7 +240,7 @@ class TransportConformance:
         two.heard.wait(lambda heard: bool(heard.lost))
 
     def test_a_replaced_process(self, nodes: Callable[..., list[Node]]) -> None:
-        """Once the directory names a later generation, the earlier process has to be reached anew, and cannot be."""
+        """Once the directory names a later generation, the earlier process is not the expected one: connecting fails."""
         two, one = nodes(2)
         one.endpoint.connect(0, two.endpoint.address)
         assert one.endpoint.expect({0: 1, 1: 0}) == [0]

@@ -18,12 +18,12 @@ from lambdascale.testing.systems import SystemConformance, burst, small_cluster,
 
 def cooperative(**changes: object) -> SystemConfig:
     base = build(compose(["system=lambdascale"])).system
-    return replace(base, name="cooperative", start=CooperativeStart(), kv="copy", **changes)  # type: ignore[arg-type]
+    return replace(base, name="cooperative", start=CooperativeStart(), kv="copy", **changes)
 
 
 def spread(**changes: object) -> SystemConfig:
     base = build(compose(["system=lambdascale", "system.memory.initial_copies=0"])).system
-    return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)  # type: ignore[arg-type]
+    return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)
 
 
 def with_holders() -> SystemConfig:

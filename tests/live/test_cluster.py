@@ -183,6 +183,25 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
     assert any(isinstance(entry, Serve) and at > back for at, entry in outcome.recorder.entries)
 
 
+def test_requests_wait_for_the_only_node(tiny: Path) -> None:
+    """It dies while it serves; its requests go on where they were once it is back."""
+    watchers = [Watcher(first(TokensProduced), kill(0))]
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
+    check(outcome, tiny)
+    assert of(outcome, NodeLost) == [NodeLost(of(outcome, NodeLost)[0].at, 0, returns=True)]
+    assert (outcome.rows.status == "ok").all()
+
+
+def test_requests_fail_when_the_only_node_is_given_up(tiny: Path) -> None:
+    """It dies once more than it may be started again."""
+    again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0, kill(0))
+    watchers = [Watcher(first(TokensProduced), kill(0)), again]
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
+    assert [event.returns for event in of(outcome, NodeLost)] == [True, False]
+    assert (outcome.rows.status == "failed").any()
+    assert set(outcome.rows.status) <= {"ok", "failed"}
+
+
 # -- faults of the transport ---------------------------------------------------------------------------------------------
 
 

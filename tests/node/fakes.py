@@ -249,3 +249,14 @@ def copy(ticket: Ticket) -> Ticket:
 
 def stages(*shares: tuple[int, int, int]) -> tuple[Stage, ...]:
     return tuple(Stage(*share) for share in shares)
+
+
+def replica(node: int) -> tuple[int, int, int]:
+    """The stage of a replica, for ``stages``."""
+    return (node, 0, 3)
+
+
+def run_until_tokens(cluster: FakeCluster, count: int) -> None:
+    """Run until so many tokens were reported."""
+    while len(cluster.tokens()) < count:
+        cluster.run(steps=1)

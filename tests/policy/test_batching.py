@@ -10,7 +10,7 @@ from lambdascale.core import UserError
 
 def scheduler(kv: int = 100, requests: tuple[tuple[int, int], ...] = (), **limits: object) -> BatchScheduler:
     """A scheduler with waiting requests 0, 1, ... of (prompt, output) tokens."""
-    made = BatchScheduler(BatchLimits(**limits), kv)  # type: ignore[arg-type]
+    made = BatchScheduler(BatchLimits(**limits), kv)
     for number, (prompt, output) in enumerate(requests):
         made.add(BatchedRequest(number, prompt, output))
     return made
@@ -193,4 +193,4 @@ def test_limits_are_checked() -> None:
     with pytest.raises(UserError, match=r"BatchLimits\.max_batch must be at least 1, not 0"):
         BatchLimits(max_batch=0)
     with pytest.raises(UserError, match="mode"):
-        BatchLimits(mode="dynamic")  # type: ignore[arg-type]
+        BatchLimits(mode="dynamic")

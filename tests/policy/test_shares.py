@@ -35,7 +35,7 @@ def test_shares_add_up_to_one_replica() -> None:
 def test_a_spread_replica_is_consolidated_onto_its_first_node() -> None:
     world = spread_serving()
     assert world.open_transfers() == ["t5"]
-    assert world.command("t5").blocks == (1, 2, 3)  # type: ignore[union-attr]
+    assert world.command("t5").blocks == (1, 2, 3)
     assert world.deliver("t5", 2) == []
     assert world.deliver("t5") == ["reshape i1 0:0-3 copy", "release 1", "release 2", "release 3"], "no copy of a share stays"
     assert world.arrive(1) == [], "one node's slots: two, and four requests are running"

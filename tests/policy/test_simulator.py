@@ -62,7 +62,7 @@ class Cluster:
         self, *, cluster: ClusterSpec = CLUSTER, requests: tuple[Request, ...] = (), max_batch: int = 8, **config: object
     ) -> None:
         options = TransferOptions(record_grants=True, communicator_setup=False, chunk_bytes=1)
-        self.backend: SimBackend = SimConfig(transfers=options, **config).build(  # type: ignore[arg-type]
+        self.backend: SimBackend = SimConfig(transfers=options, **config).build(
             cluster=cluster, models=[small_model()], requests=requests, batching=BatchLimits(max_batch=max_batch), seed=0
         )
 
@@ -133,7 +133,7 @@ def test_a_pipeline_spreads_requests_over_its_batches() -> None:
 def switched(kv: str, moves: tuple[tuple[int, int], ...], *, at_s: float = 0.15, nodes: tuple[int, int] = (0, 1)) -> Cluster:
     """A pipeline on nodes 0 and 1 that has prefilled requests of 3000 tokens is dissolved into replicas 2 and 3."""
     cluster = Cluster().at(0.0, serve(1, 0, 1), Dispatch(1, tuple(request(r, 5, prompt=3000) for r, _ in moves)))
-    return cluster.at(at_s, serve(2, nodes[0]), serve(3, nodes[1]), SwitchMode(1, moves, kv))  # type: ignore[arg-type]
+    return cluster.at(at_s, serve(2, nodes[0]), serve(3, nodes[1]), SwitchMode(1, moves, kv))
 
 
 @pytest.mark.parametrize(("target", "src", "dst"), [(2, 1, 0), (3, 0, 1)])
@@ -179,7 +179,7 @@ def test_requests_go_where_they_are_moved() -> None:
 @pytest.mark.parametrize("kv", ["copy", "recompute"])
 def test_a_target_that_is_lost_drops_its_requests(kv: str) -> None:
     cluster = Cluster(node_failures=((0, 0.14),)).at(0.0, serve(1, 2, 1), Dispatch(1, (request(0, 5, 3000),)))
-    events = cluster.at(0.15, serve(2, 0), serve(3, 1), SwitchMode(1, ((0, 2),), kv)).events()  # type: ignore[arg-type]
+    events = cluster.at(0.15, serve(2, 0), serve(3, 1), SwitchMode(1, ((0, 2),), kv)).events()
     assert shown(events)[1:] == [(0.14, "NodeLost", 0)]
 
 
@@ -200,7 +200,7 @@ def test_batches_of_a_pipeline_that_shrinks_to_a_node_are_merged_with_their_kv()
     ends = {}
     for kv in ("copy", "recompute"):
         cluster = Cluster().at(0.0, serve(1, 0, 1), Dispatch(1, (request(0, 21), request(1, 21))))
-        events = cluster.at(0.5, Repartition(1, serve(1, 0).stages, kv)).events()  # type: ignore[arg-type]
+        events = cluster.at(0.5, Repartition(1, serve(1, 0).stages, kv)).events()
         assert {e.request_id: e.tokens for e in events if isinstance(e, RequestFinished)} == {0: 21, 1: 21}
         ends[kv] = max(e.at for e in events)
     assert 0.06 < ends["recompute"] - ends["copy"] < 0.2
@@ -236,7 +236,7 @@ def shown_requests(events: list[Event]) -> list[tuple[float, int | str]]:
 
 
 def load(transfer: int, node: int, tier: str = "host") -> LoadBlocks:
-    return LoadBlocks(transfer, "small", node, (2, 0), BLOCKS, tier, "pipelined")  # type: ignore[arg-type]
+    return LoadBlocks(transfer, "small", node, (2, 0), BLOCKS, tier, "pipelined")
 
 
 def test_loads_and_their_cancellation() -> None:
@@ -306,7 +306,7 @@ def test_a_lost_source_of_moving_kv_fails_the_instance_that_waits_for_it() -> No
 )
 def test_settings_are_checked(config: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SimConfig(**config)  # type: ignore[arg-type]
+        SimConfig(**config)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_settings_name_nodes_of_the_cluster(name: str, value: object) -> None:
 
 
 def test_settings_that_are_fine() -> None:
-    config = SimConfig(node_failures=[[0, 0.0]], slow_nodes=[[3, 1.0]])  # type: ignore[arg-type]
+    config = SimConfig(node_failures=[[0, 0.0]], slow_nodes=[[3, 1.0]])
     assert (config.node_failures, config.slow_nodes, config.label) == (((0, 0.0),), ((3, 1.0),), "sim")
     Cluster(node_failures=((0, 1.0), (3, 1.0)), slow_nodes=((0, 0.5),))
 

@@ -118,7 +118,7 @@ def test_groups_are_near_equal(sources: int, destinations: int) -> None:
     st.sampled_from(["contiguous", "round_robin"]),
 )
 def test_every_injection_order_is_a_permutation(blocks: int, groups: int, order: str, chunks: str) -> None:
-    for injected in injection_orders(blocks, groups, order, chunks):  # type: ignore[arg-type]
+    for injected in injection_orders(blocks, groups, order, chunks):
         assert sorted(injected) == list(range(blocks))
 
 

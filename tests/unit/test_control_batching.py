@@ -78,4 +78,4 @@ def test_limits_are_checked() -> None:
     with pytest.raises(UserError, match="max_batch must be at least 1, not 0"):
         BatchLimits(max_batch=0)
     with pytest.raises(UserError, match=r"max_batch must be int, not 2\.5"):
-        BatchLimits(max_batch=2.5)  # type: ignore[arg-type]
+        BatchLimits(max_batch=2.5)

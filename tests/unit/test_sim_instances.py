@@ -23,7 +23,7 @@ SIZES = (1_000_000_000 // BLOCKS,) * BLOCKS
 
 def backend(cluster: object = CLUSTER, failures: tuple[tuple[int, float], ...] = ()) -> SimBackend:
     built = SimConfig(node_failures=failures).build(
-        cluster=cluster,  # type: ignore[arg-type]
+        cluster=cluster,
         models=[small_model()],
         requests=[],
         batching=BatchLimits(max_batch=8),

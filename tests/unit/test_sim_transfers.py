@@ -58,7 +58,7 @@ class Rig:
         self.engine = TransferEngine(
             self.kernel,
             cluster,
-            TransferOptions(**options),  # type: ignore[arg-type]
+            TransferOptions(**options),
             np.random.default_rng(0),
             lambda transfer, node, model, block: self.arrived.append((self.kernel.now, transfer, node, block)),
             lambda node, busy: self.occupied.append((self.kernel.now, node, busy)),
@@ -71,9 +71,9 @@ class Rig:
 
 
 def multicast(
-    plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, multicast: str = "one_sided"
+    plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, multicast: str = "one_sided", tier: str = "gpu"
 ) -> StartMulticast:
-    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), multicast)  # type: ignore[arg-type]
+    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, (tier,), multicast)
 
 
 def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> None:
@@ -127,6 +127,50 @@ def test_latency_keeps_the_port_busy() -> None:
     pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Send(0, 1, 0),), (Send(0, 1, 1),)))
     times = multicast_times(pair, [50, 50], replace(CLUSTER, link_latency_s=0.1), TransferOptions())
     assert times.total_s == pytest.approx(2.2)
+
+
+def test_a_source_in_host_memory_sends_as_fast_as_its_pcie_and_the_next_node_as_fast_as_its_nic() -> None:
+    plan = MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),), (Send(1, 2, 0),)))
+    rig = Rig(record_grants=True)
+    rig.engine.multicast(multicast(plan, tier="host"))
+    # 50 bytes at PCIe's 20 B/s, then at the NIC's 50 B/s of goodput.
+    assert rig.run() == [(2.5, 1, 1, 0), (3.5, 1, 2, 0)]
+    first = (rig.engine.links.grants or [])[0]
+    assert dict(zip(first.ports, first.weights, strict=True)) == {"pcie:0": 0.5, "nic_out:0": 1.0, "nic_in:1": 1.0}
+    assert first.rate == 40.0, "of the NIC's 100 B/s of line rate, for 20 B/s of payload"
+
+
+def test_a_source_in_host_memory_is_as_fast_as_its_nic_where_pcie_is_faster() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig(replace(CLUSTER, pcie_bytes_per_s=60.0))
+    rig.engine.multicast(multicast(pair, tier="host"))
+    assert rig.run() == [(1.0, 1, 1, 0)]
+
+
+def test_a_source_in_host_memory_shares_its_pcie_with_the_loads_of_its_node_only() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig()
+    rig.engine.multicast(multicast(pair, tier="host"))
+    rig.engine.load(load("host", transfer_id=2, blocks=(0,)))
+    rig.engine.load(load("host", node=1, transfer_id=3, blocks=(0,)))
+    # Node 0's PCIe: 20/1.5 B/s of the load and, at half of the same line rate, 10/1.5 B/s of the multicast; the load is
+    # through when 100 bytes are, at 7.5 s, and so are the multicast's 50. Node 1 loads 100 bytes at 20 B/s.
+    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(5.0, 3), (7.5, 1), (7.5, 2)]
+
+
+@pytest.mark.parametrize("barrier", [False, True])
+def test_the_start_up_of_a_send_from_host_memory_is_not_stretched_by_pcie(barrier: bool) -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig(replace(CLUSTER, link_latency_s=0.25), barrier=barrier)
+    rig.engine.multicast(multicast(pair, tier="host"))
+    assert rig.run() == [(pytest.approx(2.75), 1, 1, 0)]
+
+
+def test_a_streaming_broadcast_from_host_memory_is_as_fast_as_pcie() -> None:
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, multicast="collective", tier="host"))
+    # 100 bytes and, once, a chunk of 10 for the second hop, at 20 B/s.
+    assert [at for at, *_ in rig.run()] == [pytest.approx(5.5)] * 4
 
 
 def test_cancel_in_the_middle_delivers_nothing_more_and_frees_the_ports() -> None:
@@ -184,7 +228,7 @@ def test_communicator_setup_follows_the_measurements() -> None:
 def load(
     tier: str, loader: str = "pipelined", node: int = 0, transfer_id: int = 1, blocks: tuple[int, ...] = (1, 0)
 ) -> LoadBlocks:
-    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)  # type: ignore[arg-type]
+    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)
 
 
 @pytest.mark.parametrize(
@@ -375,4 +419,4 @@ def test_a_slow_node_slows_what_crosses_its_port() -> None:
 @pytest.mark.parametrize("slow", [((1, 0.0),), ((1, 1.5),), ((1,),)])
 def test_slow_nodes_that_make_no_sense(slow: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(UserError, match="slow_nodes"):
-        SimConfig(slow_nodes=slow)  # type: ignore[arg-type]
+        SimConfig(slow_nodes=slow)

@@ -1,7 +1,16 @@
 """Start policies: how new replicas get their weights, from where, with whom, and who serves meanwhile."""
 
 from lambdascale.control.placement import ByLocality, ByStartupTime, Placement, SparingCopies
-from lambdascale.control.start.base import Change, LoadMore, LoadOrder, MulticastOrder, Reshape, StartDecision, StartPolicy
+from lambdascale.control.start.base import (
+    Change,
+    GradualStart,
+    LoadMore,
+    LoadOrder,
+    MulticastOrder,
+    Reshape,
+    StartDecision,
+    StartPolicy,
+)
 from lambdascale.control.start.instant import InstantStart
 from lambdascale.control.start.local import LocalStart
 from lambdascale.control.start.multicast import MulticastStart
@@ -15,6 +24,7 @@ __all__ = [
     "FasterWay",
     "GpuAndHostSources",
     "GpuSources",
+    "GradualStart",
     "InstantStart",
     "JoiningSources",
     "LoadMore",

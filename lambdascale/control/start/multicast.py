@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lambdascale.control.placement import ByLocality, Placement
-from lambdascale.control.start.base import Change, MulticastOrder, StartDecision
+from lambdascale.control.start.base import MulticastOrder, StartDecision
 from lambdascale.control.start.local import loads_together
 from lambdascale.control.start.sources import GpuAndHostSources, Source, SourceRule
 from lambdascale.control.start.warm import OwnCopies, WarmRule
-from lambdascale.control.state import Allocation, Fleet, ModelState
+from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage
@@ -24,7 +24,7 @@ class MulticastStart:
     """New nodes receive the model from nodes that hold it, by ``planner``; without a holder, every node loads for itself.
 
     ``pipelines`` serve while blocks arrive. ``multicast``: one-sided writes, or a collective over a communicator, one for each
-    sub-group. ``sources``: sub-groups k of a multicast, or "auto" for as many as there are idle sources and destinations.
+    sub-group. ``sources``: sub-groups k of a multicast, or "auto" for one for each idle source that has a destination.
     ``source_rule``: nodes that may be sources. ``warm``: new nodes that load their own host copy instead of being destinations.
     ``placement``: order in which free nodes are taken. ``barrier_s``: seconds a controller spends between two rounds, which start
     together; None: nodes send as soon as they hold a block. ``loader``: "pipelined" uses SSD and PCIe at once, "sequential"
@@ -82,10 +82,6 @@ class MulticastStart:
         resident = [source.node for source in sources if source.tier == "gpu" and state.allocations[source.node].complete]
         loads, pipelines = loads_together(fleet, state, warm, self.pipelines, beside=order.plan, resident=resident)
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=self._transfers(order), pipelines=pipelines)
-
-    def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy; pipelines stay as they formed until their mode switch."""
-        return ()
 
     def _wanted(self, destinations: int) -> int:
         """Return the most sources a multicast to ``destinations`` nodes may have: one per destination."""

@@ -133,7 +133,7 @@ class Collective:
         members, timeout = command.plan.members, timedelta(seconds=TIMEOUT_S)
         meeting = self._meeting(command.transfer_id)
         rank, size = members.index(self._node), len(members)
-        tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+        tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # missing from the stubs
         if rank == 0:
             store = tcp_store(self._host, 0, size, True, timeout, wait_for_workers=False)
             for other in members[1:]:

@@ -74,7 +74,7 @@ class Compute:
         self._worker.start()
 
     def step(self) -> bool:
-        """Run the jobs posted so far, then one stage; False if there was nothing to do."""
+        """Run the jobs posted so far, then one stage; False if nothing was to do."""
         return self._worker.step()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Compute:
     def _run_turn(self) -> None:
         """Run the stage, or start the iteration, whose turn it is."""
         turn = self._turns.next()
-        assert turn is not None, "a turn is taken when there is one"
+        assert turn is not None, "a turn is taken when one is due"
         instance = self._instances[turn.instance]
         job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
         self._worker.guarded(job, turn.instance)

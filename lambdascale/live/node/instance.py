@@ -158,7 +158,7 @@ class Instance:
         self._held.append(message)
 
     def next_held(self) -> wire.ForInstance | None:
-        """Take out the first message that can be handled now; None if there is none."""
+        """Take out the first message that can be handled now; or None."""
         moved: set[int] = set()
         for place, message in enumerate(self._held):
             if self._can_take(message, moved):
