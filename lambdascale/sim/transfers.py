@@ -140,9 +140,12 @@ class TransferEngine:
         self._kernel.at(self._kernel.now + setup_s, self._begin_collective, transfer)
 
     def _join(self, transfer: _Multicast) -> None:
-        """Note what the sources still receive by other transfers: they send it on once they hold it."""
-        for node in transfer.command.plan.sources:
-            lacking = {block for other in self._transfers.values() for block in other.coming(transfer.command.model, node)}
+        """Note what sources on GPUs still receive by other transfers: they send it on once they hold it."""
+        command = transfer.command
+        for node, tier in zip(command.plan.sources, command.source_tiers, strict=True):
+            if tier == "host":  # its copy is complete, whatever its GPU receives
+                continue
+            lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
             if lacking:
                 transfer.members[node].held -= lacking
                 transfer.joined += (node,)
@@ -153,9 +156,9 @@ class TransferEngine:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
         for join in [j for j in self._joins if node in j.joined and j.command.model == model]:
             join.members[node].held.add(block)
-            if join.stalled is None:
+            if self._barrier_s(join.command) is None:
                 self._send_next(join, join.members[node])
-            else:
+            elif join.stalled is not None:
                 index, join.stalled = join.stalled, None
                 self._run_round((join, index))
         self._deliver(transfer_id, node, model, block)
