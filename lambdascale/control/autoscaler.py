@@ -12,17 +12,18 @@ from lambdascale.core.checks import check_types, require
 class AutoscalingPolicy(Protocol):
     """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while requests are open.
 
-    ``min_replicas`` are in place when the run starts. A replica idle for ``keep_alive_s`` seconds may be released.
+    ``min_replicas`` are in place when the run starts. Replicas that were too many for ``keep_alive_s`` seconds are drained and
+    released (see ScaleIn); for that, more requests never want fewer replicas.
     """
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two evaluations."""
         ...
 
     @property
     def keep_alive_s(self) -> float:
-        """Seconds an idle replica is kept."""
+        """Seconds a replica is kept that the load does not want."""
         ...
 
     @property
@@ -44,9 +45,9 @@ class AutoscalingPolicy(Protocol):
 class Autoscaler:
     """Desired replicas = ceil((queued + running) / target_per_replica), within [min_replicas, max_replicas].
 
-    Asked every ``interval_s`` while requests are open. A replica that was idle for ``keep_alive_s`` is released, down to
-    the desired number. ``min_replicas`` are in place when the run starts; 0 is allowed. ``max_replicas``
-    None: the cluster's size.
+    Asked every ``interval_s`` while requests are open. Replicas beyond the largest number desired in the last ``keep_alive_s``
+    get no new requests and are released when they are empty. ``min_replicas`` are in place when the run starts; 0 is allowed.
+    ``max_replicas`` None: the cluster's size.
     """
 
     target_per_replica: int = 4

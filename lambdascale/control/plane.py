@@ -160,19 +160,22 @@ class ControlPlane:
         models = self.fleet.models.values()
         for state in models:
             desired = self.config.autoscaler.desired(len(state.queue), state.running)
-            lacking = desired - state.replicas
-            if lacking > 0:
-                self._make_room(state, lacking)
+            more = desired - state.replicas
+            if more <= 0 and state.queue and self.fleet.lacking(state):
+                # On a node with the KV memory that the head of the queue may need, once another is idle, which is surplus then.
+                more = int(self._scale_in.has_idle(state))
+            if more > 0 and len(models) > 1:
+                self._make_room(state, more)
             self._scale_in.look(state, desired)
-            if lacking > 0:
-                self._scaler.scale_out(state, lacking)
+            if more > 0:
+                self._scaler.scale_out(state, more)
         for state in models:
             if self._unsettled(state):
                 self._arm(after=True)
                 return
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Take surplus replicas from other models when there are too few free nodes."""
+        """Take surplus replicas from other models when too few nodes are free."""
         lacking = replicas - len(self.fleet.free_nodes(state))
         for other in self.fleet.models.values():
             if lacking <= 0:
@@ -181,8 +184,8 @@ class ControlPlane:
                 lacking -= self._scale_in.make_room(other, lacking)
 
     def _unsettled(self, state: ModelState) -> bool:
-        """True if a later look could decide something for this model without a further event arming the timer."""
+        """True if a later evaluation could change something for this model without a further event that sets the timer."""
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
-            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas
+            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas or self.fleet.lacking(state) > 0
         return state.replicas != autoscaler.min_replicas and bool(state.allocations)

@@ -42,13 +42,24 @@ class ScaleIn:
             self._release_empty(state)
 
     def make_room(self, state: ModelState, replicas: int) -> int:
-        """Release up to ``replicas`` idle copies that are not needed at the moment, else drain busy ones; return their number."""
+        """Drain up to ``replicas`` instances that the load of the moment can spare, idle ones first, and release empty ones.
+
+        Returns the number of drained ones, those that were so before included.
+        """
+        queued, running = len(state.queue), state.running
+        if state.draining:
+            self._resume(state, self._autoscaler.desired(queued, running))
         found = sum(instance.draining for instance in state.instances.values())
-        while found < replicas and self._drain(state, len(state.queue), state.running, due=self._fleet.at):
+        while found < replicas and self._drain(state, queued, running, due=self._fleet.at):
             found += 1
         if state.draining:
             self._release_empty(state)
         return found
+
+    @staticmethod
+    def has_idle(state: ModelState) -> bool:
+        """True if an instance has no requests and none of its nodes is in a transfer."""
+        return any(not instance.outstanding and not _in_transfer(state, instance) for instance in state.instances.values())
 
     # -- demand --------------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from lambdascale.figures import (
     beyond_link_rate,
     beyond_models,
     beyond_scale,
+    beyond_waves,
     fig01_burstiness,
     fig02_host_cache,
     fig07_multicast,
@@ -60,6 +61,7 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_scale": beyond_scale.FIGURE,
     "beyond_link_rate": beyond_link_rate.FIGURE,
     "beyond_burst": beyond_burst.FIGURE,
+    "beyond_waves": beyond_waves.FIGURE,
     "beyond_models": beyond_models.FIGURE,
     "beyond_faults": beyond_faults,
 }

@@ -271,7 +271,7 @@ class Compiler:
         return False
 
     def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Until they can be used: for tests and measurements. Raises what made compiling fail."""
+        """Wait until they can be used: for tests and measurements. Raises what made compiling fail."""
         if not self.ready(architecture, dtype, device):
             self._threads[_key(architecture, dtype, device)].join()
             self.ready(architecture, dtype, device)

@@ -128,7 +128,7 @@ def cached(path: Path) -> bool:
 
 
 def _in_memory(descriptor: int, offset: int) -> bool:
-    """True if a byte can be had without waiting for the disk."""
+    """True if a byte can be read without waiting for the disk."""
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:

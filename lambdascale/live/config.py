@@ -16,7 +16,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control import SystemConfig
-from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
+from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
@@ -97,7 +97,7 @@ class LiveConfig:
         return _SERVER_RESTARTS if open_ended else 0
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
-        """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
+        """Return the communicator of the system's broadcasts, None without any; and the reason for not using NCCL.
 
         UserError if NCCL is asked for and not possible.
         """
@@ -125,11 +125,17 @@ class LiveConfig:
         return tuple(replace(spec, name=model.name) for model in models)
 
     def build(
-        self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], system: SystemConfig, seed: int
+        self,
+        *,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        requests: Sequence[TracedRequest],
+        system: SystemConfig,
+        seed: int,
     ) -> LiveBackend:
         """Return a started cluster that replays ``requests``; the caller closes it."""
         packed = self.packed(system.blocks)
-        longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
+        longest = max((each.prompt_tokens + each.answer_tokens for each in requests), default=0)
         if longest > self.slot_tokens:
             raise UserError(
                 f"a request has {longest} tokens, a sequence may have {self.slot_tokens}: "
@@ -149,8 +155,8 @@ class LiveConfig:
         cluster: ClusterSpec,
         models: Sequence[tuple[str, PackedModel]],
         system: SystemConfig,
-        trace: Sequence[Request] = (),
-        ticket_of: Callable[[Request], Ticket] | None = None,
+        trace: Sequence[TracedRequest] = (),
+        ticket_of: Callable[[TracedRequest], Ticket] | None = None,
         open_ended: bool = False,
     ) -> LiveBackend:
         """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
@@ -239,17 +245,18 @@ def _room(model: PackedModel) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in model.block_bytes)
 
 
-def _no_tickets(request: Request) -> Ticket:
+def _no_tickets(traced: TracedRequest) -> Ticket:
     raise AssertionError("requests of a front end bring their tickets")
 
 
-def trace_tickets(model: PackedModel, seed: int) -> Callable[[Request], Ticket]:
-    """Prompts for a trace's requests: random tokens, the same for the same seed. Answers end with the trace's length."""
+def trace_tickets(model: PackedModel, seed: int) -> Callable[[TracedRequest], Ticket]:
+    """Prompts for a trace's requests: random tokens, the same for the same seed. Answers end where the trace's do."""
     vocab = model.architecture.vocab
 
-    def ticket(request: Request) -> Ticket:
+    def ticket(traced: TracedRequest) -> Ticket:
+        request = traced.request
         rng = np.random.default_rng((seed, _TRACE_STREAM, request.request_id))
         tokens = rng.integers(min(_FIRST_TOKEN, vocab - 1), vocab, size=request.prompt_tokens).tolist()
-        return Ticket(request.request_id, tokens, request.prompt_tokens, request.output_tokens)
+        return Ticket(request.request_id, tokens, request.prompt_tokens, traced.answer_tokens)
 
     return ticket

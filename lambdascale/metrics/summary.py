@@ -11,6 +11,7 @@ from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
 from lambdascale.core.events import RequestArrived
 from lambdascale.metrics.recorder import Recorder
+from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
 
 
@@ -19,8 +20,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Summary of a run as in summary.json; percentiles are interpolated linearly, None without values.
 
-    ``scale_outs`` counts allocations of a node to a model from the first request on. IncompleteRunError unless every
-    submitted request was completed or failed, and every completed one has a first token.
+    ``scale_outs`` counts allocations of a node to a model from the first request on; ``node_starts`` and ``multicast_starts``
+    are those by the way the weights came (see the function node_starts). IncompleteRunError unless every submitted request was
+    completed or failed, and every completed one has a first token.
     """
     frame = requests.to_pandas()
     counts = {
@@ -35,6 +37,7 @@ def summarise(
     if ok.ttft_s.isna().any():
         silent = ok.request_id[ok.ttft_s.isna()].tolist()
         raise IncompleteRunError(f"{len(silent)} requests finished without a first token, the first: {silent[:5]}")
+    ways, sizes = node_starts(recorder)
     used = gpu_seconds(gpu_usage(recorder), recorder.end_s)
     summary: dict[str, Any] = {
         "system": system,
@@ -45,6 +48,8 @@ def summarise(
         "gpu_seconds": used,
         "cost_usd": used / 3600 * usd_per_gpu_hour,
         "scale_outs": _scale_outs(recorder),
+        "node_starts": ways,
+        "multicast_starts": sizes,
         "pipeline_first_tokens": int((ok.first_token_mode == "pipeline").sum()),
         "restarts": int(frame.restarts.sum()),
         "simulated_s": recorder.end_s if backend == "sim" else None,

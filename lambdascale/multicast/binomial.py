@@ -62,13 +62,13 @@ def _plan(sources: int, destinations: int, blocks: int, order: Order, chunks: Ch
     for group, injected in zip(groups, orders, strict=True):
         schedule = _schedule(len(group), blocks)
         rounds += [[] for _ in range(len(schedule) - len(rounds))]
-        for transfers, moves in zip(rounds, schedule, strict=False):
-            transfers += [Send(group[src], group[dst], injected[position]) for src, dst, position in moves]
+        for sends, moves in zip(rounds, schedule, strict=False):
+            sends += [Send(group[src], group[dst], injected[position]) for src, dst, position in moves]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),
         blocks=blocks,
-        rounds=tuple(tuple(transfers) for transfers in rounds),
+        rounds=tuple(tuple(sends) for sends in rounds),
         groups=groups,
         orders=orders,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
-from lambdascale.core import NodeId, Request, Stage
+from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
 from lambdascale.core.timing import ComputeModel
@@ -151,6 +151,7 @@ class SimInstance:
         self._around = around
         self._stopped = False
         self._kv: KvPolicy = "copy"
+        self._kv_tokens = around.kv_tokens
         self._layout = _Layout(stages, around)
         self._batches = [self._new_batch() for _ in self.nodes]
 
@@ -165,16 +166,12 @@ class SimInstance:
         return [(stage.node, share) for stage, share in zip(self._layout.stages, self._layout.shares, strict=True)]
 
     def _new_batch(self) -> _Batch:
-        return _Batch(self, BatchScheduler(self._around.limits, self._around.kv_tokens), self._layout)
+        return _Batch(self, BatchScheduler(self._around.limits, self._kv_tokens), self._layout)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def dispatch(self, requests: Iterable[Request]) -> None:
-        """Take requests from the router."""
-        self.resume([BatchedRequest(r.request_id, r.prompt_tokens, r.output_tokens) for r in requests])
-
-    def resume(self, works: Iterable[BatchedRequest]) -> None:
-        """Take requests that may have produced tokens elsewhere, each into the batch that has the fewest."""
+    def take(self, works: Iterable[BatchedRequest]) -> None:
+        """Take requests, some of which may have produced tokens elsewhere, each into the batch that has the fewest."""
         batches = self._batches
         for work in works:
             batch = batches[0] if len(batches) == 1 else min(batches, key=lambda batch: len(batch.scheduler))
@@ -267,10 +264,12 @@ class SimInstance:
 
     # -- moved boundaries --------------------------------------------------------------------------------------------
 
-    def repartition(self, stages: tuple[Stage, ...], kv: KvPolicy) -> None:
+    def repartition(self, stages: tuple[Stage, ...], kv: KvPolicy, kv_tokens: int) -> None:
         """Serve by ``stages`` from the next iterations on. A batch goes on once the KV of its requests has followed."""
         self._layout.ports[0].cut()
-        self._layout, self._kv = _Layout(stages, self._around), kv
+        self._layout, self._kv, self._kv_tokens = _Layout(stages, self._around), kv, kv_tokens
+        for batch in self._batches:
+            batch.scheduler.kv_tokens = kv_tokens
         while len(self._batches) < len(self.nodes):
             self._batches.append(self._new_batch())
         for batch in list(self._batches):
@@ -317,7 +316,7 @@ class SimInstance:
             self._batches.remove(batch)
             with_kv = set(batch.scheduler.decoding)
             works = batch.scheduler.drain()
-            self.resume([_again(work, cached=work.cached or work.request_id in with_kv) for work in works])
+            self.take([_again(work, cached=work.cached or work.request_id in with_kv) for work in works])
 
 
 def _again(work: BatchedRequest, *, cached: bool) -> BatchedRequest:

@@ -284,7 +284,7 @@ class TransferEngine:
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
         plan, cluster = transfer.command.plan, self._cluster
-        edges = dict.fromkeys((t.src, t.dst) for transfers in plan.rounds for t in transfers)
+        edges = dict.fromkeys((t.src, t.dst) for sends in plan.rounds for t in sends)
         nics = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
         pcie = tuple(member.pcie for member in transfer.members.values() if member.pcie is not None)
         ports = pcie + nics
@@ -354,7 +354,7 @@ class TransferEngine:
 def _longest_path(plan: MulticastPlan) -> int:
     """Hops from a source to the destination farthest from it."""
     depth = dict.fromkeys(plan.sources, 0)
-    for transfers in plan.rounds:
-        for t in transfers:
-            depth[t.dst] = depth.get(t.src, 0) + 1
+    for sends in plan.rounds:
+        for send in sends:
+            depth[send.dst] = depth.get(send.src, 0) + 1
     return max(depth.values())

@@ -149,7 +149,7 @@ class TransportConformance:
         assert bytes(two.memory[: 1 << 21]) == bytes(one.memory[1 << 21 :]) == data
 
     def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
-        """Each gets its own."""
+        """Every peer gets what is sent to it, and nothing else."""
         *others, last = nodes(6)
         for peer, node in enumerate(others):
             last.endpoint.connect(peer, node.endpoint.address)
@@ -211,7 +211,7 @@ class TransportConformance:
             one.endpoint.connect(0, address)
 
     def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
-        """An address that belongs to another node."""
+        """Connecting to an address that belongs to another node is refused."""
         other, _, one = nodes(3)
         with pytest.raises(TransportError, match="is node 0, not 1"):
             one.endpoint.connect(1, other.endpoint.address)

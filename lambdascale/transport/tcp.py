@@ -111,7 +111,7 @@ class _Connection:
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
     def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
-        """Queue a write or message; its future."""
+        """Queue a write or message; return its future."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
             if self._reason:

@@ -54,7 +54,7 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
 
 
 def _new_stages(instance: int) -> wire.NewStages:
-    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy"), 1, "tiny", 0, 1)
+    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy", 100), 1, "tiny", 0, 1)
 
 
 def test_memory_of_ended_instances_is_bounded() -> None:
@@ -203,6 +203,17 @@ def test_the_thread_does_the_same() -> None:
     last = [node.post(lambda: None) for _ in range(20)][-1]
     node.close()
     assert last.done()
+
+
+def test_kv_memory_that_runs_out_costs_time_and_no_token() -> None:
+    """Two requests of up to 21 tokens share 25: the later one is prefilled twice."""
+    cluster = FakeCluster(1, kv_tokens=25)
+    cluster.serve(1, *stages(replica(0)))
+    cluster.assign(1, 0, 4, 8)
+    cluster.run()
+    cluster.check()
+    (runner,) = cluster.executors[0].open
+    assert runner.prefilled > sum(ticket.prompt_tokens for ticket in cluster.tickets.values())
 
 
 def test_an_instance_ends_with_its_head() -> None:

@@ -16,19 +16,19 @@ from lambdascale.testing.starts import SpreadStart
 from tests.policy.world import World, without
 
 
-def loaded(*requests: int, keep_alive_s: float = 0.0, **settings: object) -> tuple[World, list[list[int]]]:
+def loaded(*requests: int, keep_alive_s: float = 0.0, model: str = "a", **settings: object) -> tuple[World, list[list[int]]]:
     """Replicas i1, i2, ... on nodes 0, 1, ... with so many requests each, of eight slots; a replica is wanted for every four.
 
     Returns the requests of each replica, too.
     """
     count = len(requests)
     defaults: dict[str, object] = {"nodes": count, "min_replicas": 1, "target": 4, "max_batch": 8}
-    world = World("faasnet", **(defaults | settings), keep_alive_s=keep_alive_s)  # type: ignore[arg-type]
-    world.arrive(4 * count)
+    world = World("faasnet", **(defaults | settings), keep_alive_s=keep_alive_s)
+    world.arrive(4 * count, model)
     world.tick()
     for transfer in world.open_transfers():
         world.deliver(transfer)
-    world.arrive(4 * count)
+    world.arrive(4 * count, model)
     at: dict[int, list[int]] = {}
     for request, instance in world.at_instance.items():
         at.setdefault(instance, []).append(request)
@@ -251,6 +251,18 @@ def test_what_is_drained_already_makes_room_too() -> None:
     for _ in range(3):
         world.tick()
         assert drained(world) == [1]
+
+
+def test_a_drained_replica_that_its_model_needs_again_makes_no_room() -> None:
+    """Mutation: what is drained and empty released for a before b, whose turn comes later, takes it back."""
+    world, (_, _, last) = loaded(2, 2, 1, models="ab", model="b", min_replicas=0)
+    world.tick()
+    assert drained(world) == [3]
+    world.finish(*last)
+    world.arrive(5, "b")
+    world.arrive(1, "a")
+    assert without(world.tick(), "timer") == []
+    assert drained(world) == []
 
 
 def test_no_room_is_made_by_the_last_that_serve() -> None:

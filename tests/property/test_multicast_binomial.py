@@ -100,7 +100,7 @@ def test_one_source_serves_as_soon_as_it_has_sent_everything_once(nodes: int, bl
 
 def test_three_nodes_are_a_pair_behind_the_source() -> None:
     plan = BinomialPipeline().plan(sources=1, destinations=2, blocks=3)
-    assert [len(transfers) for transfers in plan.rounds] == [1, 2, 2, 1]
+    assert [len(sends) for sends in plan.rounds] == [1, 2, 2, 1]
 
 
 @given(st.integers(1, 12), st.integers(0, 60))

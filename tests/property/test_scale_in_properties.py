@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.control import Autoscaler, build_system, drive
-from lambdascale.core import Request
+from lambdascale.core import traced
 from lambdascale.core.commands import AllocateNode, ReleaseNode
 from lambdascale.metrics import Recorder
 from lambdascale.sim import SimConfig
@@ -36,7 +36,7 @@ def test_constant_load_does_not_flap(system: str, rate_rps: float, tokens: int, 
     """
     config = configured(system, copies=0, target=target)
     config = replace(config, autoscaler=replace(cast(Autoscaler, config.autoscaler), keep_alive_s=keep_alive_s))
-    requests = [Request(i, i / rate_rps, "small", 20, tokens) for i in range(int(LAST_S * rate_rps))]
+    requests = [traced(i, i / rate_rps, "small", 20, tokens) for i in range(int(LAST_S * rate_rps))]
     cluster, models = small_cluster(6), [small_model()]
     backend = SimConfig().build(cluster=cluster, models=models, requests=requests, batching=config.batching, seed=0)
     checker, recorder = InvariantChecker(cluster, config.blocks, desired=config.autoscaler.desired), Recorder()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import MulticastPlan, Request, Send, UserError
+from lambdascale.core import MulticastPlan, Request, Send, UserError, traced
 from lambdascale.core.commands import (
     CancelTransfer,
     Dispatch,
@@ -32,11 +32,11 @@ from lambdascale.core.plan import Stage
 from lambdascale.live import wire
 from tests.unit.live_backend_rig import Rig, ticket
 
-REQUEST = Request(1, 0.0, "m", 2, 4)
+REQUEST = traced(1, 0.0, "m", 2, 4)
 
 
 def serve(rig: Rig, node: int = 0, instance: int = 5) -> None:
-    rig.backend.submit(Serve(instance, "m", (Stage(node, 0, 1),), (10, 10)))
+    rig.backend.submit(Serve(instance, "m", (Stage(node, 0, 1),), (10, 10), 100))
 
 
 def dispatch(rig: Rig, *request_ids: int, instance: int = 5) -> None:

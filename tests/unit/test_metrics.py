@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from lambdascale.core import IncompleteRunError, Request
-from lambdascale.core.commands import AllocateNode, Command, Dispatch, FailRequest, ReleaseNode
+from lambdascale.core import IncompleteRunError, MulticastPlan, Request
+from lambdascale.core.commands import AllocateNode, Command, Dispatch, FailRequest, LoadBlocks, ReleaseNode, StartMulticast
 from lambdascale.core.events import Event, NodeLost, RequestArrived, RequestFinished, TimerFired, TokensProduced
 from lambdascale.metrics import Recorder, comparison, events_table, gpu_usage, requests_table, summarise
+from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds
 
 
@@ -37,6 +38,24 @@ def answered(request_id: int, arrival: float, first: float, end: float, tokens: 
     ]
 
 
+NO_STARTS = {"own_load": 0, "unicast": 0, "multicast": 0}
+
+
+def allocated(*nodes: int) -> list[tuple[float, Command]]:
+    return [(0.0, AllocateNode(node, "m", 1)) for node in nodes]
+
+
+def load(node: int) -> LoadBlocks:
+    return LoadBlocks(1, "m", node, (0,), (1,), "host", "pipelined")
+
+
+def multicast(
+    sources: tuple[int, ...], destinations: tuple[int, ...], groups: tuple[tuple[int, ...], ...] = ()
+) -> StartMulticast:
+    plan = MulticastPlan((*sources, *destinations), sources, 1, (), groups)
+    return StartMulticast(1, "m", plan, (1,), ("gpu",) * len(sources), "one_sided")
+
+
 def summary_of(recorder: Recorder) -> dict[str, object]:
     return summarise(recorder, requests_table(recorder, "s"), system="s", backend="sim", usd_per_gpu_hour=3.6, wall_s=1.0)
 
@@ -56,6 +75,10 @@ class TestRequests:
         (row,) = rows(recorded(*answered(0, 0.0, 0.5, 0.5, tokens=1)))
         assert row["tpot_s"] is None
         assert row["output_tokens"] == 1
+
+    def test_an_answer_that_was_not_given_has_no_length(self) -> None:
+        (row,) = rows(recorded(RequestArrived(1.0, request(7, 1.0)), (1.0, FailRequest(7, "no"))))
+        assert (row["prompt_tokens"], row["output_tokens"], row["status"]) == (10, None, "failed")
 
     def test_a_restart_keeps_the_first_first_token(self) -> None:
         begin, end = answered(0, 0.0, 0.5, 3.0)[:3], RequestFinished(3.0, 2, 0, 5)
@@ -93,6 +116,21 @@ class TestSummary:
     def test_scale_outs_are_those_after_the_first_request(self) -> None:
         before, after = (0.0, AllocateNode(0, "m", 1)), (2.0, AllocateNode(1, "m", 1))
         assert summary_of(recorded(before, *answered(0, 1.0, 1.5, 2.0), after))["scale_outs"] == 1
+
+    def test_starts_by_the_way_the_weights_came(self) -> None:
+        """A load, a unicast, and a multicast whose sources have one and two destinations; what follows on a start is no start."""
+        assert node_starts(recorded(*allocated(0), (0.0, load(0)))) == (NO_STARTS, {}), "what a run starts with"
+        begin = RequestArrived(0.0, request(0))
+        assert node_starts(recorded(begin, *allocated(1, 2), (0.0, load(1)), (0.0, multicast((0,), (2,))))) == (
+            {"own_load": 1, "unicast": 1, "multicast": 0},
+            {},
+        )
+        two = (0.0, multicast((0, 1), (2, 3, 4), groups=((0, 2, 3), (1, 4))))
+        found = recorded(begin, *allocated(2, 3, 4), two, (0.0, load(2)), (0.0, multicast((0,), (3, 4))))
+        assert node_starts(found) == ({"own_load": 0, "unicast": 1, "multicast": 2}, {"2": 2})
+        assert summary_of(recorded(*answered(0, 0.0, 1.0, 2.0), *allocated(1, 2, 3), (2.0, multicast((0,), (1, 2, 3)))))[
+            "multicast_starts"
+        ] == {"3": 3}
 
     def test_models_apart(self) -> None:
         both = recorded(*answered(0, 0.0, 1.0, 2.0, model="a"), *answered(1, 2.0, 5.0, 6.0, model="b"))

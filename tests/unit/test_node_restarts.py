@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import Request, UserError
+from lambdascale.core import UserError, traced
 from lambdascale.core.events import (
     BlockArrived,
     NodeGivenUp,
@@ -19,7 +19,7 @@ from lambdascale.live import wire
 from lambdascale.live.controller.supervisor import Supervisor
 from tests.unit.live_backend_rig import FakeLauncher, Rig
 
-REQUEST = Request(1, 0.0, "m", 2, 4)
+REQUEST = traced(1, 0.0, "m", 2, 4)
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ class TestConditions:
 
     def test_ready(self, service: Any) -> None:
         assert service.unready() == "m is being loaded"
-        service.state.on_command(0.0, Serve(1, "m", (Stage(0, 0, 1),), (1, 1)))
+        service.state.on_command(0.0, Serve(1, "m", (Stage(0, 0, 1),), (1, 1), 100))
         assert service.unready() == "m is being loaded"
         self.now_s = 1.0
         assert service.unready() == ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from lambdascale.core import NodeId, Request, UserError
+from lambdascale.core import NodeId, Request, TracedRequest, UserError
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -70,8 +70,8 @@ class LiveBackend:
         *,
         launcher: Launcher,
         hub: Hub,
-        trace: Sequence[Request],
-        ticket_of: Callable[[Request], Ticket],
+        trace: Sequence[TracedRequest],
+        ticket_of: Callable[[TracedRequest], Ticket],
         silence_s: float,
         restarts: int = 0,
         open_ended: bool = False,
@@ -201,9 +201,9 @@ class LiveBackend:
         if self._timers and self._timers[0][0] <= at:
             return TimerFired(at, heappop(self._timers)[1])
         if self._next_request < len(self._trace) and self._trace[self._next_request].arrival_s <= at:
-            request = self._trace[self._next_request]
+            traced = self._trace[self._next_request]
             self._next_request += 1
-            return self._arrive(at, request, self._ticket_of(request), None)
+            return self._arrive(at, traced.request, self._ticket_of(traced), None)
         if self._offered:
             offer = self._offered.pop(next(iter(self._offered)))
             return self._arrive(at, offer.request, offer.ticket, offer.sink)

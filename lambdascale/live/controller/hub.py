@@ -99,7 +99,7 @@ class Hub:
         self._socket.send_multipart([self._identity(node), wire.encode(message)])
 
     def close(self) -> None:
-        """Hang up; the port is free afterwards."""
+        """Close the socket; the port is free afterwards."""
         self._socket.close()
         self._authenticator.stop()
         self._context.term()

@@ -103,7 +103,7 @@ class Roster:
         return False
 
     def _meet(self, node: NodeId, message: wire.ToController) -> None:
-        """A message of a node that has not joined yet."""
+        """Take a message of a node that has not joined yet."""
         if isinstance(message, wire.Hello):
             self._joining.hello(node, message)
         elif isinstance(message, wire.Connected):
@@ -115,7 +115,7 @@ class Roster:
             self._doomed[node] = message.reason
 
     def _unreached(self, node: NodeId, message: wire.Unreached) -> None:
-        """A member cannot connect to a node: to blame is the one that is new."""
+        """Note that a member cannot connect to a node. The node counts as failed if it is new, else the connection as lost."""
         if message.peer in self._joining.coming:
             self._doomed[message.peer] = f"node {node} cannot connect: {message.reason}"
         else:

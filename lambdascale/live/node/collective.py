@@ -176,8 +176,8 @@ class Collective:
 def roots(command: StartMulticast) -> Iterator[tuple[int, NodeId]]:
     """Yield every block of a plan and its first holder, in the plan's order."""
     seen: set[int] = set()
-    for transfers in command.plan.rounds:
-        for transfer in transfers:
-            if transfer.block not in seen:
-                seen.add(transfer.block)
-                yield transfer.block, transfer.src
+    for sends in command.plan.rounds:
+        for send in sends:
+            if send.block not in seen:
+                seen.add(send.block)
+                yield send.block, send.src

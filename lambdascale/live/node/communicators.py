@@ -27,7 +27,7 @@ _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORI
 
 
 def choose(wanted: Choice, *, device: str, nodes: int, gpus: int, nccl: bool) -> tuple[Kind, str]:
-    """Return what ``nodes`` nodes with ``gpus`` GPUs among them broadcast by, and why it is not NCCL where one might expect it.
+    """Return the communicator for ``nodes`` nodes with ``gpus`` GPUs in total, and the reason for not using NCCL.
 
     ``nccl``: true if torch has it. UserError where it is asked for and not possible.
     """
@@ -62,7 +62,7 @@ class Communicator(Protocol):
 
 
 class Gloo:
-    """Over TCP, through host memory. A GPU's tensors are staged there by gloo."""
+    """Gloo, over TCP and through host memory. A GPU's tensors are staged there by gloo."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._group: Any = distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=TIMEOUT_S))
@@ -82,7 +82,7 @@ class Gloo:
 
 
 class Nccl:
-    """From GPU to GPU. Set up here and now, as much as NCCL does at all before it moves data.
+    """NCCL, from GPU to GPU. The constructor does all of the set-up that NCCL does before it moves data.
 
     ``lost``: names the members that are lost, "" for none: between GPUs of a host, NCCL itself would wait for them. The set-up
     cannot be broken off: a member that dies within it may leave this thread waiting.

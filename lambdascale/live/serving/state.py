@@ -238,7 +238,7 @@ class ClusterState:
             self._transfers.pop(command.transfer_id, None)
             return
         if isinstance(command, StartMulticast):
-            pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
+            pairs = {(send.dst, send.block) for sends in command.plan.rounds for send in sends}
             made = _Transfer(command.model, "multicast", command.plan.sources, pairs, len(pairs))
         else:
             pairs = {(command.node, block) for block in command.blocks}
