@@ -1,41 +1,47 @@
-"""NCCL's broadcast as a plan: one root and a ring cut open, in which nodes forward small pieces."""
+"""NCCL's broadcast as a plan: for each root a ring cut open, in which nodes forward small pieces."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from lambdascale.core import MulticastPlan, Send
-from lambdascale.multicast import check_counts
+from lambdascale.multicast import check_counts, near_equal_groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """A ``streaming`` chain from the first source through all destinations: b + n - 2 rounds for b blocks and n members.
+    """``streaming`` chains, one from each source through its share of the destinations: b + n - 2 rounds for b blocks, n members.
 
-    A broadcast has one root, so further sources take no part in the plan and are not among its members.
+    A broadcast has one root: each chain is a broadcast by itself, over a communicator of its own.
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner; members are the first source and the destinations. PlanError for invalid counts."""
+        """See MulticastPlanner. PlanError for invalid counts."""
         check_counts(sources, destinations, blocks)
-        return _chain(sources, destinations, blocks)
+        return _chains(sources, destinations, blocks)
 
 
 @lru_cache(maxsize=256)
-def _chain(sources: int, destinations: int, blocks: int) -> MulticastPlan:
-    nodes = (0, *range(sources, sources + destinations))
-    hops = range(destinations)
+def _chains(sources: int, destinations: int, blocks: int) -> MulticastPlan:
+    groups = near_equal_groups(sources, destinations)
+    longest = max(len(group) for group in groups) - 1
     rounds = [
-        tuple(Send(nodes[hop], nodes[hop + 1], number - hop) for hop in hops if 0 <= number - hop < blocks)
-        for number in range(blocks + destinations - 1 if destinations else 0)
+        tuple(
+            Send(src, dst, number - hop)
+            for group in groups
+            for hop, (src, dst) in enumerate(pairwise(group))
+            if 0 <= number - hop < blocks
+        )
+        for number in range(blocks + longest - 1 if longest else 0)
     ]
     return MulticastPlan(
-        members=nodes,
-        sources=(0,),
+        members=tuple(range(sources + destinations)),
+        sources=tuple(range(sources)),
         blocks=blocks,
         rounds=tuple(rounds),
-        groups=(nodes,),
-        orders=(tuple(range(blocks)),),
+        groups=groups,
+        orders=(tuple(range(blocks)),) * len(groups),
         streaming=True,
     )

@@ -1,8 +1,10 @@
-"""Order in which a scale-out takes free nodes. Pure orderings; the first nodes of the list are used."""
+"""Placement: the order in which a scale-out takes free nodes. Pure parts of start policies; the first nodes are used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.control.traffic import Port
@@ -11,33 +13,57 @@ from lambdascale.core import NodeId
 _PORTS: tuple[Port, ...] = ("nic_in", "nic_out", "pcie", "storage")
 
 
-def by_locality(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+@runtime_checkable
+class Placement(Protocol):
+    """Ranks free nodes for a scale-out of a model. Pure: it reads the fleet and changes nothing."""
+
+    def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """Return ``nodes``, the best first."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByLocality:
     """Nodes with a host copy first, then those least busy with transfers, then those with most free GPUs (paper, section 5)."""
 
-    def key(node: NodeId) -> tuple[bool, float, int, NodeId]:
-        return not fleet.is_warm(state, node), *_idleness(fleet, node)
+    def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """See Placement."""
+        return sorted(nodes, key=lambda node: (not fleet.is_warm(state, node), *_idleness(fleet, node)))
 
-    return sorted(nodes, key=key)
+
+@dataclass(frozen=True, kw_only=True)
+class SparingCopies:
+    """Nodes without a host copy first, where the network is faster than some node's PCIe: copies do more good as sources.
+
+    Where PCIe is as fast as the network on all nodes, as ByLocality.
+    """
+
+    def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """See Placement."""
+        if all(pcie_is_faster(fleet, node) for node in nodes):
+            return ByLocality().rank(fleet, state, nodes)
+        return sorted(nodes, key=lambda node: (fleet.is_warm(state, node), *_idleness(fleet, node)))
 
 
-def sparing_copies(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
-    """Nodes without a host copy first: where the network is faster than PCIe, copies do more good as sources of a multicast."""
+@dataclass(frozen=True, kw_only=True)
+class ByStartupTime:
+    """Shortest estimated start-up first: (bytes queued at the tier to read from + the model) / its rate (ServerlessLLM)."""
 
-    def key(node: NodeId) -> tuple[bool, float, int, NodeId]:
-        return fleet.is_warm(state, node), *_idleness(fleet, node)
+    def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
+        """See Placement."""
 
-    return sorted(nodes, key=key)
+        def key(node: NodeId) -> tuple[float, int, NodeId]:
+            port: Port = "pcie" if fleet.is_warm(state, node) else "storage"
+            return fleet.traffic.seconds(node, port, more=state.spec.size_bytes), -fleet.gpus_free[node], node
+
+        return sorted(nodes, key=key)
+
+
+def pcie_is_faster(fleet: Fleet, node: NodeId) -> bool:
+    """True if ``node`` loads a host copy at least as fast as a multicast brings the model."""
+    hardware = fleet.cluster.node(node)
+    return hardware.pcie_bytes_per_s >= hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency
 
 
 def _idleness(fleet: Fleet, node: NodeId) -> tuple[float, int, NodeId]:
     return fleet.traffic.seconds(node, *_PORTS), -fleet.gpus_free[node], node
-
-
-def by_startup_time(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
-    """Shortest estimated start-up first: (bytes queued at the tier to read from + the model) / its rate (ServerlessLLM)."""
-
-    def key(node: NodeId) -> tuple[float, int, NodeId]:
-        port: Port = "pcie" if fleet.is_warm(state, node) else "storage"
-        return fleet.traffic.seconds(node, port, more=state.spec.size_bytes), -fleet.gpus_free[node], node
-
-    return sorted(nodes, key=key)

@@ -103,9 +103,15 @@ class Recovery:
     def _give_up(self, transfer: TransferState) -> None:
         state = self._fleet.models[transfer.model]
         for node in sorted(transfer.waiting):
+            # Transfers that the node fed as it received.
+            fed = [t for t in self._fleet.transfers.values() if t.model == transfer.model and (node, "gpu") in t.sources]
+            for other in fed:
+                self._cancel(other)
             others = self._stop_all(state, state.allocations[node])
             self._allocations.give_up(state, node)
             self._serve_on(state, others)
+            for other in fed:
+                self._replan(other, again=other.again)
         self._router.fill(state)
 
     def _forget_allocation(self, state: ModelState, node: NodeId) -> None:

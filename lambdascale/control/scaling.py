@@ -40,7 +40,7 @@ class Scaler:
         for load in decision.loads:
             self._transfers.load(state, load.node, load.tier, load.blocks)
         for order in decision.multicasts:
-            self._transfers.multicast(state, order.plan, order.sources)
+            self._transfers.multicast(state, order.plan, order.sources, barrier_s=order.barrier_s)
         self._serving.expect(state, decision.pipelines)
 
     def free_nodes(self, state: ModelState) -> list[NodeId]:

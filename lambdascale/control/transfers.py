@@ -22,9 +22,15 @@ class Transfers:
         self._multicast = multicast
 
     def multicast(
-        self, state: ModelState, plan: MulticastPlan, sources: Sequence[tuple[NodeId, Tier]], *, again: bool = False
+        self,
+        state: ModelState,
+        plan: MulticastPlan,
+        sources: Sequence[tuple[NodeId, Tier]],
+        *,
+        barrier_s: float | None = None,
+        again: bool = False,
     ) -> None:
-        """Issue a plan over real nodes; ``again``: see TransferState."""
+        """Issue a plan over real nodes; ``barrier_s``: see StartMulticast, ``again``: see TransferState."""
         coming: dict[NodeId, dict[int, NodeId]] = {node: {} for node in plan.destinations}
         for sends in plan.rounds:
             for send in sends:
@@ -32,7 +38,9 @@ class Transfers:
         ports = {node: ports_of_source(tier) for node, tier in sources}
         transfer_id = self._begin(state, coming, sources, ports, multicast=True, again=again)
         tiers = tuple(tier for _, tier in sources)
-        self._fleet.out.append(StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._multicast))
+        self._fleet.out.append(
+            StartMulticast(transfer_id, state.spec.name, plan, state.block_bytes, tiers, self._multicast, barrier_s)
+        )
 
     def load(self, state: ModelState, node: NodeId, tier: Tier, blocks: Sequence[int]) -> None:
         """Let ``node`` load ``blocks`` from its own ``tier``, in this order."""

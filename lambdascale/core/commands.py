@@ -54,7 +54,8 @@ class StartMulticast(Command, frozen=True, gc=False, tag=True):
     """Carry ``plan`` out for ``model``, whose block i has ``block_bytes[i]`` bytes.
 
     ``source_tiers[i]`` is the tier source i sends from (gpu or host). ``multicast`` "collective" needs a communicator
-    over all members first and occupies the sources' GPUs; "one_sided" writes do neither.
+    over all members first and occupies the sources' GPUs; "one_sided" writes do neither. ``barrier_s``: the sends of a round
+    start together, so many seconds after the last of the round before; None: nodes send as soon as they hold a block.
     """
 
     transfer_id: int
@@ -63,6 +64,7 @@ class StartMulticast(Command, frozen=True, gc=False, tag=True):
     block_bytes: tuple[int, ...]
     source_tiers: tuple[Tier, ...]
     multicast: MulticastKind
+    barrier_s: float | None = None
 
 
 class LoadBlocks(Command, frozen=True, gc=False, tag=True):

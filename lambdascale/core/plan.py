@@ -64,6 +64,27 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             double_receives=tuple((number, names[n]) for number, n in self.double_receives),
         )
 
+    def parts(self) -> tuple[MulticastPlan, ...]:
+        """Return one plan for each sub-group: sub-groups exchange nothing, so that each can be carried out by itself."""
+        if len(self.groups) < 2:
+            return (self,)
+        return tuple(self._part(group, order) for group, order in zip(self.groups, self.orders, strict=True))
+
+    def _part(self, group: tuple[NodeId, ...], order: tuple[int, ...]) -> MulticastPlan:
+        nodes = set(group)
+        rounds = [tuple(send for send in sends if send.src in nodes) for sends in self.rounds]
+        last = max((number for number, sends in enumerate(rounds, start=1) if sends), default=0)
+        return MulticastPlan(
+            members=group,
+            sources=group[:1],
+            blocks=self.blocks,
+            rounds=tuple(rounds[:last]),
+            groups=(group,),
+            orders=(order,),
+            streaming=self.streaming,
+            double_receives=tuple((number, node) for number, node in self.double_receives if node in nodes),
+        )
+
 
 class Stage(Struct, frozen=True, gc=False):
     """A node's share of a pipeline: blocks ``first_block`` to ``last_block``, both included."""

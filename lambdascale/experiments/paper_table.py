@@ -15,12 +15,19 @@ from lambdascale.core import UserError
 TABLES = ("fig02_host_cache", "fig07_multicast", "fig08_rampup", "fig09_sources", "paper_trace")
 _MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
 _NAMES = {
+    "lambdascale": "λScale",
+    "lambdascale_prototype": "λScale (prototype)",
+    "faasnet_prototype": "FaaSNet (prototype)",
+    "nccl_prototype": "NCCL (prototype)",
     "faasnet": "FaaSNet",
     "nccl_broadcast": "NCCL",
     "nccl_no_setup": "NCCL without set-up",
     "serverlessllm": "ServerlessLLM",
-    "serverlessllm_prototype": "ServerlessLLM (prototype's loader)",
+    "serverlessllm_prototype": "ServerlessLLM (prototype)",
 }
+# GPU time that λScale saves, in per cent, by system: as the authors ran them, and the best that each can be.
+_PROTOTYPES = {"faasnet_prototype": 17.8, "nccl_prototype": 18.1, "serverlessllm_prototype": 31.3}
+_FAIR = {"faasnet": 17.8, "nccl_broadcast": 18.1, "serverlessllm": 31.3}
 
 # Reasons for differences, one sentence each.
 _FIXED_TREE = (
@@ -37,6 +44,9 @@ _OVERLOAD = "Six nodes at 9 s a request are overloaded by this trace: most of TT
 _TRACES = "The paper's two production traces are not published; ours are the authors' 30 minutes and the Azure conversation."
 _LIVES = "A copy that is used again lives on here; copies never used again live for 15 s exactly."
 _WHICH = "The paper does not say for which model; ours is 13B with an eager data plane, its blocks of whole layers."
+_PRESETS = (
+    "How long host copies were kept in the published runs is not known: the prototypes' are kept for ever here, the others' 15 s."
+)
 _EAGER = "An eager data plane without the prototype's barrier of 6 ms a round."
 
 # Columns of the notes below the table.
@@ -184,20 +194,25 @@ def _sources(table: pd.DataFrame) -> Iterator[dict[str, str]]:
 
 
 def _trace(table: pd.DataFrame) -> Iterator[dict[str, str]]:
-    lower = {"faasnet": 17.8, "nccl_broadcast": 18.1, "serverlessllm": 31.3, "serverlessllm_prototype": 31.3}
-    reasons = {"faasnet": _FIXED_TREE, "nccl_broadcast": _SETUP, "serverlessllm": _LOADER, "serverlessllm_prototype": _SEQUENTIAL}
+    """Compare the systems as the authors ran them among each other, and the fair ones beside them."""
     for model in _MODELS:
         rows = {system: table[(table.model == model) & (table.system == system)] for system in table.system.unique()}
-        ours = rows["lambdascale"]
-        for system in lower:
-            why = _OVERLOAD if model == "llama2_70b" else reasons[system]
-            claim = _Claim(figure="10", what=f"P90 TTFT, {_NAMES[system]} over λScale", low=2.4, high=5.0, unit="x")
-            yield _row(claim, model, rows[system].ttft_p90_s / ours.ttft_p90_s.iloc[0], why)
-        for system, percent in lower.items():
-            why = _OVERLOAD if model == "llama2_70b" else reasons[system]
-            saved = 100 * (1 - ours.gpu_seconds.iloc[0] / rows[system].gpu_seconds)
-            claim = _Claim(figure="11", what=f"GPU time below {_NAMES[system]}", low=percent, high=percent, unit="%", points=True)
-            yield _row(claim, model, saved, why)
-        above = 100 * (ours.gpu_seconds / rows["ideal"].gpu_seconds.iloc[0] - 1)
-        claim = _Claim(figure="11", what="GPU time above ideal", low=4.3, high=18.6, unit="%", points=True)
-        yield _row(claim, model, above, "")
+        why = _OVERLOAD if model == "llama2_70b" else _PRESETS
+        yield from _against(model, rows, "lambdascale_prototype", "ideal_prototype", _PROTOTYPES, why)
+        yield from _against(model, rows, "lambdascale", "ideal", _FAIR, why)
+
+
+def _against(
+    model: str, rows: Mapping[str, pd.DataFrame], ours: str, ideal: str, lower: Mapping[str, float], why: str
+) -> Iterator[dict[str, str]]:
+    own = rows[ours]
+    for system in lower:
+        claim = _Claim(figure="10", what=f"P90 TTFT, {_NAMES[system]} over {_NAMES[ours]}", low=2.4, high=5.0, unit="x")
+        yield _row(claim, model, rows[system].ttft_p90_s / own.ttft_p90_s.iloc[0], why)
+    for system, percent in lower.items():
+        saved = 100 * (1 - own.gpu_seconds.iloc[0] / rows[system].gpu_seconds)
+        what = f"GPU time of {_NAMES[ours]} below {_NAMES[system]}"
+        yield _row(_Claim(figure="11", what=what, low=percent, high=percent, unit="%", points=True), model, saved, why)
+    above = 100 * (own.gpu_seconds / rows[ideal].gpu_seconds.iloc[0] - 1)
+    what = f"GPU time of {_NAMES[ours]} above ideal"
+    yield _row(_Claim(figure="11", what=what, low=4.3, high=18.6, unit="%", points=True), model, above, why)

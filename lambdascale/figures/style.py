@@ -32,13 +32,17 @@ class Look:
 
 LOOKS = {
     "lambdascale": Look("λScale", "#D55E00", "", "o"),
+    "lambdascale_tuned": Look("λScale, tuned", "#E69F00", (6, 1), "h"),
+    "lambdascale_prototype": Look("λScale (prototype)", "#F0B07A", (4, 1.2, 1, 1.2), "d"),
     "faasnet": Look("FaaSNet", "#0072B2", (4, 1.2), "s"),
     "faasnet_prototype": Look("FaaSNet (prototype)", "#56B4E9", (4, 1.2, 1, 1.2), "D"),
     "nccl_broadcast": Look("NCCL", "#009E73", (2, 1), "^"),
+    "nccl_prototype": Look("NCCL (prototype)", "#5FBF9F", (4, 1.2, 1, 1.2), ">"),
     "nccl_no_setup": Look("NCCL, no set-up", "#8FD9C0", (2, 1), "v"),
     "serverlessllm": Look("ServerlessLLM", "#CC79A7", (5, 1.2, 1, 1.2, 1, 1.2), "P"),
     "serverlessllm_prototype": Look("ServerlessLLM (prototype)", "#7E4B6B", (1, 1), "X"),
     "ideal": Look("Ideal", "#000000", (1, 1.2), "*"),
+    "ideal_prototype": Look("Ideal (prototype)", "#606060", (4, 1.2, 1, 1.2), "*"),
 }
 # Remaining colours, for systems that are not built in, in the order of their names.
 _SPARE = ("#E69F00", "#999999", "#F0E442")

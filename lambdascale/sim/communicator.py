@@ -1,32 +1,77 @@
-"""Time to build a NCCL communicator: a distribution fitted to the reference's measurements (section 4, [log]).
+"""Time to build a NCCL communicator: log-normal, fitted to the reference's measurements (sections 4 and 7, [log]).
 
-0.4 to 2 s for 2 to 4 ranks and 0.7 to 4.4 s for 8 are read as the 5th and 95th percentiles of log-normal distributions.
-Between, the logarithm of the median and the spread are linear in log2(ranks); beyond 8 ranks the median's trend goes on and
-the spread stays.
+0.4 to 2 s for 2 to 4 ranks and 0.7 to 4.4 s for 8 are read as the 5th and 95th percentiles of log-normal distributions, and
+each counts as the two values that are known of it. For 12 ranks one sample is known, 0.89 s. The logarithm of the median is
+the line in log2(ranks) that fits the three best by weighted least squares, flat below 4 ranks. The spread goes from that of
+4 ranks to that of 8 and stays. Medians: 0.99, 1.23 and 1.39 s for 4, 8 and 12 ranks. Beyond 12 ranks the line is extrapolated.
 """
 
 from __future__ import annotations
 
-from math import exp, log, log2, sqrt
+from collections.abc import Sequence
+from math import exp, log, log2
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+Basis = Literal["measured", "one sample", "extrapolated"]
+
 _Z95 = 1.6448536269514722  # the standard normal's 95th percentile
-_FEW_RANKS, _FEW_S = 4, (0.4, 2.0)
-_MANY_RANKS, _MANY_S = 8, (0.7, 4.4)
+_FEW_RANKS, _MANY_RANKS, _MOST_RANKS = 4, 8, 12
 _OUTLIER_S = (18.0, 120.0)
 
 
-def _fit(low_high: tuple[float, float]) -> tuple[float, float]:
-    low, high = low_high
-    return log(sqrt(low * high)), log(high / low) / (2 * _Z95)
+class _Measured(NamedTuple):
+    """Set-ups of ``ranks`` ranks: the smallest and largest of them, in seconds, from ``values`` known values."""
+
+    ranks: int
+    low_s: float
+    high_s: float
+    values: int
+
+    @property
+    def x(self) -> float:
+        return log2(self.ranks / _FEW_RANKS)
+
+    @property
+    def mu(self) -> float:
+        return (log(self.low_s) + log(self.high_s)) / 2
+
+
+_FEW = _Measured(_FEW_RANKS, 0.4, 2.0, 2)
+_MANY = _Measured(_MANY_RANKS, 0.7, 4.4, 2)
+_MOST = _Measured(_MOST_RANKS, 0.89, 0.89, 1)
+
+
+def _sigma(measured: _Measured) -> float:
+    return log(measured.high_s / measured.low_s) / (2 * _Z95)
+
+
+def _line(points: Sequence[tuple[_Measured, float]]) -> tuple[float, float]:
+    """Intercept and slope of the median's logarithm over log2(ranks / 4), by least squares; ``points`` with their sigmas."""
+    weights = [measured.values / sigma**2 for measured, sigma in points]
+    total = sum(weights)
+    mean_x = sum(w * m.x for w, (m, _) in zip(weights, points, strict=True)) / total
+    mean_y = sum(w * m.mu for w, (m, _) in zip(weights, points, strict=True)) / total
+    across = sum(w * (m.x - mean_x) * (m.mu - mean_y) for w, (m, _) in zip(weights, points, strict=True))
+    slope = across / sum(w * (m.x - mean_x) ** 2 for w, (m, _) in zip(weights, points, strict=True))
+    return mean_y - slope * mean_x, slope
+
+
+_INTERCEPT, _SLOPE = _line([(_FEW, _sigma(_FEW)), (_MANY, _sigma(_MANY)), (_MOST, _sigma(_MANY))])
 
 
 def setup_distribution(ranks: int) -> tuple[float, float]:
     """Return (mu, sigma) of the log-normal set-up time in seconds for ``ranks`` ranks."""
-    (mu_few, sigma_few), (mu_many, sigma_many) = _fit(_FEW_S), _fit(_MANY_S)
-    position = max(0.0, log2(ranks / _FEW_RANKS) / log2(_MANY_RANKS / _FEW_RANKS))
-    return mu_few + position * (mu_many - mu_few), sigma_few + min(position, 1.0) * (sigma_many - sigma_few)
+    position = max(0.0, log2(ranks / _FEW_RANKS))
+    return _INTERCEPT + position * _SLOPE, _sigma(_FEW) + min(position, 1.0) * (_sigma(_MANY) - _sigma(_FEW))
+
+
+def setup_basis(ranks: int) -> Basis:
+    """Name what the distribution for ``ranks`` ranks rests on: several measurements, a single one (9 to 12), or none (beyond)."""
+    if ranks <= _MANY_RANKS:
+        return "measured"
+    return "one sample" if ranks <= _MOST_RANKS else "extrapolated"
 
 
 def draw_setup_s(ranks: int, rng: np.random.Generator, outlier_probability: float = 0.0) -> float:

@@ -57,6 +57,7 @@ class Load(FlowGroup):
     def __init__(self, command: LoadBlocks, fabric: Fabric, deliver: Deliver, on_end: Callable[[int], None]) -> None:
         super().__init__()
         self._command = command
+        self._left = set(command.blocks)
         self._fabric = fabric
         self._deliver = deliver
         self._on_end = on_end
@@ -84,7 +85,12 @@ class Load(FlowGroup):
             self._arrived(step.block)
         self._next()
 
+    def coming(self, model: str, node: NodeId) -> set[int]:
+        """Return the blocks of ``model`` that this load has still to bring to ``node``."""
+        return set(self._left) if (model, node) == (self._command.model, self._command.node) else set()
+
     def _arrived(self, block: int) -> None:
         command = self._command
+        self._left.discard(block)
         if not self.cancelled and self._fabric.alive((command.node,)):
             self._deliver(command.transfer_id, command.node, command.model, block)

@@ -68,6 +68,16 @@ class _Multicast(FlowGroup):
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
         for node, member in members.items():
             member.held -= received[node]
+        # Sources that other transfers still bring blocks to; the round (under a barrier) that waits for such a block.
+        self.joined: tuple[NodeId, ...] = ()
+        self.stalled: int | None = None
+
+    def coming(self, model: str, node: NodeId) -> set[int]:
+        """Return the blocks of ``model`` that this transfer has still to bring to ``node``."""
+        if self.command.model != model or node not in self.members or not self.members[node].receives:
+            return set()
+        brought = {t.block for sends in self.command.plan.rounds for t in sends if t.dst == node}
+        return brought - self.members[node].held
 
 
 class TransferEngine:
@@ -99,7 +109,8 @@ class TransferEngine:
         self._layers = layers or {}
         self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
         self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
-        self._transfers: dict[int, FlowGroup] = {}
+        self._transfers: dict[int, _Multicast | Load] = {}
+        self._joins: dict[_Multicast, None] = {}  # those with sources that still receive; in order
         self._copies = FlowGroup()
         self.links = self._fabric.links
         self.setup_s: dict[int, float] = {}
@@ -116,6 +127,7 @@ class TransferEngine:
         transfer = _Multicast(command, self._fabric, self._sizes(command))
         if not transfer.left:
             return
+        self._join(transfer)
         self._transfers[command.transfer_id] = transfer
         if command.multicast == "one_sided":
             self._begin_multicast(transfer)
@@ -126,6 +138,30 @@ class TransferEngine:
             setup_s = draw_setup_s(ranks, self._rng, self._options.communicator_outlier_probability)
         self.setup_s[command.transfer_id] = setup_s
         self._kernel.at(self._kernel.now + setup_s, self._begin_collective, transfer)
+
+    def _join(self, transfer: _Multicast) -> None:
+        """Note what sources on GPUs still receive by other transfers: they send it on once they hold it."""
+        command = transfer.command
+        for node, tier in zip(command.plan.sources, command.source_tiers, strict=True):
+            if tier == "host":  # its copy is complete, whatever its GPU receives
+                continue
+            lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
+            if lacking:
+                transfer.members[node].held -= lacking
+                transfer.joined += (node,)
+        if transfer.joined:
+            self._joins[transfer] = None
+
+    def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
+        """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
+        for join in [j for j in self._joins if node in j.joined and j.command.model == model]:
+            join.members[node].held.add(block)
+            if self._barrier_s(join.command) is None:
+                self._send_next(join, join.members[node])
+            elif join.stalled is not None:
+                index, join.stalled = join.stalled, None
+                self._run_round((join, index))
+        self._deliver(transfer_id, node, model, block)
 
     def _begin_collective(self, transfer: _Multicast) -> None:
         plan = transfer.command.plan
@@ -139,7 +175,7 @@ class TransferEngine:
     def _begin_multicast(self, transfer: _Multicast) -> None:
         if transfer.command.plan.streaming:
             self._stream(transfer)
-        elif self._options.barrier:
+        elif self._barrier_s(transfer.command) is not None:
             self._run_round((transfer, 0))
         else:
             # In the order of their first sends.
@@ -181,13 +217,16 @@ class TransferEngine:
         if transfer.left == 0:
             self._release(transfer)
             self._ended(command.transfer_id)
-        self._deliver(command.transfer_id, node.node, command.model, block)
+        self._arrived(command.transfer_id, node.node, command.model, block)
 
     def _run_round(self, entry: tuple[_Multicast, int]) -> None:
         """Run a round as the prototype's controller does: all its sends, then a barrier, then the next round."""
         transfer, index = entry
         rounds = transfer.command.plan.rounds
         if transfer.cancelled or index == len(rounds):
+            return
+        if transfer.joined and any(send.block not in transfer.members[send.src].held for send in rounds[index]):
+            transfer.stalled = index
             return
         left = len(rounds[index])
         if not left:
@@ -205,7 +244,14 @@ class TransferEngine:
             self._edge(transfer, src, dst, send.block, partial(done, dst, send.block))
 
     def _end_round(self, transfer: _Multicast, index: int) -> None:
-        self._kernel.at(self._kernel.now + self._options.barrier_s, self._run_round, (transfer, index + 1))
+        barrier_s = self._barrier_s(transfer.command) or 0.0
+        self._kernel.at(self._kernel.now + barrier_s, self._run_round, (transfer, index + 1))
+
+    def _barrier_s(self, command: StartMulticast) -> float | None:
+        """Return the system's barrier, else the one that this run imposes on all systems; None without any."""
+        if command.barrier_s is None and self._options.barrier:
+            return self._options.barrier_s
+        return command.barrier_s
 
     def _edge(self, transfer: _Multicast, src: _Member, dst: _Member, block: int, on_done: Callable[[], None]) -> None:
         nodes = src.node, dst.node
@@ -266,7 +312,7 @@ class TransferEngine:
 
     def load(self, command: LoadBlocks) -> None:
         """Load blocks one after another; UserError if the cluster has no such tier."""
-        load = self._transfers[command.transfer_id] = Load(command, self._fabric, self._deliver, self._ended)
+        load = self._transfers[command.transfer_id] = Load(command, self._fabric, self._arrived, self._ended)
         load.start()
 
     def copy(self, src: NodeId, dst: NodeId, size_bytes: float, on_done: Callable[[], None]) -> None:
@@ -287,6 +333,7 @@ class TransferEngine:
             return
         self._fabric.cancel(transfer)
         if isinstance(transfer, _Multicast):
+            self._joins.pop(transfer, None)
             self._release(transfer)
 
     def node_lost(self, node: NodeId) -> None:
@@ -294,7 +341,9 @@ class TransferEngine:
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
 
     def _ended(self, transfer_id: int) -> None:
-        self._transfers.pop(transfer_id, None)
+        transfer = self._transfers.pop(transfer_id, None)
+        if isinstance(transfer, _Multicast):
+            self._joins.pop(transfer, None)
 
     def _release(self, transfer: _Multicast) -> None:
         for node in transfer.occupied:

@@ -216,6 +216,9 @@ class InvariantChecker:
         for node, tier in zip(plan.sources, command.source_tiers, strict=True):
             if tier == "host":
                 holdings[node] = set(range(plan.blocks))
+            else:  # a source may pass on what other transfers still bring it
+                coming = (t.left for t in self._transfers.values() if t.model == command.model)
+                holdings[node] |= {block for left in coming for receiver, block in left if receiver == node}
         validate_plan(plan, holdings=holdings)
 
     def _check_serving(self, command: Command) -> None:

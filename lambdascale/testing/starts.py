@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lambdascale.control.placement import by_locality
+from lambdascale.control.placement import ByLocality
 from lambdascale.control.start import Change, LoadMore, LoadOrder, MulticastOrder, Reshape, StartDecision
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send, Stage
@@ -38,7 +38,7 @@ class CooperativeStart:
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See StartPolicy."""
-        return by_locality(fleet, state, nodes)
+        return ByLocality().rank(fleet, state, nodes)
 
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """See StartPolicy."""
@@ -111,7 +111,7 @@ class SpreadStart:
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See StartPolicy."""
-        return by_locality(fleet, state, nodes)
+        return ByLocality().rank(fleet, state, nodes)
 
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """See StartPolicy: as many groups as are wanted and fit, none larger than the number of blocks."""

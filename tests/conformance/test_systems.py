@@ -44,7 +44,7 @@ class TestPrototypeBatches(SystemConformance):
 
 class TestKvCopyWithOwnCopies(SystemConformance):
     def make_system(self) -> SystemConfig:
-        return configured("lambdascale", "system.kv=copy", "system.start.warm_loads=always", "system.memory.initial_copies=4")
+        return configured("lambdascale", "system.kv=copy", "system.memory.initial_copies=4")
 
 
 class TestUnshiftedOneBlock(SystemConformance):

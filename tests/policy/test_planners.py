@@ -134,7 +134,8 @@ def test_nothing_lacking_is_an_empty_plan_and_a_lost_block_an_error_only_if_some
         (BalancedTree(), 1, 3, 2, ["0>1:0", "0>2:0 1>3:0", "0>1:1", "0>2:1 1>3:1"]),
         (PrototypeTree(), 1, 2, 2, ["0>1:0", "1>2:0", "0>1:1", "1>2:1"]),
         (PrototypeTree(), 1, 1, 2, ["0>1:0", "0>1:1"]),
-        (Chain(), 2, 2, 2, ["0>2:0", "0>2:1 2>3:0", "2>3:1"]),
+        (Chain(), 1, 2, 2, ["0>1:0", "0>1:1 1>2:0", "1>2:1"]),
+        (Chain(), 2, 3, 2, ["0>2:0 1>3:0", "0>2:1 1>3:1 3>4:0", "3>4:1"]),
         (Chain(), 1, 0, 2, []),
     ],
 )
@@ -155,11 +156,24 @@ def test_plans_name_their_groups_and_orders(planner: MulticastPlanner) -> None:
     assert not plan.streaming
 
 
-def test_a_chain_names_its_root_only() -> None:
+def test_chains_share_nothing() -> None:
     plan = Chain().plan(sources=3, destinations=2, blocks=3)
-    assert (plan.members, plan.sources, plan.groups) == ((0, 3, 4), (0,), ((0, 3, 4),))
-    assert plan.orders == ((0, 1, 2),)
-    assert plan.streaming is True
+    assert (plan.members, plan.sources, plan.groups) == ((0, 1, 2, 3, 4), (0, 1, 2), ((0, 3), (1, 4)))
+
+
+@pytest.mark.parametrize("planner", [BinomialPipeline(), BalancedTree(), PrototypeTree(), Chain()])
+@pytest.mark.parametrize(("sources", "destinations"), [(1, 3), (2, 5), (3, 8), (4, 2)])
+def test_the_parts_of_a_plan_are_plans(planner: MulticastPlanner, sources: int, destinations: int) -> None:
+    """Each sub-group by itself; together the same sends in the same rounds."""
+    plan = planner.plan(sources=sources, destinations=destinations, blocks=4)
+    parts = plan.parts()
+    assert len(parts) == len(plan.groups) == min(sources, destinations)
+    for part, group in zip(parts, plan.groups, strict=True):
+        validate_plan(part)
+        assert (part.members, part.sources, part.streaming) == (group, group[:1], plan.streaming)
+        assert part.rounds[-1]
+    for number, sends in enumerate(plan.rounds):
+        assert {s for part in parts if number < len(part.rounds) for s in part.rounds[number]} == set(sends)
 
 
 @pytest.mark.parametrize("nodes", [3, 5, 6, 7, 11, 13])

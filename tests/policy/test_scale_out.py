@@ -12,7 +12,7 @@ from tests.policy.world import World, pipelined, without
 FAST_PCIE = {"pcie_bytes_per_s": 8e9}  # against 3.2 GB/s of the network
 
 
-def scaled(requests: int, system: str = "lambdascale", **settings: object) -> list[str]:
+def scaled(requests: int, system: str = "lambdascale_tuned", **settings: object) -> list[str]:
     """The commands of the first look after a burst."""
     world = World(system, **settings)
     world.arrive(requests)
@@ -45,8 +45,8 @@ def test_replicas_feed_before_host_copies() -> None:
 
 
 def test_host_copies_do_not_feed_where_the_system_has_none_as_sources() -> None:
-    assert scaled(5, nodes=6, copies=2, host_sources=False)[-1] == "multicast t2 2:gpu>3,4"
-    world = World(nodes=3, copies=1, min_replicas=0, host_sources=False)
+    assert scaled(5, nodes=6, copies=2, source_rule="GpuSources")[-1] == "multicast t2 2:gpu>3,4"
+    world = World(nodes=3, copies=1, min_replicas=0, source_rule="GpuSources")
     world.arrive(3)
     assert [line.split()[3] for line in without(world.tick(), "allocate", "timer")] == ["ssd", "ssd"], "nobody can feed"
 
@@ -91,7 +91,7 @@ def test_a_copy_that_is_read_does_not_expire_and_its_keep_alive_starts_anew_afte
 
 
 def test_a_source_feeds_one_multicast_at_a_time() -> None:
-    """Mutation: a source used twice at once without share_sources."""
+    """Mutation: a source used twice at once."""
     world = World(nodes=4)
     world.arrive(4)
     world.tick()
@@ -101,17 +101,35 @@ def test_a_source_feeds_one_multicast_at_a_time() -> None:
     assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
 
 
-def test_a_busy_source_is_shared_only_if_no_other_is_idle() -> None:
-    world = World(nodes=5, share_sources=True)
-    world.arrive(4)
+def test_new_nodes_join_a_tree_that_is_under_way() -> None:
+    """FaaSNet: 3 becomes a child of 2, a leaf of the tree from 0, and 4 one of 3's. Mutation: a join to an inner node."""
+    world = World("faasnet", nodes=6, target=1)
+    world.arrive(3)
+    assert without(world.tick(), "timer")[-1] == "multicast t2 0:gpu>1,2"
+    world.deliver("t2", 3)
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t3 1:gpu>3"], "0 still sends; 1 and 2 do not, and receive"
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 4", "multicast t4 2:gpu>4"]
+    world.deliver("t2")
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 5", "multicast t5 0:gpu>5"], "the root is idle again"
+
+
+def test_nodes_that_load_from_storage_are_not_joined() -> None:
+    world = World("faasnet", nodes=4, min_replicas=0, target=1)
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 0", "load t1 0 ssd 0123"]
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 1", "load t2 1 ssd 0123"]
+
+
+def test_nodes_wait_for_an_idle_source_where_they_do_not_join() -> None:
+    world = World("faasnet", nodes=6, target=1, source_rule="GpuAndHostSources")
+    world.arrive(3)
     world.tick()
-    world.arrive(2)
-    assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
-    world.deliver("t3")
-    world.arrive(2)
-    assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 2:gpu>3"], "0 still feeds t2, 2 is idle"
-    world.arrive(2)
-    assert without(world.tick(), "timer") == ["allocate 4", "multicast t5 0:gpu>4"], "0 and 2 are equally busy"
+    world.arrive(1)
+    assert without(world.tick(), "timer") == []
 
 
 def test_a_host_copy_that_feeds_is_busy_until_its_multicast_ends() -> None:
@@ -160,11 +178,15 @@ def test_systems_without_pipelines_load_in_order() -> None:
         # PCIe slower than the network: the copies feed, or load while they would feed others.
         ({}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
         ({"cluster": FAST_PCIE}, ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"]),
-        ({"warm_loads": "always"}, ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"]),
-        ({"warm_loads": "never"}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
-        ({"warm_loads": "never", "cluster": FAST_PCIE}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
-        # PCIe exactly as fast as the network counts as faster.
-        ({"cluster": {"pcie_bytes_per_s": 3.2e9}}, ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"]),
+        (
+            {"warm": "OwnCopies", "placement": "ByLocality"},
+            ["allocate 1", "allocate 2", "load t2 1 host 0123", "multicast t3 0:gpu>2"],
+        ),
+        ({"warm": "NoOwnCopies"}, ["allocate 3", "allocate 4", "multicast t2 2:gpu,0:host>3,4"]),
+        ({"warm": "NoOwnCopies", "cluster": FAST_PCIE}, ["allocate 1", "allocate 2", "multicast t2 0:gpu>1,2"]),
+        # PCIe exactly as fast as the network counts as faster; now the pair serves together, and node 1 begins with the half
+        # that node 2 gets last.
+        ({"cluster": {"pcie_bytes_per_s": 3.2e9}}, ["allocate 1", "allocate 2", "load t2 1 host 2301", "multicast t3 0:gpu>2"]),
     ],
 )
 def test_a_warm_node_loads_itself_where_that_is_faster(settings: dict[str, object], expected: list[str]) -> None:
@@ -176,11 +198,11 @@ def test_warm_nodes_load_while_they_could_feed_others_from_host_memory() -> None
     taken = ["allocate 3", "allocate 0"]
     assert scaled(5, nodes=4, copies=1, min_replicas=2) == ["allocate 3", "multicast t3 1:gpu>3"]
     assert scaled(8, nodes=4, copies=1, min_replicas=2) == [*taken, "load t3 0 host 0123", "multicast t4 1:gpu>3"]
-    assert scaled(8, nodes=4, copies=1, min_replicas=2, host_sources=False)[-1] == "multicast t3 1:gpu,2:gpu>3,0"
+    assert scaled(8, nodes=4, copies=1, min_replicas=2, source_rule="GpuSources")[-1] == "multicast t3 1:gpu,2:gpu>3,0"
     assert scaled(6, nodes=3, copies=1, min_replicas=2)[-1] == "multicast t3 1:gpu>0", (
         "nobody else to feed: the network is faster"
     )
-    assert scaled(8, nodes=4, copies=1, min_replicas=2, warm_loads="never")[-1] == "multicast t3 1:gpu,2:gpu>3,0"
+    assert scaled(8, nodes=4, copies=1, min_replicas=2, warm="NoOwnCopies")[-1] == "multicast t3 1:gpu,2:gpu>3,0"
 
 
 def test_the_loader_is_the_systems() -> None:
@@ -209,8 +231,50 @@ def test_ideal_scaling_takes_no_time() -> None:
     ]
 
 
-def test_a_broadcast_has_one_root() -> None:
-    assert scaled(9, "nccl_broadcast", nodes=5, min_replicas=2)[-1] == "multicast t3 0:gpu>2,3,4"
+def test_a_broadcast_has_one_root_and_every_replica_broadcasts() -> None:
+    """Mutation: k chains in one transfer, which would share a communicator."""
+    assert scaled(9, "nccl_broadcast", nodes=5, min_replicas=2)[-2:] == ["multicast t3 0:gpu>2", "multicast t4 1:gpu>3,4"]
+    assert scaled(9, "nccl_broadcast", nodes=5, min_replicas=2, sources=1)[-1] == "multicast t3 0:gpu>2,3,4"
+
+
+@pytest.mark.parametrize("system", ["faasnet_prototype", "nccl_prototype"])
+def test_the_prototypes_baselines_feed_from_gpus_only(system: str) -> None:
+    """Reference, section 7: k = min(complete nodes, new nodes), from GPU memory; nobody loads its own copy."""
+    world = World(system, nodes=6, copies=2, min_replicas=2, placement="SparingCopies")
+    world.arrive(12)
+    given = [line for line in world.tick() if line.startswith(("multicast", "load"))]
+    assert [word for line in given for word in line.split()[2].split(">")[0].split(",")] == ["2:gpu", "3:gpu"]
+    assert sorted(node for line in given for node in line.split(">")[1].split(",")) == ["0", "1", "4", "5"]
+
+
+def test_a_prototypes_controller_starts_the_rounds_and_looks_every_second() -> None:
+    for system, barrier_s in (("lambdascale_prototype", 0.006), ("faasnet_prototype", 0.002), ("lambdascale", None)):
+        world = World(system, nodes=3)
+        world.at = 0.3
+        world.arrive(3)
+        world.tick()
+        (command,) = [c for c in world.commands if isinstance(c, StartMulticast)]
+        assert command.barrier_s == barrier_s
+        assert world.at == pytest.approx(0.3 if barrier_s is None else 1.0)
+
+
+# -- warm nodes of the paper's system --------------------------------------------------------------------------------
+
+
+def test_the_papers_system_takes_warm_nodes_first_and_lets_them_load_and_feed_and_serve() -> None:
+    """Reference, section 2.6: node 0 loads its copy and feeds node 3 from it; both serve together before either is complete."""
+    world = World("lambdascale", nodes=4, copies=1, min_replicas=0, cluster={"pcie_bytes_per_s": 6.4e9})
+    world.arrive(4)
+    assert without(world.tick(), "timer") == ["allocate 0", "allocate 1", "load t1 0 host 2301", "multicast t2 0:host>1"]
+    assert world.block(1, 0, 1) + world.block(0, 2) == []
+    assert world.block(0, 3) == ["serve i1 1:0-1,0:2-3", "dispatch i1 0,1,2,3"]
+
+
+def test_a_slow_load_is_no_stage_of_an_early_pipeline() -> None:
+    """Mutation: rounds of a load taken for rounds of the multicast. Node 1 has the whole model before 0 has loaded half."""
+    world = World("lambdascale", nodes=4, copies=1, min_replicas=0, cluster={"pcie_bytes_per_s": 0.3e9})
+    world.arrive(4)
+    assert without(world.tick(), "timer")[2:] == ["load t1 0 host 0123", "multicast t2 0:host>1"]
 
 
 # -- placement -------------------------------------------------------------------------------------------------------
@@ -357,7 +421,7 @@ def test_warm_nodes_load_together_and_serve_together() -> None:
 
 def test_a_warm_node_loads_its_copy_while_the_only_source_is_busy() -> None:
     """Node 1 was released while 0 feeds 2: it is taken again and loads its copy; 3 would depend on 0 and is not taken."""
-    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, host_sources=False, cluster=FAST_PCIE)
+    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, source_rule="GpuSources", cluster=FAST_PCIE)
     world.arrive(4)
     world.tick()
     for transfer in ("t1", "t2"):
@@ -375,7 +439,7 @@ def test_hardware_of_each_node_counts() -> None:
     fast_ssd = {"overrides": (NodeOverride(nodes=(1,), ssd_bytes_per_s=1e9),)}
     assert scaled(1, "serverlessllm", nodes=3, min_replicas=0, cluster=fast_ssd)[0] == "allocate 1"
     fast_pcie = {"overrides": (NodeOverride(nodes=(1,), pcie_bytes_per_s=8e9),)}
-    world = World(nodes=3, copies=2, min_replicas=0, host_sources=False, cluster=fast_pcie)
+    world = World(nodes=3, copies=2, min_replicas=0, source_rule="GpuSources", cluster=fast_pcie)
     world.arrive(6)
     assert without(world.tick(), "timer")[-1].startswith("load t3"), "nobody can feed: each for itself"
 
@@ -384,7 +448,7 @@ def test_a_fixed_number_of_sources_needs_as_many_from_the_start() -> None:
     for settings in ({"sources": 3, "copies": 2}, {"sources": 3, "min_replicas": 3}, {"sources": 1, "min_replicas": 0}):
         World(nodes=4, **settings)
     wrong: list[dict[str, object]] = [
-        *({"sources": 3, "copies": 1}, {"sources": 2}, {"sources": 3, "copies": 2, "host_sources": False}),
+        *({"sources": 3, "copies": 1}, {"sources": 2}, {"sources": 3, "copies": 2, "source_rule": "GpuSources"}),
         *({"sources": 3, "copies": 2, "host_copies": False}, {"sources": 2, "min_replicas": 0}),
     ]
     for settings in wrong:

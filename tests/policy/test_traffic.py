@@ -17,7 +17,7 @@ def left(world: World, *nodes: int) -> dict[int, tuple[float, ...]]:
     return {node: tuple(round(world.plane.fleet.traffic.left(node, port) * 4 / GB) / 4 for port in ports) for node in nodes}
 
 
-@pytest.mark.parametrize("system", ["lambdascale", "faasnet"])
+@pytest.mark.parametrize("system", ["lambdascale_tuned", "faasnet"])
 def test_no_source_feeds_two_multicasts_while_another_is_idle(system: str) -> None:
     """Twelve models at once, all in the host memory of all nodes. Mutation: a source's load counted per model."""
     world = World(system, nodes=12, models=MODELS, copies=12, min_replicas=0, cluster={"host_memory_bytes": 12 * GB})
@@ -30,7 +30,7 @@ def test_no_source_feeds_two_multicasts_while_another_is_idle(system: str) -> No
 
 
 def test_a_source_that_sends_another_model_is_waited_for() -> None:
-    """Node 0 holds the only copies of a and d. Mutation: a busy source taken although it is not to be shared."""
+    """Node 0 holds the only copies of a and d. Mutation: a busy source taken."""
     world = World(nodes=3, models="abcd", copies=1, min_replicas=0)
     assert world.start == ["place 0", "place 1b", "place 2c", "place 0d"]
     world.arrive(1, "a")
@@ -40,15 +40,6 @@ def test_a_source_that_sends_another_model_is_waited_for() -> None:
     assert world.tick() == ["timer 0.2"], "a block is still to be sent"
     world.deliver("t1")
     assert without(world.tick(), "timer") == ["allocate 2d", "multicast t2 0:host>2d"]
-
-
-def test_a_source_that_sends_another_model_is_shared_where_sources_are() -> None:
-    world = World(nodes=3, models="abcd", copies=1, min_replicas=0, share_sources=True)
-    world.arrive(1, "a")
-    world.arrive(1, "d")
-    assert without(world.tick(), "timer") == [
-        *["allocate 1", "multicast t1 0:host>1", "allocate 2d", "multicast t2 0:host>2d"],
-    ]
 
 
 def test_a_multicast_counts_at_those_who_send_and_receive_until_its_blocks_arrive() -> None:

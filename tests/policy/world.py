@@ -57,9 +57,9 @@ from lambdascale.testing.systems import small_cluster, small_model
 # The settings tests change, by their keys in conf/.
 _KEYS = {
     "sources": "system.start.sources",
-    "share_sources": "system.start.share_sources",
-    "host_sources": "system.start.host_sources",
-    "warm_loads": "system.start.warm_loads",
+    "source_rule": "system.start.source_rule._target_",
+    "warm": "system.start.warm._target_",
+    "placement": "system.start.placement._target_",
     "loader": "system.start.loader",
     "kv": "system.kv",
     "order": "system.start.planner.order",
@@ -78,6 +78,10 @@ _KEYS = {
 }
 
 
+# Settings that name a part of lambdascale.control.start.
+_PARTS = ("source_rule", "warm", "placement")
+
+
 @lru_cache(maxsize=256)
 def _configured(system: str, *overrides: str) -> SystemConfig:
     return build(compose([f"system={system}", *overrides])).system
@@ -85,10 +89,12 @@ def _configured(system: str, *overrides: str) -> SystemConfig:
 
 def configured(system: str, **settings: object) -> SystemConfig:
     """A system of conf/system with ``settings``, named as in this module."""
-    return _configured(system, *(f"{_KEYS[name]}={_yaml(value)}" for name, value in settings.items()))
+    return _configured(system, *(f"{_KEYS[name]}={_yaml(name, value)}" for name, value in settings.items()))
 
 
-def _yaml(value: object) -> str:
+def _yaml(name: str, value: object) -> str:
+    if name in _PARTS:
+        return f"lambdascale.control.start.{value}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -105,7 +111,7 @@ class World:
 
     def __init__(
         self,
-        system: str = "lambdascale",
+        system: str = "lambdascale_tuned",
         *,
         nodes: int = 4,
         joined: int | None = None,
@@ -117,7 +123,7 @@ class World:
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
-        if system == "lambdascale":
+        if system.startswith("lambdascale"):
             defaults["form"] = "always"
         self.config = configured(system, **(defaults | settings))
         if start is not None:

@@ -22,10 +22,14 @@ class LoadOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class MulticastOrder:
-    """``plan`` over real node ids, read from ``sources``: (node, tier) pairs in the plan's order."""
+    """``plan`` over real node ids, read from ``sources``: (node, tier) pairs in the plan's order.
+
+    ``barrier_s``: see StartMulticast.
+    """
 
     plan: MulticastPlan
     sources: tuple[tuple[NodeId, Tier], ...]
+    barrier_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

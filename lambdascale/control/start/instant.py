@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lambdascale.control.placement import by_locality
+from lambdascale.control.placement import ByLocality
 from lambdascale.control.start.base import LoadOrder, StartDecision
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import NodeId
@@ -27,7 +27,7 @@ class InstantStart:
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See StartPolicy."""
-        return by_locality(fleet, state, nodes)
+        return ByLocality().rank(fleet, state, nodes)
 
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """See StartPolicy."""

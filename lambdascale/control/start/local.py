@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from math import ceil
 from typing import ClassVar
 
-from lambdascale.control.placement import by_startup_time
+from lambdascale.control.placement import ByStartupTime, Placement
 from lambdascale.control.prospects import load_costs
 from lambdascale.control.start.base import LoadOrder, StartDecision
 from lambdascale.control.state import Fleet, ModelState
@@ -14,16 +15,14 @@ from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
 from lambdascale.core.checks import check_types
 from lambdascale.core.commands import Loader, Storage
 from lambdascale.multicast import injection_orders
-from lambdascale.pipelines import PipelineBuilder
-
-# The stand-in source of the plan that describes nodes loading for themselves, each in its own order.
-_STORE = -1
+from lambdascale.pipelines import Costs, PipelineBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalStart:
-    """Every new node loads from its host memory or ``storage``; nodes are taken by estimated start-up time (ServerlessLLM)."""
+    """Every new node loads from its host memory or ``storage``; ``placement``: order in which free nodes are taken."""
 
+    placement: Placement = field(default_factory=ByStartupTime)
     loader: Loader = "pipelined"
     storage: Storage = "ssd"
     multicast: ClassVar[None] = None
@@ -38,7 +37,7 @@ class LocalStart:
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See StartPolicy."""
-        return by_startup_time(fleet, state, nodes)
+        return self.placement.rank(fleet, state, nodes)
 
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """See StartPolicy."""
@@ -49,32 +48,71 @@ class LocalStart:
         )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A multicast that brings the model to other nodes meanwhile, and what its rounds cost."""
+
+    plan: MulticastPlan
+    costs: Costs
+
+
 def loads_together(
-    fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], builder: PipelineBuilder
+    fleet: Fleet,
+    state: ModelState,
+    nodes: Sequence[NodeId],
+    builder: PipelineBuilder,
+    *,
+    beside: Beside | None = None,
+    resident: Collection[NodeId] = (),
 ) -> tuple[tuple[LoadOrder, ...], tuple[PipelinePlan, ...]]:
-    """Loads by ``nodes`` for themselves; with pipelines, in shifted orders, so that together they soon hold the model."""
+    """Loads by ``nodes`` for themselves, and the pipelines of these nodes and of the destinations of a multicast ``beside`` them.
+
+    With pipelines, nodes load in shifted orders, so that together they soon hold the model (reference, section 2.6).
+    ``resident``: sources of the multicast that hold the whole model on the GPU.
+    """
     if not nodes:
-        return (), ()
-    plan = _plan_of_loads(nodes, injection_orders(state.blocks, len(nodes)))
-    pipelines = tuple(builder.pipelines(plan, (), load_costs(fleet, state, nodes))) if len(nodes) > 1 else ()
+        return (), tuple(builder.pipelines(beside.plan, resident, beside.costs)) if beside else ()
+    plan = _plan_of_loads(fleet, nodes, state.blocks, beside.plan if beside else None)
+    costs = beside.costs if beside else load_costs(fleet, state, nodes)
+    pipelines = tuple(builder.pipelines(plan, resident, costs)) if len(plan.destinations) > 1 else ()
     plain = tuple(range(state.blocks))
     loads = tuple(
         LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=order if pipelines else plain)
-        for node, order in zip(nodes, plan.orders, strict=True)
+        for node, order in zip(nodes, plan.orders[-len(nodes) :], strict=True)
     )
     return loads, pipelines
 
 
-def _plan_of_loads(nodes: Sequence[NodeId], orders: Sequence[Sequence[int]]) -> MulticastPlan:
-    """Nodes that load for themselves at one rate, written as a plan whose sub-groups are the single nodes."""
-    rounds = tuple(
-        tuple(Send(_STORE, node, order[r]) for node, order in zip(nodes, orders, strict=True)) for r in range(len(orders[0]))
-    )
+def _plan_of_loads(fleet: Fleet, nodes: Sequence[NodeId], blocks: int, beside: MulticastPlan | None) -> MulticastPlan:
+    """Describe loads as a plan: each node is a sub-group of its own, behind those of the multicast, with a stand-in source.
+
+    A load's block takes as many of the multicast's rounds as its PCIe is slower than the network; all alike without a multicast.
+    """
+    groups = () if beside is None else tuple((-1 - i, *group[1:]) for i, group in enumerate(beside.groups))
+    stores = [-1 - len(groups) - i for i in range(len(nodes))]
+    orders = injection_orders(blocks, len(groups) + len(nodes))[len(groups) :]
+    sends: dict[int, list[Send]] = {}
+    for node, store, order in zip(nodes, stores, orders, strict=True):
+        pace = 1.0 if beside is None else _rounds_per_block(fleet, node, feeds=node in beside.sources)
+        for position, block in enumerate(order, start=1):
+            sends.setdefault(ceil(position * pace), []).append(Send(store, node, block))
+    if beside is not None:
+        stand_in = {group[0]: -1 - i for i, group in enumerate(beside.groups)}
+        for number, transfers in enumerate(beside.rounds, start=1):
+            sends.setdefault(number, []).extend(Send(stand_in.get(t.src, t.src), t.dst, t.block) for t in transfers)
+    sources = (*(group[0] for group in groups), *stores)
     return MulticastPlan(
-        members=(_STORE, *nodes),
-        sources=(_STORE,),
-        blocks=len(orders[0]),
-        rounds=rounds,
-        groups=tuple((_STORE, node) for node in nodes),
-        orders=tuple(tuple(order) for order in orders),
+        members=(*sources, *(() if beside is None else beside.destinations), *nodes),
+        sources=sources,
+        blocks=blocks,
+        rounds=tuple(tuple(sends.get(number, ())) for number in range(1, max(sends) + 1)),
+        groups=(*groups, *zip(stores, nodes, strict=True)),
+        orders=(*(() if beside is None else beside.orders), *orders),
     )
+
+
+def _rounds_per_block(fleet: Fleet, node: NodeId, *, feeds: bool) -> float:
+    """Return the rounds of a multicast in which a node loads a block; a multicast that it feeds takes half of its PCIe."""
+    hardware = fleet.cluster.node(node)
+    pcie = hardware.pcie_bytes_per_s / (2 if feeds else 1)
+    return hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency / pcie

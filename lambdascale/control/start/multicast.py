@@ -1,4 +1,4 @@
-"""Multicast from nodes that hold the model: λScale, FaaSNet and NCCL broadcast, by planner, builder and sources."""
+"""Multicast from nodes that hold the model: λScale, FaaSNet and NCCL broadcast, by planner, builder, sources and warm rule."""
 
 from __future__ import annotations
 
@@ -6,44 +6,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from lambdascale.control.placement import by_locality, sparing_copies
+from lambdascale.control.placement import ByLocality, Placement
 from lambdascale.control.prospects import multicast_costs
 from lambdascale.control.start.base import MulticastOrder, StartDecision
-from lambdascale.control.start.local import loads_together
+from lambdascale.control.start.local import Beside, loads_together
+from lambdascale.control.start.sources import GpuAndHostSources, Source, SourceRule
+from lambdascale.control.start.warm import OwnCopies, WarmRule
 from lambdascale.control.state import Fleet, ModelState
-from lambdascale.control.traffic import ports_of_source
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.commands import Loader, MulticastKind, Storage, Tier
+from lambdascale.core.commands import Loader, MulticastKind, Storage
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.pipelines import NoPipelines, PipelineBuilder
-
-# The tiers that sources read, the better one first.
-_TIERS: tuple[Tier, ...] = ("gpu", "host")
-# Seconds that the node's ports are busy sending for any model, 0 for GPU and 1 for host memory, node, tier.
-_Holder = tuple[float, int, NodeId, Tier]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MulticastStart:
     """New nodes receive the model from nodes that hold it, by ``planner``; without a holder, every node loads for itself.
 
-    ``pipelines`` serve while blocks arrive. ``multicast``: one-sided writes, or a collective over a communicator. ``sources``:
-    sub-groups k of a multicast, or "auto" for one for each idle source that has a destination. ``host_sources``: host copies
-    may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination:
-    always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
-    ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``:
-    "pipelined" uses SSD and PCIe at once, "sequential" reads everything into host memory first. ``storage``: the tier of models
-    without a host copy.
+    ``pipelines`` serve while blocks arrive. ``multicast``: one-sided writes, or a collective over a communicator, one for each
+    sub-group. ``sources``: sub-groups k of a multicast, or "auto" for one for each idle source that has a destination.
+    ``source_rule``: nodes that may be sources. ``warm``: new nodes that load their own host copy instead of being destinations.
+    ``placement``: order in which free nodes are taken. ``barrier_s``: seconds a controller spends between two rounds, which start
+    together; None: nodes send as soon as they hold a block. ``loader``: "pipelined" uses SSD and PCIe at once, "sequential"
+    reads everything into host memory first. ``storage``: the tier of models without a host copy.
     """
 
     planner: MulticastPlanner
     pipelines: PipelineBuilder = field(default_factory=NoPipelines)
     multicast: MulticastKind = "one_sided"
     sources: int | Literal["auto"] = "auto"
-    host_sources: bool = True
-    warm_loads: Literal["always", "faster", "never"] = "faster"
-    share_sources: bool = False
+    source_rule: SourceRule = field(default_factory=GpuAndHostSources)
+    warm: WarmRule = field(default_factory=OwnCopies)
+    placement: Placement = field(default_factory=ByLocality)
+    barrier_s: float | None = None
     loader: Loader = "pipelined"
     storage: Storage = "ssd"
     instant: ClassVar[bool] = False
@@ -53,10 +49,12 @@ class MulticastStart:
         check_types(self)
         if isinstance(self.sources, int):
             require(self.sources >= 1, f"system.start.sources must be at least 1, not {self.sources}")
+        if self.barrier_s is not None:
+            require(self.barrier_s >= 0, f"system.start.barrier_s must not be negative, not {self.barrier_s}")
 
     def check(self, *, replicas: int, copies: int) -> None:
         """See StartPolicy: a fixed number of sub-groups needs as many sources from the start."""
-        certain = replicas + (copies if self.host_sources else 0)
+        certain = replicas + (copies if self.source_rule.host else 0)
         if isinstance(self.sources, int) and self.sources > max(1, certain):
             raise UserError(
                 f"system.start.sources={self.sources} sub-groups need as many sources, but a run starts with {certain}: "
@@ -64,62 +62,45 @@ class MulticastStart:
             )
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
-        """See StartPolicy: host copies first where nodes load their own, last where they do more good as sources."""
-        own = all(self._loads_own_copy(fleet, node) for node in nodes)
-        return by_locality(fleet, state, nodes) if own else sparing_copies(fleet, state, nodes)
+        """See StartPolicy."""
+        return self.placement.rank(fleet, state, nodes)
 
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """See StartPolicy. While every source is busy, nodes that depend on one are not taken yet."""
         taken = list(nodes[:replicas])
-        warm = self._load_themselves(fleet, state, taken)
+        warm = self.warm.loading(fleet, state, taken, feeding=self.source_rule.host)
         cold = [node for node in taken if node not in warm]
-        loads, pipelines = loads_together(fleet, state, warm, self.pipelines)
-        holders = self._holders(fleet, state, cold) if cold else []
+        holders = self.source_rule.holders(fleet, state, cold) if cold else []
         if not holders:
+            loads, pipelines = loads_together(fleet, state, warm, self.pipelines)
             more, others = loads_together(fleet, state, cold, self.pipelines)
             return StartDecision(nodes=tuple(taken), loads=loads + more, pipelines=pipelines + others)
-        sources = self._pick_sources(holders, len(cold))
+        sources = self.source_rule.pick(fleet, state, holders, self._wanted(len(cold)))
         if not sources:
+            loads, pipelines = loads_together(fleet, state, warm, self.pipelines)
             return StartDecision(nodes=tuple(warm), loads=loads, pipelines=pipelines)
         order = self._order(state, sources, cold)
-        resident = [node for node, tier in order.sources if tier == "gpu"]
+        resident = [source.node for source in sources if source.tier == "gpu" and state.allocations[source.node].complete]
         costs = multicast_costs(fleet, state, order.plan.members, [tier for _, tier in order.sources])
-        formed = tuple(self.pipelines.pipelines(order.plan, resident, costs))
-        return StartDecision(nodes=tuple(taken), loads=loads, multicasts=(order,), pipelines=pipelines + formed)
+        beside = Beside(order.plan, costs)
+        loads, pipelines = loads_together(fleet, state, warm, self.pipelines, beside=beside, resident=resident)
+        return StartDecision(nodes=tuple(taken), loads=loads, multicasts=self._transfers(order), pipelines=pipelines)
 
-    def _loads_own_copy(self, fleet: Fleet, node: NodeId) -> bool:
-        """True if the node loads a host copy itself although a multicast could bring the model."""
-        hardware = fleet.cluster.node(node)
-        faster = hardware.pcie_bytes_per_s >= hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency
-        return self.warm_loads == "always" or (self.warm_loads == "faster" and faster)
+    def _wanted(self, destinations: int) -> int:
+        """Return the most sources a multicast to ``destinations`` nodes may have: one per destination."""
+        return destinations if self.sources == "auto" else min(self.sources, destinations)
 
-    def _load_themselves(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
-        """Nodes with a host copy that load it: where that beats the network, or while they feed others from host memory."""
-        if self.warm_loads == "never":
-            return []
-        warm = [node for node in nodes if fleet.is_warm(state, node)]
-        feeds_others = self.host_sources and len(warm) < len(nodes)
-        return [node for node in warm if feeds_others or self._loads_own_copy(fleet, node)]
+    def _order(self, state: ModelState, sources: Sequence[Source], nodes: Sequence[NodeId]) -> MulticastOrder:
+        plan = self.planner.plan(sources=len(sources), destinations=len(nodes), blocks=state.blocks)
+        members = [*(source.node for source in sources), *nodes]
+        tiers = tuple((source.node, source.tier) for source in sources)
+        return MulticastOrder(plan=plan.on(members), sources=tiers, barrier_s=self.barrier_s)
 
-    def _holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[_Holder]:
-        """All that could feed a multicast to ``targets``, those first that have least to send and load for all models."""
-        name, nodes = state.spec.name, [node for node, a in state.allocations.items() if a.complete]
-        found: list[tuple[NodeId, Tier]] = [(node, "gpu") for node in nodes]
-        if self.host_sources:
-            excluded = {*nodes, *targets}
-            copies = fleet.host.holders(fleet.gpus_free, name, fleet.at)
-            found += [(node, "host") for node in copies if node not in excluded]
-        return sorted((fleet.traffic.seconds(n, *ports_of_source(t)), _TIERS.index(t), n, t) for n, t in found)
-
-    def _pick_sources(self, holders: Sequence[_Holder], destinations: int) -> list[tuple[NodeId, Tier]]:
-        """Return the sources to use: idle ones, GPU replicas before host copies, at most one per destination."""
-        wanted = destinations if self.sources == "auto" else min(self.sources, destinations)
-        idle = [holder for holder in holders if holder[0] == 0]
-        if not idle and self.share_sources:
-            idle = list(holders[:1])
-        return [(node, tier) for _, _, node, tier in idle][:wanted]
-
-    def _order(self, state: ModelState, sources: Sequence[tuple[NodeId, Tier]], nodes: Sequence[NodeId]) -> MulticastOrder:
-        abstract = self.planner.plan(sources=len(sources), destinations=len(nodes), blocks=state.blocks)
-        used = tuple(sources[: len(abstract.sources)])
-        return MulticastOrder(plan=abstract.on([*(node for node, _ in used), *nodes]), sources=used)
+    def _transfers(self, order: MulticastOrder) -> tuple[MulticastOrder, ...]:
+        """Split a collective into one transfer for each sub-group: a communicator has one root."""
+        if self.multicast == "one_sided":
+            return (order,)
+        tiers = dict(order.sources)
+        return tuple(
+            MulticastOrder(plan=part, sources=tuple((node, tiers[node]) for node in part.sources)) for part in order.plan.parts()
+        )

@@ -1,0 +1,58 @@
+"""Attribution: TTFT and GPU time from FaaSNet with one source to λScale, one part at a time."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lambdascale.core import UserError
+from lambdascale.figures.grid import checked, over_seeds
+from lambdascale.figures.style import LOOKS, PAGE_IN, say_backend, sizes_in_order
+
+# The steps from the first to the last part, with their titles; the last two are alternatives.
+_STEPS = {
+    "faasnet_one_source": "FaaSNet, one source",
+    "k_sources": "+ k sources",
+    "binomial": "+ binomial pipeline",
+    "pipelines": "+ execution pipelines",
+    "host_sources": "+ host copies as sources",
+    "eager": "+ eager data plane",
+    "lambdascale_tuned": "+ copies loaded where faster",
+    "lambdascale": "or: loaded always (paper)",
+}
+_MEASURES = (("ttft_p90_s", "P90 TTFT [s]"), ("gpu_seconds", "GPU time [s]"))
+
+
+def tidy(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, step and seed, steps in order. UserError for gaps, and for steps that are missing or unknown."""
+    rows = checked(frame, ["model", "system", "seed"], [column for column, _ in _MEASURES], "attribution")
+    if unknown := sorted(set(rows.system) ^ set(_STEPS)):
+        raise UserError(f"attribution: the table must have the steps {', '.join(_STEPS)}; {', '.join(unknown)} differ")
+    return rows
+
+
+def draw(frame: pd.DataFrame) -> Figure:
+    """A row of panels per measure, a panel per model: bars with their values, the best of each panel's steps marked by colour."""
+    models = sizes_in_order(frame)
+    size = (PAGE_IN, 2.1 * len(_MEASURES) + 0.2)
+    figure, axes = plt.subplots(len(_MEASURES), len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for row, (column, title) in zip(axes, _MEASURES, strict=True):
+        for axis, model in zip(row, models, strict=True):
+            _bars(axis, frame[frame.model == model], column)
+            axis.set(title=model, xlabel=title)
+    axes[0][0].invert_yaxis()
+    say_backend(figure, frame)
+    return figure
+
+
+def _bars(axis: Axes, frame: pd.DataFrame, column: str) -> None:
+    rows = over_seeds(frame, ["system"], column).set_index("system").loc[list(_STEPS)]
+    colors = [LOOKS["lambdascale" if name.startswith("lambdascale") else "faasnet"].color for name in _STEPS]
+    axis.barh(range(len(rows)), rows["median"], 0.7, color=colors)
+    for place, value in enumerate(rows["median"]):
+        axis.annotate(f"  {value:.3g}" if value < 100 else f"  {value:.0f}", (value, place), va="center", fontsize=6)
+    axis.set(yticks=range(len(rows)), yticklabels=list(_STEPS.values()))
+    axis.set_xlim(0, 1.18 * rows["median"].max())
+    axis.grid(visible=False, axis="y")
