@@ -27,6 +27,7 @@ from lambdascale.figures import (
     fig09_sources,
     fig10_ttft,
     fig11_gpus,
+    sensitivity,
 )
 from lambdascale.figures.style import styled
 
@@ -60,6 +61,7 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_burst": beyond_burst.FIGURE,
     "beyond_models": beyond_models.FIGURE,
     "beyond_faults": beyond_faults,
+    "sensitivity": sensitivity,
 }
 
 

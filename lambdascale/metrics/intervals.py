@@ -166,7 +166,7 @@ def _over_traces(ratios: Floats) -> Interval:
 
 
 def _student(degrees: int) -> float:
-    """Upper 2.5 % point of Student's t: the normal one with Fisher and Cornish's corrections (error below 0.01 from 4 degrees)."""
+    """Upper 2.5 % point of Student's t: the normal one, corrected as by Cornish and Fisher (within 0.01 from 4 degrees on)."""
     z = NormalDist().inv_cdf(1 - _TAIL)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
@@ -215,13 +215,16 @@ def _p90s(runs: Sequence[RunRows], blocks: Ints, weights: Ints) -> Floats:
     waits = waits[~np.isnan(waits)]
     order = np.argsort(waits, kind="stable")
     step = max(1, _CHUNK // len(waits))
-    parts = [weighted_quantile(waits[order], weights[at : at + step][:, owners[order]], 0.9) for at in range(0, len(weights), step)]
+    parts = [
+        weighted_quantile(waits[order], weights[at : at + step][:, owners[order]], 0.9) for at in range(0, len(weights), step)
+    ]
     return np.concatenate(parts)
 
 
 def _used(runs: Sequence[RunRows], edges_s: Floats, weights: Ints) -> Floats:
     """GPU-seconds of all runs together for every row of ``weights`` (replicates x blocks)."""
-    return weights @ np.sum([np.diff(run.gpu_seconds_until(edges_s)) for run in runs], axis=0)
+    per_block: Floats = np.sum([np.diff(run.gpu_seconds_until(edges_s)) for run in runs], axis=0)
+    return np.asarray(weights @ per_block, dtype=float)
 
 
 def weighted_quantile(ascending: Floats, weights: Ints, quantile: float) -> Floats:

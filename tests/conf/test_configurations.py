@@ -108,6 +108,15 @@ def first_point(line: list[str]) -> list[str]:
     return [f"{o.get_key_element()}={value}" for o, value in zip(parsed, values, strict=True)]
 
 
+def _with_partners(settings: list[list[str]], reference: str) -> list[list[str]]:
+    """A pair of runs for the first grids of a study of pairs, with another system where the grid begins with the reference."""
+    pairs = []
+    for overrides in settings[:6]:
+        others = [o for o in overrides if not o.startswith("system=")]
+        pairs += [[f"system={reference}", *others], ["system=ideal", *others]]
+    return pairs
+
+
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     """One run of every grid makes a table with the columns of the committed one."""
@@ -115,6 +124,8 @@ def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     found = study(experiment)
     points = [first_point(line) for line in command_lines(found, own)]
     settings = [[o for o in point if not o.startswith(("experiment=", "hydra/"))] for point in points]
+    if found.reference:
+        settings = _with_partners(settings, found.reference)
     runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in settings]
     table = study_table(found, runs)
     stem = conf_dir().parent / "results" / "tables" / experiment

@@ -129,7 +129,9 @@ def test_draws_on_one_trace_share_its_blocks() -> None:
     arrival_s, load = bursts(np.random.default_rng(1), 25)
     rng = np.random.default_rng(2)
     shared = np.repeat(rng.lognormal(0.0, 0.3, 25), 5)
-    pairs = [(run_of(arrival_s, load), run_of(arrival_s, 2 * load * shared * rng.lognormal(0, 0.01, len(load)))) for _ in range(5)]
+    pairs = [
+        (run_of(arrival_s, load), run_of(arrival_s, 2 * load * shared * rng.lognormal(0, 0.01, len(load)))) for _ in range(5)
+    ]
     one, five = paired(pairs[:1]), paired(pairs)
     assert (five.traces, five.blocks) == (1, 25)
     assert five.gpu.high - five.gpu.low > 0.8 * (one.gpu.high - one.gpu.low)
