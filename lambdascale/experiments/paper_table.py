@@ -195,8 +195,8 @@ def _host_cache(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
 
 
 def _at_15(table: pd.DataFrame, trace: str) -> pd.DataFrame:
-    mine: pd.Series[bool] = (table.keep_alive_s == 15.0) & table.trace.str.endswith(trace)
-    return table.loc[mine]
+    rows: pd.DataFrame = table[(table.keep_alive_s == 15.0) & table.trace.str.endswith(trace).astype(bool)]
+    return rows
 
 
 def _from_ssd(trace: str) -> Values:
