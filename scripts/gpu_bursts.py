@@ -1,17 +1,22 @@
 """Bursts on a live cluster of GPUs: λScale with execution pipelines and without, in pairs, over link rates.
 
-python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,100Gb/s,25Gb/s] [--repeat 3] [--out results/tables]
-    [--device cuda] [--transport cuda_ipc] [--systems lambdascale,nccl_broadcast,serverlessllm] [--count 50]
+python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
+    [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1]
+    [--device cuda] [--transport cuda_ipc] [--out results/tables] [--limit-s 540]
 
-Each run starts real node processes, one per GPU, with one replica, and sends a burst that wants all nodes. The pairs alternate on
-the same machine. Writes gpu_bursts.csv, a row a run, and prints the paired differences.
+Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that wants all nodes. The
+pairs alternate on the same machine. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
+--limit-s is over, no further run begins, and the output says how many were left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,16 @@ from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings that vary between runs. ``link``: a rate, or none for an unpaced one; ``output_tokens`` of each request."""
+
+    link: str
+    sources: int
+    count: int
+    output_tokens: int
 
 
 class Times:
@@ -78,11 +93,11 @@ class Times:
         }
 
 
-def one(arguments: argparse.Namespace, system: str, pipelines: bool, link: str, seed: int) -> dict[str, Any]:
+def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Setting, seed: int) -> dict[str, Any]:
     """Run one burst and return its row."""
-    paced = link != "none"
+    paced = setting.link != "none"
     overrides = [
-        "cluster=testbed1",
+        f"cluster={arguments.cluster}",
         f"system={system}",
         "system.memory.enabled=false",
         "backend=live",
@@ -90,58 +105,94 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, link: str, 
         f"transport={arguments.transport}",
         f"backend.checkpoint={arguments.model}",
         f"backend.paced={str(paced).lower()}",
-        f"backend.slot_tokens={arguments.prompt + arguments.output}",
+        f"backend.slot_tokens={arguments.prompt + setting.output_tokens}",
         f"system.blocks={arguments.blocks}",
         f"cluster.nodes={arguments.nodes}",
         "cluster.pcie_bytes_per_s=50GB/s",
         "cluster.ssd_bytes_per_s=50GB/s",
         "workload=burst",
-        f"workload.count={arguments.count}",
+        f"system.autoscaler.min_replicas={setting.sources}",
+        f"workload.count={setting.count}",
         "workload.at_s=1.0",
         f"workload.prompt_tokens={arguments.prompt}",
-        f"workload.output_tokens={arguments.output}",
+        f"workload.output_tokens={setting.output_tokens}",
         f"seed={seed}",
         "logger._target_=builtins.dict",  # no run folder is written, and GPU machines may lack what writes one
     ]
     if paced:
-        overrides += [f"cluster.nic_bytes_per_s={link}", "cluster.rdma_efficiency=1.0", "cluster.collective_efficiency=1.0"]
+        overrides += [
+            f"cluster.nic_bytes_per_s={setting.link}",
+            "cluster.rdma_efficiency=1.0",
+            "cluster.collective_efficiency=1.0",
+        ]
     if system == "lambdascale" and not pipelines:
         overrides.append("system.start.pipelines._target_=lambdascale.pipelines.NoPipelines")
     experiment = build(compose(overrides))
     names = [model.name for model in experiment.models]
     requests = experiment.workload.requests(models=names, seed=seed)
     plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
-    backend = experiment.backend.build(  # type: ignore[call-arg]
+    backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=seed
     )
     times = Times()
     try:
         drive(plane, backend, [times])
     finally:
-        backend.close()  # type: ignore[union-attr]
-    return {"system": system, "pipelines": pipelines, "link": link, "seed": seed, **times.row(), "backend": "live"}
+        backend.close()
+    model = Path(arguments.model).name
+    row = {
+        "model": model,
+        "system": system,
+        "pipelines": pipelines,
+        **asdict(setting),
+        "seed": seed,
+        "prompt_tokens": arguments.prompt,
+    }
+    return {**row, **times.row(), "backend": "live"}
 
 
-def runs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row a run: pairs of λScale in alternation, then the other systems once per link."""
-    for link in arguments.links.split(","):
-        for seed in range(1, arguments.repeat + 1):
+def orders(arguments: argparse.Namespace) -> Iterator[tuple[str, bool, Setting, int]]:
+    """Yield the runs: seed by seed, pairs of λScale in alternation for each setting; last the other systems, once a setting."""
+    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs)
+    settings = [Setting(*values) for values in product(*axes)]
+    systems = arguments.systems.split(",")
+    for seed in range(1, arguments.repeat + 1):
+        for setting in settings:
             for pipelines in (True, False) if seed % 2 else (False, True):
-                yield one(arguments, "lambdascale", pipelines, link, seed)
-        for system in arguments.systems.split(","):
-            if system != "lambdascale":
-                yield one(arguments, system, False, link, 1)
+                yield "lambdascale", pipelines, setting, seed
+    for setting in settings:
+        yield from ((system, False, setting, 1) for system in systems if system != "lambdascale")
 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, by link, the median of pipelines minus no pipelines over the pairs, and its range, in seconds."""
-    ours = rows[rows.system == "lambdascale"].set_index(["link", "seed", "pipelines"])
+    """Return, by setting, the median of pipelines minus no pipelines over the pairs, and its range, in seconds."""
+    setting = ["model", "link", "sources", "count", "output_tokens"]
+    ours = rows[rows.system == "lambdascale"].set_index([*setting, "seed", "pipelines"])
     found = []
     for measure in ("ttft_p50_s", "ttft_p90_s", "ttft_max_s", "all_finished_s"):
-        gain = ours[measure].xs(True, level="pipelines") - ours[measure].xs(False, level="pipelines")
-        for link, values in gain.groupby(level="link"):
-            found.append({"link": link, "measure": measure, "median": values.median(), "low": values.min(), "high": values.max()})
+        sides = [
+            ours[measure].xs(side, level="pipelines") for side in (True, False) if (ours.index.get_level_values(-1) == side).any()
+        ]
+        if len(sides) < 2:
+            continue
+        for key, values in (sides[0] - sides[1]).dropna().groupby(level=setting):
+            low, high = values.min(), values.max()
+            found.append(
+                {
+                    **dict(zip(setting, key, strict=True)),
+                    "measure": measure,
+                    "pairs": len(values),
+                    "median": values.median(),
+                    "low": low,
+                    "high": high,
+                }
+            )
     return pd.DataFrame(found)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers of a list with commas."""
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
@@ -149,26 +200,40 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR|NAME")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--cluster", default="testbed1", help="a choice of conf/cluster, whose compute model decisions use")
     parser.add_argument("--links", default="none,100Gb/s,25Gb/s")
+    parser.add_argument("--sources", type=numbers, default=[1])
+    parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
+    parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--transport", default="cuda_ipc")
-    parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--limit-s", type=float, default=540.0, help="seconds after which no run begins (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     import torch
 
     card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "gpu_bursts.csv"
+    before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     rows: list[dict[str, Any]] = []
-    for row in runs(arguments):
+    began, left = time.monotonic(), 0
+    for order in orders(arguments):
+        if time.monotonic() - began > arguments.limit_s:
+            left += 1
+            continue
+        row = one(arguments, *order)
         rows.append({**row, "measured_on": f"{card}, torch {torch.__version__}"})
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        pd.DataFrame(rows).to_csv(arguments.out / "gpu_bursts.csv", index=False, float_format="%.4g")
-    print(differences(pd.DataFrame(rows)).to_string(index=False))
+        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k not in ("backend", "prompt_tokens")}
+        print(round(time.monotonic() - began, 1), *shown.values(), flush=True)
+        pd.concat([before, pd.DataFrame(rows)]).to_csv(path, index=False, float_format="%.4g")
+    if left:
+        print(f"{left} runs left out: --limit-s was over")
+    if rows:
+        print(differences(pd.DataFrame(rows)).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -62,15 +62,20 @@ ROOMS = {
             *("tests/policy/test_router.py", "tests/policy/test_scale_out.py", "tests/policy/test_recovery.py"),
             *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
             *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/policy/test_shares.py"),
-            *("tests/policy/test_loop.py",),
+            *("tests/policy/test_loop.py", "tests/policy/test_returning.py"),
             *("tests/property/test_control_batching_properties.py", "tests/golden"),
         ),
     ),
     "sim": Room(
         ("lambdascale/sim/*",),
         (
-            *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/policy/test_simulator.py"),
-            *("tests/property/test_sim_links_properties.py", "tests/golden", "tests/unit/test_sim_sharing.py"),
+            *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/unit/test_sim_loads.py"),
+            *(
+                "tests/policy/test_simulator.py",
+                "tests/property/test_sim_links_properties.py",
+                "tests/golden",
+                "tests/unit/test_sim_sharing.py",
+            ),
         ),
     ),
 }

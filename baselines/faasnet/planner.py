@@ -35,8 +35,8 @@ class BalancedTree:
 class PrototypeTree:
     """The λScale prototype's FaaSNet: one fixed tree for up to 12 nodes.
 
-    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass, unless there
-    are only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
+    A node alternates between its children of the full tree, and lets the turn of one beyond the tree's size pass; not so with
+    only two nodes: 16 rounds for 2 nodes and 16 blocks, 32 for 3 and 4, 33 for 5 to 7, 34 for 8 to 12 (reference, section 4).
     """
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
@@ -63,15 +63,15 @@ def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _C
     groups = near_equal_groups(sources, destinations)
     rounds: list[list[Send]] = []
     for group in groups:
-        for number, transfers in enumerate(_tree_rounds(tree(len(group)), blocks)):
+        for number, sends in enumerate(_tree_rounds(tree(len(group)), blocks)):
             if number == len(rounds):
                 rounds.append([])
-            rounds[number] += [Send(group[t.src], group[t.dst], t.block) for t in transfers]
+            rounds[number] += [Send(group[t.src], group[t.dst], t.block) for t in sends]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),
         blocks=blocks,
-        rounds=tuple(tuple(transfers) for transfers in rounds),
+        rounds=tuple(tuple(sends) for sends in rounds),
         groups=groups,
         orders=(tuple(range(blocks)),) * len(groups),
     )
@@ -84,10 +84,10 @@ def _tree_rounds(children: _Children, blocks: int) -> list[list[Send]]:
     rounds: list[list[Send]] = []
     while any(turns):
         ready = [(node, queue.popleft()) for node, queue in enumerate(turns) if queue and queue[0][0] < held[node]]
-        transfers = [Send(node, child, block) for node, (block, child) in ready if child is not None]
-        for t in transfers:
+        sends = [Send(node, child, block) for node, (block, child) in ready if child is not None]
+        for t in sends:
             held[t.dst] += 1
-        rounds.append(transfers)
+        rounds.append(sends)
     while rounds and not rounds[-1]:
         rounds.pop()
     return rounds

@@ -15,7 +15,7 @@ class Star:
     shift: bool = True
 
     def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
-        """See MulticastPlanner; PlanError unless there are sources and blocks."""
+        """See MulticastPlanner; PlanError without sources or blocks."""
         check_counts(sources, destinations, blocks)
         groups = near_equal_groups(sources, destinations)
         orders = injection_orders(blocks, len(groups), "shift" if self.shift else "none")

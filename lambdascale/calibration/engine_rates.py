@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -90,12 +91,16 @@ def _steps(stage: TransformerStage, batch: int, context: int, rounds: int = 30) 
     return times[5:]
 
 
+def _first_token(stage: TransformerStage, prompt: torch.Tensor) -> None:
+    """Compute the token after a prompt and wait for it on the host."""
+    stage.run(prefill(len(prompt)), prompt).argmax().item()
+
+
 def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) -> Iterator[Row]:
     """Milliseconds of a prompt, to its token on the host, beside the matrix products of its layers alone."""
     stage.prepare()
     for tokens in lengths:
-        ids = torch.arange(tokens, device=stage.device)
-        took = probes.seconds(lambda ids=ids, tokens=tokens: stage.run(prefill(tokens), ids).argmax().item(), stage.device)  # type: ignore[misc]
+        took = probes.seconds(partial(_first_token, stage, torch.arange(tokens, device=stage.device)), stage.device)
         products = probes.seconds(_products(stage, tokens), stage.device)
         yield {"model": model, "tokens": tokens, "ms": 1e3 * took, "products_ms": 1e3 * products, "ratio": took / products}
 

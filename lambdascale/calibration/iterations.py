@@ -93,7 +93,7 @@ def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int)
 
 
 def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
-    """Something of the right shape to run a stage with."""
+    """Input of the right shape and type for a stage."""
     if stage.is_first:
         return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
     shape = (batch.rows, stage.architecture.hidden)

@@ -93,7 +93,7 @@ def _stream(client: socket.socket, peer: socket.socket, size_bytes: int) -> floa
 
 
 def _ping(client: socket.socket, peer: socket.socket, rounds: int = 1000) -> float:
-    """Median time there and back of 8 bytes."""
+    """Median round-trip time of 8 bytes."""
 
     def echo() -> None:
         for _ in range(rounds):

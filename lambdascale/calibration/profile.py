@@ -56,7 +56,7 @@ class Profile:
 
 
 def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: None) -> Profile:
-    """Measure; ``say`` is told what comes next. UserError for what cannot be measured here."""
+    """Measure what ``request`` asks for; ``say(text)`` announces each step. UserError for what this machine cannot measure."""
     device = torch.device(request.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda is asked for, but torch finds no GPU; lambdascale doctor says more")

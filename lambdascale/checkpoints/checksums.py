@@ -34,7 +34,7 @@ class Checksums:
         self._ended: list[_Part] = []
 
     def update(self, data: bytes | memoryview) -> None:
-        """The next bytes."""
+        """Add the next bytes."""
         self._whole.update(data)
         view = memoryview(data)
         while view:
@@ -91,7 +91,7 @@ class _Part:
         self._sum = (self._sum + mixed_sum(np.frombuffer(words, dtype="<u8"), place)) & _MASK
 
     def digest(self) -> int:
-        """Of the bytes so far; a last word is filled up with zeros."""
+        """Digest of the bytes so far; a last word is filled up with zeros."""
         total = self._sum
         if self._rest:
             last = np.frombuffer(self._rest.ljust(WORD_BYTES, b"\0"), dtype="<u8")

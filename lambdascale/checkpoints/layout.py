@@ -106,7 +106,7 @@ def model_spec(architecture: Architecture, dtype: str, name: str) -> ModelSpec:
 def block_layouts(architecture: Architecture, dtype: str, blocks: int, name: str = "model") -> tuple[BlockLayout, ...]:
     """Divide the model into ``blocks`` blocks of near-equal bytes, by the same rule as the control plane's plans.
 
-    UserError if there are more blocks than layers or the engine cannot compute with ``dtype``.
+    UserError for more blocks than layers, or for a ``dtype`` that the engine cannot compute with.
     """
     if dtype not in WEIGHT_TYPES:
         raise UserError(f"the engine does not compute with weights of type {dtype}, only {', '.join(WEIGHT_TYPES)}")

@@ -23,7 +23,7 @@ class PackedBlock(msgspec.Struct, frozen=True):
 
     ``parts``: the checksums of its parts of the manifest's ``part_bytes`` each (the last may be shorter), so that several threads
     can verify a block in any order. ``digests``: of the same parts, for blocks in a GPU's memory (lambdascale.inference.digest);
-    empty in models packed before there were any.
+    empty in models packed before digests existed.
     """
 
     file: str
@@ -109,7 +109,7 @@ class PackedModel:
 
 
 def _layout(directory: Path, architecture: Architecture, manifest: Manifest, index: int) -> BlockLayout:
-    """A block's layout; UserError unless its size fits the layers it claims and its shard is there and as long as it must be."""
+    """A block's layout; UserError unless its size fits the layers it claims and its shard exists in full length."""
     block = manifest.blocks[index]
     if manifest.dtype not in WEIGHT_TYPES or not 0 <= block.first_layer <= block.last_layer < architecture.layers:
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")

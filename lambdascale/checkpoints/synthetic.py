@@ -172,7 +172,7 @@ def write_smollm2(directory: Path) -> None:
 
         # Their progress bars, one for every step, say less than ours; their advice is about computing, which nobody does here.
         before = logging.get_verbosity()
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.set_verbosity_error()
         with redirect_stderr(StringIO()):
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

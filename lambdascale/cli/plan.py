@@ -55,7 +55,7 @@ def as_json(plan: MulticastPlan, pipelines: list[PipelinePlan]) -> dict[str, Any
         "nodes": len(plan.members),
         "sources": list(plan.sources),
         "blocks": plan.blocks,
-        "rounds": [[{"src": t.src, "dst": t.dst, "block": t.block} for t in transfers] for transfers in plan.rounds],
+        "rounds": [[{"src": send.src, "dst": send.dst, "block": send.block} for send in sends] for sends in plan.rounds],
         "pipelines": [
             {
                 "ready_round": pipeline.ready_round,
@@ -69,11 +69,11 @@ def as_json(plan: MulticastPlan, pipelines: list[PipelinePlan]) -> dict[str, Any
 def show(system: str, plan: MulticastPlan, pipelines: list[PipelinePlan]) -> None:
     """Print a table with one row per round; pipelines appear in the round in which they become ready."""
     title = f"{system}: {len(plan.sources)} to {len(plan.destinations)} nodes, {plan.blocks} blocks, {len(plan.rounds)} rounds"
-    table = Table("round", "transfers (source>destination:block)", "pipelines ready (node:blocks)", title=title)
-    for number, transfers in enumerate(plan.rounds, start=1):
+    table = Table("round", "sends (source>destination:block)", "pipelines ready (node:blocks)", title=title)
+    for number, sends in enumerate(plan.rounds, start=1):
         ready = (p for p in pipelines if p.ready_round == number)
         stages = ("  ".join(f"{s.node}:{s.first_block}-{s.last_block}" for s in p.stages) for p in ready)
-        table.add_row(str(number), "  ".join(f"{t.src}>{t.dst}:{t.block}" for t in transfers), "\n".join(stages))
+        table.add_row(str(number), "  ".join(f"{send.src}>{send.dst}:{send.block}" for send in sends), "\n".join(stages))
     console = Console()
     console.print(table)
     if plan.streaming:

@@ -25,7 +25,7 @@ class Allocations:
         self._fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 
     def release(self, state: ModelState, allocation: Allocation) -> None:
-        """Free a node's GPUs; a complete model stays behind as a host copy if there is room."""
+        """Free a node's GPUs; a complete model stays behind as a host copy if it fits."""
         fleet, node, name = self._fleet, allocation.node, state.spec.name
         assert not allocation.instances, f"node {node} serves"
         assert not allocation.transfers, f"node {node} takes part in a transfer"

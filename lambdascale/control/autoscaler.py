@@ -10,14 +10,14 @@ from lambdascale.core.checks import check_types, require
 
 @runtime_checkable
 class AutoscalingPolicy(Protocol):
-    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while there is work.
+    """Decides how many replicas a model is to have. Pure; asked every ``interval_s`` seconds while requests are open.
 
     ``min_replicas`` are in place when the run starts. A replica idle for ``keep_alive_s`` seconds may be released.
     """
 
     @property
     def interval_s(self) -> float:
-        """Seconds between two looks."""
+        """Seconds between two evaluations."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class AutoscalingPolicy(Protocol):
 class Autoscaler:
     """Desired replicas = ceil((queued + running) / target_per_replica), within [min_replicas, max_replicas].
 
-    Looked at every ``interval_s`` while there is work. A replica that was idle for ``keep_alive_s`` is released, down to
+    Asked every ``interval_s`` while requests are open. A replica that was idle for ``keep_alive_s`` is released, down to
     the desired number. ``min_replicas`` are in place when the run starts; 0 is allowed. ``max_replicas``
     None: the cluster's size.
     """

@@ -4,12 +4,17 @@ A scheduler belongs to one replica, or to one of the batches in flight of a pipe
 what the next iteration runs, the owner runs it (or works out how long it takes), ``complete()`` takes note and names the
 sequences that got their first token or finished. Cost per sequence is O(log batch), however many iterations it lives,
 because decoding sequences are counted in steps, not touched one by one.
+
+KV memory is given out as vLLM does it: a sequence is admitted when the KV of what exists of it fits, its prompt and what it has
+produced, and grows by a token a step. When the next step does not fit, the sequence admitted last is preempted: its KV is dropped
+and computed anew, from its tokens so far, when it is admitted again, before those that came later. Engines give memory out in
+pages, of 16 tokens by default; tokens are counted here: the last page of a sequence wastes 8 tokens of hundreds on average.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Literal
@@ -18,6 +23,9 @@ from lambdascale.core.checks import check_types, require
 
 # Bound on how far a decode-only batch may be advanced at once when nothing else limits it.
 _UNBOUNDED = 1 << 60
+# One part in so many of the KV memory stays free when a sequence joins others, so that it is not preempted at once (vLLM's
+# watermark of its first scheduler, 0.01).
+_WATERMARK = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +54,8 @@ class BatchedRequest:
     """A request inside a scheduler.
 
     ``produced`` output tokens exist already when it enters (more than 0 after a mode switch); ``cached`` says that the KV
-    of everything so far is there, so that it needs no prefill. ``output_tokens`` bounds the answer.
+    of everything so far is resident, so that it needs no prefill. ``output_tokens`` is where the answer ends at the latest:
+    nothing but the number of steps that may be merged depends on it.
     """
 
     __slots__ = ("_joined", "cached", "output_tokens", "prefilled", "produced", "prompt_tokens", "request_id")
@@ -65,11 +74,6 @@ class BatchedRequest:
         """Tokens to prefill before the next one can be produced: the prompt and what was produced so far."""
         return self.prompt_tokens + self.produced
 
-    @property
-    def kv_tokens(self) -> int:
-        """KV slots the sequence may need at most."""
-        return self.prompt_tokens + self.output_tokens
-
 
 class Iteration:
     """One iteration, as ``schedule()`` orders it.
@@ -77,15 +81,24 @@ class Iteration:
     ``prefills``: (sequence, tokens of it to prefill now). ``decodes``: how many sequences decode one token each (they are
     ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``attended_tokens``: query-key pairs of the
     prefills. ``max_steps``: how often the iteration may be repeated before the batch could change (1 with prefills).
+    ``preempted``: sequences that lost their KV to make room for it; they wait again.
     """
 
-    __slots__ = ("attended_tokens", "context_tokens", "decodes", "max_steps", "prefill_tokens", "prefills")
+    __slots__ = ("attended_tokens", "context_tokens", "decodes", "max_steps", "preempted", "prefill_tokens", "prefills")
 
-    def __init__(self, prefills: list[tuple[BatchedRequest, int]], decodes: int, context_tokens: int, max_steps: int) -> None:
+    def __init__(
+        self,
+        prefills: list[tuple[BatchedRequest, int]],
+        decodes: int,
+        context_tokens: int,
+        max_steps: int,
+        preempted: Sequence[BatchedRequest] = (),
+    ) -> None:
         self.prefills = prefills
         self.decodes = decodes
         self.context_tokens = context_tokens
         self.max_steps = max_steps
+        self.preempted = preempted
         tokens = attended = 0
         for sequence, count in prefills:
             tokens += count
@@ -95,38 +108,64 @@ class Iteration:
 
 
 class BatchScheduler:
-    """Forms the iterations of one batch. First come, first served; KV for prompt and answer is reserved at admission."""
+    """Forms the iterations of one batch. First come, first served: in admission, and in what is kept when KV memory runs out.
 
-    __slots__ = ("_context", "_ends", "_prefilling", "_reserved", "_step", "decoding", "kv_tokens", "limits", "waiting")
+    ``kv_tokens`` may change between iterations. Every sequence fits it alone, prompt and answer, and so ends some time: the one
+    admitted first is never preempted while others run. KV that a waiting sequence brings along is in transit: it does not count.
+    ``preemptions`` counts sequences that lost their KV.
+    """
+
+    __slots__ = (
+        "_admitted",
+        "_context",
+        "_ends",
+        "_held",
+        "_prefilling",
+        "_step",
+        "decoding",
+        "kv_tokens",
+        "limits",
+        "preemptions",
+        "waiting",
+    )
 
     def __init__(self, limits: BatchLimits, kv_tokens: int) -> None:
         self.limits = limits
         self.kv_tokens = kv_tokens
+        self.preemptions = 0
         self.waiting: deque[BatchedRequest] = deque()
         self.decoding: dict[int, BatchedRequest] = {}
         self._prefilling: deque[BatchedRequest] = deque()
+        # Running sequences in the order of their admission; the KV tokens kept for those that are being prefilled.
+        self._admitted: dict[int, BatchedRequest] = {}
+        self._held = 0
         self._ends: list[tuple[int, int]] = []
         self._step = 0
         self._context = 0
-        self._reserved = 0
 
     def __len__(self) -> int:
         """Sequences inside, waiting ones included."""
-        return len(self.waiting) + len(self._prefilling) + len(self.decoding)
+        return len(self.waiting) + len(self._admitted)
 
     @property
     def running(self) -> int:
         """Sequences admitted to the batch."""
-        return len(self._prefilling) + len(self.decoding)
+        return len(self._admitted)
 
     @property
     def kv_in_use(self) -> int:
         """Tokens of KV cache that the admitted requests have filled."""
         return self._context + sum(sequence.prefilled for sequence in self._prefilling)
 
+    @property
+    def kv_held(self) -> int:
+        """Tokens of KV cache that no other request can have: those filled, and the rest of prompts being prefilled."""
+        return self._context + self._held
+
     def add(self, sequence: BatchedRequest) -> None:
         """Queue a sequence. The caller refuses a sequence that could never fit the KV memory."""
-        assert sequence.kv_tokens <= self.kv_tokens, f"request {sequence.request_id} needs more KV than there is"
+        needed = sequence.prompt_tokens + sequence.output_tokens
+        assert needed <= self.kv_tokens, f"request {sequence.request_id} needs more KV than the memory has"
         assert sequence.produced < sequence.output_tokens, (
             f"request {sequence.request_id} already has {sequence.produced} of its {sequence.output_tokens} tokens"
         )
@@ -135,29 +174,69 @@ class BatchScheduler:
     @property
     def admits(self) -> bool:
         """True if the longest-waiting sequence could join at the next iteration."""
-        if not self.waiting or (self.limits.mode == "static" and self.running):
+        if not self.waiting or (self.limits.mode == "static" and self._admitted):
             return False
-        return self.running < self.limits.max_batch and self._reserved + self.waiting[0].kv_tokens <= self.kv_tokens
+        if not self._admitted:
+            return True
+        return len(self._admitted) < self.limits.max_batch and self.waiting[0].context_tokens <= self._room()
+
+    def _room(self) -> int:
+        """Tokens of KV beside those held and the next tokens of decoding sequences, with the watermark to spare."""
+        return self.kv_tokens - self.kv_tokens // _WATERMARK - self._context - self._held - len(self.decoding)
 
     def schedule(self) -> Iteration | None:
-        """Return the next iteration, None if there is nothing to run. Sequences join here, never in mid-iteration."""
-        if self.waiting and self.admits:
-            self._admit()
+        """Return the next iteration, None without anything to run. Sequences join and are preempted here."""
         decodes = len(self.decoding)
-        if not self._prefilling:
-            return Iteration([], decodes, self._context, self._ends[0][0] - self._step) if decodes else None
-        prefills = self._prefills(self.limits.max_tokens - decodes)
-        return Iteration(prefills, decodes, self._context, 1)
+        preempted: Sequence[BatchedRequest] = ()
+        if self._context + self._held + decodes > self.kv_tokens:
+            preempted = self._make_room()
+            decodes = len(self.decoding)
+        elif self.waiting:
+            self._admit()
+            decodes = len(self.decoding)
+        if self._prefilling:
+            prefills = self._prefills(self.limits.max_tokens - decodes)
+            return Iteration(prefills, decodes, self._context, 1, preempted)
+        if not decodes:
+            return None
+        steps, room = self._ends[0][0] - self._step, self.kv_tokens - self._context
+        if steps * decodes > room:
+            steps = max(1, room // decodes)
+        return Iteration([], decodes, self._context, steps, preempted)
+
+    def _make_room(self) -> list[BatchedRequest]:
+        """Preempt the sequences admitted last until the next token of every decoding one fits; return them."""
+        preempted = []
+        while len(self._admitted) > 1 and self._context + self._held + len(self.decoding) > self.kv_tokens:
+            request_id, sequence = next(reversed(self._admitted.items()))
+            if request_id in self.decoding:
+                self._drop(request_id)
+            else:
+                self._leave_prefill(sequence)
+            sequence.prefilled, sequence.cached = 0, False
+            self.waiting.appendleft(sequence)
+            preempted.append(sequence)
+        self.preemptions += len(preempted)
+        return preempted
 
     def _admit(self) -> None:
-        waiting, room = self.waiting, self.limits.max_batch - self.running
-        while waiting and room > 0 and self._reserved + waiting[0].kv_tokens <= self.kv_tokens:
-            sequence = waiting.popleft()
-            self._reserved += sequence.kv_tokens
-            room -= 1
+        """Let waiting sequences join while they fit; a sequence that would be alone always does."""
+        limits, waiting, admitted = self.limits, self.waiting, self._admitted
+        if limits.mode == "static" and admitted:
+            return
+        room = self._room()
+        while waiting and len(admitted) < limits.max_batch:
+            sequence = waiting[0]
+            tokens = sequence.context_tokens
+            if tokens > room and admitted:
+                return
+            waiting.popleft()
+            admitted[sequence.request_id] = sequence
+            room -= tokens
             if sequence.cached:
                 self._join(sequence)
             else:
+                self._held += tokens
                 self._prefilling.append(sequence)
 
     def _prefills(self, budget: int) -> list[tuple[BatchedRequest, int]]:
@@ -197,11 +276,12 @@ class BatchScheduler:
                 continue
             ended = self._prefilling.popleft()
             assert ended is sequence, "prefills end in the order they began"
+            self._held -= sequence.prefilled
             sequence.produced += 1
             if sequence.produced == 1:
                 first.append(sequence)
             if sequence.produced == sequence.output_tokens or sequence.request_id in stopped:
-                self._reserved -= sequence.kv_tokens
+                del self._admitted[sequence.request_id]
                 finished.append(sequence)
             else:
                 self._join(sequence)
@@ -222,8 +302,13 @@ class BatchScheduler:
         steps = self._step - sequence._joined
         self._context -= sequence.context_tokens - 1 + steps
         sequence.produced += steps
-        self._reserved -= sequence.kv_tokens
+        del self._admitted[request_id]
         return sequence
+
+    def _leave_prefill(self, sequence: BatchedRequest) -> None:
+        self._prefilling.remove(sequence)
+        self._held -= sequence.context_tokens
+        del self._admitted[sequence.request_id]
 
     def _drop(self, request_id: int) -> BatchedRequest:
         self._ends = [end for end in self._ends if end[1] != request_id]
@@ -234,19 +319,21 @@ class BatchScheduler:
         """Take a sequence out and return it, None if the scheduler does not have it. Not while an iteration runs it."""
         if request_id in self.decoding:
             return self._drop(request_id)
-        for pool, admitted in ((self._prefilling, True), (self.waiting, False)):
-            for sequence in pool:
-                if sequence.request_id == request_id:
-                    pool.remove(sequence)
-                    self._reserved -= sequence.kv_tokens if admitted else 0
-                    return sequence
-        return None
+        sequence = self._admitted.get(request_id)
+        if sequence is not None:
+            self._leave_prefill(sequence)
+            return sequence
+        sequence = next((waiting for waiting in self.waiting if waiting.request_id == request_id), None)
+        if sequence is not None:
+            self.waiting.remove(sequence)
+        return sequence
 
     def drain(self) -> list[BatchedRequest]:
         """Empty the scheduler; return running sequences in the order they joined, then waiting ones, ``produced`` up to date."""
         running = [self._drop(request_id) for request_id in list(self.decoding)]
         rest = [*self._prefilling, *self.waiting]
         self._prefilling.clear()
+        self._admitted.clear()
         self.waiting.clear()
-        self._reserved = 0
+        self._held = 0
         return running + rest

@@ -20,6 +20,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -57,6 +58,7 @@ class ControlPlane:
             RequestFinished: self._request_finished,
             TimerFired: self._timer_fired,
             NodeLost: self._node_lost,
+            NodeGivenUp: self._node_given_up,
             CommandFailed: self._command_failed,
         }
 
@@ -77,7 +79,8 @@ class ControlPlane:
         """Take a node in. One that comes back is empty; what it held before is lost, whether or not its loss was noticed."""
         fleet, node = self.fleet, event.node
         if node in fleet.gpus_free:
-            self._recovery.node_lost(node)
+            self._recovery.node_lost(node, returns=True)
+        fleet.returning.discard(node)
         fleet.gpus_free[node] = fleet.cluster.node(node).gpus
         if self._provisioned:
             for state in fleet.models.values():
@@ -117,8 +120,11 @@ class ControlPlane:
         self._serving.block_arrived(self.fleet.models[event.model], event.node, event.block)
 
     def _node_lost(self, event: NodeLost) -> None:
-        self._recovery.node_lost(event.node)
+        self._recovery.node_lost(event.node, returns=event.returns)
         self._arm_once()
+
+    def _node_given_up(self, event: NodeGivenUp) -> None:
+        self._recovery.node_given_up(event.node)
 
     def _command_failed(self, event: CommandFailed) -> None:
         if event.transfer_id < 0 and event.instance < 0:
@@ -151,7 +157,10 @@ class ControlPlane:
         self._tick = 0
         models = self.fleet.models.values()
         for state in models:
-            if surplus := self._surplus(state):
+            surplus = self._surplus(state)
+            if surplus >= 0 and state.queue and self.fleet.lacking(state):
+                self._add_larger(state)
+            elif surplus:
                 self._correct(state, surplus)
         for state in models:
             if self._unsettled(state):
@@ -168,12 +177,21 @@ class ControlPlane:
                 if instance.idle_since <= due:
                     self._scaler.release(state, instance)
 
+    def _add_larger(self, state: ModelState) -> None:
+        """Add a replica on a node with the KV memory that the head of the queue may need, once another is idle.
+
+        The idle one is surplus from then on.
+        """
+        if self._scaler.idle_instances(state):
+            self._make_room(state, 1)
+            self._scaler.scale_out(state, 1)
+
     def _surplus(self, state: ModelState) -> int:
         """Replicas beyond the desired number; negative if too few."""
         return state.replicas - self.config.autoscaler.desired(len(state.queue), state.running)
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Release idle replicas of other models, longest idle first, when there are too few free nodes."""
+        """Release idle replicas of other models, longest idle first, when too few nodes are free."""
         lacking = replicas - len(self.fleet.free_nodes(state))
         if lacking <= 0 or len(self.fleet.models) == 1:
             return
@@ -186,8 +204,8 @@ class ControlPlane:
                 lacking -= 1
 
     def _unsettled(self, state: ModelState) -> bool:
-        """True if a later look could decide something for this model without a further event arming the timer."""
+        """True if a later evaluation could change something for this model without a further event that sets the timer."""
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
-            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas
+            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas or self.fleet.lacking(state) > 0
         return state.replicas != autoscaler.min_replicas and bool(state.allocations)

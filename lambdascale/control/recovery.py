@@ -27,11 +27,16 @@ class Recovery:
         self._allocations = allocations
         self._serving = serving
 
-    def node_lost(self, node: NodeId) -> None:
-        """Forget the node, restart its requests elsewhere, and re-plan the transfers it took part in."""
+    def node_lost(self, node: NodeId, *, returns: bool) -> None:
+        """Forget the node, restart its requests elsewhere, and re-plan the transfers it took part in.
+
+        ``returns``: the node will be started again, and requests that no living node can serve wait for it.
+        """
         fleet = self._fleet
         if fleet.gpus_free.pop(node, None) is None:
             return
+        if returns:
+            fleet.returning.add(node)
         broken = [t for t in fleet.transfers.values() if node in t.members]
         for transfer in broken:
             self._cancel(transfer)
@@ -43,6 +48,12 @@ class Recovery:
             if transfer.waiting:
                 self._replan(transfer, again=transfer.again)
         for state in fleet.models.values():
+            self._router.give_up(state)
+
+    def node_given_up(self, node: NodeId) -> None:
+        """Wait no more for a lost node; fail the requests that no other node can serve."""
+        self._fleet.returning.discard(node)
+        for state in self._fleet.models.values():
             self._router.give_up(state)
 
     def transfer_failed(self, transfer_id: int) -> None:

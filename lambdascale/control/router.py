@@ -18,17 +18,16 @@ class Router:
         self._fleet = fleet
 
     def arrive(self, request: Request) -> None:
-        """Dispatch a new request, queue it, or refuse it: its KV cache could never fit a replica, or no node is left."""
+        """Dispatch a new request, queue it, or refuse it: its KV cache, up to its limit, fits no node, or no node will serve."""
         state = self._fleet.models[request.model]
         if not self._fleet.can_serve(state):
             self._fleet.out.append(FailRequest(request.request_id, self._why(state)))
             return
-        needed = request.prompt_tokens + request.output_tokens
-        if needed > state.kv_tokens:
-            reason = f"needs {needed} tokens of KV cache, a replica of {request.model} has {state.kv_tokens}"
-            self._fleet.out.append(FailRequest(request.request_id, reason))
+        needed = request.kv_tokens
+        if needed > state.least_kv_tokens and needed > self._fleet.most_kv_tokens(state):
+            self._fleet.out.append(FailRequest(request.request_id, self._too_large(state, request)))
             return
-        instance = None if state.queue else self._pick(state)
+        instance = None if state.queue else self._pick(state, needed)
         if instance is None:
             state.queue.append(request)
             return
@@ -36,16 +35,28 @@ class Router:
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
 
     def give_up(self, state: ModelState) -> None:
-        """Fail what is queued if no node is left that could serve the model."""
-        if state.queue and not self._fleet.can_serve(state):
-            self._fleet.out += [FailRequest(request.request_id, self._why(state)) for request in state.queue]
-            for request in state.queue:
-                self._fleet.failures.pop(request.request_id, None)
-            state.queue.clear()
+        """Fail what is queued and fits no node, neither a living one nor one that will be started again."""
+        fleet = self._fleet
+        if not state.queue:
+            return
+        serves, room = fleet.can_serve(state), fleet.most_kv_tokens(state)
+        failed = [request for request in state.queue if not serves or request.kv_tokens > room]
+        for request in failed:
+            reason = self._too_large(state, request) if serves else self._why(state)
+            fleet.out.append(FailRequest(request.request_id, reason))
+            fleet.failures.pop(request.request_id, None)
+            state.queue.remove(request)
 
     @staticmethod
     def _why(state: ModelState) -> str:
         return f"{state.spec.name} fails on every node: {state.reason}" if state.unfit else _NO_NODE
+
+    def _too_large(self, state: ModelState, request: Request) -> str:
+        room = self._fleet.most_kv_tokens(state)
+        return (
+            f"needs up to {request.kv_tokens} tokens of KV cache ({request.prompt_tokens} for its prompt, {request.max_tokens} "
+            f"for its answer), a replica of {request.model} has {room}"
+        )
 
     def finish(self, instance: Instance, request_id: int) -> None:
         """Give the slot of a finished request to the head of the queue."""
@@ -64,7 +75,7 @@ class Router:
     def fill(self, state: ModelState) -> None:
         """Give queued requests to free slots, one Dispatch per instance."""
         chosen: dict[int, list[Request]] = {}
-        while state.queue and (instance := self._pick(state)) is not None:
+        while state.queue and (instance := self._pick(state, state.queue[0].kv_tokens)) is not None:
             request = state.queue.popleft()
             self._take(state, instance, request)
             chosen.setdefault(instance.instance_id, []).append(request)
@@ -95,11 +106,12 @@ class Router:
         return True
 
     @staticmethod
-    def _pick(state: ModelState) -> Instance | None:
+    def _pick(state: ModelState, kv_tokens: int) -> Instance | None:
+        """Return the least loaded instance with a free slot and so much KV memory."""
         best, least = None, 1.0
         for instance in state.instances.values():
             load = len(instance.outstanding) / instance.capacity
-            if load < least:
+            if load < least and instance.kv_tokens >= kv_tokens:
                 best, least = instance, load
         return best
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.router import Router
-from lambdascale.control.start import Change, Reshape, StartPolicy
+from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PipelinePlan, Stage
-from lambdascale.core.commands import KvPolicy, Repartition, Serve, SwitchMode
+from lambdascale.core.commands import KvPolicy, Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.pipelines import spread_requests
 
 
@@ -32,7 +32,7 @@ class Serving:
         self._router = router
         self._transfers = transfers
         self._allocations = allocations
-        self._start = start
+        self._gradual = start if isinstance(start, GradualStart) else None
         self._max_batch = max_batch
         self._kv = kv
 
@@ -57,11 +57,9 @@ class Serving:
                 pending.missing.discard((node, block))
             for pending in [p for p in state.pending if not p.missing]:
                 self._form(state, pending)
-        self._advance(state, allocation)
-
-    def _advance(self, state: ModelState, allocation: Allocation) -> None:
-        for change in self._start.advance(self._fleet, state, allocation):
-            self._apply(state, change)
+        if self._gradual is not None:
+            for change in self._gradual.advance(self._fleet, state, allocation):
+                self._apply(state, change)
 
     def _apply(self, state: ModelState, change: Change) -> None:
         if isinstance(change, Reshape):
@@ -95,10 +93,10 @@ class Serving:
     def _serve(self, state: ModelState, stages: tuple[Stage, ...]) -> Instance:
         """Start an instance. It keeps as many batches in flight as it has nodes (reference, section 2.4)."""
         fleet, name = self._fleet, state.spec.name
-        instance = Instance(fleet.new_id(), name, stages, 0, fleet.at)
+        instance = Instance(fleet.new_id(), name, stages, fleet.at)
         self._set_stages(state, instance, stages)
         fleet.instances[instance.instance_id] = state.instances[instance.instance_id] = instance
-        fleet.out.append(Serve(instance.instance_id, name, stages, state.block_bytes))
+        fleet.out.append(Serve(instance.instance_id, name, stages, state.block_bytes, instance.kv_tokens))
         return instance
 
     def _set_stages(self, state: ModelState, instance: Instance, stages: tuple[Stage, ...]) -> None:
@@ -106,12 +104,26 @@ class Serving:
             state.allocations[node].instances.pop(instance.instance_id, None)
         instance.stages = stages
         instance.capacity = len(instance.nodes) * self._max_batch
+        instance.kv_tokens = self._kv_tokens(state, stages)
         for node in instance.nodes:
             state.allocations[node].instances[instance.instance_id] = instance
 
+    @staticmethod
+    def _kv_tokens(state: ModelState, stages: Sequence[Stage]) -> int:
+        """KV memory of an instance: the least of its nodes'."""
+        return min(state.kv_tokens[stage.node] for stage in stages)
+
     def _reshape(self, state: ModelState, instance: Instance, change: Reshape) -> None:
-        self._set_stages(state, instance, change.stages)
-        self._fleet.out.append(Repartition(instance.instance_id, change.stages, self._kv))
+        """Move an instance to other stages; requests that may need more KV memory than those have are restarted elsewhere."""
+        room = self._kv_tokens(state, change.stages)
+        if all(request.kv_tokens <= room for request in instance.outstanding.values()):
+            self._set_stages(state, instance, change.stages)
+            self._fleet.out.append(Repartition(instance.instance_id, change.stages, self._kv, room))
+        else:
+            self._fleet.out.append(StopInstance(instance.instance_id))
+            self.drop(state, instance)
+            self._router.requeue(state, instance)
+            self._serve(state, change.stages)
         for node in change.release:
             allocation = state.allocations[node]
             if not allocation.instances and not allocation.transfers:
@@ -131,7 +143,7 @@ class Serving:
         self._router.fill(state)
 
     def _replica_on(self, state: ModelState, allocation: Allocation) -> Instance:
-        """Return the replica that serves on a complete node, a new one if there is none."""
+        """Return the replica that serves on a complete node, or a new one."""
         replicas = (instance for instance in allocation.instances.values() if not instance.is_pipeline)
         return next(replicas, None) or self._serve_alone(state, allocation)
 

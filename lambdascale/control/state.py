@@ -13,13 +13,17 @@ from lambdascale.memory import HostMemoryConfig
 
 @dataclass(slots=True, eq=False)
 class Instance:
-    """A list of stages that takes requests; ``capacity`` bounds those it has at once. A replica has one stage."""
+    """A list of stages that takes requests; a replica has one stage.
+
+    ``capacity`` bounds the requests it has at once; ``kv_tokens`` is the KV memory that one of them can have, in tokens.
+    """
 
     instance_id: int
     model: str
     stages: tuple[Stage, ...]
-    capacity: int
     idle_since: float
+    capacity: int = 0
+    kv_tokens: int = 0
     outstanding: dict[int, Request] = field(default_factory=dict)
 
     @property
@@ -94,14 +98,14 @@ class TransferState:
 class ModelState:
     """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
 
-    ``spared``: number of blocks that its allocations are not to hold. ``hosts``: nodes whose GPUs can hold it.
+    ``spared``: number of blocks that its allocations are not to hold. ``kv_tokens``: tokens of KV memory beside the model on each
+    node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
     ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure.
     """
 
     spec: ModelSpec
     block_bytes: tuple[int, ...]
-    kv_tokens: int
-    hosts: frozenset[NodeId]
+    kv_tokens: dict[NodeId, int]
     queue: deque[Request] = field(default_factory=deque)
     instances: dict[int, Instance] = field(default_factory=dict)
     allocations: dict[NodeId, Allocation] = field(default_factory=dict)
@@ -110,6 +114,11 @@ class ModelState:
     reason: str = ""
     running: int = 0
     spared: int = 0
+    least_kv_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Work out the least KV memory."""
+        self.least_kv_tokens = min(self.kv_tokens.values())
 
     @property
     def blocks(self) -> int:
@@ -125,7 +134,8 @@ class ModelState:
 class Fleet:
     """Nodes, models, host copies and transfers, and ``out``: the commands of the event being handled.
 
-    ``storage``: the tier in which every node finds models that it has no host copy of.
+    ``storage``: the tier in which every node finds models that it has no host copy of. ``returning``: lost nodes that will be
+    started again.
     """
 
     def __init__(
@@ -141,6 +151,7 @@ class Fleet:
         self.at = 0.0
         self.out: list[Command] = []
         self.gpus_free: dict[NodeId, int] = {}
+        self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
         self.transfers: dict[int, TransferState] = {}
         self.instances: dict[int, Instance] = {}
@@ -152,8 +163,7 @@ class Fleet:
             model.name: ModelState(
                 spec=model,
                 block_bytes=tuple(block.size_bytes for block in model.partition(blocks)),
-                kv_tokens=cluster.kv_tokens(model),
-                hosts=frozenset(node for node in range(cluster.nodes) if cluster.node(node).kv_tokens(model) > 0),
+                kv_tokens={n: tokens for n in range(cluster.nodes) if (tokens := cluster.node(n).kv_tokens(model)) > 0},
             )
             for model in models
         }
@@ -165,19 +175,34 @@ class Fleet:
         return self._next_id
 
     def can_serve(self, state: ModelState) -> bool:
-        """True if some living node can serve the model at all."""
-        if not state.unfit and len(state.hosts) == self.cluster.nodes:
+        """True if a node can serve the model at all: one that lives, or one that will be started again."""
+        if self.returning and not self.returning.isdisjoint(state.kv_tokens):
+            return True
+        if not state.unfit and len(state.kv_tokens) == self.cluster.nodes:
             return bool(self.gpus_free)
-        return any(node in state.hosts and node not in state.unfit for node in self.gpus_free)
+        return any(True for _ in self.candidates(state))
 
     def candidates(self, state: ModelState) -> Iterable[NodeId]:
         """Living nodes on which the model can be served at all, busy ones included."""
-        return (node for node in self.gpus_free if node in state.hosts and node not in state.unfit)
+        return (node for node in self.gpus_free if node in state.kv_tokens and node not in state.unfit)
 
     def free_nodes(self, state: ModelState) -> list[NodeId]:
-        """Nodes that could take an allocation of the model now."""
-        needed = state.spec.gpus_per_replica
-        return [n for n in self.candidates(state) if self.gpus_free[n] >= needed and n not in state.allocations]
+        """Nodes that could take an allocation of the model now; if the queue needs larger ones than it has, those only."""
+        gpus, room = state.spec.gpus_per_replica, self.lacking(state)
+        free = [n for n in self.candidates(state) if self.gpus_free[n] >= gpus and n not in state.allocations]
+        return [n for n in free if state.kv_tokens[n] >= room] if room else free
+
+    def most_kv_tokens(self, state: ModelState) -> int:
+        """Return the most KV memory of a node that can serve the model: one that lives, or one that will be started again."""
+        nodes = [*self.candidates(state), *(node for node in self.returning if node in state.kv_tokens)]
+        return max((state.kv_tokens[node] for node in nodes), default=0)
+
+    def lacking(self, state: ModelState) -> int:
+        """KV tokens that the head of the queue may need and no node allocated to the model has; 0 if nothing is lacking."""
+        needed = state.queue[0].kv_tokens if state.queue else 0
+        if needed <= state.least_kv_tokens or any(state.kv_tokens[node] >= needed for node in state.allocations):
+            return 0
+        return needed
 
     def is_warm(self, state: ModelState, node: NodeId) -> bool:
         """True if the node has a host copy of the model."""

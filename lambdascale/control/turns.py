@@ -14,15 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 InstanceKey = TypeVar("InstanceKey", bound=Hashable)
 PassItem = TypeVar("PassItem")
 
 
-@dataclass(frozen=True, slots=True)
-class Turn(Generic[InstanceKey, PassItem]):
+class Turn(NamedTuple, Generic[InstanceKey, PassItem]):
     """The next thing to run: a pass of ``instance`` or, with ``work`` None, the start of an iteration of it."""
 
     instance: InstanceKey

@@ -2,7 +2,7 @@
 
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.plan import MulticastPlan, NodeId, PipelinePlan, Send, Stage
-from lambdascale.core.request import Request
+from lambdascale.core.request import Request, TracedRequest, traced
 from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec, NodeOverride, NodeSpec
 from lambdascale.core.units import parse_rate, parse_size
 
@@ -25,7 +25,9 @@ __all__ = [
     "Send",
     "Stage",
     "TraceError",
+    "TracedRequest",
     "UserError",
     "parse_rate",
     "parse_size",
+    "traced",
 ]

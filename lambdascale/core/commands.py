@@ -90,13 +90,16 @@ class CancelTransfer(Command, frozen=True, gc=False, tag=True):
 class Serve(Command, frozen=True, gc=False, tag=True):
     """Serve ``model`` as ``instance``: the nodes of ``stages`` hold their blocks. A replica is an instance of one stage.
 
-    ``stages`` cover the model once, in order; a node may have several. ``block_bytes`` as in StartMulticast.
+    ``stages`` cover the model once, in order; a node may have several. ``block_bytes`` as in StartMulticast. ``kv_tokens``:
+    tokens of KV memory of each of its batches, the least that its nodes have beside the model. Every batch has it: a node keeps
+    the KV of its own layers only, and the instance has one batch in flight per node.
     """
 
     instance: int
     model: str
     stages: tuple[Stage, ...]
     block_bytes: tuple[int, ...]
+    kv_tokens: int
 
     @property
     def is_pipeline(self) -> bool:
@@ -108,12 +111,13 @@ class Repartition(Command, frozen=True, gc=False, tag=True):
     """Serve ``instance`` by ``stages`` from its next iterations on; iterations under way end on the stages they began with.
 
     The nodes of ``stages`` hold their blocks. ``kv``: the KV of running requests is copied to the nodes that take blocks over, or
-    computed anew from their tokens.
+    computed anew from their tokens. ``kv_tokens`` as in Serve, from now on.
     """
 
     instance: int
     stages: tuple[Stage, ...]
     kv: KvPolicy
+    kv_tokens: int
 
 
 class Dispatch(Command, frozen=True, gc=False, tag=True):

@@ -66,7 +66,14 @@ class NodeJoined(Event, frozen=True, gc=False, tag=True):
 
 
 class NodeLost(Event, frozen=True, gc=False, tag=True):
-    """A node is lost with everything on it."""
+    """A node is lost with everything on it. ``returns``: it will be started again; NodeJoined or NodeGivenUp follows."""
+
+    node: NodeId
+    returns: bool = False
+
+
+class NodeGivenUp(Event, frozen=True, gc=False, tag=True):
+    """A lost node that was to return is not started again."""
 
     node: NodeId
 
@@ -81,7 +88,17 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
     model: str = ""
 
 
-AnyEvent = NodeJoined | RequestArrived | BlockArrived | TokensProduced | RequestFinished | TimerFired | NodeLost | CommandFailed
+AnyEvent = (
+    NodeJoined
+    | RequestArrived
+    | BlockArrived
+    | TokensProduced
+    | RequestFinished
+    | TimerFired
+    | NodeLost
+    | NodeGivenUp
+    | CommandFailed
+)
 EVENT_TYPES: tuple[type[Event], ...] = (
     NodeJoined,
     RequestArrived,
@@ -90,5 +107,6 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     RequestFinished,
     TimerFired,
     NodeLost,
+    NodeGivenUp,
     CommandFailed,
 )

@@ -48,7 +48,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
         return self.members[len(self.sources) :]
 
     def on(self, nodes: Sequence[NodeId]) -> MulticastPlan:
-        """Return the same plan with ``members[i]`` replaced by ``nodes[i]``; ValueError unless there are as many nodes."""
+        """Return the same plan with ``members[i]`` replaced by ``nodes[i]``; ValueError unless ``nodes`` has as many."""
         names = dict(zip(self.members, nodes, strict=True))
         return MulticastPlan(
             members=tuple(nodes),

@@ -61,23 +61,26 @@ class ComputeModel:
         self._table = next((table for table in reached.measured if table.model == model.name), None)
         if self._table is not None:
             self._kv_token_s = self._table.decode_s_per_context_token
+        self._decodes = _Bases(self)
 
     def iteration_s(self, iteration: IterationSize, share: float = 1.0) -> float:
         """Seconds for one iteration on a node that holds ``share`` of the model."""
-        work = self._base_s(iteration.decodes, iteration.prefill_tokens) + iteration.context_tokens * self._kv_token_s
-        if self._table is None:
+        decodes, prefill = iteration.decodes, iteration.prefill_tokens
+        base = self.base_s(decodes, prefill) if prefill else self._decodes[decodes]
+        work = base + iteration.context_tokens * self._kv_token_s
+        if prefill and self._table is None:
             work += iteration.attended_tokens * self._pair_s
         return self._overhead_s + share * work
 
     def decode_run_s(self, batch: int, context_tokens: int, steps: int) -> float:
         """Seconds for ``steps`` decode iterations of an unchanged batch whose KV starts at ``context_tokens`` in total."""
         grown = batch * steps * (steps - 1) // 2
-        return steps * (self._overhead_s + self._base_s(batch, 0)) + (steps * context_tokens + grown) * self._kv_token_s
+        return steps * (self._overhead_s + self._decodes[batch]) + (steps * context_tokens + grown) * self._kv_token_s
 
     def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
         """Smallest number of iterations (at least 1) for which :meth:`decode_run_s` reaches ``elapsed_s``."""
         growth = batch * self._kv_token_s / 2
-        first = self._overhead_s + self._base_s(batch, 0) + context_tokens * self._kv_token_s - growth
+        first = self._overhead_s + self._decodes[batch] + context_tokens * self._kv_token_s - growth
         root = elapsed_s / first if growth == 0 else (sqrt(first * first + 4 * growth * elapsed_s) - first) / (2 * growth)
         steps = max(1, ceil(root))
         # The root is exact up to rounding, so that at most one step has to be added or removed.
@@ -85,11 +88,24 @@ class ComputeModel:
             return steps - 1
         return steps if self.decode_run_s(batch, context_tokens, steps) >= elapsed_s else steps + 1
 
-    def _base_s(self, decodes: int, prefill_tokens: int) -> float:
+    def base_s(self, decodes: int, prefill_tokens: int) -> float:
+        """Seconds for an iteration of the whole model without its overhead, reads of KV cache and attention of prefills."""
         if self._table is not None:
             return _measured_s(self._table, decodes, prefill_tokens)
         compute = (decodes + prefill_tokens) * self._token_s
         return compute if compute > self._weights_s else self._weights_s
+
+
+class _Bases(dict[int, float]):
+    """Base time of iterations that decode only, by batch size; worked out when first asked for."""
+
+    def __init__(self, model: ComputeModel) -> None:
+        super().__init__()
+        self._model = model
+
+    def __missing__(self, batch: int) -> float:
+        base = self[batch] = self._model.base_s(batch, 0)
+        return base
 
 
 def _measured_s(table: ComputeTable, decodes: int, prefill_tokens: int) -> float:

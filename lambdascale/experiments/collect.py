@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.pairs import pair_table
 from lambdascale.experiments.study import PAIRS, Study
-from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_times
+from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
 # Larger tables are written as parquet, smaller ones as CSV, which people can read and diffs can show.
 _CSV_ROWS = 1500
@@ -57,6 +58,11 @@ def _selected(config: DictConfig, key: str) -> Any:
     return str(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else value
 
 
+def table_folder(experiment: str, results: Path, *, published: bool) -> Path:
+    """Folder of a study's table below ``results``."""
+    return results / "tables" if published else results / "raw" / experiment
+
+
 def write_study(experiment: str, table: pd.DataFrame, results: Path, *, published: bool) -> list[Path]:
     """Write the table and, if a figure has that name, draw it; return the paths.
 
@@ -65,7 +71,7 @@ def write_study(experiment: str, table: pd.DataFrame, results: Path, *, publishe
     # Imported here, not in every worker of a sweep: matplotlib takes seconds to import.
     from lambdascale.figures.registry import FIGURES, render
 
-    tables = results / "tables" if published else results / "raw" / experiment
+    tables = table_folder(experiment, results, published=published)
     tables.mkdir(parents=True, exist_ok=True)
     paths = [write_frame(table, tables / experiment)]
     if experiment in FIGURES:
@@ -119,6 +125,14 @@ def _summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
+def _measures(folder: Path) -> pd.DataFrame:
+    """One row: the summary's, the longest TTFT, and the mean duration of scale-outs (0 without one), in seconds."""
+    durations = scale_out_durations(pd.read_parquet(folder / "events.parquet"))
+    longest = pd.read_parquet(folder / "requests.parquet", columns=["ttft_s"]).ttft_s.max()
+    # The mean, since a median would jump between loads from host memory and from disk.
+    return _summary(folder).assign(ttft_max_s=longest, scale_out_s=fmean(durations) if durations else 0.0)
+
+
 def _scale_out(folder: Path) -> pd.DataFrame:
     """One row: the first scale-out of a run, and TTFT and finish times of its requests, in seconds."""
     requests = pd.read_parquet(folder / "requests.parquet", columns=["ttft_s", "finished_s"])
@@ -163,6 +177,7 @@ ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "requests": _requests,
     "gpus": _gpus,
     "summary": _summary,
+    "measures": _measures,
     "scale_out": _scale_out,
     "outcome": _outcome,
     "arrivals": _arrivals,

@@ -56,7 +56,7 @@ def names(group: str) -> list[str]:
 
 @contextmanager
 def choosing(group: str, choice: str) -> Iterator[list[str]]:
-    """Yield the overrides that choose from a group: by a name of conf/, or the path of a YAML file composed as if it lay there.
+    """Yield the overrides that choose from a group: by a name of conf/, or the path of a YAML file composed as one of them.
 
     UserError if ``choice`` is neither.
     """

@@ -213,7 +213,8 @@ def _gains(table: pd.DataFrame, system: str) -> pd.DataFrame:
     both = table[table.system == system].merge(ours, on=["model", "nodes"], suffixes=("", "_ours"))
     both["gain"] = both.all_nodes_s / both.all_nodes_s_ours
     both["median"] = both.groupby(["model", "nodes"]).gain.transform("median")
-    return both[both["median"] == both["median"].max()]
+    best: pd.DataFrame = both[both["median"] == both["median"].max()]
+    return best
 
 
 def _gain(system: str) -> Values:

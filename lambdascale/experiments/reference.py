@@ -162,9 +162,10 @@ def _first_sentence(path: Path) -> str:
 def _root_table() -> str:
     """The keys of conf/run.yaml that are no groups."""
     comments, hints = _comments(conf_dir() / "run.yaml"), typing.get_type_hints(RunConfig)
-    defaults = OmegaConf.load(conf_dir() / "run.yaml")
+    defaults = OmegaConf.to_container(OmegaConf.load(conf_dir() / "run.yaml"), resolve=False)
+    assert isinstance(defaults, dict), "run.yaml is a mapping"
     rows = [
-        _row(f.name, hints[f.name], OmegaConf.to_container(defaults, resolve=False).get(f.name), comments.get(f.name, ""))  # type: ignore[union-attr]
+        _row(f.name, hints[f.name], defaults.get(f.name), comments.get(f.name, ""))
         for f in dataclasses.fields(RunConfig)
         if f.name not in _GROUPS
     ]

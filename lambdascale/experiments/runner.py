@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import Backend, Observer, build_system, drive
-from lambdascale.core import Request
+from lambdascale.core import TracedRequest
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.finished import finished_run
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
@@ -21,7 +22,7 @@ from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
-from lambdascale.workload import LoadedTrace
+from lambdascale.workload import LoadedTrace, bounded
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def _execute(
     return summary
 
 
-def drive_experiment(experiment: Experiment, requests: Sequence[Request], seed: int, recorder: Recorder, title: str = "") -> None:
+def drive_experiment(
+    experiment: Experiment, requests: Sequence[TracedRequest], seed: int, recorder: Recorder, title: str = ""
+) -> None:
     """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal."""
     system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
     with ExitStack() as stack:
@@ -118,8 +121,19 @@ def _communicator(experiment: Experiment) -> str | None:
     return None if isinstance(config, SimConfig) else config.communicator(experiment.system, experiment.cluster.nodes)[0]
 
 
-def _backend(experiment: Experiment, requests: Sequence[Request], seed: int, stack: ExitStack) -> Backend:
+def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
+    """Requests with limits that the KV memory of the largest node can hold; say how many answers that cuts."""
+    cluster = experiment.cluster
+    room = {model.name: max(kind.kv_tokens(model) for kind in cluster.kinds) for model in experiment.models}
+    requests, cut = bounded(requests, room)
+    if cut:
+        print(f"{cut} answers are cut to what the KV memory of {cluster.name}'s nodes holds beside the prompt", file=sys.stderr)
+    return requests
+
+
+def _backend(experiment: Experiment, requests: Sequence[TracedRequest], seed: int, stack: ExitStack) -> Backend:
     config, system, cluster, models = experiment.backend, experiment.system, experiment.cluster, experiment.models
+    requests = _bounded(experiment, requests)
     if isinstance(config, SimConfig):
         return config.build(cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed)
     backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed)

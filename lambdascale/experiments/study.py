@@ -27,7 +27,8 @@ _HARMLESS = ("results", "traces", "force", "logger", "hydra")
 class Study:
     """``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
 
-    ``live``: the grids for backend=live, at a scale for one machine. ``rows``: kind of rows a run adds to the table (see
+    ``live``: the grids for backend=live, at a scale for one machine. A grid that sets ``backend`` itself is run unless another
+    backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see
     collect.py); ``fields``: their columns (all, if empty); ``columns``: more columns, name -> key of the run's configuration.
     ``reference``: the system that every other is compared with, run by run, for rows of the kind "pairs" (see pairs.py).
     ``experiments``: other studies to run one after the other, instead of all of these.
@@ -44,11 +45,11 @@ class Study:
 
 def study_of(config: DictConfig, experiment: str) -> Study | None:
     """Study of a configuration, None for an ordinary run; UserError for unknown keys or a contradictory study."""
-    settings = OmegaConf.to_container(config.study) if config.study is not None else None
-    if settings is None:
+    if config.study is None:
         return None
+    settings: Any = OmegaConf.to_container(config.study)
     try:
-        study = Study(**settings)  # type: ignore[arg-type]
+        study = Study(**settings)
     except TypeError as error:
         raise UserError(f"experiment {experiment}: study: {error}") from None
     if bool(study.experiments) == bool(study.grids and study.rows):
@@ -77,16 +78,19 @@ def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
 
     UserError if the study has no grids for the chosen backend.
     """
-    live = chosen(overrides, "backend") == "live"
-    grids = study.live if live else study.grids
+    backend = chosen(overrides, "backend")
+    own = [grid for grid in study.grids if "backend" in grid and backend in (None, grid["backend"])]
+    grids = own + list(study.live if backend == "live" else [grid for grid in study.grids if "backend" not in grid])
     if not grids:
-        raise UserError(f"experiment {chosen(overrides, 'experiment')} has no runs for backend={'live' if live else 'sim'}")
+        raise UserError(f"experiment {chosen(overrides, 'experiment')} has no runs for backend={backend or 'sim'}")
     taken = {override.partition("=")[0].lstrip("+~") for override in overrides}
-    launcher = [] if "hydra/launcher" in taken else ["hydra/launcher=joblib"]
-    # A live cluster needs the machine to itself.
-    launcher = [] if live else launcher
-    left = dict.fromkeys(tuple(f"{key}={_value(value)}" for key, value in grid.items() if key not in taken) for grid in grids)
-    return [[*overrides, *launcher, *settings] for settings in left]
+    lines: dict[tuple[str, ...], None] = {}
+    for grid in grids:
+        # A live cluster needs the machine to itself.
+        alone = grid.get("backend", backend) == "live" or "hydra/launcher" in taken
+        settings = [f"{key}={_value(value)}" for key, value in grid.items() if key.lstrip("+~") not in taken]
+        lines[(*overrides, *([] if alone else ["hydra/launcher=joblib"]), *settings)] = None
+    return [list(line) for line in lines]
 
 
 def _value(value: Any) -> str:

@@ -67,7 +67,7 @@ class Extents:
 
 
 class Arena:
-    """``capacity`` bytes on a device, allocated and touched at once; CapacityError if they are not there.
+    """``capacity`` bytes on a device, allocated and touched at once; CapacityError if the device has less.
 
     In host memory it begins on a page, so that O_DIRECT can read into it, and is registered with CUDA where that is present.
     ``memory``: use this instead of allocating (a transport's: in host memory on a page boundary, on a GPU a uint8 tensor).
@@ -94,7 +94,7 @@ class Arena:
         memory = torch.frombuffer(touched_memory(capacity) if given is None else given, dtype=torch.uint8, count=capacity)
         assert memory.data_ptr() % ALIGNMENT == 0, "an arena begins on a page"
         if torch.cuda.is_available():
-            status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), capacity, 0)  # type: ignore[no-untyped-call]
+            status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), capacity, 0)
             if int(status) != 0:
                 raise CapacityError(f"{capacity} bytes of host memory could not be pinned for CUDA (error {int(status)})")
             self.pinned = True
@@ -107,7 +107,7 @@ class Arena:
     def close(self) -> None:
         """Unregister the memory; views stay valid as long as they are referred to."""
         if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
             self.pinned = False
 
 

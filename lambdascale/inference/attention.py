@@ -167,5 +167,5 @@ class BatchAttention:
         return self._there(torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, float("-inf")))
 
     def _there(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for it (from pageable memory, CUDA has read the source when the call returns)."""
+        """Copy to the device, without waiting (from pageable memory, CUDA has read the source when the call returns)."""
         return tensor.to(self._device, non_blocking=True)

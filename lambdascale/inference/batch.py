@@ -100,19 +100,35 @@ class BatchPlan:
 class Batch:
     """Requests in KV slots of ``slot_tokens`` tokens each; at most one per slot runs. ``vocab`` bounds token ids.
 
+    ``kv_tokens`` bounds the tokens in all slots together; None: nothing but the slots does. Slots are places in memory: the
+    scheduler counts tokens, and a request that it preempts loses its slot.
+
     A batch gives out the slots in ``slots``. Requests absorbed from another batch keep the other's slots until they end.
     """
 
-    def __init__(self, limits: BatchLimits, slots: range, slot_tokens: int, vocab: int) -> None:
+    def __init__(self, limits: BatchLimits, slots: range, slot_tokens: int, vocab: int, kv_tokens: int | None = None) -> None:
         require(len(slots) >= limits.max_batch, f"{len(slots)} KV slots are too few for batches of {limits.max_batch}")
         self.slot_tokens = slot_tokens
         self._vocab = vocab
-        self._scheduler = BatchScheduler(limits, len(slots) * slot_tokens)
+        self._all_slots = len(slots) * slot_tokens
+        self._scheduler = BatchScheduler(limits, self._room(kv_tokens))
         self._tickets: dict[int, Ticket] = {}
         self._works: dict[int, BatchedRequest] = {}
         self._slots: dict[int, int] = {}
         self.slots = slots
         self._free = list(slots)
+
+    def _room(self, kv_tokens: int | None) -> int:
+        return self._all_slots if kv_tokens is None else min(kv_tokens, self._all_slots)
+
+    def limit(self, kv_tokens: int) -> None:
+        """Bound the tokens of KV in all slots together, from the next iteration on."""
+        self._scheduler.kv_tokens = self._room(kv_tokens)
+
+    @property
+    def preemptions(self) -> int:
+        """Number of times a request lost its KV to those that came before it."""
+        return self._scheduler.preemptions
 
     def __len__(self) -> int:
         """Number of requests inside, waiting ones included."""
@@ -151,9 +167,10 @@ class Batch:
             min(ticket.tokens) >= 0 and max(ticket.tokens) < self._vocab,
             f"request {ticket.request_id} has tokens outside 0 to {self._vocab - 1}",
         )
-        if ticket.prompt_tokens + ticket.max_tokens > self.slot_tokens:
-            wanted = ticket.prompt_tokens + ticket.max_tokens
-            raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, a slot has {self.slot_tokens}")
+        wanted, room = ticket.prompt_tokens + ticket.max_tokens, self._scheduler.kv_tokens
+        if wanted > min(self.slot_tokens, room):
+            found = f"a slot has {self.slot_tokens}" if self.slot_tokens <= room else f"the instance has {room}"
+            raise CapacityError(f"request {ticket.request_id} needs {wanted} tokens of KV memory, {found}")
 
     def cached_slot(self, request_id: int) -> int | None:
         """Return the slot with the KV of all of a request's tokens but the newest; None while that KV is not complete."""
@@ -217,10 +234,12 @@ class Batch:
         return self._tickets.pop(request_id)
 
     def next(self) -> BatchPlan | None:
-        """Return the next iteration, None if there is nothing to run."""
+        """Return the next iteration, None without anything to run. Requests preempted for it lose their slots."""
         iteration = self._scheduler.schedule()
         if iteration is None:
             return None
+        for work in iteration.preempted:
+            self._release(work.request_id)
         segments, tokens, getting, wanted = [], [], [], []
         for work, count in iteration.prefills:
             ticket = self._tickets[work.request_id]

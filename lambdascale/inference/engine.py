@@ -19,16 +19,17 @@ Tensor = torch.Tensor
 class Engine:
     """Runs the stages in order, the output of one being the input of the next.
 
-    ``max_batch`` requests run at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own).
+    ``max_batch`` requests run at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own); ``kv_tokens`` bounds their
+    KV altogether, None: the slots do.
     """
 
-    def __init__(self, stages: Sequence[TransformerStage], limits: BatchLimits) -> None:
+    def __init__(self, stages: Sequence[TransformerStage], limits: BatchLimits, kv_tokens: int | None = None) -> None:
         require(bool(stages) and stages[0].is_first and stages[-1].is_last, "an engine's stages must cover the model")
         for one, two in pairwise(stages):
             require(one.blocks[-1].layout.index + 1 == two.blocks[0].layout.index, "an engine's stages must follow one another")
         self.stages = tuple(stages)
         slots, slot_tokens = min(stage.kv.slots for stage in stages), min(stage.kv.slot_tokens for stage in stages)
-        self.batch = Batch(limits, range(slots), slot_tokens, stages[0].architecture.vocab)
+        self.batch = Batch(limits, range(slots), slot_tokens, stages[0].architecture.vocab, kv_tokens)
         self._arrived_kv: dict[int, list[Tensor]] = {}
 
     @property
@@ -67,7 +68,7 @@ class Engine:
         return ticket, kv if with_kv else None
 
     def step(self) -> list[Produced]:
-        """Run one iteration and return the tokens it produced, [] if there was nothing to run."""
+        """Run one iteration and return the tokens it produced, [] if nothing was to run."""
         plan = self.batch.next()
         if plan is None:
             return []

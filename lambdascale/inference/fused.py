@@ -271,7 +271,7 @@ class Compiler:
         return False
 
     def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Until they can be used: for tests and measurements. Raises what made compiling fail."""
+        """Wait until they can be used: for tests and measurements. Raises what made compiling fail."""
         if not self.ready(architecture, dtype, device):
             self._threads[_key(architecture, dtype, device)].join()
             self.ready(architecture, dtype, device)
@@ -279,7 +279,7 @@ class Compiler:
     def _compile(self, key: Any, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         try:
             devices.use(device)
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
                 rehearse(architecture, dtype, device)
                 torch.cuda.current_stream().synchronize()
         except BaseException as error:

@@ -18,7 +18,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, so that masked places never hold a NaN. Host memory is zeroed by the system page by page as it is used: a replica
     starts at once.
 
-    By small pages, where there is a choice: a sequence begins in many places, one for each layer and head, and huge pages zeroed
+    By small pages, if possible: a sequence begins in many places, one for each layer and head, and huge pages zeroed
     for each of them add up to 0.3 s before a slot's first token.
     """
     if device.type != "cpu":

@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 def choose_kernel(processor: str, *, has_mkl: bool) -> Any:
     """oneDNN's operator; None for BLAS: on Intel's processors, or where a build lacks the operator or cannot run it."""
-    if (has_mkl and "GenuineIntel" in processor) or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if (has_mkl and "GenuineIntel" in processor) or not torch.backends.mkldnn.is_available():
         return None
     try:
         operator = torch.ops.mkldnn._linear_pointwise
@@ -37,7 +37,7 @@ def _processor() -> str:
         return platform.processor()
 
 
-_ONEDNN = choose_kernel(_processor(), has_mkl=torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+_ONEDNN = choose_kernel(_processor(), has_mkl=torch.backends.mkl.is_available())
 KERNEL = "oneDNN" if _ONEDNN is not None else "BLAS"
 
 

@@ -135,7 +135,7 @@ class Loader:
         verify: Verify,
     ) -> None:
         self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
-        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
         self._loads: set[Load] = set()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ Direct = Literal["auto", "always", "never"]
 # plain reads keep all cores busy, verified ones reach 85 % of them so, not 65 (tests/benchmarks/test_bench_store.py).
 _HOT_BYTES = 512 << 10
 # Pages asked for, and the share of them that may be missing in a file that counts as cached: what is missing is read through the
-# cache then, a third slower than past it, and what is there many times faster (results/LOG.md).
+# cache then, a third slower than past it, and what is cached many times faster (results/LOG.md).
 _PROBES = 64
 _MOST_MISSING = 0.1
 
@@ -92,7 +92,7 @@ class ChunkReader:
         """Read ``size`` bytes from ``offset`` into ``target``, verified if ``parts`` are given: a future for each chunk.
 
         ``target`` may be longer, by up to a page: whole pages are read. ``after(begin, end)`` runs in the reader's thread as soon
-        as a chunk is there. The futures raise OSError, EOFError and ChecksumError.
+        as a chunk has arrived. The futures raise OSError, EOFError and ChecksumError.
         """
         # Past the page cache the disk is what takes time, and it likes long reads.
         hot = self._chunk_bytes if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else _HOT_BYTES
@@ -128,7 +128,7 @@ def cached(path: Path) -> bool:
 
 
 def _in_memory(descriptor: int, offset: int) -> bool:
-    """True if a byte can be had without waiting for the disk."""
+    """True if a byte can be read without waiting for the disk."""
     try:
         return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
     except BlockingIOError:

@@ -35,7 +35,7 @@ class Replay:
             self._record(pool)
 
     def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The step's output for as many rows as there are ``slots``, in memory of its own."""
+        """The step's output for ``slots`` rows, in memory of its own."""
         count, rows = len(slots), len(self._inputs)
         self._inputs[:count].copy_(inputs, non_blocking=True)
         padding = [0] * (rows - count), [-1] * (rows - count)
@@ -51,7 +51,7 @@ class Replay:
 
     def _record(self, pool: Any) -> None:
         """Run the step once over padding, which makes libraries ready and changes no KV; then record it."""
-        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), _without_collection():

@@ -26,7 +26,7 @@ class Residency:
     uses: dict[Key, int] = field(default_factory=dict)
 
     def take(self, model: PackedModel, key: Key) -> None:
-        """Reserve memory for a block that is to come. CapacityError if there is no room, UserError if it has memory already."""
+        """Reserve memory for a block that is to come. CapacityError without room, UserError if it has memory already."""
         size = model.block_bytes[key[1]]
         require(key not in self.offsets, f"block {key[1]} of {key[0]} is being loaded already")
         offset = self.arena.extents.take(size)

@@ -104,7 +104,7 @@ class TransformerStage:
                     self._replays.take(count, self._step, self._inputs)
 
     def _use_kernels(self) -> None:
-        """Change over to them if they are compiled."""
+        """Use the kernels from now on if they are compiled."""
         if has_triton() and COMPILER.ready(self.architecture, self.dtype, self.device):
             self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
             self._replays = Replays()
@@ -185,7 +185,7 @@ class TransformerStage:
     # -- parts of both -----------------------------------------------------------------------------------------------
 
     def _there(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for it (from pageable memory, CUDA has read the source when the call returns)."""
+        """Copy to the device, without waiting (from pageable memory, CUDA has read the source when the call returns)."""
         return tensor.to(self.device, non_blocking=True)
 
     def _entering(self, inputs: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class BlockStore:
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"
         self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
         # Digests wait for nothing that the GPU computes in its default stream.
-        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None  # type: ignore[no-untyped-call]
+        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
@@ -222,7 +222,7 @@ class BlockStore:
     def expect(self, name: str, blocks: Iterable[int]) -> Reception:
         """Reserve memory for blocks that others will write, where they are not resident. See Reception.
 
-        A block that several receptions expect has one place. CapacityError, and nothing reserved, if there is no room for all;
+        A block that several receptions expect has one place. CapacityError, and nothing reserved, without room for all;
         UserError for blocks that are being loaded.
         """
         return self._receptions.expect(self.model(name), blocks)
@@ -255,7 +255,7 @@ class BlockStore:
             return block_digest(data, part_bytes)
 
     def _lift(self, name: str, block: int) -> None:
-        """Copy a landed block to the device, if it is not there, and wait. CapacityError if the device has no room."""
+        """Copy a landed block to the device, unless it is resident, and wait. CapacityError if the device has no room."""
         if not self.holds(name, block, "gpu"):
             self.load(name, [block], to="gpu").wait()
 
@@ -268,7 +268,7 @@ class BlockStore:
 
         ``keep_host``: blocks read from disk stay in host memory too. Blocks that are resident in the tier land at once.
         ``on_block(model, block)`` is called from the loading thread for each that lands. CapacityError, and nothing begun, if
-        there is no room for all; UserError for unknown blocks, and for blocks another load is bringing.
+        the tier has no room for all; UserError for unknown blocks, and for blocks another load is bringing.
         """
         model, order = self.model(name), list(dict.fromkeys(blocks))
         unknown = [block for block in order if not 0 <= block < len(model.blocks)]

@@ -16,7 +16,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control import SystemConfig
-from lambdascale.core import ClusterSpec, ModelSpec, Request, UserError
+from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
@@ -97,7 +97,7 @@ class LiveConfig:
         return _SERVER_RESTARTS if open_ended else 0
 
     def communicator(self, system: SystemConfig, nodes: int) -> tuple[Kind | None, str]:
-        """Return what the system's broadcasts use, None if it has none; and why not NCCL where one might expect it.
+        """Return the communicator of the system's broadcasts, None without any; and the reason for not using NCCL.
 
         UserError if NCCL is asked for and not possible.
         """
@@ -125,11 +125,17 @@ class LiveConfig:
         return tuple(replace(spec, name=model.name) for model in models)
 
     def build(
-        self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], system: SystemConfig, seed: int
+        self,
+        *,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        requests: Sequence[TracedRequest],
+        system: SystemConfig,
+        seed: int,
     ) -> LiveBackend:
         """Return a started cluster that replays ``requests``; the caller closes it."""
         packed = self.packed(system.blocks)
-        longest = max((r.prompt_tokens + r.output_tokens for r in requests), default=0)
+        longest = max((each.prompt_tokens + each.answer_tokens for each in requests), default=0)
         if longest > self.slot_tokens:
             raise UserError(
                 f"a request has {longest} tokens, a sequence may have {self.slot_tokens}: "
@@ -149,8 +155,8 @@ class LiveConfig:
         cluster: ClusterSpec,
         models: Sequence[tuple[str, PackedModel]],
         system: SystemConfig,
-        trace: Sequence[Request] = (),
-        ticket_of: Callable[[Request], Ticket] | None = None,
+        trace: Sequence[TracedRequest] = (),
+        ticket_of: Callable[[TracedRequest], Ticket] | None = None,
         open_ended: bool = False,
     ) -> LiveBackend:
         """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
@@ -202,10 +208,10 @@ class LiveConfig:
         sizes = sorted((_room(model) for _, model in models), reverse=True)
         at_once = max(1, cluster.node(node).gpus)
         preloaded = system.start.instant
-        # With several models there is room for one more than run: memory comes back in pieces.
+        # With several models, leave room for one more than run: memory comes back in pieces.
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
-        budget = cluster.node(node).host_memory_bytes if system.memory.budget is None else int(system.memory.budget)
-        wanted = (sum(sizes) if system.memory.enabled else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
+        room = system.memory.room_bytes(cluster.node(node).host_memory_bytes)
+        wanted = (sum(sizes) if room else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
         through_host = sizes[0] if self.device != "cpu" else 0
         hardware = cluster.node(node)
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
@@ -219,7 +225,7 @@ class LiveConfig:
             executor=self.executor,
             device=self.device,
             slot_tokens=self.slot_tokens,
-            host_bytes=max(min(wanted, budget + sizes[0]), through_host),
+            host_bytes=max(min(wanted, room + sizes[0]), through_host),
             device_bytes=device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,
@@ -239,17 +245,18 @@ def _room(model: PackedModel) -> int:
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in model.block_bytes)
 
 
-def _no_tickets(request: Request) -> Ticket:
+def _no_tickets(traced: TracedRequest) -> Ticket:
     raise AssertionError("requests of a front end bring their tickets")
 
 
-def trace_tickets(model: PackedModel, seed: int) -> Callable[[Request], Ticket]:
-    """Prompts for a trace's requests: random tokens, the same for the same seed. Answers end with the trace's length."""
+def trace_tickets(model: PackedModel, seed: int) -> Callable[[TracedRequest], Ticket]:
+    """Prompts for a trace's requests: random tokens, the same for the same seed. Answers end where the trace's do."""
     vocab = model.architecture.vocab
 
-    def ticket(request: Request) -> Ticket:
+    def ticket(traced: TracedRequest) -> Ticket:
+        request = traced.request
         rng = np.random.default_rng((seed, _TRACE_STREAM, request.request_id))
         tokens = rng.integers(min(_FIRST_TOKEN, vocab - 1), vocab, size=request.prompt_tokens).tolist()
-        return Ticket(request.request_id, tokens, request.prompt_tokens, request.output_tokens)
+        return Ticket(request.request_id, tokens, request.prompt_tokens, traced.answer_tokens)
 
     return ticket

@@ -25,7 +25,7 @@ class Access(Struct, frozen=True):
 class NodeConfig(Struct, frozen=True):
     """All an agent needs to know; plain values.
 
-    Rates in bytes/s, None: as fast as it goes; ``remote`` None: there is no remote store. ``verify``: see StoreConfig.
+    Rates in bytes/s, None: as fast as it goes; ``remote`` None: no remote store. ``verify``: see StoreConfig.
     ``generation`` is the number of processes that the node has had before this one.
     """
 

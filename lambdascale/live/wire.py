@@ -78,7 +78,7 @@ class Ping(Message, frozen=True, tag=True):
 
 
 class Shutdown(Message, frozen=True, tag=True):
-    """Leave."""
+    """Order to an agent to end."""
 
 
 # -- agent to controller -------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Beat(Message, frozen=True, tag=True):
 
 
 class Fault(Message, frozen=True, tag=True):
-    """An agent cannot go on; ``users`` says that the user can do something about it."""
+    """An agent has to end; ``users``: true if the cause is a user's mistake."""
 
     node: NodeId
     reason: str
@@ -177,7 +177,7 @@ ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resume
 
 
 class Ready(Message, frozen=True, tag=True):
-    """It is a block's turn at a destination of a multicast: write it to ``offset``, or skip it (None): it is there already."""
+    """It is a block's turn at a destination of a multicast: write it to ``offset``, or skip it (None): it is resident already."""
 
     transfer_id: int
     block: int

@@ -54,9 +54,8 @@ class HostMemoryConfig(Protocol):
         """Number of nodes that hold each model from the start."""
         ...
 
-    @property
-    def budget(self) -> int | str | None:
-        """Bytes per node, or text such as 192GiB; None: all of the node's host memory."""
+    def room_bytes(self, host_memory_bytes: int) -> int:
+        """Return the bytes that copies may take on a node with ``host_memory_bytes``; 0 if none are kept."""
         ...
 
     def build(self, host_memory_bytes: Mapping[NodeId, int]) -> HostMemory:

@@ -39,6 +39,12 @@ class HostCacheConfig:
         )
         require(self.initial_copies >= 0, f"memory.initial_copies must not be negative, not {self.initial_copies}")
 
+    def room_bytes(self, host_memory_bytes: int) -> int:
+        """See HostMemoryConfig."""
+        if not self.enabled:
+            return 0
+        return host_memory_bytes if self.budget is None else int(self.budget)
+
     def build(self, host_memory_bytes: Mapping[NodeId, int]) -> HostCaches:
         """Return empty caches for nodes with ``host_memory_bytes`` each; UserError if the budget exceeds a node's."""
         return HostCaches(self, host_memory_bytes)
@@ -52,10 +58,7 @@ class HostCaches:
         if config.budget is not None and int(config.budget) > least:
             raise UserError(f"memory.budget {config.budget} exceeds a node's host memory of {least} bytes")
         self._config = config
-        self._budgets = {
-            node: (size if config.budget is None else int(config.budget)) if config.enabled else 0
-            for node, size in host_memory_bytes.items()
-        }
+        self._budgets = {node: config.room_bytes(size) for node, size in host_memory_bytes.items()}
         self._nodes: dict[NodeId, OrderedDict[str, tuple[int, float]]] = {}
         self._used: dict[NodeId, int] = {}
         self._pins: dict[tuple[NodeId, str], int] = {}

@@ -62,7 +62,7 @@ class Interval:
 
     @property
     def known(self) -> bool:
-        """True if there is an interval."""
+        """True if the interval is known."""
         return not math.isnan(self.low)
 
 

@@ -39,6 +39,13 @@ def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
     }
 
 
+def scale_out_durations(events: pd.DataFrame) -> list[float]:
+    """Seconds from the start of each multicast or load until its last block has arrived; "instant" loads are excluded."""
+    starts = events[events.kind.isin(["StartMulticast", "LoadBlocks"]) & ~events.detail.str.contains('"instant"', na=False)]
+    ends = events[events.kind == "BlockArrived"].groupby("transfer_id").at_s.max()
+    return [float(ends[t] - at) for t, at in zip(starts.transfer_id, starts.at_s, strict=True) if t in ends.index]
+
+
 def loads_by_tier(events: pd.DataFrame) -> dict[str, int]:
     """Number of nodes that loaded from their own host memory, loaded from their SSD, or received a multicast."""
     loads = [json.loads(detail)["tier"] for detail in events.detail[events.kind == "LoadBlocks"]]

@@ -84,7 +84,7 @@ class _Life:
             system,
             r.arrival_s,
             r.prompt_tokens,
-            self.tokens if end is not None else r.output_tokens,
+            self.tokens if end is not None else None,
             self.dispatches[0] if self.dispatches else None,
             first,
             end,
@@ -119,7 +119,7 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
 def requests_table(recorder: Recorder, system: str) -> pa.Table:
     """One row per request that arrived, ordered by id; times in seconds of the run.
 
-    ``output_tokens`` counts the tokens produced (the trace's number, for a request that did not finish). ``restarts`` counts
+    ``output_tokens`` counts the tokens of the answer, null for a request that did not finish. ``restarts`` counts
     dispatches after the first; a mode switch does not count. ``status`` is ok, failed, or lost for a request that was neither
     answered nor refused, for which :func:`lambdascale.metrics.summarise` raises an error.
     """

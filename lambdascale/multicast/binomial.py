@@ -48,7 +48,7 @@ class BinomialPipeline:
 
 
 def check_counts(sources: int, destinations: int, blocks: int) -> None:
-    """Raise PlanError unless there is at least one source and one block, and no negative number of destinations."""
+    """Raise PlanError for fewer than one source or block, or a negative number of destinations."""
     for what, count, least in (("sources", sources, 1), ("destinations", destinations, 0), ("blocks", blocks, 1)):
         if count < least:
             raise PlanError(f"a multicast needs at least {least} {what}, not {count}")
@@ -62,13 +62,13 @@ def _plan(sources: int, destinations: int, blocks: int, order: Order, chunks: Ch
     for group, injected in zip(groups, orders, strict=True):
         schedule = _schedule(len(group), blocks)
         rounds += [[] for _ in range(len(schedule) - len(rounds))]
-        for transfers, moves in zip(rounds, schedule, strict=False):
-            transfers += [Send(group[src], group[dst], injected[position]) for src, dst, position in moves]
+        for sends, moves in zip(rounds, schedule, strict=False):
+            sends += [Send(group[src], group[dst], injected[position]) for src, dst, position in moves]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),
         blocks=blocks,
-        rounds=tuple(tuple(transfers) for transfers in rounds),
+        rounds=tuple(tuple(sends) for sends in rounds),
         groups=groups,
         orders=orders,
     )

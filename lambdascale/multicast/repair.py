@@ -25,12 +25,12 @@ def plan_from_holdings(holdings: Mapping[NodeId, Collection[int]], destinations:
         raise PlanError(f"no survivor holds block {lost[0]}")
     sent: Counter[NodeId] = Counter()
     rounds: list[tuple[Send, ...]] = []
-    while transfers := _greedy_round(held, destinations, blocks, copies, sent):
-        for t in transfers:
-            held[t.dst].add(t.block)
-            copies[t.block] += 1
-            sent[t.src] += 1
-        rounds.append(transfers)
+    while sends := _greedy_round(held, destinations, blocks, copies, sent):
+        for send in sends:
+            held[send.dst].add(send.block)
+            copies[send.block] += 1
+            sent[send.src] += 1
+        rounds.append(sends)
     sources = tuple(node for node in sorted(held) if node not in destinations and sent[node])
     members = sources + destinations
     return MulticastPlan(members=members, sources=sources, blocks=blocks, rounds=tuple(rounds), groups=(members,))
@@ -44,13 +44,13 @@ def _greedy_round(
     sent: Mapping[NodeId, int],
 ) -> tuple[Send, ...]:
     idle = set(held)
-    transfers = []
+    sends = []
     for receiver in sorted(destinations, key=lambda node: (len(held[node]), node)):
         for block in sorted(set(range(blocks)) - held[receiver], key=lambda b: (copies[b], b)):
             holders = [node for node in idle if node != receiver and block in held[node]]
             if holders:
                 sender = min(holders, key=lambda node: (sent[node], node))
                 idle.discard(sender)
-                transfers.append(Send(sender, receiver, block))
+                sends.append(Send(sender, receiver, block))
                 break
-    return tuple(transfers)
+    return tuple(sends)

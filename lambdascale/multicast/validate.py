@@ -13,9 +13,9 @@ Holdings = Mapping[NodeId, Collection[int]]
 def arrival_rounds(plan: MulticastPlan) -> dict[NodeId, dict[int, int]]:
     """Return for every receiving node: block -> the round (from 1) in which it arrives. The plan is not validated."""
     arrivals: dict[NodeId, dict[int, int]] = {node: {} for node in plan.destinations}
-    for number, transfers in enumerate(plan.rounds, start=1):
-        for t in transfers:
-            arrivals.setdefault(t.dst, {})[t.block] = number
+    for number, sends in enumerate(plan.rounds, start=1):
+        for send in sends:
+            arrivals.setdefault(send.dst, {})[send.block] = number
     return arrivals
 
 
@@ -39,14 +39,14 @@ def validate_plan(plan: MulticastPlan, *, holdings: Holdings | None = None) -> N
     if holdings is None:
         holdings = dict.fromkeys(plan.sources, everything)
     held = {node: set(holdings.get(node, ())) for node in plan.members}
-    for number, transfers in enumerate(plan.rounds, start=1):
-        for t in transfers:
-            _check_send(number, t, held, plan.blocks)
-        _check_ports(number, transfers, {node for in_round, node in declared if in_round == number})
-        for t in transfers:
-            if t.block in held[t.dst]:
-                raise PlanError(f"round {number}: node {t.dst} gets block {t.block} again")
-            held[t.dst].add(t.block)
+    for number, sends in enumerate(plan.rounds, start=1):
+        for send in sends:
+            _check_send(number, send, held, plan.blocks)
+        _check_ports(number, sends, {node for in_round, node in declared if in_round == number})
+        for send in sends:
+            if send.block in held[send.dst]:
+                raise PlanError(f"round {number}: node {send.dst} gets block {send.block} again")
+            held[send.dst].add(send.block)
     for node in plan.destinations:
         lacking = set(everything) - held[node]
         if lacking:
@@ -65,21 +65,21 @@ def _check_shape(plan: MulticastPlan) -> None:
             raise PlanError(f"round {number}: the double receive of node {node} is declared outside the plan")
 
 
-def _check_ports(number: int, transfers: Collection[Send], declared: Collection[NodeId]) -> None:
-    for node, sends in Counter(t.src for t in transfers).items():
-        if sends > 1:
-            raise PlanError(f"round {number}: node {node} sends {sends} blocks at once")
-    receives = Counter(t.dst for t in transfers)
+def _check_ports(number: int, sends: Collection[Send], declared: Collection[NodeId]) -> None:
+    for node, count in Counter(send.src for send in sends).items():
+        if count > 1:
+            raise PlanError(f"round {number}: node {node} sends {count} blocks at once")
+    receives = Counter(send.dst for send in sends)
     for node in sorted({*receives, *declared}):
         received, declares = receives[node], 2 if node in declared else 1
         if received > declares or (node in declared and received < declares):
             raise PlanError(f"round {number}: node {node} receives {received} blocks at once, the plan declares {declares}")
 
 
-def _check_send(number: int, t: Send, held: Mapping[NodeId, set[int]], blocks: int) -> None:
-    if t.src not in held or t.dst not in held or t.src == t.dst:
-        raise PlanError(f"round {number}: a send from {t.src} to {t.dst} is not between two members")
-    if not 0 <= t.block < blocks:
-        raise PlanError(f"round {number}: there is no block {t.block} of {blocks}")
-    if t.block not in held[t.src]:
-        raise PlanError(f"round {number}: node {t.src} sends block {t.block}, which it does not hold yet")
+def _check_send(number: int, send: Send, held: Mapping[NodeId, set[int]], blocks: int) -> None:
+    if send.src not in held or send.dst not in held or send.src == send.dst:
+        raise PlanError(f"round {number}: a send from {send.src} to {send.dst} is not between two members")
+    if not 0 <= send.block < blocks:
+        raise PlanError(f"round {number}: block {send.block} does not exist: the model has {blocks}")
+    if send.block not in held[send.src]:
+        raise PlanError(f"round {number}: node {send.src} sends block {send.block}, which it does not hold yet")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, NodeSpec, Request
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, NodeSpec, TracedRequest
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import (
     AllocateNode,
@@ -45,7 +45,7 @@ from lambdascale.sim.transfers import TransferEngine
 class SimConfig:
     """The simulated cluster. ``transfers``: how data moves. ``node_failures``: (node, time in seconds) pairs.
 
-    ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, and nobody is told.
+    ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, unknown to the control plane.
     """
 
     transfers: TransferOptions = field(default_factory=TransferOptions)
@@ -68,7 +68,13 @@ class SimConfig:
         return "sim"
 
     def build(
-        self, *, cluster: ClusterSpec, models: Sequence[ModelSpec], requests: Sequence[Request], batching: BatchLimits, seed: int
+        self,
+        *,
+        cluster: ClusterSpec,
+        models: Sequence[ModelSpec],
+        requests: Sequence[TracedRequest],
+        batching: BatchLimits,
+        seed: int,
     ) -> SimBackend:
         """Return the backend of one run."""
         for name in ("node_failures", "slow_nodes"):
@@ -86,7 +92,7 @@ class SimBackend:
         config: SimConfig,
         cluster: ClusterSpec,
         models: Sequence[ModelSpec],
-        requests: Sequence[Request],
+        requests: Sequence[TracedRequest],
         batching: BatchLimits,
         seed: int,
     ) -> None:
@@ -99,8 +105,10 @@ class SimBackend:
         slowdown = cluster.compute.shared_slowdown
         self._cores = SharedCores(slowdown) if slowdown else None
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
-        self._requests = requests
-        self._next_request = 0
+        # Where answers end: known here and nowhere in the control plane.
+        self._answer_tokens = {each.request.request_id: each.answer_tokens for each in requests}
+        self._requests = (each.request for each in requests)
+        self._arriving = next(self._requests, None)
         self._instances: dict[int, SimInstance] = {}
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
@@ -141,18 +149,14 @@ class SimBackend:
 
     def next_event(self) -> Event | None:
         """Return the next event; requests arrive before anything else that happens at the same time."""
-        events = self._events
-        if events:
+        events, arriving = self._events, self._arriving
+        if events or self.kernel.advance(inf if arriving is None else arriving.arrival_s, events):
             return events.popleft()
-        if self._next_request < len(self._requests):
-            request = self._requests[self._next_request]
-            if not self.kernel.advance(request.arrival_s, events):
-                self._next_request += 1
-                self.kernel.now = request.arrival_s
-                return RequestArrived(request.arrival_s, request)
-        elif not self.kernel.advance(inf, events):
+        if arriving is None:
             return None
-        return events.popleft()
+        self._arriving = next(self._requests, None)
+        self.kernel.now = at = arriving.arrival_s
+        return RequestArrived(at, arriving)
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -182,7 +186,7 @@ class SimBackend:
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
-            kv_tokens=min(self._cluster.node(stage.node).kv_tokens(model) for stage in command.stages),
+            kv_tokens=command.kv_tokens,
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,
@@ -203,12 +207,17 @@ class SimBackend:
     def _dispatch(self, command: Dispatch) -> None:
         # An instance may be lost before the control plane has seen the event; it restarts the requests when it does.
         if command.instance in self._instances:
-            self._instances[command.instance].dispatch(command.requests)
+            # A request that is not of the workload's is answered up to its limit.
+            ends = self._answer_tokens
+            works = [
+                BatchedRequest(r.request_id, r.prompt_tokens, ends.get(r.request_id, r.max_tokens)) for r in command.requests
+            ]
+            self._instances[command.instance].take(works)
 
     def _repartition(self, command: Repartition) -> None:
         instance = self._instances.get(command.instance)
         if instance is not None and self._lost.isdisjoint(stage.node for stage in command.stages):
-            instance.repartition(command.stages, command.kv)
+            instance.repartition(command.stages, command.kv, command.kv_tokens)
 
     def _stop_instance(self, command: StopInstance) -> None:
         instance = self._instances.pop(command.instance, None)
@@ -229,7 +238,7 @@ class SimBackend:
     def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
         if target in self._instances:
             moved = BatchedRequest(work.request_id, work.prompt_tokens, work.output_tokens, work.produced, cached)
-            self._instances[target].resume([moved])
+            self._instances[target].take([moved])
 
     def _copy_kv(self, pipeline: SimInstance, work: BatchedRequest, target: int) -> None:
         """Fetch the KV of the layers the target never ran from the stages that did; go on when all of it has arrived."""

@@ -7,15 +7,7 @@ from math import inf
 
 from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.links import Flow, LinkNetwork, Port
-
-
-class FlowGroup:
-    """The flows a command has under way, each with the nodes it depends on."""
-
-    def __init__(self) -> None:
-        self.flows: dict[Flow, Collection[NodeId]] = {}
-        self.cancelled = False
+from lambdascale.sim.links import FlowGroup, LinkNetwork, Port
 
 
 class Fabric:
@@ -60,16 +52,12 @@ class Fabric:
         size_bytes: float,
         on_done: Callable[[], None],
         cap: float = inf,
+        weights: tuple[float, ...] | None = None,
     ) -> None:
         """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
-        if group.cancelled or not self.alive(nodes):
+        if group.cancelled or (self._lost and not self.alive(nodes)):
             return
-
-        def done() -> None:
-            del group.flows[flow]
-            on_done()
-
-        flow = self.links.start(ports, size_bytes, done, cap)
+        flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
         group.flows[flow] = nodes
 
     def cancel(self, group: FlowGroup) -> None:

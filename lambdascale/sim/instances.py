@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
-from lambdascale.core import NodeId, Request, Stage
+from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
 from lambdascale.core.events import Mode, RequestFinished, TokensProduced
 from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.port import ComputePort
 
+_NO_ITERATION = Iteration([], 0, 0, 1)
 Emit = Callable[[TokensProduced | RequestFinished], None]
 # Bytes of KV from one node to another, and what to call once they have arrived.
 CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
@@ -42,41 +43,103 @@ class Surroundings:
 class _Layout:
     """Stages with what an iteration needs at each of them: the node's port and compute model, and the stage's share."""
 
-    __slots__ = ("mode", "nodes", "ports", "shares", "stages", "timings")
+    __slots__ = ("mode", "nodes", "ports", "shares", "single", "stages", "timings")
 
     def __init__(self, stages: tuple[Stage, ...], around: Surroundings) -> None:
         total = sum(around.block_bytes)
         self.stages = stages
+        self.single = len(stages) == 1
         self.nodes = tuple(dict.fromkeys(stage.node for stage in stages))
         self.ports = [around.port(stage.node) for stage in stages]
         self.timings = [around.timing(stage.node) for stage in stages]
         self.shares = [sum(around.block_bytes[stage.first_block : stage.last_block + 1]) / total for stage in stages]
-        self.mode: Mode = "pipeline" if len(stages) > 1 else "local"
-
-    def iteration_s(self, iteration: Iteration, position: int) -> float:
-        """Return the time of one iteration at a stage."""
-        return self.timings[position].iteration_s(iteration, self.shares[position])
+        self.mode: Mode = "local" if self.single else "pipeline"
 
 
 class _Batch:
-    """A batch in flight. ``under_way``: the layout its iteration runs on, None between iterations. ``on``: the one with its KV.
+    """A batch in flight, and what occupies a port while one of its iterations is at a stage (see Run).
 
-    ``blocked``: KV is moving, from ``sources``.
+    ``under_way``: the layout its iteration runs on, None between iterations. ``on``: the one with its KV. ``blocked``: KV is
+    moving, from ``sources``. ``iteration`` is at stage ``position``; a decode batch of a replica runs it ``steps`` times.
     """
 
-    __slots__ = ("blocked", "on", "scheduler", "sources", "under_way")
+    __slots__ = (
+        "_began_s",
+        "_instance",
+        "_pace",
+        "blocked",
+        "iteration",
+        "on",
+        "position",
+        "scheduler",
+        "sources",
+        "steps",
+        "under_way",
+    )
 
-    def __init__(self, scheduler: BatchScheduler, on: _Layout) -> None:
+    def __init__(self, instance: SimInstance, scheduler: BatchScheduler, on: _Layout) -> None:
         self.scheduler = scheduler
         self.on = on
         self.under_way: _Layout | None = None
         self.blocked = False
         self.sources: frozenset[NodeId] = frozenset()
+        self.iteration = _NO_ITERATION
+        self.position = 0
+        self.steps = 1
+        self._instance = instance
+        self._began_s = 0.0
+        self._pace = 1.0
 
     @property
     def is_due(self) -> bool:
         """True if the next iteration could begin."""
         return self.under_way is None and not self.blocked and bool(self.scheduler.waiting or self.scheduler.running)
+
+    def _timing(self) -> ComputeModel:
+        assert self.under_way is not None, "an iteration is under way"
+        return self.under_way.timings[self.position]
+
+    def begin(self, pace: float) -> float:
+        """See Run."""
+        layout, iteration = self.under_way, self.iteration
+        assert layout is not None, "an iteration is under way"
+        self._began_s, self._pace = self._instance.kernel.now, pace
+        position = self.position
+        timing = layout.timings[position]
+        if layout.single and not iteration.prefills:
+            return pace * timing.decode_run_s(iteration.decodes, iteration.context_tokens, self.steps)
+        return pace * timing.iteration_s(iteration, layout.shares[position])
+
+    def cut(self) -> float | None:
+        """See Run."""
+        if self.steps <= 1:
+            return None
+        steps = self._steps_by_now()
+        if steps >= self.steps:
+            return None
+        self.steps = steps
+        return self._pace * self._timing().decode_run_s(self.iteration.decodes, self.iteration.context_tokens, steps)
+
+    def _steps_by_now(self) -> int:
+        elapsed, iteration = (self._instance.kernel.now - self._began_s) / self._pace, self.iteration
+        return min(self._timing().decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self.steps)
+
+    def end(self) -> None:
+        """See Run."""
+        assert self.under_way is not None, "an iteration is under way"
+        if self.under_way.single:
+            self._instance.complete(self)
+        else:
+            self._instance.hop(self)
+
+    def lose(self) -> None:
+        """Keep the iterations of a drained run that are over; the one under way is lost."""
+        assert self.under_way is not None, "an iteration is under way"
+        if not self.under_way.single or self.iteration.prefills:
+            return
+        done = self._steps_by_now() - 1
+        if done:
+            self._instance.keep(self, done)
 
 
 class SimInstance:
@@ -84,10 +147,11 @@ class SimInstance:
 
     def __init__(self, instance_id: int, stages: tuple[Stage, ...], around: Surroundings) -> None:
         self.instance_id = instance_id
+        self.kernel = around.kernel
         self._around = around
-        self._kernel = around.kernel
         self._stopped = False
         self._kv: KvPolicy = "copy"
+        self._kv_tokens = around.kv_tokens
         self._layout = _Layout(stages, around)
         self._batches = [self._new_batch() for _ in self.nodes]
 
@@ -102,16 +166,12 @@ class SimInstance:
         return [(stage.node, share) for stage, share in zip(self._layout.stages, self._layout.shares, strict=True)]
 
     def _new_batch(self) -> _Batch:
-        return _Batch(BatchScheduler(self._around.limits, self._around.kv_tokens), self._layout)
+        return _Batch(self, BatchScheduler(self._around.limits, self._kv_tokens), self._layout)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def dispatch(self, requests: Iterable[Request]) -> None:
-        """Take requests from the router."""
-        self.resume([BatchedRequest(r.request_id, r.prompt_tokens, r.output_tokens) for r in requests])
-
-    def resume(self, works: Iterable[BatchedRequest]) -> None:
-        """Take requests that may have produced tokens elsewhere, each into the batch that has the fewest."""
+    def take(self, works: Iterable[BatchedRequest]) -> None:
+        """Take requests, some of which may have produced tokens elsewhere, each into the batch that has the fewest."""
         batches = self._batches
         for work in works:
             batch = batches[0] if len(batches) == 1 else min(batches, key=lambda batch: len(batch.scheduler))
@@ -124,7 +184,7 @@ class SimInstance:
         if self._stopped:
             return
         for batch in self._batches:
-            if batch.is_due:
+            if batch.under_way is None and batch.is_due:
                 self._layout.ports[0].want(self)
                 return
 
@@ -146,7 +206,7 @@ class SimInstance:
 
     # -- iterations --------------------------------------------------------------------------------------------------
 
-    def next_run(self, *, alone: bool) -> _HeadRun | None:
+    def next_run(self, *, alone: bool) -> _Batch | None:
         """See Owner: the first stage of the next iteration of a batch that is between two iterations."""
         layout, batches = self._layout, self._batches
         for batch in batches:
@@ -156,57 +216,60 @@ class SimInstance:
             if iteration is None:
                 continue
             batch.under_way = layout
+            batch.iteration = iteration
+            batch.position = 0
+            batch.steps = 1
             if len(batches) > 1:
                 self._look_for_work()
-            steps = iteration.max_steps if alone and len(layout.stages) == 1 and len(batches) == 1 else 1
-            return _HeadRun(self, batch, layout, iteration, steps)
+            elif alone and layout.single:
+                batch.steps = iteration.max_steps
+            return batch
         return None
 
-    def hop(self, batch: _Batch, iteration: Iteration, position: int) -> None:
+    def hop(self, batch: _Batch) -> None:
         """Hand an iteration to its next stage, or its tokens back to the first, after the hop's latency."""
-        self._kernel.at(self._kernel.now + self._around.hop_s, self._arrive, (batch, iteration, position))
+        batch.position += 1
+        self.kernel.at(self.kernel.now + self._around.hop_s, self._arrive, batch)
 
-    def _arrive(self, entry: tuple[_Batch, Iteration, int]) -> None:
-        batch, iteration, position = entry
+    def _arrive(self, batch: _Batch) -> None:
         layout = batch.under_way
         if self._stopped or layout is None:
             return
-        if position < len(layout.stages):
-            layout.ports[position].add_pass(self, _PassRun(self, batch, layout, iteration, position))
+        if batch.position < len(layout.ports):
+            layout.ports[batch.position].add_pass(self, batch)
         else:
-            self.complete(batch, iteration, 1)
+            self.complete(batch)
 
-    def complete(self, batch: _Batch, iteration: Iteration, steps: int) -> None:
-        """Take note that an iteration ran ``steps`` times, and look for the next one."""
-        self.note(batch, iteration, steps)
+    def complete(self, batch: _Batch) -> None:
+        """Take note that a batch's iteration is over, and look for the next one."""
+        first, finished = batch.scheduler.complete(batch.iteration, batch.steps)
+        if first or finished:
+            self._report(batch, first, finished)
         batch.under_way = None
         if batch.on is not self._layout:
             self._move(batch)
         self._layout.ports[0].resume(self)
 
-    def note(self, batch: _Batch, iteration: Iteration, steps: int) -> None:
-        """Report first tokens and finished requests of an iteration that ran ``steps`` times."""
-        first, finished = batch.scheduler.complete(iteration, steps)
-        if not first and not finished:
-            return
+    def keep(self, batch: _Batch, steps: int) -> None:
+        """Take note of the ``steps`` iterations that a lost run has behind it."""
+        self._report(batch, *batch.scheduler.complete(batch.iteration, steps))
+
+    def _report(self, batch: _Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
         assert batch.under_way is not None, "the iteration was under way"
-        now, emit, mode = self._kernel.now, self._around.emit, batch.under_way.mode
+        now, emit, mode = self.kernel.now, self._around.emit, batch.under_way.mode
         for work in first:
             emit(TokensProduced(now, self.instance_id, work.request_id, 1, mode))
         for work in finished:
             emit(RequestFinished(now, self.instance_id, work.request_id, work.produced))
 
-    @property
-    def now(self) -> float:
-        """Seconds of the run."""
-        return self._kernel.now
-
     # -- moved boundaries --------------------------------------------------------------------------------------------
 
-    def repartition(self, stages: tuple[Stage, ...], kv: KvPolicy) -> None:
+    def repartition(self, stages: tuple[Stage, ...], kv: KvPolicy, kv_tokens: int) -> None:
         """Serve by ``stages`` from the next iterations on. A batch goes on once the KV of its requests has followed."""
         self._layout.ports[0].cut()
-        self._layout, self._kv = _Layout(stages, self._around), kv
+        self._layout, self._kv, self._kv_tokens = _Layout(stages, self._around), kv, kv_tokens
+        for batch in self._batches:
+            batch.scheduler.kv_tokens = kv_tokens
         while len(self._batches) < len(self.nodes):
             self._batches.append(self._new_batch())
         for batch in list(self._batches):
@@ -253,7 +316,7 @@ class SimInstance:
             self._batches.remove(batch)
             with_kv = set(batch.scheduler.decoding)
             works = batch.scheduler.drain()
-            self.resume([_again(work, cached=work.cached or work.request_id in with_kv) for work in works])
+            self.take([_again(work, cached=work.cached or work.request_id in with_kv) for work in works])
 
 
 def _again(work: BatchedRequest, *, cached: bool) -> BatchedRequest:
@@ -269,87 +332,3 @@ def _moves(before: Sequence[Stage], after: Sequence[Stage]) -> list[tuple[NodeId
             if first <= last and old.node != new.node:
                 found.append((old.node, new.node, first, last))
     return found
-
-
-class _HeadRun:
-    """The first stage of an iteration; of a replica, as many iterations of an unchanged decode batch as nothing cuts short."""
-
-    __slots__ = ("_batch", "_began_s", "_instance", "_iteration", "_layout", "_pace", "_steps")
-
-    def __init__(self, instance: SimInstance, batch: _Batch, layout: _Layout, iteration: Iteration, steps: int) -> None:
-        self._instance = instance
-        self._batch = batch
-        self._layout = layout
-        self._iteration = iteration
-        self._steps = steps
-        self._began_s = instance.now
-        self._pace = 1.0
-
-    @property
-    def _is_decode_run(self) -> bool:
-        return not self._iteration.prefills and len(self._layout.stages) == 1
-
-    def begin(self, pace: float) -> float:
-        """See Run."""
-        self._pace = pace
-        iteration, layout = self._iteration, self._layout
-        if iteration.prefills or len(layout.stages) > 1:
-            return pace * layout.timings[0].iteration_s(iteration, layout.shares[0])
-        return pace * layout.timings[0].decode_run_s(iteration.decodes, iteration.context_tokens, self._steps)
-
-    def _decode_s(self, steps: int) -> float:
-        return self._layout.timings[0].decode_run_s(self._iteration.decodes, self._iteration.context_tokens, steps)
-
-    def cut(self) -> float | None:
-        """See Run."""
-        if self._steps <= 1:
-            return None
-        steps = self._steps_by_now()
-        if steps >= self._steps:
-            return None
-        self._steps = steps
-        return self._pace * self._decode_s(steps)
-
-    def _steps_by_now(self) -> int:
-        elapsed, iteration = (self._instance.now - self._began_s) / self._pace, self._iteration
-        return min(self._layout.timings[0].decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self._steps)
-
-    def end(self) -> None:
-        """See Run."""
-        if len(self._layout.stages) == 1:
-            self._instance.complete(self._batch, self._iteration, self._steps)
-        else:
-            self._instance.hop(self._batch, self._iteration, 1)
-
-    def lose(self) -> None:
-        """Keep the iterations of a drained run that are over; the one under way is lost."""
-        done = self._steps_by_now() - 1 if self._is_decode_run else 0
-        if done:
-            self._instance.note(self._batch, self._iteration, done)
-
-
-class _PassRun:
-    """A later stage of an iteration under way."""
-
-    __slots__ = ("_batch", "_instance", "_iteration", "_layout", "_position")
-
-    def __init__(self, instance: SimInstance, batch: _Batch, layout: _Layout, iteration: Iteration, position: int) -> None:
-        self._instance = instance
-        self._batch = batch
-        self._layout = layout
-        self._iteration = iteration
-        self._position = position
-
-    def begin(self, pace: float) -> float:
-        """See Run."""
-        return pace * self._layout.iteration_s(self._iteration, self._position)
-
-    def cut(self) -> None:
-        """See Run: one iteration cannot be cut."""
-
-    def end(self) -> None:
-        """See Run."""
-        self._instance.hop(self._batch, self._iteration, self._position + 1)
-
-    def lose(self) -> None:
-        """See Run: its token is redone."""

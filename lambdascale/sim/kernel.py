@@ -28,7 +28,7 @@ class Kernel:
         heappush(self._heap, (when, priority, self._sequence, action, argument))
 
     def next_time(self) -> float | None:
-        """Return the time of the next action; None if there is none."""
+        """Return the time of the next action, or None."""
         return self._heap[0][0] if self._heap else None
 
     def advance(self, before: float, queue: Sized) -> bool:
@@ -42,7 +42,7 @@ class Kernel:
         return False
 
     def step(self) -> bool:
-        """Advance to the next action and run it; False if there was none."""
+        """Advance to the next action and run it; False without one."""
         if not self._heap:
             return False
         self.now, _, _, action, argument = heappop(self._heap)

@@ -1,17 +1,20 @@
 """Links as fluid flows: max-min fair shares of port rates (progressive filling, Bertsekas and Gallager, Data Networks, 6.5.2).
 
 A flow crosses one or more ports at one rate: the sender's and the receiver's side of their NICs, PCIe, SSD, or all the hops of a
-streaming broadcast. When flows come or go, only those that share ports with them, directly or through others, are
+streaming broadcast. Where bytes on one port are worth more or less than on another (line rate and goodput), the flow has weights.
+When flows come or go, only those that share ports with them, directly or through others, are
 re-shared; a flow that has its ports for itself costs one kernel entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from itertools import repeat
 from math import inf
 
 from msgspec import Struct
 
+from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
 
@@ -27,12 +30,35 @@ class Port:
         self.flows: dict[int, Flow] = {}
 
 
+class FlowGroup:
+    """The flows a command has under way, each with the nodes it depends on."""
+
+    def __init__(self) -> None:
+        self.flows: dict[Flow, Collection[NodeId]] = {}
+        self.cancelled = False
+
+
 class Flow:
-    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``."""
+    """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``.
 
-    __slots__ = ("cap", "flow_id", "on_done", "ports", "rate", "remaining", "settled_s", "version")
+    Of its i-th port it takes ``weights[i]`` times its rate; None: its rate of each. ``group``: the group, if any, that holds the
+    flow until it has completed.
+    """
 
-    def __init__(self, flow_id: int, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float) -> None:
+    __slots__ = ("cap", "flow_id", "group", "on_done", "ports", "rate", "remaining", "settled_s", "version", "weights")
+
+    def __init__(
+        self,
+        flow_id: int,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float,
+        group: FlowGroup | None,
+        weights: tuple[float, ...] | None,
+    ) -> None:
+        self.group = group
+        self.weights = weights
         self.flow_id = flow_id
         self.ports = ports
         self.remaining = size_bytes
@@ -44,7 +70,7 @@ class Flow:
 
 
 class Grant(Struct, frozen=True, gc=False):
-    """A flow had ``rate`` bytes/s of every port in ``ports`` from ``begin_s`` to ``end_s``."""
+    """A flow went at ``rate`` bytes/s from ``begin_s`` to ``end_s``, and had ``weights[i]`` times that of ``ports[i]``."""
 
     flow_id: int
     ports: tuple[str, ...]
@@ -52,6 +78,7 @@ class Grant(Struct, frozen=True, gc=False):
     end_s: float
     rate: float
     cap: float
+    weights: tuple[float, ...]
 
 
 class LinkNetwork:
@@ -62,22 +89,39 @@ class LinkNetwork:
         self._next_id = 0
         self.grants: list[Grant] | None = [] if record_grants else None
 
-    def start(self, ports: tuple[Port, ...], size_bytes: float, on_done: Callable[[], None], cap: float = inf) -> Flow:
-        """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through."""
+    def start(
+        self,
+        ports: tuple[Port, ...],
+        size_bytes: float,
+        on_done: Callable[[], None],
+        cap: float = inf,
+        group: FlowGroup | None = None,
+        weights: tuple[float, ...] | None = None,
+    ) -> Flow:
+        """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through.
+
+        ``group``, ``weights``: see Flow.
+        """
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
-        self._next_id += 1
-        flow = Flow(self._next_id, ports, size_bytes, on_done, cap)
+        self._next_id = flow_id = self._next_id + 1
+        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights)
         flow.settled_s = self._kernel.now
         alone = True
+        rate = cap
         for port in ports:
-            alone = alone and not port.flows
-            port.flows[flow.flow_id] = flow
+            if port.flows:
+                alone = False
+            if port.bytes_per_s < rate:
+                rate = port.bytes_per_s
+            port.flows[flow_id] = flow
         if alone:
-            self._grant(flow, min(cap, *(port.bytes_per_s for port in ports)))
+            if weights is not None:
+                rate = min(cap, *(port.bytes_per_s / weight for port, weight in zip(ports, weights, strict=True)))
+            self._grant(flow, rate)
         else:
-            self._share(flow.ports)
+            self._share(ports)
         return flow
 
     def cancel(self, flow: Flow) -> None:
@@ -86,12 +130,14 @@ class LinkNetwork:
             self._leave(flow)
 
     def _leave(self, flow: Flow) -> None:
-        self._settle(flow)
+        if self.grants is not None:
+            self._settle(flow)
         flow.version += 1
         crowded = False
         for port in flow.ports:
             del port.flows[flow.flow_id]
-            crowded = crowded or bool(port.flows)
+            if port.flows:
+                crowded = True
         if crowded:
             self._share(flow.ports)
 
@@ -99,6 +145,8 @@ class LinkNetwork:
         flow, version = entry
         if flow.version == version:
             self._leave(flow)
+            if flow.group is not None:
+                del flow.group.flows[flow]
             flow.on_done()
 
     def _settle(self, flow: Flow) -> None:
@@ -106,14 +154,16 @@ class LinkNetwork:
         if now > flow.settled_s:
             if self.grants is not None and flow.rate > 0:
                 names = tuple(port.name for port in flow.ports)
-                self.grants.append(Grant(flow.flow_id, names, flow.settled_s, now, flow.rate, flow.cap))
+                weights = flow.weights or (1.0,) * len(names)
+                self.grants.append(Grant(flow.flow_id, names, flow.settled_s, now, flow.rate, flow.cap, weights))
             flow.remaining = max(0.0, flow.remaining - flow.rate * (now - flow.settled_s))
             flow.settled_s = now
 
     def _grant(self, flow: Flow, rate: float) -> None:
         flow.rate = rate
-        flow.version += 1
-        self._kernel.at(self._kernel.now + flow.remaining / rate, self._finish, (flow, flow.version))
+        flow.version = version = flow.version + 1
+        kernel = self._kernel
+        kernel.at(kernel.now + flow.remaining / rate, self._finish, (flow, version))
 
     def _share(self, ports: tuple[Port, ...]) -> None:
         """Give the flows connected to ``ports`` their fair rates; those whose rate stays keep their completion time."""
@@ -143,23 +193,30 @@ def _fair_rates(flows: list[Flow]) -> list[tuple[Flow, float]]:
     """Progressive filling: fix the flows of the tightest port (or the tightest cap), take their rates off, repeat."""
     left: dict[Port, float] = {}
     count: dict[Port, int] = {}
+    weighed: dict[Port, float] = {}  # what the open flows together take of a port for each byte/s of their common rate
     for flow in flows:
-        for port in flow.ports:
+        for port, weight in _weights(flow):
             left.setdefault(port, port.bytes_per_s)
             count[port] = count.get(port, 0) + 1
+            weighed[port] = weighed.get(port, 0.0) + weight
     rates: list[tuple[Flow, float]] = []
     open_flows = flows
     while open_flows:
-        share = min(left[port] / users for port, users in count.items() if users)
+        share = min(left[port] / weighed[port] for port, users in count.items() if users)
         capped = [flow for flow in open_flows if flow.cap <= share]
-        tight = {port for port, users in count.items() if users and left[port] / users <= share}
+        tight = {port for port, users in count.items() if users and left[port] / weighed[port] <= share}
         fixed = capped or [flow for flow in open_flows if not tight.isdisjoint(flow.ports)]
         for flow in fixed:
             rate = min(flow.cap, share)
             rates.append((flow, rate))
-            for port in flow.ports:
-                left[port] = max(0.0, left[port] - rate)
+            for port, weight in _weights(flow):
+                left[port] = max(0.0, left[port] - rate * weight)
                 count[port] -= 1
+                weighed[port] -= weight
         done = {flow.flow_id for flow in fixed}
         open_flows = [flow for flow in open_flows if flow.flow_id not in done]
     return rates
+
+
+def _weights(flow: Flow) -> Iterable[tuple[Port, float]]:
+    return zip(flow.ports, repeat(1.0) if flow.weights is None else flow.weights)  # noqa: B905 - repeat has no end

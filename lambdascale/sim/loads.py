@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.commands import LoadBlocks
-from lambdascale.sim.fabric import Fabric, FlowGroup
-from lambdascale.sim.links import Port
+from lambdascale.sim.fabric import Fabric
+from lambdascale.sim.links import FlowGroup, Port
 
 Deliver = Callable[[int, NodeId, str, int], None]
 

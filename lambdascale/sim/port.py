@@ -48,11 +48,25 @@ class ComputePort:
     ``cores``: the cores that the node shares with others, if it does.
     """
 
+    __slots__ = (
+        "_began_s",
+        "_cores",
+        "_kernel",
+        "_occupied",
+        "_owner",
+        "_run",
+        "_ticket",
+        "_turns",
+        "_version",
+        "_woken",
+    )
+
     def __init__(self, kernel: Kernel, cores: SharedCores | None) -> None:
         self._kernel = kernel
         self._cores = cores
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
-        self._running: tuple[Owner, Run] | None = None
+        self._owner: Owner | None = None
+        self._run: Run | None = None
         self._began_s = 0.0
         self._ticket = -1
         self._version = 0
@@ -66,7 +80,7 @@ class ComputePort:
 
     def resume(self, owner: Owner) -> None:
         """Queue the next iteration of ``owner``; a free port begins before requests that arrive at this very time can join."""
-        if self._running is not None:
+        if self._run is not None:
             self.want(owner)
         elif self._turns or self._occupied:
             self._turns.add_head(owner)
@@ -76,22 +90,22 @@ class ComputePort:
 
     def add_pass(self, owner: Owner, run: Run) -> None:
         """Run a later stage's part of an iteration under way: at once on a free port, else before all that is to begin."""
-        if self._running is None and not self._occupied and not self._turns:
+        if self._run is None and not self._occupied and not self._turns:
             self._begin(owner, run)
             return
         self._turns.add_pass(owner, run)
         self._look(owner)
 
     def _look(self, owner: Owner) -> None:
-        if self._running is None:
+        if self._run is None:
             self._wake()
-        elif self._running[0] is not owner:
+        elif self._owner is not owner:
             self.cut()
 
     def withdraw(self, owner: Owner) -> None:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
         self._turns.remove(owner)
-        if self._running is not None and self._running[0] is owner:
+        if self._run is not None and self._owner is owner:
             self._lose()
             self._wake()
 
@@ -106,15 +120,15 @@ class ComputePort:
 
     def cut(self) -> None:
         """Let a long run end with the iteration under way."""
-        if self._running is None:
+        if self._run is None:
             return
-        lasts = self._running[1].cut()
+        lasts = self._run.cut()
         if lasts is not None:
             self._version += 1
             self._kernel.at(max(self._began_s + lasts, self._kernel.now), self._end, self._version)
 
     def _wake(self) -> None:
-        if not self._woken and self._running is None:
+        if not self._woken and self._run is None:
             self._woken = True
             self._kernel.at(self._kernel.now, self._awake, priority=_LAST)
 
@@ -123,39 +137,41 @@ class ComputePort:
         self._next()
 
     def _next(self) -> None:
-        while self._running is None and not self._occupied:
+        while self._run is None and not self._occupied:
             turn = self._turns.next()
             if turn is None:
                 return
-            run = turn.work if turn.work is not None else turn.instance.next_run(alone=not self._turns)
+            owner, run = turn
+            if run is None:
+                run = owner.next_run(alone=not self._turns)
             if run is not None:
-                self._begin(turn.instance, run)
+                self._begin(owner, run)
 
     def _begin(self, owner: Owner, run: Run) -> None:
-        self._running = owner, run
-        self._began_s = self._kernel.now
-        self._version += 1
+        self._owner, self._run = owner, run
+        self._began_s = now = self._kernel.now
+        self._version = version = self._version + 1
         pace = 1.0
         if self._cores is not None:
             self._ticket, pace = self._cores.enter(self.cut)
-        self._kernel.at(self._began_s + run.begin(pace), self._end, self._version)
+        self._kernel.at(now + run.begin(pace), self._end, version)
 
     def _end(self, version: int) -> None:
-        running = self._running
-        if version != self._version or running is None:
+        run = self._run
+        if version != self._version or run is None:
             return
-        self._running = None
+        self._run = None
         if self._cores is not None:
             self._cores.leave(self._ticket)
-        running[1].end()
-        if self._turns and self._running is None:
+        run.end()
+        if self._turns and self._run is None:
             self._next()
 
     def _lose(self) -> None:
         """Drop what is running."""
-        assert self._running is not None, "only what runs is lost"
-        self._running[1].lose()
-        self._running = None
+        assert self._run is not None, "only what runs is lost"
+        self._run.lose()
+        self._run = None
         self._version += 1
         if self._cores is not None:
             self._cores.leave(self._ticket)

@@ -1,8 +1,8 @@
 """The simulated data plane: multicast plans, loads from storage and copies between nodes, as flows over ports.
 
-Assumptions, all stated: NICs are full duplex; a NIC reads GPU and registered host memory at its line rate (GPUDirect, host
-memory as RDMA source), so the tier of a multicast's source costs nothing extra and its reads do not take the node's PCIe
-from a load; a transfer's start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim.loads`.
+Assumptions, all stated: NICs are full duplex; a NIC reads GPU memory at its line rate (GPUDirect); what a source sends from
+host memory also crosses the node's PCIe, at most as fast as that is, and shares it with the node's own loads; a transfer's
+start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim.loads`.
 """
 
 from __future__ import annotations
@@ -10,42 +10,64 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import takewhile
+from math import inf
 
 import numpy as np
 
 from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
-from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core.commands import LoadBlocks, StartMulticast, Tier
 from lambdascale.sim.communicator import draw_setup_s
-from lambdascale.sim.fabric import Fabric, FlowGroup
+from lambdascale.sim.fabric import Fabric
 from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.links import FlowGroup
 from lambdascale.sim.loads import Deliver, Load
 from lambdascale.sim.options import TransferOptions
 
 Occupy = Callable[[NodeId, bool], None]
 
 
-class _Multicast(FlowGroup):
-    """A plan's progress: what each node still has to send, in round order, and what it holds."""
+class _Member:
+    """A node's part in a multicast: sends (round, to, block) and receives (round, from) to come, blocks held, NIC.
 
-    def __init__(self, command: StartMulticast) -> None:
+    ``pcie``: crossed by what it sends, if it sends from host memory.
+    """
+
+    __slots__ = ("busy", "held", "nic_in", "nic_out", "node", "pcie", "receives", "sends")
+
+    def __init__(self, node: NodeId, fabric: Fabric, tier: Tier) -> None:
+        self.pcie = fabric.port("pcie", node) if tier == "host" else None
+        self.node = node
+        self.sends: deque[tuple[int, _Member, int]] = deque()
+        self.receives: deque[tuple[int, _Member]] = deque()
+        self.held: set[int] = set()
+        self.busy = False
+        self.nic_out = fabric.port("nic_out", node)
+        self.nic_in = fabric.port("nic_in", node)
+
+
+class _Multicast(FlowGroup):
+    """A plan's progress. ``left``: number of sends to come; ``sizes``: see TransferEngine._sizes."""
+
+    def __init__(self, command: StartMulticast, fabric: Fabric, sizes: tuple[float, ...]) -> None:
         super().__init__()
         self.command = command
+        self.sizes = sizes
         self.occupied: tuple[NodeId, ...] = ()
-        self.sends: dict[NodeId, deque[tuple[int, NodeId, int]]] = {}
-        self.receives: dict[NodeId, deque[tuple[int, NodeId]]] = {}
-        received: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
-        sent: dict[NodeId, set[int]] = {node: set() for node in command.plan.members}
-        for number, transfers in enumerate(command.plan.rounds):
-            for t in transfers:
-                self.sends.setdefault(t.src, deque()).append((number, t.dst, t.block))
-                self.receives.setdefault(t.dst, deque()).append((number, t.src))
-                received[t.dst].add(t.block)
-                sent[t.src].add(t.block)
+        tiers = dict(zip(command.plan.sources, command.source_tiers, strict=True))
+        self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu")) for node in command.plan.members}
+        received: dict[NodeId, set[int]] = {node: set() for node in members}
+        self.left = 0
+        for number, sends in enumerate(command.plan.rounds):
+            self.left += len(sends)
+            for send in sends:
+                src, dst, block = members[send.src], members[send.dst], send.block
+                src.sends.append((number, dst, block))
+                src.held.add(block)
+                dst.receives.append((number, src))
+                received[dst.node].add(block)
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
-        self.held = {node: sent[node] - received[node] for node in command.plan.members}
-        self.busy: set[NodeId] = set()
-        self.left = sum(len(transfers) for transfers in command.plan.rounds)
+        for node, member in members.items():
+            member.held -= received[node]
 
 
 class TransferEngine:
@@ -91,7 +113,7 @@ class TransferEngine:
 
     def multicast(self, command: StartMulticast) -> None:
         """Carry a plan out; a collective builds its communicator first and then occupies the sources' GPUs."""
-        transfer = _Multicast(command)
+        transfer = _Multicast(command, self._fabric, self._sizes(command))
         if not transfer.left:
             return
         self._transfers[command.transfer_id] = transfer
@@ -120,41 +142,46 @@ class TransferEngine:
         elif self._options.barrier:
             self._run_round((transfer, 0))
         else:
-            for node in list(transfer.sends):
-                self._send_next(transfer, node)
+            # In the order of their first sends.
+            for node in dict.fromkeys(send.src for sends in transfer.command.plan.rounds for send in sends):
+                self._send_next(transfer, transfer.members[node])
 
-    def _send_next(self, transfer: _Multicast, node: NodeId) -> None:
+    def _send_next(self, transfer: _Multicast, node: _Member) -> None:
         """Start the node's next send if its port is free, it holds the block, and the receiver has ended earlier rounds."""
-        sends = transfer.sends.get(node)
-        if node in transfer.busy or not sends:
+        if node.busy or not node.sends:
             return
-        number, destination, block = sends[0]
-        if block not in transfer.held[node] or transfer.receives[destination][0][0] != number:
+        number, destination, block = node.sends[0]
+        if block not in node.held or destination.receives[0][0] != number:
             return
-        sends.popleft()
-        transfer.busy.add(node)
+        node.sends.popleft()
+        node.busy = True
         self._edge(transfer, node, destination, block, partial(self._sent, transfer, node, destination, block))
 
-    def _sent(self, transfer: _Multicast, node: NodeId, destination: NodeId, block: int) -> None:
-        transfer.busy.discard(node)
+    def _sent(self, transfer: _Multicast, node: _Member, destination: _Member, block: int) -> None:
+        node.busy = False
         # Receives of one round may end in any order; only how many of it are left matters.
-        receives = transfer.receives[destination]
+        receives = destination.receives
         number, _ = receives.popleft()
         self._received(transfer, destination, block)
-        self._send_next(transfer, node)
-        self._send_next(transfer, destination)
+        if node.sends:
+            self._send_next(transfer, node)
+        if destination.sends:
+            self._send_next(transfer, destination)
         if receives and receives[0][0] != number:
             due = receives[0][0]
-            for _, source in list(takewhile(lambda receive: receive[0] == due, receives)):
-                self._send_next(transfer, source)
+            for index in range(len(receives)):
+                if receives[index][0] != due:
+                    break
+                self._send_next(transfer, receives[index][1])
 
-    def _received(self, transfer: _Multicast, node: NodeId, block: int) -> None:
-        transfer.held[node].add(block)
+    def _received(self, transfer: _Multicast, node: _Member, block: int) -> None:
+        node.held.add(block)
         transfer.left -= 1
+        command = transfer.command
         if transfer.left == 0:
             self._release(transfer)
-            self._ended(transfer.command.transfer_id)
-        self._deliver(transfer.command.transfer_id, node, transfer.command.model, block)
+            self._ended(command.transfer_id)
+        self._deliver(command.transfer_id, node.node, command.model, block)
 
     def _run_round(self, entry: tuple[_Multicast, int]) -> None:
         """Run a round as the prototype's controller does: all its sends, then a barrier, then the next round."""
@@ -166,26 +193,43 @@ class TransferEngine:
         if not left:
             self._end_round(transfer, index)
 
-        def done(node: NodeId, block: int) -> None:
+        def done(node: _Member, block: int) -> None:
             nonlocal left
             left -= 1
             self._received(transfer, node, block)
             if left == 0:
                 self._end_round(transfer, index)
 
-        for t in rounds[index]:
-            self._edge(transfer, t.src, t.dst, t.block, partial(done, t.dst, t.block))
+        for send in rounds[index]:
+            src, dst = transfer.members[send.src], transfer.members[send.dst]
+            self._edge(transfer, src, dst, send.block, partial(done, dst, send.block))
 
     def _end_round(self, transfer: _Multicast, index: int) -> None:
         self._kernel.at(self._kernel.now + self._options.barrier_s, self._run_round, (transfer, index + 1))
 
-    def _edge(self, transfer: _Multicast, src: NodeId, dst: NodeId, block: int, on_done: Callable[[], None]) -> None:
-        cluster, command = self._cluster, transfer.command
-        payload = command.block_bytes[block]
+    def _edge(self, transfer: _Multicast, src: _Member, dst: _Member, block: int, on_done: Callable[[], None]) -> None:
+        nodes = src.node, dst.node
+        if src.pcie is None:
+            size = transfer.sizes[block] if self._rate else self._line_bytes(transfer.command, block, self._nic_rate(nodes))
+            self._fabric.flow(transfer, nodes, (src.nic_out, dst.nic_in), size, on_done)
+            return
+        # PCIe carries the payload, the NICs the payload and what they fall short of their line rate by.
+        goodput = self._cluster.rdma_efficiency
+        line = min(self._nic_rate(nodes), src.pcie.bytes_per_s / goodput)
+        size, ports = self._line_bytes(transfer.command, block, line), (src.pcie, src.nic_out, dst.nic_in)
+        self._fabric.flow(transfer, nodes, ports, size, on_done, weights=(goodput, 1.0, 1.0))
+
+    def _sizes(self, command: StartMulticast) -> tuple[float, ...]:
+        """Return what each block of a multicast takes of a NIC, if all NICs of the cluster are alike."""
+        rate = self._rate
+        return tuple(self._line_bytes(command, block, rate) for block in range(command.plan.blocks)) if rate else ()
+
+    def _line_bytes(self, command: StartMulticast, block: int, rate: float) -> float:
+        """Return a block's bytes at the line rate ``rate`` that take as long as the block with all that it costs besides."""
+        cluster, payload = self._cluster, command.block_bytes[block]
         layers = self._layers.get(command.model, command.plan.blocks) / command.plan.blocks
         overhead_s = cluster.link_latency_s + self._options.block_overhead_s(payload, layers)
-        size = payload / cluster.rdma_efficiency + overhead_s * (self._rate or self._nic_rate((src, dst)))
-        self._fabric.flow(transfer, (src, dst), self._fabric.hop(src, dst), size, on_done)
+        return payload / cluster.rdma_efficiency + overhead_s * rate
 
     def _nic_rate(self, nodes: Collection[NodeId]) -> float:
         """Return the line rate of the slowest NIC among ``nodes``, in bytes/s."""
@@ -194,18 +238,21 @@ class TransferEngine:
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
         plan, cluster = transfer.command.plan, self._cluster
-        edges = dict.fromkeys((t.src, t.dst) for transfers in plan.rounds for t in transfers)
-        ports = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
+        edges = dict.fromkeys((t.src, t.dst) for sends in plan.rounds for t in sends)
+        nics = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
+        pcie = tuple(member.pcie for member in transfer.members.values() if member.pcie is not None)
+        ports = pcie + nics
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
-        hops = _longest_path(plan)
-        rate = self._nic_rate(plan.members) * cluster.collective_efficiency
+        hops, goodput = _longest_path(plan), cluster.collective_efficiency
+        rate = min(self._nic_rate(plan.members) * goodput, *(port.bytes_per_s for port in pcie), inf)
         fill_s = (hops - 1) * self._options.chunk_bytes / rate + hops * cluster.link_latency_s
-        size = sum(transfer.command.block_bytes) / cluster.collective_efficiency
+        size = sum(transfer.command.block_bytes) / goodput
+        weights = (goodput,) * len(pcie) + (1.0,) * len(nics) if pcie else None
 
         def drained() -> None:
             self._kernel.at(self._kernel.now + fill_s, self._stream_done, transfer)
 
-        self._fabric.flow(transfer, plan.members, ports, size, drained)
+        self._fabric.flow(transfer, plan.members, ports, size, drained, weights=weights)
 
     def _stream_done(self, transfer: _Multicast) -> None:
         plan = transfer.command.plan
@@ -213,7 +260,7 @@ class TransferEngine:
             return
         for node in plan.destinations:
             for block in range(plan.blocks):
-                self._received(transfer, node, block)
+                self._received(transfer, transfer.members[node], block)
 
     # -- loads and copies --------------------------------------------------------------------------------------------
 
@@ -258,7 +305,7 @@ class TransferEngine:
 def _longest_path(plan: MulticastPlan) -> int:
     """Hops from a source to the destination farthest from it."""
     depth = dict.fromkeys(plan.sources, 0)
-    for transfers in plan.rounds:
-        for t in transfers:
-            depth[t.dst] = depth.get(t.src, 0) + 1
+    for sends in plan.rounds:
+        for send in sends:
+            depth[send.dst] = depth.get(send.src, 0) + 1
     return max(depth.values())

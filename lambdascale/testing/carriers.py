@@ -84,11 +84,11 @@ class Carrier:
         self._tell("connected")
 
     def _carry(self, plan: MulticastPlan) -> None:
-        transfers = [transfer for round_ in plan.rounds for transfer in round_]
-        self._sends = deque(t for t in transfers if t.src == self.node)
-        self._expected = {t.block for t in transfers if t.dst == self.node} - self._held
+        sends = [send for round_ in plan.rounds for send in round_]
+        self._sends = deque(send for send in sends if send.src == self.node)
+        self._expected = {send.block for send in sends if send.dst == self.node} - self._held
         self._busy = True
-        for sender in {t.src for t in transfers if t.dst == self.node}:
+        for sender in {send.src for send in sends if send.dst == self.node}:
             # Never dismissed: after a death, writes of others that are in flight arrive after this node is idle.
             with suppress(TransportError):
                 self._endpoint.admit(sender)

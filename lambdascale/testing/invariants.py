@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lambdascale.core import ClusterSpec, NodeId, Stage
+from lambdascale.core import ClusterSpec, NodeId, Request, Stage
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -57,7 +57,8 @@ class InvariantChecker:
     requests go to instances in service only; every request is answered exactly once or given up; time never goes back. A node is
     not released, nor a host copy evicted, while a transfer lists it. A failed multicast is planned anew once: what fails then is
     loaded. With ``desired`` (replicas wanted for so many queued and running requests: the autoscaler's), a timer takes no replica
-    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its nodes.
+    from a model that needs it. With ``max_batch``, an instance never has more requests than that for each of its nodes. Every
+    request fits the KV memory of its instance up to its limit, and nobody is told where its answer ends.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class InvariantChecker:
         self._transfers: dict[int, _Transfer] = {}
         self._cancelled: list[_Transfer] = []
         self._model_of: dict[int, str] = {}
+        self._needed: dict[int, int] = {}
+        self._kv_tokens: dict[int, int] = {}
         self._running: dict[int, int] = {}
         self._at = 0.0
         self._events_left = 1_000_000
@@ -83,7 +86,7 @@ class InvariantChecker:
         self._held: dict[tuple[NodeId, str], set[int]] = {}
         self._instances: dict[int, tuple[NodeId, ...]] = {}
         self._models_of: dict[int, str] = {}
-        self._gone: set[int] = set()
+        self._used: set[int] = set()
         self._arrived: dict[int, float] = {}
         self._dispatched: dict[int, float] = {}
         self.finished: dict[int, int] = {}
@@ -101,7 +104,9 @@ class InvariantChecker:
             self._gpus[event.node] = self._cluster.node(event.node).gpus
         elif isinstance(event, RequestArrived):
             self._arrived[event.request.request_id] = event.at
+            assert type(event.request) is Request, f"{event.request} tells more than a client can"
             self._model_of[event.request.request_id] = event.request.model
+            self._needed[event.request.request_id] = event.request.kv_tokens
         elif isinstance(event, BlockArrived):
             if event.node in self._gpus:
                 held = self._held.setdefault((event.node, event.model), set())
@@ -210,13 +215,16 @@ class InvariantChecker:
 
     def _check_serving(self, command: Command) -> None:
         if isinstance(command, Serve):
-            assert command.instance not in self._gone, f"instance id {command.instance} is used again"
-            self._gone.add(command.instance)
+            assert command.instance not in self._used, f"instance id {command.instance} is used again"
+            self._used.add(command.instance)
             self._models_of[command.instance] = command.model
+            self._kv_tokens[command.instance] = command.kv_tokens
             self._check_stages(command.instance, command.stages)
         elif isinstance(command, Repartition):
             assert command.instance in self._instances, f"instance {command.instance} is reshaped, which is not in service"
+            self._kv_tokens[command.instance] = command.kv_tokens
             self._check_stages(command.instance, command.stages)
+            self._check_room(command.instance)
         elif isinstance(command, Dispatch):
             assert command.instance in self._instances, f"dispatch to instance {command.instance}, which is not in service"
             for request in command.requests:
@@ -225,10 +233,13 @@ class InvariantChecker:
                 self._dispatched[request.request_id] = self._at
                 self._running[request.request_id] = command.instance
             self._check_capacity(command.instance)
+            self._check_room(command.instance)
         elif isinstance(command, SwitchMode):
             del self._instances[command.pipeline]
             assert all(target in self._instances for _, target in command.moves), "moved to an instance out of service"
             self._running |= dict(command.moves)
+            for target in {target for _, target in command.moves}:
+                self._check_room(target)
         elif isinstance(command, StopInstance):
             del self._instances[command.instance]
             self._running = {request: instance for request, instance in self._running.items() if instance != command.instance}
@@ -238,6 +249,11 @@ class InvariantChecker:
             requests = sum(at == instance for at in self._running.values())
             room = self._max_batch * len(set(self._instances[instance]))
             assert requests <= room, f"instance {instance} has room for {room} requests, it gets {requests}"
+
+    def _check_room(self, instance: int) -> None:
+        room = self._kv_tokens[instance]
+        large = [r for r, at in self._running.items() if at == instance and self._needed[r] > room]
+        assert not large, f"instance {instance} has {room} tokens of KV memory, requests {large} may need more"
 
     def _check_stages(self, instance: int, stages: tuple[Stage, ...]) -> None:
         model = self._models_of[instance]

@@ -51,7 +51,7 @@ class CooperativeStart:
         return StartDecision(nodes=tuple(destination for _, destination in pairs), multicasts=orders)
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy: move the boundary to the end of what the destination holds from the first block on."""
+        """See GradualStart: move the boundary to the end of what the destination holds from the first block on."""
         held = next((block for block in range(state.blocks) if block not in allocation.blocks), state.blocks)
         if not 0 < held < state.blocks:
             return ()
@@ -124,7 +124,7 @@ class SpreadStart:
         return StartDecision(nodes=taken, wanted=tuple(shares), loads=loads, pipelines=pipelines)
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy."""
+        """See GradualStart."""
         for instance in list(allocation.instances.values()) if self.consolidate else ():
             if not instance.is_pipeline or allocation.transfers:
                 continue

@@ -10,12 +10,15 @@ from typing import Any, cast
 import pytest
 
 from lambdascale.control import Autoscaler, Backend, SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, Request
+from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeId, NodeOverride, TracedRequest, traced
 from lambdascale.core.commands import CancelTransfer, Command, ReleaseNode
-from lambdascale.core.events import BlockArrived, CommandFailed, Event
+from lambdascale.core.events import BlockArrived, CommandFailed, Event, RequestFinished, TokensProduced
 from lambdascale.metrics import Recorder, events_table
 from lambdascale.sim import SimConfig, TransferOptions
 from lambdascale.testing.invariants import InvariantChecker
+
+# Limit on the answers of requests here: above every answer, and far below the KV memory.
+LIMIT = 100
 
 
 def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
@@ -38,14 +41,26 @@ def small_cluster(nodes: int = 6, gpus_per_node: int = 1) -> ClusterSpec:
     )
 
 
+def with_kv_tokens(
+    cluster: ClusterSpec, tokens: int, nodes: Sequence[int] | None = None, model: ModelSpec | None = None
+) -> ClusterSpec:
+    """The cluster with memory for so many tokens of KV cache beside a model (None: a small one) on ``nodes`` (None: on all)."""
+    model = model or small_model()
+    needed = model.size_bytes + (tokens + 0.5) * model.kv_bytes_per_token
+    gpu = replace(cluster.gpu, memory_bytes=round(needed / 0.9))
+    if nodes is None:
+        return replace(cluster, gpu=gpu)
+    return replace(cluster, overrides=(NodeOverride(nodes=tuple(nodes), gpu=gpu),))
+
+
 def small_model(name: str = "small") -> ModelSpec:
     """A 1 GB model of 16 layers."""
     return ModelSpec(name=name, layers=16, hidden=1024, heads=16, kv_heads=8, vocab=8000, weight_bytes="1GB")
 
 
-def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[Request]:
-    """Requests that all arrive at once."""
-    return [Request(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4)) for i in range(count)]
+def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small") -> list[TracedRequest]:
+    """Requests that all arrive at once, with the same limit."""
+    return [traced(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4), LIMIT) for i in range(count)]
 
 
 def _checker(config: SystemConfig, cluster: ClusterSpec) -> InvariantChecker:
@@ -100,7 +115,7 @@ class SystemConformance:
 
     def run(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[TracedRequest],
         *,
         cluster: ClusterSpec | None = None,
         models: Sequence[ModelSpec] = (),
@@ -130,7 +145,7 @@ class SystemConformance:
 
     def test_one_request_of_one_token(self) -> None:
         """The smallest answer."""
-        self.run([Request(0, 3.7, "small", 1, 1)])
+        self.run([traced(0, 3.7, "small", 1, 1)])
 
     @pytest.mark.parametrize("min_replicas", [0, 1, 3])
     def test_a_burst_scales_out_and_back(self, min_replicas: int) -> None:
@@ -204,12 +219,45 @@ class SystemConformance:
     def test_a_request_that_cannot_fit_is_refused_at_once(self) -> None:
         """It fails alone; the others are served."""
         config, cluster = self.make_system(), small_cluster()
-        requests = [Request(0, 0.0, "small", 10_000_000, 5), Request(1, 0.0, "small", 10, 5)]
+        requests = [traced(0, 0.0, "small", 10_000_000, 5), traced(1, 0.0, "small", 10, 5)]
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
         checker = _checker(config, cluster)
         drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         assert checker.failed == {0}
         assert checker.finished == {1: 5}
+
+    @pytest.mark.parametrize("kv_tokens", [600, 79_345])
+    def test_no_decision_depends_on_where_answers_end(self, kv_tokens: int) -> None:
+        """Until the first one ends, a run is the same when the ends are dealt out anew; also when KV memory runs out before."""
+        ends = [60 + 37 * i % 240 for i in range(60)]
+        logs = []
+        for dealt in (ends, ends[23:] + ends[:23]):
+            requests = [traced(i, 0.0, "small", 20 + 7 * (i % 5), end, 400) for i, end in enumerate(dealt)]
+            _, recorder = self.run(requests, cluster=with_kv_tokens(small_cluster(), kv_tokens))
+            logs.append(recorder.entries)
+        first = min(at for log in logs for at, entry in log if isinstance(entry, RequestFinished))
+        before = [[(at, entry) for at, entry in log if at < first] for log in logs]
+        assert before[0] == before[1]
+        assert any(isinstance(entry, TokensProduced) for _, entry in before[0])
+
+    def test_scarce_kv_memory(self) -> None:
+        """Room for two requests at their longest: the others wait or are computed anew, and all are answered."""
+        self.run(burst(60), cluster=with_kv_tokens(small_cluster(), 300))
+
+    @pytest.mark.parametrize("small", [(0, 1, 2), (3, 4, 5), (0, 2, 4)])
+    def test_nodes_with_different_kv_memory(self, small: tuple[int, ...]) -> None:
+        """Large requests are served by the nodes that can hold them, whichever those are; nobody waits for ever."""
+        cluster = with_kv_tokens(small_cluster(), 300, small)
+        large = [traced(60 + i, 0.01 * i, "small", 2000, 20) for i in range(4)]
+        late = [traced(70, 20.0, "small", 2000, 20)]
+        requests = sorted([*burst(60), *large], key=lambda request: request.arrival_s) + late
+        self.run(requests, cluster=cluster, min_replicas=1)
+
+    def test_a_fixed_number_of_replicas_on_nodes_too_small(self) -> None:
+        """The only replica gives way, once it is idle, to one on the node that can hold the request."""
+        cluster = with_kv_tokens(small_cluster(3), 300, (0, 1))
+        requests = [traced(0, 0.5, "small", 20, 50), traced(1, 0.6, "small", 2000, 20)]
+        self.run(requests, cluster=cluster, min_replicas=1, max_replicas=1)
 
     def test_the_same_seed_gives_the_same_events(self) -> None:
         """Byte for byte."""

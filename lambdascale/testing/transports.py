@@ -149,7 +149,7 @@ class TransportConformance:
         assert bytes(two.memory[: 1 << 21]) == bytes(one.memory[1 << 21 :]) == data
 
     def test_many_peers(self, nodes: Callable[..., list[Node]]) -> None:
-        """Each gets its own."""
+        """Every peer gets what is sent to it, and nothing else."""
         *others, last = nodes(6)
         for peer, node in enumerate(others):
             last.endpoint.connect(peer, node.endpoint.address)
@@ -198,7 +198,7 @@ class TransportConformance:
         one, two = self.pair(nodes)
         for round_ in range(3):
             one.endpoint.send(0, b"%d" % round_).result(_WAIT_S)
-            two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
+            two.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023 (called at once)
             one.endpoint.disconnect(0)
             one.endpoint.connect(0, two.endpoint.address)
 
@@ -211,7 +211,7 @@ class TransportConformance:
             one.endpoint.connect(0, address)
 
     def test_the_wrong_node(self, nodes: Callable[..., list[Node]]) -> None:
-        """An address that belongs to another node."""
+        """Connecting to an address that belongs to another node is refused."""
         other, _, one = nodes(3)
         with pytest.raises(TransportError, match="is node 0, not 1"):
             one.endpoint.connect(1, other.endpoint.address)
@@ -240,7 +240,7 @@ class TransportConformance:
         two.heard.wait(lambda heard: bool(heard.lost))
 
     def test_a_replaced_process(self, nodes: Callable[..., list[Node]]) -> None:
-        """Once the directory names a later generation, the earlier process has to be reached anew, and cannot be."""
+        """Once the directory names a later generation, the earlier process is not the expected one: connecting fails."""
         two, one = nodes(2)
         one.endpoint.connect(0, two.endpoint.address)
         assert one.endpoint.expect({0: 1, 1: 0}) == [0]

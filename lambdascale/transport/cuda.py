@@ -48,7 +48,7 @@ def gpu_of(ordinal: int) -> Gpu:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise UserError("there is no CUDA on this machine: libcuda.so.1, a part of NVIDIA's driver, cannot be loaded") from error
+        raise UserError("this machine has no CUDA: libcuda.so.1, a part of NVIDIA's driver, cannot be loaded") from error
     try:
         return Gpu(ordinal, library)
     except CudaError as error:
@@ -65,7 +65,7 @@ class Gpu:
         count, device = c_int(), c_int()  # the handle of a device is a number other than its ordinal
         self._call("cuInit", c_uint(0))
         self._call("cuDeviceGetCount", byref(count))
-        require(ordinal < count.value, f"there is no GPU {ordinal}: CUDA finds {count.value}")
+        require(ordinal < count.value, f"no GPU {ordinal}: CUDA finds {count.value}")
         self._call("cuDeviceGet", byref(device), c_int(ordinal))
         self.device = device.value
         # Never released: other CUDA code of the process (torch) uses it.

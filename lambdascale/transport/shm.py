@@ -122,7 +122,7 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
 def populate(memory: mmap.mmap) -> bool:
     """Enter all pages of a mapping for writing, by several threads; False if the kernel cannot (before Linux 5.14).
 
-    Zeroing the pages is what takes time: one thread does 2.6 GB/s of it. OSError if there is not enough memory.
+    Zeroing the pages is what takes time: one thread does 2.6 GB/s of it. OSError for lack of memory.
     """
     begin = np.frombuffer(memory, dtype=np.uint8).ctypes.data
     step = max(_LEAST_BYTES, -(-len(memory) // _threads() // _PAGE_BYTES) * _PAGE_BYTES)

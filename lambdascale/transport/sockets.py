@@ -27,7 +27,7 @@ _MOST_ADMITTING = 512
 
 
 class Connection(Protocol):
-    """One peer."""
+    """A connection to one peer."""
 
     peer: NodeId
     sock: socket.socket

@@ -37,11 +37,11 @@ class Reachable(Protocol):
     step_bytes: int
 
     def put(self, data: Memory, at: int) -> None:
-        """Copy a piece there; the copy may still be under way when this returns. OSError if it fails."""
+        """Copy a piece to its place; the copy may still be under way when this returns. OSError if it fails."""
         ...
 
     def complete(self) -> int | None:
-        """Wait until all that was put is there. Returns the hash (xxh3_64) of these bytes, where it was computed."""
+        """Wait until all that was put has been copied. Returns the hash (xxh3_64) of these bytes, where it was computed."""
         ...
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class _Connection:
         return self._give(_MESSAGE, 0, 0, memoryview(data))
 
     def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
-        """Queue a write or message; its future."""
+        """Queue a write or message; return its future."""
         job = _Job(kind, immediate, offset, payload)
         with self._given:
             if self._reason:

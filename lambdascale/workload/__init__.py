@@ -1,7 +1,8 @@
-"""Workloads: readers of request traces and generators. Everything yields :class:`lambdascale.core.Request`."""
+"""Workloads: readers of request traces and generators. Everything yields :class:`lambdascale.core.TracedRequest`."""
 
 from lambdascale.workload.base import LoadedTrace, Provenance, Workload
 from lambdascale.workload.generators import Burst, BurstyWorkload, ConstantRate
+from lambdascale.workload.limits import bounded
 from lambdascale.workload.rate_series import RateSeriesWorkload
 from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace
 from lambdascale.workload.shaping import ShapedWorkload
@@ -22,6 +23,7 @@ __all__ = [
     "Spike",
     "TraceStats",
     "Workload",
+    "bounded",
     "spikes",
     "trace_stats",
 ]

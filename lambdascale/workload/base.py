@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lambdascale.core import Request
+from lambdascale.core import TracedRequest
 
 
 class Workload(Protocol):
     """A source of requests: a trace file or a generator."""
 
-    def requests(self, *, models: Sequence[str], seed: int) -> Sequence[Request]:
+    def requests(self, *, models: Sequence[str], seed: int) -> Sequence[TracedRequest]:
         """All requests, sorted by arrival, ids 0, 1, 2, ... in that order, arrivals counted from 0.
 
         ``models`` are the names a request may carry. The same seed gives the same requests. Raises UserError
@@ -41,5 +41,5 @@ class Provenance:
 class LoadedTrace:
     """Requests as :meth:`Workload.requests` returns them, with their provenance."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[TracedRequest, ...]
     provenance: Provenance

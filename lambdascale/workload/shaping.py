@@ -12,6 +12,10 @@ Applied in this order, so that each setting means the same whatever else is set:
 5. ``limit``: only the first ``limit`` requests are kept;
 6. ``max_output_tokens``, ``max_prompt_tokens``, ``max_context_tokens``: longer requests are cut, not dropped. The
    context limit shortens the prompt, and the answer only where it alone fills the context.
+
+``max_output_tokens`` is also the limit that every request states (its ``max_tokens``), less where the prompt leaves less of
+``max_context_tokens``: no public trace records the limits of its clients. Serving systems see this limit and not where the
+answer ends.
 """
 
 from __future__ import annotations
@@ -24,10 +28,13 @@ from typing import Literal
 
 import numpy as np
 
-from lambdascale.core import Request, UserError
+from lambdascale.core import Request, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.workload.base import LoadedTrace, Provenance
 from lambdascale.workload.columns import Columns, Floats, Ints, Streams
+
+# Above the longest answer of the traces that are read here (7,315 tokens, BurstGPT), so that it cuts none of theirs.
+DEFAULT_LIMIT = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,7 @@ class ShapedWorkload(ABC):
     repeat: int = 1
     limit: int | None = None
     max_prompt_tokens: int | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int = DEFAULT_LIMIT
     max_context_tokens: int | None = None
     popularity: Literal["first", "zipf"] = "first"
     zipf_exponent: float = 1.0
@@ -70,7 +77,7 @@ class ShapedWorkload(ABC):
             f"{type(self).__name__}.{name} must be finite and {bound} {low:g}, not {value!r}",
         )
 
-    def requests(self, *, models: Sequence[str], seed: int) -> Sequence[Request]:
+    def requests(self, *, models: Sequence[str], seed: int) -> Sequence[TracedRequest]:
         """Requests of :meth:`load`, without their provenance."""
         return self.load(models=models, seed=seed).requests
 
@@ -82,7 +89,8 @@ class ShapedWorkload(ABC):
         streams = Streams.of(seed)
         columns, provenance = self._produce(streams)
         columns = self._shaped(columns, streams.scaling)
-        return LoadedTrace(requests=_as_requests(columns, names, self._models_of(columns, names, streams)), provenance=provenance)
+        requests = _as_requests(columns, names, self._models_of(columns, names, streams), self._limits(columns))
+        return LoadedTrace(requests=requests, provenance=provenance)
 
     @abstractmethod
     def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
@@ -101,6 +109,11 @@ class ShapedWorkload(ABC):
         if context is not None:
             prompt = np.minimum(prompt, context - output)
         return replace(columns, prompt_tokens=prompt, output_tokens=output)
+
+    def _limits(self, columns: Columns) -> Ints:
+        """The limit that each request states for its answer, in tokens."""
+        limits = np.full(len(columns), self.max_output_tokens, dtype=np.int64)
+        return limits if self.max_context_tokens is None else np.minimum(limits, self.max_context_tokens - columns.prompt_tokens)
 
     def _models_of(self, columns: Columns, models: list[str], streams: Streams) -> Ints:
         if columns.trace_model is not None:
@@ -145,14 +158,9 @@ def _rate_scaled(columns: Columns, scale: float, rng: np.random.Generator) -> Co
     return columns.take(original).at(columns.arrival_s[original] + delay_s)
 
 
-def _as_requests(columns: Columns, names: list[str], models: Ints) -> tuple[Request, ...]:
+def _as_requests(columns: Columns, names: list[str], models: Ints, limits: Ints) -> tuple[TracedRequest, ...]:
     named = [names[index] for index in models.tolist()]
     rows = zip(
-        range(len(columns)),
-        columns.arrival_s.tolist(),
-        named,
-        columns.prompt_tokens.tolist(),
-        columns.output_tokens.tolist(),
-        strict=True,
+        range(len(columns)), columns.arrival_s.tolist(), named, columns.prompt_tokens.tolist(), limits.tolist(), strict=True
     )
-    return tuple(Request(*row) for row in rows)
+    return tuple(TracedRequest(Request(*row), output) for row, output in zip(rows, columns.output_tokens.tolist(), strict=True))

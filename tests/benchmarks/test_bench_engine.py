@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def eager(small: Path) -> Iterator[Any]:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the reference")
     kind = transformers.AutoModelForCausalLM
     with torch.inference_mode():
         yield kind.from_pretrained(small, dtype=torch.float32, attn_implementation="eager").eval()

@@ -271,7 +271,7 @@ def test_paced_rate(benchmark: BenchmarkFixture, gigabyte: PackedModel, rate: st
     """Share of a paced link that a multicast to three nodes uses: the plan's rounds against the time taken."""
     plan = BinomialPipeline().plan(sources=1, destinations=3, blocks=len(gigabyte.blocks))
     sizes = gigabyte.block_bytes
-    ideal = sum(max(sizes[t.block] for t in transfers) for transfers in plan.rounds) / float(rate[:3]) / 1e9
+    ideal = sum(max(sizes[t.block] for t in sends) for sends in plan.rounds) / float(rate[:3]) / 1e9
     took: list[float] = []
     benchmark.pedantic(lambda: took.append(multicast_s(gigabyte, 4, link=rate)), rounds=2)
     benchmark.extra_info["share of the link"] = ideal / min(took)

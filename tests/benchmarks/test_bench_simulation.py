@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from lambdascale.core import Request
+from lambdascale.core import traced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.runner import drive_experiment
@@ -30,7 +30,7 @@ def test_simulate_the_azure_conversation_trace(benchmark: BenchmarkFixture, time
     trace = experiment.workload.load(models=["llama2_7b"], seed=1).requests
     period = trace[-1].arrival_s + 1.0
     requests = [
-        Request(copy * len(trace) + r.request_id, copy * period + r.arrival_s, r.model, r.prompt_tokens, r.output_tokens)
+        traced(copy * len(trace) + r.request_id, copy * period + r.arrival_s, r.model, r.prompt_tokens, r.output_tokens)
         for copy in range(times)
         for r in trace
     ]

@@ -120,7 +120,7 @@ def test_load(benchmark: BenchmarkFixture, model: PackedModel, device: str, cold
 
 def test_safetensors_cold(benchmark: BenchmarkFixture, model: PackedModel) -> None:
     """For comparison: the usual loader, with every page touched."""
-    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors as the reader")
 
     def load() -> None:
         for block in range(BLOCKS):

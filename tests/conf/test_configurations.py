@@ -7,7 +7,6 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.experiments.build import build
@@ -17,6 +16,7 @@ from lambdascale.experiments.runner import run
 from lambdascale.experiments.study import Study, command_lines, load_study
 from lambdascale.figures.registry import FIGURES
 from lambdascale.live.config import LiveConfig
+from tests.conf.points import combinations, points
 
 GROUPS = {
     "system": "system",
@@ -95,17 +95,12 @@ def study(experiment: str) -> Study:
 
 def written(experiment: str) -> dict[str, Any]:
     """The study of a file, read without composing anything."""
-    return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})  # type: ignore[union-attr]
+    return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})
 
 
-STUDIES = [name for name in EXPERIMENTS if "grids" in written(name)]
-
-
-def first_point(line: list[str]) -> list[str]:
-    """Overrides of the first run of a sweep's command line."""
-    parsed = OverridesParser.create().parse_overrides(line)
-    values = [next(iter(o.sweep_string_iterator())) if o.is_sweep_override() else o.get_value_element_as_str() for o in parsed]
-    return [f"{o.get_key_element()}={value}" for o, value in zip(parsed, values, strict=True)]
+# Those of both backends need a machine to themselves: they are no part of the paper's reproduction.
+BOTH = [name for name in EXPERIMENTS if any("backend" in grid for grid in written(name).get("grids", ()))]
+STUDIES = [name for name in EXPERIMENTS if "grids" in written(name) and name not in BOTH]
 
 
 def _with_partners(settings: list[list[str]], reference: str) -> list[list[str]]:
@@ -122,11 +117,9 @@ def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     """One run of every grid makes a table with the columns of the committed one."""
     own = [f"experiment={experiment}", "hydra/launcher=basic"]
     found = study(experiment)
-    points = [first_point(line) for line in command_lines(found, own)]
-    settings = [[o for o in point if not o.startswith(("experiment=", "hydra/"))] for point in points]
-    if found.reference:
-        settings = _with_partners(settings, found.reference)
-    runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in settings]
+    first = [combinations(line[len(own) :])[0] for line in command_lines(found, own)]
+    first = _with_partners(first, found.reference) if found.reference else first
+    runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in first]
     table = study_table(found, runs)
     stem = conf_dir().parent / "results" / "tables" / experiment
     committed = pd.read_csv(f"{stem}.csv") if Path(f"{stem}.csv").exists() else pd.read_parquet(f"{stem}.parquet")
@@ -138,9 +131,25 @@ def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("experiment", [name for name in STUDIES if "live" in written(name)])
 def test_live_grids_compose(experiment: str) -> None:
     lines = command_lines(study(experiment), [f"experiment={experiment}", "backend=live"])
-    config = compose(first_point(lines[0]))
+    config = compose(combinations(lines[0])[0])
     assert config.backend._target_.endswith("LiveConfig")
     assert config.cluster.name == "desk"
+
+
+@pytest.mark.parametrize("experiment", BOTH)
+def test_studies_of_both_backends_run_the_same_configurations(experiment: str, tmp_path: Path) -> None:
+    """Every live run has its simulated one: equal but for the backend. One of each kind of rows is made by simulation."""
+    found = study(experiment)
+    pairs: dict[str, list[str]] = {"sim": [], "live": []}
+    for point in points(found, experiment):
+        config = compose([f"experiment={experiment}", *point])
+        kind = "live" if config.backend._target_.endswith("LiveConfig") else "sim"
+        config.backend = None
+        pairs[kind].append(OmegaConf.to_yaml(config, resolve=True))
+    assert sorted(pairs["live"]) == sorted(pairs["sim"])
+    first = next(point for point in points(found, experiment) if "backend=sim" in point)
+    table = study_table(found, [run(debug_scale(experiment, tmp_path, *first)).folder])
+    assert set(found.fields) <= set(table.columns)
 
 
 def test_the_paper_is_made_of_studies() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lambdascale.control import Autoscaler, SystemConfig, build_system
 from lambdascale.control.start import MulticastStart
-from lambdascale.core import Request, UserError
+from lambdascale.core import UserError, traced
 from lambdascale.core.commands import LoadBlocks, ReleaseNode, Repartition, Serve, SwitchMode
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
@@ -18,12 +18,12 @@ from lambdascale.testing.systems import SystemConformance, burst, small_cluster,
 
 def cooperative(**changes: object) -> SystemConfig:
     base = build(compose(["system=lambdascale"])).system
-    return replace(base, name="cooperative", start=CooperativeStart(), kv="copy", **changes)  # type: ignore[arg-type]
+    return replace(base, name="cooperative", start=CooperativeStart(), kv="copy", **changes)
 
 
 def spread(**changes: object) -> SystemConfig:
     base = build(compose(["system=lambdascale", "system.memory.initial_copies=0"])).system
-    return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)  # type: ignore[arg-type]
+    return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)
 
 
 def with_holders() -> SystemConfig:
@@ -70,7 +70,7 @@ def test_the_boundary_moves_with_every_block() -> None:
 
 def test_a_cold_start_over_four_nodes_consolidates_onto_one() -> None:
     """Each of four nodes loads a quarter; the first then loads the rest, takes over, and the three others are released."""
-    _, recorder = Suite(spread()).run([Request(0, 0.0, "small", 20, 400)], min_replicas=0, target_per_replica=4)
+    _, recorder = Suite(spread()).run([traced(0, 0.0, "small", 20, 400)], min_replicas=0, target_per_replica=4)
     entries = [entry for _, entry in recorder.entries]
     loads = [e for e in entries if isinstance(e, LoadBlocks)]
     assert [len(load.blocks) for load in loads] == [4, 4, 4, 4, 12]

@@ -56,7 +56,7 @@ def pipelined(**changes: object) -> SystemConfig:
     config = configured("lambdascale", "system.memory.initial_copies=3", "batching@system.batching=prototype")
     assert isinstance(config.start, MulticastStart)
     pipelines = changes.pop("pipelines", config.start.pipelines)
-    return replace(config, start=replace(config.start, pipelines=pipelines), **changes)  # type: ignore[arg-type]
+    return replace(config, start=replace(config.start, pipelines=pipelines), **changes)
 
 
 class Suite(SystemConformance):
@@ -100,6 +100,6 @@ def test_ideal_is_never_beaten_on_a_burst() -> None:
         seen: dict[int, float] = {}
         for at, entry in recorder.entries:
             if type(entry).__name__ == "TokensProduced":
-                seen.setdefault(entry.request_id, at)  # type: ignore[union-attr]
+                seen.setdefault(entry.request_id, at)
         means[name] = sum(seen.values()) / len(seen)
     assert min(means, key=lambda name: means[name]) == "ideal"

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lambdascale import workload as package
-from lambdascale.core import Request, UserError
+from lambdascale.core import TracedRequest, UserError
 from lambdascale.workload import ShapedWorkload
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "workload"
@@ -54,7 +54,7 @@ def test_a_config_yields_requests(name: str, tmp_path: Path) -> None:
     assert isinstance(workload, ShapedWorkload)
     requests = workload.requests(models=["a", "b"], seed=7)
     assert len(requests) > 0
-    assert all(isinstance(r, Request) for r in requests)
+    assert all(isinstance(r, TracedRequest) for r in requests)
     assert [r.request_id for r in requests] == list(range(len(requests)))
     assert all(a.arrival_s <= b.arrival_s for a, b in itertools.pairwise(requests))
     assert requests == workload.requests(models=["a", "b"], seed=7)

@@ -152,7 +152,7 @@ def test_lines_are_short(page: Path) -> None:
     shown, long = False, []
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         fence = FENCE.match(line)
-        shown = not shown and bool(fence) and fence["title"] == "Prints" if fence else shown  # type: ignore[index]
+        shown = not shown and bool(fence) and fence["title"] == "Prints" if fence else shown
         if len(line) > 120 and not shown and not line.lstrip().startswith(("|", "!", "[", "- [")):
             long.append(number)
     assert not long

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lambdascale.control import SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec, ModelSpec, Request
+from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, traced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.metrics import Recorder, events_table
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 def log(
     system: SystemConfig,
     cluster: ClusterSpec,
-    requests: Sequence[Request],
+    requests: Sequence[TracedRequest],
     models: Sequence[ModelSpec] = (),
     failures: Sequence[tuple[int, float]] = (),
 ) -> str:
@@ -60,7 +60,7 @@ def lambdascale_burst() -> str:
 def kv_copy() -> str:
     """The same with two sources and long prompts, whose KV is copied at the mode switch over a slow network."""
     system = configured("system.kv=copy", "system.autoscaler.min_replicas=2", "system.memory.initial_copies=0")
-    requests = [Request(i, 0.0, "small", 4000, 60 + 11 * (i % 4)) for i in range(24)]
+    requests = [traced(i, 0.0, "small", 4000, 60 + 11 * (i % 4)) for i in range(24)]
     return log(system, replace(small_cluster(4), nic_bytes_per_s=1e9), requests)
 
 

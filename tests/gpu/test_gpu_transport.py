@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def on_gpus_in_turn(node: NodeId, handlers: Handlers) -> Endpoint:
 
 
 @pytest.mark.parametrize("make", [on_one_gpu, pytest.param(on_gpus_in_turn, marks=two_gpus)])
-def test_everybody_gets_everything(make) -> None:  # noqa: ANN001
+def test_everybody_gets_everything(make: Callable[[NodeId, Handlers], Endpoint]) -> None:
     """Blocks of a size that a page of a GPU's memory (2 MiB) does not divide."""
     with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=(3 << 20) + 5, start_method="spawn") as carriers:
         carriers.carry(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS))
@@ -76,7 +77,7 @@ def test_everybody_gets_everything(make) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("make", [on_one_gpu, pytest.param(on_gpus_in_turn, marks=two_gpus)])
-def test_the_survivors_of_a_killed_receiver(make) -> None:  # noqa: ANN001
+def test_the_survivors_of_a_killed_receiver(make: Callable[[NodeId, Handlers], Endpoint]) -> None:
     """A process dies with its memory open elsewhere, and with others' memory open: theirs stays what it was."""
     with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=64 << 20, start_method="spawn") as carriers:
         carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2)

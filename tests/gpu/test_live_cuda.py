@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.core import traced
 from lambdascale.core.commands import SwitchMode
 from lambdascale.core.events import BlockArrived, NodeLost
 from tests.live.harness import Watcher, burst, expected, pack_tiny, run, system_of
@@ -52,7 +53,7 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str, copies: int) ->
 def test_load_from_host_memory_and_back(tiny: Path, transport: str) -> None:
     """Released nodes keep host copies and come back from them over PCIe."""
     system = system_of("lambdascale", "system.memory.initial_copies=2", "system.autoscaler.keep_alive_s=0.3")
-    again = [type(r)(r.request_id + 100, 6.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
+    again = [traced(r.request_id + 100, 6.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
     requests = [*REQUESTS, *again]
     outcome = run(tiny, requests, system=system, link="2MB/s", transport=transport, device="cuda")
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)

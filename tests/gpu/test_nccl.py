@@ -30,7 +30,7 @@ def be_a_member(rank: int, size: int, pipe: Connection) -> None:
     """Rank 0 says where they meet; everybody broadcasts what rank 1 has, then tells; the last one dies when it is told to."""
     timeout = timedelta(seconds=30)
     device = torch.device(f"cuda:{rank}")
-    tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+    tcp_store: Any = distributed.TCPStore
     port = pipe.recv()
     store = tcp_store("127.0.0.1", port, size, rank == 0, timeout, wait_for_workers=False)
     if rank == 0:

@@ -60,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="session")
 def reference() -> Callable[[Path], Any]:
     """transformers' model of a directory, in float32."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the reference")
     loaded: dict[Path, Any] = {}
 
     def load(directory: Path) -> Any:

@@ -42,7 +42,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_answers_of_a_packed_real_model(smollm2: Path, tmp_path: Path, answers: Answer, reference: Callable[[Path], Any]) -> None:
     """Packed as float32, loaded by the block store, run as a pipeline of three stages."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers, the reference")
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     chat = [{"role": "user", "content": PROMPTS[5]}]
     asked = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -88,7 +88,8 @@ def test_it_is_an_ordinary_checkpoint(smollm2: Path) -> None:
 )
 def test_its_weights_are_those_of_the_package(smollm2: Path, packed: str, ordinary: str) -> None:
     """Dequantised by gguf itself, without transformers (which keeps them quantised in memory in its newer versions)."""
-    gguf, safetensors = pytest.importorskip("gguf"), pytest.importorskip("safetensors.torch")
+    gguf = pytest.importorskip("gguf", reason="needs gguf, the format of the real model")
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors as the reader")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(smollm2_file())).tensors}
     wanted = torch.tensor(gguf.dequantize(tensors[packed].data, tensors[packed].tensor_type))
     assert torch.equal(safetensors.load_file(smollm2 / "model.safetensors")[ordinary], wanted.to(torch.bfloat16))

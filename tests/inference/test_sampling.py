@@ -115,7 +115,7 @@ class TestInTheEngine:
     @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": 1.5}])
     def test_rules_that_make_no_sense(self, wrong: dict[str, float]) -> None:
         with pytest.raises(UserError):
-            Sampling(**wrong)  # type: ignore[arg-type]
+            Sampling(**wrong)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 0.0099, -0.5, float("inf"), float("nan")])

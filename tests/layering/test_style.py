@@ -1,8 +1,11 @@
-"""House rules that no linter knows: assertions without side effects, docstrings that begin with the thing or the verb."""
+"""House rules that no linter knows: assertions without side effects, plain docstrings, reasons beside exceptions."""
 
 from __future__ import annotations
 
 import ast
+import io
+import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,102 @@ def test_pure_assertions_and_messages_pass() -> None:
 
 def test_questions_are_found() -> None:
     assert questions('"""Number of nodes."""\ndef f():\n    """Whether it holds."""\nclass A:\n    """What it is."""') == [3, 5]
+
+
+# -- plain English -------------------------------------------------------------------------------------------------------
+
+PAGES = sorted({ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "results" / "LOG.md", *(ROOT / "docs").glob("*.md")})
+# What docs/contributing.md calls riddles; it names them itself.
+RIDDLES = re.compile(
+    r"\bthere (?:is|are|was|were|may|will)\b|\b(?:is|are|be|was|were|not) there\b|\bto be had\b|\bgone\b|\bcannot be(?:[.:,;]|$)",
+    re.IGNORECASE,
+)
+
+
+def prose(source: str) -> str:
+    """Comments and strings of a module, docstrings among them."""
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
+    nodes = ast.walk(ast.parse(source))
+    return "\n".join([*comments, *(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))])
+
+
+@pytest.mark.parametrize("path", [*FILES, *PAGES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_riddles(path: Path) -> None:
+    text = prose(path.read_text()) if path.suffix == ".py" else path.read_text()
+    found = [line.strip() for line in text.splitlines() if RIDDLES.search(line)]
+    assert not found or path.name == "contributing.md", "say it in plain English (docs/contributing.md)"
+
+
+def test_riddles_are_found() -> None:
+    assert RIDDLES.search(prose("def f():\n    'None if there is none.'"))
+    assert RIDDLES.search(prose("x = 1  # the node is gone"))
+    assert not RIDDLES.search(prose("raise ValueError('it cannot be read; the file lies there')"))
+
+
+# -- reasons for silenced checks and tests left out ----------------------------------------------------------------------
+
+EVERYWHERE = sorted({*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.py")})
+_CHECKS = (r"type: ignore(?:\[[\w, -]+\])?", r"noqa(?:: [A-Z]+\d+(?:, ?[A-Z]+\d+)*)?", "pragma: no cover")
+SILENCED = re.compile(rf"#\s*(?:{'|'.join(_CHECKS)})(?P<reason>.*)")
+LEAVES_OUT = {"skip", "skipif", "xfail", "importorskip"}
+
+
+def unexplained(source: str) -> list[int]:
+    """Lines of comments that silence a check, and of calls and marks that leave a test out, without a reason beside them."""
+    comments = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT]
+    silenced = [(token.start[0], SILENCED.search(token.string)) for token in comments]
+    found = [line for line, match in silenced if match and not re.search(r"\w{3}", match["reason"])]
+    nodes = list(ast.walk(ast.parse(source)))
+    explained = {id(node.func) for node in nodes if isinstance(node, ast.Call) and _explains(node)}
+    found += [node.lineno for node in nodes if _leaves_out(node) and id(node) not in explained]
+    return sorted(found)
+
+
+def _leaves_out(node: ast.AST) -> bool:
+    """True for pytest.skip, pytest.importorskip and the marks."""
+    if not isinstance(node, ast.Attribute) or node.attr not in LEAVES_OUT:
+        return False
+    of = node.value
+    return (isinstance(of, ast.Name) and of.id == "pytest") or (isinstance(of, ast.Attribute) and of.attr == "mark")
+
+
+def _explains(call: ast.Call) -> bool:
+    plain = isinstance(call.func, ast.Attribute) and call.func.attr == "skip" and bool(call.args)
+    return plain or any(keyword.arg == "reason" for keyword in call.keywords)
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_module_is_long(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{lines} lines: split it by subject"
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_whatever_is_silenced_says_why(path: Path) -> None:
+    lines = unexplained(path.read_text())
+    assert not lines, f"a reason is missing beside what silences a check or leaves a test out, at lines {lines}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = f()  # type: ignore[misc]",
+        "x = f()  # noqa: E501, B023",
+        "if x:  # pragma: no cover\n    pass",
+        "@pytest.mark.skip\ndef f(): ...",
+        "@pytest.mark.xfail(strict=True)\ndef f(): ...",
+        "pytest.importorskip('a')",
+        "pytest.skip()",
+    ],
+)
+def test_missing_reasons_are_found(line: str) -> None:
+    assert unexplained(line) == [1]
+
+
+def test_reasons_pass() -> None:
+    assert not unexplained(
+        "x = f()  # type: ignore[misc]  # missing from the stubs\n"
+        "y = f()  # noqa: B023 (called at once)\n"
+        "pytest.skip(str(error))\npytest.importorskip('a', reason='needs a')\n"
+        "@pytest.mark.skipif(x, reason='needs x')\ndef f(): ...\nqueue.skip()"
+    )

@@ -121,4 +121,4 @@ def check_damage(outcome: Outcome, block: int) -> None:
     assert {event.transfer_id for event in failed} <= {command.transfer_id for command in of(outcome, CancelTransfer)}
     first, again, *_ = of(outcome, StartMulticast)
     assert first.transfer_id == failed[0].transfer_id
-    assert {t.block for transfers in again.plan.rounds for t in transfers} >= {block}
+    assert {t.block for sends in again.plan.rounds for t in sends} >= {block}

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits, SystemConfig, build_system, drive
-from lambdascale.core import Request
+from lambdascale.core import TracedRequest, traced
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
 from lambdascale.experiments.compose import compose
@@ -90,15 +90,15 @@ def pack_tiny(root: Path) -> Path:
     return root / "tiny"
 
 
-def burst(count: int, prompt: int = 20, output: int = 100, at_s: float = 0.1) -> list[Request]:
-    return [Request(i, at_s, "tiny", prompt + 3 * (i % 5), output + 5 * (i % 4)) for i in range(count)]
+def burst(count: int, prompt: int = 20, output: int = 100, at_s: float = 0.1) -> list[TracedRequest]:
+    return [traced(i, at_s, "tiny", prompt + 3 * (i % 5), output + 5 * (i % 4), 2 * output) for i in range(count)]
 
 
-def prompts(requests: Sequence[Request], vocab: int = 256) -> dict[int, list[int]]:
+def prompts(requests: Sequence[TracedRequest], vocab: int = 256) -> dict[int, list[int]]:
     return {r.request_id: np.random.default_rng(r.request_id).integers(0, vocab, r.prompt_tokens).tolist() for r in requests}
 
 
-def expected(model: PackedModel, requests: Sequence[Request]) -> dict[int, list[int]]:
+def expected(model: PackedModel, requests: Sequence[TracedRequest]) -> dict[int, list[int]]:
     """The engine's answers, one after the other on one node."""
     stage = TransformerStage(model.architecture, load_blocks(model), 1, SLOT_TOKENS)
     answers = {}
@@ -114,7 +114,7 @@ def expected(model: PackedModel, requests: Sequence[Request]) -> dict[int, list[
 
 def run(
     directory: Path,
-    requests: Sequence[Request],
+    requests: Sequence[TracedRequest],
     *,
     system: SystemConfig,
     nodes: int = 4,

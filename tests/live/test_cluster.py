@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from msgspec import structs
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.core import traced
 from lambdascale.core.commands import Command, LoadBlocks, Serve, StartMulticast, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
+from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.live.faults import Break, Damage, check_damage, inject
 from tests.live.harness import Outcome, Watcher, burst, expected, of, run, system_of
 
@@ -70,12 +71,21 @@ def test_several_sources_and_a_second_burst(tiny: Path) -> None:
     """A host copy feeds the multicast too; after a pause, released nodes come back from their host copies."""
     system = system_of("lambdascale", *TWO_SOURCES, "system.autoscaler.keep_alive_s=0.3")
     again = burst(32, at_s=6.0)
-    requests = [*REQUESTS, *(type(r)(r.request_id + 100, r.arrival_s, r.model, r.prompt_tokens, r.output_tokens) for r in again)]
+    requests = [*REQUESTS, *(traced(r.request_id + 100, r.arrival_s, r.model, r.prompt_tokens, r.output_tokens) for r in again)]
     outcome = run(tiny, requests, system=system, link="2MB/s")
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), requests)
     assert "ReleaseNode" in outcome.kinds()
     plans = [e.plan for _, e in outcome.recorder.entries if isinstance(e, StartMulticast)]
     assert any(len(plan.sources) == 2 for plan in plans)
+
+
+def test_scarce_kv_memory(tiny: Path) -> None:
+    """Room for two of a batch's four requests at their longest, in replicas and pipelines: the others are computed anew."""
+    scarce = with_kv_tokens(small_cluster(), 260, model=PackedModel.open(tiny, "tiny").spec)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), cluster_changes={"gpu": scarce.gpu})
+    check(outcome, tiny)
+    assert {e.kv_tokens for e in of(outcome, Serve)} == {260}
+    assert any(e.is_pipeline for e in of(outcome, Serve))
 
 
 def test_from_nothing(tiny: Path) -> None:
@@ -173,7 +183,7 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
     """The node that serves dies; once it is back, the other one does: a new process, reached in either direction, takes over."""
     again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0 and entry.node == 0, kill(1))
     watchers = [Watcher(first(TokensProduced), kill(0)), again]
-    requests = REQUESTS + [structs.replace(request, request_id=request.request_id + 32, arrival_s=8.0) for request in REQUESTS]
+    requests = REQUESTS + [traced(r.request_id + 32, 8.0, r.model, r.prompt_tokens, r.output_tokens) for r in REQUESTS]
     outcome = run(tiny, requests, system=system_of("lambdascale"), nodes=2, watchers=watchers, transport=transport, restarts=3)
     assert again.acted
     assert [event.node for event in of(outcome, NodeLost)] == [0, 1]
@@ -181,6 +191,25 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
     assert (outcome.rows.status == "ok").all()
     back = min(at for at, entry in outcome.recorder.entries if isinstance(entry, NodeJoined) and at > 0)
     assert any(isinstance(entry, Serve) and at > back for at, entry in outcome.recorder.entries)
+
+
+def test_requests_wait_for_the_only_node(tiny: Path) -> None:
+    """It dies while it serves; its requests go on where they were once it is back."""
+    watchers = [Watcher(first(TokensProduced), kill(0))]
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
+    check(outcome, tiny)
+    assert of(outcome, NodeLost) == [NodeLost(of(outcome, NodeLost)[0].at, 0, returns=True)]
+    assert (outcome.rows.status == "ok").all()
+
+
+def test_requests_fail_when_the_only_node_is_given_up(tiny: Path) -> None:
+    """It dies once more than it may be started again."""
+    again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0, kill(0))
+    watchers = [Watcher(first(TokensProduced), kill(0)), again]
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
+    assert [event.returns for event in of(outcome, NodeLost)] == [True, False]
+    assert (outcome.rows.status == "failed").any()
+    assert set(outcome.rows.status) <= {"ok", "failed"}
 
 
 # -- faults of the transport ---------------------------------------------------------------------------------------------

@@ -1,36 +1,37 @@
-"""The tables of live runs, at a small scale."""
+"""The studies of live runs, at a small scale."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from lambdascale.checkpoints.synthetic import smollm2_file
 from lambdascale.core import UserError
-from lambdascale.experiments.live_study import MEASURES, Case, execute_while_load, scale_out_durations, sim_vs_live
+from lambdascale.experiments.collect import study_table
+from lambdascale.experiments.compose import compose
+from lambdascale.experiments.live_tables import execute_while_load, sim_vs_live
+from lambdascale.experiments.runner import run
+from lambdascale.experiments.study import load_study
+from tests.conf.points import points
 
 
-def test_durations_of_scale_outs() -> None:
-    """From the command to the last block; what a run starts with does not count, nor what never arrived."""
-    rows = [
-        ("LoadBlocks", 0.0, 1, '{"tier":"instant"}'),
-        ("BlockArrived", 0.0, 1, None),
-        ("StartMulticast", 2.0, 2, '{"sources":[0]}'),
-        ("LoadBlocks", 2.5, 3, '{"tier":"host"}'),
-        ("BlockArrived", 3.0, 2, None),
-        ("BlockArrived", 5.0, 2, None),
-        ("LoadBlocks", 5.5, 4, '{"tier":"ssd"}'),
-        ("BlockArrived", 6.0, 3, None),
-    ]
-    events = pd.DataFrame(rows, columns=["kind", "at_s", "transfer_id", "detail"])
-    assert scale_out_durations(events) == [3.0, 3.5]
+def folders(experiment: str, results: Path, keep: Sequence[str], *overrides: str) -> list[Path]:
+    """Run the points of a study that have all of ``keep`` among their overrides."""
+    study = load_study([f"experiment={experiment}"])
+    assert study is not None
+    chosen = [point for point in points(study, experiment) if set(keep) <= set(point)]
+    return [run(compose([f"experiment={experiment}", *point, *overrides, f"results={results}"])).folder for point in chosen]
 
 
 def test_execute_while_load_of_the_simulator(tmp_path: Path) -> None:
     """More sources, earlier pipelines; without pipelines nothing is served by one."""
-    table = execute_while_load(str(tmp_path), seeds=(1,), backend="sim").set_index(["sources", "executes"])
+    study = load_study(["experiment=live_while_load"])
+    assert study is not None
+    rows = study_table(study, folders("live_while_load", tmp_path, ["backend=sim", "seed=1"]))
+    table = execute_while_load(rows).set_index(["sources", "executes"])
+    assert list(table.index.get_level_values("sources").unique()) == [1, 2, 4]
     assert (table.first_tokens_of_pipelines.xs("after loading", level="executes") == 0).all()
     early, late = (table.all_served_s.xs(kind, level="executes") for kind in ("while loading", "after loading"))
     assert (early < late).all()
@@ -42,11 +43,13 @@ def test_a_simulation_beside_its_live_run(tmp_path: Path) -> None:
         smollm2_file()
     except UserError as error:
         pytest.skip(str(error))
-    trace = ["workload=burst", "workload.count=6", "workload.prompt_tokens=8", "workload.output_tokens=4"]
-    cases = (Case("2 nodes, timed", 2, "timed"),)
-    table = sim_vs_live("desk", str(tmp_path), seeds=(1,), cases=cases, systems=("lambdascale",), trace=trace)
-    assert list(table.measure) == list(MEASURES)
+    study = load_study(["experiment=live_fidelity"])
+    assert study is not None
+    keep = ["cluster.nodes=12", "system=lambdascale", "seed=1"]
+    small = ["workload.duration_s=30", "workload.prompt_tokens=8", "workload.output_tokens=4", "cluster.nodes=2"]
+    rows = study_table(study, folders("live_fidelity", tmp_path, keep, *small))
+    table = sim_vs_live(rows)
+    assert list(table.measure) == ["ttft_p50_s", "ttft_p90_s", "scale_out_s", "gpu_seconds"]
+    assert set(table.case) == {"2 nodes, timed"}
     assert set(table.backend) == {"sim and live-timed"}
     assert (table.live > 0).all()
-    errors = 100 * (table.simulated / table.live - 1)
-    pd.testing.assert_series_equal(table.error_percent, errors, check_names=False)

@@ -12,7 +12,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import builtin_model
 from lambdascale.checkpoints.synthetic import smollm2_file
 from lambdascale.control import build_system, drive
-from lambdascale.core import Request, UserError
+from lambdascale.core import UserError, traced
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import BlockArrived
 from lambdascale.experiments.compose import compose
@@ -72,7 +72,7 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
     requests, tickets = [], {}
     for number, prompt in enumerate(PROMPTS):
         ids = text.encode(text.chat([{"role": "user", "content": prompt}]), special=False)
-        requests.append(Request(number, 0.1, packed.name, len(ids), TOKENS))
+        requests.append(traced(number, 0.1, packed.name, len(ids), TOKENS))
         tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
     # Links at which 0.65 GB take a quarter of a minute, and iterations that keep one node busy twice as long.
     pace = ["cluster.nic_bytes_per_s=0.05GB/s", "cluster.compute.iteration_overhead_s=0.25"]

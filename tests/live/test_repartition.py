@@ -11,7 +11,7 @@ import pytest
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control import SystemConfig
 from lambdascale.control.start import StartPolicy
-from lambdascale.core import Request
+from lambdascale.core import TracedRequest
 from lambdascale.core.commands import KvPolicy, ReleaseNode, Repartition, Serve, SwitchMode
 from lambdascale.core.events import RequestFinished
 from lambdascale.testing.starts import CooperativeStart, SpreadStart
@@ -25,7 +25,7 @@ def system(start: StartPolicy, kv: KvPolicy, *overrides: str) -> SystemConfig:
     return replace(base, name="parts", start=start, kv=kv)
 
 
-def check(outcome: Outcome, directory: Path, requests: list[Request]) -> None:
+def check(outcome: Outcome, directory: Path, requests: list[TracedRequest]) -> None:
     assert outcome.answers == expected(PackedModel.open(directory, "tiny"), requests)
     assert (outcome.rows.status == "ok").all()
     assert (outcome.rows.restarts == 0).all()

@@ -121,7 +121,8 @@ class FakeCluster:
     at random.
     """
 
-    def __init__(self, nodes: int, max_batch: int = 2, max_tokens: int = 8) -> None:
+    def __init__(self, nodes: int, max_batch: int = 2, max_tokens: int = 8, kv_tokens: int = 2 * SLOT_TOKENS) -> None:
+        self.kv_tokens = kv_tokens
         self.wires: dict[tuple[int, int], deque[wire.Peer]] = {}
         self.said: list[wire.ToController] = []
         self.executors = [FakeExecutor() for _ in range(nodes)]
@@ -145,7 +146,7 @@ class FakeCluster:
 
     def serve(self, instance: int, *stages: Stage) -> None:
         for node in dict.fromkeys(stage.node for stage in stages):
-            self.order(node, "serve", Serve(instance, "tiny", stages, (1,) * BLOCKS))
+            self.order(node, "serve", Serve(instance, "tiny", stages, (1,) * BLOCKS, self.kv_tokens))
 
     def assign(self, instance: int, head: int, *requests: int) -> None:
         for request_id in requests:
@@ -156,7 +157,7 @@ class FakeCluster:
     def repartition(
         self, instance: int, version: int, head: int, nodes: Sequence[int], batches: int, kv: KvPolicy, *stages: Stage
     ) -> None:
-        message = wire.NewStages(Repartition(instance, stages, kv), version, "tiny", head, batches)
+        message = wire.NewStages(Repartition(instance, stages, kv, self.kv_tokens), version, "tiny", head, batches)
         for node in nodes:
             self.order(node, "repartition", message)
 
@@ -249,3 +250,14 @@ def copy(ticket: Ticket) -> Ticket:
 
 def stages(*shares: tuple[int, int, int]) -> tuple[Stage, ...]:
     return tuple(Stage(*share) for share in shares)
+
+
+def replica(node: int) -> tuple[int, int, int]:
+    """The stage of a replica, for ``stages``."""
+    return (node, 0, 3)
+
+
+def run_until_tokens(cluster: FakeCluster, count: int) -> None:
+    """Run until so many tokens were reported."""
+    while len(cluster.tokens()) < count:
+        cluster.run(steps=1)

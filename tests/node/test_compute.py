@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from lambdascale.core.commands import KvPolicy, Repartition
+from lambdascale.core.commands import Repartition
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
-from tests.node.fakes import FakeCluster, FakeRunner, copy, expected_answer, stages
+from tests.node.fakes import FakeCluster, FakeRunner, expected_answer, replica, run_until_tokens, stages
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
-
-
-def replica(node: int) -> tuple[int, int, int]:
-    return (node, 0, 3)
-
-
-def run_until_tokens(cluster: FakeCluster, count: int) -> None:
-    while len(cluster.tokens()) < count:
-        cluster.run(steps=1)
 
 
 # -- placing -------------------------------------------------------------------------------------------------------------
@@ -67,7 +54,7 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
 
 
 def _new_stages(instance: int) -> wire.NewStages:
-    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy"), 1, "tiny", 0, 1)
+    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy", 100), 1, "tiny", 0, 1)
 
 
 def test_memory_of_ended_instances_is_bounded() -> None:
@@ -218,6 +205,17 @@ def test_the_thread_does_the_same() -> None:
     assert last.done()
 
 
+def test_kv_memory_that_runs_out_costs_time_and_no_token() -> None:
+    """Two requests of up to 21 tokens share 25: the later one is prefilled twice."""
+    cluster = FakeCluster(1, kv_tokens=25)
+    cluster.serve(1, *stages(replica(0)))
+    cluster.assign(1, 0, 4, 8)
+    cluster.run()
+    cluster.check()
+    (runner,) = cluster.executors[0].open
+    assert runner.prefilled > sum(ticket.prompt_tokens for ticket in cluster.tickets.values())
+
+
 def test_an_instance_ends_with_its_head() -> None:
     """Nobody else would tell the other nodes of a dissolved pipeline to release their memory."""
     cluster = FakeCluster(2)
@@ -241,7 +239,7 @@ def test_an_abort_ends_a_request_wherever_it_is() -> None:
     node.abort(2)
     node.step()
     assert [m.request_id for m in cluster.said if isinstance(m, wire.Aborted)] == [2]
-    while not node._instances[1].head.running:  # type: ignore[union-attr]
+    while not node._instances[1].head.running:
         node.step()
     node.abort(1)
     cluster.run()
@@ -251,200 +249,3 @@ def test_an_abort_ends_a_request_wherever_it_is() -> None:
     assert tokens[-1].finished
     assert len(tokens) < len(expected_answer(cluster.tickets[1]))
     assert {token.request_id for token in tokens} == {1}
-
-
-# -- mode switch ---------------------------------------------------------------------------------------------------------
-
-
-def switched(kv: KvPolicy, moment: int, rng: random.Random | None = None, *, reshape: bool = False) -> FakeCluster:
-    """A pipeline over three nodes whose requests go to replicas on the first two, after ``moment`` steps."""
-    cluster = FakeCluster(3)
-    cluster.serve(1, *stages((0, 0, 0), (1, 1, 2), (2, 3, 3)))
-    cluster.assign(1, 0, 1, 2, 3, 4)
-    cluster.run(rng, steps=moment)
-    if reshape:
-        cluster.repartition(1, 1, 0, [0, 1, 2], 3, "copy", *stages((2, 0, 1), (0, 2, 2), (1, 3, 3)))
-    done = {token.request_id for token in cluster.tokens() if token.finished}
-    cluster.serve(2, *stages(replica(0)))
-    cluster.serve(3, *stages(replica(1)))
-    moves = [(request_id, 2 + request_id % 2) for request_id in (1, 2, 3, 4) if request_id not in done]
-    cluster.switch(1, 0, moves, {2: 0, 3: 1}, kv)
-    if kv == "recompute":
-        cluster.stop(1, 1, 2)
-    return cluster
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.sampled_from(["copy", "recompute"]), st.integers(0, 80), st.booleans(), st.randoms(use_true_random=False))
-def test_a_mode_switch_in_any_order(kv: KvPolicy, moment: int, reshape: bool, rng: random.Random) -> None:
-    """Also of a pipeline whose boundaries are just moving. Nothing is left of it."""
-    cluster = switched(kv, moment, rng, reshape=reshape)
-    cluster.run(rng)
-    cluster.check()
-    for node in cluster.nodes:
-        assert len(node._inbox) == 0
-        assert node._early == {}
-        assert set(node._instances) <= {2, 3}
-    assert [len(executor.open) for executor in cluster.executors] == [1, 1, 0]
-
-
-def test_kv_goes_along_and_replicas_prefill_nothing() -> None:
-    """With "copy", each node of the pipeline sends exactly its own layers, and the replicas go on decoding."""
-    cluster = FakeCluster(2)
-    cluster.serve(1, *HALVES)
-    cluster.assign(1, 0, 1)
-    run_until_tokens(cluster, 3)
-    cluster.serve(2, *stages(replica(1)))
-    cluster.switch(1, 0, [(1, 2)], {2: 1}, "copy")
-    sent = cluster.run_noting()
-    cluster.check()
-    assert [(m.first_layer, m.layers) for m in sent if isinstance(m, wire.KvPart)] == [(0, 4)], "the other half is there already"
-    before = sum(len(m.tokens) for m in cluster.said if isinstance(m, wire.Tokens) and m.instance == 1)
-    passes = cluster.executors[1].log.count("run 0-8")
-    assert before + passes == len(expected_answer(cluster.tickets[1])), "one iteration for each token that was left"
-
-
-def handover(ticket: Ticket, sources: tuple[int, ...] = (1, 2)) -> wire.Handover:
-    return wire.Handover(5, (copy(ticket),), 4, frozenset({ticket.request_id}), sources)
-
-
-def waiting_replica() -> tuple[FakeCluster, Ticket]:
-    """A replica, and a request that comes to it with one token and KV from nodes 1 and 2."""
-    cluster = FakeCluster(1)
-    cluster.serve(5, *stages(replica(0)))
-    cluster.run()
-    ticket = Ticket(1, [3, 4, 5], 3, 6)
-    cluster.tickets[1] = copy(ticket)
-    first = expected_answer(ticket)[0]
-    ticket.tokens.append(first)
-    cluster.said.append(wire.Tokens(4, "pipeline", (wire.Token(1, 0, first, False),)))
-    return cluster, ticket
-
-
-def kv_part(cluster: FakeCluster, ticket: Ticket, first_layer: int, layers: int) -> wire.KvPart:
-    """KV of all tokens but the newest, as a pipeline's node would send it."""
-    runner = FakeRunner(range(4), 1, [])
-    values = ticket.tokens[:-1]
-    for position, token in enumerate(values):
-        runner._through(0, position, token)
-    data = runner.read_kv(0, len(values), range(first_layer, first_layer + layers))
-    return wire.KvPart(5, ticket.request_id, 4, first_layer, layers, data)
-
-
-def feed(cluster: FakeCluster, *messages: wire.ForInstance) -> None:
-    for message in messages:
-        cluster.nodes[0].peer(message)
-        cluster.nodes[0].step()
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0)])
-def test_kv_may_come_before_its_request(order: tuple[int, ...]) -> None:
-    """The request goes on when ticket and all layers are here, and not before."""
-    cluster, ticket = waiting_replica()
-    messages = [handover(ticket), kv_part(cluster, ticket, 0, 4), kv_part(cluster, ticket, 4, 4)]
-    feed(cluster, *(messages[index] for index in order[:2]))
-    cluster.run()
-    assert len(cluster.tokens()) == 1
-    feed(cluster, messages[order[2]])
-    cluster.run()
-    cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
-    assert cluster.executors[0].made[0].prefilled == 0
-
-
-def test_kv_that_comes_too_late_is_dropped() -> None:
-    """A source is lost: the request is prefilled; the parts that still come leave nothing behind."""
-    cluster, ticket = waiting_replica()
-    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
-    cluster.nodes[0].lost(2)
-    cluster.nodes[0].step()
-    cluster.run()
-    cluster.check()
-    feed(cluster, kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 0
-
-
-def test_the_loss_of_another_node_changes_nothing() -> None:
-    cluster, ticket = waiting_replica()
-    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
-    cluster.nodes[0].lost(3)
-    feed(cluster, kv_part(cluster, ticket, 4, 4))
-    cluster.run()
-    cluster.check()
-    assert cluster.executors[0].made[0].prefilled == 0
-
-
-def test_a_handover_after_the_loss_of_a_source_waits_for_nothing() -> None:
-    cluster, ticket = waiting_replica()
-    cluster.nodes[0].lost(2)
-    cluster.nodes[0].step()
-    feed(cluster, kv_part(cluster, ticket, 0, 4), handover(ticket))
-    cluster.run()
-    cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
-
-
-def test_parts_of_a_pipeline_that_was_stopped_are_dropped() -> None:
-    """The head died before it handed over; the controller stops the pipeline and sends the request itself."""
-    cluster, ticket = waiting_replica()
-    feed(cluster, kv_part(cluster, ticket, 0, 4))
-    cluster.nodes[0].stop(4)
-    cluster.nodes[0].step()
-    feed(cluster, kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 0
-    feed(cluster, wire.Assign(5, (copy(ticket),)))
-    cluster.run()
-    cluster.check()
-
-
-@pytest.mark.parametrize("with_kv", [True, False])
-def test_a_request_that_is_handed_over_twice_is_added_once(with_kv: bool) -> None:
-    """By the pipeline and by the controller, in either order, with KV on its way or without."""
-    for first in (0, 1):
-        cluster, ticket = waiting_replica()
-        handed = handover(ticket) if with_kv else wire.Handover(5, (copy(ticket),), 4)
-        twice: list[wire.ForInstance] = [handed, wire.Assign(5, (copy(ticket),))]
-        feed(cluster, twice[first], twice[1 - first])
-        feed(cluster, *(kv_part(cluster, ticket, layer, 4) for layer in (0, 4)))
-        cluster.run()
-        cluster.check()
-        assert sum(token.finished for token in cluster.tokens()) == 1
-        assert len(cluster.tokens()) == 6
-        assert len(cluster.nodes[0]._inbox) == 0
-
-
-def test_a_replica_that_becomes_a_pipeline_waits_for_no_kv() -> None:
-    """KV is put into slots of whole instances only: the request is prefilled on the new stages instead."""
-    cluster, ticket = waiting_replica()
-    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
-    cluster.repartition(5, 1, 0, [0], 1, "copy", *stages((0, 0, 1), (0, 2, 3)))
-    cluster.run()
-    feed(cluster, kv_part(cluster, ticket, 4, 4))
-    cluster.run()
-    cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
-
-
-@pytest.mark.parametrize("kv", ["copy", "recompute"])
-def test_kv_that_waits_for_a_slot_is_given_up_when_the_stages_change(kv: KvPolicy) -> None:
-    """A request that waits for its turn, with complete KV outside of slots, is prefilled on the new stages."""
-    cluster, ticket = waiting_replica()
-    cluster.assign(5, 0, 2, 3)
-    while len(cluster.nodes[0]._instances[5].head.batches[0].kv_slots()) < 2:  # type: ignore[union-attr]
-        cluster.run(steps=1)
-    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4), kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 1
-    cluster.repartition(5, 1, 0, [0], 1, kv, *stages((0, 0, 1), (0, 2, 3)))
-    cluster.run()
-    cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
-
-
-def test_an_abort_ends_a_request_that_waits_for_its_kv() -> None:
-    cluster, ticket = waiting_replica()
-    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
-    cluster.nodes[0].abort(1)
-    cluster.nodes[0].step()
-    feed(cluster, kv_part(cluster, ticket, 4, 4))
-    assert [m.request_id for m in cluster.said if isinstance(m, wire.Aborted)] == [1]
-    assert len(cluster.nodes[0]._inbox) == 0

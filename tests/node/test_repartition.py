@@ -183,9 +183,9 @@ def test_moves_of_a_batch_keep_their_order() -> None:
         story.repartition(change, "copy")
     # All in one step, so that the batch is between two iterations at each of the changes.
     head = cluster.nodes[0]
-    head.peer(cluster.wires[2, 0].popleft())  # type: ignore[arg-type]
+    head.peer(cluster.wires[2, 0].popleft())
     while cluster.orders[0]:
-        head.repartition(cluster.orders[0].popleft()[1])  # type: ignore[arg-type]
+        head.repartition(cluster.orders[0].popleft()[1])
     head.step()
     slow = ("deliver", 2, 1)
     while fast := [choice for choice in cluster.choices() if choice != slow]:
@@ -197,12 +197,25 @@ def test_moves_of_a_batch_keep_their_order() -> None:
 def test_batches_take_turns() -> None:
     """In a circle: a batch whose iterations end at once is not served alone."""
     head = Head(lambda index: Batch(BatchLimits(max_batch=1), range(index, index + 1), 20, 50))
-    head.resize(3)
+    head.resize(3, 20)
     for request_id in range(3):
         head.add(Ticket(request_id, [1], 1, 9))
     assert [head.next_batch() for _ in range(4)] == [0, 1, 2, 0]
     head.batches[1].take(1)
     assert [head.next_batch() for _ in range(3)] == [2, 0, 2]
+
+
+def test_kv_memory_changes_with_the_stages() -> None:
+    """For the batches there are, and for new ones."""
+    cluster = FakeCluster(2, kv_tokens=30)
+    story = Story(cluster, ALONE)
+    cluster.run()
+    cluster.kv_tokens = 25
+    story.repartition(SOURCE_FIRST, "copy")
+    cluster.run()
+    head = cluster.nodes[0]._instances[1].head
+    assert head is not None
+    assert [batch._scheduler.kv_tokens for batch in head.batches] == [25, 25]
 
 
 def consolidated(max_batch: int) -> tuple[FakeCluster, int]:
@@ -266,15 +279,21 @@ def histories(draw: st.DrawFn) -> tuple[list[tuple[Stage, ...]], list[KvPolicy],
 
 
 @settings(max_examples=150, deadline=None)
-@given(histories(), st.randoms(use_true_random=False))
-def test_any_history_in_any_order(history: tuple[list[tuple[Stage, ...]], list[KvPolicy], list[int]], rng: random.Random) -> None:
-    """Several repartitions, close together, requests between them, messages in any order: always the model's tokens."""
+@given(histories(), st.lists(st.sampled_from([80, 22]), min_size=5, max_size=5), st.randoms(use_true_random=False))
+def test_any_history_in_any_order(
+    history: tuple[list[tuple[Stage, ...]], list[KvPolicy], list[int]], kv_tokens: list[int], rng: random.Random
+) -> None:
+    """Several repartitions, close together, requests between them, messages in any order: always the model's tokens.
+
+    KV memory comes and goes with the stages: room for all requests of a batch, or for one at its longest.
+    """
     parts, policies, pauses = history
-    cluster = FakeCluster(3)
+    cluster = FakeCluster(3, kv_tokens=kv_tokens[0])
     story = Story(cluster, parts[0])
     story.assign(1, 2, 3)
     for number, (part, kv, pause) in enumerate(zip(parts[1:], policies, pauses, strict=True)):
         cluster.run(rng, steps=pause)
+        cluster.kv_tokens = kv_tokens[number + 1]
         story.repartition(part, kv)
         story.assign(10 + number)
     cluster.run(rng)

@@ -156,7 +156,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(UserError, match=r"pipelines\.max_stages must be at least 2, not 1"):
         ComplementaryPipelines(max_stages=1)
     with pytest.raises(UserError, match="max_stages must be int"):
-        ComplementaryPipelines(max_stages=2.5)  # type: ignore[arg-type]
+        ComplementaryPipelines(max_stages=2.5)
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_counts_are_checked(counts: tuple[int, int, int], message: str) -> None:
 
 def test_unknown_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="order"):
-        BinomialPipeline(order="backwards")  # type: ignore[arg-type]
+        BinomialPipeline(order="backwards")
 
 
 def test_arrivals_and_completions_of_a_plan() -> None:

@@ -1,4 +1,7 @@
-"""Failures and the commands that answer them: sources, destinations, last nodes, transfers, instances."""
+"""Failures and the commands that answer them: sources, destinations, last nodes, transfers, instances.
+
+Nodes that return: test_returning.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 
 from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import FailRequest, StartMulticast
-from lambdascale.core.events import CommandFailed, NodeJoined
+from lambdascale.core.events import CommandFailed
 from tests.policy.world import World, pipelined, without
 
 
@@ -349,45 +352,6 @@ def test_a_node_that_feeds_a_transfer_is_not_given_up_before_it_ends() -> None:
     world.deliver("t2")
     world.finish(2)
     assert world.fail(instance="i4") == ["stop i4", "serve i6 0"], "an answer in between"
-
-
-# -- nodes that join -------------------------------------------------------------------------------------------------
-
-
-def test_a_node_that_joins_later_is_taken_in() -> None:
-    world = World(nodes=2)
-    world.arrive(6)
-    world.lose(1)
-    world.tick()
-    assert world.play(NodeJoined(world.at, 1)) == []
-    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
-
-
-def test_a_node_that_joins_sets_the_timer() -> None:
-    world = World(nodes=2)
-    world.lose(1)
-    world.tick()
-    assert world.play(NodeJoined(0.0, 1)) == ["timer 0"]
-
-
-def test_a_node_that_comes_back_is_empty_even_if_nobody_noticed_its_loss() -> None:
-    world = World("serverlessllm", nodes=2, copies=1)
-    assert world.start[:2] == ["place 0", "allocate 0"]
-    world.arrive(1)
-    lines = world.play(NodeJoined(world.at, 0))
-    assert lines == ["stop i1"]
-    assert without(world.tick(), "timer") == ["allocate 0", "load t2 0 ssd 0123"], "its copy is lost as well"
-
-
-def test_a_node_that_comes_back_may_serve_a_model_again_that_failed_on_it() -> None:
-    world = World(nodes=1)
-    for instance in ("i1", "i2", "i3"):
-        last = world.fail(instance=instance)
-    assert last[-1] == "release 0"
-    assert world.arrive() == ["fail 0"]
-    world.play(NodeJoined(world.at, 0))
-    assert world.arrive() == []
-    assert without(world.tick(), "timer") == ["allocate 0", "load t2 0 ssd 0123"]
 
 
 def test_the_rest_is_loaded_from_a_nodes_own_host_copy_if_it_has_one() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lambdascale.core.commands import FailRequest, Serve
+from lambdascale.core.events import NodeGivenUp
+from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, pipelined, without
 
 
@@ -58,7 +61,8 @@ def test_a_request_whose_cache_never_fits_is_refused(prompt: int, output: int, r
     assert world.arrive()[0] == f"dispatch i1 {1}"
     if refused:
         (reason,) = [command.reason for command in world.commands if hasattr(command, "reason")]
-        assert reason == f"needs {prompt + output} tokens of KV cache, a replica of a has 79345"
+        needed = f"{prompt + output} tokens of KV cache ({prompt} for its prompt, {output} for its answer)"
+        assert reason == f"needs up to {needed}, a replica of a has 79345"
 
 
 def test_without_a_node_requests_are_refused_and_the_queue_is_given_up() -> None:
@@ -123,3 +127,82 @@ def test_requests_that_wait_again_no_longer_run() -> None:
     world.arrive(6)
     world.lose(0)
     assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 1:gpu>3"]
+
+
+# -- nodes with different KV memory --------------------------------------------------------------------------------------
+
+
+def mixed(small: tuple[int, ...], *, nodes: int = 3, **settings: object) -> World:
+    """Nodes of which ``small`` have room for 300 tokens of KV, the others for 79,345."""
+    return World(nodes=nodes, cluster={"overrides": with_kv_tokens(small_cluster(), 300, small).overrides}, **settings)
+
+
+def test_a_request_goes_where_the_memory_that_it_may_need_is() -> None:
+    world = mixed((0,), min_replicas=2)
+    assert world.arrive(prompt=290, output=10)[0] == "dispatch i1 0", "an instance has the memory of its own node"
+    assert world.arrive(prompt=290, output=11)[0] == "dispatch i2 1"
+    assert world.arrive(prompt=290, output=11)[0] == "dispatch i2 2"
+    assert world.arrive(prompt=290, output=11) == [], "i1 has a free slot and too little memory"
+    assert world.arrive(prompt=10, output=10) == [], "first come, first served"
+    assert world.finish(0) == []
+    assert world.finish(1) == ["dispatch i2 3", "dispatch i1 4"]
+
+
+def test_only_what_fits_no_node_is_refused() -> None:
+    world = mixed((0, 1), min_replicas=1)
+    assert world.arrive(prompt=79_000, output=346)[0] == "fail 0"
+    assert without(world.arrive(prompt=79_000, output=345), "timer") == [], "it waits for node 2"
+    assert world.lose(2) == ["fail 1"]
+    assert world.arrive(prompt=290, output=11)[0] == "fail 2"
+    assert world.arrive(prompt=290, output=10)[0] == "dispatch i1 3"
+    assert [command.reason.rsplit(" ", 1)[1] for command in world.commands if isinstance(command, FailRequest)] == [
+        "79345",
+        "300",
+        "300",
+    ]
+
+
+def test_a_request_that_fits_no_replica_gets_a_node_that_it_fits() -> None:
+    """One replica would do for one request, so that another is added once the one there is idle, and that one is surplus then."""
+    world = mixed((0, 1), min_replicas=1)
+    world.arrive(prompt=10, output=10)
+    assert world.arrive(prompt=290, output=11) == []
+    assert without(world.tick(), "timer") == [], "one replica is wanted for two requests, and it is busy"
+    world.finish(0)
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t2 0:gpu>2"]
+    assert without(world.tick(), "timer") == [], "it is on its way"
+    assert world.deliver("t2")[-2:] == ["serve i2 2", "dispatch i2 1"]
+    assert without(world.tick(world.at + 2), "timer") == ["stop i1", "release 0 keep"]
+
+
+def test_replicas_that_are_wanted_anyway_are_started_where_the_queue_fits() -> None:
+    world = mixed((0, 1, 2), nodes=4, min_replicas=1)
+    world.arrive(2)
+    world.arrive(1, prompt=290, output=11)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t2 0:gpu>3"]
+
+
+def test_a_pipeline_has_the_least_memory_of_its_nodes() -> None:
+    world = mixed((3,), nodes=4, min_replicas=2)
+    world.arrive(9)
+    world.tick()
+    world.deliver("t3", 4)
+    assert [command.kv_tokens for command in world.commands if isinstance(command, Serve)] == [79_345, 79_345, 300]
+
+
+def test_idle_replicas_of_other_models_make_room_on_the_nodes_that_the_queue_fits() -> None:
+    world = mixed((0,), nodes=2, models="ab", min_replicas=0, keep_alive_s=100.0)
+    for model, node in (("a", 0), ("b", 1)):
+        world.arrive(model=model)
+        assert f"allocate {node}{'' if model == 'a' else model}" in world.tick()
+        world.deliver(world.open_transfers()[0])
+    world.finish(0, 1)
+    world.arrive(prompt=290, output=11)
+    assert without(world.tick(), "timer")[:3] == ["stop i2", "release 1b keep", "allocate 1"]
+
+
+def test_a_node_that_will_be_started_again_counts_with_its_memory() -> None:
+    world = mixed((0, 1), min_replicas=1)
+    world.lose(2, returns=True)
+    assert without(world.arrive(prompt=290, output=11), "timer") == [], "it waits for node 2"
+    assert world.play(NodeGivenUp(world.at, 2)) == ["fail 0"]

@@ -266,7 +266,7 @@ def test_startup_time_weighs_a_queue_on_a_node_against_the_tier() -> None:
     world.deliver("t1")
     world.finish(0)
     world.tick(5.0)
-    assert world.commands[-1].keep_host, "node 0 has a copy of e"  # type: ignore[union-attr]
+    assert world.commands[-1].keep_host, "node 0 has a copy of e"
     for model, node in (("a", 0), ("b", 1), ("c", 0), ("d", 1)):
         world.arrive(1, model)
         assert without(world.tick(), "load", "timer") == [f"allocate {node}{'' if model == 'a' else model}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lambdascale.testing.starts import CooperativeStart, SpreadStart
+from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, without
 
 
@@ -35,7 +36,7 @@ def test_shares_add_up_to_one_replica() -> None:
 def test_a_spread_replica_is_consolidated_onto_its_first_node() -> None:
     world = spread_serving()
     assert world.open_transfers() == ["t5"]
-    assert world.command("t5").blocks == (1, 2, 3)  # type: ignore[union-attr]
+    assert world.command("t5").blocks == (1, 2, 3)
     assert world.deliver("t5", 2) == []
     assert world.deliver("t5") == ["reshape i1 0:0-3 copy", "release 1", "release 2", "release 3"], "no copy of a share stays"
     assert world.arrive(1) == [], "one node's slots: two, and four requests are running"
@@ -103,3 +104,15 @@ def test_a_lost_source_restarts_the_requests_at_the_destination_once_it_is_compl
     world.deliver("t2", 2)
     assert world.lose(0) == ["cancel t2", "stop i1", "load t3 1 ssd 23"]
     assert world.deliver("t3") == ["serve i2 1", "dispatch i2 0,1"]
+
+
+def test_a_boundary_that_moves_to_less_kv_memory_restarts_the_requests_that_may_need_more() -> None:
+    """Node 1 has room for 300 tokens, request 0 may need 301: it waits until node 0 serves alone again."""
+    overrides = with_kv_tokens(small_cluster(), 300, (1,)).overrides
+    world = World(nodes=2, start=CooperativeStart(), kv="copy", cluster={"overrides": overrides})
+    world.arrive(1, prompt=290, output=11)
+    world.arrive(3)
+    world.tick()
+    assert world.deliver("t2", 1) == ["stop i1", "serve i2 1:0-0,0:1-3"]
+    assert world.deliver("t2", 2)[-1] == "reshape i2 1:0-2,0:3-3 copy"
+    assert world.deliver("t2") == ["serve i3 1", "serve i4 0", "switch i2  copy", "dispatch i4 0,3", "dispatch i3 1,2"]

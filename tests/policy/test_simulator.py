@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lambdascale.control import BatchLimits
-from lambdascale.core import ClusterSpec, ComputeTable, MulticastPlan, Request, Send, Stage, UserError
+from lambdascale.core import ClusterSpec, ComputeTable, MulticastPlan, Request, Send, Stage, TracedRequest, UserError, traced
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -52,17 +52,18 @@ CLUSTER = replace(
     compute=replace(small_cluster().compute, measured=(TABLE,)),
 )
 BLOCKS = (250_000_000,) * 4
-KV = small_model().kv_bytes_per_token
+KV_BYTES = small_model().kv_bytes_per_token
+KV = 79_345
 
 
 class Cluster:
     """A backend with commands at given times, and the events that come of them."""
 
     def __init__(
-        self, *, cluster: ClusterSpec = CLUSTER, requests: tuple[Request, ...] = (), max_batch: int = 8, **config: object
+        self, *, cluster: ClusterSpec = CLUSTER, requests: tuple[TracedRequest, ...] = (), max_batch: int = 8, **config: object
     ) -> None:
         options = TransferOptions(record_grants=True, communicator_setup=False, chunk_bytes=1)
-        self.backend: SimBackend = SimConfig(transfers=options, **config).build(  # type: ignore[arg-type]
+        self.backend: SimBackend = SimConfig(transfers=options, **config).build(
             cluster=cluster, models=[small_model()], requests=requests, batching=BatchLimits(max_batch=max_batch), seed=0
         )
 
@@ -84,7 +85,7 @@ class Cluster:
 
 def serve(instance: int, *nodes: int) -> Serve:
     size = len(BLOCKS) // len(nodes)
-    return Serve(instance, "small", tuple(Stage(n, i * size, (i + 1) * size - 1) for i, n in enumerate(nodes)), BLOCKS)
+    return Serve(instance, "small", tuple(Stage(n, i * size, (i + 1) * size - 1) for i, n in enumerate(nodes)), BLOCKS, KV)
 
 
 def request(number: int, tokens: int, prompt: int = 9) -> Request:
@@ -133,7 +134,7 @@ def test_a_pipeline_spreads_requests_over_its_batches() -> None:
 def switched(kv: str, moves: tuple[tuple[int, int], ...], *, at_s: float = 0.15, nodes: tuple[int, int] = (0, 1)) -> Cluster:
     """A pipeline on nodes 0 and 1 that has prefilled requests of 3000 tokens is dissolved into replicas 2 and 3."""
     cluster = Cluster().at(0.0, serve(1, 0, 1), Dispatch(1, tuple(request(r, 5, prompt=3000) for r, _ in moves)))
-    return cluster.at(at_s, serve(2, nodes[0]), serve(3, nodes[1]), SwitchMode(1, moves, kv))  # type: ignore[arg-type]
+    return cluster.at(at_s, serve(2, nodes[0]), serve(3, nodes[1]), SwitchMode(1, moves, kv))
 
 
 @pytest.mark.parametrize(("target", "src", "dst"), [(2, 1, 0), (3, 0, 1)])
@@ -143,8 +144,8 @@ def test_kv_is_copied_from_the_stages_that_ran_the_layers_to_the_target(target: 
     (finished,) = [e for e in cluster.events() if isinstance(e, RequestFinished)]
     (grant,) = cluster.grants()
     assert grant.ports == (f"nic_out:{src}", f"nic_in:{dst}")
-    assert (grant.end_s - grant.begin_s) * grant.rate == pytest.approx(3000 * KV / 2)
-    assert finished.at == pytest.approx(0.15 + 3000 * KV / 2 / 1e8 + 4 * 0.02)
+    assert (grant.end_s - grant.begin_s) * grant.rate == pytest.approx(3000 * KV_BYTES / 2)
+    assert finished.at == pytest.approx(0.15 + 3000 * KV_BYTES / 2 / 1e8 + 4 * 0.02)
     assert (finished.instance, finished.tokens) == (target, 5)
 
 
@@ -152,10 +153,10 @@ def test_a_target_outside_the_pipeline_fetches_from_all_its_stages() -> None:
     cluster = switched("copy", ((0, 2),), nodes=(2, 3))
     (finished,) = [e for e in cluster.events() if isinstance(e, RequestFinished)]
     assert {(g.ports, round((g.end_s - g.begin_s) * g.rate)) for g in cluster.grants()} == {
-        (("nic_out:0", "nic_in:2"), round(3000 * KV / 2)),
-        (("nic_out:1", "nic_in:2"), round(3000 * KV / 2)),
+        (("nic_out:0", "nic_in:2"), round(3000 * KV_BYTES / 2)),
+        (("nic_out:1", "nic_in:2"), round(3000 * KV_BYTES / 2)),
     }
-    assert finished.at == pytest.approx(0.15 + 3000 * KV / 1e8 + 4 * 0.02), "it goes on when all of it has arrived"
+    assert finished.at == pytest.approx(0.15 + 3000 * KV_BYTES / 1e8 + 4 * 0.02), "it goes on when all of it has arrived"
 
 
 def test_recomputed_kv_is_prefilled_with_the_tokens_so_far() -> None:
@@ -179,7 +180,7 @@ def test_requests_go_where_they_are_moved() -> None:
 @pytest.mark.parametrize("kv", ["copy", "recompute"])
 def test_a_target_that_is_lost_drops_its_requests(kv: str) -> None:
     cluster = Cluster(node_failures=((0, 0.14),)).at(0.0, serve(1, 2, 1), Dispatch(1, (request(0, 5, 3000),)))
-    events = cluster.at(0.15, serve(2, 0), serve(3, 1), SwitchMode(1, ((0, 2),), kv)).events()  # type: ignore[arg-type]
+    events = cluster.at(0.15, serve(2, 0), serve(3, 1), SwitchMode(1, ((0, 2),), kv)).events()
     assert shown(events)[1:] == [(0.14, "NodeLost", 0)]
 
 
@@ -200,7 +201,7 @@ def test_batches_of_a_pipeline_that_shrinks_to_a_node_are_merged_with_their_kv()
     ends = {}
     for kv in ("copy", "recompute"):
         cluster = Cluster().at(0.0, serve(1, 0, 1), Dispatch(1, (request(0, 21), request(1, 21))))
-        events = cluster.at(0.5, Repartition(1, serve(1, 0).stages, kv)).events()  # type: ignore[arg-type]
+        events = cluster.at(0.5, Repartition(1, serve(1, 0).stages, kv, KV)).events()
         assert {e.request_id: e.tokens for e in events if isinstance(e, RequestFinished)} == {0: 21, 1: 21}
         ends[kv] = max(e.at for e in events)
     assert 0.06 < ends["recompute"] - ends["copy"] < 0.2
@@ -219,7 +220,7 @@ def test_bookkeeping_takes_no_time() -> None:
 
 
 def test_nodes_join_first_and_requests_come_before_what_else_happens_then() -> None:
-    cluster = Cluster(requests=(request(0, 1), Request(1, 0.5, "small", 1, 1), Request(2, 2.0, "small", 1, 1)))
+    cluster = Cluster(requests=(traced(0, 0.0, "small", 9, 1), traced(1, 0.5, "small", 1, 1), traced(2, 2.0, "small", 1, 1)))
     cluster.at(0.0, SetTimer(5, 0.5), SetTimer(6, 1.0))
     assert [type(cluster.backend.next_event()) for _ in range(4)] == [NodeJoined] * 4
     assert shown_requests(cluster.events()) == [(0.0, 0), (0.5, 1), (0.5, "timer 5"), (1.0, "timer 6"), (2.0, 2)]
@@ -236,7 +237,7 @@ def shown_requests(events: list[Event]) -> list[tuple[float, int | str]]:
 
 
 def load(transfer: int, node: int, tier: str = "host") -> LoadBlocks:
-    return LoadBlocks(transfer, "small", node, (2, 0), BLOCKS, tier, "pipelined")  # type: ignore[arg-type]
+    return LoadBlocks(transfer, "small", node, (2, 0), BLOCKS, tier, "pipelined")
 
 
 def test_loads_and_their_cancellation() -> None:
@@ -275,7 +276,7 @@ def test_one_sided_writes_take_no_gpu() -> None:
 def test_a_lost_node_takes_its_instances_and_transfers_with_it() -> None:
     cluster = Cluster(node_failures=((1, 0.15),))
     cluster.at(0.0, serve(1, 0, 1), serve(2, 2), Dispatch(1, (request(0, 9),)), Dispatch(2, (request(1, 9),)), load(3, 1))
-    cluster.at(0.2, Dispatch(1, (request(2, 1),)), serve(4, 1), serve(5, 0, 1), Repartition(2, serve(2, 1).stages, "copy"))
+    cluster.at(0.2, Dispatch(1, (request(2, 1),)), serve(4, 1), serve(5, 0, 1), Repartition(2, serve(2, 1).stages, "copy", KV))
     assert shown(cluster.events()) == [
         *[(0.1, "TokensProduced", 1), (0.12, "TokensProduced", 0), (0.125, "BlockArrived", 2), (0.15, "NodeLost", 1)],
         (0.26, "RequestFinished", 1),
@@ -284,7 +285,7 @@ def test_a_lost_node_takes_its_instances_and_transfers_with_it() -> None:
 
 def test_a_lost_source_of_moving_kv_fails_the_instance_that_waits_for_it() -> None:
     cluster = Cluster(node_failures=((0, 0.5),)).at(0.0, serve(1, 0), Dispatch(1, (request(0, 9, 3000),)))
-    events = cluster.at(0.15, Repartition(1, serve(1, 1).stages, "copy")).events()
+    events = cluster.at(0.15, Repartition(1, serve(1, 1).stages, "copy", KV)).events()
     assert [type(e) for e in events] == [TokensProduced, NodeLost, CommandFailed]
     failure = events[-1]
     assert isinstance(failure, CommandFailed)
@@ -306,7 +307,7 @@ def test_a_lost_source_of_moving_kv_fails_the_instance_that_waits_for_it() -> No
 )
 def test_settings_are_checked(config: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SimConfig(**config)  # type: ignore[arg-type]
+        SimConfig(**config)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,7 @@ def test_settings_name_nodes_of_the_cluster(name: str, value: object) -> None:
 
 
 def test_settings_that_are_fine() -> None:
-    config = SimConfig(node_failures=[[0, 0.0]], slow_nodes=[[3, 1.0]])  # type: ignore[arg-type]
+    config = SimConfig(node_failures=[[0, 0.0]], slow_nodes=[[3, 1.0]])
     assert (config.node_failures, config.slow_nodes, config.label) == (((0, 0.0),), ((3, 1.0),), "sim")
     Cluster(node_failures=((0, 1.0), (3, 1.0)), slow_nodes=((0, 0.5),))
 

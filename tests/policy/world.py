@@ -197,9 +197,9 @@ class World:
             moves = [(send.dst, send.block) for sends in command.plan.rounds for send in sends]
         return [(node, block) for node, block in moves if block not in self.held(node, command.model)]
 
-    def lose(self, node: int) -> list[str]:
-        """A node is lost."""
-        return self.play(NodeLost(self.at, node))
+    def lose(self, node: int, *, returns: bool = False) -> list[str]:
+        """A node is lost; ``returns``: it will be started again."""
+        return self.play(NodeLost(self.at, node, returns))
 
     def fail(self, *, transfer: str | None = None, instance: str | None = None) -> list[str]:
         """A transfer or an instance fails; with neither, a command nobody knows."""

@@ -100,7 +100,7 @@ def test_one_source_serves_as_soon_as_it_has_sent_everything_once(nodes: int, bl
 
 def test_three_nodes_are_a_pair_behind_the_source() -> None:
     plan = BinomialPipeline().plan(sources=1, destinations=2, blocks=3)
-    assert [len(transfers) for transfers in plan.rounds] == [1, 2, 2, 1]
+    assert [len(sends) for sends in plan.rounds] == [1, 2, 2, 1]
 
 
 @given(st.integers(1, 12), st.integers(0, 60))
@@ -118,7 +118,7 @@ def test_groups_are_near_equal(sources: int, destinations: int) -> None:
     st.sampled_from(["contiguous", "round_robin"]),
 )
 def test_every_injection_order_is_a_permutation(blocks: int, groups: int, order: str, chunks: str) -> None:
-    for injected in injection_orders(blocks, groups, order, chunks):  # type: ignore[arg-type]
+    for injected in injection_orders(blocks, groups, order, chunks):
         assert sorted(injected) == list(range(blocks))
 
 

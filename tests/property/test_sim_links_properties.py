@@ -16,14 +16,17 @@ from lambdascale.sim.links import Grant, LinkNetwork, Port
 RATES = [1.0, 2.0, 3.5, 10.0]
 FLOW = st.tuples(
     st.sampled_from([0.0, 0.5, 1.0, 2.25]),  # start
-    st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True),
+    st.dictionaries(st.integers(0, 3), st.sampled_from([1.0, 1.0, 0.5, 2.0]), min_size=1, max_size=3),  # ports and weights
     st.sampled_from([0.0, 1.0, 3.0, 7.5]),  # bytes
     st.sampled_from([inf, 0.4, 2.0]),
     st.sampled_from([None, None, None, 1.0, 3.0]),  # cancelled at
 )
 
 
-def run(script: list[tuple[float, list[int], float, float, float | None]]) -> tuple[list[Grant], dict[int, float], set[int]]:
+Flow = tuple[float, dict[int, float], float, float, float | None]
+
+
+def run(script: list[Flow]) -> tuple[list[Grant], dict[int, float], set[int]]:
     kernel = Kernel()
     links = LinkNetwork(kernel, record_grants=True)
     ports = [Port(f"p{i}", rate) for i, rate in enumerate(RATES)]
@@ -38,7 +41,8 @@ def run(script: list[tuple[float, list[int], float, float, float | None]]) -> tu
             assert index not in cancelled
             done[index] = kernel.now
 
-        flow = links.start(tuple(ports[p] for p in used), size, finished, cap)
+        weights = tuple(used.values())
+        flow = links.start(tuple(ports[p] for p in used), size, finished, cap, weights=None if set(weights) == {1.0} else weights)
         ids[flow.flow_id] = index
         if cancel_at is not None:
             kernel.at(max(cancel_at, kernel.now), lambda _: index in done or (cancelled.add(index), links.cancel(flow)))
@@ -48,14 +52,14 @@ def run(script: list[tuple[float, list[int], float, float, float | None]]) -> tu
         kernel.at(at, start, index)
     while kernel.step():
         pass
-    grants = [Grant(ids[g.flow_id], g.ports, g.begin_s, g.end_s, g.rate, g.cap) for g in links.grants or []]
+    grants = [Grant(ids[g.flow_id], g.ports, g.begin_s, g.end_s, g.rate, g.cap, g.weights) for g in links.grants or []]
     return grants, done, cancelled
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(FLOW, max_size=9))
 def test_shares_are_feasible_complete_and_max_min_fair(
-    script: list[tuple[float, list[int], float, float, float | None]],
+    script: list[Flow],
 ) -> None:
     grants, done, cancelled = run(script)
     capacity = {f"p{i}": rate for i, rate in enumerate(RATES)}
@@ -72,7 +76,8 @@ def test_shares_are_feasible_complete_and_max_min_fair(
             continue
         middle = (begin + end) / 2
         active = [g for g in grants if g.begin_s <= middle < g.end_s]
-        load = {name: sum(g.rate for g in active if name in g.ports) for name in capacity}
+        taken = [(name, g.rate * weight) for g in active for name, weight in zip(g.ports, g.weights, strict=True)]
+        load = {name: sum(rate for used, rate in taken if used == name) for name in capacity}
         assert all(load[name] <= capacity[name] * (1 + 1e-9) for name in capacity)
         for g in active:
             at_cap = isclose(g.rate, g.cap, rel_tol=1e-9)
@@ -84,13 +89,14 @@ def test_shares_are_feasible_complete_and_max_min_fair(
             assert at_cap or bottleneck, f"flow {g.flow_id} could be faster"
 
 
-def exact_rates(used: dict[int, list[int]], caps: dict[int, float]) -> dict[int, Fraction]:
+def exact_rates(used: dict[int, dict[int, float]], caps: dict[int, float]) -> dict[int, Fraction]:
     """Raise all rates together; a flow stops at its cap or when one of its ports is full. In rationals."""
     rates = {flow: Fraction(0) for flow in used}
     rising = set(used)
     while rising:
-        room = {p: Fraction(rate) - sum(rates[f] for f in used if p in used[f]) for p, rate in enumerate(RATES)}
-        users = {p: sum(p in used[f] for f in rising) for p in room}
+        weights = {f: {p: Fraction(weight) for p, weight in of.items()} for f, of in used.items()}
+        room = {p: Fraction(rate) - sum(rates[f] * weights[f].get(p, 0) for f in used) for p, rate in enumerate(RATES)}
+        users = {p: sum(weights[f].get(p, 0) for f in rising) for p in room}
         steps = [room[p] / users[p] for p in room if users[p]] + [Fraction(caps[f]) - rates[f] for f in rising if caps[f] < inf]
         step = min(steps)
         for flow in rising:
@@ -100,7 +106,7 @@ def exact_rates(used: dict[int, list[int]], caps: dict[int, float]) -> dict[int,
     return rates
 
 
-def exact_completions(script: list[tuple[float, list[int], float, float, float | None]]) -> dict[int, Fraction]:
+def exact_completions(script: list[Flow]) -> dict[int, Fraction]:
     """Return the end of each flow if all rates are computed anew whenever anything changes. Nothing is cancelled."""
     now, left, done = Fraction(0), dict[int, Fraction](), dict[int, Fraction]()
     waiting = sorted(range(len(script)), key=lambda index: script[index][0])
@@ -121,7 +127,7 @@ def exact_completions(script: list[tuple[float, list[int], float, float, float |
 @settings(max_examples=100, deadline=None)
 @given(st.lists(FLOW, max_size=8))
 def test_completions_are_those_of_an_exact_simulation_without_shortcuts(
-    script: list[tuple[float, list[int], float, float, float | None]],
+    script: list[Flow],
 ) -> None:
     script = [(*flow[:4], None) for flow in script]
     _, done, _ = run(script)
@@ -132,5 +138,5 @@ def test_completions_are_those_of_an_exact_simulation_without_shortcuts(
 
 @given(st.lists(FLOW, max_size=6))
 @settings(max_examples=30, deadline=None)
-def test_runs_are_deterministic(script: list[tuple[float, list[int], float, float, float | None]]) -> None:
+def test_runs_are_deterministic(script: list[Flow]) -> None:
     assert run(script) == run(script)

@@ -9,9 +9,10 @@ from typing import Any
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core import Request, TraceError
+from lambdascale.core import TracedRequest, TraceError
 from lambdascale.workload import ArrivalsTrace, AzureTrace, BurstyWorkload, ConstantRate
 from lambdascale.workload.readers import timestamp_ns
+from lambdascale.workload.shaping import DEFAULT_LIMIT
 from lambdascale.workload.tracefile import BadRow
 
 SHAPING = st.fixed_dictionaries(
@@ -22,7 +23,7 @@ SHAPING = st.fixed_dictionaries(
         "repeat": st.integers(1, 3),
         "limit": st.none() | st.integers(0, 200),
         "max_prompt_tokens": st.none() | st.integers(1, 5000),
-        "max_output_tokens": st.none() | st.integers(1, 500),
+        "max_output_tokens": st.integers(1, 500),
         "max_context_tokens": st.none() | st.integers(2, 5000),
         "popularity": st.sampled_from(["first", "zipf"]),
         "zipf_exponent": st.floats(0, 5),
@@ -32,7 +33,7 @@ SHAPING = st.fixed_dictionaries(
 TIMES = st.lists(st.floats(0, 1e6), min_size=2, max_size=40).filter(lambda times: max(times) > min(times))
 
 
-def check(requests: list[Request], shaping: dict[str, Any], models: list[str]) -> None:
+def check(requests: list[TracedRequest], shaping: dict[str, Any], models: list[str]) -> None:
     assert [r.request_id for r in requests] == list(range(len(requests)))
     arrivals = [r.arrival_s for r in requests]
     assert arrivals == sorted(arrivals)
@@ -42,6 +43,8 @@ def check(requests: list[Request], shaping: dict[str, Any], models: list[str]) -
         assert 1 <= r.prompt_tokens <= (shaping.get("max_prompt_tokens") or 10**9)
         assert 1 <= r.output_tokens <= (shaping.get("max_output_tokens") or 10**9)
         assert r.prompt_tokens + r.output_tokens <= (shaping.get("max_context_tokens") or 10**9)
+        assert r.output_tokens <= r.request.max_tokens <= shaping.get("max_output_tokens", DEFAULT_LIMIT)
+        assert r.request.kv_tokens <= (shaping.get("max_context_tokens") or 10**9)
     limit = shaping.get("limit")
     assert limit is None or len(requests) <= limit
 

@@ -89,17 +89,17 @@ class TestKeys:
             assert not future.done()
             other.endpoint.admit(1)
             future.result(30)
-            other.heard.wait(lambda heard: len(heard.writes) == round_ + 1)  # noqa: B023
+            other.heard.wait(lambda heard: len(heard.writes) == round_ + 1)  # noqa: B023 (called at once)
             other.endpoint.dismiss(1)
             other.endpoint.send(1, b"dismissed")
-            one.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023
+            one.heard.wait(lambda heard: len(heard.messages) == round_ + 1)  # noqa: B023 (called at once)
         assert other.memory[:15000] == data * 3
 
     def test_an_old_key_is_worth_nothing(self, two: tuple[Node, Node]) -> None:
         one, other = two
         other.endpoint.admit(1)
         one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
-        (connection,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
+        (connection,) = one.endpoint._connections.values()
         stale = list(connection._outbox.keys)
         other.endpoint.dismiss(1)
         other.endpoint.send(1, b"dismissed")
@@ -120,8 +120,8 @@ class TestFaults:
         one, other = two
         other.endpoint.admit(1)
         one.endpoint.write(0, memoryview(b"welcome"), 0, 0).result(30)
-        (writing,) = one.endpoint._connections.values()  # type: ignore[attr-defined]
-        (reading,) = other.endpoint._connections.values()  # type: ignore[attr-defined]
+        (writing,) = one.endpoint._connections.values()
+        (reading,) = other.endpoint._connections.values()
         return one, writing, reading
 
     def lose(self, one: Node, says: str) -> None:

@@ -104,7 +104,7 @@ def reach(address: str, patience_s: float) -> Any:
     while True:
         try:
             manager.connect()
-            return manager.host()  # type: ignore[attr-defined]
+            return manager.host()
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -127,7 +127,7 @@ class RemoteMemory:
     def __eq__(self, other: object) -> bool:
         return self[:] == other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class RemoteEndpoint:

@@ -87,7 +87,7 @@ class TestSubmitit:
 
 @pytest.mark.slow
 def test_ray(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs the extra ray")
     done = script(tmp_path, *SMALL, "system.blocks=16,4096", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "-m")
     assert done.returncode == 2
     assert "4096" in done.stderr

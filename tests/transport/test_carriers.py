@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from lambdascale.core import NodeId
@@ -22,7 +24,7 @@ def shm(node: NodeId, handlers: Handlers) -> Endpoint:
 
 
 @pytest.mark.parametrize("make", [tcp, shm])
-def test_everybody_gets_everything(make) -> None:  # noqa: ANN001
+def test_everybody_gets_everything(make: Callable[[NodeId, Handlers], Endpoint]) -> None:
     with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=1 << 16) as carriers:
         carriers.carry(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS))
         assert all(held == set(range(BLOCKS)) for held in carriers.held.values())

@@ -105,7 +105,7 @@ def test_nothing_is_hashed_for_those_that_do_not_verify(kind: type[TcpEndpoint],
     written, ended = list[tuple[int, int, int, int]](), threading.Event()
 
     def on_write(*write: int) -> None:
-        written.append(write)  # type: ignore[arg-type]
+        written.append(write)
         ended.set()
 
     ends = [kind(node, Handlers(on_write=on_write, on_message=print, on_lost=print), KEY) for node in range(2)]

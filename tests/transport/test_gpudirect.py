@@ -152,4 +152,4 @@ def test_where_it_makes_no_sense(settings: dict[str, Any], says: str) -> None:
 
 def test_a_way_that_is_none() -> None:
     with pytest.raises(UserError, match="gpudirect"):
-        RdmaOptions(gpudirect="magic")  # type: ignore[arg-type]
+        RdmaOptions(gpudirect="magic")

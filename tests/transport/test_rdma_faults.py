@@ -126,7 +126,7 @@ def made(connection: Any, **parts: Any) -> Any:
         "peer": 3, "sock": MagicMock(), "lanes": [], "lost": lost, "jobs": jobs, "_endpoint": endpoint, "_lock": lock,
         "_changed": threading.Condition(lock), "_outbox": outbox, "_gate": MagicMock(), "_slots": MagicMock(),
         "_inbox": SimpleNamespace(peer_has_left=False), "_ending": False, "_reason": "", "_freed": False,
-        "_gone": threading.Event(),
+        "_left": threading.Event(),
     }  # fmt: skip
     it.__dict__.update(usual | parts)
     return it

@@ -175,7 +175,7 @@ class End:
         spare = 8 * rails
         self.lanes = [FakeLane(self, posted, spare if rail == 0 else 0, depth=3) for rail in range(rails)]
         card = Card(0, size, posted, tuple(RailCard(0, 0, 0, b"", 4096, False, key) for _ in range(rails)))
-        self.outbox = Outbox(self.lanes, self.slots, card, step)  # type: ignore[arg-type]
+        self.outbox = Outbox(self.lanes, self.slots, card, step)
         self.written: list[tuple[int, int, int]] = []
         self.messages: list[bytes] = []
         self.inbox = Inbox(lambda *write: self.written.append(write), self.messages.append, self._credited, self._new_keys)
@@ -296,8 +296,8 @@ def test_a_write_waits_until_it_is_admitted() -> None:
         return windows[-1]
 
     for lane in two.lanes:
-        lane.window = window  # type: ignore[attr-defined]
-    gate = Gate(two.lanes, two.outbox, object(), threading.RLock())  # type: ignore[arg-type]
+        lane.window = window
+    gate = Gate(two.lanes, two.outbox, object(), threading.RLock())
 
     def settle() -> None:
         while any([one.post(), two.post(), *(a.deliver(r, b) for a, b in ((one, two), (two, one)) for r in range(2))]):

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from lambdascale.core import Request
+from lambdascale.core import Request, TracedRequest
 from lambdascale.core.events import Event
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
@@ -132,7 +132,7 @@ class HeardAnswer:
 class Rig:
     """A started backend for a front end (``trace`` empty) or a trace."""
 
-    def __init__(self, nodes: int = 2, *, trace: Sequence[Request] = (), **settings: Any) -> None:
+    def __init__(self, nodes: int = 2, *, trace: Sequence[TracedRequest] = (), **settings: Any) -> None:
         self.hub = FakeHub()
         self.launcher = FakeLauncher(self.hub)
         self.now_s = 100.0

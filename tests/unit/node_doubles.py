@@ -112,7 +112,7 @@ class Node:
         self.mover = Mover(
             number,
             self.store,
-            self.endpoint,  # type: ignore[arg-type]
+            self.endpoint,
             self.events.append,
             self.faults.append,
             window=1,
@@ -187,3 +187,9 @@ def pack_tiny(root: Path) -> PackedModel:
     write_random(PRESETS["tiny"], root / "source", 1)
     pack(root / "source", root / "tiny", BLOCKS)
     return PackedModel.open(root / "tiny", "tiny")
+
+
+def start(command: Any, *nodes: Node) -> None:
+    """Give each node the command of a multicast."""
+    for node in nodes:
+        node.mover.multicast(command)

@@ -149,7 +149,7 @@ def test_a_thread_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """Whichever it is, the controller hears of it."""
     line, error = Line(), ZeroDivisionError("mine")
     failure = threading.ExceptHookArgs((type(error), error, None, threading.Thread(name="some")))
-    module._report_thread(1, line, failure)  # type: ignore[arg-type]
+    module._report_thread(1, line, failure)
     assert line.said == [wire.Fault(1, "thread some failed: ZeroDivisionError: mine", False)]
     assert "mine" in capsys.readouterr().err
 
@@ -165,14 +165,14 @@ def test_what_is_verified(verify: Any) -> None:
         register_source=lambda memory: None,
     )
     sizes = {"host_bytes": 0, "device_bytes": 0}
-    store = make_store(config(device="cpu", verify=verify, collective="gloo", **sizes), endpoint, "cpu")  # type: ignore[arg-type]
+    store = make_store(config(device="cpu", verify=verify, collective="gloo", **sizes), endpoint, "cpu")
     assert store.config.verify == verify
     store.close()
 
 
 def test_a_setting_of_verify_that_does_not_exist() -> None:
     with pytest.raises(UserError, match="verify"):
-        LiveConfig(verify="some")  # type: ignore[arg-type]
+        LiveConfig(verify="some")
 
 
 @pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])
@@ -182,5 +182,5 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
     live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
     hub = SimpleNamespace(access=None)
-    told = live._node(0, hub, cluster, [("m", model)], system, "gloo")  # type: ignore[arg-type, list-item]
+    told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)

@@ -65,7 +65,7 @@ class Table(Answers):
 
 
 def serve(instance: int, *nodes: int) -> Serve:
-    return Serve(instance, "m", tuple(Stage(node, place, place) for place, node in enumerate(nodes)), (1,) * len(nodes))
+    return Serve(instance, "m", tuple(Stage(node, place, place) for place, node in enumerate(nodes)), (1,) * len(nodes), 100)
 
 
 def table(*instances: Serve) -> Table:
@@ -234,7 +234,7 @@ def repartitioned() -> Table:
     answers = table(serve(1, 0))
     answers.take(wire.Do)
     for shares in ([(1, 0, 0), (0, 1, 1)], [(2, 0, 0), (0, 1, 1)], [(2, 0, 1)]):
-        answers.repartition(Repartition(1, tuple(Stage(*share) for share in shares), "copy"))
+        answers.repartition(Repartition(1, tuple(Stage(*share) for share in shares), "copy", 100))
     return answers
 
 

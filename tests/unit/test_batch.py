@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lambdascale.control import BatchLimits
+from lambdascale.core import CapacityError
 from lambdascale.inference.batch import Batch, Ticket
 
 
-def batch(first_slot: int = 0, slots: int = 2, max_tokens: int = 8) -> Batch:
-    return Batch(BatchLimits(max_batch=slots, max_tokens=max_tokens), range(first_slot, first_slot + slots), 30, 50)
+def batch(first_slot: int = 0, slots: int = 2, max_tokens: int = 8, kv_tokens: int | None = None) -> Batch:
+    limits = BatchLimits(max_batch=slots, max_tokens=max_tokens)
+    return Batch(limits, range(first_slot, first_slot + slots), 30, 50, kv_tokens)
 
 
 def step(each: Batch) -> list[int]:
@@ -44,6 +48,58 @@ def test_recomputing_frees_the_slots_and_keeps_the_tokens() -> None:
     assert plan is not None
     assert plan.iteration.prefill_tokens == 6
     assert plan.tokens == [2, 2, 2, 2, 1, 1]
+
+
+def test_a_preempted_request_gives_its_slot_back_and_begins_anew() -> None:
+    each = batch(kv_tokens=12)
+    each.add(ticket(1, prompt=4, output=8))
+    each.add(ticket(2, prompt=4, output=8))
+    for _ in range(3):
+        assert step(each) == [0, 1]
+    plan = each.next()
+    assert plan is not None
+    assert [segment.slot for segment in plan.batch.segments] == [0]
+    assert each.kv_slots() == [(0, 6)]
+    assert (each.preemptions, each.cached_slot(2), len(each)) == (1, None, 2)
+    each.complete(plan, [1])
+    while 1 in each:
+        step(each)
+    plan = each.next()
+    assert plan is not None
+    assert (plan.tokens, plan.positions) == ([2, 2, 2, 2, 1, 1, 1], [3])
+
+
+def test_a_preempted_request_gives_a_borrowed_slot_up() -> None:
+    here, other = batch(kv_tokens=14), batch(first_slot=2)
+    here.add(ticket(1, output=8))
+    other.add(ticket(11, output=8))
+    step(here)
+    step(other)
+    here.absorb(other)
+    while here.borrowed or step(here) == [0]:
+        if here.preemptions:
+            break
+        step(here)
+    assert (here.preemptions, here.borrowed) == (1, [])
+    while 1 in here:
+        step(here)
+    assert step(here) == [0]
+
+
+def test_less_memory_counts_from_the_next_iteration() -> None:
+    each = batch()
+    each.add(ticket(1, output=8))
+    each.add(ticket(2, output=8))
+    step(each)
+    each.limit(12)
+    assert step(each) == [0, 1]
+    each.limit(1000)
+    assert each.next() is not None
+    with pytest.raises(CapacityError, match="needs 40 tokens of KV memory, a slot has 30"):
+        each.check(ticket(3, prompt=35))
+    each.limit(12)
+    with pytest.raises(CapacityError, match="needs 14 tokens of KV memory, the instance has 12"):
+        each.check(ticket(3, prompt=9))
 
 
 def merged() -> tuple[Batch, Batch]:

@@ -22,9 +22,9 @@ def test_document(system: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(document) == ["nodes", "sources", "blocks", "rounds", "pipelines"]
     assert (document["nodes"], document["sources"], document["blocks"]) == (8, [0], 4)
     held = {0: set(range(4))}
-    for transfers in document["rounds"]:  # type: ignore[attr-defined]
+    for sends in document["rounds"]:
         before = {node: set(blocks) for node, blocks in held.items()}
-        for transfer in transfers:
+        for transfer in sends:
             assert set(transfer) == {"src", "dst", "block"}
             assert transfer["block"] in before[transfer["src"]]
             held.setdefault(transfer["dst"], set()).add(transfer["block"])
@@ -35,8 +35,8 @@ def test_document(system: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_pipelines_hold_their_stages_when_ready(capsys: pytest.CaptureFixture[str]) -> None:
     document = plan(capsys, "--sources", "2", "--destinations", "6", "--blocks", "16")
     rounds = document["rounds"]
-    for pipeline in document["pipelines"]:  # type: ignore[attr-defined]
-        arrived = {(t["dst"], t["block"]) for transfers in rounds[: pipeline["ready_round"]] for t in transfers}  # type: ignore[index]
+    for pipeline in document["pipelines"]:
+        arrived = {(t["dst"], t["block"]) for sends in rounds[: pipeline["ready_round"]] for t in sends}
         covered = []
         for stage in pipeline["stages"]:
             blocks = range(stage["first_block"], stage["last_block"] + 1)

@@ -89,8 +89,8 @@ def test_nothing_is_kept_of_what_has_ended(state: ClusterState) -> None:
     def turn(number: int) -> None:
         base = 10 * number
         requests = [arrive(state, base + i) for i in range(4)]
-        state.on_command(1.0, Serve(base, "m", (Stage(0, 0, 0), Stage(1, 1, 1)), (1, 1)))
-        state.on_command(1.0, Serve(base + 1, "m", (Stage(1, 0, 1),), (1, 1)))
+        state.on_command(1.0, Serve(base, "m", (Stage(0, 0, 0), Stage(1, 1, 1)), (1, 1), 100))
+        state.on_command(1.0, Serve(base + 1, "m", (Stage(1, 0, 1),), (1, 1), 100))
         state.on_command(1.0, Dispatch(base, tuple(requests[:3])))
         state.on_event(TokensProduced(1.0, base, base, 1, "local"))
         state.on_event(RequestFinished(1.0, base, base, 4))
@@ -127,10 +127,10 @@ def test_a_lost_node_takes_its_gpus_and_comes_back(state: ClusterState) -> None:
 
 def test_serving_instances(state: ClusterState) -> None:
     assert not state.serves("m")
-    state.on_command(0.0, Serve(5, "m", (Stage(0, 0, 1),), (1, 1)))
+    state.on_command(0.0, Serve(5, "m", (Stage(0, 0, 1),), (1, 1), 100))
     assert state.serves("m")
     assert not state.serves("other")
-    state.on_command(0.0, Repartition(5, (Stage(0, 0, 0), Stage(1, 1, 1)), "copy"))
+    state.on_command(0.0, Repartition(5, (Stage(0, 0, 0), Stage(1, 1, 1)), "copy", 100))
     (pipeline,) = state.snapshot()["pipelines"]
     assert [stage["node"] for stage in pipeline["stages"]] == [0, 1]
     state.on_command(0.0, StopInstance(5))

@@ -19,7 +19,7 @@ from lambdascale.live.wire import Rendezvous
 
 def test_losses_of_a_broadcast() -> None:
     """Those of its members, while it is expected or under way."""
-    collective = Collective(0, "127.0.0.1", None, None, None)  # type: ignore[arg-type]
+    collective = Collective(0, "127.0.0.1", None, None, None)
     collective.lost(1)
     meeting = collective._meeting(5)
     assert collective._losses(meeting, (0, 1, 2)) == ""
@@ -29,7 +29,7 @@ def test_losses_of_a_broadcast() -> None:
 
 
 def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
-    collective = Collective(0, "127.0.0.1", None, None, None)  # type: ignore[arg-type]
+    collective = Collective(0, "127.0.0.1", None, None, None)
     for number in range(1000):
         collective.rendezvous(Rendezvous(number, "host:1"))
     assert len(collective._meetings) <= 64
@@ -61,15 +61,15 @@ class TestBroadcasts:
             landing=lambda model, block: f"landing {block}",
             model=lambda name: SimpleNamespace(block_bytes=(8, 8, 8)),
         )
-        collective = Collective(node, "127.0.0.1", store, None, outlet)  # type: ignore[arg-type]
+        collective = Collective(node, "127.0.0.1", store, None, outlet)
 
         def one(command: Any, block: int, root: int, group: Any, data: Any) -> None:
             if error is not None:
                 raise error
             told.tensors.append(data)
 
-        collective._communicator = lambda command: nullcontext()  # type: ignore[assignment,method-assign,return-value]
-        collective._one = one  # type: ignore[method-assign]
+        collective._communicator = lambda command: nullcontext()
+        collective._one = one
         plan = MulticastPlan((0, 1), (0,), 3, tuple((Send(0, 1, block),) for block in range(3)))
         collective._run(StartMulticast(4, "m", plan, (8, 8, 8), ("gpu",), "collective"), "host")
         return told

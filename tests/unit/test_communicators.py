@@ -90,21 +90,21 @@ class Never:
 
 def waiting(gone: str = "") -> Nccl:
     made = Nccl.__new__(Nccl)
-    made._gone = lambda: gone
+    made._lost = lambda: gone
     return made
 
 
 def test_a_lost_member_ends_the_wait_at_once() -> None:
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="node 2 is gone"):
-        waiting("node 2 is gone")._until(Never())  # type: ignore[arg-type]
+        waiting("node 2 is gone")._until(Never())
     assert time.monotonic() - began < communicators.TIMEOUT_S / 4
 
 
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(communicators, "TIMEOUT_S", 0.05)
     with pytest.raises(RuntimeError, match="has not moved"):
-        waiting()._until(Never())  # type: ignore[arg-type]
+        waiting()._until(Never())
 
 
 @pytest.mark.parametrize(("error", "called"), [(None, ["shutdown"]), (RuntimeError("broken"), ["abort"])])

@@ -36,7 +36,7 @@ def test_static_batches_are_not_joined_and_ignore_the_token_budget() -> None:
 
 def test_admission_waits_for_kv_memory_and_keeps_the_order() -> None:
     scheduler = BatchScheduler(BatchLimits(max_batch=8), kv_tokens=100)
-    for index, prompt in enumerate([60, 50, 10]):
+    for index, prompt in enumerate([60, 40, 10]):
         scheduler.add(BatchedRequest(index, prompt, output_tokens=10))
     assert [s.request_id for s, _ in scheduler.schedule().prefills] == [0], "2 would fit but came after 1"
 
@@ -70,7 +70,7 @@ def test_remove_from_any_stage_returns_its_memory(stage: str) -> None:
             scheduler.complete(scheduler.schedule())
     assert scheduler.remove(1).request_id == 1
     assert scheduler.remove(1) is None
-    assert len(scheduler) == scheduler._reserved == 0
+    assert len(scheduler) == scheduler.kv_held == 0
     assert scheduler.schedule() is None
 
 
@@ -78,4 +78,4 @@ def test_limits_are_checked() -> None:
     with pytest.raises(UserError, match="max_batch must be at least 1, not 0"):
         BatchLimits(max_batch=0)
     with pytest.raises(UserError, match=r"max_batch must be int, not 2\.5"):
-        BatchLimits(max_batch=2.5)  # type: ignore[arg-type]
+        BatchLimits(max_batch=2.5)

@@ -59,13 +59,14 @@ class Served:
 
     def __init__(self, text: Text) -> None:
         self.cluster, self.state = Cluster(), ClusterState(8)
-        self.ill = self.unready = ""
+        self.closed = self.ill = self.unready = ""
         self.front_end = FrontEnd(
             model="tiny",
             text=text,
             cluster=self.cluster,
             state=self.state,
             slot_tokens=SLOT_TOKENS,
+            closed=lambda: self.closed,
             ill=lambda: self.ill,
             unready=lambda: self.unready,
         )
@@ -234,6 +235,10 @@ class TestConditions:
         for path in ("/health", "/ready"):
             assert served.get(path).status_code == 503
             assert served.get(path).json()["reason"] == "no node is alive"
+        assert served.ask(prompt="a").status_code == 200, "it waits for a node that is started again"
+
+    def test_closed(self, served: Served) -> None:
+        served.closed = "no node is alive"
         assert message(served.ask(prompt="a")) == "no node is alive"
         assert not served.cluster.offered
 

@@ -26,6 +26,11 @@ def run_of(arrival_s: np.ndarray, ttft_s: np.ndarray, gpu_s: np.ndarray | None =
     return RunRows(requests=frame, gpus=pd.DataFrame({"at_s": at_s, "delta": delta}), end_s=end_s)
 
 
+def alone(run: RunRows) -> RunRows:
+    """The same waits, each request in a burst of its own."""
+    return run_of(np.arange(len(run.requests)) * GAP_S, run.requests.ttft_s.to_numpy())
+
+
 def bursts(rng: np.random.Generator, count: int, size: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Arrivals in ``count`` bursts ``GAP_S`` apart; a load that the requests of a burst share (their dependence)."""
     arrival_s = np.repeat(np.arange(count) * GAP_S, size) + np.tile(np.arange(size) * 0.01, count)
@@ -87,10 +92,7 @@ class TestCoverage:
             burst.append((run_of(arrival_s, load), run_of(arrival_s, 2.0 * load * shared)))
         blocks = [paired([pair]).gpu for pair in burst]
         assert np.mean([one.low <= 2.0 * math.exp(0.045) <= one.high for one in blocks]) >= 0.85
-        spread_out = [
-            paired([tuple(run_of(np.arange(len(r.requests)) * GAP_S, r.requests.ttft_s.to_numpy()) for r in pair)]).gpu  # type: ignore[list-item]
-            for pair in burst
-        ]
+        spread_out = [paired([(alone(ours), alone(theirs))]).gpu for ours, theirs in burst]
         assert np.mean([one.low <= 2.0 * math.exp(0.045) <= one.high for one in spread_out]) < 0.7
 
     def test_seeds_of_a_generator(self) -> None:

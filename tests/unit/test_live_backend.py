@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from lambdascale.core import MulticastPlan, Request, Send, UserError
+from lambdascale.core import MulticastPlan, Request, Send, UserError, traced
 from lambdascale.core.commands import (
     CancelTransfer,
     Dispatch,
@@ -31,14 +30,13 @@ from lambdascale.core.events import (
 )
 from lambdascale.core.plan import Stage
 from lambdascale.live import wire
-from lambdascale.live.controller.supervisor import Supervisor
-from tests.unit.live_backend_rig import FakeLauncher, Rig, ticket
+from tests.unit.live_backend_rig import Rig, ticket
 
-REQUEST = Request(1, 0.0, "m", 2, 4)
+REQUEST = traced(1, 0.0, "m", 2, 4)
 
 
 def serve(rig: Rig, node: int = 0, instance: int = 5) -> None:
-    rig.backend.submit(Serve(instance, "m", (Stage(node, 0, 1),), (10, 10)))
+    rig.backend.submit(Serve(instance, "m", (Stage(node, 0, 1),), (10, 10), 100))
 
 
 def dispatch(rig: Rig, *request_ids: int, instance: int = 5) -> None:
@@ -149,7 +147,7 @@ class TestCalls:
         rig.sent()
         dispatch(rig, 1, instance=6)
         assert rig.sent() == []
-        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]  # type: ignore[attr-defined]
+        assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]
         assert sink.finished
 
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
@@ -175,6 +173,20 @@ class TestCalls:
         rig.events()
         rig.backend.submit(FailRequest(1, "its instances failed 3 times"))
         assert sink.failures == ["its instances failed 3 times"]
+
+    def test_a_request_given_up_before_its_end_is_heard_of_counts_once(self, rig: Rig) -> None:
+        """It ended while the failure of its instance was on its way to the control plane, which then gave it up."""
+        rig.offer(1)
+        rig.events()
+        serve(rig)
+        dispatch(rig, 1)
+        failure = CommandFailed(0.0, "Serve", "no room", instance=5)
+        rig.say(0, wire.Happened(failure))
+        answer(rig, 1)
+        rig.backend._listen(0)
+        assert rig.backend.next_event() == failure
+        rig.backend.submit(FailRequest(1, "its instance failed 3 times"))
+        assert ids(rig.events(), RequestFinished) == []
 
 
 class TestLosses:
@@ -229,114 +241,6 @@ class TestLosses:
         rig.backend.close()
         lines = capsys.readouterr().err.splitlines()
         assert lines == ["Serve failed: no sense", "Serve failed: no sense (37 times more)"]
-
-
-class TestRestarts:
-    """Lost nodes that come back."""
-
-    def test_a_lost_node_comes_back_as_a_new_process(self) -> None:
-        rig = Rig(restarts=5)
-        rig.events()
-        rig.sent()
-        rig.launcher.ended.add(1)
-        events = rig.after(0.25, [0])
-        assert events == []  # processes are looked at once a second
-        assert [type(event) for event in rig.after(1.0, [0])] == [NodeLost]
-        events = rig.after(1.0, [0])
-        assert [(type(event), event.node) for event in events if isinstance(event, NodeJoined)] == [(NodeJoined, 1)]
-        assert rig.launcher.started[-1] == (1, 1)
-        assert rig.hub.generations == {0: 0, 1: 1}
-        directory = wire.Directory(2, {0: "0.0", 1: "1.1"}, {0: 0, 1: 1})
-        assert directory in rig.sent(0)
-        assert rig.backend._roster.alive == {0, 1}
-
-    def test_a_node_joins_when_the_others_have_connected_too(self) -> None:
-        """A living node has to connect to a new one with a lower id: commands to it must not come before."""
-        rig = Rig(restarts=5)
-        rig.events()
-        rig.hub.answering = False
-        rig.launcher.ended.add(0)
-        rig.after(3.0, [1])
-        rig.say(0, wire.Connected(0, 2))
-        assert rig.events() == []
-        rig.say(1, wire.Connected(1, 1))  # an answer to an earlier directory is none to this one
-        assert rig.events() == []
-        rig.say(1, wire.Connected(1, 2))
-        assert [type(event) for event in rig.events()] == [NodeJoined]
-
-    def test_a_newcomer_that_cannot_be_reached_is_tried_again(self) -> None:
-        """And the living node that could not reach it lives on."""
-        rig = Rig(restarts=5)
-        rig.events()
-        rig.hub.answering = False
-        rig.launcher.ended.add(0)
-        rig.after(3.0, [1])
-        rig.say(1, wire.Unreached(0, "refused"))
-        rig.events()
-        assert rig.launcher.killed == [0, 0]
-        rig.hub.answering = True
-        assert [type(event) for event in rig.after(5.0, [1])] == [NodeJoined]
-        assert rig.launcher.started[-1] == (0, 2)
-        assert rig.backend._roster.alive == {0, 1}
-
-    def test_a_node_that_keeps_dying_is_given_up(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """After as many restarts as allowed, with twice the delay each time, and with one line."""
-        rig = Rig(restarts=3)
-        rig.events()
-        rig.launcher.stillborn = True
-        rig.launcher.ended.add(1)
-        begin = rig.now_s
-        times, count = [], len(rig.launcher.started)
-        while rig.now_s < begin + 60:
-            rig.after(0.25, [0])
-            if len(rig.launcher.started) > count:
-                count = len(rig.launcher.started)
-                times.append(rig.now_s)
-        assert [generation for node, generation in rig.launcher.started if node == 1] == [0, 1, 2, 3]
-        assert [round(b - a) for a, b in pairwise(times)] == [1, 2]
-        assert capsys.readouterr().err.count("given up") == 1
-        assert rig.backend._roster.alive == {0}
-
-    def test_no_restarts_unless_asked_for(self, rig: Rig) -> None:
-        rig.launcher.ended.add(1)
-        rig.after(40.0, [0])
-        assert rig.launcher.started == [(0, 0), (1, 0)]
-
-    def test_messages_of_a_lost_node_are_not_heard(self, rig: Rig) -> None:
-        rig.launcher.ended.add(1)
-        rig.after(2.0, [0])
-        rig.say(1, wire.Happened(BlockArrived(0.0, 1, 1, "m", 0)))
-        assert rig.events() == []
-
-    @pytest.mark.parametrize(("restarts", "ends"), [(0, True), (1, False)])
-    def test_a_trace_waits_for_a_node_that_may_come_back(self, restarts: int, ends: bool) -> None:
-        """A request that nobody serves does not end the run while a restart is planned; without one, it does."""
-        rig = Rig(1, trace=[REQUEST], restarts=restarts)
-        rig.say(0, wire.Fault(0, "broken", users=False))
-        rig.backend._listen(0)
-        assert [type(event) for event in rig.events()] == [NodeJoined, NodeLost, RequestArrived]
-        assert rig.backend._idle() is ends
-
-    def test_a_start_fails_when_a_node_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(FakeLauncher, "stillborn", True)
-        with pytest.raises(RuntimeError, match="node 0: it ended while it was starting; node 1: "):
-            Rig()
-
-    @pytest.mark.parametrize(
-        ("message", "kind"),
-        [
-            (wire.Fault(1, "no GPU", users=True), UserError),
-            (wire.Fault(1, "no GPU", users=False), RuntimeError),
-            (wire.Unreached(0, "no GPU"), UserError),
-        ],
-    )
-    def test_a_start_fails_with_what_a_node_says(
-        self, message: wire.ToController, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(FakeLauncher, "greeting", staticmethod(lambda config: message))
-        with pytest.raises(kind, match="no GPU") as caught:
-            Rig()
-        assert caught.type is kind
 
 
 class TestTables:
@@ -417,36 +321,6 @@ def test_a_transfer_that_ends_early_is_forgotten(rig: Rig, how: str) -> None:
         rig.say(1, wire.Happened(CommandFailed(0.0, "LoadBlocks", "damaged", transfer_id=3)))
         rig.events()
     assert rig.backend._idle()
-
-
-def test_restarts_long_ago_do_not_count() -> None:
-    """Two are allowed within ten minutes: one every ten minutes goes on for ever."""
-    now, lines = [0.0], list[str]()
-    supervisor = Supervisor(2, lines.append, lambda: now[0])
-    for _ in range(20):
-        supervisor.lost(3)
-        assert supervisor.waiting
-        now[0] += 610
-        assert supervisor.take_due() == [3]
-    assert not lines
-    for _ in range(2):
-        supervisor.lost(3)
-        now[0] += 31
-        supervisor.take_due()
-    assert lines == ["node 3 was restarted 2 times within 600 s: given up"]
-
-
-def test_the_delay_has_a_bound() -> None:
-    now = [0.0]
-    supervisor = Supervisor(20, lambda line: None, lambda: now[0])
-    delays = []
-    for _ in range(12):
-        supervisor.lost(3)
-        delays.append(supervisor.wait_s())
-        now[0] += delays[-1]
-        assert supervisor.take_due() == [3]
-    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
-    assert delays[-1] == 30.0
 
 
 def test_a_cancelled_transfer_is_cancelled_everywhere(rig: Rig) -> None:

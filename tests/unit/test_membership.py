@@ -57,7 +57,7 @@ def members(cluster: Cluster) -> Membership:
 
 
 def gone(members: Membership, *, ended: bool) -> set[int]:
-    return set(members.gone(ended=ended))
+    return set(members.lost(ended=ended))
 
 
 def test_a_silent_node_is_taken_for_dead_and_those_heard_of_are_not(cluster: Cluster, members: Membership) -> None:
@@ -76,7 +76,7 @@ def test_a_silent_node_is_taken_for_dead_and_those_heard_of_are_not(cluster: Clu
 def test_pings_once_a_second_and_only_who_is_there(cluster: Cluster, members: Membership) -> None:
     members.remove(2)
     for _ in range(10):
-        members.gone(ended=False)
+        members.lost(ended=False)
         cluster.now += 0.25
     assert sorted(cluster.pinged) == sorted([1, 3, 4] * 3)
 
@@ -97,7 +97,7 @@ def test_of_two_that_lost_each_other_the_one_that_lost_more_goes(cluster: Cluste
     assert gone(members, ended=False) == set()
 
 
-def test_a_peer_that_is_gone_cuts_nobody_off(cluster: Cluster, members: Membership) -> None:
+def test_a_peer_that_is_lost_cuts_nobody_off(cluster: Cluster, members: Membership) -> None:
     members.remove(3)
     members.sever(1, 3, "reset")
     cluster.now += 2.0

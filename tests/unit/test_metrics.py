@@ -57,6 +57,10 @@ class TestRequests:
         assert row["tpot_s"] is None
         assert row["output_tokens"] == 1
 
+    def test_an_answer_that_was_not_given_has_no_length(self) -> None:
+        (row,) = rows(recorded(RequestArrived(1.0, request(7, 1.0)), (1.0, FailRequest(7, "no"))))
+        assert (row["prompt_tokens"], row["output_tokens"], row["status"]) == (10, None, "failed")
+
     def test_a_restart_keeps_the_first_first_token(self) -> None:
         begin, end = answered(0, 0.0, 0.5, 3.0)[:3], RequestFinished(3.0, 2, 0, 5)
         again = [NodeLost(1.0, 4), (1.0, Dispatch(2, (request(0),))), TokensProduced(1.5, 2, 0, 1, "local")]

@@ -72,7 +72,7 @@ class TestPacked:
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_transformers_loads_it(self, tmp_path: Path, tied: bool) -> None:
-        transformers = pytest.importorskip("transformers")
+        transformers = pytest.importorskip("transformers", reason="needs transformers, the reference")
         (tmp_path / "m").mkdir()
         write_random(TINY | {"tie_word_embeddings": tied}, tmp_path / "m", seed=1)
         pack(tmp_path / "m", tmp_path / "p", 4)
@@ -84,14 +84,14 @@ class TestPacked:
         assert tokenizer.decode(tokenizer("naïve 日本")["input_ids"]) == "naïve 日本"
 
     def test_other_tools_read_the_shards(self, tiny: Path, tmp_path: Path) -> None:
-        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors as the reader")
         pack(tiny, tmp_path / "p", 4)
         index = json.loads((tmp_path / "p" / "model.safetensors.index.json").read_text())
         for name, file in index["weight_map"].items():
             assert name in safetensors.load_file(tmp_path / "p" / file)
 
     def test_bf16_is_rounded_to_nearest(self, tiny: Path, tmp_path: Path) -> None:
-        safetensors = pytest.importorskip("safetensors.torch")
+        safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors as the reader")
         pack(tiny, tmp_path / "p", 2, "BF16")
         before = safetensors.load_file(tiny / "model.safetensors")
         for path in (tmp_path / "p").glob("*.safetensors"):

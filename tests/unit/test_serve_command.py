@@ -15,7 +15,7 @@ from lambdascale.cli.serve import _system
 from lambdascale.control import SystemConfig
 from lambdascale.core import UserError
 from lambdascale.core.commands import Serve, StopInstance
-from lambdascale.core.events import NodeJoined, NodeLost
+from lambdascale.core.events import NodeGivenUp, NodeJoined, NodeLost
 from lambdascale.core.plan import Stage
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.serving.server import Service, _Server
@@ -81,22 +81,26 @@ class TestConditions:
         assert service.ill() == "no node is alive"
         service.state.on_event(NodeJoined(0.0, 0))
         assert service.ill() == ""
-        service.state.on_event(NodeLost(1.0, 0))
+        service.state.on_event(NodeLost(1.0, 0, returns=True))
         assert service.ill() == "no node is alive"
+        assert service.closed() == "", "requests wait for it"
+        service.state.on_event(NodeGivenUp(1.0, 0))
+        assert service.closed() == "no node is alive"
         service.state.on_event(NodeJoined(2.0, 0))
+        assert service.closed() == ""
         self.runs = False
         assert service.ill()
         service.fault = RuntimeError()
-        assert service.ill() == "the server has failed"
+        assert service.ill() == service.closed() == "the server has failed"
 
     def test_stopping(self, service: Any) -> None:
         service.state.on_event(NodeJoined(0.0, 0))
         service.stop_answering()
-        assert service.ill() == "the server is stopping"
+        assert service.ill() == service.closed() == "the server is stopping"
 
     def test_ready(self, service: Any) -> None:
         assert service.unready() == "m is being loaded"
-        service.state.on_command(0.0, Serve(1, "m", (Stage(0, 0, 1),), (1, 1)))
+        service.state.on_command(0.0, Serve(1, "m", (Stage(0, 0, 1),), (1, 1), 100))
         assert service.unready() == "m is being loaded"
         self.now_s = 1.0
         assert service.unready() == ""

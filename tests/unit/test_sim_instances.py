@@ -19,11 +19,12 @@ TABLE = ComputeTable(model="small", prefill_tokens=(1.0,), prefill_s=(0.1,), dec
 CLUSTER = replace(small_cluster(4), hop_latency_s=0.0, compute=replace(small_cluster().compute, measured=(TABLE,)))
 BLOCKS = 16
 SIZES = (1_000_000_000 // BLOCKS,) * BLOCKS
+KV = 79_345
 
 
 def backend(cluster: object = CLUSTER, failures: tuple[tuple[int, float], ...] = ()) -> SimBackend:
     built = SimConfig(node_failures=failures).build(
-        cluster=cluster,  # type: ignore[arg-type]
+        cluster=cluster,
         models=[small_model()],
         requests=[],
         batching=BatchLimits(max_batch=8),
@@ -39,7 +40,7 @@ def stages(*nodes: NodeId) -> tuple[Stage, ...]:
 
 
 def serve(cluster: SimBackend, instance: int, *nodes: NodeId) -> None:
-    cluster.submit(Serve(instance, "small", stages(*nodes), SIZES))
+    cluster.submit(Serve(instance, "small", stages(*nodes), SIZES, KV))
 
 
 def request(number: int, tokens: int, prompt: int = 8) -> Request:
@@ -123,7 +124,7 @@ def test_a_moved_boundary_loses_no_token() -> None:
         cluster.submit(Dispatch(1, tuple(request(i, 40) for i in range(6))))
         steps = {0.15: stages(1, 0), 0.3: stages(1), 0.45: stages(2, 1, 0, 1)}
         for at, after in steps.items():
-            later(cluster, at, Repartition(1, after, kv))
+            later(cluster, at, Repartition(1, after, kv, KV))
         events = play(cluster)
         assert {e.request_id: e.tokens for e in events if isinstance(e, RequestFinished)} == dict.fromkeys(range(6), 40)
         assert len(first_tokens(events)) == 6
@@ -137,7 +138,7 @@ def test_copied_kv_takes_the_time_of_its_bytes() -> None:
         cluster = backend(slow)
         serve(cluster, 1, 0)
         cluster.submit(Dispatch(1, (request(0, 11, prompt=3000),)))
-        later(cluster, 0.11, Repartition(1, stages(1), kv))
+        later(cluster, 0.11, Repartition(1, stages(1), kv, KV))
         took[kv] = finished(play(cluster))[0]
     tokens = 3001  # the prompt, and the first token's KV is written by the step that was under way
     kv_s = tokens * small_model().kv_bytes_per_token / 1e8
@@ -149,7 +150,7 @@ def test_iterations_under_way_end_on_the_stages_they_began_with() -> None:
     cluster = backend()
     serve(cluster, 1, 0, 1)
     cluster.submit(Dispatch(1, (request(0, 2),)))
-    later(cluster, 0.06, Repartition(1, stages(2), "copy"))
+    later(cluster, 0.06, Repartition(1, stages(2), "copy", KV))
     # The prefill is on node 1 by then: it ends there after 0.1 s, the second token is node 2's.
     events = play(cluster)
     assert first_tokens(events)[0] == pytest.approx(0.1)
@@ -160,7 +161,7 @@ def test_a_lost_node_that_only_an_old_iteration_needs_fails_the_instance() -> No
     cluster = backend(failures=((1, 0.07),))
     serve(cluster, 1, 0, 1)
     cluster.submit(Dispatch(1, (request(0, 2),)))
-    later(cluster, 0.06, Repartition(1, stages(2), "copy"))
+    later(cluster, 0.06, Repartition(1, stages(2), "copy", KV))
     kinds = [type(event).__name__ for event in play(cluster)]
     assert kinds == ["NodeLost", "CommandFailed"]
 
@@ -184,3 +185,21 @@ def test_a_node_with_other_hardware_computes_at_its_own_speed() -> None:
         serve(cluster, node + 1, node)
         cluster.submit(Dispatch(node + 1, (request(node, 11),)))
     assert finished(play(cluster)) == pytest.approx({0: 0.3, 1: 0.6})
+
+
+def test_kv_memory_that_runs_out_costs_a_prefill() -> None:
+    """Two requests of 8 + 11 tokens in 30: after 8 steps the second is preempted; it waits and is prefilled again."""
+    cluster = backend()
+    cluster.submit(Serve(1, "small", stages(0), SIZES, 30))
+    cluster.submit(Dispatch(1, (request(0, 11), request(1, 11))))
+    ends = finished(play(cluster))
+    assert ends[0] == pytest.approx(0.1 + 10 * 0.02)
+    assert ends[1] == pytest.approx(0.1 + 10 * 0.02 + 0.1 + 2 * 0.02), "7 + 1 of its tokens came before, one with the prefill"
+
+
+def test_kv_memory_changes_with_the_stages() -> None:
+    """For the batches there are, and for new ones."""
+    cluster = backend()
+    serve(cluster, 1, 0)
+    cluster.submit(Repartition(1, stages(0, 1), "copy", 50))
+    assert [batch.scheduler.kv_tokens for batch in cluster._instances[1]._batches] == [50, 50]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as replace_plan
 
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send, UserError
-from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core import MulticastPlan, Send, UserError
 from lambdascale.multicast import validate_plan
 from lambdascale.sim import SimConfig
 from lambdascale.sim.communicator import draw_setup_s, setup_distribution
@@ -17,63 +16,7 @@ from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.transfers import TransferEngine
-
-CLUSTER = ClusterSpec(
-    name="round",
-    nodes=4,
-    gpus_per_node=1,
-    gpu=GpuSpec(name="g", memory_bytes=10**9, hbm_bytes_per_s=1e9, peak_flops=1e12),
-    compute=ComputeSpec(flops_efficiency=0.5, bandwidth_efficiency=0.5),
-    nic_bytes_per_s=100.0,
-    rdma_efficiency=0.5,
-    collective_efficiency=1.0,
-    link_latency_s=0.0,
-    hop_latency_s=0.0,
-    pcie_bytes_per_s=20.0,
-    ssd_bytes_per_s=5.0,
-    host_memory_bytes=10**9,
-    usd_per_gpu_hour=1.0,
-)
-TRIANGLE = MulticastPlan(  # 2 receives both blocks in round 2
-    members=(0, 1, 2),
-    sources=(0,),
-    blocks=2,
-    rounds=((Send(0, 1, 0),), (Send(0, 2, 1), Send(1, 2, 0)), (Send(2, 1, 1),)),
-    double_receives=((2, 2),),
-)
-CHAIN = MulticastPlan(
-    members=(0, 1, 2),
-    sources=(0,),
-    blocks=2,
-    rounds=((Send(0, 1, 0),), (Send(0, 1, 1), Send(1, 2, 0)), (Send(1, 2, 1),)),
-    streaming=True,
-)
-
-
-class Rig:
-    def __init__(self, cluster: ClusterSpec = CLUSTER, **options: object) -> None:
-        self.kernel = Kernel()
-        self.arrived: list[tuple[float, int, int, int]] = []
-        self.occupied: list[tuple[float, int, bool]] = []
-        self.engine = TransferEngine(
-            self.kernel,
-            cluster,
-            TransferOptions(**options),  # type: ignore[arg-type]
-            np.random.default_rng(0),
-            lambda transfer, node, model, block: self.arrived.append((self.kernel.now, transfer, node, block)),
-            lambda node, busy: self.occupied.append((self.kernel.now, node, busy)),
-        )
-
-    def run(self, until: float = float("inf")) -> list[tuple[float, int, int, int]]:
-        while (due := self.kernel.next_time()) is not None and due <= until:
-            self.kernel.step()
-        return self.arrived
-
-
-def multicast(
-    plan: MulticastPlan = TRIANGLE, transfer_id: int = 1, size: int = 50, multicast: str = "one_sided"
-) -> StartMulticast:
-    return StartMulticast(transfer_id, "m", plan, (size,) * plan.blocks, ("gpu",), multicast)  # type: ignore[arg-type]
+from tests.unit.transfers_rig import CHAIN, CLUSTER, TRIANGLE, Rig, load, multicast
 
 
 def test_edges_go_ahead_on_their_own_and_double_receives_share_the_port() -> None:
@@ -129,6 +72,50 @@ def test_latency_keeps_the_port_busy() -> None:
     assert times.total_s == pytest.approx(2.2)
 
 
+def test_a_source_in_host_memory_sends_as_fast_as_its_pcie_and_the_next_node_as_fast_as_its_nic() -> None:
+    plan = MulticastPlan(members=(0, 1, 2), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),), (Send(1, 2, 0),)))
+    rig = Rig(record_grants=True)
+    rig.engine.multicast(multicast(plan, tier="host"))
+    # 50 bytes at PCIe's 20 B/s, then at the NIC's 50 B/s of goodput.
+    assert rig.run() == [(2.5, 1, 1, 0), (3.5, 1, 2, 0)]
+    first = (rig.engine.links.grants or [])[0]
+    assert dict(zip(first.ports, first.weights, strict=True)) == {"pcie:0": 0.5, "nic_out:0": 1.0, "nic_in:1": 1.0}
+    assert first.rate == 40.0, "of the NIC's 100 B/s of line rate, for 20 B/s of payload"
+
+
+def test_a_source_in_host_memory_is_as_fast_as_its_nic_where_pcie_is_faster() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig(replace(CLUSTER, pcie_bytes_per_s=60.0))
+    rig.engine.multicast(multicast(pair, tier="host"))
+    assert rig.run() == [(1.0, 1, 1, 0)]
+
+
+def test_a_source_in_host_memory_shares_its_pcie_with_the_loads_of_its_node_only() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig()
+    rig.engine.multicast(multicast(pair, tier="host"))
+    rig.engine.load(load("host", transfer_id=2, blocks=(0,)))
+    rig.engine.load(load("host", node=1, transfer_id=3, blocks=(0,)))
+    # Node 0's PCIe: 20/1.5 B/s of the load and, at half of the same line rate, 10/1.5 B/s of the multicast; the load is
+    # through when 100 bytes are, at 7.5 s, and so are the multicast's 50. Node 1 loads 100 bytes at 20 B/s.
+    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(5.0, 3), (7.5, 1), (7.5, 2)]
+
+
+@pytest.mark.parametrize("barrier", [False, True])
+def test_the_start_up_of_a_send_from_host_memory_is_not_stretched_by_pcie(barrier: bool) -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig(replace(CLUSTER, link_latency_s=0.25), barrier=barrier)
+    rig.engine.multicast(multicast(pair, tier="host"))
+    assert rig.run() == [(pytest.approx(2.75), 1, 1, 0)]
+
+
+def test_a_streaming_broadcast_from_host_memory_is_as_fast_as_pcie() -> None:
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, multicast="collective", tier="host"))
+    # 100 bytes and, once, a chunk of 10 for the second hop, at 20 B/s.
+    assert [at for at, *_ in rig.run()] == [pytest.approx(5.5)] * 4
+
+
 def test_cancel_in_the_middle_delivers_nothing_more_and_frees_the_ports() -> None:
     rig = Rig()
     rig.engine.multicast(multicast())
@@ -179,91 +166,6 @@ def test_communicator_setup_follows_the_measurements() -> None:
     medians = [setup_distribution(ranks)[0] for ranks in (4, 6, 8, 12, 64)]
     assert medians == sorted(medians)
     assert 18 <= draw_setup_s(4, rng, outlier_probability=1.0) <= 120
-
-
-def load(
-    tier: str, loader: str = "pipelined", node: int = 0, transfer_id: int = 1, blocks: tuple[int, ...] = (1, 0)
-) -> LoadBlocks:
-    return LoadBlocks(transfer_id, "m", node, blocks, (100, 20), tier, loader)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("tier", "loader", "times"),
-    [
-        ("host", "pipelined", [1.0, 6.0]),  # 20 B/s
-        ("ssd", "pipelined", [4.0, 24.0]),  # 5 B/s, PCIe hidden
-        ("ssd", "sequential", [25.0, 30.0]),  # 24 s of SSD, then PCIe
-        ("instant", "pipelined", [0.0, 0.0]),
-    ],
-)
-def test_loads_deliver_block_by_block_in_the_order_asked_for(tier: str, loader: str, times: list[float]) -> None:
-    rig = Rig()
-    rig.engine.load(load(tier, loader))
-    assert [(at, block) for at, _, _, block in rig.run()] == list(zip(times, [1, 0], strict=True))
-
-
-def test_sequential_reads_from_the_remote_store_do_not_overlap_with_pcie() -> None:
-    rig = Rig(replace(CLUSTER, remote_bytes_per_s=4.0))
-    rig.engine.load(load("remote", "sequential"))
-    assert [(at, block) for at, _, _, block in rig.run()] == [(31.0, 1), (36.0, 0)]
-
-
-@pytest.mark.parametrize(("tier", "loader"), [("host", "pipelined"), ("ssd", "sequential"), ("instant", "pipelined")])
-def test_a_load_of_nothing_ends_without_a_delivery(tier: str, loader: str) -> None:
-    rig = Rig()
-    rig.engine.load(load(tier, loader, blocks=()))
-    assert rig.run() == []
-    assert rig.engine.active == ()
-
-
-@pytest.mark.parametrize("end", ["cancel", "node_lost"])
-@pytest.mark.parametrize(("tier", "loader", "until", "before"), [("instant", "pipelined", -1, 0), ("ssd", "sequential", 26, 1)])
-def test_a_load_that_is_cut_off_delivers_nothing_more(end: str, tier: str, loader: str, until: float, before: int) -> None:
-    rig = Rig()
-    rig.engine.load(load(tier, loader, node=1))
-    rig.run(until=until)
-    getattr(rig.engine, end)(1)  # transfer 1, or node 1
-    assert len(rig.run()) == before
-
-
-def test_two_loads_on_a_node_share_its_storage() -> None:
-    rig = Rig()
-    for transfer_id in (1, 2):
-        rig.engine.load(load("host", transfer_id=transfer_id))
-    rig.engine.load(load("host", node=1, transfer_id=3))
-    assert [(at, t) for at, t, *_ in rig.run()] == [(1.0, 3), (2.0, 1), (2.0, 2), (6.0, 3), (12.0, 1), (12.0, 2)]
-
-
-def test_the_remote_store_has_its_rate_or_does_not_exist() -> None:
-    rig = Rig(replace(CLUSTER, remote_bytes_per_s=4.0))
-    rig.engine.load(load("remote"))
-    assert [at for at, *_ in rig.run()] == [5.0, 30.0]
-    with pytest.raises(UserError, match="has no remote tier"):
-        Rig().engine.load(load("remote"))
-
-
-def test_a_copy_crosses_the_network_at_the_write_rate() -> None:
-    rig, done = Rig(), []
-    rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
-    rig.run()
-    assert done == [2.0]
-
-
-def test_a_copy_within_a_node_takes_no_time_but_is_still_an_event() -> None:
-    rig, done = Rig(), []
-    rig.engine.copy(1, 1, 100.0, lambda: done.append(rig.kernel.now))
-    assert done == []
-    rig.run()
-    assert done == [0.0]
-
-
-def test_a_copy_from_a_lost_node_never_arrives() -> None:
-    rig, done = Rig(), []
-    rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
-    rig.engine.copy(2, 1, 100.0, lambda: done.append(rig.kernel.now))
-    rig.kernel.at(1.0, rig.engine.node_lost, 0)
-    rig.run()
-    assert done == [2.5], "200 wire bytes: 1 s at half the port's rate, then all of it"
 
 
 def test_finished_and_cancelled_transfers_are_forgotten() -> None:
@@ -375,4 +277,4 @@ def test_a_slow_node_slows_what_crosses_its_port() -> None:
 @pytest.mark.parametrize("slow", [((1, 0.0),), ((1, 1.5),), ((1,),)])
 def test_slow_nodes_that_make_no_sense(slow: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(UserError, match="slow_nodes"):
-        SimConfig(slow_nodes=slow)  # type: ignore[arg-type]
+        SimConfig(slow_nodes=slow)

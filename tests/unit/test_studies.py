@@ -16,7 +16,7 @@ from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
 from lambdascale.experiments.study import Study, as_published, command_lines, load_study
-from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_times
+from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
 ROOT = conf_dir().parent
 TABLES = ROOT / "results" / "tables"
@@ -43,6 +43,14 @@ class TestCommandLines:
     def test_live_has_grids_of_its_own_or_says_so(self) -> None:
         with pytest.raises(UserError, match="no runs for backend=live"):
             command_lines(STUDY, ["experiment=x", "backend=live"])
+
+    def test_a_study_of_both_backends(self) -> None:
+        """Its live grids run one after the other; a chosen backend leaves the others out, and never replaces a grid's."""
+        study = Study(grids=({"backend": "sim", "seed": "1,2"}, {"backend": "live", "++a": 1}), rows="measures")
+        simulated = ["experiment=x", "hydra/launcher=joblib", "backend=sim", "seed=1,2"]
+        assert command_lines(study, ["experiment=x"]) == [simulated, ["experiment=x", "backend=live", "++a=1"]]
+        assert command_lines(study, ["experiment=x", "backend=live", "a=2"]) == [["experiment=x", "backend=live", "a=2"]]
+        assert command_lines(study, ["backend=sim"]) == [["backend=sim", "hydra/launcher=joblib", "seed=1,2"]]
 
     @pytest.mark.parametrize(
         ("overrides", "published"),
@@ -140,6 +148,21 @@ def test_times_of_the_first_scale_out() -> None:
     times = scale_out_times(frame)
     assert (times["start_s"], times["new_nodes"]) == (1.5, 2)
     assert (times["pipeline_s"], times["first_node_s"], times["all_nodes_s"]) == pytest.approx((0.6, 1.0, 2.0))
+
+
+def test_durations_of_scale_outs() -> None:
+    """From the command to the last block; what a run starts with does not count, nor what never arrived."""
+    frame = events(
+        (0.0, "LoadBlocks", 0, 1, None, {"tier": "instant"}),
+        (0.0, "BlockArrived", 0, 1, 0, None),
+        (2.0, "StartMulticast", None, 2, None, {"sources": [0]}),
+        (2.5, "LoadBlocks", 1, 3, None, {"tier": "host"}),
+        (3.0, "BlockArrived", 2, 2, 0, None),
+        (5.0, "BlockArrived", 2, 2, 1, None),
+        (5.5, "LoadBlocks", 3, 4, None, {"tier": "ssd"}),
+        (6.0, "BlockArrived", 1, 3, 0, None),
+    ).assign(detail=lambda frame: frame.detail.str.replace(" ", ""))
+    assert scale_out_durations(frame) == [3.0, 3.5]
 
 
 def test_no_scale_out() -> None:

@@ -169,7 +169,6 @@ def test_the_registered_azure_digest_is_that_of_the_real_trace() -> None:
 
 
 def test_the_script_ends_with_status_2_and_one_line() -> None:
-    pytest.importorskip("lambdascale.cli.guard")
     script = str(ROOT / "scripts" / "fetch_traces.py")
     done = subprocess.run([sys.executable, script, "no_such_trace"], capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import Request, TraceError, UserError
+from lambdascale.core import TracedRequest, TraceError, UserError, traced
 from lambdascale.workload import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, ShapedWorkload
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -28,7 +28,7 @@ def write(tmp_path: Path) -> Write:
     return _write
 
 
-def read(workload: ShapedWorkload, *models: str) -> list[Request]:
+def read(workload: ShapedWorkload, *models: str) -> list[TracedRequest]:
     return list(workload.requests(models=models or ("m",), seed=0))
 
 
@@ -40,8 +40,8 @@ class TestAzure:
     def test_keeps_all_seven_decimals(self, write: Write) -> None:
         rows = azure_row("2023-11-16 18:15:46.6805900", 374, 44) + azure_row("2023-11-16 18:15:46.6805901", 396, 109)
         first, second = read(AzureTrace(path=write(AZURE + rows)))
-        assert first == Request(0, 0.0, "m", 374, 44)
-        assert second == Request(1, 1e-7, "m", 396, 109)
+        assert first == traced(0, 0.0, "m", 374, 44, 8192)
+        assert second == traced(1, 1e-7, "m", 396, 109, 8192)
 
     def test_accepts_the_zones_of_2024_and_missing_fractions(self, write: Write) -> None:
         times = ["2024-05-10 00:00:00+00:00", "2024-05-10 00:00:00.5+00:00", "2024-05-10T02:00:01+02:00", "2024-05-10 00:00:02Z"]
@@ -59,7 +59,7 @@ class TestAzure:
 
     def test_finds_columns_by_name(self, write: Write) -> None:
         content = "GeneratedTokens,TIMESTAMP,ContextTokens\n3,2023-01-01 00:00:00,4\n"
-        assert read(AzureTrace(path=write(content))) == [Request(0, 0.0, "m", 4, 3)]
+        assert read(AzureTrace(path=write(content))) == [traced(0, 0.0, "m", 4, 3, 8192)]
 
     def test_dates_beyond_what_64_bits_of_nanoseconds_hold(self, write: Write) -> None:
         rows = azure_row("0001-01-01 00:00:00") + azure_row("9999-12-31 23:59:59")
@@ -203,7 +203,7 @@ class TestMooncake:
     def test_milliseconds(self, write: Write) -> None:
         lines = [{"timestamp": t, "input_length": 6955, "output_length": 52, "hash_ids": [46, 47]} for t in (27482, 30535)]
         requests = read(MooncakeTrace(path=write("\n".join(map(json.dumps, lines)) + "\n\n")))
-        assert requests == [Request(0, 0.0, "m", 6955, 52), Request(1, 3.053, "m", 6955, 52)]
+        assert requests == [traced(0, 0.0, "m", 6955, 52, 8192), traced(1, 3.053, "m", 6955, 52, 8192)]
 
     @pytest.mark.parametrize(
         "row",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lambdascale.core import UserError
-from lambdascale.workload import ArrivalsTrace, Burst, BurstyWorkload, ConstantRate
+from lambdascale.core import UserError, traced
+from lambdascale.workload import ArrivalsTrace, Burst, BurstyWorkload, ConstantRate, bounded
 
 
 @pytest.fixture
@@ -104,6 +104,37 @@ def test_clipping() -> None:
     assert lengths(max_context_tokens=4096) == {(3496, 600)}
     assert lengths(max_context_tokens=512) == {(1, 511)}
     assert lengths(max_context_tokens=4096, max_output_tokens=96, max_prompt_tokens=4096) == {(4000, 96)}
+
+
+def test_every_request_states_the_same_limit_but_for_what_its_context_leaves() -> None:
+    def limits(**settings: Any) -> set[int]:
+        workload = Burst(prompt_tokens=500, output_tokens=60, **settings)
+        return {r.request.max_tokens for r in workload.requests(models=["m"], seed=0)}
+
+    assert limits() == {8192}, "no public trace has an answer as long"
+    assert limits(max_output_tokens=1000) == {1000}
+    assert limits(max_output_tokens=10) == {10}
+    assert limits(max_context_tokens=1500) == {1000}
+    assert limits(max_context_tokens=1500, max_output_tokens=999) == {999}
+    assert limits(max_context_tokens=100) == {60}, "the prompt is cut to make room for the answer"
+    with pytest.raises(UserError, match="max_output_tokens must be int"):
+        limits(max_output_tokens=None)
+
+
+def test_limits_are_lowered_to_what_kv_memory_holds() -> None:
+    sent = [traced(0, 0.0, "a", 100, 50, 900), traced(1, 0.0, "b", 100, 50, 900), traced(2, 0.0, "b", 450, 50, 900)]
+    found, cut = bounded([*sent, traced(3, 0.0, "b", 500, 1, 9)], {"a": 1000, "b": 500})
+    assert [(r.request.max_tokens, r.output_tokens, r.answer_tokens) for r in found] == [
+        (900, 50, 50),
+        (400, 50, 50),
+        (50, 50, 50),
+        (1, 1, 1),
+    ]
+    assert cut == 0
+    assert found[0] is sent[0]
+    assert found[3].request.kv_tokens == 501, "refused by whoever routes it"
+    found, cut = bounded([traced(0, 0.0, "a", 960, 50, 900), sent[0]], {"a": 1000})
+    assert ([r.answer_tokens for r in found], cut) == ([40, 50], 1)
 
 
 def test_zipf_shares_and_the_exponent() -> None:

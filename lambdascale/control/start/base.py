@@ -67,6 +67,8 @@ Change = Reshape | LoadMore
 class StartPolicy(Protocol):
     """Decides how new replicas get their weights. Pure: it reads the fleet, changes nothing, draws nothing.
 
+    A policy that also changes replicas while they start is a ``GradualStart``.
+
     ``instant``: weights are in place at once (ideal scaling); a live cluster then keeps every model resident.
     """
 
@@ -101,6 +103,11 @@ class StartPolicy(Protocol):
     def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
         """Decide how up to ``replicas`` more replicas start on the free ``nodes``, ranked; it may take fewer, or none yet."""
         ...
+
+
+@runtime_checkable
+class GradualStart(StartPolicy, Protocol):
+    """A start policy that is asked again after every block: moved boundaries, further loads."""
 
     def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
         """Decide what changes now that a block arrived at ``allocation`` or an instance formed on it."""

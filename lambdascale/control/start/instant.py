@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lambdascale.control.placement import by_locality
-from lambdascale.control.start.base import Change, LoadOrder, StartDecision
-from lambdascale.control.state import Allocation, Fleet, ModelState
+from lambdascale.control.start.base import LoadOrder, StartDecision
+from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Loader, Storage
 
@@ -34,7 +34,3 @@ class InstantStart:
         taken = tuple(nodes[:replicas])
         blocks = tuple(range(state.blocks))
         return StartDecision(nodes=taken, loads=tuple(LoadOrder(node=node, tier="instant", blocks=blocks) for node in taken))
-
-    def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy; nothing changes."""
-        return ()

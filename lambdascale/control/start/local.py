@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lambdascale.control.placement import by_startup_time
-from lambdascale.control.start.base import Change, LoadOrder, StartDecision
-from lambdascale.control.state import Allocation, Fleet, ModelState
+from lambdascale.control.start.base import LoadOrder, StartDecision
+from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
 from lambdascale.core.checks import check_types
 from lambdascale.core.commands import Loader, Storage
@@ -46,10 +46,6 @@ class LocalStart:
         return StartDecision(
             nodes=taken, loads=tuple(LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=blocks) for node in taken)
         )
-
-    def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy; nothing changes."""
-        return ()
 
 
 def loads_together(

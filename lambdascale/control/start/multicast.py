@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lambdascale.control.placement import by_locality, sparing_copies
-from lambdascale.control.start.base import Change, MulticastOrder, StartDecision
+from lambdascale.control.start.base import MulticastOrder, StartDecision
 from lambdascale.control.start.local import loads_together
-from lambdascale.control.state import Allocation, Fleet, ModelState
+from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import Loader, MulticastKind, Storage, Tier
@@ -24,7 +24,7 @@ class MulticastStart:
     """New nodes receive the model from nodes that hold it, by ``planner``; without a holder, every node loads for itself.
 
     ``pipelines`` serve while blocks arrive. ``multicast``: one-sided writes, or a collective over a communicator. ``sources``:
-    sub-groups k of a multicast, or "auto" for as many as there are idle sources and destinations. ``host_sources``: host copies
+    sub-groups k of a multicast, or "auto" for one for each idle source that has a destination. ``host_sources``: host copies
     may feed a multicast. ``warm_loads``: a new node with a host copy loads it over its own PCIe instead of being a destination:
     always, never, or where PCIe is faster than the network or the node feeds others from host memory meanwhile.
     ``share_sources``: a busy source may feed another multicast at the same time if no source is idle. ``loader``:
@@ -80,10 +80,6 @@ class MulticastStart:
         resident = [node for node, tier in order.sources if tier == "gpu"]
         formed = tuple(self.pipelines.pipelines(order.plan, resident))
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=(order,), pipelines=pipelines + formed)
-
-    def advance(self, fleet: Fleet, state: ModelState, allocation: Allocation) -> Sequence[Change]:
-        """See StartPolicy; pipelines stay as they formed until their mode switch."""
-        return ()
 
     def _loads_own_copy(self, fleet: Fleet, node: NodeId) -> bool:
         """True if the node loads a host copy itself although a multicast could bring the model."""

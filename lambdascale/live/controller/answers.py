@@ -154,12 +154,14 @@ class Answers:
             self._ended[request_id] = instance
             self._emit(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
 
-    def deliver(self, event: RequestFinished) -> RequestFinished:
-        """Return a request's end as the control plane has to hear it, now that it does.
+    def deliver(self, event: RequestFinished) -> RequestFinished | None:
+        """Return a request's end as the control plane has to hear it, now that it does; None if it has given the request up.
 
         It may have restarted the request meanwhile, because it heard of its instance's failure first: it ends where it is now.
         """
-        instance = self._ended.pop(event.request_id, event.instance)
+        instance = self._ended.pop(event.request_id, None)
+        if instance is None:
+            return None
         return event if instance == event.instance else structs.replace(event, instance=instance)
 
     def resumed(self, message: wire.Resumed) -> None:
@@ -199,7 +201,8 @@ class Answers:
             self._tell(self._instances[command.instance].head, wire.Assign(command.instance, tuple(tickets)))
 
     def fail(self, command: FailRequest) -> None:
-        """Give a request up and tell its client."""
+        """Give a request up and tell its client. An end of it that is still queued is dropped: it counts once, as failed."""
+        self._ended.pop(command.request_id, None)
         answer = self._answers.pop(command.request_id, None)
         if answer is None:
             return

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from lambdascale.core import NodeId, Request, UserError
+from lambdascale.core import NodeId, Request, TracedRequest, UserError
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -37,6 +37,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -60,7 +61,7 @@ class LiveBackend:
     """A running cluster, started by ``start()`` and ended by ``close()``.
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
-    ``open_ended``: go on when there is nothing to do, until ``end()``; requests may be offered all the time. A lost node's
+    ``open_ended``: go on without anything to do, until ``end()``; requests may be offered all the time. A lost node's
     process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
     """
 
@@ -69,8 +70,8 @@ class LiveBackend:
         *,
         launcher: Launcher,
         hub: Hub,
-        trace: Sequence[Request],
-        ticket_of: Callable[[Request], Ticket],
+        trace: Sequence[TracedRequest],
+        ticket_of: Callable[[TracedRequest], Ticket],
         silence_s: float,
         restarts: int = 0,
         open_ended: bool = False,
@@ -125,7 +126,7 @@ class LiveBackend:
         return 0.0 if self._started is None else self._clock() - self._started
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request from a front end. ``sink`` hears its answer, or why there is none."""
+        """Take a request from a front end. ``sink`` hears its answer, or the reason for having none."""
         self._calls.put(Offer(request, ticket, sink))
 
     def abort(self, request_id: int) -> None:
@@ -143,7 +144,7 @@ class LiveBackend:
         self._events.extend(NodeJoined(0.0, node) for node in self._roster.start(configs))
 
     def fail_all(self, reason: str) -> None:
-        """Tell all that wait for answers that there will be none, now and later. For the control thread, or after its end."""
+        """Fail all requests, present and future, with ``reason``. For the control thread, or after its end."""
         self._calls.close(reason)
         offered, self._offered = self._offered, {}
         for sink in (*self._answers.sinks, *(offer.sink for offer in offered.values())):
@@ -189,9 +190,8 @@ class LiveBackend:
 
     def _ready(self) -> Event | None:
         """Return what has happened or is due, with its time, or None."""
-        if self._events:
-            event = self._events.popleft()
-            event = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+        event = self._take_event()
+        if event is not None:
             return msgspec.structs.replace(event, at=self._tick())
         if self._started is None:
             if self._transfers.initial:
@@ -201,12 +201,21 @@ class LiveBackend:
         if self._timers and self._timers[0][0] <= at:
             return TimerFired(at, heappop(self._timers)[1])
         if self._next_request < len(self._trace) and self._trace[self._next_request].arrival_s <= at:
-            request = self._trace[self._next_request]
+            traced = self._trace[self._next_request]
             self._next_request += 1
-            return self._arrive(at, request, self._ticket_of(request), None)
+            return self._arrive(at, traced.request, self._ticket_of(traced), None)
         if self._offered:
             offer = self._offered.pop(next(iter(self._offered)))
             return self._arrive(at, offer.request, offer.ticket, offer.sink)
+        return None
+
+    def _take_event(self) -> Event | None:
+        """Return the oldest event that the control plane still has to hear of."""
+        while self._events:
+            event = self._events.popleft()
+            told = self._answers.deliver(event) if isinstance(event, RequestFinished) else event
+            if told is not None:
+                return told
         return None
 
     def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
@@ -245,16 +254,17 @@ class LiveBackend:
         for node, message in messages:
             if self._roster.hear(node, message):
                 self._listeners[type(message)](node, message)
-        lost, joined = self._roster.look(ended=bool(ended))
-        for node in lost:
-            self._lose(node)
-        self._events.extend(NodeJoined(0.0, node) for node in joined)
+        changes = self._roster.look(ended=bool(ended))
+        for node, returns in changes.lost.items():
+            self._lose(node, returns)
+        self._events.extend(NodeGivenUp(0.0, node) for node in changes.given_up)
+        self._events.extend(NodeJoined(0.0, node) for node in changes.joined)
         self._log.flush()
 
-    def _lose(self, node: NodeId) -> None:
-        """Take note that a node is a member no more, and that what was on it is lost."""
+    def _lose(self, node: NodeId, returns: bool) -> None:
+        """Take note that a node is a member no more, and that what was on it is lost; ``returns``: it will be started again."""
         self._transfers.node_lost(node)
-        self._events.append(NodeLost(0.0, node))
+        self._events.append(NodeLost(0.0, node, returns))
         self._answers.node_lost(node)
 
     # -- messages of agents ------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Hub:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._watched: set[int] = set()
-        self._generations: dict[NodeId, int] = {}  # 0 where there is none
+        self._generations: dict[NodeId, int] = {}  # 0 for nodes without one
         self.access = Access(f"tcp://{host}:{port}", server_public, client_public, client_secret, secrets.token_bytes(32))
 
     def expect(self, node: NodeId, generation: int) -> None:
@@ -65,8 +65,8 @@ class Hub:
 
     def watch(self, descriptors: set[int]) -> None:
         """Return from ``poll`` also when one of these becomes readable."""
-        for gone in self._watched - descriptors:
-            self._poller.unregister(gone)
+        for old in self._watched - descriptors:
+            self._poller.unregister(old)
         for new in descriptors - self._watched:
             self._poller.register(new, zmq.POLLIN)
         self._watched = set(descriptors)
@@ -99,7 +99,7 @@ class Hub:
         self._socket.send_multipart([self._identity(node), wire.encode(message)])
 
     def close(self) -> None:
-        """Hang up; the port is free afterwards."""
+        """Close the socket; the port is free afterwards."""
         self._socket.close()
         self._authenticator.stop()
         self._context.term()

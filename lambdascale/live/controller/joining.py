@@ -64,7 +64,7 @@ class Joining:
         self._launcher.start(configs)
 
     def hello(self, node: NodeId, message: wire.Hello) -> None:
-        """A process is up."""
+        """Note that a process is up."""
         for batch in self._batches:
             if node in batch.missing:
                 batch.missing.discard(node)
@@ -72,7 +72,7 @@ class Joining:
         self._announce()
 
     def connected(self, node: NodeId, message: wire.Connected) -> None:
-        """A node has connected to those that it has to connect to."""
+        """Note that a node has connected to those that it has to connect to."""
         listed = self._directory.get(node)
         if listed is not None:
             listed.answered = max(listed.answered, message.number)

@@ -52,7 +52,7 @@ class Membership:
             self._log.say(f"node {node} has lost its connection to node {peer}: {reason}")
             self._severed[pair] = self._clock()
 
-    def gone(self, *, ended: bool) -> dict[NodeId, str]:
+    def lost(self, *, ended: bool) -> dict[NodeId, str]:
         """Ping when it is time; return the members to be taken for dead, and why. ``ended``: some process has."""
         now = self._clock()
         looking = ended or now - self._pinged >= PING_S

@@ -36,7 +36,7 @@ def _load_ray() -> Any:
 
 
 class RayLauncher:
-    """Agents as Ray tasks in a running cluster (``ray start --head``, or RAY_ADDRESS). UserError if there is none."""
+    """Agents as Ray tasks in a running cluster (``ray start --head``, or RAY_ADDRESS). UserError without one."""
 
     def __init__(self, gpus_per_node: float = 0) -> None:
         ray = self._ray = _load_ray()

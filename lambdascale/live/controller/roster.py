@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from msgspec import structs
 
@@ -18,6 +19,18 @@ from lambdascale.live.controller.supervisor import Supervisor
 from lambdascale.live.node_config import NodeConfig
 
 _POLL_S = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Changes of membership since the last look.
+
+    ``lost``: former members, True for those that will be started again. ``given_up``: nodes that were to return and will not.
+    """
+
+    joined: tuple[NodeId, ...]
+    lost: dict[NodeId, bool] = field(default_factory=dict)
+    given_up: tuple[NodeId, ...] = ()
 
 
 class Roster:
@@ -90,7 +103,7 @@ class Roster:
         return False
 
     def _meet(self, node: NodeId, message: wire.ToController) -> None:
-        """A message of a node that has not joined yet."""
+        """Take a message of a node that has not joined yet."""
         if isinstance(message, wire.Hello):
             self._joining.hello(node, message)
         elif isinstance(message, wire.Connected):
@@ -102,7 +115,7 @@ class Roster:
             self._doomed[node] = message.reason
 
     def _unreached(self, node: NodeId, message: wire.Unreached) -> None:
-        """A member cannot connect to a node: to blame is the one that is new."""
+        """Note that a member cannot connect to a node. The node counts as failed if it is new, else the connection as lost."""
         if message.peer in self._joining.coming:
             self._doomed[message.peer] = f"node {node} cannot connect: {message.reason}"
         else:
@@ -112,26 +125,31 @@ class Roster:
         """Count a member as lost from the next ``look`` on."""
         self._doomed.setdefault(node, reason)
 
-    def look(self, *, ended: bool) -> tuple[list[NodeId], list[NodeId]]:
-        """Return the members lost and the nodes joined since the last time, and restart what is due. ``ended``: a process has."""
+    def look(self, *, ended: bool) -> Changes:
+        """Return what has changed since the last time, and restart what is due. ``ended``: a process has."""
         joined = self._joining.take_joined()
         for node in joined:
             self._membership.admit(node)
+            self._supervisor.joined(node)
         doomed, self._doomed = self._doomed, {}
         coming = set(self._joining.coming)
         failed = self._joining.failed(self._launcher.dead() if coming else ())
-        gone = self._membership.gone(ended=ended) | failed | doomed
-        lost = [node for node in sorted(gone) if node in self.alive]
-        for node in sorted(gone.keys() & (self.alive | coming)):
-            self._remove(node, gone[node])
+        lost = self._membership.lost(ended=ended) | failed | doomed
+        members = set(self.alive)
+        returns = {node: self._remove(node, lost[node]) for node in sorted(lost.keys() & (members | coming))}
         self._restart()
-        return lost, joined
+        return Changes(
+            joined=tuple(joined),
+            lost={node: again for node, again in returns.items() if node in members},
+            given_up=tuple(node for node, again in returns.items() if node not in members and not again),
+        )
 
-    def _remove(self, node: NodeId, reason: str) -> None:
+    def _remove(self, node: NodeId, reason: str) -> bool:
+        """End a node's process; return True if it will be started again."""
         self._log.say(f"node {node} is lost: {reason}")
         self._joining.remove(node)
         self._membership.remove(node)
-        self._supervisor.lost(node)
+        return self._supervisor.lost(node)
 
     def _restart(self) -> None:
         for node in self._supervisor.take_due():

@@ -54,11 +54,11 @@ class Transfers:
         self._copies.add((command.node, command.model))
 
     def placed(self, node: NodeId, model: str) -> None:
-        """A host copy is complete."""
+        """Note that a host copy is complete."""
         self._copies.discard((node, model))
 
     def arrived(self, node: NodeId, model: str, block: int) -> None:
-        """A block has arrived. It counts for all transfers of the model: it may come under a cancelled one's number."""
+        """Note that a block has arrived. It counts for all transfers of the model: it may come under a cancelled one's number."""
         for number, transfer in list(self._transfers.items()):
             if transfer.model == model:
                 self._remove(number, transfer, {(node, block)})

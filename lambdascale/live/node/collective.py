@@ -133,7 +133,7 @@ class Collective:
         members, timeout = command.plan.members, timedelta(seconds=TIMEOUT_S)
         meeting = self._meeting(command.transfer_id)
         rank, size = members.index(self._node), len(members)
-        tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+        tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # missing from the stubs
         if rank == 0:
             store = tcp_store(self._host, 0, size, True, timeout, wait_for_workers=False)
             for other in members[1:]:
@@ -176,8 +176,8 @@ class Collective:
 def roots(command: StartMulticast) -> Iterator[tuple[int, NodeId]]:
     """Yield every block of a plan and its first holder, in the plan's order."""
     seen: set[int] = set()
-    for transfers in command.plan.rounds:
-        for transfer in transfers:
-            if transfer.block not in seen:
-                seen.add(transfer.block)
-                yield transfer.block, transfer.src
+    for sends in command.plan.rounds:
+        for send in sends:
+            if send.block not in seen:
+                seen.add(send.block)
+                yield send.block, send.src

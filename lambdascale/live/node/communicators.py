@@ -27,9 +27,9 @@ _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORI
 
 
 def choose(wanted: Choice, *, device: str, nodes: int, gpus: int, nccl: bool) -> tuple[Kind, str]:
-    """Return what ``nodes`` nodes with ``gpus`` GPUs among them broadcast by, and why it is not NCCL where one might expect it.
+    """Return the communicator for ``nodes`` nodes with ``gpus`` GPUs in total, and the reason for not using NCCL.
 
-    ``nccl``: whether torch has it. UserError where it is asked for and cannot be.
+    ``nccl``: true if torch has it. UserError where it is asked for and not possible.
     """
     if device == "cpu":
         why = "it moves the memory of GPUs, and device is cpu"
@@ -62,7 +62,7 @@ class Communicator(Protocol):
 
 
 class Gloo:
-    """Over TCP, through host memory. A GPU's tensors are staged there by gloo."""
+    """Gloo, over TCP and through host memory. A GPU's tensors are staged there by gloo."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._group: Any = distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=TIMEOUT_S))
@@ -82,20 +82,20 @@ class Gloo:
 
 
 class Nccl:
-    """From GPU to GPU. Set up here and now, as much as NCCL does at all before it moves data.
+    """NCCL, from GPU to GPU. The constructor does all of the set-up that NCCL does before it moves data.
 
-    ``gone``: says who of the members is lost, "" for nobody: between GPUs of a host, NCCL itself would wait for them. The set-up
+    ``lost``: names the members that are lost, "" for none: between GPUs of a host, NCCL itself would wait for them. The set-up
     cannot be broken off: a member that dies within it may leave this thread waiting.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device, gone: Callable[[], str]) -> None:
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device, lost: Callable[[], str]) -> None:
         os.environ.update(_WATCHDOG)
-        nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]
+        nccl: Any = distributed.ProcessGroupNCCL  # type: ignore[attr-defined,unused-ignore]  # builds with NCCL have it
         devices.use(device)
         self._device = device
-        self._gone = gone
+        self._lost = lost
         # Its own: what the node computes meanwhile, in the default stream, does not wait for a broadcast.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             self._group = nccl(store, rank, size, nccl.Options())
             self._group.eager_connect_single_device(device)
@@ -106,15 +106,15 @@ class Nccl:
         with torch.cuda.stream(self._stream):
             work = self._group.broadcast([data.to(self._device)], _from(root))
             work.wait()  # lets the stream wait, not the thread
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event()
             done.record()
             self._until(done)
 
     def _until(self, done: torch.cuda.Event) -> None:
         deadline = time.monotonic() + TIMEOUT_S
-        while not done.query():  # type: ignore[no-untyped-call]
-            if gone := self._gone():
-                raise RuntimeError(gone)
+        while not done.query():
+            if lost := self._lost():
+                raise RuntimeError(lost)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"NCCL has not moved a piece of a block within {TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)

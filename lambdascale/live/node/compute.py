@@ -74,7 +74,7 @@ class Compute:
         self._worker.start()
 
     def step(self) -> bool:
-        """Run the jobs posted so far, then one stage; False if there was nothing to do."""
+        """Run the jobs posted so far, then one stage; False if nothing was to do."""
         return self._worker.step()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class Compute:
     def _run_turn(self) -> None:
         """Run the stage, or start the iteration, whose turn it is."""
         turn = self._turns.next()
-        assert turn is not None, "a turn is taken when there is one"
+        assert turn is not None, "a turn is taken when one is due"
         instance = self._instances[turn.instance]
         job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
         self._worker.guarded(job, turn.instance)
@@ -226,7 +226,9 @@ class Compute:
     def _start(self, command: Serve) -> None:
         """Make runners for this node's stages of a new instance, and take what came for it before."""
         nodes = len({stage.node for stage in command.stages})
-        instance = Instance(command.instance, command.model, command.stages[0].node, self._limits.max_batch, nodes)
+        instance = Instance(
+            command.instance, command.model, command.stages[0].node, self._limits.max_batch, command.kv_tokens, nodes
+        )
         self._instances[command.instance] = instance
         try:
             self._divide(instance, 0, command.stages)
@@ -244,9 +246,10 @@ class Compute:
         if command.instance in self._ended:
             return
         instance = self._instances.setdefault(
-            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch)
+            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch, command.kv_tokens)
         )
         instance.batches = message.batches
+        instance.kv_tokens = command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
         for ticket in self._inbox.give_up(command.instance):
             self._add(instance, ticket)
@@ -260,12 +263,12 @@ class Compute:
         self._repartitioner.add(instance, version, stages, kv)
         if instance.head_node == self._node:
             if instance.head is None:
-                instance.head = Head(partial(self._make_batch, instance.model))
-            instance.head.resize(len({stage.node for stage in stages}))
+                instance.head = Head(partial(self._make_batch, instance))
+            instance.head.resize(len({stage.node for stage in stages}), instance.kv_tokens)
 
-    def _make_batch(self, model: str, index: int) -> Batch:
-        size = self._limits.max_batch
-        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, self._vocab(model))
+    def _make_batch(self, instance: Instance, index: int) -> Batch:
+        size, vocab = self._limits.max_batch, self._vocab(instance.model)
+        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, vocab, instance.kv_tokens)
 
     def _take(self, message: wire.ForInstance) -> None:
         """Handle a message of an instance, and what has waited for it; keep it if something else must come first.

@@ -58,9 +58,11 @@ class Head:
         self._in_flight = 0
         self._last = -1
 
-    def resize(self, in_flight: int) -> None:
-        """Keep so many batches in flight from now on; new ones have no partition yet (-1)."""
+    def resize(self, in_flight: int, kv_tokens: int) -> None:
+        """Keep so many batches in flight from now on, each with so much KV; new ones have no partition yet (-1)."""
         self._in_flight = in_flight
+        for batch in self.batches:
+            batch.limit(kv_tokens)
         for index in range(len(self.batches), in_flight):
             self.batches.append(self._make_batch(index))
             self.versions.append(-1)
@@ -109,14 +111,15 @@ class Head:
 class Instance:
     """``head_node`` owns the batches; ``head`` has them if that is this node.
 
-    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots; ``at`` is the partition that each is
-    on as far as this node knows.
+    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots and ``kv_tokens`` tokens of KV in
+    them; ``at`` is the partition that each is on as far as this node knows.
     """
 
     number: int
     model: str
     head_node: NodeId
     slots_per_batch: int
+    kv_tokens: int
     batches: int = 0
     head: Head | None = None
     partitions: dict[int, Partition] = field(default_factory=dict)
@@ -158,7 +161,7 @@ class Instance:
         self._held.append(message)
 
     def next_held(self) -> wire.ForInstance | None:
-        """Take out the first message that can be handled now; None if there is none."""
+        """Take out the first message that can be handled now; or None."""
         moved: set[int] = set()
         for place, message in enumerate(self._held):
             if self._can_take(message, moved):

@@ -42,7 +42,7 @@ class Line:
             return  # closed
 
     def poll(self, timeout_s: float) -> list[wire.ToAgent]:
-        """Send what is queued; what the controller said within the time."""
+        """Send what is queued; return what the controller has said within the time."""
         self._flush()
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
         if self._woken.fileno() in ready:
@@ -58,7 +58,7 @@ class Line:
             self._socket.send(wire.encode(self._out.popleft()))
 
     def close(self) -> None:
-        """Say what is left and hang up."""
+        """Send what is queued and close the socket."""
         self._flush()
         self._socket.close()
         self._context.term()

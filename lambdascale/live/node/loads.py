@@ -158,7 +158,7 @@ class Loads:
     # -- copies and releases -----------------------------------------------------------------------------------------
 
     def place_copy(self, model: str, done: Callable[[], None]) -> None:
-        """Make a host copy, then call ``done``; later commands of the model wait. CapacityError if there is no room."""
+        """Make a host copy, then call ``done``; later commands of the model wait. CapacityError without room."""
         about = About("PlaceCopy", model=model)
         load = self._store.load(model, range(len(self._store.model(model).blocks)), to="host")
 
@@ -175,8 +175,7 @@ class Loads:
     def release(self, model: str, keep_host: bool) -> None:
         """Free a model's memory, once its instances have stopped; later commands of the model wait.
 
-        ``keep_host``: keep a copy in host memory. If there is no room for one, that is reported, and the device is freed all the
-        same.
+        ``keep_host``: keep a copy in host memory. If it does not fit, that is reported, and the device is freed all the same.
         """
         about = About("ReleaseNode", model=model)
         self._reports.forget(model)

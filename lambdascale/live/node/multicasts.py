@@ -49,7 +49,7 @@ class Multicasts:
         self.receiving = Receiving(store, endpoint, reports, jobs, window=window, usable=self.sending.pump, freed=freed)
 
     def start(self, command: StartMulticast) -> None:
-        """Take part in a multicast. CapacityError if there is no room for its blocks."""
+        """Take part in a multicast. CapacityError without room for its blocks."""
         if command.multicast == "collective":
             self._prepare_broadcast(command)
             return

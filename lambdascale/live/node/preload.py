@@ -4,4 +4,4 @@ import lambdascale.inference
 import lambdascale.live.node.collective
 import lambdascale.live.node.compute
 import lambdascale.live.node.mover
-import lambdascale.live.node.runners  # noqa: F401
+import lambdascale.live.node.runners  # noqa: F401 (imported to be loaded)

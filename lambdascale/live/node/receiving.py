@@ -73,7 +73,7 @@ class Receiving:
         self._incoming: dict[int, _Incoming] = {}
 
     def start(self, command: StartMulticast, receives: list[Send]) -> None:
-        """Begin a multicast's receives. CapacityError, and nothing begun, if there is no room for the blocks."""
+        """Begin a multicast's receives. CapacityError, and nothing begun, without room for the blocks."""
         incoming = self._expect(command, [send.block for send in receives])
         incoming.turns = deque(receives)
         incoming.admitted = tuple(dict.fromkeys(send.src for send in receives))
@@ -123,7 +123,7 @@ class Receiving:
         self._settle(incoming)
 
     def _land(self, incoming: _Incoming, block: int, xxh3_64: int | None) -> None:
-        """Make a block usable whose bytes are all there: at once if it is on the device, else beside the turns."""
+        """Make a block usable whose bytes have all arrived: at once if it is on the device, else beside the turns."""
         if incoming.reception.state(block) is BlockState.USABLE:
             self._usable(incoming, block)
             return

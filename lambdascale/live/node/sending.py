@@ -98,7 +98,7 @@ class Sending:
         self._pump(number)
 
     def pump(self) -> None:
-        """Go on with all multicasts: more blocks may be there to be sent."""
+        """Go on with all multicasts: more blocks may be ready to be sent."""
         for number in list(self._outgoing):
             self._pump(number)
 

@@ -50,7 +50,7 @@ class Worker:
         return done
 
     def step(self) -> bool:
-        """Run the jobs posted so far, then one turn; False if there was nothing to do."""
+        """Run the jobs posted so far, then one turn; False if nothing was to do."""
         with self._wake:
             posted, self._posted = self._posted, deque()
         for job, instance, done in posted:

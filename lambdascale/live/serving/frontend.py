@@ -57,7 +57,7 @@ class Cluster(Protocol):
         ...
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request. ``sink`` hears its answer, or why there is none."""
+        """Take a request. ``sink`` hears its answer, or the reason for having none."""
         ...
 
     def abort(self, request_id: int) -> None:
@@ -97,7 +97,8 @@ class _Waiting:
 class FrontEnd:
     """The HTTP application, ``app``. ``model`` is the name served; a sequence has ``slot_tokens`` tokens at most.
 
-    ``ill`` returns why the cluster takes no requests, "" if it does; ``unready`` why none would be answered right now.
+    Each returns a reason, or "": ``closed`` why no request is taken, ``ill`` why none can be answered (/health), ``unready`` why
+    none would be answered right now (/ready).
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class FrontEnd:
         cluster: Cluster,
         state: ClusterState,
         slot_tokens: int,
+        closed: Callable[[], str],
         ill: Callable[[], str],
         unready: Callable[[], str],
     ) -> None:
@@ -117,6 +119,7 @@ class FrontEnd:
         self._state = state
         self._slot_tokens = slot_tokens
         self._limits = Limits(slot_tokens=slot_tokens, longest_token=text.longest_token)
+        self._closed = closed
         self._ill = ill
         self._unready = unready
         self._tokenizers = ThreadPoolExecutor(_TOKENIZERS, thread_name_prefix="tokenize")
@@ -231,9 +234,9 @@ class FrontEnd:
         return self._text.encode(text, special=False)
 
     def _check(self, body: CommonBody) -> None:
-        ill = self._ill()
-        if ill:
-            raise ApiError(503, ill, kind="server_error")
+        closed = self._closed()
+        if closed:
+            raise ApiError(503, closed, kind="server_error")
         if body.model != self._model:
             raise self._unknown(body.model)
         for name, value in (("n", body.n), ("best_of", body.best_of)):
@@ -242,7 +245,7 @@ class FrontEnd:
         if body.logprobs:
             raise ApiError(400, "logprobs are not supported", param="logprobs")
         if len(body.stops) > 4:
-            raise ApiError(400, "there may be 4 stop strings at most", param="stop")
+            raise ApiError(400, "at most 4 stop strings are allowed", param="stop")
 
     def _unknown(self, model: str) -> ApiError:
         return ApiError(404, f"the model {model} does not exist; this server has {self._model}", param="model")

@@ -78,7 +78,7 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
     def response(self) -> Response:
-        """As HTTP."""
+        """Return the error as an HTTP response."""
         return JSONResponse(self.body, status_code=self.status)
 
 

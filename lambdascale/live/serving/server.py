@@ -23,6 +23,7 @@ from lambdascale.live.serving.view import View
 
 _LINGER_S = 5
 _STOPPING = "the server is stopping"
+_NO_NODE = "no node is alive"
 
 
 class Service:
@@ -57,16 +58,22 @@ class Service:
             state=self.state,
             slot_tokens=config.slot_tokens,
             ill=self.ill,
+            closed=self.closed,
             unready=self.unready,
         )
 
     def ill(self) -> str:
-        """Return why the cluster takes no requests, "" if it does: the control thread runs and a node is alive."""
+        """Return why the cluster can answer nothing, "" if it can: the control thread runs and a node is alive."""
+        return self._ended() or ("" if self.state.nodes_alive else _NO_NODE)
+
+    def closed(self) -> str:
+        """Return why no request is taken, "" if one is. While no node is alive, requests wait for one that is started again."""
+        return self._ended() or ("" if self.state.nodes_alive or self.state.nodes_returning else _NO_NODE)
+
+    def _ended(self) -> str:
         if self.fault is not None:
             return "the server has failed"
-        if self._stopping or not self._thread.is_alive():
-            return _STOPPING
-        return "" if self.state.nodes_alive else "no node is alive"
+        return _STOPPING if self._stopping or not self._thread.is_alive() else ""
 
     def unready(self) -> str:
         """Return why no request would be answered right now, "" if one would.

@@ -30,6 +30,7 @@ from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
     Event,
+    NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
@@ -43,7 +44,10 @@ TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 @dataclass
 class _Node:
+    """``returning``: lost, and to be started again."""
+
     alive: bool = True
+    returning: bool = False
     models: dict[str, int] = field(default_factory=dict)  # GPUs allocated to each
     blocks: dict[str, set[int]] = field(default_factory=dict)
     host_copies: set[str] = field(default_factory=set)
@@ -161,10 +165,12 @@ class ClusterState:
         elif isinstance(event, NodeLost):
             node = self._nodes[event.node]
             self._gpus -= sum(node.models.values())
-            self._nodes[event.node] = _Node(alive=False)
+            self._nodes[event.node] = _Node(alive=False, returning=event.returns)
             self._counts.nodes_lost += 1
             for number, transfer in list(self._transfers.items()):
                 self._progress(number, {pair for pair in transfer.missing if pair[0] == event.node})
+        elif isinstance(event, NodeGivenUp):
+            self._nodes[event.node].returning = False
         elif isinstance(event, CommandFailed):
             self._transfers.pop(event.transfer_id, None)
 
@@ -232,7 +238,7 @@ class ClusterState:
             self._transfers.pop(command.transfer_id, None)
             return
         if isinstance(command, StartMulticast):
-            pairs = {(t.dst, t.block) for transfers in command.plan.rounds for t in transfers}
+            pairs = {(send.dst, send.block) for sends in command.plan.rounds for send in sends}
             made = _Transfer(command.model, "multicast", command.plan.sources, pairs, len(pairs))
         else:
             pairs = {(command.node, block) for block in command.blocks}
@@ -254,9 +260,9 @@ class ClusterState:
                 if request_id in self._requests:
                     self._instances[target].running.add(request_id)
         elif isinstance(command, StopInstance):
-            gone = self._instances.pop(command.instance, None)
-            if gone is not None:
-                self._queued |= gone.running
+            stopped = self._instances.pop(command.instance, None)
+            if stopped is not None:
+                self._queued |= stopped.running
 
     # -- for people --------------------------------------------------------------------------------------------------
 
@@ -265,6 +271,12 @@ class ClusterState:
         """Number of nodes alive."""
         with self._lock:
             return sum(node.alive for node in self._nodes.values())
+
+    @property
+    def nodes_returning(self) -> int:
+        """Number of lost nodes that will be started again."""
+        with self._lock:
+            return sum(node.returning for node in self._nodes.values())
 
     def serves(self, model: str) -> bool:
         """Return True if an instance serves the model."""
@@ -337,6 +349,7 @@ class ClusterState:
         return {
             "node": number,
             "alive": node.alive,
+            "returning": node.returning,
             "models": sorted(node.models),
             "gpu_blocks": {model: sorted(blocks) for model, blocks in node.blocks.items()},
             "host_copies": sorted(node.host_copies),

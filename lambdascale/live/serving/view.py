@@ -30,7 +30,8 @@ def draw(snapshot: dict[str, Any], title: str) -> Group:
 def _row(node: dict[str, Any], snapshot: dict[str, Any]) -> tuple[Text, Text, Text, Text]:
     number = node["node"]
     if not node["alive"]:
-        return Text(str(number), style="red"), Text("lost", style="red"), Text(""), Text("")
+        condition = "starts again" if node["returning"] else "lost"
+        return Text(str(number), style="red"), Text(condition, style="red"), Text(""), Text("")
     bars = []
     for model in node["models"]:
         held = set(node["gpu_blocks"].get(model, ()))

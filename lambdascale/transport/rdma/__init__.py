@@ -14,7 +14,7 @@ __all__ = ["RdmaOptions", "load"]
 
 NO_PYVERBS = (
     "the rdma transport needs pyverbs: the distribution's python3-pyverbs where rdma-core is older than PyPI's pyverbs, "
-    "else pip install 'lambdascale[rdma]' (docs/hardware.md; 'lambdascale doctor --rdma' tells what is there)"
+    "else pip install 'lambdascale[rdma]' (docs/hardware.md; 'lambdascale doctor --rdma' tells what is present)"
 )
 
 

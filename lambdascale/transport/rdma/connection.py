@@ -90,7 +90,7 @@ class RdmaConnection:
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
         self._ending = False  # this end says goodbye once everything is through
         self._reason = ""  # the reason why nothing is accepted any more
-        self._gone = threading.Event()  # the peer has left
+        self._left = threading.Event()  # the peer has left
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
 
@@ -236,7 +236,7 @@ class RdmaConnection:
             self._outbox.keys = keys
 
     def _socket_readable(self) -> None:
-        """Note that the peer's process has ended, or that it has closed the connection: it never says anything there."""
+        """Note that the peer's process has ended, or that it has closed the connection: it sends nothing else here."""
         for rail, lane in enumerate(self.lanes):
             if not self._freed:
                 self._completed(rail, lane, acknowledge=False)
@@ -244,7 +244,7 @@ class RdmaConnection:
             return
         self._endpoint.watch.remove(self.sock.fileno())
         if self._ending:
-            self._gone.set()
+            self._left.set()
         else:
             self._break("the connection has ended")
 
@@ -258,7 +258,7 @@ class RdmaConnection:
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def _peer_left(self) -> None:
-        self._gone.set()
+        self._left.set()
         if not self._ending:
             self._break("the peer has disconnected", tell=False)
 
@@ -272,7 +272,7 @@ class RdmaConnection:
         while self._thread.is_alive() and time.monotonic() < deadline and not self._is_shut_out():
             self._thread.join(_GRACE_S)
         if not self._reason:
-            self._gone.wait(TIMEOUT_S)
+            self._left.wait(TIMEOUT_S)
         self._break("disconnected", tell=False)
         self._endpoint.watch.call_and_wait(self._free, TIMEOUT_S)
         self._thread.join(TIMEOUT_S)

@@ -107,7 +107,7 @@ def register(
     regions: list[MR] = []
     try:
         for device in devices:
-            regions.append(make(device.domain, access))  # noqa: PERF401 (what was made is closed below)
+            regions.append(make(device.domain, access))  # noqa: PERF401 (those made are closed below)
     except PyverbsError as error:
         for region in regions:
             region.close()

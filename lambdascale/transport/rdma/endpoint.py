@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from contextlib import suppress
+from functools import partial
 
 from msgspec import MsgspecError, msgpack
 from pyverbs.pyverbs_error import PyverbsError
@@ -135,12 +136,12 @@ class RdmaEndpoint(SocketEndpoint[RdmaConnection]):
         slots = Slots(self._devices[0], self._receives(0), _SENDS)
         try:
             for rail, device in enumerate(self._devices):
-                lanes.append(translated(lambda rail=rail, device=device: self._lane(rail, device, slots)))  # type: ignore[misc]
+                lanes.append(translated(partial(self._lane, rail, device, slots)))
             theirs = self._exchange(sock, self._card(lanes))
             if len(theirs.rails) != len(lanes):
                 raise TransportError(f"node {peer} has {len(theirs.rails)} rails, this one {len(lanes)}: name as many devices")
             for lane, card in zip(lanes, theirs.rails, strict=True):
-                translated(lambda lane=lane, card=card: lane.connect(card))  # type: ignore[misc]
+                translated(partial(lane.connect, card))
                 lane.receives.credits = theirs.receives
         except BaseException:
             for lane in lanes:

@@ -183,7 +183,7 @@ class Lane:
         try:
             return Window(self._device, region, rail)
         except PyverbsError as error:
-            raise LaneError(f"no memory window is to be had: {error}") from error
+            raise LaneError(f"the device has no memory window left: {error}") from error
 
     def bind(self, window: Window, done: Callable[[], None]) -> None:
         """Bind a window; it is open for everything sent later on this lane. LaneError if refused."""
@@ -245,9 +245,10 @@ class Lane:
 
     def _poll(self) -> tuple[int, Any]:
         try:
-            return self._cq.poll(_BATCH)  # type: ignore[no-any-return]
+            count, completions = self._cq.poll(_BATCH)
         except PyverbsError as error:
             raise LaneError(f"its completions cannot be read: {error}") from error
+        return count, completions
 
     def _retire(self, number: int) -> Iterator[Callable[[], None]]:
         """Remove the work requests up to ``number``, all completed by its completion; yield their ``done``."""

@@ -65,7 +65,7 @@ def _of(ports: Sequence[Port], device: str) -> list[Port]:
     found = [port for port in ports if port.device == device]
     if not found:
         names = ", ".join(dict.fromkeys(port.device for port in ports))
-        raise UserError(f"no RDMA device {device!r} here: there is {names}")
+        raise UserError(f"no RDMA device {device!r} here, only {names}")
     return found
 
 

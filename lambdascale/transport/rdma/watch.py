@@ -18,7 +18,7 @@ Failed = Callable[[Exception], None]
 
 
 def guarded(act: Callable[[], None], failed: Failed | None = None) -> bool:
-    """Call ``act``. An exception is printed and given to ``failed``, if there is one; False then."""
+    """Call ``act``. An exception is printed and given to ``failed``, if given; False then."""
     try:
         act()
     except Exception as error:

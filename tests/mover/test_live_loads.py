@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from lambdascale.checkpoints import PackedModel
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, ReleaseNode
 from lambdascale.core.events import AnyEvent, BlockArrived
 from lambdascale.live.node.jobs import About
@@ -17,31 +15,9 @@ from lambdascale.live.node.loads import Links
 from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
 from lambdascale.transport import TokenBucket
-from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, pack_tiny
+from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast
 
 ALL = list(range(BLOCKS))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    return pack_tiny(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network()
-
-
-@pytest.fixture
-def make(network: Network, model: PackedModel) -> Iterator[Callable[..., Node]]:
-    with ExitStack() as stack:
-
-        def build(number: int = 5, **options: Any) -> Node:
-            node = Node(network, number, model, **{"lands": "gpu"} | options)
-            stack.callback(node.close)
-            return node
-
-        yield build
 
 
 def load(number: int, tier: Any = "ssd", loader: Any = "pipelined", node: int = 5) -> LoadBlocks:
@@ -299,7 +275,7 @@ class TestOrder:
         done, order = list[str](), Order(lambda about, error: None)
         order.hold("a")
         for model in ("a", "b", "a"):
-            order.submit(model, About("x"), lambda model=model: done.append(model))  # type: ignore[misc]
+            order.submit(model, About("x"), lambda model=model: done.append(model))
         assert done == ["b"]
         order.let_go("a")
         assert done == ["b", "a", "a"]

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from lambdascale.checkpoints import PackedModel
 from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import EvictBlocks, LoadBlocks
 from lambdascale.core.plan import Send
 from lambdascale.live import wire
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
-from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, pack_tiny
+from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, start
 
 ALL = list(range(BLOCKS))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    return pack_tiny(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture
-def network() -> Network:
-    return Network()
-
-
-@pytest.fixture
-def make(network: Network, model: PackedModel) -> Iterator[Callable[..., Node]]:
-    with ExitStack() as stack:
-
-        def build(number: int, **options: Any) -> Node:
-            node = Node(network, number, model, **{"lands": "gpu"} | options)
-            stack.callback(node.close)
-            return node
-
-        yield build
-
-
-def start(command: Any, *nodes: Node) -> None:
-    for node in nodes:
-        node.mover.multicast(command)
 
 
 @pytest.mark.parametrize("lands", ["gpu", "host"])
@@ -280,52 +250,6 @@ def test_a_multicast_whose_sender_has_no_room_for_a_host_copy(network: Network, 
     node.mover.cancel(6)
     network.run()
     assert not node.store.awaited("tiny", 0)
-
-
-@pytest.mark.parametrize("held", ["host", "gpu", ""])
-def test_a_broadcast_to_a_node_that_holds_a_copy(make: Callable[..., Node], held: str) -> None:
-    """It takes part, and reports every block, those that it holds at once."""
-    node = make(1, lands="host", held=held)
-    command = multicast(1, chain(0, 1), kind="collective")
-    start(command, node)
-    node.run()
-    assert node.broadcasts == [(command, "host")]
-    assert node.arrived == (ALL if held else [])
-    if not held:
-        for block in ALL:
-            with node.model.path(block).open("rb") as file:
-                file.seek(node.model.blocks[block].data_offset)
-                landing = node.store.landing("tiny", block)
-                file.readinto(landing.numpy().data)
-            node.mover.written(1, 1 << BLOCK_BITS | block)
-        node.mover.broadcast_ended(1, "")
-        node.run()
-        assert node.arrived == ALL
-    assert not node.mover._multicasts.receiving.is_receiving("tiny")
-
-
-def test_a_source_of_a_broadcast_copies_its_blocks_to_where_they_are_sent_from(make: Callable[..., Node]) -> None:
-    node = make(0, lands="host", held="gpu")
-    start(multicast(1, chain(0, 1), kind="collective"), node)
-    node.thread.run()
-    assert node.broadcasts == []
-    node.run()
-    assert node.store.resident("tiny", "host") == set(ALL)
-    assert [tier for _, tier in node.broadcasts] == ["host"]
-
-
-def test_a_broken_broadcast(make: Callable[..., Node]) -> None:
-    """Told once, and not for one that was called off; its memory is free."""
-    node = make(1)
-    before = node.store.free_bytes("gpu")
-    for number, cancelled in ((1, False), (2, True)):
-        start(multicast(number, chain(0, 1), kind="collective"), node)
-        if cancelled:
-            node.mover.cancel(number)
-        node.mover.broadcast_ended(number, "the broadcast broke")
-    node.run()
-    assert [(failed.transfer_id, failed.reason) for failed in node.failed] == [(1, "the broadcast broke")]
-    assert node.store.free_bytes("gpu") == before
 
 
 class TestFailures:
