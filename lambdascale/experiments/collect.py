@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
-from lambdascale.experiments.study import Study
+from lambdascale.experiments.pairs import pair_table
+from lambdascale.experiments.study import PAIRS, Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
 # Larger tables are written as parquet, smaller ones as CSV, which people can read and diffs can show.
@@ -31,12 +32,14 @@ def gpu_rows(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
-    """Rows of all runs, with the study's own columns, ``model``, ``system``, ``seed`` and ``backend``.
+    """Rows of all runs, with the study's own columns, ``model``, ``system``, ``seed`` and ``backend``; or of all pairs of runs.
 
     UserError for an unknown kind of rows.
     """
+    if study.rows == PAIRS:
+        return pair_table(study, folders)
     if study.rows not in ROWS:
-        raise UserError(f"study.rows must be one of {', '.join(ROWS)}, not {study.rows!r}")
+        raise UserError(f"study.rows must be one of {', '.join([*ROWS, PAIRS])}, not {study.rows!r}")
     parts = []
     for folder in folders:
         rows = ROWS[study.rows](folder)
@@ -139,6 +142,14 @@ def _scale_out(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([{**times, **waits}])
 
 
+def _outcome(folder: Path) -> pd.DataFrame:
+    """One row: the numbers of a run that published ones are compared with, of traces, bursts and multicasts alike."""
+    summary, burst = _summary(folder), _scale_out(folder)
+    waits = pd.read_parquet(folder / "requests.parquet", columns=["first_token_s"])
+    last = pd.DataFrame({"first_token_s": [waits.first_token_s.max()]})
+    return pd.concat([summary[["ttft_p90_s", "gpu_seconds"]], last, burst[["all_nodes_s"]]], axis=1)
+
+
 def _arrivals(folder: Path) -> pd.DataFrame:
     """Number of requests in adjacent windows of 10 s."""
     arrival_s = pd.read_parquet(folder / "requests.parquet").arrival_s.to_numpy()
@@ -169,6 +180,7 @@ ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "summary": _summary,
     "measures": _measures,
     "scale_out": _scale_out,
+    "outcome": _outcome,
     "arrivals": _arrivals,
     "host_cache": _host_cache,
 }

@@ -1,7 +1,11 @@
-"""Comparison of the paper's published numbers with ours, from the committed tables of the studies. Frames in, a frame out."""
+"""Comparison of the paper's published numbers with ours, from the committed tables of the studies. Frames in, a frame out.
+
+Every row says how sure our value is (an interval of 95 %), and what becomes of the difference when its supposed cause is removed.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +15,16 @@ import numpy as np
 import pandas as pd
 
 from lambdascale.core import UserError
+from lambdascale.experiments import paper_causes as causes
+from lambdascale.experiments.paper_causes import Cause
+from lambdascale.metrics.intervals import over_draws
 
-TABLES = ("fig02_host_cache", "fig07_multicast", "fig08_rampup", "fig09_sources", "paper_trace")
-_MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
-_NAMES = {
+TABLES = (
+    *("fig02_host_cache", "fig07_multicast", "fig08_rampup", "fig09_sources", "paper_trace"),
+    *("intervals", "explanations"),
+)
+MODELS = ("llama2_7b", "llama2_13b", "llama2_70b")
+NAMES = {
     "lambdascale": "λScale",
     "lambdascale_prototype": "λScale (prototype)",
     "faasnet_prototype": "FaaSNet (prototype)",
@@ -25,38 +35,16 @@ _NAMES = {
     "serverlessllm": "ServerlessLLM",
     "serverlessllm_prototype": "ServerlessLLM (prototype)",
 }
-# GPU time that λScale saves, in per cent, by system: as the authors ran them, and the best that each can be.
-_PROTOTYPES = {"faasnet_prototype": 17.8, "nccl_prototype": 18.1, "serverlessllm_prototype": 31.3}
-_FAIR = {"faasnet": 17.8, "nccl_broadcast": 18.1, "serverlessllm": 31.3}
-
-# Reasons for differences, one sentence each.
-_FIXED_TREE = (
-    "Our FaaSNet has an eager data plane; under the prototype's barrier (backend.transfers.barrier=true) its longer plans lose "
-    "more than λScale's: 2.1x and 15 % on the 7B trace."
-)
-_SETUP = (
-    "Our set-up follows the authors' logs (0.4 to 4.4 s); the prototype's trace runs sleep constants with 0.2 to 0.65 s of it."
-)
-_NO_SETUP = "Without set-up NCCL streams at 49 GB/s where one-sided writes reach 42: it is faster than any plan of blocks."
-_LOADER = "The real loader reads SSD and PCIe at once; how much falls to SSD depends on the keep-alive of host copies."
-_SEQUENTIAL = "The prototype's loader, one step after the other, at 5 GB/s from SSD."
-_OVERLOAD = "Six nodes at 9 s a request are overloaded by this trace: most of TTFT is queueing, which no loader can remove."
-_TRACES = "The paper's two production traces are not published; ours are the authors' 30 minutes and the Azure conversation."
-_LIVES = "A copy that is used again lives on here; copies never used again live for 15 s exactly."
-_WHICH = "The paper does not say for which model; ours is 13B with an eager data plane, its blocks of whole layers."
-_PRESETS = (
-    "How long host copies were kept in the published runs is not known: the prototypes' are kept for ever here, the others' 15 s."
-)
-_EAGER = "An eager data plane without the prototype's barrier of 6 ms a round."
-
 # Columns of the notes below the table.
 _WIDTH = 119
 # Differences that need no explanation.
 _SMALL, _SMALL_POINTS = 0.05, 2.0
+#: Values of a table's rows, one per seed; from the study's own table or from that of the explanations.
+Values = Callable[[pd.DataFrame], pd.Series]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Claim:
+class Claim:
     """A published number: a value, or a range ``low`` to ``high``; with ``points``, errors are in percentage points."""
 
     figure: str
@@ -68,6 +56,7 @@ class _Claim:
 
     @property
     def text(self) -> str:
+        """The published number as people write it."""
         return (
             f"{self.low:g}"
             if self.low == self.high
@@ -76,14 +65,30 @@ class _Claim:
             else f"{self.low:g} to {self.high:g}"
         )
 
-    def error(self, ours: float) -> tuple[str, bool]:
-        """Distance of ours from the published value or range, as text (per cent or points); True if it needs a reason."""
+    def error(self, ours: float) -> tuple[str, float]:
+        """Distance of ours from the published value or range, as text, and in units of a difference that needs no explanation."""
         nearest = min(max(ours, self.low), self.high)
         if nearest == ours and self.low != self.high:
-            return "inside", False
+            return "inside", 0.0
         if self.points:
-            return f"{ours - nearest:+.1f} points", abs(ours - nearest) > _SMALL_POINTS
-        return f"{100 * (ours / nearest - 1):+.0f} %", abs(ours / nearest - 1) > _SMALL
+            return f"{ours - nearest:+.1f} points", abs(ours - nearest) / _SMALL_POINTS
+        return f"{100 * (ours / nearest - 1):+.0f} %", abs(ours / nearest - 1) / _SMALL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the comparison: a claim, where and how our value is read, its interval if known, and the cause of a difference.
+
+    ``values`` also reads the rows of the runs without the cause. ``interval``: (low, high), NaN without one; None: from the
+    seeds; ``interval_of`` says of what, if it is not of the same runs.
+    """
+
+    claim: Claim
+    model: str
+    values: Values
+    cause: Cause | None = None
+    interval: tuple[float, float] | None = None
+    interval_of: str = ""
 
 
 def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
@@ -95,27 +100,29 @@ def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
 
 
 def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per published number with our value: the median over seeds, with the range over several seeds."""
-    parts: list[Callable[[pd.DataFrame], Iterator[dict[str, str]]]] = [_host_cache, _multicast, _rampup, _sources, _trace]
+    """One row per published number: our value (median over seeds), its interval, and the value with the cause removed."""
+    parts: list[Callable[[pd.DataFrame, pd.DataFrame], Iterator[Line]]] = [_host_cache, _multicast, _rampup, _sources, _trace]
     rows = [
-        row | {"backend": str(tables[name].backend.iloc[0])}
-        for part, name in zip(parts, TABLES, strict=True)
-        for row in part(tables[name])
+        _row(line, tables[name], tables["explanations"]) | {"backend": str(tables[name].backend.iloc[0])}
+        for part, name in zip(parts, TABLES, strict=False)
+        for line in part(tables[name], tables["intervals"])
     ]
     return pd.DataFrame(rows).sort_values("figure", key=lambda figures: figures.astype(int), kind="stable", ignore_index=True)
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Format the table as Markdown: ranges over seeds in brackets, reasons as numbered notes below."""
-    heads = ["figure", "what", "model", "paper", "ours", "error", "why"]
+    heads = ["figure", "what", "model", "paper", "ours", "95 %", "error", "why", "with the cause removed", "so"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     notes: dict[str, int] = {}
     for row in table.fillna("").itertuples():
         spread = f" ({row.range_over_seeds!s})" if row.range_over_seeds else ""
         unit = f" {row.unit!s}" if row.unit else ""
         note = str(notes.setdefault(str(row.why), len(notes) + 1)) if row.why else ""
-        cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", f"{row.ours}{unit}{spread}", row.error, note]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+        without = f"{row.without!s}{unit} ({row.error_without!s})" if row.without else ""
+        error = f"({row.error!s})" if row.verdict == "coincidence" else row.error
+        cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", f"{row.ours}{unit}{spread}", row.interval, error, note]
+        lines.append("| " + " | ".join(str(cell) for cell in [*cells, without, row.verdict]) + " |")
     numbered = (fill(f"{number}. {note}", _WIDTH, subsequent_indent="   ") for note, number in notes.items())
     return "\n".join([*lines, "", *numbered]) + "\n"
 
@@ -130,89 +137,180 @@ def with_block(text: str, name: str, block: str) -> str:
     return f"{head}{begin}\n{block}{end}{tail}"
 
 
-def _row(claim: _Claim, model: str, values: pd.Series, why: str) -> dict[str, str]:
-    ours, low, high = float(values.median()), float(values.min()), float(values.max())
-    spread = f"{low:.3g} to {high:.3g}" if high > low else ""
-    error, much = claim.error(ours)
-    shown = {"paper": claim.text, "ours": f"{ours:.3g}", "range_over_seeds": spread, "unit": claim.unit, "error": error}
-    return {"figure": claim.figure, "what": claim.what, "model": model, **shown, "why": why if much else ""}
+def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[str, str]:
+    claim, cause, values = line.claim, line.cause, line.values(table)
+    ours, least, most = float(values.median()), float(values.min()), float(values.max())
+    spread = f"{least:.3g} to {most:.3g}" if most > least else ""
+    error, distance = claim.error(ours)
+    shown = {"paper": claim.text, "ours": f"{ours:.3g}", "range_over_seeds": spread, "interval": _interval(line, values)}
+    without, error_without, left = "", "", math.nan
+    if cause is not None and cause.run:
+        value = float(line.values(_without(explanations, cause.run, claim.figure)).median())
+        error_without, left = claim.error(value)
+        without = f"{value:.3g}"
+    verdict = _verdict(distance, left, tested=bool(without), caused=cause is not None)
+    # A reason that changes nothing about an agreement is no news.
+    why = cause.sentence if cause is not None and verdict != "agrees" else ""
+    tried = {"without": without, "error_without": error_without} if why else {"without": "", "error_without": ""}
+    where = {"figure": claim.figure, "what": claim.what, "model": line.model}
+    return {**where, **shown, "unit": claim.unit, "error": error, "why": why, **tried, "verdict": verdict}
 
 
-def _host_cache(table: pd.DataFrame) -> Iterator[dict[str, str]]:
-    at_15 = table[table.keep_alive_s == 15.0]
-    published = {"ArrivalsTrace": ("authors' trace", 36.0, 64.0), "AzureTrace": ("Azure trace", 36.0, 64.0)}
-    for name, (title, low, high) in published.items():
-        rows = at_15[at_15.trace.str.endswith(name)]
-        ssd = 100 * rows.loads_ssd / (rows.loads_ssd + rows.loads_host)
-        claim = _Claim(figure="2", what=f"loads from SSD, {title}", low=low, high=high, unit="%", points=True)
-        yield _row(claim, "12 x 7B", ssd, _TRACES)
-        claim = _Claim(figure="2", what=f"copies that live ≤ 15 s, {title}", low=95.0, high=np.inf, unit="%", points=True)
-        yield _row(claim, "12 x 7B", 100 * rows.lives_within_15s, _LIVES)
+def _without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
+    """Rows of the runs without a cause; figure 11 is made of figure 10's runs."""
+    name = f"explanations/{run}/{'10' if figure == '11' else figure}"
+    rows = explanations[explanations.run == name]
+    if rows.empty:
+        raise UserError(f"no runs {name} in the table of explanations; scripts/run.py experiment=explanations -m makes it")
+    return rows
 
 
-def _multicast(table: pd.DataFrame) -> Iterator[dict[str, str]]:
+def _verdict(distance: float, left: float, *, tested: bool, caused: bool) -> str:
+    """Fate of a difference, or of an agreement, when its cause is removed; distances in units of what needs no explanation."""
+    if distance <= 1:
+        return "coincidence" if tested and left > 1 else "agrees"
+    if not caused or not tested:
+        return "not tested"
+    return "explained" if left <= 1 else "in part" if left < distance / 2 else "not explained"
+
+
+def _interval(line: Line, values: pd.Series) -> str:
+    if line.interval is not None:
+        low, high = sorted(line.interval)
+    else:
+        if len(values) == 1:
+            return "exact"
+        found = over_draws(list(values))
+        low, high = found.low, found.high
+    text = "none" if math.isnan(low) else "exact" if low == high else f"{low:.3g} to {high:.3g}"
+    return text + line.interval_of
+
+
+def _of(table: pd.DataFrame, model: str, system: str) -> pd.DataFrame:
+    return table[(table.model == model) & (table.system == system)]
+
+
+def _host_cache(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
+    for name, title in {"ArrivalsTrace": "authors' trace", "AzureTrace": "Azure trace"}.items():
+        claim = Claim(figure="2", what=f"loads from SSD, {title}", low=36.0, high=64.0, unit="%", points=True)
+        yield Line(claim=claim, model="12 x 7B", values=_from_ssd(name), cause=causes.TRACES)
+        claim = Claim(figure="2", what=f"copies that live ≤ 15 s, {title}", low=95.0, high=np.inf, unit="%", points=True)
+        yield Line(claim=claim, model="12 x 7B", values=_short_lives(name), cause=causes.LIVES)
+
+
+def _at_15(table: pd.DataFrame, trace: str) -> pd.DataFrame:
+    rows: pd.DataFrame = table[(table.keep_alive_s == 15.0) & table.trace.str.endswith(trace).astype(bool)]
+    return rows
+
+
+def _from_ssd(trace: str) -> Values:
+    return lambda t: 100 * _at_15(t, trace).loads_ssd / _at_15(t, trace)[["loads_ssd", "loads_host"]].sum(axis=1)
+
+
+def _short_lives(trace: str) -> Values:
+    return lambda t: 100 * _at_15(t, trace).lives_within_15s
+
+
+def _gains(table: pd.DataFrame, system: str) -> pd.DataFrame:
+    """Time to all nodes over λScale's, per seed, where its median over seeds is largest."""
     ours = table[table.system == "lambdascale"][["model", "nodes", "all_nodes_s"]]
-    reasons = {"faasnet": _FIXED_TREE, "nccl_broadcast": _SETUP, "nccl_no_setup": _NO_SETUP}
+    both = table[table.system == system].merge(ours, on=["model", "nodes"], suffixes=("", "_ours"))
+    both["gain"] = both.all_nodes_s / both.all_nodes_s_ours
+    both["median"] = both.groupby(["model", "nodes"]).gain.transform("median")
+    best: pd.DataFrame = both[both["median"] == both["median"].max()]
+    return best
+
+
+def _gain(system: str) -> Values:
+    return lambda t: _gains(t, system).gain
+
+
+def _multicast(table: pd.DataFrame, _: pd.DataFrame) -> Iterator[Line]:
+    reasons = {"faasnet": causes.BARRIER, "nccl_broadcast": causes.SETUP, "nccl_no_setup": causes.RATE}
     for system, published in (("faasnet", 1.82), ("nccl_broadcast", 1.53), ("nccl_no_setup", 1.53)):
-        both = table[table.system == system].merge(ours, on=["model", "nodes"], suffixes=("", "_ours"))
-        both["gain"] = both.all_nodes_s / both.all_nodes_s_ours
-        both["median"] = both.groupby(["model", "nodes"]).gain.transform("median")
-        best = both[both["median"] == both["median"].max()]
-        claim = _Claim(figure="7", what=f"multicast, largest gain on {_NAMES[system]}", low=published, high=published, unit="x")
-        yield _row(claim, f"{best.model.iloc[0]}, {best.nodes.iloc[0]} nodes", best.gain, reasons[system])
+        best = _gains(table, system)
+        claim = Claim(figure="7", what=f"multicast, largest gain on {NAMES[system]}", low=published, high=published, unit="x")
+        place = f"{best.model.iloc[0]}, {best.nodes.iloc[0]} nodes"
+        yield Line(claim=claim, model=place, values=_gain(system), cause=reasons[system])
 
 
-def _rampup(table: pd.DataFrame) -> Iterator[dict[str, str]]:
+def _rampup(_: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
     model = "llama2_13b"
-    ours = _last_served(table, model, "lambdascale")
-    yield _row(_Claim(figure="8", what="50 requests: until all are served", low=1.1, high=1.1, unit="s"), model, ours, _WHICH)
+    claim = Claim(figure="8", what="50 requests: until all are served", low=1.1, high=1.1, unit="s")
+    yield Line(claim=claim, model=model, values=_served(model, "lambdascale"), cause=causes.MODEL)
     published = {
-        "faasnet": (2.0, _FIXED_TREE),
-        "nccl_broadcast": (1.4, _SETUP),
-        "serverlessllm": (8.0, _LOADER),
-        "serverlessllm_prototype": (8.0, _SEQUENTIAL),
+        "faasnet": (2.0, causes.BARRIER),
+        "nccl_broadcast": (1.4, causes.SETUP),
+        "serverlessllm": (8.0, causes.LOADER),
+        "serverlessllm_prototype": (8.0, causes.BARRIER),
     }
-    for system, (times, why) in published.items():
-        claim = _Claim(figure="8", what=f"the same, {_NAMES[system]} over λScale", low=times, high=times, unit="x")
-        yield _row(claim, model, _last_served(table, model, system) / ours.iloc[0], why)
+    for system, (times, cause) in published.items():
+        claim = Claim(figure="8", what=f"the same, {NAMES[system]} over λScale", low=times, high=times, unit="x")
+        yield Line(
+            claim=claim,
+            model=model,
+            values=_served_later(model, system),
+            cause=cause,
+            interval=_known(intervals, "Burst", model, system, "longest"),
+            interval_of=" if spread over 0.1 s",
+        )
 
 
-def _last_served(table: pd.DataFrame, model: str, system: str) -> pd.Series:
+def _served(model: str, system: str) -> Values:
     """Time in seconds, per seed, at which the last request has its first token."""
-    return table[(table.model == model) & (table.system == system)].groupby("seed").first_token_s.max()
+    return lambda t: _of(t, model, system).groupby("seed").first_token_s.max()
 
 
-def _sources(table: pd.DataFrame) -> Iterator[dict[str, str]]:
-    rows = table[table.model == "llama2_7b"]
+def _served_later(model: str, system: str) -> Values:
+    return lambda t: _served(model, system)(t) / _served(model, "lambdascale")(t).iloc[0]
+
+
+def _sources(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
     for k, published in ((1, 0.6), (4, 0.15)):
         for tier in ("gpu", "host"):
-            part = rows[rows[f"{tier}_sources"] == k]
-            claim = _Claim(
-                figure="9", what=f"ramp-up, k = {k}, sources in {tier} memory", low=published, high=published, unit="s"
-            )
-            yield _row(claim, "llama2_7b", part.groupby("seed").first_token_s.max(), _EAGER)
+            what = f"ramp-up, k = {k}, sources in {tier} memory"
+            claim = Claim(figure="9", what=what, low=published, high=published, unit="s")
+            yield Line(claim=claim, model="llama2_7b", values=_ramp(tier, k), cause=causes.BARRIER)
 
 
-def _trace(table: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Compare the systems as the authors ran them among each other, and the fair ones beside them."""
-    for model in _MODELS:
-        rows = {system: table[(table.model == model) & (table.system == system)] for system in table.system.unique()}
-        why = _OVERLOAD if model == "llama2_70b" else _PRESETS
-        yield from _against(model, rows, "lambdascale_prototype", "ideal_prototype", _PROTOTYPES, why)
-        yield from _against(model, rows, "lambdascale", "ideal", _FAIR, why)
+def _ramp(tier: str, k: int) -> Values:
+    return lambda t: t[(t.model == "llama2_7b") & (t[f"{tier}_sources"] == k)].groupby("seed").first_token_s.max()
 
 
-def _against(
-    model: str, rows: Mapping[str, pd.DataFrame], ours: str, ideal: str, lower: Mapping[str, float], why: str
-) -> Iterator[dict[str, str]]:
-    own = rows[ours]
-    for system in lower:
-        claim = _Claim(figure="10", what=f"P90 TTFT, {_NAMES[system]} over {_NAMES[ours]}", low=2.4, high=5.0, unit="x")
-        yield _row(claim, model, rows[system].ttft_p90_s / own.ttft_p90_s.iloc[0], why)
-    for system, percent in lower.items():
-        saved = 100 * (1 - own.gpu_seconds.iloc[0] / rows[system].gpu_seconds)
-        what = f"GPU time of {_NAMES[ours]} below {_NAMES[system]}"
-        yield _row(_Claim(figure="11", what=what, low=percent, high=percent, unit="%", points=True), model, saved, why)
-    above = 100 * (own.gpu_seconds / rows[ideal].gpu_seconds.iloc[0] - 1)
-    what = f"GPU time of {_NAMES[ours]} above ideal"
-    yield _row(_Claim(figure="11", what=what, low=4.3, high=18.6, unit="%", points=True), model, above, why)
+def _trace(_: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
+    lower = {"faasnet": 17.8, "nccl_broadcast": 18.1, "serverlessllm": 31.3, "serverlessllm_prototype": 31.3}
+    reasons = {"faasnet": causes.SOURCES, "nccl_broadcast": causes.ROOT}
+    for model in MODELS:
+        why = {s: causes.OVERLOAD if model == "llama2_70b" else reasons.get(s, causes.COPIES) for s in lower}
+        for system in lower:
+            claim = Claim(figure="10", what=f"P90 TTFT, {NAMES[system]} over λScale", low=2.4, high=5.0, unit="x")
+            interval = _known(intervals, "ArrivalsTrace", model, system, "p90")
+            yield Line(claim=claim, model=model, values=_ratio(model, system), cause=why[system], interval=interval)
+        for system, percent in lower.items():
+            claim = Claim(figure="11", what=f"GPU time below {NAMES[system]}", low=percent, high=percent, unit="%", points=True)
+            ends = [100 * (1 - 1 / end) for end in _known(intervals, "ArrivalsTrace", model, system, "gpu")]
+            yield Line(claim=claim, model=model, values=_saved(model, system), cause=why[system], interval=(ends[0], ends[1]))
+        claim = Claim(figure="11", what="GPU time above ideal", low=4.3, high=18.6, unit="%", points=True)
+        ends = [100 * (1 / end - 1) for end in _known(intervals, "ArrivalsTrace", model, "ideal", "gpu")]
+        yield Line(claim=claim, model=model, values=_above_ideal(model), interval=(ends[0], ends[1]))
+
+
+def _ratio(model: str, system: str) -> Values:
+    return lambda t: _of(t, model, system).ttft_p90_s / _of(t, model, "lambdascale").ttft_p90_s.iloc[0]
+
+
+def _saved(model: str, system: str) -> Values:
+    return lambda t: 100 * (1 - _of(t, model, "lambdascale").gpu_seconds.iloc[0] / _of(t, model, system).gpu_seconds)
+
+
+def _above_ideal(model: str) -> Values:
+    return lambda t: 100 * (_of(t, model, "lambdascale").gpu_seconds / _of(t, model, "ideal").gpu_seconds.iloc[0] - 1)
+
+
+def _known(intervals: pd.DataFrame, workload: str, model: str, system: str, measure: str) -> tuple[float, float]:
+    """Interval of a ratio in the table of intervals, NaN if it has none; UserError without the row."""
+    rows = _of(intervals, model, system)
+    rows = rows[rows.workload.str.endswith(f".{workload}")]
+    if len(rows) != 1:
+        raise UserError(f"no row of {system}, {model}, {workload} in the table of intervals; experiment=intervals -m makes it")
+    return float(rows[f"{measure}_low"].iloc[0]), float(rows[f"{measure}_high"].iloc[0])

@@ -17,6 +17,8 @@ from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
 
 Grid = Mapping[str, Any]
+# Kind of rows that compares runs with each other.
+PAIRS = "pairs"
 # Overrides that do not change a study's results; any other override makes its table unfit to replace the committed one.
 _HARMLESS = ("results", "traces", "force", "logger", "hydra")
 
@@ -28,6 +30,7 @@ class Study:
     ``live``: the grids for backend=live, at a scale for one machine. A grid that sets ``backend`` itself is run unless another
     backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see
     collect.py); ``fields``: their columns (all, if empty); ``columns``: more columns, name -> key of the run's configuration.
+    ``reference``: the system that every other is compared with, run by run, for rows of the kind "pairs" (see pairs.py).
     ``experiments``: other studies to run one after the other, instead of all of these.
     """
 
@@ -36,6 +39,7 @@ class Study:
     rows: str = ""
     fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    reference: str = ""
     experiments: tuple[str, ...] = ()
 
 
@@ -50,6 +54,8 @@ def study_of(config: DictConfig, experiment: str) -> Study | None:
         raise UserError(f"experiment {experiment}: study: {error}") from None
     if bool(study.experiments) == bool(study.grids and study.rows):
         raise UserError(f"experiment {experiment}: a study has either experiments or grids and rows")
+    if (study.rows == PAIRS) != bool(study.reference):
+        raise UserError(f"experiment {experiment}: a study of {PAIRS} needs a reference, no other has one")
     return study
 
 

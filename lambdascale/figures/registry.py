@@ -29,6 +29,7 @@ from lambdascale.figures import (
     fig09_sources,
     fig10_ttft,
     fig11_gpus,
+    sensitivity,
 )
 from lambdascale.figures.style import styled
 
@@ -64,6 +65,7 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_waves": beyond_waves.FIGURE,
     "beyond_models": beyond_models.FIGURE,
     "beyond_faults": beyond_faults,
+    "sensitivity": sensitivity,
 }
 
 

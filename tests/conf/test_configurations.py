@@ -103,12 +103,22 @@ BOTH = [name for name in EXPERIMENTS if any("backend" in grid for grid in writte
 STUDIES = [name for name in EXPERIMENTS if "grids" in written(name) and name not in BOTH]
 
 
+def _with_partners(settings: list[list[str]], reference: str) -> list[list[str]]:
+    """A pair of runs for the first grids of a study of pairs, with another system where the grid begins with the reference."""
+    pairs = []
+    for overrides in settings[:6]:
+        others = [o for o in overrides if not o.startswith("system=")]
+        pairs += [[f"system={reference}", *others], ["system=ideal", *others]]
+    return pairs
+
+
 @pytest.mark.parametrize("experiment", STUDIES)
 def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     """One run of every grid makes a table with the columns of the committed one."""
     own = [f"experiment={experiment}", "hydra/launcher=basic"]
     found = study(experiment)
     first = [combinations(line[len(own) :])[0] for line in command_lines(found, own)]
+    first = _with_partners(first, found.reference) if found.reference else first
     runs = [run(debug_scale(experiment, tmp_path, *overrides)).folder for overrides in first]
     table = study_table(found, runs)
     stem = conf_dir().parent / "results" / "tables" / experiment

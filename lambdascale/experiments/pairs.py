@@ -1,0 +1,95 @@
+"""Tables of pairs: each system's runs beside the reference system's runs of the same requests, with intervals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from lambdascale.core import UserError
+from lambdascale.experiments.folder import SUMMARY, read_json
+from lambdascale.experiments.study import Study
+from lambdascale.metrics.intervals import Interval, RunRows, paired
+
+_REQUESTS = ["request_id", "arrival_s", "ttft_s", "finished_s"]
+#: Measures of a pair: columns ``NAME_ratio`` (theirs over the reference's), ``NAME_low`` and ``NAME_high`` (95 %), ``NAME_by``.
+MEASURES = ("p90", "longest", "gpu")
+
+
+def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
+    """One row per system other than ``study.reference`` and combination of the study's columns: ratios with intervals of 95 %.
+
+    Ratios are theirs over the reference's. Runs are paired by seed; a reference with one run is paired with all. UserError if
+    a system has runs and the reference none, or none of that seed.
+    """
+    runs: dict[tuple[Any, ...], dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
+    for folder in folders:
+        config = OmegaConf.load(folder / "config.yaml")
+        assert isinstance(config, DictConfig), "a run's configuration is a mapping"
+        labels = tuple(_plain(OmegaConf.select(config, key)) for key in study.columns.values())
+        runs[(*labels, str(config.model.name))][str(config.system.name)][int(config.seed)] = folder
+    names = (*study.columns, "model")
+    rows = [
+        dict(zip(names, labels, strict=True)) | {"system": system} | _row(ours, theirs, f"{system}, {labels}", study.reference)
+        for labels, systems in runs.items()
+        for ours in [systems.get(study.reference, {})]
+        for system, theirs in systems.items()
+        if system != study.reference
+    ]
+    return pd.DataFrame(rows, columns=[*names, "system", *_COLUMNS])
+
+
+_COLUMNS = [
+    *("p90_s", "reference_p90_s"),
+    *(f"{name}_{part}" for name in MEASURES for part in ("ratio", "low", "high", "by")),
+    *("blocks", "traces", "requests", "failed", "backend"),
+]
+
+
+def _plain(value: Any) -> Any:
+    return str(OmegaConf.to_container(value)) if OmegaConf.is_config(value) else value
+
+
+def _row(ours: Mapping[int, Path], theirs: Mapping[int, Path], what: str, reference: str) -> dict[str, Any]:
+    pairs = [(_partner(ours, seed, what, reference), folder) for seed, folder in sorted(theirs.items())]
+    summaries = [[read_json(folder / SUMMARY) for folder in pair] for pair in pairs]
+    found = paired([(_rows(own), _rows(other)) for own, other in pairs])
+    p90 = [_median([pair[side]["ttft_s"]["p90"] for pair in summaries]) for side in (0, 1)]
+    row: dict[str, Any] = {"p90_s": p90[1], "reference_p90_s": p90[0]}
+    for name in MEASURES:
+        row |= _cells(name, getattr(found, name))
+    row |= {"blocks": found.blocks, "traces": found.traces, "requests": found.requests}
+    backends = sorted({summary["backend"] for pair in summaries for summary in pair})
+    return row | {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair), "backend": "+".join(backends)}
+
+
+def _partner(ours: Mapping[int, Path], seed: int, what: str, reference: str) -> Path:
+    if len(ours) == 1:
+        return next(iter(ours.values()))
+    if seed not in ours:
+        raise UserError(f"no run of {reference} to compare with: {what}, seed {seed}")
+    return ours[seed]
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _cells(name: str, interval: Interval) -> dict[str, Any]:
+    numbers = {"ratio": interval.value, "low": interval.low, "high": interval.high, "by": interval.method}
+    return {f"{name}_{part}": value for part, value in numbers.items()}
+
+
+def _rows(folder: Path) -> RunRows:
+    summary = read_json(folder / SUMMARY)
+    return RunRows(
+        requests=pd.read_parquet(folder / "requests.parquet", columns=_REQUESTS),
+        gpus=pd.read_parquet(folder / "gpus.parquet", columns=["at_s", "delta"]),
+        end_s=summary["simulated_s"] if summary["simulated_s"] is not None else summary["wall_s"],
+    )

@@ -1,0 +1,145 @@
+"""Pairs of runs, conclusions under other assumptions, and the text whose numbers come from tables."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lambdascale.core import UserError
+from lambdascale.experiments.beliefs import LINES, Tables, render
+from lambdascale.experiments.collect import study_table
+from lambdascale.experiments.compose import compose, conf_dir
+from lambdascale.experiments.runner import run
+from lambdascale.experiments.sensitivity import conclusions, flips, markdown, verdict
+from lambdascale.experiments.study import Study, study_of
+
+TABLES = conf_dir().parent / "results" / "tables"
+
+
+# -- pairs of runs -------------------------------------------------------------------------------------------------------
+
+
+def folder(tmp_path: Path, *overrides: str) -> Path:
+    small = ["experiment=quickstart", "workload.duration_s=240", f"results={tmp_path}"]
+    return run(compose([*small, *overrides])).folder
+
+
+STUDY = Study(rows="pairs", reference="lambdascale", columns={"compression": "workload.time_compression"}, grids=({"seed": 1},))
+
+
+def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(tmp_path: Path) -> None:
+    systems = ("lambdascale", "serverlessllm")
+    runs = [folder(tmp_path, f"system={system}", f"seed={seed}") for system in systems for seed in (1, 2)]
+    runs += [folder(tmp_path, f"system={system}", "workload.time_compression=1") for system in systems]
+    table = study_table(STUDY, runs).set_index("compression")
+    assert table.system.tolist() == ["serverlessllm"] * 2
+    assert table.traces.to_dict() == {3.0: 2, 1.0: 1}
+    summary = [pd.read_json(path / "summary.json", typ="series") for path in runs]
+    p90 = [one.ttft_s["p90"] for one in summary]
+    assert table.p90_ratio[1.0] == pytest.approx(p90[5] / p90[4])
+    assert table.p90_ratio[3.0] == pytest.approx((p90[2] / p90[0] + p90[3] / p90[1]) / 2)
+    assert table.gpu_ratio[1.0] == pytest.approx(summary[5].gpu_seconds / summary[4].gpu_seconds), "the integral is the summary's"
+
+
+def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run of lambdascale to compare with: ideal"):
+        study_table(STUDY, [folder(tmp_path, "system=ideal")])
+    runs = [folder(tmp_path, "system=lambdascale", f"seed={seed}") for seed in (1, 2)]
+    with pytest.raises(UserError, match="seed 3"):
+        study_table(STUDY, [*runs, folder(tmp_path, "system=ideal", "seed=3")])
+
+
+@pytest.mark.parametrize("broken", ["{grids: [{seed: 1}], rows: pairs}", "{grids: [{seed: 1}], rows: summary, reference: x}"])
+def test_pairs_need_a_reference_and_nothing_else_has_one(broken: str) -> None:
+    with pytest.raises(UserError, match="needs a reference"):
+        study_of(compose([f"study={broken}"]), "broken")
+
+
+# -- sensitivity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "low", "high", "found"),
+    [
+        (3.0, 2.5, 2.2, 2.8, "holds"),
+        (3.0, 1.9, 1.5, 2.2, "halved"),
+        (3.0, 1.2, 0.9, 1.5, "undecided"),
+        (3.0, 0.9, 0.8, 1.1, "undecided"),
+        (3.0, 0.7, 0.6, 0.9, "reversed"),
+        (3.0, 0.7, math.nan, math.nan, "undecided"),
+        (3.0, 2.5, math.nan, math.nan, "holds"),
+        (0.5, 0.6, 0.55, 0.65, "holds"),
+        (0.5, 1.5, 1.2, 1.8, "reversed"),
+    ],
+)
+def test_the_fate_of_a_conclusion(base: float, value: float, low: float, high: float, found: str) -> None:
+    assert verdict(base, value, low, high, none=1.0) == found
+    assert verdict(base - 1, value - 1, low - 1, high - 1, none=0.0) == found
+
+
+def row(name: str, p90: float, gpu: float, spread: float = 0.01) -> dict[str, object]:
+    numbers = {"p90_ratio": p90, "p90_low": p90 - spread, "p90_high": p90 + spread}
+    numbers |= {"gpu_ratio": gpu, "gpu_low": gpu - spread, "gpu_high": gpu + spread}
+    return {"run": f"sensitivity/{name}", "model": "m", "system": "faasnet", "backend": "sim", **numbers}
+
+
+def test_conclusions_and_flips() -> None:
+    table = pd.DataFrame(
+        [row("base/0", 3.0, 1.25), row("link/100Gb/s", 2.0, 1.25), row("ssd/2", 2.9, 0.8), row("ssd/9", 1.2, 1.05)]
+    )
+    found = conclusions(table)
+    assert found[found.conclusion == "GPU time below FaaSNet"].result.round(2).tolist() == [20.0, -25.0, 4.76]
+    assert set(found.base.round(2)) == {3.0, 20.0}
+    lost = flips(table).set_index(["conclusion", "setting", "value"])
+    assert lost.verdict.to_dict() == {
+        ("P90 TTFT, FaaSNet over λScale", "link", "100Gb/s"): "holds",
+        ("P90 TTFT, FaaSNet over λScale", "ssd", "9"): "halved",
+        ("GPU time below FaaSNet", "ssd", "2"): "reversed",
+        ("GPU time below FaaSNet", "ssd", "9"): "halved",
+    }
+    assert lost.paper.tolist()[:2] == ["in to below", "in to below"]
+    assert "| 3 x | 1.2 x (ssd = 9) | 2.9 x (ssd = 2) | none | ssd = 9 |" in markdown(table)
+
+
+def test_conclusions_need_a_base_and_names() -> None:
+    with pytest.raises(UserError, match="no rows of base"):
+        conclusions(pd.DataFrame([row("ssd/9", 1.2, 1.05)]))
+    with pytest.raises(UserError, match="SETTING/VALUE"):
+        conclusions(pd.DataFrame([row("base", 1.2, 1.05)]))
+    other = pd.DataFrame([row("base/0", 1.2, 1.05), row("ssd/9", 1.2, 1.05) | {"system": "mine"}])
+    with pytest.raises(UserError, match="no row of base for mine"):
+        conclusions(other)
+
+
+# -- the text ------------------------------------------------------------------------------------------------------------
+
+NUMBERS = {"t": pd.DataFrame({"key": ["a", "b"], "k": [1, 2], "value": [1.23456, 9.0]})}
+
+
+def test_numbers_come_from_tables() -> None:
+    assert render("7B: {{ cell('t', 'value', key='a') }} at 95 %\n", NUMBERS) == "7B: 1.23 at 95 %\n"
+    assert render("{{ cell('t', 'key', k=2) }}", NUMBERS) == "b\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("faster by 1.9 times", "in no table: 1.9"),
+        ("{{ cell('t', 'value', key='c') }}", "0 rows of t"),
+        ("{{ cell('t', 'value') }}", "2 rows of t"),
+        ("{{ cell('t', 'value', colour='a') }}", "no column colour"),
+        ("{{ nothing }}", "nothing"),
+        ("a line\n" * (LINES + 1), "26 lines"),
+    ],
+)
+def test_a_text_that_says_more_than_the_tables(template: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render(template, NUMBERS)
+
+
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no table t\.csv"):
+        render("{{ cell('t', 'value', key='a') }}", Tables(tmp_path))
