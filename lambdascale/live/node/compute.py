@@ -32,7 +32,8 @@ from lambdascale.live.node.worker import NO_INSTANCE, Worker
 class Compute:
     """``report`` sends to the controller, ``send`` to other nodes (False if the node is lost); ``vocab`` sizes vocabularies.
 
-    ``parcels`` makes what hidden states go through. ``start()`` runs the thread; without it, ``step()`` does its work piece by piece.
+    ``parcels`` makes what hidden states go through. ``start()`` runs the thread; without it, ``step()`` does its work piece by
+    piece.
     """
 
     def __init__(
