@@ -5,7 +5,7 @@
 
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
-- ``without(what, model)``: our value with the supposed cause of the difference removed;
+- ``without(system, model)``: the ratio of P90 TTFT with the supposed cause of its difference to the paper removed;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``count(verdict)``: rows of the comparison with the paper with that verdict, of ``count()`` rows;
@@ -24,7 +24,7 @@ import jinja2
 import pandas as pd
 
 from lambdascale.core import UserError
-from lambdascale.experiments.paper_table import NAMES
+from lambdascale.experiments.paper_table import gpu_title, p90_title
 from lambdascale.experiments.sensitivity import conclusions
 
 TEMPLATE = "beliefs.md.j2"
@@ -119,9 +119,9 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "count": count,
         "under": under,
         "seeds": seeds,
-        "p90": lambda system, model: compared(f"P90 TTFT, {NAMES[system]} over λScale", model),
-        "gpu": lambda system, model: compared(f"GPU time below {NAMES[system]}", model),
-        "without": lambda what, model: str(row("paper_vs_ours", what=what, model=model).without),
+        "p90": lambda system, model: compared(p90_title(system), model),
+        "gpu": lambda system, model: compared(gpu_title(system), model),
+        "without": lambda system, model: str(row("paper_vs_ours", what=p90_title(system), model=model).without),
     }
 
 

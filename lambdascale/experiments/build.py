@@ -72,8 +72,8 @@ def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig
     barrier_s = getattr(system.start, "barrier_s", None)
     if barrier_s is not None:
         raise UserError(
-            f"system={system.name} has system.start.barrier_s={barrier_s:g}, which is simulated only: a live cluster's sends do not "
-            "wait for rounds; choose another system, or system.start.barrier_s=null"
+            f"system={system.name} has system.start.barrier_s={barrier_s:g}, which is simulated only: a live cluster's sends do "
+            "not wait for rounds; choose another system, or system.start.barrier_s=null"
         )
     return backend
 

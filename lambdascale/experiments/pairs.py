@@ -24,8 +24,9 @@ MEASURES = ("p90", "longest", "gpu")
 def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
     """One row per system other than its reference and combination of the study's columns: ratios with intervals of 95 %.
 
-    A system's reference is named in ``study.references``, else it is ``study.reference``. Ratios are theirs over the reference's. Runs are paired by seed; a reference with one run is paired with all. UserError if
-    a system has runs and the reference none, or none of that seed.
+    A system's reference is named in ``study.references``, else it is ``study.reference``. Ratios are theirs over the
+    reference's. Runs are paired by seed; a reference with one run is paired with all. UserError if a system has runs and its
+    reference none, or none of that seed.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
     for folder in folders:
