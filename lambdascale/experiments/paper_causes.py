@@ -47,6 +47,13 @@ EAGER = Cause(
     run="eager",
     sentence="The prototypes' barriers, 6 ms a round for λScale and 2 ms for FaaSNet. Without: both eager.",
 )
+PCIE = Cause(
+    run="pcie",
+    sentence=(
+        "Nodes with a host copy load it and feed others from it over one PCIe of 26 GB/s. Without: PCIe of 200 GB/s, which "
+        "limits neither."
+    ),
+)
 LOOK = Cause(
     run="look",
     sentence=(

@@ -298,7 +298,9 @@ def _sources(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
         for tier in ("gpu", "host"):
             what = f"ramp-up, k = {k}, sources in {tier} memory"
             claim = Claim(figure="9", what=what, low=published, high=published, unit="s")
-            yield Line(claim=claim, model="llama2_7b", values=_ramp(tier, k), cause=causes.BARRIER)
+            yield Line(
+                claim=claim, model="llama2_7b", values=_ramp(tier, k), cause=causes.BARRIER if tier == "gpu" else causes.PCIE
+            )
 
 
 def _ramp(tier: str, k: int) -> Values:
