@@ -48,12 +48,12 @@ def build(config: DictConfig) -> Experiment:
         configured=models,
         cluster=_instance(config, "cluster", ClusterSpec),
         workload=_instance(config, "workload", ShapedWorkload),
-        backend=_backend(config),
+        backend=_backend(config, system),
         logger=instantiate(config.logger, _convert_="all"),
     )
 
 
-def _backend(config: DictConfig) -> SimConfig | LiveConfig:
+def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig:
     simulated = config.backend.get("_target_") == "lambdascale.sim.SimConfig"
     if simulated and "transport" in config.backend:
         raise UserError(
@@ -68,6 +68,13 @@ def _backend(config: DictConfig) -> SimConfig | LiveConfig:
 
     if not isinstance(backend, LiveConfig):
         raise UserError(f"backend must configure a SimConfig or a LiveConfig, not a {type(backend).__name__}")
+    # Start policies without a multicast have no such setting.
+    barrier_s = getattr(system.start, "barrier_s", None)
+    if barrier_s is not None:
+        raise UserError(
+            f"system={system.name} has system.start.barrier_s={barrier_s:g}, which is simulated only: a live cluster's sends do "
+            "not wait for rounds; choose another system, or system.start.barrier_s=null"
+        )
     return backend
 
 

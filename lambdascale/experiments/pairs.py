@@ -22,10 +22,11 @@ MEASURES = ("p90", "longest", "gpu")
 
 
 def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
-    """One row per system other than ``study.reference`` and combination of the study's columns: ratios with intervals of 95 %.
+    """One row per system other than its reference and combination of the study's columns: ratios with intervals of 95 %.
 
-    Ratios are theirs over the reference's. Runs are paired by seed; a reference with one run is paired with all. UserError if
-    a system has runs and the reference none, or none of that seed.
+    A system's reference is named in ``study.references``, else it is ``study.reference``. Ratios are theirs over the
+    reference's. Runs are paired by seed; a reference with one run is paired with all. UserError if a system has runs and its
+    reference none, or none of that seed.
     """
     runs: dict[tuple[Any, ...], dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
     for folder in folders:
@@ -35,13 +36,15 @@ def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
         runs[(*labels, str(config.model.name))][str(config.system.name)][int(config.seed)] = folder
     names = (*study.columns, "model")
     rows = [
-        dict(zip(names, labels, strict=True)) | {"system": system} | _row(ours, theirs, f"{system}, {labels}", study.reference)
+        dict(zip(names, labels, strict=True))
+        | {"system": system, "reference": reference}
+        | _row(systems.get(reference, {}), theirs, f"{system}, {labels}", reference)
         for labels, systems in runs.items()
-        for ours in [systems.get(study.reference, {})]
         for system, theirs in systems.items()
-        if system != study.reference
+        for reference in [study.references.get(system, study.reference)]
+        if system != reference
     ]
-    return pd.DataFrame(rows, columns=[*names, "system", *_COLUMNS])
+    return pd.DataFrame(rows, columns=[*names, "system", "reference", *_COLUMNS])
 
 
 _COLUMNS = [

@@ -24,18 +24,11 @@ MODEL = Cause(
 SOURCES = Cause(
     run="sources",
     sentence=(
-        "FaaSNet here may root its tree at a copy in host memory; the prototype's cannot (reference, section 7). Without: "
-        "complete GPUs only, both under the barrier."
+        "FaaSNet here roots trees at host copies, loads them, and joins trees under way; the prototype's cannot (reference, "
+        "section 7). Without: complete GPUs only, both under the barrier."
     ),
 )
 SETUP = Cause(run="setup", sentence="The communicator's set-up, drawn from the authors' logs (0.4 to 4.4 s). Without: no set-up.")
-ROOT = Cause(
-    run="root",
-    sentence=(
-        "NCCL's place is its set-up and that broadcasts of several scale-outs share one root. Without: no set-up, and one "
-        "broadcast at a time from a root."
-    ),
-)
 RATE = Cause(
     run="rate",
     sentence=(
@@ -49,6 +42,28 @@ COPIES = Cause(
         "ServerlessLLM's time is set by how many starts miss host memory, hence by the keep-alive of host copies (15 s here). "
         "Without: copies stay for ever, as in the prototype's committed configuration."
     ),
+)
+EAGER = Cause(
+    run="eager",
+    sentence="The prototypes' barriers, 6 ms a round for λScale and 2 ms for FaaSNet. Without: both eager.",
+)
+PCIE = Cause(
+    run="pcie",
+    sentence=(
+        "Nodes with a host copy load it and feed others from it over one PCIe of 26 GB/s. Without: PCIe of 200 GB/s, which "
+        "limits neither."
+    ),
+)
+LOOK = Cause(
+    run="look",
+    sentence=(
+        "The prototypes' controller looks every second, which delays all systems alike and so hides differences. Without: a look "
+        "every 0.1 s."
+    ),
+)
+EXPIRY = Cause(
+    run="expiry",
+    sentence="The prototypes keep host copies for ever here. Without: both lose them after 15 s, as in the paper's study.",
 )
 LOADER = Cause(
     run="loader",

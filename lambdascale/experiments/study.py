@@ -31,6 +31,7 @@ class Study:
     backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see
     collect.py); ``fields``: their columns (all, if empty); ``columns``: more columns, name -> key of the run's configuration.
     ``reference``: the system that every other is compared with, run by run, for rows of the kind "pairs" (see pairs.py).
+    ``references``: systems that are compared with another reference, by name.
     ``experiments``: other studies to run one after the other, instead of all of these.
     """
 
@@ -40,6 +41,7 @@ class Study:
     fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
     reference: str = ""
+    references: Mapping[str, str] = field(default_factory=dict)
     experiments: tuple[str, ...] = ()
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from lambdascale.core import UserError
 from lambdascale.figures.style import PAGE_IN, log_ticks, looks, require_columns, require_one_backend, say_backend, sizes_in_order
@@ -86,9 +87,9 @@ def draw(frame: pd.DataFrame) -> Figure:
     rows = [(measure, model) for measure in _MEASURES for model in models]
     settings = len(set(frame.setting) - {_BASE})
     height = len(rows) * (0.55 + 0.135 * settings)
-    figure, axes = plt.subplots(
-        len(rows), len(systems), figsize=(PAGE_IN, height), squeeze=False, layout="constrained", sharey="row"
-    )
+    # The backend's label stands above the titles.
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.15 / height))
+    figure, axes = plt.subplots(len(rows), len(systems), figsize=(PAGE_IN, height), squeeze=False, layout=layout, sharey="row")
     for line, (measure, model) in zip(axes, rows, strict=True):
         part = frame[frame.model == model]
         order = _order(part, measure)

@@ -21,6 +21,7 @@ MISTAKES = {
     "an unknown model": (["model=gpt5"], "gpt5"),
     "an unknown transport": (["backend=live", "transport=pigeon"], "transport/pigeon"),
     "a transport for the simulated cluster": (["transport=rdma"], "backend=live"),
+    "a live cluster with the simulated controller's barrier": (["backend=live", "system=faasnet_prototype"], "barrier_s"),
     "an unknown experiment": (["experiment=fig99"], "fig99"),
     "a negative rate": (["workload=constant", "workload.rate_rps=-1"], "rate"),
     "a rate that is no number": (["workload=constant", "workload.rate_rps=fast"], "rate"),

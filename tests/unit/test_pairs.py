@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +43,20 @@ def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(t
     assert table.p90_ratio[1.0] == pytest.approx(p90[5] / p90[4])
     assert table.p90_ratio[3.0] == pytest.approx((p90[2] / p90[0] + p90[3] / p90[1]) / 2)
     assert table.gpu_ratio[1.0] == pytest.approx(summary[5].gpu_seconds / summary[4].gpu_seconds), "the integral is the summary's"
+
+
+def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
+    study = replace(STUDY, references={"ideal_prototype": "lambdascale_prototype"})
+    systems = ("lambdascale", "ideal", "lambdascale_prototype", "ideal_prototype")
+    runs = {system: folder(tmp_path, f"system={system}") for system in systems}
+    table = study_table(study, list(runs.values())).set_index("system")
+    wanted = {"ideal": "lambdascale", "lambdascale_prototype": "lambdascale", "ideal_prototype": "lambdascale_prototype"}
+    assert table.reference.to_dict() == wanted
+    seconds = {system: pd.read_json(path / "summary.json", typ="series").gpu_seconds for system, path in runs.items()}
+    for system, reference in wanted.items():
+        assert table.gpu_ratio[system] == pytest.approx(seconds[system] / seconds[reference])
+    with pytest.raises(UserError, match="no run of lambdascale_prototype to compare with: ideal_prototype"):
+        study_table(study, [runs["lambdascale"], runs["ideal_prototype"]])
 
 
 def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:
