@@ -60,6 +60,7 @@ ROOMS = {
         ("lambdascale/control/*",),
         (
             *("tests/policy/test_router.py", "tests/policy/test_scale_out.py", "tests/policy/test_recovery.py"),
+            *("tests/policy/test_scale_out_serving.py", "tests/policy/test_recovery_joined.py"),
             *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
             *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/policy/test_shares.py"),
             *("tests/policy/test_loop.py", "tests/policy/test_returning.py"),

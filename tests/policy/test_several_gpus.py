@@ -19,7 +19,7 @@ PAIRS = replace(CLUSTER, gpus_per_node=2)
 
 
 def pairs(max_batch: int = 1, **options: object) -> Cluster:
-    return Cluster(cluster=PAIRS, models=(SPLIT,), max_batch=max_batch, **options)  # type: ignore[arg-type]
+    return Cluster(cluster=PAIRS, models=(SPLIT,), max_batch=max_batch, **options)  # type: ignore[arg-type]  # options of several types
 
 
 def test_a_request_alone_takes_as_long_as_on_one_gpu_that_held_everything() -> None:
