@@ -43,7 +43,7 @@ class Outlet:
     written: Callable[[int, int], None]
     ended: Callable[[int, str], None]
     occupy: Callable[[bool], None]
-    send: Callable[[NodeId, Peer], None]
+    send: Callable[[NodeId, Peer], object]
 
 
 @dataclass

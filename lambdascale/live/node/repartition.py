@@ -21,7 +21,7 @@ from lambdascale.live.node.runners import Executor, Runner
 class Repartitioner:
     """``tell`` sends to any node, this one too."""
 
-    def __init__(self, node: NodeId, executor: Executor, tell: Callable[[NodeId, wire.Peer], None]) -> None:
+    def __init__(self, node: NodeId, executor: Executor, tell: Callable[[NodeId, wire.Peer], object]) -> None:
         self._node = node
         self._executor = executor
         self._tell = tell
