@@ -5,7 +5,8 @@ python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,
     [--device cuda] [--transport cuda_ipc] [--out results/tables] [--limit-s 540]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that wants all nodes. The
-pairs alternate on the same machine. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
+pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
+serves. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
 --limit-s is over, no further run begins, and the output says how many were left out.
 """
 
@@ -221,6 +222,7 @@ def main() -> None:
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     rows: list[dict[str, Any]] = []
     began, left = time.monotonic(), 0
+    one(arguments, "lambdascale", True, Setting("none", arguments.sources[0], arguments.counts[0], arguments.outputs[0]), 0)
     for order in orders(arguments):
         if time.monotonic() - began > arguments.limit_s:
             left += 1

@@ -103,26 +103,27 @@ class Recovery:
     def _give_up(self, transfer: TransferState) -> None:
         state = self._fleet.models[transfer.model]
         for node in sorted(transfer.waiting):
-            # Transfers that the node fed as it received.
-            fed = [t for t in self._fleet.transfers.values() if t.model == transfer.model and (node, "gpu") in t.sources]
-            for other in fed:
+            # Others that bring it blocks, or that it passes blocks on for.
+            broken = [t for t in self._fleet.transfers.values() if t.model == transfer.model and _needs_gpus_of(t, node)]
+            for other in broken:
                 self._cancel(other)
             others = self._stop_all(state, state.allocations[node])
             self._allocations.give_up(state, node)
             self._serve_on(state, others)
-            for other in fed:
-                self._replan(other, again=other.again)
+            for other in broken:
+                other.waiting.pop(node, None)
+                if other.waiting:
+                    self._replan(other, again=other.again)
         self._router.fill(state)
 
     def _forget_allocation(self, state: ModelState, node: NodeId) -> None:
         allocation = state.allocations.get(node)
         if allocation is None:
             return
-        partners = [other for p in state.pending if node in p.plan.nodes for other in p.plan.nodes]
-        partners += self._stop_all(state, allocation)
+        partners = self._stop_all(state, allocation)
         self._allocations.forget(state, node)
         # The other nodes of a broken pipeline go on receiving and serve alone once they are complete.
-        self._serve_on(state, [other for other in partners if other != node])
+        self._serve_on(state, partners)
         self._router.fill(state)
 
     def _serve_on(self, state: ModelState, nodes: Iterable[NodeId]) -> None:
@@ -135,11 +136,13 @@ class Recovery:
         self._serving.serve_alone(state, nodes)
 
     def _stop_all(self, state: ModelState, allocation: Allocation) -> list[NodeId]:
-        """Stop the instances that serve on a node; return the other nodes they served on."""
+        """Stop the instances that serve on a node; return the other nodes they served on or were to serve on."""
         stopped = list(allocation.instances.values())
         for instance in stopped:
             self._stop(state, instance)
-        return [node for instance in stopped for node in instance.nodes if node != allocation.node]
+        lists = [p.plan.nodes for p in state.pending if allocation.node in p.plan.nodes]
+        lists += [instance.nodes for instance in stopped]
+        return [node for nodes in lists for node in nodes if node != allocation.node]
 
     def _stop(self, state: ModelState, instance: Instance, *, failed: bool = False) -> None:
         self._fleet.out.append(StopInstance(instance.instance_id))
@@ -172,3 +175,8 @@ class Recovery:
             if allocation.complete or node in destinations:
                 holdings[node], tiers[node] = set(allocation.blocks), "gpu"
         return holdings, tiers
+
+
+def _needs_gpus_of(transfer: TransferState, node: NodeId) -> bool:
+    """True if the transfer still needs what a node has in GPU memory; a host copy outlives the allocation."""
+    return node in transfer.waiting or (node in transfer.members and (node, "host") not in transfer.sources)

@@ -127,7 +127,16 @@ class LiveConfig:
         return model
 
     def specs(self, models: Sequence[ModelSpec], blocks: int) -> tuple[ModelSpec, ...]:
-        """The models as they are on disk: the sizes are the checkpoint's, the names the configuration's."""
+        """The models as they are on disk: the sizes are the checkpoint's, the names the configuration's.
+
+        UserError for a model whose replica takes several GPUs: a live node is one GPU.
+        """
+        for model in models:
+            require(
+                model.gpus_per_replica == 1,
+                f"a replica of {model.name} takes {model.gpus_per_replica} GPUs, and a live node is one GPU: "
+                "choose another model, model.gpus_per_replica=1, or backend=sim",
+            )
         spec = self.packed(blocks).spec
         return tuple(replace(spec, name=model.name) for model in models)
 

@@ -76,7 +76,7 @@ class InvariantChecker:
         self._gpus_of: dict[tuple[NodeId, str], int] = {}
         self._event: Event | None = None
         self._transfers: dict[int, _Transfer] = {}
-        self._cancelled: list[_Transfer] = []
+        self._cancelled: dict[int, _Transfer] = {}
         self._model_of: dict[int, str] = {}
         self._needed: dict[int, int] = {}
         self._kv_tokens: dict[int, int] = {}
@@ -98,7 +98,7 @@ class InvariantChecker:
     def on_event(self, event: Event) -> None:
         """Check an event against what happened before."""
         assert event.at >= self._at, f"time goes back from {self._at} to {event.at}"
-        self._at, self._event, self._cancelled = event.at, event, []
+        self._at, self._event, self._cancelled = event.at, event, {}
         self._events_left -= 1
         assert self._events_left, "the run does not end"
         if isinstance(event, NodeJoined):
@@ -149,7 +149,7 @@ class InvariantChecker:
             )
         elif isinstance(command, CancelTransfer):
             if command.transfer_id in self._transfers:
-                self._cancelled.append(self._transfers.pop(command.transfer_id))
+                self._cancelled[command.transfer_id] = self._transfers.pop(command.transfer_id)
         elif isinstance(command, SetTimer):
             assert command.at >= at, "a timer in the past"
         elif isinstance(command, FailRequest):
@@ -201,8 +201,11 @@ class InvariantChecker:
         plan = command.plan
         copies = {node for node, tier in zip(plan.sources, command.source_tiers, strict=True) if tier == "host"}
         left = {(send.dst, send.block) for sends in plan.rounds for send in sends}
-        again = [t.tries for t in self._cancelled if t.model == command.model and t.members.issuperset(plan.destinations)]
-        tries = max(again, default=0) + (bool(again) and isinstance(self._event, CommandFailed))
+        cancelled = [(n, t) for n, t in self._cancelled.items() if t.model == command.model]
+        again = {n: t.tries for n, t in cancelled if t.members.issuperset(plan.destinations)}
+        # One that was called off because a node that fed it was given up has not failed itself.
+        failed = isinstance(self._event, CommandFailed) and self._event.transfer_id in again
+        tries = max(again.values(), default=0) + failed
         assert tries <= 1, f"transfer {command.transfer_id} is the second new plan for a failed multicast"
         return _Transfer(command.model, left, frozenset(plan.members), frozenset(copies), tries)
 

@@ -53,7 +53,7 @@ class TestUnshiftedOneBlock(SystemConformance):
 
 
 def pipelined(**changes: object) -> SystemConfig:
-    config = configured("lambdascale", "system.memory.initial_copies=3", "batching@system.batching=prototype")
+    config = configured("lambdascale_tuned", "system.memory.initial_copies=3", "batching@system.batching=prototype")
     assert isinstance(config.start, MulticastStart)
     pipelines = changes.pop("pipelines", config.start.pipelines)
     return replace(config, start=replace(config.start, pipelines=pipelines), **changes)
@@ -84,7 +84,7 @@ def test_pipelines_serve_first_tokens_before_any_node_is_complete(kv: str) -> No
 def test_more_sources_make_pipelines_ready_earlier() -> None:
     first = []
     for copies in (1, 3):
-        base = configured("lambdascale", f"system.memory.initial_copies={copies}")
+        base = configured("lambdascale_tuned", f"system.memory.initial_copies={copies}")
         assert isinstance(base.start, MulticastStart)
         config = replace(base, start=replace(base.start, pipelines=ComplementaryPipelines()))
         _, recorder = Suite(config).run(burst(200), cluster=small_cluster(12), target_per_replica=1)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.synchronize import Event as Signal
 from typing import Any, Protocol
 
 import pytest
@@ -13,6 +17,7 @@ import pytest
 from lambdascale.core.commands import CancelTransfer, StartMulticast
 from lambdascale.core.events import CommandFailed
 from lambdascale.live import config
+from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.live.node import agent
 from lambdascale.live.node.multicasts import BLOCK_BITS
@@ -74,6 +79,47 @@ class Break:
             endpoint.write = write
 
 
+@dataclass(frozen=True)
+class Hold:
+    """A block of each node counts as arrived there when the node's signal has been given; nothing else waits."""
+
+    blocks: Mapping[int, int]  # by node
+    signals: Mapping[int, Signal]
+
+    @classmethod
+    def back(cls, blocks: Mapping[int, int]) -> Hold:
+        """Hold back these blocks, by node."""
+        context = multiprocessing.get_context("forkserver")
+        return cls(blocks, {node: context.Event() for node in blocks})
+
+    def release(self, *nodes: int) -> Callable[[LiveBackend], None]:
+        """Return a watcher's act that gives these nodes' signals."""
+
+        def give(_: LiveBackend) -> None:
+            for node in nodes:
+                self.signals[node].set()
+
+        return give
+
+    def put_into(self, endpoint: Any, node: int) -> None:
+        if node not in self.blocks:
+            return
+        signal, block = self.signals[node], self.blocks[node]
+
+        def held(told: Callable[..., None]) -> Callable[..., None]:
+            def tell(peer: int, immediate: int, *rest: int) -> None:
+                if immediate % (1 << BLOCK_BITS) == block:
+                    threading.Thread(target=lambda: signal.wait() and told(peer, immediate, *rest), daemon=True).start()
+                else:
+                    told(peer, immediate, *rest)
+
+            return tell
+
+        intact = endpoint.handlers
+        checked = intact.on_checked and held(intact.on_checked)
+        endpoint.handlers = replace(intact, on_write=held(intact.on_write), on_checked=checked)
+
+
 def break_off(connection: Any) -> None:
     """A queue pair fails (rdma), or the socket ends."""
     if hasattr(connection, "lanes"):
@@ -82,21 +128,8 @@ def break_off(connection: Any) -> None:
         connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class FaultyLauncher(LocalLauncher):
-    """Its nodes have the fault."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__()
-        self._fault = fault
-
-    def start(self, configs: Sequence[NodeConfig]) -> None:
-        for each in configs:
-            self._processes[each.node] = self._context.Process(target=run_with, args=(self._fault, each), daemon=True)
-            self._processes[each.node].start()
-
-
-def run_with(fault: Fault, config: NodeConfig) -> None:
-    """A node's process."""
+def run_with(fault: Fault, config: NodeConfig, launched: float) -> None:
+    """Run a node with a fault: its process's main."""
     make = agent.make_endpoint
 
     def make_faulty(*arguments: Any) -> Any:
@@ -105,12 +138,12 @@ def run_with(fault: Fault, config: NodeConfig) -> None:
         return endpoint
 
     agent.make_endpoint = make_faulty
-    agent.run(config)
+    agent.run(config, launched)
 
 
 def inject(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into the live clusters of this test."""
-    monkeypatch.setattr(config, "LocalLauncher", lambda: FaultyLauncher(fault))
+    monkeypatch.setattr(config, "LocalLauncher", partial(LocalLauncher, main=partial(run_with, fault)))
 
 
 def check_damage(outcome: Outcome, block: int) -> None:

@@ -68,6 +68,7 @@ def test_the_model_of_the_configuration_is_the_one_on_disk() -> None:
         (["backend.collective=mpi"], "mpi"),
         (["backend.collective=nccl"], "needs device cuda"),
         (["backend.transport=cuda_ipc"], "needs device cuda"),
+        (["model=llama2_70b"], "takes 4 GPUs, and a live node is one GPU"),
     ],
 )
 def test_mistakes(overrides: list[str], says: str) -> None:

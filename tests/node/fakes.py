@@ -167,11 +167,13 @@ class FakeCluster:
         self.dead: set[int] = set()
 
     def _node(self, node: int, limits: BatchLimits) -> Compute:
-        def send(peer: int, message: wire.Peer) -> None:
+        def send(peer: int, message: wire.Peer) -> bool:
             decoded = wire.to_peer(wire.encode(message))
-            self.wires.setdefault((node, peer), deque()).append(decoded)
+            if peer not in self.dead:
+                self.wires.setdefault((node, peer), deque()).append(decoded)
+            return peer not in self.dead
 
-        def parcels(tell: Callable[[int, wire.Peer], None]) -> Parcels:
+        def parcels(tell: Callable[[int, wire.Peer], bool]) -> Parcels:
             area = memoryview(self.memories[node])[PAGE:]
             return Parcels(node, FakePlaces(node, self.wires), area, PAGE, lambda model: 4 * limits.max_tokens, tell)
 

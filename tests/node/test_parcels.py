@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from lambdascale.live import wire
 from tests.node.fakes import PAGE, FakeCluster, Placed, stages
@@ -124,6 +125,49 @@ def test_a_lost_writer() -> None:
     cluster.stop(1, 2)
     cluster.run()
     assert free(cluster, 2) == 3
+
+
+def test_nothing_is_offered_to_a_lost_writer() -> None:
+    """The controller has not heard of the loss yet: nobody would vacate the places."""
+    cluster = FakeCluster(2)
+    cluster.dead.add(0)
+    cluster.nodes[1].lost(0)
+    cluster.serve(1, *HALVES)
+    cluster.stop(1, 1)
+    cluster.obey(1)
+    assert free(cluster, 1) == 3
+    cluster.obey(1)
+    assert free(cluster, 1) == 3
+
+
+def test_offers_of_a_lost_reader_are_void() -> None:
+    """They came before the instance; by the time it starts, the places belong to nobody."""
+    cluster = FakeCluster(2)
+    cluster.serve(1, *HALVES)
+    cluster.obey(1)
+    deliver_all(cluster, 1, 0)
+    cluster.nodes[0].lost(1)
+    cluster.obey(0)
+    parcels = cluster.nodes[0]._parcels
+    assert parcels is not None
+    assert parcels.send(1, 1, 0, b"abcd") == b"abcd"
+
+
+def test_hidden_states_of_a_gpu_come_to_the_host_where_places_are() -> None:
+    """Sockets and shared memory take host memory only."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)  # type: ignore[assignment]  # a tensor that says so
+
+        def cpu(self, *arguments: object, **options: object) -> torch.Tensor:
+            return torch.tensor(list(b"host"), dtype=torch.uint8)
+
+    cluster = pipeline(*HALVES)
+    parcels = cluster.nodes[0]._parcels
+    assert parcels is not None
+    hidden = torch.zeros(4, dtype=torch.uint8).as_subclass(OnGpu)
+    assert parcels.send(1, 1, 0, hidden) == wire.Landed(PAGE, 4)
+    assert cluster.wires[0, 1].pop() == Placed(b"host", PAGE)
 
 
 def test_nothing_is_placed_at_a_lost_reader() -> None:

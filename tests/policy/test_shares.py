@@ -69,6 +69,21 @@ def test_a_failed_load_of_a_share_gives_its_node_up_and_makes_the_others_whole()
     ]
 
 
+def test_loads_of_shares_that_fail_before_the_pipeline_forms() -> None:
+    """Mutations: the other shares left to wait for ever; a node released while the load of the rest is under way on it."""
+    world = World("serverlessllm", min_replicas=0, start=SpreadStart())
+    world.arrive(1)
+    world.tick()
+    world.block(2, 2)
+    assert world.fail(transfer="t1") == [
+        *("cancel t1", "release 0"),
+        *("load t5 1 ssd 023", "load t6 2 ssd 013", "load t7 3 ssd 012"),
+    ]
+    assert world.fail(transfer="t2") == ["cancel t2", "cancel t5", "release 1"]
+    assert world.deliver("t6") == ["serve i1 2", "dispatch i1 0"]
+    assert world.deliver("t4") + world.deliver("t7") == ["serve i2 3"]
+
+
 def test_spread_replicas_are_released_together() -> None:
     world = spread_serving(keep_alive_s=0.0)
     world.finish(0, 1, 2, 3)

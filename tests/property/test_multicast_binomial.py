@@ -151,7 +151,7 @@ def test_survivors_complete_each_other_or_a_block_is_lost(case: tuple[int, list[
         (((Send(0, 1, 0), Send(1, 2, 0)),), "round 1: node 1 sends block 0, which it does not hold yet"),
         (((Send(0, 1, 0),), (Send(0, 1, 0),)), "round 2: node 1 gets block 0 again"),
         (((Send(0, 1, 0), Send(0, 2, 0)),), "round 1: node 0 sends 2 blocks at once"),
-        (((Send(0, 1, 7),),), "round 1: there is no block 7 of 2"),
+        (((Send(0, 1, 7),),), "round 1: block 7 does not exist: the model has 2"),
         (((Send(0, 9, 0),),), "round 1: a send from 0 to 9 is not between two members"),
         (((Send(0, 1, 0),), (Send(0, 1, 1),)), "node 2 never gets block 0"),
         (

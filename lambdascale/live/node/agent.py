@@ -345,11 +345,13 @@ class Agent:
     def _fault(self, reason: str) -> None:
         self._line.say(wire.Fault(self._config.node, reason, users=False))
 
-    def _send(self, node: NodeId, message: wire.Peer) -> None:
+    def _send(self, node: NodeId, message: wire.Peer) -> bool:
+        """Send a message; False if the peer is lost: the controller will say what becomes of the requests."""
         try:
             self.endpoint.send(node, wire.encode(message))
         except TransportError:
-            return  # the peer is lost: the controller will say what becomes of the requests
+            return False
+        return True
 
     def _on_message(self, peer: NodeId, data: bytes) -> None:
         message = wire.to_peer(data)

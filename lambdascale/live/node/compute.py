@@ -30,11 +30,10 @@ from lambdascale.live.node.worker import NO_INSTANCE, Worker
 
 
 class Compute:
-    """``report`` sends to the controller, ``send`` to other nodes (to nobody if the node is lost); ``vocab`` sizes vocabularies.
+    """``report`` sends to the controller, ``send`` to other nodes (False if the node is lost); ``vocab`` sizes vocabularies.
 
-    ``parcels`` makes what hidden states go through.
-
-    ``start()`` runs the thread; without it, ``step()`` does its work piece by piece.
+    ``parcels`` makes what hidden states go through. ``start()`` runs the thread; without it, ``step()`` does its work piece by
+    piece.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class Compute:
         slot_tokens: int,
         vocab: Callable[[str], int],
         report: Callable[[wire.ToController], None],
-        send: Callable[[NodeId, wire.Peer], None],
+        send: Tell,
         parcels: Callable[[Tell], Parcels],
     ) -> None:
         self._node = node
@@ -198,13 +197,13 @@ class Compute:
         sent = self._parcels.send(node, forward.instance, forward.batch, output)
         self._tell(node, wire.Forward(forward.instance, forward.batch, forward.version, following, forward.work, sent))
 
-    def _tell(self, node: NodeId, message: wire.Peer) -> None:
-        """Send a message to a node; this node's own are taken at once."""
+    def _tell(self, node: NodeId, message: wire.Peer) -> bool:
+        """Send a message to a node, False if that is lost; this node's own are taken at once."""
         if node != self._node:
-            self._send(node, message)
-            return
+            return self._send(node, message)
         assert not isinstance(message, wire.Ready | wire.Rendezvous), "those are the mover's"
         self._take(message)
+        return True
 
     def _chosen(self, instance: Instance, message: wire.Chosen) -> None:
         """Take the tokens of an iteration; the batch may move before its next one."""
@@ -352,6 +351,8 @@ class Compute:
     def _lost(self, peer: NodeId) -> None:
         """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
         self._parcels.lost(peer)
+        for number, messages in self._early.items():  # its next process lays its places out anew
+            self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
             self._drop(number)
         for number, ticket in self._inbox.lose(peer):

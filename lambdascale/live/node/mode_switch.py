@@ -12,7 +12,7 @@ from lambdascale.live import wire
 from lambdascale.live.node.instance import Instance
 from lambdascale.live.node.recent import Recent
 
-Tell = Callable[[NodeId, wire.Peer], None]
+Tell = Callable[[NodeId, wire.Peer], object]
 _Key = tuple[int, int]  # instance, request
 
 

@@ -25,7 +25,8 @@ from lambdascale.live.node.instance import Instance
 from lambdascale.live.node.memory import memory_of
 from lambdascale.transport import Memory, TransportError
 
-Tell = Callable[[NodeId, wire.Peer], None]
+# Sends a message to a node; False if the node is lost.
+Tell = Callable[[NodeId, wire.Peer], bool]
 
 
 class Places(Protocol):
@@ -79,8 +80,11 @@ class Parcels:
                 offset = self._extents.take(size)
                 if offset is None:
                     return
+                place = wire.Offer(instance.number, self._node, instance.newest, batch, self._first + offset, size)
+                if not self._tell(sender, place):  # nobody will vacate it: take it back
+                    self._extents.give_back(offset)
+                    break
                 self._offered[offset] = _Offered(sender, instance.number, batch)
-                self._tell(sender, wire.Offer(instance.number, self._node, instance.newest, batch, self._first + offset, size))
 
     @staticmethod
     def _usable(offered: _Offered, instance: int, sender: NodeId) -> bool:
@@ -126,12 +130,17 @@ class Parcels:
         if place is None or size > place.size:
             return to_bytes(hidden)
         try:
-            data = memoryview(hidden) if isinstance(hidden, bytes) else memory_of(_computed(hidden))
-            done = self._endpoint.place(peer, data, place.offset)
+            done = self._endpoint.place(peer, self._source(hidden), place.offset)
         except TransportError:
             return b""  # the peer is lost: the message will not arrive either
         done.add_done_callback(lambda _, kept=hidden: None)  # type: ignore[misc]  # mypy cannot infer the default; the memory lives until read
         return wire.Landed(place.offset, size)
+
+    def _source(self, hidden: bytes | torch.Tensor) -> Memory:
+        """Return hidden states in memory that the endpoint writes from: a GPU's only where peers write to a GPU's."""
+        if isinstance(hidden, bytes):
+            return memoryview(hidden)
+        return memory_of(hidden.cpu() if isinstance(self._area, memoryview) else _computed(hidden))
 
     def _vacate(self, node: NodeId, instance: int, places: Collection[wire.Offer]) -> None:
         self._tell(node, wire.Vacate(instance, self._node, tuple(place.offset for place in places)))

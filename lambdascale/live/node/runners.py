@@ -105,6 +105,9 @@ class TorchRunner:
             hidden = torch.tensor(inputs, dtype=torch.long)
         state = self._stage.run(work.batch, hidden.to(self._stage.device))
         if self._stage.is_last:
+            if not work.rules and state.device.type == "cuda":
+                # The answer says that the inputs have been read: the stage before may write the next ones to their place.
+                torch.cuda.current_stream(state.device).synchronize()
             return choose(state, work.rules, work.positions) if work.rules else []
         # A replay of a recording writes to the same memory each time.
         return (state.contiguous() if state.device.type == "cpu" else state.clone()).view(torch.uint8).flatten()
