@@ -3,7 +3,8 @@
 python scripts/gpu_profile.py --model DIR|NAME --out conf/cluster/measured/NAME.yaml [--device cuda] [--errors FILE.csv] [--quick]
 
 Writes the profile, with the rate of a copy between two GPUs as its network where the machine has two, and a table of errors in
-per cent: decode steps and prefills of the whole model beside ComputeModel, and a multicast beside its plan.
+per cent: decode steps and prefills of the whole model beside ComputeModel and, unless the machine has just one
+GPU, a multicast beside its plan.
 """
 
 from __future__ import annotations
@@ -79,19 +80,7 @@ def timed(stage: TransformerStage, batch: StageBatch) -> float:
 
 def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Iterator[Row]:
     """A multicast from one node to the others: the later ones' median beside the plan at the link's rate."""
-    asked = [
-        "--model",
-        model,
-        "--blocks",
-        str(blocks),
-        "--nodes",
-        str(nodes),
-        "--transport",
-        transport,
-        "--repeat",
-        "5",
-        "--json",
-    ]
+    asked = ["--model", model, "--blocks", str(blocks), "--nodes", str(nodes), "--transport", transport]
     done = subprocess.run(
         [*COMMAND, "multicast", *asked, "--repeat", "5", "--json"], check=True, stdout=subprocess.PIPE, timeout=150
     )
@@ -132,7 +121,8 @@ def main() -> None:
     write(profile, arguments.out)
     compute = ComputeModel(instantiate(profile.cluster, _convert_="all").node(0), model.spec)
     rows = list(compute_rows(model, arguments.device, compute, grid))
-    rows += multicast_rows(arguments.model, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
+    if gpus != 1:  # nodes that share a GPU with this process's weights find no room on it
+        rows += multicast_rows(arguments.model, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
     table = pd.DataFrame(rows).assign(model=model.name, measured_on=profile.provenance)
     errors = arguments.errors or Path("results/tables") / f"errors_{arguments.out.stem}.csv"
     errors.parent.mkdir(parents=True, exist_ok=True)
