@@ -75,9 +75,9 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
         tickets[number] = Ticket(number, list(ids), len(ids), TOKENS, stop_tokens=text.stop_tokens)
     # Links at which 0.65 GB take a quarter of a minute, and iterations that keep one node busy twice as long.
     pace = ["cluster.nic_bytes_per_s=0.05GB/s", "cluster.compute.iteration_overhead_s=0.25"]
-    # Pipelines are formed whatever a slow machine makes of them.
+    # Host copies are sources first; pipelines are formed whatever a slow machine makes of them.
     always = "+system.start.pipelines.form=always"
-    overrides = ["cluster=desk", *pace, "system.memory.initial_copies=2", "system.start.sources=2", always]
+    overrides = ["cluster=desk", "system=lambdascale_tuned", *pace, "system.memory.initial_copies=2", "system.start.sources=2", always]
     config = compose(overrides)
     cluster, system = (instantiate(config[group], _convert_="all") for group in ("cluster", "system"))
     recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
