@@ -14,9 +14,9 @@ from lambdascale.experiments.compose import conf_dir
 
 EXCEPTIONS = {
     # Chosen by a group of conf/, and so by a file's list of defaults.
-    "lambdascale.control.SystemConfig": {"autoscaler", "batching", "memory"},
+    "lambdascale.control.SystemConfig": {"batching"},
     # Left out so that NoPipelines can take its place by the target alone, as the ablations do.
-    "lambdascale.pipelines.ComplementaryPipelines": {"max_stages"},
+    "lambdascale.pipelines.ComplementaryPipelines": {"form", "max_stages", "switch"},
 }
 
 
