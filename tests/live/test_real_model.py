@@ -77,7 +77,14 @@ def test_fifty_greedy_requests_during_a_scale_out(packed: PackedModel) -> None:
     pace = ["cluster.nic_bytes_per_s=0.05GB/s", "cluster.compute.iteration_overhead_s=0.25"]
     # Host copies are sources first. If pipelines serve depends on the machine; tests/live/test_cluster.py makes sure of it.
     always = "+system.start.pipelines.form=always"
-    overrides = ["cluster=desk", "system=lambdascale_tuned", *pace, "system.memory.initial_copies=2", "system.start.sources=2", always]
+    overrides = [
+        "cluster=desk",
+        "system=lambdascale_tuned",
+        *pace,
+        "system.memory.initial_copies=2",
+        "system.start.sources=2",
+        always,
+    ]
     config = compose(overrides)
     cluster, system = (instantiate(config[group], _convert_="all") for group in ("cluster", "system"))
     recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
