@@ -133,6 +133,8 @@ class RemoteMemory:
 class RemoteEndpoint:
     """See Endpoint; its memory is a RemoteMemory."""
 
+    can_place = False  # as its endpoint: memory windows admit a plan's writes only
+
     def __init__(self, host: Any, node: NodeId, handlers: Handlers, address: str) -> None:
         self._host, self._handlers = host, handlers
         self._number = host.make(node, address)
