@@ -127,7 +127,7 @@ class FakeExecutor:
 
 @dataclass(frozen=True)
 class Placed:
-    """What a node writes into another's memory, on its way."""
+    """Writes of a node into another's memory that are under way."""
 
     data: bytes
     offset: int

@@ -1,4 +1,4 @@
-"""What holds after every event, whichever way draining, closed pipelines, joined trees, losses and returns meet."""
+"""Invariants after every event, however draining, closed pipelines, joined trees, losses and returns meet."""
 
 from __future__ import annotations
 
