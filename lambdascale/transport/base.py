@@ -70,7 +70,10 @@ class Endpoint(Protocol):
         ...
 
     def connect(self, peer: NodeId, address: str) -> None:
-        """Connect to a peer with a lower id; TransportError if it cannot be reached or is not the process expected."""
+        """Connect to a peer with a lower id and return when both ends can use the connection.
+
+        TransportError if the peer cannot be reached, is not the process expected, or refuses.
+        """
         ...
 
     def admit(self, peer: NodeId) -> None:

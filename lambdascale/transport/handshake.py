@@ -21,7 +21,7 @@ from typing import Literal
 
 from lambdascale.core import NodeId
 
-_MAGIC = b"lambdascale/2"
+_MAGIC = b"lambdascale/3"
 _HELLO = struct.Struct(f"!{len(_MAGIC)}s32sII")  # magic with the version, challenge, node, generation
 _PARTIES = struct.Struct("!IIII")
 _PROOF_BYTES = 32

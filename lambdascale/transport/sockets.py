@@ -24,6 +24,8 @@ from lambdascale.transport.pacing import TokenBucket
 TIMEOUT_S = 20.0
 # Connections that may be in their handshake at once. A cluster has 256 nodes at most; strangers get no more threads than this.
 _MOST_ADMITTING = 512
+# What the end that listens sends when it knows a connection. Only then does ``connect`` return: both ends may use it at once.
+_WELCOME = b"+"
 
 
 class Connection(Protocol):
@@ -201,6 +203,12 @@ class SocketEndpoint(ABC, Generic[C]):
         except TransportError:
             sock.close()
             raise
+        try:
+            fill(sock, memoryview(bytearray(len(_WELCOME))))
+        except (OSError, EOFError) as error:
+            connection.abandon()
+            sock.close()
+            raise TransportError(f"node {peer} at {address} refuses the connection: {error}") from error
         self._add(connection, listener.generation)
 
     def admit(self, peer: NodeId) -> None:
@@ -284,13 +292,17 @@ class SocketEndpoint(ABC, Generic[C]):
                 raise TransportError(f"node {peer} is not connected")
             return self._connections[peer]
 
-    def _add(self, connection: C, generation: int) -> None:
-        """Use a proven connection. It takes the place of one to an earlier process of the peer, and of no other."""
+    def _add(self, connection: C, generation: int, welcome: bytes = b"") -> None:
+        """Use a proven connection. It takes the place of one to an earlier process of the peer, and of no other.
+
+        ``welcome`` is sent first: it tells the end that called that this end knows the connection. OSError if that fails.
+        """
         while True:
             with self._lock:
                 before = self._connections.get(connection.peer)
                 refused = self._closed or (before is not None and self._generations[connection.peer] >= generation)
                 if not refused and before is None:
+                    connection.sock.sendall(welcome)
                     self._connections[connection.peer] = connection
                     self._generations[connection.peer] = generation
                     connection.start()
@@ -320,7 +332,12 @@ class SocketEndpoint(ABC, Generic[C]):
         try:
             caller = self._handshake.listen(sock, self.address, self._check_caller)
             sock.settimeout(TIMEOUT_S)
-            self._add(self.make(caller.node, sock), caller.generation)
+            connection = self.make(caller.node, sock)
+            try:
+                self._add(connection, caller.generation, _WELCOME)
+            except OSError:
+                connection.abandon()
+                raise
         except (OSError, EOFError, TransportError):
             sock.close()  # a stranger, or refused: the other side sees its connection end
         finally:
