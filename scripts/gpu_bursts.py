@@ -4,7 +4,7 @@ python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,
     [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1]
     [--device cuda] [--transport cuda_ipc] [--out results/tables] [--limit-s 540]
 
-Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that wants all nodes. The
+Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that needs all nodes. The
 pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
 serves. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
 --limit-s is over, no further run begins, and the output says how many were left out.
@@ -34,7 +34,7 @@ from lambdascale.experiments.compose import compose
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that vary between runs. ``link``: a rate, or none for an unpaced one; ``output_tokens`` of each request."""
+    """Settings that vary between runs. ``link``: its rate, none for no limit. ``output_tokens``: of each request."""
 
     link: str
     sources: int
@@ -192,7 +192,7 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers of a list with commas."""
+    """Return the whole numbers of a comma-separated list."""
     return [int(part) for part in text.split(",")]
 
 

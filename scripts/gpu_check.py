@@ -1,4 +1,4 @@
-"""Measure the engine, digests and multicasts on this machine's GPUs, each beside its limit, in under ten minutes.
+"""Measure the engine, digests and multicasts on this machine's GPUs, each beside its limit, in less than ten minutes.
 
 python scripts/gpu_check.py [--out results/tables] [--only decode,prefill,digest,multicast] [--models 7B,13B] [--memory /dev/shm]
 
@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import m
 
 
 def engine(device: torch.device, model: str, read_rate: float, only: set[str]) -> Iterator[tuple[str, Row]]:
-    """Rows of decode and prefill, by table."""
+    """Return rows of decode and prefill, by table."""
     a = engine_rates.architecture(model)
     weights = engine_rates.random_weights(a, device)
     if "decode" in only:
@@ -42,7 +42,7 @@ def engine(device: torch.device, model: str, read_rate: float, only: set[str]) -
 
 
 def multicasts(memory: Path, repeat: int = 5) -> Iterator[tuple[str, Row]]:
-    """Verified multicasts of a 7B model from one GPU to the others, and from half of them to the other half."""
+    """Time verified multicasts of a 7B model from one GPU to the others, and from half of them to the other half."""
     gpus = torch.cuda.device_count()
     with TemporaryDirectory(dir=memory) as scratch:
         config, packed = Path(scratch) / "config.json", Path(scratch) / "7B"
@@ -71,7 +71,7 @@ def multicasts(memory: Path, repeat: int = 5) -> Iterator[tuple[str, Row]]:
 
 
 def rows(arguments: argparse.Namespace, only: set[str]) -> Iterator[tuple[str, Row]]:
-    """All rows, by table."""
+    """Return all rows, by table."""
     device = torch.device("cuda:0")
     read_rate = probes.memory_rate(4 << 30, device)
     if "digest" in only:

@@ -40,18 +40,18 @@ Row = dict[str, Any]
 
 
 def row(what: str, size: str, simulated_s: float, measured_s: float) -> Row:
-    """A row of the table of errors."""
+    """Return a row of the table of errors."""
     error = 100 * (simulated_s / measured_s - 1)
     return {"what": what, "size": size, "simulated_s": simulated_s, "measured_s": measured_s, "error_percent": error}
 
 
 def between(values: tuple[int, ...]) -> list[int]:
-    """Sizes in the middle of a grid's intervals: the profile has not seen them."""
+    """Return the middles of a grid's intervals, sizes that the profile has no measurement of."""
     return [(low + high) // 2 for low, high in pairwise(values)]
 
 
 def compute_rows(model: PackedModel, device: str, compute: ComputeModel, grid: Grid) -> Iterator[Row]:
-    """Decode steps and prefills of the whole model."""
+    """Compare decode steps and prefills of the whole model."""
     with loaded(model, device) as weights:
         slots, tokens = max(grid.decode_batch), max(*grid.prefill_tokens, *grid.contexts) + 1
         stage = TransformerStage(model.architecture, weights, slots, tokens)
@@ -65,7 +65,7 @@ def compute_rows(model: PackedModel, device: str, compute: ComputeModel, grid: G
 
 
 def simulated(compute: ComputeModel, batch: StageBatch) -> float:
-    """Seconds of an iteration by the model that simulations use."""
+    """Return the seconds of an iteration by the model that simulations use."""
     filled = batch.segments[: len(batch.segments) - batch.decodes]
     context = sum(segment.start for segment in batch.segments[len(filled) :])
     attended = sum(segment.tokens * (segment.tokens + 1) // 2 for segment in filled)
@@ -73,13 +73,13 @@ def simulated(compute: ComputeModel, batch: StageBatch) -> float:
 
 
 def timed(stage: TransformerStage, batch: StageBatch) -> float:
-    """Seconds of an iteration on the engine, the first ones left out."""
+    """Return the seconds of an iteration on the engine; the first ones do not count."""
     inputs = inputs_of(stage, batch)
     return median([probes.once(lambda: stage.run(batch, inputs), stage.device) for _ in range(8)][3:])
 
 
 def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Iterator[Row]:
-    """A multicast from one node to the others: the later ones' median beside the plan at the link's rate."""
+    """Compare a multicast from one node to the others, the median of all but the first, with its plan at the link's rate."""
     asked = ["--model", model, "--blocks", str(blocks), "--nodes", str(nodes), "--transport", transport]
     done = subprocess.run(
         [*COMMAND, "multicast", *asked, "--repeat", "5", "--json"], check=True, stdout=subprocess.PIPE, timeout=150
@@ -121,7 +121,7 @@ def main() -> None:
     write(profile, arguments.out)
     compute = ComputeModel(instantiate(profile.cluster, _convert_="all").node(0), model.spec)
     rows = list(compute_rows(model, arguments.device, compute, grid))
-    if gpus != 1:  # nodes that share a GPU with this process's weights find no room on it
+    if gpus != 1:  # nodes need the memory of the GPU, which this process's weights would take
         rows += multicast_rows(arguments.model, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
     table = pd.DataFrame(rows).assign(model=model.name, measured_on=profile.provenance)
     errors = arguments.errors or Path("results/tables") / f"errors_{arguments.out.stem}.csv"

@@ -1,7 +1,7 @@
 """Make the tables of live runs: python scripts/live_tables.py [--only NAME] [--cluster measured/NAME] [--results DIR].
 
 Runs the studies live_fidelity and live_while_load (conf/experiment) and derives results/tables/sim_vs_live.csv and
-execute_while_load.csv from their tables. Make the profile NAME of this machine first:
+execute_while_load.csv from their tables. First make a profile of this machine, called NAME:
 lambdascale profile --threads 1 --sharing 4 --model smollm2 --out conf/cluster/measured/NAME.yaml.
 About 40 minutes; finished runs are reused.
 """

@@ -5,8 +5,8 @@ another, each under the fast tests that concern it, and prints the share of kill
 DIR (default: a temporary folder), where ``mutmut show NAME`` then shows a survivor. About a mutant a second on one core;
 ``--sample N`` tries N mutants of each room, drawn with a fixed seed.
 
-Two departures from a plain ``mutmut run``: ``lru_cache`` decorators are removed in the copy, since mutmut passes decorated
-functions by, and a cache filled before a mutant is switched on would hide it; lines of assertions are not mutated, since no test
+Two departures from a plain ``mutmut run``: ``lru_cache`` decorators are removed in the copy, since mutmut skips decorated
+functions, and a cache filled before a mutant is switched on would hide it; lines of assertions are not mutated, since no test
 reaches the failure of an invariant of ours.
 """
 
@@ -31,7 +31,7 @@ COPIED = ("lambdascale", "baselines", "conf", "tests", "scripts", "pyproject.tom
 
 @dataclass(frozen=True)
 class Room:
-    """Files to mutate (patterns) and the tests that are to notice, pytest arguments."""
+    """Files to mutate, as patterns, and the tests that should notice, as arguments of pytest."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
@@ -60,23 +60,21 @@ ROOMS = {
         ("lambdascale/control/*",),
         (
             *("tests/policy/test_router.py", "tests/policy/test_scale_out.py", "tests/policy/test_recovery.py"),
-            *("tests/policy/test_scale_out_serving.py", "tests/policy/test_recovery_joined.py"),
+            *("tests/policy/test_scale_out_serving.py", "tests/policy/test_recovery_joined.py", "tests/policy/test_scale_in.py"),
             *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
             *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/policy/test_shares.py"),
-            *("tests/policy/test_loop.py", "tests/policy/test_returning.py"),
-            *("tests/property/test_control_batching_properties.py", "tests/golden"),
+            *("tests/policy/test_loop.py", "tests/policy/test_returning.py", "tests/policy/test_traffic.py"),
+            *("tests/policy/test_several_gpus.py", "tests/property/test_control_batching_properties.py"),
+            *("tests/property/test_scale_in_properties.py", "tests/property/test_traffic_properties.py", "tests/golden"),
         ),
     ),
     "sim": Room(
         ("lambdascale/sim/*",),
         (
             *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/unit/test_sim_loads.py"),
-            *(
-                "tests/policy/test_simulator.py",
-                "tests/property/test_sim_links_properties.py",
-                "tests/golden",
-                "tests/unit/test_sim_sharing.py",
-            ),
+            *("tests/unit/test_sim_sharing.py", "tests/unit/test_sim_compute.py", "tests/unit/test_multicast_rates.py"),
+            *("tests/policy/test_simulator.py", "tests/policy/test_several_gpus.py"),
+            *("tests/property/test_sim_links_properties.py", "tests/property/test_sim_transfers_properties.py", "tests/golden"),
         ),
     ),
 }
@@ -98,7 +96,7 @@ def main() -> None:
 
 
 def measure(room: Room, folder: Path, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Mutate one room in ``folder``; (mutants killed, mutants tried)."""
+    """Mutate one room in ``folder``; return (mutants killed, mutants tried)."""
     copy_tree(folder)
     (folder / "setup.cfg").write_text(settings(room))
     chosen: list[str] = []
@@ -116,7 +114,7 @@ def measure(room: Room, folder: Path, arguments: argparse.Namespace) -> tuple[in
 
 
 def outcomes(folder: Path) -> dict[str, int | None]:
-    """Exit status of the tests for every mutant: 0 for a survivor, None for one that was not tried."""
+    """Return the tests' exit status for every mutant: 0 for a survivor, None for one that was not tried."""
     found: dict[str, int | None] = {}
     for path in (folder / "mutants").rglob("*.meta"):
         found |= json.loads(path.read_text())["exit_code_by_key"]
@@ -124,7 +122,7 @@ def outcomes(folder: Path) -> dict[str, int | None]:
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what tests need of the working tree to ``folder``, without caches of planners."""
+    """Copy the files that tests need to ``folder``, without caches of planners."""
     shown = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *COPIED], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -139,7 +137,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def settings(room: Room) -> str:
-    """mutmut's settings for a room."""
+    """Return mutmut's settings for a room."""
     lists = {
         "source_paths": ("lambdascale", "baselines"),
         "only_mutate": room.files,
@@ -154,7 +152,7 @@ def settings(room: Room) -> str:
 
 
 def mutmut(folder: Path, *arguments: str, capture: bool = False) -> str:
-    """Run a mutmut command in ``folder``; its output if ``capture``."""
+    """Run a mutmut command in ``folder``; return its output if ``capture``."""
     environment = os.environ | {"HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis")}
     command = [sys.executable, "-m", "mutmut", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=capture, text=True, check=arguments[0] != "run")

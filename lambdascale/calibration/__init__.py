@@ -1,1 +1,1 @@
-"""Measuring a node: memory, links, loads, prefill and decode, written as a cluster configuration the simulator takes as it is."""
+"""Measurement of a node (memory, links, loads, prefill, decode), written as a configuration that the simulator reads as it is."""

@@ -1,4 +1,4 @@
-"""The engine on one GPU beside the least it could take: decode beside reading, prefill beside matrix products, digests.
+"""Speed of the engine on one GPU beside its limits: decode beside reading, prefill beside matrix products, digests.
 
 The weights are random and made on the GPU: no file, no store. A row is a dict with its limit, measured in the same run.
 """
@@ -40,19 +40,19 @@ SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
 
 
 def config(model: str) -> dict[str, Any]:
-    """config.json of Llama 2 in a size of SHAPES."""
+    """Return the config.json of Llama 2 in a size of SHAPES."""
     hidden, layers, heads, intermediate = SHAPES[model]
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
     return _LLAMA2 | sizes | {"intermediate_size": intermediate}
 
 
 def architecture(model: str) -> Architecture:
-    """Llama 2's architecture of a size in SHAPES."""
+    """Return the architecture of Llama 2 in a size of SHAPES."""
     return parse_architecture(config(model))
 
 
 def random_weights(a: Architecture, device: torch.device, dtype: str = DTYPE) -> list[BlockWeights]:
-    """Blocks of random weights, of a spread that keeps hidden states finite through any number of layers."""
+    """Return blocks of random weights, of a spread that keeps hidden states finite through any number of layers."""
     blocks = []
     for layout in block_layouts(a, dtype, BLOCKS):
         buffer = torch.empty(layout.size_bytes, dtype=torch.uint8, device=device)
@@ -62,7 +62,10 @@ def random_weights(a: Architecture, device: torch.device, dtype: str = DTYPE) ->
 
 
 def decode_rows(model: str, stage: TransformerStage, read_rate: float, batches: tuple[int, ...], context: int) -> Iterator[Row]:
-    """Milliseconds a step of batches at ``context``, token to token on the host, beside weights and KV over ``read_rate``."""
+    """Return ms per decode step of each batch at ``context``, beside the time to read weights and KV at ``read_rate``.
+
+    A step is timed on the host, from token to token.
+    """
     a = stage.architecture
     weights = sum(block.layout.size_bytes for block in stage.blocks) - a.vocab * a.hidden * stage.dtype.itemsize  # the embedding
     for batch in batches:
@@ -80,7 +83,7 @@ def decode_rows(model: str, stage: TransformerStage, read_rate: float, batches: 
 
 
 def _steps(stage: TransformerStage, batch: int, context: int, rounds: int = 30) -> list[float]:
-    """Seconds of steps, greedy tokens fed back; the first ones, which make the step ready, are left out."""
+    """Return the seconds of each step, with greedy tokens fed back. The first steps, which prepare kernels, are left out."""
     stage.prepare([batch])
     tokens, times = torch.arange(batch), []
     for index in range(rounds):
@@ -97,7 +100,7 @@ def _first_token(stage: TransformerStage, prompt: torch.Tensor) -> None:
 
 
 def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) -> Iterator[Row]:
-    """Milliseconds of a prompt, to its token on the host, beside the matrix products of its layers alone."""
+    """Return ms from a prompt to its token on the host, beside those of the matrix products of its layers alone."""
     stage.prepare()
     for tokens in lengths:
         took = probes.seconds(partial(_first_token, stage, torch.arange(tokens, device=stage.device)), stage.device)
@@ -106,7 +109,7 @@ def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) 
 
 
 def _products(stage: TransformerStage, tokens: int) -> Callable[[], None]:
-    """Every matrix product of a prefill, the head's for its last row."""
+    """Compute every matrix product of a prefill; the head's for the last row only."""
     layers = [layer for block in stage.blocks for layer in block.layers]
     inputs = {
         width: torch.randn(tokens, width, device=stage.device, dtype=stage.dtype)
@@ -122,7 +125,7 @@ def _products(stage: TransformerStage, tokens: int) -> Callable[[], None]:
 
 
 def digest_rows(device: torch.device, read_rate: float, size_bytes: int = 1 << 30) -> Iterator[Row]:
-    """GB/s of digests on the GPU beside its read rate, and by one CPU thread (with xxh3, as packing does)."""
+    """Return GB/s of digests on the GPU beside its read rate, and of one CPU thread (with xxh3, as packing does)."""
     data = torch.randint(0, 256, (size_bytes,), dtype=torch.uint8, device=device)
     rate = size_bytes / probes.seconds(lambda: part_digests(data), device)
     yield {"where": "gpu", "gb_per_s": rate / 1e9, "limit_gb_per_s": read_rate / 1e9, "of_limit": rate / read_rate}

@@ -1,4 +1,4 @@
-"""Time of a model's iterations on this machine: prefill over tokens, decode over batch and context, block by block."""
+"""Times of a model's iterations on this machine: prefill by tokens, decode by batch and context, block by block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Points to measure at: prompt lengths, batch sizes, and the contexts at which decode steps are timed."""
+    """Points at which iterations are timed: prompt lengths, batch sizes, and contexts of decode steps."""
 
     prefill_tokens: tuple[int, ...] = (16, 64, 128, 256, 512, 1024)
     decode_batch: tuple[int, ...] = (1, 2, 4, 8)
@@ -39,7 +39,7 @@ class BlockTimes:
 
 @contextmanager
 def loaded(model: PackedModel, device: str) -> Iterator[list[BlockWeights]]:
-    """All blocks of a model, brought by the block store."""
+    """Yield all blocks of a model, loaded by the block store."""
     arena = sum(-(-size // 4096) * 4096 for size in model.block_bytes)
     # On the way to a GPU every block passes through host memory.
     config = StoreConfig(host_bytes=0 if device == "cpu" else arena, device_bytes=arena, device=device)
@@ -51,9 +51,9 @@ def loaded(model: PackedModel, device: str) -> Iterator[list[BlockWeights]]:
 
 
 def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], grid: Grid) -> list[BlockTimes]:
-    """Every block as a stage of its own, in turn, as a pass through the model runs them.
+    """Time every block as a stage of its own, one after the other, in the order in which a model runs them.
 
-    A block that is repeated alone has its weights in a cache and looks a quarter faster than it is.
+    A block that is repeated alone has its weights in a cache and appears a quarter faster than it is.
     """
     longest = min(architecture.max_position, max(*grid.prefill_tokens, *(context + 1 for context in grid.contexts)))
     stages = [TransformerStage(architecture, [block], max(grid.decode_batch), longest) for block in blocks]
@@ -73,17 +73,17 @@ def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], g
 
 
 def prefill(tokens: int) -> StageBatch:
-    """One prompt of ``tokens``."""
+    """Return a batch of one prompt of ``tokens``."""
     return StageBatch((Segment(0, 0, tokens),), 0, (tokens - 1,))
 
 
 def decode(batch: int, context: int) -> StageBatch:
-    """A token each for ``batch`` sequences of ``context`` tokens."""
+    """Return a decode step of ``batch`` sequences with ``context`` tokens each."""
     return StageBatch(tuple(Segment(slot, context, 1) for slot in range(batch)), batch, tuple(range(batch)))
 
 
 def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int) -> list[float]:
-    """Median seconds of each stage over ``rounds`` passes through all of them; a pass before does not count."""
+    """Return the median seconds of each stage over ``rounds`` passes through all of them, after one that does not count."""
     times: list[list[float]] = [[] for _ in stages]
     inputs = [inputs_of(stage, batch) for stage in stages]
     for _ in range(rounds + 1):
@@ -93,7 +93,7 @@ def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int)
 
 
 def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
-    """Input of the right shape and type for a stage."""
+    """Return an input of the right shape and type for a stage."""
     if stage.is_first:
         return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
     shape = (batch.rows, stage.architecture.hidden)
@@ -101,7 +101,7 @@ def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
 
 
 def table(model: str, times: Sequence[BlockTimes], grid: Grid) -> ComputeTable:
-    """The whole model's times, as the simulator's compute model takes them: blocks add up."""
+    """Return the whole model's times, sums over its blocks, as the simulator's compute model takes them."""
     prefills = [sum(column) for column in zip(*(t.prefill_s for t in times), strict=True)]
     decodes = [[sum(t.decode_s[i][j] for t in times) for j in range(len(grid.contexts))] for i in range(len(grid.decode_batch))]
     return ComputeTable(
@@ -115,7 +115,7 @@ def table(model: str, times: Sequence[BlockTimes], grid: Grid) -> ComputeTable:
 
 
 def _slope(decodes: Iterable[Sequence[float]], grid: Grid) -> float:
-    """Seconds per token of context read, the median over batch sizes of the first and last context's difference; not below 0."""
+    """Return seconds per token of context: the median over batch sizes of the slope from first to last context, at least 0."""
     span = grid.contexts[-1] - grid.contexts[0]
     if span <= 0:
         return 0.0

@@ -1,4 +1,4 @@
-"""One multicast alone, over and over, by a live cluster that serves nobody; and the rate of the link beneath it."""
+"""Repeated multicasts on a live cluster that serves no requests, and the rate of the link beneath them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lambdascale.core.commands import Command, LoadBlocks, ReleaseNode, SetTimer
 from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, TimerFired
 
 _LOAD, _TIMER = 1, 1
-# Blocks of the last multicast are released, and the nodes idle, when the next begins.
+# Pause in which blocks of the last multicast are released, so that the nodes are idle when the next begins.
 _PAUSE_S = 0.5
 
 
 @dataclass
 class Repeated:
-    """A system that carries ``plan`` out ``repeat`` times, by the clock of the cluster that drives it.
+    """A system that carries ``plan`` out ``repeat`` times, timed by the clock of the cluster that drives it.
 
     Its sources load the model first; destinations drop it after each multicast. ``seconds``: from each command until the last
     destination has reported its last block, verified. RuntimeError if a command fails or a node is lost.
@@ -78,12 +78,12 @@ class Repeated:
 
 
 def planned_s(plan: MulticastPlan, block_bytes: Sequence[int], bytes_per_s: float) -> float:
-    """Seconds of a plan's rounds over links of this rate, each as long as its largest block takes."""
+    """Return the seconds of a plan's rounds over links of this rate, each as long as its largest block takes."""
     return sum(max(block_bytes[send.block] for send in sends) for sends in plan.rounds) / bytes_per_s
 
 
 def link_rate(transport: str, size_bytes: int = 1 << 30) -> float | None:
-    """Bytes/s of what a transport of one host is made of, measured now; None where that cannot be measured on one host.
+    """Measure the rate in bytes/s of the link under a transport, now; None if one host cannot measure it.
 
     cuda_ipc: a copy from GPU 0 to GPU 1, or within GPU 0 if it is the only one. shm: a copy in host memory. tcp: a stream over
     the loopback interface.

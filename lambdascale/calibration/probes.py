@@ -1,4 +1,4 @@
-"""Rates of a machine's parts, as medians of repeats: memory, host to device, arithmetic, a loopback connection."""
+"""Rates of a machine's parts, medians of repeats: memory, copies to the device, arithmetic, a loopback connection."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TCP_CHUNK = 1 << 20
 
 
 def seconds(work: Callable[[], object], device: torch.device, rounds: int = _ROUNDS) -> float:
-    """Median time of ``work`` after one run that does not count."""
+    """Return the median time of ``work`` in seconds, after one run that does not count."""
     once(work, device)
     return median(once(work, device) for _ in range(rounds))
 
 
 def once(work: Callable[[], object], device: torch.device) -> float:
-    """Time of ``work``, with the device's queue empty before and after."""
+    """Return the time of ``work`` in seconds, with the device's queue empty before and after."""
     _synchronize(device)
     begin = time.perf_counter()
     work()
@@ -37,13 +37,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def copy_rate(size_bytes: int) -> float:
-    """Bytes/s of one thread copying touched host memory to touched host memory."""
+    """Measure one thread's copies between mapped pages of host memory, in bytes/s."""
     source, target = (torch.frombuffer(touched_memory(size_bytes), dtype=torch.uint8) for _ in range(2))
     return size_bytes / seconds(lambda: target.copy_(source), torch.device("cpu"))
 
 
 def host_to_device_rate(size_bytes: int, device: torch.device) -> float:
-    """Bytes/s from a (pinned) host arena to a device arena."""
+    """Measure copies from a (pinned) host arena to a device arena, in bytes/s."""
     host, target = (Arena(size_bytes, where, "a measurement's buffer") for where in (torch.device("cpu"), device))
     try:
         return size_bytes / seconds(lambda: target.bytes.copy_(host.bytes, non_blocking=True), device)
@@ -52,19 +52,19 @@ def host_to_device_rate(size_bytes: int, device: torch.device) -> float:
 
 
 def memory_rate(size_bytes: int, device: torch.device) -> float:
-    """Bytes/s at which the device reads its own memory: a sum over ``size_bytes``, as a decode step reads its weights."""
+    """Measure in bytes/s how fast the device reads its own memory: a sum over ``size_bytes``, as decode steps read weights."""
     values = torch.ones(size_bytes // 4, dtype=torch.float32, device=device)
     return size_bytes / seconds(lambda: values.sum(), device)
 
 
 def matrix_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product."""
+    """Measure a square matrix product, in FLOP/s."""
     left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     return 2 * side**3 / seconds(lambda: left @ right, device)
 
 
 def loopback(size_bytes: int) -> tuple[float, float]:
-    """(bytes/s of one TCP stream over the loopback interface, seconds for 8 bytes one way)."""
+    """Measure a TCP stream over the loopback interface: (bytes/s, seconds for 8 bytes one way)."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         peer, _ = server.accept()
         with peer:
@@ -93,7 +93,7 @@ def _stream(client: socket.socket, peer: socket.socket, size_bytes: int) -> floa
 
 
 def _ping(client: socket.socket, peer: socket.socket, rounds: int = 1000) -> float:
-    """Median round-trip time of 8 bytes."""
+    """Return the median round-trip time of 8 bytes in seconds."""
 
     def echo() -> None:
         for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""A node's profile: everything measured, with where and when, as a file of conf/cluster."""
+"""A node's profile: all measurements, with place and time, as a file of conf/cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lambdascale.diagnostics.disk import measure as measure_disk
 from lambdascale.inference.linear import KERNEL
 
 MIB = 1 << 20
-# ClusterSpec's answer to what a price is nobody gave.
+# The default price of ClusterSpec.
 _NO_PRICE = 0.0
 
 
@@ -47,7 +47,7 @@ class ProfileRequest:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cluster configuration, and per model the times of each block that its table was added up from."""
+    """The cluster configuration, and for each model the times of its blocks, which its table is the sum of."""
 
     cluster: dict[str, Any]
     blocks: dict[str, list[BlockTimes]]
@@ -56,10 +56,10 @@ class Profile:
 
 
 def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: None) -> Profile:
-    """Measure what ``request`` asks for; ``say(text)`` announces each step. UserError for what this machine cannot measure."""
+    """Measure as ``request`` says; ``say(text)`` announces each step. UserError if this machine cannot measure something."""
     device = torch.device(request.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda is asked for, but torch finds no GPU; lambdascale doctor says more")
+        raise UserError("--device is cuda, but PyTorch finds no GPU; lambdascale doctor says more")
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     size = request.memory_mib * MIB
@@ -99,7 +99,7 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
         },
         "compute": {
             "_target_": "lambdascale.core.ComputeSpec",
-            # The rates above are measured, not a datasheet's: models without a table are reckoned with all of them.
+            # The rates above are measured, not from a datasheet: models without a table get all of each rate.
             "flops_efficiency": 1.0,
             "bandwidth_efficiency": 1.0,
             "measured": [_plain(t) for t in tables],
@@ -127,7 +127,7 @@ def measure_model(model: PackedModel, device: str, grid: Grid) -> list[BlockTime
 
 
 def write(profile: Profile, out: Path) -> None:
-    """Write the configuration, with what was measured per block in comments; complete or not at all."""
+    """Write the configuration in full or not at all, with the measurements of each block in comments."""
     lines = ["# @package cluster", f"# Measured by lambdascale profile. {profile.provenance}."]
     for model, blocks in profile.blocks.items():
         lines.append(
@@ -150,7 +150,7 @@ def _ms(values: Sequence[float]) -> str:
 
 
 def model_config(model: PackedModel) -> dict[str, Any]:
-    """A packed model as a file of conf/model."""
+    """Return a packed model's sizes as the text of a file of conf/model."""
     return {"_target_": "lambdascale.core.ModelSpec", **asdict(model.spec)}
 
 

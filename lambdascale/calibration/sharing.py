@@ -1,4 +1,4 @@
-"""Slowdown of nodes that are processes of one machine, by how many compute: they share cores, caches and memory."""
+"""Slowdown of nodes that are processes of one machine, by the number that compute: they share cores, caches and memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _PATIENCE_S = 300.0
 
 
 def shared_slowdown(model: PackedModel, processes: int, threads: int | None, seconds: float = 2.0) -> tuple[float, ...]:
-    """Decode iterations of the whole model by 1 to ``processes`` processes at once, each for ``seconds``: time over time alone.
+    """Measure how much longer a decode iteration of the whole model takes while 1 to ``processes`` processes compute.
 
-    UserError if the processes fail, for example for want of memory.
+    Each number of processes is measured for ``seconds``; the result is their time over that of one alone. UserError if the
+    processes fail, for example for lack of memory.
     """
     context = get_context("spawn")
     barrier, rates = context.Barrier(processes, timeout=_PATIENCE_S), context.SimpleQueue()
@@ -42,7 +43,10 @@ def shared_slowdown(model: PackedModel, processes: int, threads: int | None, sec
 
 
 def slowdowns(rates: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """``rates[k - 1]``: iterations/s of each of k at once. More at once are never taken to be faster: that is noise."""
+    """Return slowdowns from ``rates``, whose item k - 1 is iterations/s of each of k processes.
+
+    More processes are never taken to be faster: such a difference is noise.
+    """
     alone = fmean(rates[0])
     return tuple(accumulate((alone / fmean(row) for row in rates), max, initial=1.0))[1:]
 
@@ -74,7 +78,7 @@ def _compute(
 
 
 def _rate(iterate: Callable[[], None], seconds: float) -> float:
-    """Iterations a second."""
+    """Return iterations per second."""
     began, done = time.perf_counter(), 0
     while (took := time.perf_counter() - began) < seconds:
         iterate()

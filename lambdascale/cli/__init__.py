@@ -1,1 +1,1 @@
-"""The ``lambdascale`` console command: main.py, one module per subcommand, and how every command ends (guard.py)."""
+"""The ``lambdascale`` console command: main.py, one module per subcommand, and exit statuses (guard.py)."""

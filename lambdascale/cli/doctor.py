@@ -1,4 +1,4 @@
-"""``lambdascale doctor``: check what a live cluster needs of this machine, with advice on what is missing."""
+"""``lambdascale doctor``: check this machine for all that a live cluster needs, with advice on what is missing."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the subcommand."""
     parser = subcommands.add_parser(
         "doctor",
-        help="check what a live cluster needs of this machine",
-        description="Check what a live cluster needs of this machine, with advice on what is missing. "
+        help="check this machine for all that a live cluster needs",
+        description="Check this machine for all that a live cluster needs, with advice on what is missing. "
         "The exit status is 0 whatever the result.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,4 +1,4 @@
-"""The ``lambdascale`` command: one module per subcommand, thin over the package."""
+"""The ``lambdascale`` command. Each subcommand is a thin module; the logic is in the package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Parser of the whole command with its subcommands."""
-    parser = _Parser(prog="lambdascale", description="λScale, reproduced: plans and tools. Experiments run with scripts/run.py.")
+    """Return the parser of the command and all its subcommands."""
+    parser = _Parser(prog="lambdascale", description="Tools of the λScale reproduction. Experiments are run by scripts/run.py.")
     parser.add_argument("--version", action="version", version=f"lambdascale {__version__}")
     subcommands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser

@@ -1,4 +1,4 @@
-"""``lambdascale multicast``: one multicast alone between real node processes, beside what its link can do."""
+"""``lambdascale multicast``: time one multicast between real node processes, beside the limit of its link."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser(
         "multicast",
         help="time one multicast between real node processes",
-        description="Start node processes on this machine, bring a packed model from the sources to the other nodes, and say how "
-        "long it took until the last node held every block, verified; beside it, the plan at the rate of the link, measured in "
-        "the same run.",
+        description="Start node processes on this machine, send a packed model from the sources to the other nodes, and print "
+        "the time until the last node holds every block, verified. Beside it: the time of the plan at the rate of the link, "
+        "measured in the same run.",
     )
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of built-in models (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="sources and destinations (default: %(default)s)")
     parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
     parser.add_argument("--transport", choices=("shm", "tcp", "cuda_ipc"), default="shm", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda for cuda_ipc, else cpu)")
-    parser.add_argument("--system", default="lambdascale", help="whose plan, a choice of conf/system (default: %(default)s)")
+    parser.add_argument(
+        "--system", default="lambdascale", help="its plan is used; a choice of conf/system (default: %(default)s)"
+    )
     parser.add_argument("--link", metavar="RATE", help="pace every node's link, for example 12.5GB/s (default: not paced)")
     parser.add_argument(
         "--repeat", type=int, default=5, metavar="R", help="multicasts one after the other (default: %(default)s)"
@@ -69,8 +71,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the document of ``--json``: seconds of each multicast, the plan's at the link's rate, and what was moved how."""
-    prepare()  # the nodes' imports run beside this process's own
+    """Return the document of ``--json``: seconds of each multicast, of the plan at the link's rate, and the setting."""
+    prepare()  # the nodes import modules while this process does
     # torch takes seconds to import: only here.
     from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned_s
     from lambdascale.control import drive
@@ -84,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         instantiate(config.cluster, _convert_="all"),
         nodes=arguments.nodes,
         nic_bytes_per_s=link or _FAST,
-        # Only the links are paced: at the desk's rates the sources would take minutes to load a model of billions of parameters.
+        # Only the links are paced: at the rates of the cluster «desk» the sources would load a large model for minutes.
         ssd_bytes_per_s=_FAST,
         pcie_bytes_per_s=_FAST,
     )

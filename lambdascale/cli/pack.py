@@ -37,13 +37,18 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--random", metavar="WHICH", help="instead of SRC: random weights for tiny, small or a config.json file")
     parser.add_argument("--seed", type=int, default=0, help="seed of --random (default: %(default)s)")
     parser.add_argument(
-        "--blocks", default="auto", metavar="B", help="blocks, or auto: the fewest near the best time (default: %(default)s)"
+        "--blocks",
+        default="auto",
+        metavar="B",
+        help="number, or auto: the fewest whose multicast is near the fastest (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=sorted(SHORT_NAMES), help="convert the weights (default: keep their type)")
     parser.add_argument(
-        "--profile", default="testbed1", metavar="NAME", help="cluster of conf/cluster for auto (default: %(default)s)"
+        "--profile", default="testbed1", metavar="NAME", help="cluster of conf/cluster for --blocks auto (default: %(default)s)"
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a multicast for auto (default: all of the profile)")
+    parser.add_argument(
+        "--nodes", type=int, metavar="N", help="nodes of the multicast, for --blocks auto (default: the cluster's)"
+    )
     parser.set_defaults(run=run)
 
 

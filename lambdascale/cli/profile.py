@@ -33,7 +33,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="DIR|NAME",
         help="packed model's directory or built-in model's name; repeatable",
     )
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of built-in models (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
     parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write a file for conf/model per model into DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to compute on (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
@@ -46,7 +46,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="also measure the slowdown of 2 to N nodes that compute on this machine at once, as in a live cluster",
     )
-    parser.add_argument("--quick", action="store_true", help="make few and small measurements, for a first look")
+    parser.add_argument("--quick", action="store_true", help="make fewer and smaller measurements, for a first impression")
     parser.set_defaults(run=run)
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.sharing < 1:
         raise UserError(f"--sharing must be at least 1, not {arguments.sharing}")
     if arguments.sharing > 1 and arguments.device != "cpu":
-        raise UserError("--sharing measures nodes that share this machine's cores: only with --device cpu")
+        raise UserError("--sharing measures nodes that share this machine's cores, so it needs --device cpu")
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
     # Imported only here: torch takes seconds to import.

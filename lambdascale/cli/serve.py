@@ -52,7 +52,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "--collective",
         choices=("auto", "nccl", "gloo"),
         default="auto",
-        help="what --system nccl_broadcast broadcasts by; auto: nccl where every node has a GPU (default: %(default)s)",
+        help="library of --system nccl_broadcast; auto: nccl if every node has a GPU (default: %(default)s)",
     )
     parser.add_argument(
         "--rdma-device",
@@ -65,43 +65,45 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--rdma-gid-index", type=int, metavar="N", help="GID of the port (default: a RoCE v2 one with an IP address)"
     )
-    parser.add_argument("--rdma-mtu", type=int, metavar="BYTES", help="packets' size (default: what the port's link allows)")
+    parser.add_argument("--rdma-mtu", type=int, metavar="BYTES", help="packet size (default: the largest of the port's link)")
     parser.add_argument(
         "--rdma-gpudirect",
         choices=("off", "dmabuf", "peermem"),
         default="off",
         help="with --device cuda, have NICs write to the GPUs' memory, not to the host's (default: %(default)s)",
     )
-    parser.add_argument("--link", metavar="RATE", help="make every node's link this slow, e.g. 200MB/s (default: full speed)")
-    parser.add_argument("--disk", metavar="RATE", help="make every node's disk this slow (default: full speed)")
+    parser.add_argument("--link", metavar="RATE", help="limit every node's link to this rate, e.g. 200MB/s (default: no limit)")
+    parser.add_argument("--disk", metavar="RATE", help="limit every node's disk to this rate (default: no limit)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of a built-in model (default: %(default)s)"
+        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type of a built-in model (default: %(default)s)"
     )
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="of a built-in model (default: %(default)s)")
-    parser.add_argument("--slot-tokens", type=int, default=1024, metavar="N", help="longest sequence (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
     parser.add_argument(
-        "--keep-alive", type=float, default=10.0, metavar="S", help="release idle replicas after (default: %(default)s)"
+        "--slot-tokens", type=int, default=1024, metavar="N", help="most tokens of prompt and answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-alive", type=float, default=10.0, metavar="S", help="time until idle replicas are released (default: %(default)s)"
     )
     parser.add_argument(
         "--restarts",
         type=int,
         default=5,
         metavar="N",
-        help="start a lost node again, so often within ten minutes (default: %(default)s)",
+        help="times within ten minutes that a lost node is started again (default: %(default)s)",
     )
     parser.add_argument(
         "--spares",
         type=int,
         default=0,
         metavar="N",
-        help="keep so many processes with a context ready for each GPU, which restarted nodes take (default: %(default)s)",
+        help="number of processes kept ready for each GPU, with a CUDA context, for restarted nodes (default: %(default)s)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the system's configuration, e.g. system.sources=2")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the system, e.g. system.start.sources=2")
     parser.set_defaults(run=run)
 
 
@@ -109,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Start everything and serve."""
     _check(arguments)
     if arguments.launcher == "local":
-        prepare()  # the nodes' imports run beside this process's own
+        prepare()  # the nodes import modules while this process does
     # torch takes seconds to import: only here.
     from lambdascale.live.config import LiveConfig
     from lambdascale.live.serving.server import Service, serve
@@ -174,7 +176,7 @@ def _model(config: LiveConfig, arguments: argparse.Namespace) -> PackedModel:
 
 
 def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
-    """The desk's cluster with the user's rates; what is not given is not slowed down."""
+    """Return the cluster «desk» with the user's rates; a rate that is not given is not limited."""
     from hydra.utils import instantiate
 
     from lambdascale.experiments.compose import compose

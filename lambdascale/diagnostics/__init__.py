@@ -1,1 +1,1 @@
-"""Checks of what a live cluster needs of this machine, with advice on what is missing."""
+"""Checks of a machine for all that a live cluster needs, with advice on what is missing."""

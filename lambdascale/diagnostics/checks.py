@@ -1,4 +1,4 @@
-"""One function per requirement of a live cluster on its machine; each reads files below ``root`` and returns a Check."""
+"""Checks of a live cluster's requirements: one function each, which reads files below ``root`` and returns a Check."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class TorchFacts:
-    """Properties of the installed torch; ``error`` is the reason if torch is missing or fails to import, else empty."""
+    """Properties of the installed torch. ``error``: the reason if torch is missing or fails to import, else empty."""
 
     version: str = ""
     threads: int = 0

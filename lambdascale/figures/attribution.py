@@ -11,7 +11,7 @@ from lambdascale.core import UserError
 from lambdascale.figures.grid import checked, over_seeds
 from lambdascale.figures.style import LOOKS, PAGE_IN, say_backend, sizes_in_order
 
-# The steps from the first to the last part, with their titles; the last two are alternatives.
+# The steps with their titles, each of which adds one part; the last two are alternatives.
 _STEPS = {
     "faasnet_one_source": "FaaSNet, one source",
     "k_sources": "+ k sources",

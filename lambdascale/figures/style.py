@@ -48,7 +48,7 @@ LOOKS = {
 _SPARE = ("#E69F00", "#999999", "#F0E442")
 _SPARE_DASHES = ((3, 1, 1, 1), (6, 2), (1, 2), (2, 2, 6, 2), (8, 1))
 _SPARE_MARKERS = ("h", "p", "<", ">")
-# (ratio of a logarithmic axis' ends, ticks in a decade) for axes whose ratio is smaller.
+# (ratio of the ends of a logarithmic axis, ticks per decade); an axis takes the first pair whose ratio is larger than its own.
 _LOG_TICKS = (
     (3.0, (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)),
     (8.0, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)),

@@ -1,7 +1,7 @@
-"""The engine of one node (torch): blocks as packed weights, stages of a transformer, KV slots, sampling, and who batches what.
+"""The engine of one node (torch): blocks as packed weights, stages of a transformer, KV slots, batches and sampling.
 
-Knows no transport and no cluster. Which sequences form an iteration is decided by the control plane's batch scheduler, the same
-class the simulator uses.
+It knows no transport and no cluster. The control plane's batch scheduler, the class that the simulator uses too, decides which
+sequences form an iteration.
 """
 
 from lambdascale.inference.batch import Batch, BatchPlan, Produced, Segment, StageBatch, Ticket

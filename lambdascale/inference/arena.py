@@ -1,4 +1,4 @@
-"""Memory that is allocated once and handed out in pieces: blocks never wait for the operating system's page faults."""
+"""Memory that is allocated once and given out in pieces, so that blocks never wait for page faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 
 def touched_memory(size: int) -> mmap.mmap:
-    """Anonymous memory, zeroed and so touched, in huge pages where the system gives them.
+    """Return anonymous memory whose pages are all mapped (it is zeroed), in huge pages where the system has them.
 
     Direct reads into memory of small scattered pages were measured at a third of the rate (results/LOG.md).
     """
@@ -29,7 +29,7 @@ def touched_memory(size: int) -> mmap.mmap:
 
 
 class Extents:
-    """Free pieces of ``capacity`` bytes; the smallest hole that fits is taken, neighbours are joined again."""
+    """Allocator of ``capacity`` bytes: a piece comes from the smallest hole that fits, and adjacent holes are merged."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -38,11 +38,11 @@ class Extents:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that are free, in however many holes."""
+        """Number of free bytes, in all holes together."""
         return sum(size for _, size in self._holes)
 
     def take(self, size: int) -> int | None:
-        """The offset of a piece of ``size`` bytes (rounded up to whole pages), None if no hole is large enough."""
+        """Take a piece of ``size`` bytes, rounded up to whole pages; return its offset, None if no hole is large enough."""
         size = -(-size // ALIGNMENT) * ALIGNMENT
         fitting = [(hole, offset) for offset, hole in self._holes if hole >= size]
         if not fitting:
@@ -101,7 +101,7 @@ class Arena:
         return memory
 
     def view(self, offset: int, size: int) -> Tensor:
-        """A piece as a flat uint8 tensor."""
+        """Return a piece as a flat uint8 tensor."""
         return self.bytes[offset : offset + size]
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Attention of an iteration that mixes prefills and decodes, by torch's operator, over the KV memory of a stage.
 
-Keys are cut to the context of each part, so that nothing is read that nobody attends. Those shapes change with every step: cuDNN
-would build a plan for each, which took 43 of 49 ms on a Hopper GPU. A stage on a GPU therefore does without cuDNN's attention.
+Keys are cut to the context of each part, so that no key is read that no query attends to. These shapes change with every step,
+and cuDNN would build a plan for each, which took 43 of 49 ms on a Hopper GPU. A stage on a GPU therefore does not use cuDNN's
+attention.
 """
 
 from __future__ import annotations
@@ -48,19 +49,19 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows attended together: those of prefills, then ``decodes`` (None: none, or attended elsewhere)."""
+    """Rows of one call: those of prefills, then ``decodes`` (None if the batch has none or they are computed elsewhere)."""
 
     prefills: tuple[Prefill, ...]
     decodes: Decodes | None
 
     @property
     def prefilled(self) -> int:
-        """Rows of prefills."""
+        """Number of rows of prefills."""
         return self.prefills[-1].end if self.prefills else 0
 
 
 class BatchAttention:
-    """``windows``: of each layer, None where all of the context is attended."""
+    """Attention of a stage's layers. ``windows``: attention window of each layer in tokens, None for the whole context."""
 
     def __init__(self, architecture: Architecture, kv: KvCache, windows: Sequence[Window], scratch: Scratch) -> None:
         self._architecture = architecture
@@ -73,13 +74,13 @@ class BatchAttention:
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def parts(self, batch: StageBatch, *, decodes: bool = True) -> Parts:
-        """The parts of a batch; without ``decodes``, of its prefills only."""
+        """Return the parts of a batch; without ``decodes``, those of its prefills only."""
         return Parts(tuple(self._prefills(batch)), self._decodes(batch) if decodes else None)
 
     def attend(self, index: int, query: Tensor, parts: Parts, decoded: Tensor | None = None) -> Tensor:
-        """Attention of ``query`` [rows, heads, head size] in the stage's layer ``index``: [rows, heads x head size].
+        """Return the attention of ``query`` [rows, heads, head size] in the stage's layer ``index``: [rows, heads x head size].
 
-        ``decoded``: results of rows that follow and were attended otherwise. What is returned is overwritten by the next call.
+        ``decoded``: results, computed elsewhere, of the rows that follow. The next call overwrites the returned tensor.
         """
         window = self._windows[index]
         found = [self._attend_prefill(index, query[p.begin : p.end], p, window) for p in parts.prefills]
@@ -104,7 +105,7 @@ class BatchAttention:
         return result.transpose(1, 2).reshape(query.shape[0], -1)
 
     def _attend_decodes(self, index: int, query: Tensor, part: Decodes, window: Window) -> Tensor:
-        """The queries that share a kv head stand in for the rows of one attention, so that keys are read once for all of them."""
+        """Compute decodes with the queries that share a kv head as rows of one attention, so that keys are read once for them."""
         a = self._architecture
         count = query.shape[0]
         grouped = query.reshape(count, a.kv_heads, a.heads // a.kv_heads, a.head_dim)
@@ -119,7 +120,7 @@ class BatchAttention:
             result = result[part.rows]
         return result.reshape(count, a.heads * a.head_dim)
 
-    # -- what is attended together -----------------------------------------------------------------------------------
+    # -- parts of a batch ---------------------------------------------------------------------------------------------
 
     def _prefills(self, batch: StageBatch) -> list[Prefill]:
         found: list[Prefill] = []
@@ -159,7 +160,7 @@ class BatchAttention:
         return self._mask(positions, context, window)[:, None, None]
 
     def _mask(self, positions: Tensor, context: int, window: Window) -> Tensor:
-        """Addends to the scores of queries at ``positions``, [positions, context]: 0 where they may look, else -inf."""
+        """Return addends to the scores of queries at ``positions``, [positions, context]: 0 where they attend, else -inf."""
         places = torch.arange(context)
         hidden = places > positions[:, None]
         if window is not None:

@@ -1,4 +1,4 @@
-"""A batch of requests over the stages of a model, without the arithmetic: the next iteration, and the tokens it produced.
+"""The bookkeeping of a batch of requests over the stages of a model: the next iteration, and the tokens it produced.
 
 ``BatchScheduler`` (the control plane's, which the simulator also uses) decides what the next iteration runs. The engine of one
 process and the head of an instance keep their requests here.
@@ -43,7 +43,7 @@ class StageBatch(Struct, frozen=True):
 
 @dataclass
 class Ticket:
-    """A request as it travels: its tokens so far (prompt, then output), the bound on its output, its sampling and stop tokens."""
+    """A request as nodes pass it on: its tokens so far (prompt, then output), the limit of its output, sampling, stop tokens."""
 
     request_id: int
     tokens: list[int]
@@ -88,12 +88,12 @@ class BatchPlan:
 
     @property
     def rules(self) -> list[Sampling]:
-        """Sampling rule of each wanted token."""
+        """Sampling of each token that the iteration produces."""
         return [ticket.sampling for ticket in self.getting]
 
     @property
     def positions(self) -> list[int]:
-        """Place of each wanted token in its answer."""
+        """Position of each such token in its answer."""
         return [ticket.produced for ticket in self.getting]
 
 
@@ -122,16 +122,16 @@ class Batch:
         return self._all_slots if kv_tokens is None else min(kv_tokens, self._all_slots)
 
     def limit(self, kv_tokens: int) -> None:
-        """Bound the tokens of KV in all slots together, from the next iteration on."""
+        """Set the limit of KV tokens in all slots together, from the next iteration on."""
         self._scheduler.kv_tokens = self._room(kv_tokens)
 
     @property
     def preemptions(self) -> int:
-        """Number of times a request lost its KV to those that came before it."""
+        """Number of preemptions so far: a request lost its KV to requests admitted before it."""
         return self._scheduler.preemptions
 
     def __len__(self) -> int:
-        """Number of requests inside, waiting ones included."""
+        """Number of requests in the batch, waiting ones included."""
         return len(self._scheduler)
 
     def __contains__(self, request_id: int) -> bool:
@@ -143,7 +143,7 @@ class Batch:
     def add(self, ticket: Ticket, *, cached: bool = False) -> None:
         """Take a request, also one that produced tokens elsewhere. ``cached``: the KV of all but its newest token comes along.
 
-        Raises CapacityError or UserError if the batch has no place for such a request.
+        Raises CapacityError or UserError if the batch cannot take the request.
         """
         self.check(ticket)
         require(not cached or ticket.produced > 0, f"request {ticket.request_id} has no token yet: its KV cannot be handed over")
@@ -162,7 +162,7 @@ class Batch:
             ticket.produced < ticket.max_tokens,
             f"request {ticket.request_id} already has {ticket.produced} of its {ticket.max_tokens} tokens",
         )
-        require(ticket.request_id not in self._tickets, f"request {ticket.request_id} is here already")
+        require(ticket.request_id not in self._tickets, f"request {ticket.request_id} is in this batch already")
         require(
             min(ticket.tokens) >= 0 and max(ticket.tokens) < self._vocab,
             f"request {ticket.request_id} has tokens outside 0 to {self._vocab - 1}",
@@ -227,14 +227,14 @@ class Batch:
 
     def take(self, request_id: int) -> Ticket:
         """Remove a request between iterations; its slot is free at once."""
-        require(request_id in self._tickets, f"request {request_id} is not here")
+        require(request_id in self._tickets, f"request {request_id} is not in this batch")
         self._scheduler.remove(request_id)
         self._release(request_id)
         del self._works[request_id]
         return self._tickets.pop(request_id)
 
     def next(self) -> BatchPlan | None:
-        """Return the next iteration, None without anything to run. Requests preempted for it lose their slots."""
+        """Return the next iteration, None if the batch has nothing to run. Requests preempted for it lose their slots."""
         iteration = self._scheduler.schedule()
         if iteration is None:
             return None
@@ -262,7 +262,7 @@ class Batch:
         return BatchPlan(iteration, StageBatch(tuple(segments), len(decoding), tuple(wanted)), tokens, getting, settling)
 
     def complete(self, plan: BatchPlan, chosen: Sequence[int]) -> list[Produced]:
-        """Take note of the iteration's tokens, one for each of ``plan.getting``, and return them."""
+        """Record the iteration's tokens, one for each of ``plan.getting``, and return them."""
         stopped = set()
         for ticket, token in zip(plan.getting, chosen, strict=True):
             ticket.tokens.append(token)

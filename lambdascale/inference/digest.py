@@ -1,6 +1,6 @@
-"""Digests of blocks where they lie: on a GPU by one kernel at the rate of its memory, on a CPU by numpy; the same numbers.
+"""Digests of blocks in the memory that holds them: on a GPU by one kernel, at its memory's rate, on a CPU by numpy.
 
-lambdascale.checkpoints.checksums says what is computed; blocks.json has the digests of packed models.
+Both give the same numbers. lambdascale.checkpoints.checksums defines them; blocks.json has those of packed models.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ _BLOCK, _ROUNDS = 1024, 8
 
 
 def block_digest(data: Tensor, part_bytes: int = PART_BYTES) -> int:
-    """Digest of a block, a flat uint8 tensor on any device, with parts of ``part_bytes``: 64 bits, unsigned."""
+    """Return the digest of a block, a flat uint8 tensor on any device, with parts of ``part_bytes``: 64 bits, unsigned."""
     return combined(part_digests(data, part_bytes))
 
 
 def part_digests(data: Tensor, part_bytes: int = PART_BYTES) -> Words:
-    """Digest of each part of ``part_bytes`` bytes (whole words) of a flat uint8 tensor, as uint64; the last may be shorter.
+    """Return the digest of each part of ``part_bytes`` bytes (whole words) of a flat uint8 tensor, as uint64.
 
-    On a GPU they are computed in the calling thread's current stream, and waited for. UserError for other tensors.
+    The last part may be shorter. On a GPU they are computed in the calling thread's current stream, and the call waits for
+    them. UserError for other tensors.
     """
     require(data.dtype is torch.uint8 and data.dim() == 1, f"digests are of flat uint8 tensors, not {data.dtype} {data.dim()}-d")
     require(part_bytes > 0 and part_bytes % WORD_BYTES == 0, f"part_bytes must be a multiple of {WORD_BYTES}, not {part_bytes}")
@@ -41,7 +42,7 @@ def part_digests(data: Tensor, part_bytes: int = PART_BYTES) -> Words:
 def _on_gpu(data: Tensor, part_bytes: int) -> Words:
     from lambdascale.inference import kernels
 
-    require(data.data_ptr() % WORD_BYTES == 0, "a digest on a GPU is of memory that begins with a whole word")
+    require(data.data_ptr() % WORD_BYTES == 0, "the memory of a digest on a GPU must begin with a whole word")
     devices.use(data.device)
     size, part_words = data.numel(), part_bytes // WORD_BYTES
     parts, whole = -(-size // part_bytes), size // WORD_BYTES * WORD_BYTES

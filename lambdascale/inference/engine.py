@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. One batch over the stages of a model that this process holds."""
+"""The engine, which turns requests into tokens: one batch over the stages of a model that this process holds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Tensor = torch.Tensor
 
 
 class Engine:
-    """Runs the stages in order, the output of one being the input of the next.
+    """The stages of a whole model, run in order: the output of one is the input of the next.
 
-    ``max_batch`` requests run at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own); ``kv_tokens`` bounds their
-    KV altogether, None: the slots do.
+    ``max_batch`` requests run at once, each in a KV slot of ``slot_tokens`` tokens (the stages' own). ``kv_tokens`` limits the
+    KV tokens of all of them together; with None only the slots do.
     """
 
     def __init__(self, stages: Sequence[TransformerStage], limits: BatchLimits, kv_tokens: int | None = None) -> None:
@@ -38,7 +38,7 @@ class Engine:
         return self.batch.slot_tokens
 
     def __len__(self) -> int:
-        """Number of requests inside, waiting ones included."""
+        """Number of requests in the engine, waiting ones included."""
         return len(self.batch)
 
     def check(self, ticket: Ticket) -> None:
@@ -68,7 +68,7 @@ class Engine:
         return ticket, kv if with_kv else None
 
     def step(self) -> list[Produced]:
-        """Run one iteration and return the tokens it produced, [] if nothing was to run."""
+        """Run one iteration and return the tokens it produced, [] if the batch had nothing to run."""
         plan = self.batch.next()
         if plan is None:
             return []

@@ -1,4 +1,4 @@
-"""The operators of a GPU by Triton kernels, and their compiling, which takes seconds and must not delay anybody."""
+"""The operators of a GPU as Triton kernels, and their compilation: it takes seconds, and runs in the background."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import LayerWeights
 
 Tensor = torch.Tensor
-# Every program of linear_kernel has all rows; no tile is for more than these.
+# Every program of linear_kernel computes all rows; tiles exist for at most this many.
 MOST_ROWS = 32
 # Programs that keep a GPU of 132 multiprocessors busy with attention.
 _PROGRAMS = 512
 _MOST_SPLITS = 64
-# Outputs from which programs with few of them no longer fit a GPU all at once.
+# Number of outputs above which programs of few outputs each no longer run all at once on a GPU.
 _WIDE = 8192
 _ALL_TOKENS = 1 << 30
 
@@ -41,7 +41,7 @@ class Tile:
 
 
 def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
-    """The tile for a product, None where cuBLAS is as fast or faster.
+    """Return the tile for a product, None where cuBLAS is as fast or faster.
 
     Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to
     100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where
@@ -59,7 +59,7 @@ def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -
 
 
 class TritonOperators(TorchOperators):
-    """See TorchOperators: the same results but for rounding."""
+    """TorchOperators by Triton kernels: the same results except for rounding."""
 
     attends = True
 
@@ -74,11 +74,11 @@ class TritonOperators(TorchOperators):
         self._block_d = _power(a.head_dim)
 
     def places(self, slots: Tensor, positions: Tensor, *, padded: bool = False) -> Places:
-        """See TorchOperators. Kernels look up cosines and sines, and heed padding, themselves."""
+        """See TorchOperators. The kernels themselves look up cosines and sines, and skip padding."""
         return Places(slots, positions, self._tables.cos, self._tables.sin)
 
     def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """See TorchOperators. Many rows are not recorded but launched, and torch's launch is the shorter one."""
+        """See TorchOperators. Steps of many rows are launched, not replayed, and torch's launch is shorter."""
         if len(hidden) > MOST_ROWS:
             return super().norm(hidden, weight)
         out, size = self.scratch.take("normed", *hidden.shape), hidden.shape[1]
@@ -188,7 +188,7 @@ class TritonOperators(TorchOperators):
     def _fused_product(
         self, shape: Tile, hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False
     ) -> None:
-        """``out`` = the norm of ``hidden`` times ``weight`` transposed, plus ``bias``."""
+        """Set ``out`` to the norm of ``hidden`` times ``weight`` transposed, plus ``bias``."""
         if not len(hidden):
             return
         if hidden.dtype is torch.float16:
@@ -209,7 +209,7 @@ class TritonOperators(TorchOperators):
         added: bool = False,
         gated: bool = False,
     ) -> None:
-        """Launch ``linear_kernel`` with tiles of a ``shape`` that has room for the rows."""
+        """Launch ``linear_kernel`` with tiles of ``shape``, which must have room for the rows."""
         outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape
         self._kernels.linear_kernel[(-(-outputs // t.outputs),)](
             x,
@@ -257,7 +257,7 @@ class Compiler:
         self._failed: dict[Any, BaseException] = {}
 
     def ready(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-        """True if the kernels can be used at once; else their compiling has begun. Raises what made it fail."""
+        """Return True if the kernels are compiled; else start compiling them. Raises the error if compilation failed."""
         key = _key(architecture, dtype, device)
         if key in self._ready:
             return True
@@ -271,7 +271,7 @@ class Compiler:
         return False
 
     def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Wait until they can be used: for tests and measurements. Raises what made compiling fail."""
+        """Wait until the kernels are compiled: for tests and measurements. Raises the error if compilation failed."""
         if not self.ready(architecture, dtype, device):
             self._threads[_key(architecture, dtype, device)].join()
             self.ready(architecture, dtype, device)
@@ -295,7 +295,7 @@ def _key(architecture: Architecture, dtype: torch.dtype, device: torch.device) -
 
 
 def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of a model's stages, and the digest's, once on a few rows and outputs, with the tiles of the real ones."""
+    """Run every kernel of a model's stages, and the digest's, once on few rows and outputs, with the tiles of real iterations."""
     a, tokens = architecture, 16
     part_digests(torch.zeros(PART_BYTES, dtype=torch.uint8, device=device))
     tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
@@ -318,7 +318,7 @@ def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.devic
 
 
 def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    """A few outputs of every product: the kernels are compiled by types, flags and tiles, and run over any number of outputs."""
+    """Compute a few outputs of every product: a kernel is compiled for types, flags and a tile, not for a number of outputs."""
     a, few = operators.architecture, 64
     normed = dtype is not torch.float16
     states = (a.heads + 2 * a.kv_heads) * a.head_dim

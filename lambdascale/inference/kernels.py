@@ -1,6 +1,6 @@
 """Triton kernels of a decode step: few launches, every weight and key read once.
 
-lambdascale.inference.operators has the reference of each in torch. Imported only where Triton is installed and a GPU computes.
+lambdascale.inference.operators is their reference, in torch. Imported only where Triton is installed and a GPU computes.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def join_kernel(
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """Join the parts of ``attend_kernel``: ``out`` [rows, heads x head size]; zeros for rows without a context."""
+    """Join the parts of ``attend_kernel`` to ``out`` [rows, heads x head size]; zeros for rows without a context."""
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)

@@ -15,11 +15,11 @@ Tensor = torch.Tensor
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, so that masked places never hold a NaN. Host memory is zeroed by the system page by page as it is used: a replica
-    starts at once.
+    """Return memory of zeros, so that masked places never hold a NaN.
 
-    By small pages, if possible: a sequence begins in many places, one for each layer and head, and huge pages zeroed
-    for each of them add up to 0.3 s before a slot's first token.
+    The system zeroes host memory page by page as it is used, so that a replica starts at once. Pages are small, if possible: a
+    sequence begins in many places, one for each layer and head, and zeroing a huge page for each takes up to 0.3 s before a
+    slot's first token.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -30,8 +30,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class KvCache:
-    """``keys`` and ``values``: [layers of the stage, slots, kv heads, slot tokens, head size], views of ``both`` (keys, then
-    values).
+    """KV memory. ``keys`` and ``values`` are views of ``both`` (keys, then values).
+
+    Their shape is [layers of the stage, slots, kv heads, slot tokens, head size].
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class KvCache:
         return torch.stack((self.keys[layers, slot, :, :tokens], self.values[layers, slot, :, :tokens]))
 
     def write(self, slot: int, kv: Tensor, layers: slice = slice(None)) -> None:
-        """Put what ``read`` returned for as many layers into a slot."""
+        """Write to a slot what ``read`` returned for the same number of layers."""
         tokens = kv.shape[3]
         self.keys[layers, slot, :, :tokens] = kv[0]
         self.values[layers, slot, :, :tokens] = kv[1]

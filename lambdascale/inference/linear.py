@@ -1,9 +1,9 @@
-"""y = x W^T + b for weights as checkpoints store them, [outputs, inputs]: the one place that knows which kernel is fast where.
+"""y = x W^T + b for weights as checkpoints store them, [outputs, inputs], by the kernel that is fastest on this processor.
 
 For float32 on a CPU torch has two: its BLAS (MKL in the published wheels) and oneDNN's, an operator of torch's compiler. For the
-few rows of a decode step MKL is 1.5 times as fast on Intel's processors, and oneDNN 2 to 3 times on others, where MKL goes slower
-ways; for the many rows of a prefill both reach what the processor can do (tests/benchmarks/test_bench_engine.py). ``KERNEL`` says
-which is in use: by the processor's maker, so that all nodes on alike machines round alike.
+few rows of a decode step MKL is 1.5 times as fast on Intel's processors, and oneDNN 2 to 3 times on others, for which MKL has
+slower kernels; for the many rows of a prefill both reach the processor's limit (tests/benchmarks/test_bench_engine.py).
+``KERNEL`` names the one in use. It is chosen by the processor's maker, so that nodes on machines of one kind round alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 def choose_kernel(processor: str, *, has_mkl: bool) -> Any:
-    """oneDNN's operator; None for BLAS: on Intel's processors, or where a build lacks the operator or cannot run it."""
+    """Return oneDNN's operator; None for BLAS, on Intel's processors or if this build of torch cannot run the operator."""
     if (has_mkl and "GenuineIntel" in processor) or not torch.backends.mkldnn.is_available():
         return None
     try:
@@ -42,9 +42,9 @@ KERNEL = "oneDNN" if _ONEDNN is not None else "BLAS"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, plus ``bias`` [outputs].
+    """Return ``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, plus ``bias`` [outputs].
 
-    ``out`` [rows, outputs], contiguous: memory for the result. oneDNN's operator takes none, and returns memory of its own.
+    ``out`` [rows, outputs], contiguous: memory for the result. oneDNN's operator ignores it and returns memory of its own.
     """
     if _ONEDNN is not None and x.dtype is torch.float32 and x.device.type == "cpu":
         result: Tensor = _ONEDNN(x, weight, bias, "none", [], "")

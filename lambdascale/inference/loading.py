@@ -1,6 +1,6 @@
-"""Bringing blocks into the tiers of a store: disk to host arena to device arena.
+"""Loads of blocks into the tiers of a store: disk to host arena to device arena.
 
-A load reserves its memory before anything moves, so that it can not fail halfway for lack of room. Blocks land in the order
+A load reserves its memory before anything moves, so that it cannot fail halfway for lack of room. Blocks land in the order
 asked for and are usable one by one; the next one is being read while the last is finished.
 """
 
@@ -59,7 +59,7 @@ class Load:
         self._ended.wait()
 
     def when_ended(self, call: Callable[[Exception | None], None]) -> None:
-        """Call ``call(error)`` when nothing more will land, from the loading thread; at once if that is so already."""
+        """Call ``call(error)`` from the loading thread when the load ends; at once if it has ended already."""
         with self._lock:
             if not self.ended:
                 self._callbacks.append(call)
@@ -81,7 +81,7 @@ class Load:
         return self._ended.is_set()
 
     def end(self, error: Exception | None) -> None:
-        """End the load with this error, if any. For the loader only."""
+        """Mark the load as ended, with its error if it failed. For the loader only."""
         with self._lock:
             self._error = error
             self._ended.set()
@@ -155,7 +155,7 @@ class Loader:
 
     def _reserve(self, model: PackedModel, load: Load, to: StoreTier, keep_host: bool) -> _Job:
         """Reserve memory for every block that needs it, all or nothing, and hold blocks that are resident already."""
-        # A stand-in device is host memory itself: what is not to be kept twice is read straight into it.
+        # A stand-in device is host memory itself: a block that is not to be kept twice is read straight into it.
         via_host = keep_host or to == "host" or self._device.type != "cpu"
         job = _Job(model, load, to, keep_host)
         try:
@@ -180,7 +180,7 @@ class Loader:
         devices.use(self._device)
         try:
             self._bring(job, on_block)
-        except Exception as failure:  # passed on to whoever waits for the load, even if it is on_block's
+        except Exception as failure:  # passed on to those who wait for the load, also if on_block raised it
             error = failure
         finally:
             with self._lock:
@@ -226,13 +226,13 @@ class Loader:
             return move
         through_host = key in self._tiers["host"].offsets
         target = self._tiers["host" if through_host else "gpu"]
-        # Whole pages are read: the extent is as long as that.
+        # Whole pages are read, and the extent has room for them.
         memory = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
         after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
         try:
             descriptor = move.files.enter_context(self._reader.open(path))
         except (OSError, UserError) as error:
-            # Raised when it is this block's turn, after those before it have landed.
+            # Raised in this block's turn, after the blocks before it have landed.
             move.failure = f"cannot be opened: {getattr(error, 'strerror', None) or error}"
             return move
         verified = is_verified(self._verify, block, len(job.model.blocks))
@@ -283,4 +283,4 @@ _ON_THE_WAY: dict[StoreTier, tuple[StoreTier, ...]] = {"host": ("host",), "gpu":
 
 
 def _nothing(begin: int, end: int) -> None:
-    """Leave a chunk where it was read to."""
+    """Do nothing after a chunk: it stays where it was read to."""

@@ -1,6 +1,6 @@
-"""Operators of a stage's layers in torch: CPUs run them, and they are the reference of the kernels that GPUs run.
+"""Operators of a stage's layers in torch: CPUs use them, and they are the reference of the kernels that GPUs use.
 
-An operators object keeps the memory of its results: each is to be used before the same method is called again.
+An object of operators reuses the memory of its results: use a result before you call the same method again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RopeTables:
 class Places:
     """Slot and position of every row [rows]. Position -1 is padding: such a row writes no KV and attends nothing.
 
-    ``cos`` and ``sin`` [rows, 1, head size / 2] are those of the positions. ``live``: the rows that are no padding, None: all.
+    ``cos`` and ``sin`` [rows, 1, head size / 2] are those of the positions. ``live``: rows that are not padding; None if all are.
     """
 
     slots: Tensor
@@ -42,7 +42,7 @@ class Places:
 
 
 class TorchOperators:
-    """Operators on any device."""
+    """Operators by torch, for any device."""
 
     # True: ``attend`` is fast, and serves decoding rows of every iteration.
     attends = False
@@ -55,7 +55,7 @@ class TorchOperators:
         self._kv_heads = torch.arange(2 * architecture.kv_heads, device=device)[None]
 
     def places(self, slots: Tensor, positions: Tensor, *, padded: bool = False) -> Places:
-        """Prepare an iteration's rows; ``padded``: some of them may be padding."""
+        """Return the places of an iteration's rows, some of which may be padding if ``padded``."""
         live = (positions >= 0).nonzero()[:, 0] if padded else None
         clamped = positions.clamp(min=0) if padded else positions
         return Places(slots, positions, self._tables.cos[clamped, None], self._tables.sin[clamped, None], live)
@@ -83,7 +83,7 @@ class TorchOperators:
         return torch.mul(functional.silu(gate, inplace=True), up, out=self.scratch.take("gated", *gate.shape))
 
     def rotate(self, states: Tensor, places: Places, kv: Tensor) -> Tensor:
-        """Put rotated keys, and values, of ``states`` into a layer's ``kv`` [slots, 2 kv heads, tokens, head size].
+        """Write rotated keys, and values, of ``states`` to a layer's ``kv`` [slots, 2 kv heads, tokens, head size].
 
         Returns the rotated queries, a view of ``states``.
         """
@@ -116,10 +116,10 @@ class TorchOperators:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """``x`` [rows, hidden] over the root of its mean square, times ``weight``; perhaps in ``out``, memory for it."""
+    """Return ``x`` [rows, hidden] over the root of its mean square, times ``weight``. ``out``: memory that the result may use."""
     if x.dtype is not torch.float32 or x.device.type != "cpu":
         return functional.rms_norm(x, weight.shape, weight, eps)
-    # torch composes its own of nine operators here, and each costs more than the arithmetic of a decode step.
+    # Here torch composes its rms_norm of nine operators, each of which costs more than the arithmetic of a decode step.
     size = x.shape[-1]
     scale: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
     return torch.mul(x, scale, out=out).mul_(weight)

@@ -1,4 +1,4 @@
-"""Reading a range of a file into memory, in chunks, by several threads, past the page cache where that is wanted and possible."""
+"""Reads of a range of a file into memory, in chunks, by several threads, past the page cache if asked and possible."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
 
 Direct = Literal["auto", "always", "never"]
-# What is read through the page cache at a time when it is to be hashed: it is in a core's cache still when that is done. Where
-# plain reads keep all cores busy, verified ones reach 85 % of them so, not 65 (tests/benchmarks/test_bench_store.py).
+# Bytes read at a time through the page cache when they are to be hashed: few enough to be still in a core's cache then. Where
+# plain reads keep all cores busy, verified reads are so 85 % as fast, instead of 65 % (tests/benchmarks/test_bench_store.py).
 _HOT_BYTES = 512 << 10
-# Pages asked for, and the share of them that may be missing in a file that counts as cached: what is missing is read through the
-# cache then, a third slower than past it, and what is cached many times faster (results/LOG.md).
+# Number of pages probed, and the largest share of them that may be missing from the page cache in a file that counts as cached.
+# Such a file is read through the cache: missing pages a third slower than past it, cached ones many times faster
+# (results/LOG.md).
 _PROBES = 64
 _MOST_MISSING = 0.1
 
 
 class ChecksumError(Exception):
-    """Bytes that are not those that were packed."""
+    """Bytes on disk that differ from those that were packed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Parts:
 
 
 class ChunkReader:
-    """``threads`` readers of ``chunk_bytes`` at a time.
+    """A pool of ``threads`` that read ``chunk_bytes`` at a time.
 
     ``direct``: "always" reads with O_DIRECT (UserError where the file system cannot), "never" through the page cache, "auto" with
     O_DIRECT where the file system can and the file is not in the page cache; ``used_direct`` is how the last file was read.
@@ -58,7 +59,7 @@ class ChunkReader:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[int]:
-        """A descriptor to read chunks from."""
+        """Yield a descriptor to read chunks from."""
         descriptor = self._open(path)
         try:
             yield descriptor
@@ -89,12 +90,12 @@ class ChunkReader:
         after: Callable[[int, int], None],
         parts: Parts | None = None,
     ) -> list[Future[None]]:
-        """Read ``size`` bytes from ``offset`` into ``target``, verified if ``parts`` are given: a future for each chunk.
+        """Read ``size`` bytes from ``offset`` into ``target``, verified if ``parts`` are given; return a future for each chunk.
 
         ``target`` may be longer, by up to a page: whole pages are read. ``after(begin, end)`` runs in the reader's thread as soon
         as a chunk has arrived. The futures raise OSError, EOFError and ChecksumError.
         """
-        # Past the page cache the disk is what takes time, and it likes long reads.
+        # Past the page cache the disk is the bottleneck, and long reads are faster.
         hot = self._chunk_bytes if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else _HOT_BYTES
 
         def chunk(begin: int, end: int) -> None:
@@ -108,13 +109,13 @@ class ChunkReader:
         return self.each_chunk(size, chunk, 1 if parts is None else parts.size)
 
     def each_chunk(self, size: int, work: Callable[[int, int], None], unit: int = 1) -> list[Future[None]]:
-        """Have the readers' threads do ``work(begin, end)`` for each chunk, of whole units: futures, in order."""
+        """Call ``work(begin, end)`` in the readers' threads for each chunk, of whole units; return the futures in order."""
         step = max(unit, self._chunk_bytes // unit * unit)
         return [self._pool.submit(work, begin, min(begin + step, size)) for begin in range(0, size, step)]
 
 
 def cached(path: Path) -> bool:
-    """True if nearly all of a file is in the page cache, by a sample of its pages; False where the system does not say."""
+    """True if nearly all sampled pages of a file are in the page cache; False where the system cannot tell."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
@@ -136,7 +137,7 @@ def _in_memory(descriptor: int, offset: int) -> bool:
 
 
 def _read(descriptor: int, offset: int, target: memoryview, begin: int, end: int) -> None:
-    """Bytes [begin, end) of what starts at ``offset``, and the rest of the last page."""
+    """Read bytes [begin, end) of the range that starts at ``offset``, and the rest of the last page."""
     whole, at = -(-end // ALIGNMENT) * ALIGNMENT, begin
     while at < end:
         count = os.preadv(descriptor, [target[at:whole]], offset + at)

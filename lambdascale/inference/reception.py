@@ -27,11 +27,11 @@ class BlockState(Enum):
 
 
 class Reception:
-    """Blocks of one model that a transfer brings to this node, from ``BlockStore.expect`` to ``close``. Thread-safe.
+    """The blocks of one model that a transfer brings to this node, from ``BlockStore.expect`` to ``close``. Thread-safe.
 
     ``offsets`` are the places, in the landing arena, of the blocks that others are to write. The other blocks of the reception
-    are resident already, where blocks land or on the device: nobody needs to write them, but ``arrived`` makes them usable all
-    the same.
+    are resident already, where blocks land or on the device: nobody needs to write them, but ``arrived`` must be called for
+    them too to make them usable.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Reception:
         self._states = states
 
     def state(self, block: int) -> BlockState:
-        """Progress of a block of this reception."""
+        """Return the state of a block of this reception."""
         return self._states[block]
 
     @property
@@ -65,7 +65,7 @@ class Reception:
             self._move(block, BlockState.USABLE)
 
     def give_up(self, blocks: Iterable[int]) -> None:
-        """Nobody writes these blocks any more for this reception: free the memory that no other reception expects them in."""
+        """Stop expecting these blocks, which nobody writes any more; free the memory that no other reception needs."""
         for block in blocks:
             if self._states[block] is not BlockState.USABLE:
                 self._move(block, BlockState.GIVEN_UP)
@@ -129,7 +129,7 @@ class Receptions:
         return key in self._expected
 
     def memory(self, model: PackedModel, block: int) -> Tensor:
-        """The memory that is reserved for a block. UserError if it is not expected."""
+        """Return the memory that is reserved for a block. UserError if it is not expected."""
         key = (model.name, block)
         require(key in self._expected, f"block {block} of {model.name} is not expected")
         return self.landing.arena.view(self.landing.offsets[key], model.block_bytes[block])

@@ -1,7 +1,7 @@
-"""Decode steps as CUDA graphs: the hundreds of launches of a step recorded once for each batch size, and repeated by one call.
+"""Decode steps as CUDA graphs: the hundreds of launches of a step are recorded once for each batch size and replayed by one call.
 
-A recorded step has fixed addresses and fixed numbers of rows, so batches are padded to a power of two and the input is copied to
-where the recording expects it. Contexts need no sizes of their own: kernels read the positions on the device.
+A recorded step has fixed addresses and a fixed number of rows, so batches are padded to a power of two and the input is copied
+to where the recording expects it. One recording serves contexts of any length, since kernels read positions on the device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 Tensor = torch.Tensor
-# Inputs, slots [rows] and positions [rows] (-1: padding) to hidden states or logits. All on the device, no host involved.
+# From inputs, slots [rows] and positions [rows] (-1: padding) to hidden states or logits, without the host.
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Replay:
-    """A step for up to ``rows`` rows over its own input memory, recorded where ``inputs`` [rows, ...] is on a GPU.
+    """A step over input memory of its own, ``inputs`` [rows, ...], for at most as many rows; recorded if that is on a GPU.
 
-    On a CPU it computes anew at every call: the same padding and copies, for tests. ``pool``: memory that recordings share.
+    On a CPU every call computes the step, with the same padding and copies, for tests. ``pool``: memory that recordings share.
     """
 
     def __init__(self, step: Step, inputs: Tensor, pool: Any) -> None:
@@ -35,7 +35,7 @@ class Replay:
             self._record(pool)
 
     def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The step's output for ``slots`` rows, in memory of its own."""
+        """Return the step's output, one row for each of ``slots``, in memory of its own."""
         count, rows = len(slots), len(self._inputs)
         self._inputs[:count].copy_(inputs, non_blocking=True)
         padding = [0] * (rows - count), [-1] * (rows - count)
@@ -50,7 +50,7 @@ class Replay:
         return self._step(self._inputs, self._places[0], self._places[1])
 
     def _record(self, pool: Any) -> None:
-        """Run the step once over padding, which makes libraries ready and changes no KV; then record it."""
+        """Run the step once over padding, which loads libraries and changes no KV; then record it."""
         stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
@@ -68,7 +68,7 @@ class Replay:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No garbage collection, which might free CUDA objects: that ends a recording."""
+    """Suspend garbage collection, which might free CUDA objects and so break the recording."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -86,9 +86,9 @@ class Replays:
         self._pool: Any = None
 
     def take(self, rows: int, step: Callable[[], Step], inputs_of: Callable[[int], Tensor]) -> Replay:
-        """The smallest that has ``rows`` rows.
+        """Return the smallest replay that has room for ``rows`` rows, made if it is missing.
 
-        ``step()``: a step with memory of its own for results. ``inputs_of(rows)``: memory for the input.
+        ``step()`` returns a step with memory of its own for results, ``inputs_of(rows)`` memory for the input.
         """
         size = 1 << (rows - 1).bit_length()
         if size not in self._made:

@@ -17,7 +17,7 @@ Key = tuple[str, int]  # model and block
 
 @dataclass
 class Residency:
-    """Not thread-safe: the store's lock guards it. ``name`` is the tier's, for messages."""
+    """One tier of a store, with its memory. Not thread-safe: the store's lock guards it. ``name`` is the tier's, for messages."""
 
     name: StoreTier
     arena: Arena
@@ -26,7 +26,7 @@ class Residency:
     uses: dict[Key, int] = field(default_factory=dict)
 
     def take(self, model: PackedModel, key: Key) -> None:
-        """Reserve memory for a block that is to come. CapacityError without room, UserError if it has memory already."""
+        """Reserve memory for a block. CapacityError without room, UserError if it has memory already."""
         size = model.block_bytes[key[1]]
         require(key not in self.offsets, f"block {key[1]} of {key[0]} is being loaded already")
         offset = self.arena.extents.take(size)
@@ -54,7 +54,7 @@ class Residency:
         self.arena.extents.give_back(self.offsets.pop(key))
 
     def use(self, key: Key) -> None:
-        """Hold a block in its place; counted."""
+        """Count one more use of a block, which stays in its place while it has any."""
         self.uses[key] = self.uses.get(key, 0) + 1
 
     def release(self, key: Key) -> None:

@@ -1,4 +1,4 @@
-"""Choice of the next token: greedy, or by temperature and nucleus, reproducibly."""
+"""Reproducible choice of the next token: greedy, or by temperature and nucleus (top-p)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Memory for what a stage computes on the way, kept from one iteration to the next.
+"""Memory for the intermediate results of a stage, kept from one iteration to the next.
 
-Fresh memory costs a page fault for each 4 KiB, and a prefill of 1,024 tokens of a small model would write 19 MB of it in every
-layer (results/LOG.md has what that costs).
+New memory costs a page fault for each 4 KiB, and a prefill of 1,024 tokens of a small model would write 19 MB of it in every
+layer (results/LOG.md says what that costs).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[rows, columns], contiguous, with anything in it; of the stage's type unless ``dtype`` says otherwise."""
+        """Return an uninitialised contiguous buffer [rows, columns], of the stage's type unless ``dtype`` is given."""
         size, buffer = rows * columns, self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            # The old one goes first: both at once need not fit.
+            # The old buffer is freed first: the device may not have room for both.
             self._buffers.pop(name, None)
             buffer = self._buffers[name] = torch.empty(size, dtype=dtype or self._dtype, device=self._device)
         return buffer[:size].view(rows, columns)

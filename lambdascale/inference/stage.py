@@ -85,7 +85,7 @@ class TransformerStage:
 
     @torch.inference_mode()
     def run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        """One iteration; KV of its tokens is written, then attended."""
+        """Run one iteration: KV of its tokens is written, then attended to."""
         devices.use(self.device)
         if self.device.type == "cuda" and self._replays is None:
             self._use_kernels()
@@ -94,7 +94,7 @@ class TransformerStage:
         return self._iterate(batch, inputs)
 
     def prepare(self, rows: Sequence[int] = ()) -> None:
-        """Wait for the kernels, and record decode steps of so many rows each: for tests and measurements on a GPU."""
+        """Wait for the kernels, and record decode steps for these numbers of rows: for tests and measurements on a GPU."""
         if self.device.type == "cuda" and has_triton():
             COMPILER.wait(self.architecture, self.dtype, self.device)
             self._use_kernels()
@@ -112,7 +112,7 @@ class TransformerStage:
     # -- decodes alone -----------------------------------------------------------------------------------------------
 
     def _replay(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        assert self._replays is not None, "the caller has looked"
+        assert self._replays is not None, "the caller has checked"
         slots, positions = [s.slot for s in batch.segments], [s.start for s in batch.segments]
         output = self._replays.take(batch.rows, self._step, self._inputs)(inputs, slots, positions)
         if not self.is_last or batch.wanted == tuple(range(batch.rows)):
@@ -120,15 +120,15 @@ class TransformerStage:
         return output[self._there(torch.tensor(batch.wanted, dtype=torch.long))]
 
     def _inputs(self, rows: int) -> Tensor:
-        """Memory for the input of a replay."""
+        """Return memory for the input of a replay."""
         if self.is_first:
             return torch.zeros(rows, dtype=torch.long, device=self.device)
         return torch.zeros(rows, self.architecture.hidden, dtype=self.dtype, device=self.device)
 
     def _step(self) -> Step:
-        """A decode step with scratch memory of its own: a recording's must stay where it is.
+        """Return a decode step with scratch memory of its own, since that of a recording must not move.
 
-        It does not keep the stage alive, which keeps it: a stage's KV memory is free at once when the stage is dropped.
+        The step has only a weak reference to the stage, so that a stage's KV memory is free at once when the stage is dropped.
         """
         operators = type(self._operators)(self.architecture, self._tables, Scratch(self.dtype, self.device))
         stage = weakref.proxy(self)
@@ -149,7 +149,7 @@ class TransformerStage:
 
     def _iterate(self, batch: StageBatch, inputs: Tensor) -> Tensor:
         operators = self._operators
-        # All that comes from the host comes first: nothing waits for the device between two layers.
+        # All copies from the host come first, so that nothing waits for the device between two layers.
         places = operators.places(*self._places(batch))
         parts = self._attention.parts(batch, decodes=not operators.attends)
         pruned = answering(batch) if self.is_last and len(batch.wanted) < batch.rows else None
@@ -159,7 +159,7 @@ class TransformerStage:
         for index, layer in enumerate(self._layers):
             query = operators.rotate(operators.project(hidden, layer), places, self.kv.both[index])
             if pruned is not None and index == len(self._layers) - 1:
-                # The other rows have left their keys and values, which is all that is needed of them.
+                # Of the other rows only keys and values are needed, and those are written.
                 hidden, query = hidden[wanted], query[wanted]
                 batch, parts = pruned, last_parts or Parts((), None)
                 places = Places(places.slots[wanted], places.positions[wanted], places.cos, places.sin)
@@ -167,7 +167,7 @@ class TransformerStage:
         return self._leaving(operators, hidden)
 
     def _attend(self, index: int, query: Tensor, places: Places, parts: Parts) -> Tensor:
-        """Prefills by torch's attention; decodes too, or by the operators' own."""
+        """Attend by torch's operator, decodes by the operators' own attention where that is fast."""
         begin = parts.prefilled
         if not self._operators.attends or begin == len(query):
             return self._attention.attend(index, query, parts)
@@ -176,7 +176,7 @@ class TransformerStage:
         return self._attention.attend(index, query[:begin], parts, found)
 
     def _places(self, batch: StageBatch) -> tuple[Tensor, Tensor]:
-        """Slot and position of every row."""
+        """Return slot and position of every row."""
         slots = [s.slot for s in batch.segments for _ in range(s.tokens)]
         positions = [p for s in batch.segments for p in range(s.start, s.start + s.tokens)]
         places = self._there(torch.tensor((slots, positions), dtype=torch.long))
@@ -189,7 +189,7 @@ class TransformerStage:
         return tensor.to(self.device, non_blocking=True)
 
     def _entering(self, inputs: Tensor) -> Tensor:
-        """The hidden states that the layers add to: memory of this iteration's own."""
+        """Return the hidden states that the layers add to, in memory of this iteration's own."""
         if not self.is_first:
             return inputs.clone()
         assert self.blocks[0].embedding is not None, "the first block has the embedding"
@@ -210,7 +210,7 @@ class TransformerStage:
 
 
 def answering(batch: StageBatch) -> StageBatch:
-    """The rows whose logits are wanted, each a segment of one token; ``wanted`` still counts the rows of ``batch``."""
+    """Return a batch of the wanted rows, each a segment of one token; ``wanted`` still counts the rows of ``batch``."""
     places = [(s.slot, s.start + token) for s in batch.segments for token in range(s.tokens)]
     segments = tuple(Segment(*places[row], 1) for row in batch.wanted)
     decodes = sum(row >= batch.rows - batch.decodes for row in batch.wanted)
@@ -218,7 +218,7 @@ def answering(batch: StageBatch) -> StageBatch:
 
 
 def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, device: torch.device) -> RopeTables:
-    """Cosines and sines of the rotary embedding for positions below ``tokens``, from float32: [tokens, head size / 2] each."""
+    """Return the rotary embedding's tables for positions below ``tokens``, [tokens, head size / 2] each, computed in float32."""
     half = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
     frequencies = _stretched(architecture, 1.0 / architecture.rope_theta**half)
     angles = torch.outer(torch.arange(tokens, dtype=torch.float32), frequencies)
@@ -226,7 +226,7 @@ def rope_tables(architecture: Architecture, tokens: int, dtype: torch.dtype, dev
 
 
 def _stretched(architecture: Architecture, frequencies: Tensor) -> Tensor:
-    """Llama 3's scaling: long waves by ``factor``, short ones untouched, a linear blend between (Llama 3.1 release notes)."""
+    """Apply Llama 3's scaling: long waves by ``factor``, short ones not, a linear blend between (Llama 3.1 release notes)."""
     scaling = architecture.rope_scaling
     if scaling is None:
         return frequencies

@@ -1,6 +1,6 @@
-"""The block store of a node: blocks in its host and device arenas, from disk or other nodes, in use and evicted.
+"""The block store of a node: it loads, receives, lends and evicts the blocks in its host and device arenas.
 
-The store carries out; the control plane decides what to keep.
+The control plane decides what to keep; the store carries that out.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ Tensor = torch.Tensor
 
 
 class BlockInUseError(RuntimeError):
-    """An eviction of a block that is in use or being loaded. Nothing was evicted."""
+    """Refusal to evict a block that is in use or being loaded. Nothing was evicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """``host_bytes`` and ``device_bytes`` are the sizes of the arenas. ``device`` "cpu": the device arena is a stand-in in host
-    memory.
+    """Sizes and rules of a block store.
 
-    ``readers`` threads read ``chunk_bytes`` at a time; ``direct``: see ChunkReader. ``verify``: the blocks whose checksums are
-    compared, when they are loaded and when they arrive (see ``is_verified``). ``land_on_device``: other nodes write blocks
-    straight into the device arena; otherwise they write them into the host arena, from where the store copies them to the device.
+    ``host_bytes`` and ``device_bytes`` are the sizes of the arenas. With ``device`` "cpu" the device arena is a stand-in in host
+    memory. ``readers`` threads read ``chunk_bytes`` at a time; ``direct``: see ChunkReader. ``verify``: the blocks whose
+    checksums are compared, when they are loaded and when they arrive (see ``is_verified``). ``land_on_device``: other nodes
+    write blocks straight into the device arena; otherwise they write them into the host arena, from where the store copies
+    them to the device.
     """
 
     host_bytes: int | str
@@ -71,12 +72,12 @@ class BlockStore:
         self.config = config
         self.device = torch.device(config.device)
         require(self.device.type in ("cpu", "cuda"), f"device must be cpu or cuda, not {config.device}")
-        require(self.device.type == "cpu" or torch.cuda.is_available(), "device cuda is asked for, but torch finds no GPU")
+        require(self.device.type == "cpu" or torch.cuda.is_available(), "device is cuda, but PyTorch finds no GPU")
         self._lock = threading.RLock()
         self._models: dict[str, PackedModel] = {}
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"
         self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
-        # Digests wait for nothing that the GPU computes in its default stream.
+        # A stream of their own, so that digests do not wait for what the default stream computes.
         self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
@@ -104,18 +105,18 @@ class BlockStore:
         return self._tiers["host"].arena.bytes.numpy().data
 
     def use_device(self) -> None:
-        """Make the store's GPU the current one of the calling thread: each thread that copies to or from it needs that."""
+        """Make the store's GPU the current one of the calling thread; each thread that copies to or from it must call this."""
         devices.use(self.device)
 
     def rehearse(self) -> None:
-        """Compile what verifies blocks in a GPU's memory, before the first block arrives; nothing elsewhere."""
+        """Compile the kernel that verifies blocks in a GPU's memory, before the first block arrives. Do nothing elsewhere."""
         if self._lands_on_gpu and self.config.verify != "off":
             self._digest(torch.zeros(1 << 20, dtype=torch.uint8, device=self.device), 1 << 20)
 
     # -- what is where -----------------------------------------------------------------------------------------------
 
     def add(self, model: PackedModel) -> None:
-        """Make a model known. UserError if another one has its name, or if its blocks cannot be verified where they land."""
+        """Register a model. UserError if another one has its name, or if its blocks cannot be verified where they land."""
         require(
             not self._lands_on_gpu or self.config.verify == "off" or all(block.digests for block in model.blocks),
             f"{model.name} was packed without digests for GPUs: pack it again, or set backend.verify=off",
@@ -128,7 +129,7 @@ class BlockStore:
             )
 
     def model(self, name: str) -> PackedModel:
-        """Return a known model. UserError for an unknown one."""
+        """Return a registered model. UserError for any other name."""
         require(name in self._models, f"the store does not know the model {name}")
         return self._models[name]
 
@@ -147,14 +148,14 @@ class BlockStore:
         return self._receptions.expects(key) and key not in self._tiers[self.landing_tier].complete
 
     def free_bytes(self, tier: StoreTier) -> int:
-        """Return the bytes of a tier's arena that no block occupies or is reserved."""
+        """Return the bytes of a tier's arena that are neither occupied by blocks nor reserved for them."""
         return self._tiers[tier].arena.extents.free_bytes
 
     # -- use ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def using(self, name: str, blocks: Iterable[int], tier: StoreTier = "gpu") -> Iterator[list[Tensor]]:
-        """Yield the bytes of complete blocks, which are not evicted meanwhile. UserError if one is not resident."""
+        """Yield the bytes of complete blocks; none is evicted inside the context. UserError if one is not resident."""
         keys = [(name, block) for block in blocks]
         residency = self._tiers[tier]
         with self._lock:
@@ -172,7 +173,7 @@ class BlockStore:
 
     @contextmanager
     def weights(self, name: str, blocks: Sequence[int]) -> Iterator[list[BlockWeights]]:
-        """Yield the weights of blocks on the device, as views of the arena; they stay as long as the context."""
+        """Yield the weights of blocks on the device, as views of the arena, which are valid inside the context."""
         layouts = self.model(name).layouts
         with self.using(name, blocks) as buffers:
             yield [BlockWeights(layouts[block], buffer) for block, buffer in zip(blocks, buffers, strict=True)]
@@ -201,7 +202,7 @@ class BlockStore:
         return tier == self.landing_tier and self._receptions.expects(key)
 
     def mirror(self, name: str) -> int:
-        """Copy the model's blocks from the device to host memory where they are missing there; return the bytes copied.
+        """Copy the model's blocks that host memory lacks from the device to it; return the bytes copied.
 
         CapacityError, and nothing done, if host memory has no room. Blocks the caller until the copies are complete.
         """
@@ -255,7 +256,7 @@ class BlockStore:
             return block_digest(data, part_bytes)
 
     def _lift(self, name: str, block: int) -> None:
-        """Copy a landed block to the device, unless it is resident, and wait. CapacityError if the device has no room."""
+        """Copy a landed block to the device and wait, unless it is resident there. CapacityError if the device has no room."""
         if not self.holds(name, block, "gpu"):
             self.load(name, [block], to="gpu").wait()
 

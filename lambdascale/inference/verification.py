@@ -1,4 +1,4 @@
-"""The rule by which a store decides whose checksums it compares."""
+"""The choice of the blocks whose checksums a store compares."""
 
 from __future__ import annotations
 

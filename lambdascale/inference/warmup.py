@@ -1,4 +1,4 @@
-"""Make a device ready before it is needed: contexts, libraries and kernels load at first use, which takes seconds on a GPU."""
+"""Warm-up of a device: contexts, libraries and kernels load at their first use, which takes seconds on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROMPT = 4
 
 
 def warm_up(model: PackedModel, device: str) -> None:
-    """Run a prefill and a decode through zeros in the shape of the model's first and last block; the memory is freed."""
+    """Run a prefill and a decode over zero weights shaped as the model's first and last block, then free the memory."""
     for layout in {layout.index: layout for layout in (model.layouts[0], model.layouts[-1])}.values():
         buffer = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
         stage = TransformerStage(model.architecture, [BlockWeights(layout, buffer)], 2, 2 * _PROMPT)

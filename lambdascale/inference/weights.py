@@ -72,7 +72,7 @@ class BlockWeights:
         return self._bytes(slot.offset, slot.size_bytes).view(slot.shape)
 
     def _stacked(self, names: Sequence[str]) -> Tensor:
-        """Adjacent tensors of equal width as one."""
+        """Return adjacent tensors of equal width as one."""
         slots = [self._slots[name] for name in names]
         assert _adjacent(slots), f"{names} do not lie next to each other"
         rows = sum(slot.shape[0] for slot in slots)
@@ -87,10 +87,10 @@ def _adjacent(slots: Sequence[TensorSlot]) -> bool:
 
 
 def load_blocks(model: PackedModel | HfCheckpoint, blocks: int | None = None, dtype: str | None = None) -> list[BlockWeights]:
-    """All blocks of a model in plain memory, without a store: for tests, tools and single-node use.
+    """Return all blocks of a model in plain memory, without a store: for tests, tools and single-node use.
 
-    A Hugging Face directory is cut into ``blocks`` (default 1) and converted to ``dtype`` on the way. UserError if the packed
-    model is cut or typed otherwise than asked.
+    A Hugging Face directory is cut into ``blocks`` (default 1) and converted to ``dtype``. UserError if a packed model has
+    another number of blocks or another type.
     """
     if isinstance(model, PackedModel):
         if blocks not in (None, len(model.blocks)) or dtype not in (None, model.dtype):

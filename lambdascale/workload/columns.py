@@ -1,4 +1,4 @@
-"""Requests as parallel columns: produced by readers and generators, changed by rescaling, before requests have ids."""
+"""Requests as parallel columns, which readers and generators produce and rescaling changes, before they get ids."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Columns:
         )
 
     def at(self, arrival_s: Floats) -> Columns:
-        """The same requests at other times, sorted; requests at the same time keep their order."""
+        """Return the same requests at other times, sorted; requests at the same time keep their order."""
         order = np.argsort(arrival_s, kind="stable")
         return replace(self.take(order), arrival_s=arrival_s[order])
 

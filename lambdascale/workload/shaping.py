@@ -33,7 +33,7 @@ from lambdascale.core.checks import check_types, require
 from lambdascale.workload.base import LoadedTrace, Provenance
 from lambdascale.workload.columns import Columns, Floats, Ints, Streams
 
-# Above the longest answer of the traces that are read here (7,315 tokens, BurstGPT), so that it cuts none of theirs.
+# Above the longest answer of all traces read here (7,315 tokens, BurstGPT), so that none is cut.
 DEFAULT_LIMIT = 8192
 
 

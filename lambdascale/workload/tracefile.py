@@ -42,13 +42,13 @@ class FilteredRow(Exception):
 
 
 def quoted(text: object) -> str:
-    """``text`` as a short one-line quotation for an error message."""
+    """Return ``text`` as a short one-line quotation for an error message."""
     shown = repr(text)
     return shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "…"
 
 
 def whole_number(text: str, column: str, *, low: int = 1) -> int:
-    """The plain decimal ``text`` as a number from ``low`` to 999,999,999; BadRow otherwise."""
+    """Return the plain decimal ``text`` as a number from ``low`` to 999,999,999; BadRow otherwise."""
     digits = text.strip()
     if digits.isascii() and digits.isdigit() and len(digits) <= 9 and int(digits) >= low:
         return int(digits)
@@ -56,7 +56,7 @@ def whole_number(text: str, column: str, *, low: int = 1) -> int:
 
 
 def real_number(text: str, column: str) -> float:
-    """``text`` as a finite number of at least 0; BadRow otherwise."""
+    """Return ``text`` as a finite number of at least 0; BadRow otherwise."""
     try:
         value = float(text) if "_" not in text else -1.0
     except ValueError:
