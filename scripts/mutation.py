@@ -51,6 +51,7 @@ ROOMS = {
                     "three_blocks_at_once_are_never_valid",
                     "the_shape_of_a_plan",
                     "k_way_rounds_and_first_pipeline",
+                    *(f"lower_bound_is_met_for_every_number_of_nodes[{nodes}]" for nodes in (5, 11, 14, 23)),
                 )
             ),
         ),
@@ -64,7 +65,8 @@ ROOMS = {
             *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
             *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/policy/test_shares.py"),
             *("tests/policy/test_loop.py", "tests/policy/test_returning.py", "tests/policy/test_traffic.py"),
-            *("tests/policy/test_several_gpus.py", "tests/property/test_control_batching_properties.py"),
+            *("tests/policy/test_several_gpus.py", "tests/policy/test_pipeline_rules.py"),
+            "tests/property/test_control_batching_properties.py",
             *("tests/property/test_scale_in_properties.py", "tests/property/test_traffic_properties.py", "tests/golden"),
         ),
     ),

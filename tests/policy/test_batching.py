@@ -174,6 +174,7 @@ def test_the_request_admitted_last_is_preempted_and_computed_anew() -> None:
     iteration = batch.schedule()
     assert iteration is not None
     assert [s.request_id for s in iteration.preempted] == [1]
+    assert batch.preemptions == 2, "all so far are counted"
     assert [s.request_id for s in batch.waiting] == [1, 2, 3]
     assert (iteration.decodes, iteration.context_tokens, iteration.max_steps) == (1, 20, 19)
     assert run(batch, 19) == ([], [0])

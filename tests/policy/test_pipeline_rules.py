@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
-from lambdascale.core import Stage
+from lambdascale.core import Send, Stage
 from lambdascale.multicast import BinomialPipeline
 from lambdascale.pipelines import ComplementaryPipelines, Costs, divide
 from tests.policy.test_pipelines import by_arrivals, shown
@@ -106,6 +107,28 @@ def test_division_of_what_nodes_hold() -> None:
     assert divide({1: {0, 1, 2}, 2: {0, 1, 2}}, 4) is None
 
 
+def test_nodes_are_ordered_by_what_they_hold_so_that_each_has_one_stage() -> None:
+    """In the order of their ids the nodes could only take turns: 2:0-1, 1:2-4, 1:5-5."""
+    assert divide({1: {2, 3, 4, 5}, 2: {0, 1}}, 6) == (Stage(2, 0, 1), Stage(1, 2, 5))
+
+
+@pytest.mark.parametrize(("switch", "expected"), [("all", ["2 1:0-1 2:2-3"]), ("each", [])])
+def test_a_pipeline_lasts_until_all_its_nodes_are_complete_or_the_first_one(switch: str, expected: list[str]) -> None:
+    """A pass takes three rounds from round 2 on; node 1 is complete after round 4, node 2 after round 8."""
+    pairs = {1: [(1, 0), (2, 2)], 2: [(1, 1), (2, 3)], 3: [(1, 2)], 4: [(1, 3)], 7: [(2, 0)], 8: [(2, 1)]}
+    plan = structs.replace(
+        by_arrivals((0, 1, 2, 3), (2, 3, 0, 1)),
+        rounds=tuple(tuple(Send(0, node, block) for node, block in pairs.get(r, ())) for r in range(1, 9)),
+    )
+    builder = ComplementaryPipelines(switch=switch)  # type: ignore[arg-type]  # a parameter's type is any text
+    assert shown(builder.pipelines(plan, (), Costs(batch_s=(3.0,)))) == expected
+
+
+@pytest.mark.parametrize(("requests", "batch"), [(1, 1), (2, 1), (3, 2), (4, 2), (9, 4), (0, 1)])
+def test_waiting_requests_are_shared_out_in_whole_batches(requests: int, batch: int) -> None:
+    assert Costs(batch_s=(1.0, 2.0, 3.0, 4.0), requests=requests).batch(2) == batch
+
+
 # -- formed or not ---------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +162,19 @@ def test_a_pipeline_forms_if_there_is_time_for_a_first_pass(pace_s: float, expec
     """Mutation: a pipeline that its mode switch ends before a token."""
     assert arriving(pace_s)[1] == expected
     assert arriving(pace_s, form="always")[1] == ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]
+
+
+@pytest.mark.parametrize(("switch", "expected"), [("all", "serve i3 2:0-1,3:2-3"), ("each", None)])
+def test_the_time_left_depends_on_how_nodes_leave(switch: str, expected: str | None) -> None:
+    """Node 2 is complete in 0.125 s, less than a pass takes, node 3 in 0.5 s. Mutation: the first node's time for both."""
+    world = World(nodes=4, min_replicas=2, cluster={"nic_bytes_per_s": 1e9}, form="useful", switch=switch)
+    world.arrive(9, prompt=470, output=100)
+    world.tick()
+    world.at = 0.25
+    assert world.block(2, 0) + world.block(3, 2) == []
+    world.at = 0.5
+    assert world.block(2, 1, 2) == []
+    assert next(iter(world.block(3, 3)), None) == expected
 
 
 def test_short_prompts_make_a_late_pipeline_useful() -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
 import pytest
 
+from lambdascale.control.start import MulticastStart
+from lambdascale.core import MulticastPlan, NodeId, PipelinePlan
 from lambdascale.core.commands import LoadBlocks, StartMulticast
-from tests.policy.world import World, without
+from lambdascale.multicast import validate_plan
+from lambdascale.pipelines import IN_ROUNDS, Costs
+from tests.policy.world import World, configured, without
 
 FAST_PCIE = {"pcie_bytes_per_s": 8e9}  # against 3.2 GB/s of the network
 
@@ -122,6 +129,18 @@ def test_nodes_that_load_from_storage_are_not_joined() -> None:
     assert without(world.tick(), "timer") == ["allocate 1", "load t2 1 ssd 0123"]
 
 
+def test_a_node_that_loads_is_passed_over_for_one_that_receives() -> None:
+    """Mutation: node 1, which still loads from storage, taken as the parent because its NIC is idle."""
+    world = World("faasnet", nodes=4, min_replicas=0, target=1)
+    world.arrive(2)
+    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 1 ssd 0123"]
+    world.deliver("t1")
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
+    world.arrive(1)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 2:gpu>3"]
+
+
 def test_nodes_wait_for_an_idle_source_where_they_do_not_join() -> None:
     world = World("faasnet", nodes=6, target=1, source_rule="GpuAndHostSources")
     world.arrive(3)
@@ -160,6 +179,30 @@ def test_without_a_holder_nodes_load_in_shifted_orders_and_form_a_pipeline() -> 
     ]
     assert world.block(0, 0) + world.block(1, 1) + world.block(2, 2, 3) == []
     assert world.block(1, 2) == ["serve i1 0:0-0,1:1-2,2:3-3", "dispatch i1 0,1,2,3,4,5"]
+
+
+@dataclass(frozen=True)
+class PlansSeen:
+    """A pipeline builder that builds none and keeps the plans that it is asked about."""
+
+    plans: list[MulticastPlan] = field(default_factory=list)
+
+    def pipelines(
+        self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
+    ) -> Sequence[PipelinePlan]:
+        self.plans.append(plan)
+        return ()
+
+
+def test_loads_are_described_to_pipeline_builders_as_a_valid_plan() -> None:
+    seen = PlansSeen()
+    start = configured("lambdascale_tuned").start
+    assert isinstance(start, MulticastStart)
+    world = World(nodes=3, min_replicas=0, start=replace(start, pipelines=seen))
+    world.arrive(5)
+    assert without(world.tick(), "timer", "allocate") == [f"load t{node + 1} {node} ssd 0123" for node in range(3)]
+    assert [plan.destinations for plan in seen.plans] == [(0, 1, 2)]
+    validate_plan(seen.plans[0])
 
 
 def test_a_single_node_loads_in_order() -> None:
