@@ -155,7 +155,7 @@ def settings(room: Room) -> str:
 
 def mutmut(folder: Path, *arguments: str, capture: bool = False) -> str:
     """Run a mutmut command in ``folder``; return its output if ``capture``."""
-    environment = os.environ | {"HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis")}
+    environment = os.environ | {"HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"), "HYPOTHESIS_PROFILE": "mutation"}
     command = [sys.executable, "-m", "mutmut", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=capture, text=True, check=arguments[0] != "run")
     return done.stdout if capture else ""

@@ -2,7 +2,8 @@
 
 Properties draw the same examples every time, so that a commit is judged by what it changed. Looking for new failures is a
 run of its own: ``HYPOTHESIS_PROFILE=explore scripts/test tests/property`` draws fresh ones, and what it finds becomes an
-``@example`` of the property.
+``@example`` of the property. The profile ``mutation`` (scripts/mutation.py) stops at the first failing example, since making it
+small takes longer than a mutant is given.
 
 torch's threads wait asleep: by default they spin, and on a busy machine that makes the suite fifty times slower.
 """
@@ -11,10 +12,11 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
 settings.register_profile("steady", derandomize=True, database=None)
 settings.register_profile("explore", derandomize=False)
+settings.register_profile("mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
