@@ -1,4 +1,4 @@
-"""``lambdascale plan``: print the multicast plan and pipelines of a system, as a table or as JSON (design, section 4)."""
+"""``lambdascale plan``: print the multicast plan and pipelines of a system, as a table or as JSON."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import lambdascale
 PACKAGE = Path(lambdascale.__file__).resolve().parent
 ROOT = PACKAGE.parent
 
-# Subpackages that each subpackage may import, itself aside. Dependencies point one way: down this list to up (design, section 2).
+# Subpackages that each subpackage may import, itself aside. Dependencies point one way.
 PURE = {"core"}
 LIBRARY = PURE | {"multicast", "pipelines", "memory", "workload", "control"}
 ALLOWED: dict[str, set[str]] = {

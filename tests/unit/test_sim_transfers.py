@@ -11,7 +11,7 @@ from msgspec.structs import replace as replace_plan
 from lambdascale.core import MulticastPlan, Send, UserError
 from lambdascale.multicast import validate_plan
 from lambdascale.sim import SimConfig
-from lambdascale.sim.communicator import draw_setup_s, setup_basis, setup_distribution
+from lambdascale.sim.communicator import _line, _Measured, draw_setup_s, setup_basis, setup_distribution
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.measure import multicast_times
 from lambdascale.sim.options import TransferOptions
@@ -165,6 +165,14 @@ def test_cancelling_a_collective_gives_the_gpu_back() -> None:
     rig.kernel.at(0.5, rig.engine.cancel, 1)
     rig.run()
     assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
+
+
+def test_the_medians_line_is_that_of_weighted_least_squares() -> None:
+    """Called here too, since the module's own call is over before a mutation run switches a fault on."""
+    points = [(_Measured(4, 0.4, 2.0, 2), 0.5), (_Measured(8, 0.7, 4.4, 2), 0.6), (_Measured(16, 1.0, 9.0, 1), 0.7)]
+    weights = [measured.values**0.5 / sigma for measured, sigma in points]  # numpy squares them
+    slope, intercept = np.polyfit([0.0, 1.0, 2.0], [0.5 * np.log(m.low_s * m.high_s) for m, _ in points], 1, w=weights)
+    assert _line(points) == pytest.approx((intercept, slope))
 
 
 def test_communicator_setup_follows_the_measurements() -> None:
