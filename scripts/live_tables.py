@@ -46,8 +46,9 @@ def main() -> int:
             rows = table_folder(study, results, published=as_published(overrides)) / f"{study}.csv"
             path = (results / "tables" if as_published(arguments.overrides) else rows.parent) / f"{name}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
-            derive(pd.read_csv(rows)).to_csv(path, index=False, float_format="%.4g")
-            Console().print(f"{path} (live)", highlight=False, soft_wrap=True)
+            table = derive(pd.read_csv(rows))
+            table.to_csv(path, index=False, float_format="%.4g")
+            Console().print(f"{path} ({', '.join(table.backend.unique())})", highlight=False, soft_wrap=True)
     return status
 
 

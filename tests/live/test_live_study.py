@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lambdascale.checkpoints.synthetic import smollm2_file
@@ -15,6 +18,8 @@ from lambdascale.experiments.live_tables import execute_while_load, sim_vs_live
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.study import load_study
 from tests.conf.points import points
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def folders(experiment: str, results: Path, keep: Sequence[str], *overrides: str) -> list[Path]:
@@ -39,6 +44,17 @@ def test_execute_while_load_of_the_simulator(tmp_path: Path) -> None:
     assert served[2]
     assert (early[served] < late[served]).all()
     assert (early <= late).all()
+
+
+def test_a_table_of_changed_runs_replaces_no_published_one(tmp_path: Path) -> None:
+    changes = ["backend=sim", "seed=1", "system.start.sources=2", "workload.count=5"]
+    command = [sys.executable, "scripts/live_tables.py", "--only", "execute_while_load", "--results", str(tmp_path), *changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "raw" / "live_while_load" / "execute_while_load.csv"
+    assert done.stdout.splitlines()[-1] == f"{made} (sim)"
+    assert list(pd.read_csv(made).executes) == ["while loading", "after loading"]
+    assert not (tmp_path / "tables").exists()
 
 
 @pytest.mark.live
