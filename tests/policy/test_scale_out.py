@@ -183,24 +183,46 @@ def test_without_a_holder_nodes_load_in_shifted_orders_and_form_a_pipeline() -> 
 
 @dataclass(frozen=True)
 class PlansSeen:
-    """A pipeline builder that builds none and keeps the plans that it is asked about."""
+    """A pipeline builder that builds none, and keeps the plans and holders that it is given."""
 
     plans: list[MulticastPlan] = field(default_factory=list)
+    holders: list[list[NodeId]] = field(default_factory=list)
 
     def pipelines(
         self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
     ) -> Sequence[PipelinePlan]:
         self.plans.append(plan)
+        self.holders.append(list(holders))
         return ()
 
 
-def test_loads_are_described_to_pipeline_builders_as_a_valid_plan() -> None:
+def seen_by_builders(requests: int, **settings: object) -> tuple[PlansSeen, list[str]]:
+    """What pipeline builders are given at the first look after a burst, and its transfers."""
     seen = PlansSeen()
     start = configured("lambdascale_tuned").start
     assert isinstance(start, MulticastStart)
-    world = World(nodes=3, min_replicas=0, start=replace(start, pipelines=seen))
-    world.arrive(5)
-    assert without(world.tick(), "timer", "allocate") == [f"load t{node + 1} {node} ssd 0123" for node in range(3)]
+    world = World(start=replace(start, pipelines=seen), **settings)
+    world.arrive(requests)
+    return seen, without(world.tick(), "timer", "allocate")
+
+
+@pytest.mark.parametrize(
+    ("requests", "copies", "holders", "last"),
+    [(3, 2, [[2]], "2:gpu,0:host>3,4"), (5, 2, [[2]], "2:gpu,0:host,1:host>3,4,5"), (3, 0, [[0]], "0:gpu>1,2")],
+    ids=["host sources", "loads beside it", "gpu alone"],
+)
+def test_builders_see_the_sources_that_hold_the_model_on_the_gpu(
+    requests: int, copies: int, holders: list[list[int]], last: str
+) -> None:
+    """Mutation: holders left out, or with them the sources in host memory."""
+    seen, lines = seen_by_builders(requests, nodes=6, copies=copies, target=1)
+    assert lines[-1].endswith(last)
+    assert seen.holders == holders
+
+
+def test_loads_are_described_to_pipeline_builders_as_a_valid_plan() -> None:
+    seen, lines = seen_by_builders(5, nodes=3, min_replicas=0)
+    assert lines == [f"load t{node + 1} {node} ssd 0123" for node in range(3)]
     assert [plan.destinations for plan in seen.plans] == [(0, 1, 2)]
     validate_plan(seen.plans[0])
 
