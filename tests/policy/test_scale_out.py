@@ -10,6 +10,7 @@ import pytest
 from lambdascale.control.start import MulticastStart
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan
 from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core.specs import NodeOverride
 from lambdascale.multicast import validate_plan
 from lambdascale.pipelines import IN_ROUNDS, Costs
 from tests.policy.world import World, configured, without
@@ -187,12 +188,14 @@ class PlansSeen:
 
     plans: list[MulticastPlan] = field(default_factory=list)
     holders: list[list[NodeId]] = field(default_factory=list)
+    round_s: list[float] = field(default_factory=list)
 
     def pipelines(
         self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
     ) -> Sequence[PipelinePlan]:
         self.plans.append(plan)
         self.holders.append(list(holders))
+        self.round_s.append(costs.round_s)
         return ()
 
 
@@ -218,6 +221,15 @@ def test_builders_see_the_sources_that_hold_the_model_on_the_gpu(
     seen, lines = seen_by_builders(requests, nodes=6, copies=copies, target=1)
     assert lines[-1].endswith(last)
     assert seen.holders == holders
+
+
+@pytest.mark.parametrize(("slow", "rate"), [((), 3.2e9), ((2,), 0.8e9), ((0,), 0.8e9), ((5,), 3.2e9)])
+def test_a_round_is_predicted_by_the_slowest_node_of_the_multicast(slow: tuple[int, ...], rate: float) -> None:
+    """The largest block has 0.258 GB; node 5 takes no part. Mutation: every node taken for one of the ordinary kind."""
+    overrides = (NodeOverride(nodes=slow, nic_bytes_per_s=1e9),) if slow else ()
+    seen, lines = seen_by_builders(5, nodes=6, copies=0, cluster={"overrides": overrides})
+    assert lines == ["multicast t2 0:gpu>1,2"]
+    assert seen.round_s == [pytest.approx(1e-5 + 0.25819e9 / rate, rel=0.001)]
 
 
 def test_loads_are_described_to_pipeline_builders_as_a_valid_plan() -> None:
