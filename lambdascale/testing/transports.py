@@ -248,10 +248,8 @@ class TransportConformance:
         two, *others = nodes(4)
         for number, one in enumerate(others, start=1):
             one.endpoint.connect(0, two.endpoint.address)
-            two.endpoint.admit(number)
             two.endpoint.send(number, b"welcome").result(_WAIT_S)
             one.heard.wait(lambda heard: bool(heard.messages))
-            two.endpoint.dismiss(number)
 
     def test_nobody_there(self, nodes: Callable[..., list[Node]]) -> None:
         """A peer that has closed cannot be reached."""
