@@ -149,7 +149,7 @@ def settings(room: Room) -> str:
     }
     lines = [f"{name} =\n" + "".join(f"    {entry}\n" for entry in entries) for name, entries in lists.items()]
     # Workers come from a server that has run no test: no planner, configuration or example is kept from an earlier run.
-    switches = "process_isolation = forkserver\nuse_git_change_detection = false\ntimeout_multiplier = 4\ntimeout_constant = 4\n"
+    switches = "process_isolation = forkserver\nuse_git_change_detection = false\ntimeout_multiplier = 4\ntimeout_constant = 20\n"
     return f"[mutmut]\n{switches}{''.join(lines)}"
 
 

@@ -12,6 +12,7 @@ from lambdascale.core.commands import Command, Dispatch, Repartition, Serve, Sto
 from lambdascale.core.events import Event, NodeJoined, RequestFinished, TokensProduced
 from lambdascale.sim import SimConfig
 from lambdascale.sim.backend import SimBackend
+from lambdascale.sim.instances import _moves
 from lambdascale.testing.systems import small_cluster, small_model
 
 # A prefill takes 0.1 s and a decode step 0.02 s whatever their size; hops and KV reads take no time.
@@ -203,3 +204,9 @@ def test_kv_memory_changes_with_the_stages() -> None:
     serve(cluster, 1, 0)
     cluster.submit(Repartition(1, stages(0, 1), "copy", 50))
     assert [batch.scheduler.kv_tokens for batch in cluster._instances[1]._batches] == [50, 50]
+
+
+def test_kv_moves_for_blocks_that_change_nodes_only() -> None:
+    """Mutation: ranges that do not overlap, or that stay where they are."""
+    assert _moves((Stage(0, 0, 3),), (Stage(1, 0, 1), Stage(0, 2, 3))) == [(0, 1, 0, 1)]
+    assert _moves((Stage(0, 0, 1), Stage(1, 2, 3)), (Stage(0, 0, 2), Stage(1, 3, 3))) == [(1, 0, 2, 2)]
