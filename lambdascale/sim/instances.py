@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import NodeId, Stage
@@ -164,6 +165,7 @@ class SimInstance:
         self.kernel = around.kernel
         self._around = around
         self._stopped = False
+        self._after_last = 0  # index of the batch behind the one that had the last turn
         self._kv: KvPolicy = "copy"
         self._kv_tokens = around.kv_tokens
         self._layout = _Layout(stages, around)
@@ -228,14 +230,19 @@ class SimInstance:
     # -- iterations --------------------------------------------------------------------------------------------------
 
     def next_run(self, *, alone: bool) -> _Batch | None:
-        """See Owner: the first stage of the next iteration of a batch that is between two iterations."""
-        layout, batches = self._layout, self._batches
-        for batch in batches:
+        """See Owner: the first stage of the next iteration of a batch that is between two iterations.
+
+        Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
+        """
+        layout, batches, begin = self._layout, self._batches, self._after_last
+        for index in chain(range(begin, len(batches)), range(min(begin, len(batches)))):
+            batch = batches[index]
             if batch.under_way is not None or batch.blocked:
                 continue
             iteration = batch.scheduler.schedule()
             if iteration is None:
                 continue
+            self._after_last = index + 1
             batch.under_way = layout
             batch.iteration = iteration
             batch.position = 0
