@@ -116,7 +116,7 @@ class World:
         nodes: int = 4,
         joined: int | None = None,
         gpus: int = 1,
-        gpus_per_replica: int = 1,
+        gpus_per_replica: int | dict[str, int] = 1,
         models: str = "a",
         cluster: dict[str, Any] | None = None,
         start: StartPolicy | None = None,
@@ -129,7 +129,8 @@ class World:
         if start is not None:
             self.config = replace(self.config, start=start)
         hardware = replace(small_cluster(nodes, gpus), **(cluster or {}))
-        specs = [replace(small_model(name), gpus_per_replica=gpus_per_replica) for name in models]
+        each = gpus_per_replica if isinstance(gpus_per_replica, dict) else dict.fromkeys(models, gpus_per_replica)
+        specs = [replace(small_model(name), gpus_per_replica=each[name]) for name in models]
         self.plane = build_system(self.config, cluster=hardware, models=specs)
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
         self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch)
