@@ -37,5 +37,5 @@ def _check_minimum(replicas: int, cluster: ClusterSpec, models: Sequence[ModelSp
     needed = replicas * sum(model.gpus_per_replica for model in models)
     require(
         needed <= gpus,
-        f"{key}={replicas} of {len(models)} models needs {needed} GPUs, cluster {cluster.name} has {gpus}; with 0, models share them",
+        f"{key}={replicas} of {len(models)} models needs {needed} GPUs, cluster {cluster.name} has {gpus}; 0 scales to zero",
     )

@@ -89,7 +89,7 @@ def test_idle_replicas_of_a_node_give_way_together(busy: str, released: list[str
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"models": "abc", "nodes": 2}, "min_replicas=1 of 3 models needs 3 GPUs, cluster small has 2; with 0, models share"),
+        ({"models": "abc", "nodes": 2}, "min_replicas=1 of 3 models needs 3 GPUs, cluster small has 2; 0 scales to zero"),
         ({"models": "a", "nodes": 2, "min_replicas": 3}, "min_replicas=3 needs as many nodes, cluster small has 2"),
         ({"models": "ab", "nodes": 2, "gpus": 2, "gpus_per_replica": 2, "min_replicas": 2}, "2 models needs 8 GPUs"),
     ],
