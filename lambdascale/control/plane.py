@@ -26,6 +26,7 @@ from lambdascale.core.events import (
     NodeLost,
     RequestArrived,
     RequestFinished,
+    RequestPreempted,
     TimerFired,
     TokensProduced,
 )
@@ -58,6 +59,7 @@ class ControlPlane:
             BlockArrived: self._block_arrived,
             TokensProduced: self._ignore,
             RequestFinished: self._request_finished,
+            RequestPreempted: self._ignore,
             TimerFired: self._timer_fired,
             NodeLost: self._node_lost,
             NodeGivenUp: self._node_given_up,

@@ -180,7 +180,7 @@ class Serving:
     def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = ()) -> None:
         """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4).
 
-        The smaller pipeline is limited as the one before was, by the time until its own mode switch; without time, it is left out.
+        The smaller pipeline is limited as the one before was, by the time until its own mode switch, or left out.
         """
         self.drop(state, pipeline)
         targets = [self._replica_on(state, a) for node in pipeline.nodes if (a := state.allocations[node]).complete]

@@ -14,13 +14,13 @@ from itertools import chain
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
-from lambdascale.core.events import Mode, RequestFinished, TokensProduced
+from lambdascale.core.events import Mode, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.port import ComputePort
 
 _NO_ITERATION = Iteration([], 0, 0, 1)
-Emit = Callable[[TokensProduced | RequestFinished], None]
+Emit = Callable[[TokensProduced | RequestFinished | RequestPreempted], None]
 # Bytes of KV from one node to another, and what to call once they have arrived.
 CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
@@ -242,6 +242,8 @@ class SimInstance:
             iteration = batch.scheduler.schedule()
             if iteration is None:
                 continue
+            for work in iteration.preempted:
+                self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
             self._after_last = index + 1
             batch.under_way = layout
             batch.iteration = iteration

@@ -9,7 +9,7 @@ import pytest
 from lambdascale.control import BatchLimits
 from lambdascale.core import ComputeTable, NodeId, NodeOverride, Request, Stage
 from lambdascale.core.commands import Command, Dispatch, Repartition, Serve, StopInstance
-from lambdascale.core.events import Event, NodeJoined, RequestFinished, TokensProduced
+from lambdascale.core.events import Event, NodeJoined, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.sim import SimConfig
 from lambdascale.sim.backend import SimBackend
 from lambdascale.testing.systems import small_cluster, small_model
@@ -203,7 +203,11 @@ def test_kv_memory_that_runs_out_costs_a_prefill() -> None:
     cluster = backend()
     cluster.submit(Serve(1, "small", stages(0), SIZES, 30))
     cluster.submit(Dispatch(1, (request(0, 11), request(1, 11))))
-    ends = finished(play(cluster))
+    events = play(cluster)
+    ends = finished(events)
+    assert [event for event in events if isinstance(event, RequestPreempted)] == [
+        RequestPreempted(pytest.approx(0.1 + 7 * 0.02), 1, 1)
+    ]
     assert ends[0] == pytest.approx(0.1 + 10 * 0.02)
     assert ends[1] == pytest.approx(0.1 + 10 * 0.02 + 0.1 + 2 * 0.02), "7 + 1 of its tokens came before, one with the prefill"
 
