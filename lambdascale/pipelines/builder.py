@@ -48,8 +48,8 @@ class ComplementaryPipelines:
     earlier where holdings interleave. A pipeline that would not be ready before one of its nodes holds the whole model is left
     out: that node serves alone by then.
 
-    A pipeline keeps its stages. Dividing it anew after every block, with KV that moves in no time, lowers no P90 TTFT by more than
-    0.3 % and the time per output token by 5 % at most (simulated: bursts of figures 8 and 9, authors' trace).
+    A pipeline keeps its stages. Dividing it anew after every block, with KV that moves in no time, lowers no P90 TTFT by more
+    than 0.3 % and the time per output token by 5 % at most (simulated: bursts of figures 8 and 9, authors' trace).
 
     ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
@@ -118,9 +118,9 @@ class ComplementaryPipelines:
 class FixedLengths:
     """Pipelines of as many nodes as the largest of ``lengths`` that are left, then the next (the prototype: 8, 4, 2, 1).
 
-    Destinations are taken evenly from the sub-groups; what is left serves alone. A pipeline has those stages that are ready first,
-    one contiguous stage a node or several in turn. Nothing is predicted: it serves as soon as its blocks are in place, until all
-    its nodes hold the model (reference, section 2.4).
+    Destinations are taken evenly from the sub-groups; what is left serves alone. A pipeline has those stages that are ready
+    first, one contiguous stage a node or several in turn. Nothing is predicted: it serves as soon as its blocks are in place,
+    until all its nodes hold the model (reference, section 2.4).
     """
 
     lengths: tuple[int, ...] = (8, 4, 2)

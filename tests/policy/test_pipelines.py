@@ -193,7 +193,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(UserError, match="max_stages must be int"):
         ComplementaryPipelines(max_stages=2.5)
     for lengths in ((), (4, 1)):
-        with pytest.raises(UserError, match="pipelines.lengths takes lengths of at least 2, not"):
+        with pytest.raises(UserError, match=r"pipelines\.lengths takes lengths of at least 2, not"):
             FixedLengths(lengths=lengths)
 
 
