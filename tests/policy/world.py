@@ -123,7 +123,7 @@ class World:
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
-        if system.startswith("lambdascale"):
+        if system in ("lambdascale", "lambdascale_tuned"):
             defaults["form"] = "always"
         self.config = configured(system, **(defaults | settings))
         if start is not None:
