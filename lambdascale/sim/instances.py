@@ -65,6 +65,7 @@ class _Batch:
 
     ``under_way``: the layout its iteration runs on, None between iterations. ``on``: the one with its KV. ``blocked``: KV is
     moving, from ``sources``. ``iteration`` is at stage ``position``; a decode batch of a replica runs it ``steps`` times.
+    ``fixed``: see Run; iterations of a pipeline are.
     """
 
     __slots__ = (
@@ -72,6 +73,7 @@ class _Batch:
         "_instance",
         "_pace",
         "blocked",
+        "fixed",
         "iteration",
         "on",
         "position",
@@ -86,6 +88,7 @@ class _Batch:
         self.on = on
         self.under_way: _Layout | None = None
         self.blocked = False
+        self.fixed = False
         self.sources: frozenset[NodeId] = frozenset()
         self.iteration = _NO_ITERATION
         self.position = 0
@@ -144,7 +147,11 @@ class _Batch:
         if self.under_way.single:
             self._instance.complete(self)
         else:
-            self._instance.hop(self)
+            self._instance.hop(self, self._instance.kernel.now)
+
+    def end_at(self, end_s: float) -> None:
+        """See Run."""
+        self._instance.hop(self, end_s)
 
     def lose(self) -> None:
         """Keep the iterations of a drained run that are over; the one under way is lost."""
@@ -240,6 +247,7 @@ class SimInstance:
             batch.iteration = iteration
             batch.position = 0
             batch.steps = 1
+            batch.fixed = not layout.single
             if len(batches) > 1 and self._look_for_work():
                 return batch
             if alone and layout.single:
@@ -247,15 +255,15 @@ class SimInstance:
             return batch
         return None
 
-    def hop(self, batch: _Batch) -> None:
-        """Hand an iteration to its next stage, or its tokens back to the first, after the hop's latency."""
-        batch.position += 1
-        self.kernel.at(self.kernel.now + self._around.hop_s, self._arrive, batch)
+    def hop(self, batch: _Batch, end_s: float) -> None:
+        """Hand an iteration to its next stage, or its tokens back to the first, the hop's latency after ``end_s``."""
+        self.kernel.at(end_s + self._around.hop_s, self._arrive, batch)
 
     def _arrive(self, batch: _Batch) -> None:
         layout = batch.under_way
         if self._stopped or layout is None:
             return
+        batch.position += 1
         if batch.position < len(layout.ports):
             layout.ports[batch.position].add_pass(self, batch)
         else:
