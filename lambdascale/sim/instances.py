@@ -202,7 +202,7 @@ class SimInstance:
         for work in works:
             batch = batches[0] if len(batches) == 1 else min(batches, key=lambda batch: len(batch.scheduler))
             batch.scheduler.add(work)
-            if batch.under_way is not None and batch.scheduler.admits:
+            if batch.steps > 1 and batch.under_way is not None and batch.scheduler.admits:
                 batch.under_way.ports[0].cut()
         self._look_for_work()
 
@@ -247,10 +247,11 @@ class SimInstance:
             batch.iteration = iteration
             batch.position = 0
             batch.steps = 1
-            batch.fixed = not layout.single
+            single = layout.single
+            batch.fixed = not single
             if len(batches) > 1 and self._look_for_work():
                 return batch
-            if alone and layout.single:
+            if alone and single:
                 batch.steps = iteration.max_steps
             return batch
         return None
