@@ -39,8 +39,9 @@ class Traffic:
 
     def add(self, node: NodeId, ports: Sequence[Port], size_bytes: int) -> None:
         """Count ``size_bytes`` more on ``ports`` of a node; fewer if negative."""
+        left = self._left
         for port in ports:
-            self._left[node, port] += size_bytes
+            left[node, port] += size_bytes
 
     def left(self, node: NodeId, port: Port) -> int:
         """Return the bytes that a port has still to move."""

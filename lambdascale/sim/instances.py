@@ -72,6 +72,7 @@ class _Batch:
         "_began_s",
         "_instance",
         "_pace",
+        "_timing",
         "blocked",
         "fixed",
         "iteration",
@@ -96,36 +97,31 @@ class _Batch:
         self._instance = instance
         self._began_s = 0.0
         self._pace = 1.0
+        self._timing = on.timings[0]
 
     @property
     def is_due(self) -> bool:
         """True if the next iteration could begin."""
         return self.under_way is None and not self.blocked and bool(self.scheduler.waiting or self.scheduler.running)
 
-    def _timing(self) -> ComputeModel:
-        assert self.under_way is not None, "an iteration is under way"
-        return self.under_way.timings[self.position]
-
     def begin(self, pace: float) -> float:
         """See Run."""
         layout, iteration = self.under_way, self.iteration
         assert layout is not None, "an iteration is under way"
         self._began_s, self._pace = self._instance.kernel.now, pace
-        position = self.position
-        timing = layout.timings[position]
+        self._timing = timing = layout.timings[self.position]
         if layout.single and not iteration.prefills:
             return pace * timing.decode_run_s(iteration.decodes, iteration.context_tokens, self.steps)
-        return pace * timing.iteration_s(iteration, layout.shares[position])
+        return pace * timing.iteration_s(iteration, layout.shares[self.position])
 
     def last_s(self) -> float:
         """See Run."""
         layout, iteration = self.under_way, self.iteration
         assert layout is not None, "an iteration is under way"
-        timing, position = layout.timings[self.position], self.position
         if self.steps == 1:
-            return self._pace * timing.iteration_s(iteration, layout.shares[position])
+            return self._pace * self._timing.iteration_s(iteration, layout.shares[self.position])
         context = iteration.context_tokens + iteration.decodes * (self.steps - 1)
-        return self._pace * timing.decode_run_s(iteration.decodes, context, 1)
+        return self._pace * self._timing.decode_run_s(iteration.decodes, context, 1)
 
     def cut(self) -> float | None:
         """See Run."""
@@ -134,20 +130,20 @@ class _Batch:
         steps = self._steps_by_now()
         if steps >= self.steps:
             return None
-        self.steps = steps
-        return self._pace * self._timing().decode_run_s(self.iteration.decodes, self.iteration.context_tokens, steps)
+        self.steps, iteration = steps, self.iteration
+        return self._pace * self._timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
 
     def _steps_by_now(self) -> int:
         elapsed, iteration = (self._instance.kernel.now - self._began_s) / self._pace, self.iteration
-        return min(self._timing().decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self.steps)
+        steps = self._timing.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed)
+        return steps if steps < self.steps else self.steps
 
     def end(self) -> None:
         """See Run."""
-        assert self.under_way is not None, "an iteration is under way"
-        if self.under_way.single:
-            self._instance.complete(self)
-        else:
+        if self.fixed:
             self._instance.hop(self, self._instance.kernel.now)
+        else:
+            self._instance.complete(self)
 
     def end_at(self, end_s: float) -> None:
         """See Run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from math import inf
 
 from msgspec import Struct
@@ -76,7 +77,7 @@ class Load(FlowGroup):
     def _next(self) -> None:
         if self._steps:
             step = self._steps.popleft()
-            self._fabric.flow(self, (self._command.node,), step.ports, step.size_bytes, lambda: self._stepped(step), step.cap)
+            self._fabric.flow(self, (self._command.node,), step.ports, step.size_bytes, partial(self._stepped, step), step.cap)
         else:
             self._on_end(self._command.transfer_id)
 

@@ -18,13 +18,12 @@ _LAST = 1
 
 
 class Run(Protocol):
-    """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short.
-
-    ``fixed``: nothing but a withdrawal changes its end once it has begun.
-    """
+    """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
 
     @property
-    def fixed(self) -> bool: ...
+    def fixed(self) -> bool:
+        """True if nothing but a withdrawal changes its end once it has begun."""
+        ...
 
     def begin(self, pace: float) -> float:
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""
@@ -67,8 +66,8 @@ class ComputePort:
     ``cores``: the cores that the node shares with others, if it does. ``gpus``: the length of the line. An iteration is what runs
     until it leaves the first GPU; then it is in the line, and nothing but its owner's withdrawal changes its end.
 
-    A fixed run that nothing waits for ends without an event of the port's: it is over as soon as its time is. ``_until_s`` is that
-    time, infinite for a run whose end is told.
+    A fixed run that nothing waits for ends without an event of the port's: it is over once its time, ``_until_s``, has come.
+    That is infinite for a run whose end the port tells.
     """
 
     __slots__ = (
