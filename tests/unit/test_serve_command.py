@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 
 from lambdascale.cli.serve import _system
 from lambdascale.control import SystemConfig
@@ -18,6 +18,7 @@ from lambdascale.core.commands import Serve, StopInstance
 from lambdascale.core.events import NodeGivenUp, NodeJoined, NodeLost
 from lambdascale.core.plan import Stage
 from lambdascale.live.config import LiveConfig
+from lambdascale.live.serving.options import HttpOptions
 from lambdascale.live.serving.server import Service, _Server
 from lambdascale.live.serving.state import ClusterState
 
@@ -128,7 +129,9 @@ def test_ready_is_told_once() -> None:
     problems = ["being loaded", "being loaded", "", "", "gone"]
     told: list[int] = []
     service: Any = SimpleNamespace(ill=lambda: "", unready=lambda: problems[0])
-    server = _Server(uvicorn.Config(lambda: None), service, lambda: told.append(len(problems)))
+    service.front_end = SimpleNamespace(app=lambda: None)
+    with socket.socket() as bound:
+        server = _Server(service, HttpOptions(), bound, lambda: told.append(len(problems)))
 
     async def ticks() -> None:
         while problems:
