@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lambdascale.live.serving.text import Text
-from tests.http.harness import Running
+from tests.serving.harness import Running
 from tests.live.harness import pack_tiny
 
 
