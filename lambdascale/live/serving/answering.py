@@ -149,6 +149,7 @@ class Answering:
 
     async def _next(self) -> Piece:
         if not self._pieces.empty():
+            await asyncio.sleep(0)  # neither this nor what is done with a piece waits: the event loop has others to serve
             return self._pieces.get_nowait()
         try:
             async with asyncio.timeout_at(min(part.due for part in self._open.values())):

@@ -23,6 +23,7 @@ from lambdascale.live.serving.options import HEAD_BYTES
 
 _LINGER_S = 2.0  # a refused client has so long to read why
 _MOST_REFUSED = 128  # connections that read why they are refused, at a time
+_PIECE_BYTES = 4096
 _REASONS = {400: "malformed", 431: "head_too_large", 501: "transfer_encoding"}
 _MESSAGES = {
     400: "the request is not valid HTTP",
@@ -78,6 +79,7 @@ class Connection(H11Protocol):
             return False
         oldest = min(others, key=lambda each: each.gives_up_at)
         self._tally.refused(0, "displaced")
+        self.connections.discard(oldest)  # it is lost soon; until then it must not be chosen again
         oldest.transport.abort()
         return True
 
@@ -106,11 +108,15 @@ class Connection(H11Protocol):
     # -- receiving ---------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come; what a refused client still sends is dropped."""
-        if self._ending is not None:
-            return
-        self._heard = True
-        super().data_received(data)
+        """Parse what has come; what a refused client still sends is dropped.
+
+        The head of a request is parsed piece by piece, since h11's bound on it does not hold for one that comes whole.
+        """
+        while data and self._ending is None:
+            self._heard = True
+            size = _PIECE_BYTES if self.conn.their_state is h11.IDLE else len(data)
+            super().data_received(data[:size])
+            data = data[size:]
 
     def handle_events(self) -> None:
         """Answer what has come whole; time runs while a request has not."""
