@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lambdascale.live.serving.text import Text
-from tests.serving.harness import Running
 from tests.live.harness import pack_tiny
+from tests.serving.harness import Running
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ class TestIncomplete:
             b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 1000,
             post(BODY)[:-1],
             post(BODY)[: -len(BODY)],
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"mod",
+            b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"mod',
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n{",
         ],
     )

@@ -153,7 +153,8 @@ def _choice(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(text: str, body: str, whole: dict[str, Any]) -> dict[str, Any]:
     answered = _response("The answer, or, with stream=true, its pieces as server-sent events.", whole)
-    answered["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    answered["content"]["text/event-stream"] = {"schema": event}
     return {
         "summary": text,
         "requestBody": {"required": True, "content": {_JSON: {"schema": _ref(body)}}},
