@@ -29,7 +29,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="serve a model from a cluster of processes that grows and shrinks with the load",
         description="Start node processes on this machine and an HTTP server with OpenAI's completions and chat completions. "
         "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health (it is alive), /ready "
-        "(the model is served), /metrics (Prometheus), /cluster (JSON).",
+        "(the model is served), /metrics (Prometheus), /cluster (JSON), /openapi.json.",
     )
     parser.add_argument(
         "--model", default="smollm2", metavar="DIR", help="a packed model, or smollm2, small, tiny (default: %(default)s)"

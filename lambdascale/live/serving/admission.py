@@ -96,7 +96,7 @@ class Admission:
                 raise Refused("client_share", message, self._estimate(len(line.places) * len(self._lines)))
 
     def enter(self, client: str, wanted: Sequence[tuple[int, Callable[[], None]]]) -> list[Place]:
-        """Take the prompts of a body, all or none: tokens and ``start`` of each. Raise Refused if there is no room.
+        """Take the prompts of a body, all or none: tokens and ``start`` of each. Raise Refused without room.
 
         Some may be started before this returns.
         """

@@ -7,16 +7,14 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from lambdascale.live.serving.admission import Admission
 from lambdascale.live.serving.state import TTFT_BUCKETS_S, ClusterState
 
 
 class Collector:
     """The cluster's state as Prometheus metrics."""
 
-    def __init__(self, state: ClusterState, admission: Admission) -> None:
+    def __init__(self, state: ClusterState) -> None:
         self._state = state
-        self._admission = admission
 
     def collect(self) -> list[Metric]:
         """Return all metrics of one moment."""
@@ -34,8 +32,6 @@ class Collector:
             (CounterMetricFamily, "nodes_lost", "nodes that died", counts.nodes_lost),
             (CounterMetricFamily, "node_restarts", "lost nodes that came back", counts.nodes_restarted),
             (CounterMetricFamily, "gpu_seconds", "GPU-seconds allocated", snapshot["gpu_seconds"]),
-            (GaugeMetricFamily, "requests_waiting", "prompts in the server's queue", self._admission.waiting),
-            (GaugeMetricFamily, "tokens_waiting", "tokens of these, with their answers'", self._admission.waiting_tokens),
             (GaugeMetricFamily, "requests_queued", "requests in the cluster that wait for an instance", requests["queued"]),
             (GaugeMetricFamily, "requests_running", "requests on an instance", requests["running"]),
             (GaugeMetricFamily, "nodes", "nodes alive", sum(node["alive"] for node in snapshot["nodes"])),

@@ -101,8 +101,8 @@ class FrontEnd:
         )
         self.admission = Admission(bounds, time.monotonic)
         self._registry = CollectorRegistry()
-        self._registry.register(Collector(state, self.admission))
-        self.tally = Tally(self._registry)
+        self._registry.register(Collector(state))
+        self.tally = Tally(self._registry, self.admission)
         self._description = describe(model, bool(options.api_keys))
         self.app: ASGIApp = guarded(self._routes(), options, self.tally)
 

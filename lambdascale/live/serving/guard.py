@@ -1,6 +1,6 @@
-"""What is looked at before a request is: the host it is meant for, the page it comes from, its key, its query.
+"""Checks before a request is read: the host it is meant for, the page it comes from, its key, its query.
 
-Also decides whose request it is, for the shares of clients.
+They also decide whose request it is, for the shares of clients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Counts of what a server refuses and what fails, by reason, for its metrics. All of it belongs to the event loop."""
+"""Counts of what a server refuses, what fails and what waits, for its metrics. All of it belongs to the event loop."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from lambdascale.live.serving.admission import Admission
 
 # Parts of the cluster's reasons for failures, and their names in the metrics: the reasons themselves have numbers.
 _FAILURES = (
@@ -18,9 +20,13 @@ _FAILURES = (
 
 
 class Tally:
-    """Counters of refusals and failures."""
+    """Counters of refusals and failures, and gauges of the queue."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, admission: Admission) -> None:
+        waiting = Gauge("lambdascale_requests_waiting", "prompts in the server's queue", registry=registry)
+        waiting.set_function(lambda: admission.waiting)
+        tokens = Gauge("lambdascale_tokens_waiting", "tokens of these, with their answers'", registry=registry)
+        tokens.set_function(lambda: admission.waiting_tokens)
         self._refusals = Counter(
             "lambdascale_refusals",
             "HTTP requests and connections answered with an error; status 0: without an answer",
