@@ -196,6 +196,17 @@ class TestReaders:
         assert running.front_end.admission.started == 0
         assert running.metrics()['lambdascale_failures_total{reason="client_left"}'] == 1
 
+    def test_one_that_does_not_read_keeps_nobody_waiting(self, start: Start) -> None:
+        """Its place is free as soon as the cluster has answered."""
+        running = start(slot_tokens=65536, window=1)
+        with running.connect() as connection, running.client() as client:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(post(self.LONG))
+            until(lambda: bool(running.cluster.order))
+            assert client.post("/v1/completions", content=BODY).status_code == 200
+            assert running.front_end.admission.started == 0
+            assert running.connections == 2
+
     def test_one_that_reads_has_all_of_it(self, start: Start) -> None:
         running = start(slot_tokens=65536, send_timeout_s=5.0)
         answer = running.say(post(self.LONG.replace(b"60000", b"9000"), b"Connection: close"))

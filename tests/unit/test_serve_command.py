@@ -19,7 +19,7 @@ from lambdascale.core.events import NodeGivenUp, NodeJoined, NodeLost
 from lambdascale.core.plan import Stage
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.serving.options import HttpOptions
-from lambdascale.live.serving.server import Service, _Server
+from lambdascale.live.serving.server import Service, _Server, window_of
 from lambdascale.live.serving.state import ClusterState
 
 
@@ -122,6 +122,21 @@ def test_restarts_of_servers_and_of_traces() -> None:
     assert {LiveConfig(restarts=2).restart_limit(open_ended=ended) for ended in (True, False)} == {2}
     with pytest.raises(UserError, match="restarts"):
         LiveConfig(restarts=-1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "window"),
+    [
+        (4, (), 40),
+        (1, (), 16),
+        (4, ("system.batching.max_batch=2",), 13),
+        (4, ("system.autoscaler.target_per_replica=50",), 151),
+        (4, ("system.autoscaler.target_per_replica=50", "system.autoscaler.max_replicas=2"), 51),
+    ],
+)
+def test_the_window(nodes: int, overrides: tuple[str, ...], window: int) -> None:
+    """All nodes at work and a batch more, and never fewer than the autoscaler has to see to want all that it may."""
+    assert window_of(system("lambdascale", *overrides), nodes) == window
 
 
 def test_ready_is_told_once() -> None:

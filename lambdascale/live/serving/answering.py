@@ -45,11 +45,11 @@ class Piece:
 
 
 class _Waiting:
-    """A sink that hands the pieces of a prompt to a coroutine."""
+    """A sink that hands the pieces of a prompt to the event loop."""
 
-    def __init__(self, index: int, queue: asyncio.Queue[Piece]) -> None:
+    def __init__(self, index: int, deliver: Callable[[Piece], None]) -> None:
         self._index = index
-        self._queue = queue
+        self._deliver = deliver
         self._loop = asyncio.get_running_loop()
 
     def tokens(self, tokens: Sequence[int], finished: bool) -> None:
@@ -62,7 +62,7 @@ class _Waiting:
 
     def _put(self, piece: Piece) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
+            self._loop.call_soon_threadsafe(self._deliver, piece)
 
 
 @dataclass
@@ -120,7 +120,15 @@ class Answering:
         part.offered = True
         ticket = part.ticket
         request = Request(ticket.request_id, self._arrived, self._model, ticket.prompt_tokens, ticket.max_tokens)
-        self._cluster.offer(request, ticket, _Waiting(index, self._pieces))
+        self._cluster.offer(request, ticket, _Waiting(index, self._deliver))
+
+    def _deliver(self, piece: Piece) -> None:
+        """Take a piece. With the last, the place goes to the next at once: a client that reads slowly does not hold it."""
+        self._pieces.put_nowait(piece)
+        part = self._open.get(piece.index)
+        if part is not None and (piece.finished or piece.failure is not None):
+            part.offered = False
+            self._admission.leave(self._places[piece.index])
 
     async def stream(self) -> AsyncIterator[tuple[str, Answer]]:
         """Yield, for every piece of an answer, its new text and its state by then.
@@ -161,14 +169,12 @@ class Answering:
     def _take(self, part: _Part, piece: Piece) -> tuple[str, Answer]:
         """Add a piece to its answer; ApiError if it is the reason for having none."""
         if piece.failure is not None:
-            part.offered = False
             raise ApiError(503, piece.failure, "server_error", reason=failure_of(piece.failure))
         answer, stops = part.answer, part.ticket.stop_tokens
         part.due = self._loop.time() + self._timeout_s
         answer.completion_tokens += len(piece.tokens)
         new = part.text.add(piece.tokens, last=piece.finished)
         answer.text += new
-        part.offered = not piece.finished
         if part.text.stopped or piece.finished:
             ended = part.text.stopped or (bool(piece.tokens) and piece.tokens[-1] in stops)
             answer.reason = "stop" if ended else "length"
