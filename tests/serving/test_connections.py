@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
+from lambdascale.live.serving import limits
 from lambdascale.live.serving.options import HEAD_BYTES
 from tests.serving.harness import PATIENCE_S, Running, post, read_all, status_of, until
 
@@ -180,6 +181,22 @@ class TestMany:
         with running.client() as client:
             assert client.get("/health").status_code == 200
         assert running.connections <= 16 + 129
+
+
+def test_bodies_have_a_bound_together(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many connections there are; the bytes are free again when a client has left."""
+    monkeypatch.setattr(limits, "BODIES_BYTES", 0)
+    running = start()
+    half = b" " * (running.front_end._limits.body_bytes * 6 // 10)
+    with running.connect() as first:
+        first.sendall(post(half + BODY)[: -len(BODY)])
+        until(lambda: running.front_end._limits.held == len(half))
+        answer = running.say(post(half + BODY, b"Connection: close"))
+        assert status_of(answer) == 503
+        assert b"retry-after: 1\r\n" in answer.lower()
+    until(lambda: running.front_end._limits.held == 0)
+    assert status_of(running.say(post(half + BODY, b"Connection: close"))) == 200
+    assert running.refusals(503, "bodies") == 1
 
 
 class TestReaders:
