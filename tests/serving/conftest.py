@@ -34,6 +34,14 @@ def start(text: Text) -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def shared(text: Text) -> Iterator[Running]:
     """One server for many short tests."""
+    running = Running(text)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def hasty(text: Text) -> Iterator[Running]:
+    """One that gives requests half a second to come whole."""
     running = Running(text, receive_timeout_s=0.5)
     yield running
     running.close()

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.live.serving.admission import Admission, Bounds, Place, Refused
@@ -145,6 +145,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS, st.integers(1, 4))
 def test_no_place_is_lost_and_none_waits_beside_a_free_one(steps: list[tuple[str, str, int]], window: int) -> None:
     desk = Desk(window=window, requests=10, share=0.6)

@@ -53,22 +53,22 @@ class TestIncomplete:
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n{",
         ],
     )
-    def test_half_a_request(self, shared: Running, begun: bytes) -> None:
-        answer = shared.say(begun)
+    def test_half_a_request(self, hasty: Running, begun: bytes) -> None:
+        answer = hasty.say(begun)
         assert status_of(answer) == 408
         assert error_of(answer) == "the request did not come whole within 0.5 s"
 
-    def test_silence(self, shared: Running) -> None:
-        assert shared.say(b"") == b""
+    def test_silence(self, hasty: Running) -> None:
+        assert hasty.say(b"") == b""
 
-    def test_a_byte_at_a_time(self, shared: Running) -> None:
+    def test_a_byte_at_a_time(self, hasty: Running) -> None:
         """Slowloris: what comes slowly does not move the deadline."""
-        with shared.connect() as connection:
+        with hasty.connect() as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\n")
             drip(connection, b"X: y\r\n")
 
-    def test_a_chunked_body_that_never_ends(self, shared: Running) -> None:
-        with shared.connect() as connection:
+    def test_a_chunked_body_that_never_ends(self, hasty: Running) -> None:
+        with hasty.connect() as connection:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
             connection.settimeout(0.02)
             answer = b""
@@ -80,17 +80,17 @@ class TestIncomplete:
                     pass
             assert status_of(answer) == 408
 
-    def test_a_body_that_nobody_wants_is_not_read_for_ever(self, shared: Running) -> None:
+    def test_a_body_that_nobody_wants_is_not_read_for_ever(self, hasty: Running) -> None:
         """The answer comes at once, and the connection is closed though bytes keep coming."""
-        with shared.connect() as connection:
+        with hasty.connect() as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n")
             assert status_of(connection.recv(65536)) == 200
             drip(connection, b"x")
 
-    def test_they_are_counted(self, shared: Running) -> None:
-        before = shared.refusals(408, "slow_request")
-        shared.say(b"GET")
-        assert shared.refusals(408, "slow_request") == before + 1
+    def test_they_are_counted(self, hasty: Running) -> None:
+        before = hasty.refusals(408, "slow_request")
+        hasty.say(b"GET")
+        assert hasty.refusals(408, "slow_request") == before + 1
 
 
 class TestMalformed:

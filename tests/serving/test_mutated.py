@@ -174,20 +174,20 @@ def test_damaged_json(shared: Running, data: st.DataObject) -> None:
 
 @FEW
 @given(st.data())
-def test_damaged_requests(shared: Running, data: st.DataObject) -> None:
+def test_damaged_requests(hasty: Running, data: st.DataObject) -> None:
     """The same with the whole request: what is said to be the length is not, headers are torn, and so on."""
     request = bytearray(post(json.dumps(BODY).encode(), b"Connection: close"))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(request) - 1))
         request[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
         request = request or bytearray(b"\r")
-    answer = shared.say(bytes(request))
+    answer = hasty.say(bytes(request))
     assert not answer or status_of(answer) == 200 or status_of(answer) in REFUSED, answer
 
 
 @FEW
 @given(st.lists(st.tuples(st.from_regex(rb"[A-Za-z-]{1,12}", fullmatch=True), st.binary(max_size=12)), max_size=5))
-def test_headers_of_any_kind(shared: Running, headers: list[tuple[bytes, bytes]]) -> None:
+def test_headers_of_any_kind(hasty: Running, headers: list[tuple[bytes, bytes]]) -> None:
     lines = [name + b": " + value.replace(b"\n", b"").replace(b"\r", b"") for name, value in headers]
-    answer = shared.say(b"\r\n".join([b"GET /health HTTP/1.1", b"Host: localhost", *lines, b"Connection: close", b"", b""]))
+    answer = hasty.say(b"\r\n".join([b"GET /health HTTP/1.1", b"Host: localhost", *lines, b"Connection: close", b"", b""]))
     assert not answer or status_of(answer) == 200 or status_of(answer) in REFUSED, answer

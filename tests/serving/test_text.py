@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.core import UserError
@@ -26,6 +26,7 @@ def grown(text: Text, tokens: list[int], stops: list[str], pieces: list[int]) ->
     return shown, growing.stopped
 
 
+@settings(deadline=None)
 @given(PICKS, st.lists(st.sampled_from(["a", "b ", "ab", "aba", "€", "c"]), max_size=3), st.lists(st.integers(1, 3)))
 def test_it_is_the_text_of_the_whole(text: Text, picks: list[int], stops: list[str], pieces: list[int]) -> None:
     """Up to the first stop string, however the tokens come."""
