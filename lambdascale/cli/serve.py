@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import socket
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lambdascale.core import ClusterSpec, UserError, parse_rate
 from lambdascale.live.forkserver import prepare
+from lambdascale.live.serving.options import KEY_VARIABLE, HttpOptions, bind, read_keys
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -28,7 +29,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="serve a model from a cluster of processes that grows and shrinks with the load",
         description="Start node processes on this machine and an HTTP server with OpenAI's completions and chat completions. "
         "The cluster scales from --min-nodes to --nodes under load and back. Also: /v1/models, /health (it is alive), /ready "
-        "(the model is served), /metrics (Prometheus), /cluster (JSON).",
+        "(the model is served), /metrics (Prometheus), /cluster (JSON), /openapi.json.",
     )
     parser.add_argument(
         "--model", default="smollm2", metavar="DIR", help="a packed model, or smollm2, small, tiny (default: %(default)s)"
@@ -100,16 +101,72 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="number of processes kept ready for each GPU, with a CUDA context, for restarted nodes (default: %(default)s)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    _add_http(parser)
     parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the system, e.g. system.start.sources=2")
     parser.set_defaults(run=run)
 
 
+def _add_http(parser: argparse.ArgumentParser) -> None:
+    """Register the options of the HTTP server; their defaults are those of HttpOptions."""
+    http = parser.add_argument_group("HTTP", "where the server listens, whom it answers, and how much it takes on")
+
+    def add(option: str, metavar: str, kind: Callable[[str], object], text: str, default: str = "%(default)s") -> None:
+        preset = getattr(HttpOptions, option[2:].replace("-", "_"))
+        http.add_argument(option, type=kind, default=preset, metavar=metavar, help=f"{text} (default: {default})")
+
+    add("--host", "ADDRESS", str, "where to listen")
+    add("--port", "N", int, "where to listen")
+    add("--queue-requests", "N", int, "prompts that wait at a time; beyond it: 429")
+    quarter = "a quarter of --queue-requests times --slot-tokens"
+    add("--queue-tokens", "N", int, "tokens of waiting prompts and of their answers", quarter)
+    add("--client-share", "PART", float, "part of the queue that one API key, or else one address, may take, 0 to 1")
+    add("--max-prompts", "N", int, "prompts in one request")
+    add("--request-timeout-s", "S", float, "seconds until a prompt has its first token, and each next one; then: 504")
+    add("--receive-timeout-s", "S", float, "seconds until a request has come whole; then: 408")
+    add("--send-timeout-s", "S", float, "seconds until a client reads on; then its connection is closed")
+    add("--connections", "N", int, "connections open at a time")
+    http.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="clients need it (Authorization: Bearer KEY), but for /health and /ready. @FILE: one key a line. Other users of "
+        f"this machine see a key that is given here: rather use @FILE, or {KEY_VARIABLE} in the environment (default: no key)",
+    )
+    http.add_argument("--tls-cert", metavar="FILE", help="certificate and its chain, PEM: serve https (default: http)")
+    http.add_argument("--tls-key", metavar="FILE", help="the certificate's private key, PEM, not encrypted")
+    http.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="sites whose pages may use the server, e.g. https://example.org, or * for all; repeatable (default: none)",
+    )
+    http.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="names, besides localhost, this machine's and --host, that Host headers may have, or * for all; repeatable. "
+        "Addresses always may (default: none)",
+    )
+
+
+def _http(arguments: argparse.Namespace) -> HttpOptions:
+    """Return the options of the HTTP server; UserError for values out of range."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(HttpOptions) if hasattr(arguments, field.name)}
+    keys = read_keys(arguments.api_key)
+    options = HttpOptions(
+        **given, api_keys=keys, cors_origins=tuple(arguments.cors_origin), allowed_hosts=tuple(arguments.allowed_host)
+    )
+    options.tls()  # a mistake shows now, and not when the nodes run
+    return options
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Start everything and serve."""
     _check(arguments)
+    options = _http(arguments)
+    bound = bind(options)
     if arguments.launcher == "local":
         prepare()  # the nodes import modules while this process does
     # torch takes seconds to import: only here.
@@ -140,13 +197,17 @@ def run(arguments: argparse.Namespace) -> int:
     with console.status("starting the nodes ..."):
         model = _model(config, arguments)
         cluster, system = _cluster(arguments), _system(arguments, len(model.blocks))
-        service = Service(config=config, model=model, cluster=cluster, system=system)
-    ready = f"ready: {model.name} on {arguments.nodes} nodes at http://{arguments.host}:{arguments.port}/v1 (Ctrl-C stops)"
+        service = Service(config=config, model=model, cluster=cluster, system=system, options=options)
+    ready = f"ready: {model.name} on {arguments.nodes} nodes at {options.url}/v1 (Ctrl-C stops)"
+    if options.open_to_strangers:
+        console.print(
+            f"warning: anybody who can reach {options.host} may use this server: --api-key asks for a key", style="bold"
+        )
 
     def announce() -> None:
         console.print(ready, highlight=False)
 
-    return serve(service, host=arguments.host, port=arguments.port, view=not arguments.no_view, on_ready=announce)
+    return serve(service, options, bound, view=not arguments.no_view, on_ready=announce)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -161,11 +222,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for rate in (arguments.link, arguments.disk):
         if rate is not None and parse_rate(rate) <= 0:
             raise UserError(f"a rate must be positive, not {rate}")
-    try:
-        with socket.create_server((arguments.host, arguments.port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {arguments.host}:{arguments.port}: {error}") from error
 
 
 def _model(config: LiveConfig, arguments: argparse.Namespace) -> PackedModel:

@@ -18,7 +18,8 @@ from lambdascale.inference.batch import Ticket
 from lambdascale.live.controller.answers import Sink
 from lambdascale.live.serving import limits
 from lambdascale.live.serving.frontend import FrontEnd
-from lambdascale.live.serving.limits import MOST_PROMPTS, Limits
+from lambdascale.live.serving.limits import Limits
+from lambdascale.live.serving.options import HttpOptions
 from lambdascale.live.serving.state import ClusterState
 from lambdascale.live.serving.text import Text
 from tests.live.harness import pack_tiny
@@ -33,12 +34,15 @@ class Cluster:
         self.offered: list[Ticket] = []
         self.aborted: list[int] = []
         self.reason = ""
+        self.begun = False  # fail after a token
 
     def now(self) -> float:
         return 1.0
 
     def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
         self.offered.append(ticket)
+        if self.begun:
+            sink.tokens([65], False)
         if self.reason:
             sink.failed(self.reason)
         else:
@@ -65,7 +69,9 @@ class Served:
             text=text,
             cluster=self.cluster,
             state=self.state,
+            options=HttpOptions(),
             slot_tokens=SLOT_TOKENS,
+            window=40,
             closed=lambda: self.closed,
             ill=lambda: self.ill,
             unready=lambda: self.unready,
@@ -75,7 +81,7 @@ class Served:
     def run(self, act: Callable[[httpx.AsyncClient], Coroutine[Any, Any, httpx.Response]]) -> httpx.Response:
         async def main() -> httpx.Response:
             transport = httpx.ASGITransport(self.front_end.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 return await act(client)
 
         return asyncio.run(main())
@@ -104,7 +110,7 @@ class TestSampling:
     def test_a_seed_outside_64_bits(self, served: Served, seed: int) -> None:
         answer = served.ask(prompt="a", seed=seed)
         assert answer.status_code == 400
-        assert "9223372036854775807" in message(answer)
+        assert "seed" in message(answer)
         assert not served.cluster.offered
 
     @pytest.mark.parametrize("seed", [(1 << 63) - 1, -(1 << 63), 0])
@@ -188,7 +194,7 @@ class TestBounds:
         answer = served.ask(prompt="a" * served.limits.characters)
         assert "maximum context length" in message(answer)
 
-    @pytest.mark.parametrize(("count", "status"), [(MOST_PROMPTS, 200), (MOST_PROMPTS + 1, 400)])
+    @pytest.mark.parametrize(("count", "status"), [(128, 200), (129, 400)])
     def test_the_number_of_prompts(self, served: Served, count: int, status: int) -> None:
         assert served.ask(prompt=["a"] * count).status_code == status
 
@@ -205,7 +211,8 @@ class TestBounds:
             return encode(self, text, **options)
 
         monkeypatch.setattr(Text, "encode", slow)
-        body = {"model": "tiny", "max_tokens": 4, "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+        body: dict[str, Any] = {"model": "tiny", "max_tokens": 4}
+        body |= {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
 
         async def both(client: httpx.AsyncClient) -> httpx.Response:
             asked = asyncio.create_task(client.post(path, json=body))
@@ -247,16 +254,25 @@ class TestFailures:
     """A request that the cluster gives up reaches its client as an error."""
 
     def test_a_whole_answer(self, served: Served) -> None:
-        served.cluster.reason = "its instances failed 3 times"
+        served.cluster.reason = "its instance failed 3 times: x"
         answer = served.ask(prompt="a")
         assert answer.status_code == 503
-        assert message(answer) == "its instances failed 3 times"
+        assert message(answer) == "its instance failed 3 times: x"
 
-    def test_a_stream(self, served: Served) -> None:
-        served.cluster.reason = "its instances failed 3 times"
+    def test_a_stream_that_has_not_begun(self, served: Served) -> None:
+        """It has a status of its own: clients and proxies may ask again."""
+        served.cluster.reason = "its instance failed 3 times: x"
         answer = served.ask(prompt="a", stream=True)
-        (event,) = answer.text.strip().split("\n\n")
-        assert json.loads(event.removeprefix("data: "))["error"]["message"] == "its instances failed 3 times"
+        assert answer.status_code == 503
+        assert message(answer) == "its instance failed 3 times: x"
+
+    def test_a_stream_that_has_begun(self, served: Served) -> None:
+        served.cluster.reason, served.cluster.begun = "its instance failed 3 times: x", True
+        answer = served.ask(prompt="a", stream=True)
+        assert answer.status_code == 200
+        _, event = answer.text.strip().split("\n\n")
+        assert json.loads(event.removeprefix("data: "))["error"]["message"] == "its instance failed 3 times: x"
+        assert 'lambdascale_failures_total{reason="instance_failed"} 1.0' in served.get("/metrics").text
 
     def test_refusals_are_counted(self, served: Served) -> None:
         served.state.on_event(NodeJoined(0.0, 0))
@@ -264,5 +280,5 @@ class TestFailures:
         served.ask(prompt="a", n=2)
         served.ask(prompt="a", model="other")
         metrics = served.get("/metrics").text
-        assert 'lambdascale_refusals_total{status="400"} 2.0' in metrics
-        assert 'lambdascale_refusals_total{status="404"} 1.0' in metrics
+        assert 'lambdascale_refusals_total{reason="bad_request",status="400"} 2.0' in metrics
+        assert 'lambdascale_refusals_total{reason="unknown_model",status="404"} 1.0' in metrics

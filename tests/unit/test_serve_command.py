@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 
 from lambdascale.cli.serve import _system
 from lambdascale.control import SystemConfig
@@ -18,7 +18,8 @@ from lambdascale.core.commands import Serve, StopInstance
 from lambdascale.core.events import NodeGivenUp, NodeJoined, NodeLost
 from lambdascale.core.plan import Stage
 from lambdascale.live.config import LiveConfig
-from lambdascale.live.serving.server import Service, _Server
+from lambdascale.live.serving.options import HttpOptions
+from lambdascale.live.serving.server import Service, _Server, window_of
 from lambdascale.live.serving.state import ClusterState
 
 
@@ -123,12 +124,29 @@ def test_restarts_of_servers_and_of_traces() -> None:
         LiveConfig(restarts=-1)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "window"),
+    [
+        (4, (), 40),
+        (1, (), 16),
+        (4, ("system.batching.max_batch=2",), 13),
+        (4, ("system.autoscaler.target_per_replica=50",), 151),
+        (4, ("system.autoscaler.target_per_replica=50", "system.autoscaler.max_replicas=2"), 51),
+    ],
+)
+def test_the_window(nodes: int, overrides: tuple[str, ...], window: int) -> None:
+    """All nodes at work and a batch more, and never fewer than the autoscaler has to see to want all that it may."""
+    assert window_of(system("lambdascale", *overrides), nodes) == window
+
+
 def test_ready_is_told_once() -> None:
     """And not before: the server's tick looks again and again."""
     problems = ["being loaded", "being loaded", "", "", "gone"]
     told: list[int] = []
     service: Any = SimpleNamespace(ill=lambda: "", unready=lambda: problems[0])
-    server = _Server(uvicorn.Config(lambda: None), service, lambda: told.append(len(problems)))
+    service.front_end = SimpleNamespace(app=lambda: None)
+    with socket.socket() as bound:
+        server = _Server(service, HttpOptions(), bound, lambda: told.append(len(problems)))
 
     async def ticks() -> None:
         while problems:

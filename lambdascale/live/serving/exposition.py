@@ -32,7 +32,7 @@ class Collector:
             (CounterMetricFamily, "nodes_lost", "nodes that died", counts.nodes_lost),
             (CounterMetricFamily, "node_restarts", "lost nodes that came back", counts.nodes_restarted),
             (CounterMetricFamily, "gpu_seconds", "GPU-seconds allocated", snapshot["gpu_seconds"]),
-            (GaugeMetricFamily, "requests_queued", "requests waiting for an instance", requests["queued"]),
+            (GaugeMetricFamily, "requests_queued", "requests in the cluster that wait for an instance", requests["queued"]),
             (GaugeMetricFamily, "requests_running", "requests on an instance", requests["running"]),
             (GaugeMetricFamily, "nodes", "nodes alive", sum(node["alive"] for node in snapshot["nodes"])),
             (GaugeMetricFamily, "replicas", "replicas in service", len(snapshot["replicas"])),

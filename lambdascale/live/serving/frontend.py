@@ -9,25 +9,29 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Send
 
-from lambdascale.core import Request, UserError
+from lambdascale.core import UserError
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling, usable_temperature
-from lambdascale.live.controller.answers import Sink
+from lambdascale.live.serving.admission import Admission, Bounds, Refused
+from lambdascale.live.serving.answering import Answering, Cluster, busy
 from lambdascale.live.serving.exposition import Collector
-from lambdascale.live.serving.limits import MOST_PROMPTS, Limits
+from lambdascale.live.serving.guard import guarded
+from lambdascale.live.serving.limits import Limits
 from lambdascale.live.serving.openai_api import (
     Answer,
     ApiError,
@@ -37,68 +41,29 @@ from lambdascale.live.serving.openai_api import (
     CompletionBody,
     CompletionForm,
     Form,
+    check_neutral,
     decode,
     plain,
     prompts_of,
 )
+from lambdascale.live.serving.openapi import describe
+from lambdascale.live.serving.options import HttpOptions
 from lambdascale.live.serving.state import ClusterState
-from lambdascale.live.serving.text import Growing, Text
+from lambdascale.live.serving.tally import Tally
+from lambdascale.live.serving.text import Text
 
 _DEFAULT_TOKENS = 16  # of /v1/completions, as OpenAI's
 _TOKENIZERS = 2  # threads: further prompts wait, so that the nodes of this host keep their processors
+_CLOSED_RETRY_S = 5
 _json = msgspec.json.Encoder().encode
-
-
-class Cluster(Protocol):
-    """The part of a backend that the front end uses."""
-
-    def now(self) -> float:
-        """Seconds of the run."""
-        ...
-
-    def offer(self, request: Request, ticket: Ticket, sink: Sink) -> None:
-        """Take a request. ``sink`` hears its answer, or the reason for having none."""
-        ...
-
-    def abort(self, request_id: int) -> None:
-        """End a request whose client has hung up."""
-        ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next tokens of an answer, or the reason why it failed."""
-
-    tokens: Sequence[int] = ()
-    finished: bool = False
-    failure: str | None = None
-
-
-class _Waiting:
-    """A sink that hands pieces to a coroutine."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Piece] = asyncio.Queue()
-
-    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
-        """See Sink."""
-        self._put(Piece(tokens, finished))
-
-    def failed(self, reason: str) -> None:
-        """See Sink."""
-        self._put(Piece(failure=reason))
-
-    def _put(self, piece: Piece) -> None:
-        with suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self.queue.put_nowait, piece)
+T = TypeVar("T")
 
 
 class FrontEnd:
     """The HTTP application, ``app``. ``model`` is the name served; a sequence has ``slot_tokens`` tokens at most.
 
-    Each returns a reason, or "": ``closed`` why no request is taken, ``ill`` why none can be answered (/health), ``unready`` why
-    none would be answered right now (/ready).
+    The cluster gets ``window`` requests at a time (see admission). Each returns a reason, or "": ``closed`` why no request is
+    taken, ``ill`` why none can be answered (/health), ``unready`` why none would be answered right now (/ready).
     """
 
     def __init__(
@@ -108,7 +73,9 @@ class FrontEnd:
         text: Text,
         cluster: Cluster,
         state: ClusterState,
+        options: HttpOptions,
         slot_tokens: int,
+        window: int,
         closed: Callable[[], str],
         ill: Callable[[], str],
         unready: Callable[[], str],
@@ -117,6 +84,7 @@ class FrontEnd:
         self._text = text
         self._cluster = cluster
         self._state = state
+        self._options = options
         self._slot_tokens = slot_tokens
         self._limits = Limits(slot_tokens=slot_tokens, longest_token=text.longest_token)
         self._closed = closed
@@ -125,22 +93,33 @@ class FrontEnd:
         self._tokenizers = ThreadPoolExecutor(_TOKENIZERS, thread_name_prefix="tokenize")
         self._ids = itertools.count()
         self._created = int(time.time())
+        bounds = Bounds(
+            window=window,
+            requests=options.queue_requests,
+            tokens=options.waiting_tokens(slot_tokens),
+            share=options.client_share,
+        )
+        self.admission = Admission(bounds, time.monotonic)
         self._registry = CollectorRegistry()
         self._registry.register(Collector(state))
-        self._refusals = Counter(
-            "lambdascale_refusals", "requests answered with an error, by HTTP status", ["status"], registry=self._registry
-        )
-        self.app = Starlette(
+        self.tally = Tally(self._registry, self.admission)
+        self._description = describe(model, bool(options.api_keys))
+        self.app: ASGIApp = guarded(self._routes(), options, self.tally)
+
+    def _routes(self) -> Starlette:
+        return Starlette(
             routes=[
                 Route("/v1/completions", self._counted(self._completions), methods=["POST"]),
                 Route("/v1/chat/completions", self._counted(self._chat), methods=["POST"]),
                 Route("/v1/models", self._models),
-                Route("/v1/models/{model:path}", self._one_model),
+                Route("/v1/models/{model:path}", self._counted(self._one_model)),
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics),
                 Route("/cluster", self._cluster_state),
-            ]
+                Route("/openapi.json", self._openapi),
+            ],
+            exception_handlers={HTTPException: self._no_route},
         )
 
     # -- what is not an answer ---------------------------------------------------------------------------------------
@@ -156,7 +135,7 @@ class FrontEnd:
 
     async def _one_model(self, http: HttpRequest) -> Response:
         if http.path_params["model"] != self._model:
-            return self._unknown(http.path_params["model"]).response()
+            raise self._unknown(http.path_params["model"])
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
@@ -174,6 +153,17 @@ class FrontEnd:
     async def _cluster_state(self, http: HttpRequest) -> Response:
         return JSONResponse(self._state.snapshot())
 
+    async def _openapi(self, http: HttpRequest) -> Response:
+        return JSONResponse(self._description)
+
+    async def _no_route(self, http: HttpRequest, error: Exception) -> Response:
+        """Answer a request for a path or with a method that does not exist here."""
+        assert isinstance(error, HTTPException), "it is registered for these"
+        answer = ApiError(error.status_code, f"{http.method} {http.url.path}: {error.detail}", reason="no_route")
+        answer.headers |= dict(error.headers or {})
+        self.tally.refused(answer.status, answer.reason)
+        return answer.response()
+
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def _counted(self, answer: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[[HttpRequest], Awaitable[Response]]:
@@ -182,8 +172,9 @@ class FrontEnd:
         async def endpoint(http: HttpRequest) -> Response:
             try:
                 return await answer(http)
-            except ApiError as error:
-                self._refusals.labels(str(error.status)).inc()
+            except (ApiError, ClientDisconnect) as caught:
+                error = caught if isinstance(caught, ApiError) else _client_left()
+                self.tally.refused(error.status, error.reason)
                 return error.response()
 
         return endpoint
@@ -191,14 +182,21 @@ class FrontEnd:
     async def _completions(self, http: HttpRequest) -> Response:
         body = decode(await self._limits.body(http), CompletionBody)
         self._check(body)
-        if body.echo:
-            raise ApiError(400, "echo is not supported", param="echo")
         given = prompts_of(body.prompt)
-        if len(given) > MOST_PROMPTS:
-            raise ApiError(400, f"a request may have {MOST_PROMPTS} prompts at most, not {len(given)}", param="prompt")
+        most = self._options.max_prompts
+        if len(given) > most:
+            raise ApiError(400, f"a request may have {most} prompts at most, not {len(given)}", param="prompt")
+        self._look_for_room(http, len(given))
         prompts = [await self._tokens_of(p) if isinstance(p, str) else self._ids_of(p) for p in given]
-        bound = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        bound = _DEFAULT_TOKENS if body.limit is None else body.limit
         return await self._answer(http, body, prompts, bound, CompletionForm(self._model))
+
+    def _look_for_room(self, http: HttpRequest, prompts: int) -> None:
+        """Refuse what the queue has no room for before its prompts are cut into tokens. ApiError 429."""
+        try:
+            self.admission.check(http.scope["client_id"], prompts)
+        except Refused as refused:
+            raise busy(refused) from refused
 
     async def _tokens_of(self, text: str) -> list[int]:
         self._limits.check_text(text, "prompt")
@@ -216,13 +214,11 @@ class FrontEnd:
     async def _chat(self, http: HttpRequest) -> Response:
         body = decode(await self._limits.body(http), ChatBody)
         self._check(body)
-        if not body.messages:
-            raise ApiError(400, "messages must not be empty", param="messages")
+        self._look_for_room(http, 1)
         messages = [plain(message) for message in body.messages]
         prompt = await self._working(lambda: self._conversation(messages))
-        bound = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = max(1, self._slot_tokens - len(prompt))
-        return await self._answer(http, body, [prompt], room if bound is None else bound, ChatForm(self._model))
+        return await self._answer(http, body, [prompt], room if body.limit is None else body.limit, ChatForm(self._model))
 
     def _conversation(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation; in a tokenizer's thread."""
@@ -236,32 +232,40 @@ class FrontEnd:
     def _check(self, body: CommonBody) -> None:
         closed = self._closed()
         if closed:
-            raise ApiError(503, closed, kind="server_error")
+            raise ApiError(503, closed, "server_error", reason="closed", retry_after_s=_CLOSED_RETRY_S)
         if body.model != self._model:
             raise self._unknown(body.model)
-        for name, value in (("n", body.n), ("best_of", body.best_of)):
-            if value not in (None, 1):
-                raise ApiError(400, f"{name} must be 1, not {value}", param=name)
-        if body.logprobs:
-            raise ApiError(400, "logprobs are not supported", param="logprobs")
-        if len(body.stops) > 4:
-            raise ApiError(400, "at most 4 stop strings are allowed", param="stop")
+        check_neutral(body)
 
     def _unknown(self, model: str) -> ApiError:
-        return ApiError(404, f"the model {model} does not exist; this server has {self._model}", param="model")
+        return ApiError(
+            404, f"the model {model} does not exist; this server has {self._model}", param="model", reason="unknown_model"
+        )
 
     async def _answer(self, http: HttpRequest, body: CommonBody, prompts: list[list[int]], bound: int, form: Form) -> Response:
         tickets = [self._ticket(body, prompt, bound) for prompt in prompts]
-        streams = [self._stream(ticket, body.stops, index) for index, ticket in enumerate(tickets)]
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(self._events(streams, form, usage), media_type="text/event-stream")
-        answers = await asyncio.gather(*(self._whole(http, stream) for stream in streams))
-        return Response(_json(form.whole(answers)), media_type="application/json")
+        answering = Answering(
+            cluster=self._cluster,
+            admission=self.admission,
+            tally=self.tally,
+            text=self._text,
+            model=self._model,
+            client=http.scope["client_id"],
+            tickets=tickets,
+            stops=body.stops,
+            timeout_s=self._options.request_timeout_s,
+        )
+        try:
+            if not body.stream:
+                return Response(_json(form.whole(await _attended(http, answering.whole()))), media_type="application/json")
+            events = _events(answering, form, body)
+            first = await _attended(http, anext(events))  # an error before it has a status of its own
+            return _EventStream(_rest(first, events), media_type="text/event-stream")
+        except BaseException:
+            answering.close()
+            raise
 
     def _ticket(self, body: CommonBody, prompt: list[int], bound: int) -> Ticket:
-        if bound < 1:
-            raise ApiError(400, f"max_tokens must be at least 1, not {bound}", param="max_tokens")
         if not prompt:
             raise ApiError(400, "the prompt has no tokens", param="prompt")
         if len(prompt) + bound > self._slot_tokens:
@@ -281,97 +285,69 @@ class FrontEnd:
         ends = frozenset[int]() if body.ignore_eos else self._text.stop_tokens
         return Ticket(next(self._ids), list(prompt), len(prompt), bound, sampling, ends)
 
-    async def _stream(self, ticket: Ticket, stops: Sequence[str], index: int) -> AsyncIterator[tuple[str, Answer]]:
-        """Yield the answer's text as it comes, with its state so far. ApiError if the cluster gives it up."""
-        waiting, text = _Waiting(), Growing(self._text, stops)
-        answer = Answer(index, ticket.prompt_tokens)
-        request = Request(ticket.request_id, self._cluster.now(), self._model, ticket.prompt_tokens, ticket.max_tokens)
-        self._cluster.offer(request, ticket, waiting)
-        try:
-            while answer.reason is None:
-                piece = await waiting.queue.get()
-                if piece.failure is not None:
-                    raise ApiError(503, piece.failure, kind="server_error")
-                answer.completion_tokens += len(piece.tokens)
-                new = text.add(piece.tokens, last=piece.finished)
-                answer.text += new
-                ended = bool(piece.tokens) and piece.tokens[-1] in ticket.stop_tokens
-                if text.stopped or piece.finished:
-                    answer.reason = "stop" if text.stopped or ended else "length"
-                if new or answer.reason is not None:
-                    yield new, answer
-        finally:
-            if answer.reason is None or text.stopped:
-                self._cluster.abort(ticket.request_id)
-
-    async def _whole(self, http: HttpRequest, stream: AsyncIterator[tuple[str, Answer]]) -> Answer:
-        """Return all of it; given up when the client hangs up."""
-        collecting = asyncio.ensure_future(_last(stream))
-        while True:
-            done, _ = await asyncio.wait({collecting}, timeout=1.0)
-            if done:
-                return collecting.result()
-            if await http.is_disconnected():
-                collecting.cancel()
-                raise ApiError(499, "the client has hung up")
-
-    async def _events(self, streams: list[AsyncIterator[tuple[str, Answer]]], form: Form, usage: bool) -> AsyncIterator[bytes]:
-        """Server-sent events. An error after the first byte is an event too, as OpenAI's clients expect."""
-        answers: dict[int, Answer] = {}
-        try:
-            async for new, answer in _merged(streams):
-                first = answer.index not in answers
-                answers[answer.index] = answer
-                for chunk in form.chunks(new, answer, first):
-                    yield b"data: " + _json(chunk) + b"\n\n"
-        except ApiError as error:
-            yield b"data: " + _json(error.body) + b"\n\n"
-            return
-        if usage:
-            yield b"data: " + _json(form.usage(list(answers.values()))) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
 
 def _condition(problem: str) -> Response:
     return JSONResponse({"status": "unavailable", "reason": problem}, 503) if problem else JSONResponse({"status": "ok"})
 
 
-async def _last(stream: AsyncIterator[tuple[str, Answer]]) -> Answer:
-    last = None
-    async for _, answer in stream:
-        last = answer
-    assert last is not None, "a stream yields at least its end"
-    return last
+class _EventStream(StreamingResponse):
+    """Server-sent events; whatever ends the response, the events are closed at once."""
+
+    body_iterator: AsyncIterator[bytes]
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all of it."""
+        async with aclosing(self.body_iterator):  # type: ignore[type-var]  # it is a generator, whose type starlette widens
+            await super().stream_response(send)
 
 
-async def _merged(streams: list[AsyncIterator[tuple[str, Answer]]]) -> AsyncIterator[tuple[str, Answer]]:
-    """Items of several streams as they come."""
-    if len(streams) == 1:
-        async for only in streams[0]:
-            yield only
-        return
-    queue: asyncio.Queue[tuple[str, Answer] | ApiError | None] = asyncio.Queue()
+async def _rest(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(events):  # type: ignore[type-var]  # a generator
+        yield first
+        async for event in events:
+            yield event
 
-    async def pump(stream: AsyncIterator[tuple[str, Answer]]) -> None:
-        try:
-            async for item in stream:
-                await queue.put(item)
-            await queue.put(None)
-        except ApiError as error:
-            await queue.put(error)
 
-    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+async def _events(answering: Answering, form: Form, body: CommonBody) -> AsyncIterator[bytes]:
+    """Server-sent events. An error after the first is an event too, as OpenAI's clients expect."""
+    options = body.stream_options
+    stats = options is not None and options.continuous_usage_stats
+    answers: dict[int, Answer] = {}
     try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, ApiError):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
+        async with aclosing(answering.stream()) as pieces:  # type: ignore[type-var]  # a generator
+            async for new, answer in pieces:
+                first = answer.index not in answers
+                answers[answer.index] = answer
+                yield b"data: " + _json(form.chunk(new, answer, first, stats)) + b"\n\n"
+    except ApiError as error:
+        if not answers:
+            raise
+        yield b"data: " + _json(error.body) + b"\n\n"
+        return
+    if options is not None and options.include_usage:
+        yield b"data: " + _json(form.usage(list(answers.values()))) + b"\n\n"
+    yield b"data: [DONE]\n\n"
+
+
+async def _attended(http: HttpRequest, work: Awaitable[T]) -> T:
+    """Return the result of ``work``, which is cancelled when the client hangs up: then ApiError 499, which nobody reads."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(http))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise _client_left()
     finally:
-        for task in tasks:
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(http: HttpRequest) -> None:
+    """Wait until the client hangs up."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _client_left() -> ApiError:
+    return ApiError(499, "the client has hung up", reason="client_left")

@@ -2,84 +2,167 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 
+_LONGEST_STOP = 1024
+Tokens = Annotated[int, Meta(ge=1, description="Longest answer, in tokens.")]
+Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
+Seed = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+_NAMED = re.compile(r"at `\$\.(\w+)|field `([^`]*)`")
 
-class StreamOptions(Struct):
-    """Options of a streamed answer."""
+
+def _only(*values: Any) -> Meta:
+    """Describe a parameter of which this server has these values alone, the ones that change nothing."""
+    return Meta(extra_json_schema={"enum": list(values)})
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """Options of a streamed answer. ``continuous_usage_stats``, vLLM's: usage in every chunk."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class CommonBody(Struct, kw_only=True):
-    """Fields of both kinds of request. Names and defaults are OpenAI's; ``ignore_eos`` is vLLM's."""
+class CommonBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """Fields of both kinds of request. Names and defaults are OpenAI's; ``ignore_eos`` is vLLM's.
+
+    A field that is not here is refused by its name.
+    """
 
     model: str
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    logprobs: bool | int | None = None
-    best_of: int | None = None
+    user: Annotated[str, Meta(description="A label of the client's own; it has no effect on answers.")] | None = None
+    # Other implementations' parameters, of which this one has the value that changes nothing: see ``check_neutral``.
+    n: Annotated[int | None, _only(1, None)] = None
+    min_tokens: Annotated[int | None, _only(0, None)] = None
+    frequency_penalty: Annotated[float | None, _only(0, None)] = None
+    presence_penalty: Annotated[float | None, _only(0, None)] = None
+    repetition_penalty: Annotated[float | None, _only(1, None)] = None
+    top_k: Annotated[int | None, _only(-1, 0, None)] = None
+    min_p: Annotated[float | None, _only(0, None)] = None
+    logit_bias: Annotated[dict[str, float] | None, _only({}, None)] = None
 
     @property
     def stops(self) -> list[str]:
         """Stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
+    @property
+    def limit(self) -> int | None:
+        """Longest answer asked for. ApiError if two different ones are."""
+        given = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
+        if len(given) > 1:
+            raise ApiError(400, "max_tokens and max_completion_tokens must not differ", param="max_tokens")
+        return given.pop() if given else None
 
-class CompletionBody(CommonBody, kw_only=True):
+
+class CompletionBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     """/v1/completions."""
 
     prompt: str | list[int | str | list[int]]
-    echo: bool = False
+    echo: Annotated[bool, _only(False)] = False
+    suffix: Annotated[str | None, _only("", None)] = None
+    best_of: Annotated[int | None, _only(1, None)] = None
+    logprobs: Annotated[bool | int | None, _only(False, None)] = None
 
 
-class ContentPart(Struct):
+class ContentPart(Struct, forbid_unknown_fields=True):
     """A part of a message."""
 
-    type: str
+    type: Annotated[str, _only("text")]
     text: str = ""
 
 
-class ChatMessage(Struct):
-    """A message of a conversation."""
+class ChatMessage(Struct, forbid_unknown_fields=True):
+    """A message of a conversation. Fields of the type None are those that clients repeat from an answer."""
 
     role: str
     content: str | list[ContentPart] | None = None
+    name: None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
-class ChatBody(CommonBody, kw_only=True):
+class ChatBody(CommonBody, kw_only=True, forbid_unknown_fields=True):
     """/v1/chat/completions."""
 
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    logprobs: Annotated[bool | None, _only(False, None)] = None
+    top_logprobs: Annotated[int | None, _only(0, None)] = None
+
+
+# Values that change nothing. ``is`` tells false from 0, which asks for log probabilities.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "min_tokens": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+}
+
+
+def check_neutral(body: CommonBody) -> None:
+    """Refuse, by name, parameters that ask for something this server does not do. ApiError 400."""
+    for name, allowed in _NEUTRAL.items():
+        value = getattr(body, name, None)
+        if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+            continue
+        choices = " or ".join("{}" if one == {} else msgspec.json.encode(one).decode() for one in allowed)
+        raise ApiError(400, f"{name} must be {choices}, not {value}: this server supports no other", param=name)
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream=true", param="stream_options")
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form."""
+    """An error in OpenAI's form. ``reason``: its name in the metrics; ``retry_after_s``: when to ask again."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        *,
+        reason: str = "bad_request",
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason
+        self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
     def response(self) -> Response:
         """Return the error as an HTTP response."""
-        return JSONResponse(self.body, status_code=self.status)
+        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
 
 
 @dataclass
@@ -116,9 +199,10 @@ class Form:
         """Return the last chunk of a stream that was asked for the usage."""
         return {**self._head, "object": self.object_chunk, "choices": [], "usage": usage_of(answers)}
 
-    def chunks(self, new: str, answer: Answer, first: bool) -> list[dict[str, Any]]:
-        """Return the chunks for a piece of an answer."""
-        return [{**self._head, "object": self.object_chunk, "choices": [self._part(new, answer, first)]}]
+    def chunk(self, new: str, answer: Answer, first: bool, usage: bool) -> dict[str, Any]:
+        """Return the chunk for a piece of an answer, with the ``usage`` so far if asked for."""
+        counted = {"usage": usage_of([answer])} if usage else {}
+        return {**self._head, "object": self.object_chunk, "choices": [self._part(new, answer, first)], **counted}
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         raise NotImplementedError
@@ -168,7 +252,18 @@ def decode(data: bytes, body: type[_Body]) -> _Body:
     try:
         return msgspec.json.decode(data, type=body)
     except msgspec.MsgspecError as error:
-        raise ApiError(400, str(error)) from error
+        named = _NAMED.search(str(error))
+        raise ApiError(400, _readable(str(error)), param=(named[1] or named[2]) if named else None) from error
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply") from error
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+
+
+def _readable(message: str) -> str:
+    """Return msgspec's error with the one that users meet most in plainer words."""
+    unknown = re.match(r"Object contains unknown field `([^`]*)`", message)
+    return f"{unknown[1]} is not supported by this server: {message}" if unknown else message
 
 
 def prompts_of(prompt: str | list[Any]) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,15 +15,20 @@ import uvicorn
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control import SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec
+from lambdascale.core import ClusterSpec, UserError
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller.backend import LiveBackend
+from lambdascale.live.serving.connections import Connection, ConnectionLimits
 from lambdascale.live.serving.frontend import FrontEnd
+from lambdascale.live.serving.options import HEAD_BYTES, HttpOptions
 from lambdascale.live.serving.state import ClusterState
 from lambdascale.live.serving.text import Text
 from lambdascale.live.serving.view import View
 
 _LINGER_S = 5
+_BACKLOG = 1024
+_HANDSHAKE_S = 10.0  # of TLS
+_MOST_LOAD = 1 << 20  # requests with which no policy wants more replicas
 _STOPPING = "the server is stopping"
 _NO_NODE = "no node is alive"
 
@@ -29,7 +36,9 @@ _NO_NODE = "no node is alive"
 class Service:
     """A cluster that serves one model. ``backend`` runs already; ``close()`` ends everything."""
 
-    def __init__(self, *, config: LiveConfig, model: PackedModel, cluster: ClusterSpec, system: SystemConfig) -> None:
+    def __init__(
+        self, *, config: LiveConfig, model: PackedModel, cluster: ClusterSpec, system: SystemConfig, options: HttpOptions
+    ) -> None:
         self.text = Text(model.directory)
         plane = build_system(system, cluster=cluster, models=[model.spec])
         self.state = ClusterState(len(model.blocks))
@@ -56,7 +65,9 @@ class Service:
             text=self.text,
             cluster=self.backend,
             state=self.state,
+            options=options,
             slot_tokens=config.slot_tokens,
+            window=window_of(system, cluster.nodes),
             ill=self.ill,
             closed=self.closed,
             unready=self.unready,
@@ -97,6 +108,21 @@ class Service:
         self.backend.close()
 
 
+def window_of(system: SystemConfig, nodes: int) -> int:
+    """Return how many requests the cluster is given at a time.
+
+    As many as all nodes run at once, one batch more, so that a free slot finds a request waiting, and no fewer than make the
+    autoscaler want as many nodes as it ever does.
+    """
+    scaler = system.autoscaler
+    most = min(nodes, scaler.desired(_MOST_LOAD, 0))
+    low, high = 0, _MOST_LOAD  # desired(high) reaches it, desired(low - 1) does not
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if scaler.desired(middle, 0) >= most else (middle + 1, high)
+    return max((nodes + 1) * system.batching.max_batch, low)
+
+
 def _nothing() -> None:
     """Do nothing."""
 
@@ -104,10 +130,49 @@ def _nothing() -> None:
 class _Server(uvicorn.Server):
     """Calls ``on_ready`` once requests are answered; tells the service first when asked to stop, so that open streams end."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(
+        self, service: Service, options: HttpOptions, bound: socket.socket, on_ready: Callable[[], None] = _nothing
+    ) -> None:
+        # "error": nothing that a stranger sends is written to the log. No proxy is believed, since anybody can claim to be one.
+        super().__init__(
+            uvicorn.Config(
+                service.front_end.app,
+                http="h11",
+                ws="none",
+                log_level="error",
+                lifespan="off",
+                proxy_headers=False,
+                server_header=False,
+                h11_max_incomplete_event_size=HEAD_BYTES,
+                timeout_graceful_shutdown=_LINGER_S,
+            )
+        )
         self.service = service
+        self._options = options
+        self._bound = bound
         self._on_ready: Callable[[], None] | None = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. uvicorn's own would let TLS handshakes take a minute."""
+        await super().startup(sockets=[])
+        limits = ConnectionLimits(
+            connections=self._options.connections,
+            receive_s=self._options.receive_timeout_s,
+            send_s=self._options.send_timeout_s,
+        )
+        tally = self.service.front_end.tally
+        tls = self._options.tls()
+        try:
+            listening = await asyncio.get_running_loop().create_server(
+                lambda: Connection(self.config, self.server_state, limits, tally),
+                sock=self._bound,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else _HANDSHAKE_S,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:
+            raise UserError(f"cannot listen on {self._options.url}: {error}") from error
+        self.servers.append(listening)
 
     async def on_tick(self, counter: int) -> bool:
         """Look ten times a second, from the moment on that the port is open."""
@@ -132,12 +197,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(service: Service, *, host: str, port: int, view: bool, on_ready: Callable[[], None] = _nothing) -> int:
+def serve(
+    service: Service, options: HttpOptions, bound: socket.socket, *, view: bool, on_ready: Callable[[], None] = _nothing
+) -> int:
     """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served."""
-    config = uvicorn.Config(
-        service.front_end.app, host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LINGER_S
-    )
-    server = _Server(config, service, on_ready)
+    server = _Server(service, options, bound, on_ready)
 
     def stop() -> None:
         server.should_exit = True
@@ -145,7 +209,7 @@ def serve(service: Service, *, host: str, port: int, view: bool, on_ready: Calla
     service.on_fault = stop
     try:
         if view:
-            with View(service.state, f"http://{host}:{port}"):
+            with View(service.state, options.url):
                 server.run()
         else:
             server.run()

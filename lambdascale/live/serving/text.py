@@ -76,7 +76,7 @@ class Text:
                 bos_token=self._special("bos_token") or "",
                 eos_token=self._special("eos_token") or "",
             )
-        except TemplateError as error:
+        except Exception as error:  # the template is the model's code: it may raise anything
             raise UserError(f"the model's chat template refuses the messages: {error}") from error
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -87,14 +87,18 @@ class Text:
 class Growing:
     """The text of an answer as its tokens come: the part that can be shown now, and whether a stop string has come.
 
-    Text is held back while it may be the beginning of a stop string or half a character.
+    Text is held back while it may be the beginning of a stop string or half a character. A token costs as much at the end of a
+    long answer as at its beginning: it is decoded behind the few tokens before it, which decide about spaces between them.
     """
 
     def __init__(self, text: Text, stops: Sequence[str]) -> None:
         self._text = text
-        self._stops = tuple(stop for stop in stops if stop)
+        self._stops = tuple(stops)
         self._tokens: list[int] = []
-        self._shown = 0
+        self._context: list[int] = []  # the last tokens whose text is known
+        self._fresh: list[int] = []  # the tokens behind them
+        self._known = 0  # characters
+        self._held = ""
         self.stopped = False
 
     def add(self, tokens: Sequence[int], *, last: bool) -> str:
@@ -102,26 +106,40 @@ class Growing:
         if self.stopped:
             return ""
         self._tokens += tokens
-        whole = self._text.decode(self._tokens)
-        ends = [at for at in (whole.find(stop) for stop in self._stops) if at >= 0]
+        self._fresh += tokens
+        self._held += self._text.decode(self._tokens)[self._known :] if last else self._decoded()
+        ends = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
         if ends:
             self.stopped = True
             certain = min(ends)
         else:
-            certain = len(whole) if last else len(whole) - self._uncertain(whole)
-        new, self._shown = whole[self._shown : certain], max(self._shown, certain)
+            certain = len(self._held) if last else len(self._held) - self._begun()
+        new, self._held = self._held[:certain], self._held[certain:]
         return new
 
-    def _uncertain(self, whole: str) -> int:
-        """Number of characters at the end that may still change their meaning."""
-        halves = len(whole) - len(whole.rstrip(_INCOMPLETE))
-        begun = (
-            length
-            for stop in self._stops
-            for length in range(min(len(stop) - 1, len(whole)), 0, -1)
-            if whole.endswith(stop[:length])
+    def _decoded(self) -> str:
+        """Return the text of the fresh tokens, "" while they end with half a character."""
+        known = self._text.decode(self._context)
+        now = self._text.decode([*self._context, *self._fresh])
+        if now == known:
+            self._fresh = []  # without text, such as special ones: nothing depends on them
+        if now.endswith(_INCOMPLETE) or len(now) <= len(known):
+            return ""
+        self._context, self._fresh = self._fresh, []
+        self._known += len(now) - len(known)
+        return now[len(known) :]
+
+    def _begun(self) -> int:
+        """Number of characters at the end of the held text that may be the beginning of a stop string."""
+        return max(
+            (
+                length
+                for stop in self._stops
+                for length in range(min(len(stop) - 1, len(self._held)), 0, -1)
+                if self._held.endswith(stop[:length])
+            ),
+            default=0,
         )
-        return max([halves, *begun])
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""A crowd of streams at once, and another client beside it: TTFT of those that are accepted, and how the other fares.
+
+Needs a server with two API keys, ``crowd`` and ``other`` in a file: ``lambdascale serve --model tiny --api-key @FILE``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_EVERY_S = 0.25
+
+
+@dataclass
+class Outcome:
+    """Answers of one client: statuses, seconds to the first token, estimates of those that were refused."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    ttft_s: list[float] = field(default_factory=list)
+    retry_after_s: list[int] = field(default_factory=list)
+    broken: int = 0
+
+    def row(self, name: str) -> str:
+        ttft = [f"{np.quantile(self.ttft_s, q):8.3f}" for q in (0.5, 0.9, 0.99, 1.0)] if self.ttft_s else ["-"] * 4
+        refused = sum(count for status, count in self.statuses.items() if status != 200)
+        retry = f"{min(self.retry_after_s)} to {max(self.retry_after_s)} s" if self.retry_after_s else "-"
+        return f"{name:<8}{self.statuses[200]:>9}{refused:>9}{self.broken:>8}  {' '.join(ttft)}  {retry}"
+
+
+async def ask(host: str, port: int, key: str, tokens: int, number: int, outcome: Outcome) -> None:
+    """Ask for one stream and read all of it."""
+    body = json.dumps({"model": "tiny", "prompt": f"{number}", "max_tokens": tokens, "stream": True, "ignore_eos": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n"
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        status = int((await reader.readline()).split()[1])
+        outcome.statuses[status] += 1
+        last = b""
+        while line := await reader.readline():
+            if line.lower().startswith(b"retry-after:"):
+                outcome.retry_after_s.append(int(line.split()[1]))
+            if line.startswith(b"data: "):
+                if not last:
+                    outcome.ttft_s.append(time.monotonic() - began)
+                last = line
+        outcome.broken += status == 200 and b"[DONE]" not in last
+    finally:
+        writer.close()
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--streams", type=int, default=300)
+    parser.add_argument("--max-tokens", type=int, default=16)
+    given = parser.parse_args()
+    crowd, other = Outcome(), Outcome()
+    began = time.monotonic()
+    streams = [
+        asyncio.ensure_future(ask(given.host, given.port, "crowd", given.max_tokens, number, crowd))
+        for number in range(given.streams)
+    ]
+    gathered = asyncio.gather(*streams)
+    await asyncio.sleep(_EVERY_S)
+    while not gathered.done():
+        await ask(given.host, given.port, "other", given.max_tokens, 0, other)
+        await asyncio.sleep(_EVERY_S)
+    await gathered
+    print(f"{given.streams} streams of {given.max_tokens} tokens in {time.monotonic() - began:.1f} s; TTFT in s")
+    print("client   answered  refused  broken       P50      P90      P99      max  Retry-After")
+    print(crowd.row("crowd"))
+    print(other.row("other"))
+
+
+asyncio.run(main())
