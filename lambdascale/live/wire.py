@@ -14,6 +14,9 @@ from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
 
+# No message between controller and agents is larger: a prompt for every slot of an instance takes a hundredth.
+MOST_BYTES = 64 << 20
+
 
 class Message(Struct, frozen=True, tag=True):
     """Base of all messages."""
@@ -71,10 +74,6 @@ class Abort(Message, frozen=True, tag=True):
     """End a request whose client has left."""
 
     request_id: int
-
-
-class Ping(Message, frozen=True, tag=True):
-    """The controller is alive."""
 
 
 class Shutdown(Message, frozen=True, tag=True):
@@ -170,7 +169,7 @@ class Fault(Message, frozen=True, tag=True):
     users: bool
 
 
-ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
+ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Shutdown
 ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 

@@ -51,10 +51,12 @@ from lambdascale.live.controller.calls import Abort, Calls, End, Offer
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
-from lambdascale.live.controller.membership import PING_S
+from lambdascale.live.controller.membership import LOOK_S
 from lambdascale.live.controller.roster import Roster
 from lambdascale.live.controller.transfers import Transfers
 from lambdascale.live.node_config import NodeConfig
+
+_LISTEN_S = 0.25
 
 
 class LiveBackend:
@@ -93,6 +95,7 @@ class LiveBackend:
         self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
         self._clock = clock
+        self._listened = clock()
         self._joined = 0.0  # when all nodes had joined
         self._started: float | None = None
         self._at = 0.0
@@ -177,6 +180,8 @@ class LiveBackend:
             self._answer_calls()
             if self._ending:
                 return None
+            if self._clock() - self._listened > _LISTEN_S:  # also when one event follows another
+                self._listen(0.0)
             event = self._ready()
             if event is not None:
                 return event
@@ -249,16 +254,17 @@ class LiveBackend:
 
     def _until_due(self) -> float:
         """Seconds to wait for messages."""
-        longest = min(PING_S, self._roster.wait_s())
+        longest = min(LOOK_S, self._roster.wait_s())
         if self._started is None:
             return longest
-        due = self._timers[0][0] if self._timers else self._at + PING_S
+        due = self._timers[0][0] if self._timers else self._at + LOOK_S
         if self._next_request < len(self._trace):
             due = min(due, self._trace[self._next_request].arrival_s)
         return max(0.0, min(due - self.now(), longest))
 
     def _listen(self, timeout_s: float) -> None:
         messages, ended = self._hub.poll(timeout_s)
+        self._listened = self._clock()
         for node, message in messages:
             if self._roster.hear(node, message):
                 self._listeners[type(message)](node, message)

@@ -7,17 +7,19 @@ from collections import Counter
 from collections.abc import Callable
 
 from lambdascale.core import NodeId
-from lambdascale.live import wire
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
 
-PING_S = 1.0
+LOOK_S = 1.0
 _SEVERED_S = 1.0  # a peer that died is known to be dead by then
 
 
 class Membership:
-    """Asks members for a sign of life each second; one that gives none for ``silence_s`` seconds is taken for dead."""
+    """Looks for ended processes each second; a member that is silent for ``silence_s`` seconds is taken for dead.
+
+    Time in which nobody looked does not count as silence: after a pause of this process, or of the machine, members are heard first.
+    """
 
     def __init__(
         self, launcher: Launcher, hub: Hub, log: Log, silence_s: float, clock: Callable[[], float] = time.monotonic
@@ -30,7 +32,8 @@ class Membership:
         self.alive: set[NodeId] = set()
         self._heard: dict[NodeId, float] = {}
         self._severed: dict[frozenset[NodeId], float] = {}  # pairs whose connection is lost, since when
-        self._pinged = 0.0
+        self._searched = 0.0  # when ended processes were looked for
+        self._looked = clock()
 
     def admit(self, node: NodeId) -> None:
         """Count a node as a member from now on."""
@@ -53,18 +56,22 @@ class Membership:
             self._severed[pair] = self._clock()
 
     def lost(self, *, ended: bool) -> dict[NodeId, str]:
-        """Ping when it is time; return the members to be taken for dead, and why. ``ended``: some process has."""
+        """Return the members to be taken for dead, and why. ``ended``: some process has."""
         now = self._clock()
-        looking = ended or now - self._pinged >= PING_S
-        if now - self._pinged >= PING_S:
-            self._pinged = now
-            for node in self.alive:
-                self._hub.send(node, wire.Ping())
+        self._forgive_pause(now)
+        searching = ended or now - self._searched >= LOOK_S
+        if searching:
+            self._searched = now
         found = dict.fromkeys(self._cut_off(now), "it has lost its connections to others")
         found |= {node: f"silent for {now - at:.0f} s" for node, at in self._heard.items() if now - at > self._silence_s}
-        if looking:
+        if searching:
             found |= dict.fromkeys(self._launcher.dead(), "its process has ended")
         return {node: reason for node, reason in found.items() if node in self.alive}
+
+    def _forgive_pause(self, now: float) -> None:
+        pause, self._looked = now - self._looked, now
+        if pause > 2 * LOOK_S:
+            self._heard = {node: at + pause for node, at in self._heard.items()}
 
     def _cut_off(self, now: float) -> set[NodeId]:
         """Of two members that have lost their connection, return the one that has lost more connections.

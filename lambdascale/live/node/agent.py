@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-_SILENCE_S = 20.0  # an agent leaves when it has not heard of the controller for so long
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
 _SWITCH_S = 0.0005
@@ -161,6 +160,9 @@ def run(config: NodeConfig, launched: float | None = None, *, local: bool = True
         line.close()
         sys.stderr.flush()
         os._exit(1)  # in no good order: a thread that would have to be waited for may be part of the failure
+    if line.lost:
+        print(f"node {config.node}: {line.lost}, leaving", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: nobody waits for a good order, and the system frees all memory
     agent.close()
     line.close()
 
@@ -306,29 +308,24 @@ class Agent:
             wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
             wire.Directory: self._start_connecting,
-            wire.Ping: lambda m: None,
             wire.Shutdown: lambda m: self._leaving.set(),
         }
 
     def serve(self) -> None:
-        """Join, then carry out the controller's messages until it ends the node or falls silent.
+        """Join, then carry out the controller's messages until it ends the node, or is lost itself (see Line).
 
         What runs in this loop must not wait for anything: while it does, no heartbeat is sent. Handlers queue work for the
         mover's and the compute thread, or start a thread of their own; they may fail, which ends the node.
         """
         self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid(), self._parts.seconds))
-        heard = beat = time.monotonic()
-        while not self._leaving.is_set():
+        beat = time.monotonic()
+        while not self._leaving.is_set() and not self._line.lost:
             for message in self._line.poll(_BEAT_S):
-                heard = time.monotonic()
                 self._messages[type(message)](message)
             now = time.monotonic()
             if now - beat >= _BEAT_S:
                 beat = now
                 self._line.say(wire.Beat())
-            if now - heard > _SILENCE_S:
-                print(f"node {self._config.node}: the controller is silent, leaving", file=sys.stderr)
-                return
 
     def close(self) -> None:
         """End all threads and free everything."""
