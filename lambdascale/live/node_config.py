@@ -13,7 +13,7 @@ from lambdascale.transport import rdma
 
 
 class Access(Struct, frozen=True):
-    """Addresses of the controller (``pulse``: of its signs of life) and the keys of the cluster: CURVE keys, and the nodes' own."""
+    """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes."""
 
     controller: str
     pulse: str

@@ -36,6 +36,12 @@ class Directory(Message, frozen=True, tag=True):
     generations: dict[NodeId, int]
 
 
+class Sever(Message, frozen=True, tag=True):
+    """End the connection to a peer, which has lost its end; answer Severed, unless this end is lost as well."""
+
+    peer: NodeId
+
+
 class Do(Message, frozen=True, tag=True):
     """Carry a command out."""
 
@@ -169,7 +175,7 @@ class Fault(Message, frozen=True, tag=True):
     users: bool
 
 
-ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Shutdown
+ToAgent = Directory | Sever | Do | Assign | Switch | NewStages | Abort | Shutdown
 ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 

@@ -1,4 +1,4 @@
-"""Members of a live cluster: silence, deaths and connections lost between nodes that live."""
+"""Members of a live cluster: silence and deaths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
-from lambdascale.live.controller.log import Log
 from lambdascale.live.controller.membership import Membership
 
 
@@ -44,7 +43,7 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def members(cluster: Cluster) -> Membership:
-    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), Log(write=cluster.lines.append), 3.0, cluster.monotonic)
+    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), 3.0, cluster.monotonic)
     for node in (1, 2, 3, 4):
         members.admit(node)
     return members
@@ -86,20 +85,3 @@ def test_a_process_that_ended_is_dead_at_once(cluster: Cluster, members: Members
     assert gone(members, ended=False) == set()
     cluster.ended = [4]
     assert gone(members, ended=True) == {4}
-
-
-def test_of_two_that_lost_each_other_the_one_that_lost_more_goes(cluster: Cluster, members: Membership) -> None:
-    members.sever(1, 3, "reset")
-    members.sever(3, 2, "reset")
-    assert gone(members, ended=False) == set()  # a death would be known a moment later
-    cluster.now += 1.0
-    assert gone(members, ended=False) == {3}
-    members.remove(3)
-    assert gone(members, ended=False) == set()
-
-
-def test_a_peer_that_is_lost_cuts_nobody_off(cluster: Cluster, members: Membership) -> None:
-    members.remove(3)
-    members.sever(1, 3, "reset")
-    cluster.now += 2.0
-    assert gone(members, ended=False) == set()

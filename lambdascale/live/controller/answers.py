@@ -276,6 +276,20 @@ class Answers:
         for node in served.nodes:
             self._tell(node, wire.Do(command))
 
+    def connection_lost(self, node: NodeId, peer: NodeId) -> None:
+        """Redo the mode switches whose messages may be lost; report the instances that the two nodes shared, and share no more.
+
+        The control plane looks after those whose present stages are on both.
+        """
+        for pipeline, switch in list(self._switches.items()):
+            if switch.head in (node, peer):
+                self._redo_switch(pipeline)
+        pair = {node, peer}
+        for number, served in self._instances.items():
+            if pair <= set(served.nodes) and not pair <= set(_nodes(served.stages)):
+                reason = f"nodes {node} and {peer} lost their connection, and owed each other parts of instance {number}"
+                self._emit(CommandFailed(0.0, "Repartition", reason, instance=number))
+
     def node_lost(self, node: NodeId) -> None:
         """Redo the mode switches whose head was on ``node``, and report the instances that it has had a part in before.
 

@@ -36,6 +36,7 @@ from lambdascale.core.events import (
     AnyEvent,
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeGivenUp,
     NodeJoined,
@@ -64,7 +65,8 @@ class LiveBackend:
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
     ``open_ended``: go on without anything to do, until ``end()``; requests may be offered all the time. A lost node's
-    process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
+    process is started again, ``restarts`` times within ten minutes at most; ``mends``: so are lost connections between nodes.
+    ``clock`` gives seconds and never goes back.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class LiveBackend:
         ticket_of: Callable[[TracedRequest], Ticket],
         silence_s: float,
         restarts: int = 0,
+        mends: bool = True,
         open_ended: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -92,7 +95,7 @@ class LiveBackend:
         self._timers: list[tuple[float, int]] = []
         self._transfers = Transfers()
         self._log = Log(clock=clock)
-        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
+        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, mends=mends, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
         self._clock = clock
         self._listened = clock()
@@ -271,6 +274,9 @@ class LiveBackend:
         changes = self._roster.look(ended=bool(ended))
         for node, returns in changes.lost.items():
             self._lose(node, returns)
+        for node, peer in map(sorted, changes.mended):
+            self._events.append(ConnectionLost(0.0, node, peer))
+            self._answers.connection_lost(node, peer)
         self._events.extend(NodeGivenUp(0.0, node) for node in changes.given_up)
         self._events.extend(NodeJoined(0.0, node) for node in changes.joined)
         self._log.flush()

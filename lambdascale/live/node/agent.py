@@ -308,6 +308,7 @@ class Agent:
             wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
             wire.Directory: self._start_connecting,
+            wire.Sever: self._start_severing,
             wire.Shutdown: lambda m: self._leaving.set(),
         }
 
@@ -371,6 +372,15 @@ class Agent:
         """Connect beside the main loop: each peer may take up to the transport's timeout."""
         self._newest = directory.number
         threading.Thread(target=self._connect, args=(directory,), name="connect", daemon=True).start()
+
+    def _start_severing(self, message: wire.Sever) -> None:
+        """End a connection beside the main loop; its loss is reported as any other."""
+
+        def sever() -> None:
+            with self._connecting:
+                self.endpoint.sever(message.peer)
+
+        threading.Thread(target=sever, name="connect", daemon=True).start()
 
     def _connect(self, directory: wire.Directory) -> None:
         """Connect to the nodes with a lower id that are new, so that every pair has one connection."""

@@ -17,8 +17,8 @@ _STEP_S = 0.25
 class Vigil:
     """The sockets whose news ``look`` takes. For the main thread.
 
-    Silence counts while this process runs: each look adds a quarter of a second at most, so that a node which was stopped, alone or
-    with its machine, hears the controller first.
+    Silence counts while this process runs: each look adds a quarter of a second at most, so that a node which was stopped, alone
+    or with its machine, hears the controller first.
     """
 
     def __init__(
