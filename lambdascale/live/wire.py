@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct, msgpack
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
-from lambdascale.core.events import AnyEvent, Mode
+from lambdascale.core.events import BlockArrived, CommandFailed, Mode
 from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
@@ -108,7 +108,7 @@ class Connected(Message, frozen=True, tag=True):
 class Happened(Message, frozen=True, tag=True):
     """An event; the controller gives it its time."""
 
-    event: AnyEvent
+    event: BlockArrived | CommandFailed
 
 
 class Placed(Message, frozen=True, tag=True):

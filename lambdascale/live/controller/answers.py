@@ -121,6 +121,12 @@ class Answers:
             if instance in self._instances:
                 self._tell(self._instances[instance].head, wire.Abort(request_id))
 
+    def end_aborted(self, message: wire.Aborted) -> None:
+        """End a request whose client has left, now that its instance has."""
+        answer = self._answers.get(message.request_id)
+        if answer is not None and answer.aborted:
+            self.finish(message.request_id, message.instance)
+
     def tokens(self, message: wire.Tokens) -> None:
         """Take the tokens of an instance's iteration."""
         by_request: dict[int, list[wire.Token]] = {}

@@ -33,7 +33,6 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import (
-    AnyEvent,
     BlockArrived,
     CommandFailed,
     ConnectionLost,
@@ -121,7 +120,7 @@ class LiveBackend:
         self._listeners: dict[type, Callable[[NodeId, Any], None]] = {
             wire.Happened: lambda node, m: self._happened(node, m.event),
             wire.Tokens: lambda node, m: self._answers.tokens(m),
-            wire.Aborted: lambda node, m: self._answers.finish(m.request_id, m.instance),
+            wire.Aborted: lambda node, m: self._answers.end_aborted(m),
             wire.Resumed: lambda node, m: self._answers.resumed(m),
             wire.Placed: lambda node, m: self._transfers.placed(m.node, m.model),
         }
@@ -289,12 +288,14 @@ class LiveBackend:
 
     # -- messages of agents ------------------------------------------------------------------------------------------
 
-    def _happened(self, node: NodeId, event: AnyEvent) -> None:
+    def _happened(self, node: NodeId, event: BlockArrived | CommandFailed) -> None:
         if isinstance(event, CommandFailed):
             self._failed(node, event)
             return
-        if isinstance(event, BlockArrived):
-            self._transfers.arrived(event.node, event.model, event.block)
+        if event.node != node or not self._transfers.was_asked(node, event.model, event.block):
+            self._roster.doom(node, f"it reports block {event.block} of {event.model!r} at node {event.node}, which was not asked")
+            return
+        self._transfers.arrived(node, event.model, event.block)
         self._events.append(event)
 
     def _failed(self, node: NodeId, event: CommandFailed) -> None:

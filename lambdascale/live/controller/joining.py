@@ -78,7 +78,7 @@ class Joining:
     def connected(self, node: NodeId, message: wire.Connected) -> None:
         """Note that a node has connected to those that it has to connect to."""
         listed = self._directory.get(node)
-        if listed is not None:
+        if listed is not None and message.number <= self._number:
             listed.answered = max(listed.answered, message.number)
 
     def remove(self, node: NodeId) -> None:

@@ -120,7 +120,7 @@ class Roster:
         elif isinstance(message, wire.Fault):
             self._doomed[node] = message.reason
         else:
-            return not isinstance(message, wire.Beat)
+            return not isinstance(message, wire.Beat | wire.Hello)
         return False
 
     def _meet(self, node: NodeId, message: wire.ToController) -> None:

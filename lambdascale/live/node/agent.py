@@ -33,7 +33,7 @@ from lambdascale.core.commands import (
     StartMulticast,
     StopInstance,
 )
-from lambdascale.core.events import AnyEvent
+from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
 from lambdascale.live.node.start import StartParts, bind, make_context
@@ -337,7 +337,7 @@ class Agent:
 
     # -- what the parts tell each other ------------------------------------------------------------------------------
 
-    def _report(self, event: AnyEvent) -> None:
+    def _report(self, event: BlockArrived | CommandFailed) -> None:
         self._line.say(wire.Happened(event))
 
     def _fault(self, reason: str) -> None:
