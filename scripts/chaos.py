@@ -16,20 +16,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import ctypes
 import os
 import random
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,13 +46,12 @@ from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller import supervisor
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
+from lambdascale.testing.process_faults import Faults, Sample, sample, slopes
 
 PROMPTS, ANSWER, SLOT_TOKENS, BLOCKS = 48, 90, 160, 8
 SILENCE_S = 2.0
 PATIENCE_S = 90.0  # an answer that takes longer is lost
 BURST, CALM, PERIOD_S = 24, 2, 12.0
-WEIGHTS = {"kill": 40, "cut": 35, "short stop": 14, "long stop": 8, "controller": 3}
-_PIDFD_GETFD = 438  # asm-generic/unistd.h; Python has no name for it
 
 
 @dataclass
@@ -68,8 +64,6 @@ class Tally:
     doubled: int = 0
     lost: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    faults: Counter[str] = field(default_factory=Counter)
-    missed: int = 0  # faults that found nobody
     returns_s: list[float] = field(default_factory=list)  # from a node's loss to its return
     mends_s: list[float] = field(default_factory=list)  # from a cut to the new connection
     answers_s: list[float] = field(default_factory=list)
@@ -104,7 +98,7 @@ class Client:
         backend = self._load.backend
         backend.offer(Request(request_id, backend.now(), "tiny", len(prompt), ANSWER), ticket, self)
 
-    def tokens(self, tokens: list[int], finished: bool) -> None:
+    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
         """See Sink."""
         if self._over:
             self._load.tally.doubled += 1
@@ -190,129 +184,6 @@ class Watch:
         """Ignore commands."""
 
 
-# -- faults --------------------------------------------------------------------------------------------------------------
-
-
-class Faults:
-    """Seeded faults, put into the node processes of a launcher."""
-
-    def __init__(self, launcher: LocalLauncher, watch: Watch, tally: Tally, seed: int) -> None:
-        self._launcher, self._watch, self._tally = launcher, watch, tally
-        self._random = random.Random(seed)
-
-    def strike(self) -> None:
-        """Put in the next fault; a cut whose nodes have no connection is counted as missed."""
-        kind = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-        first, second = self._random.sample(range(len(self._launcher._processes)), 2)
-        length_s = self._random.uniform(0.1, 1.0)
-        if not self._put(kind, first, second, length_s):
-            self._tally.missed += 1
-        else:
-            self._tally.faults[kind] += 1
-
-    def _put(self, kind: str, first: int, second: int, length_s: float) -> bool:
-        if kind == "controller":
-            stop_myself(3.0)
-            return True
-        members = self._watch.members
-        if first not in members or (kind == "cut" and second not in members):
-            return False
-        pid = self._launcher.pid(first)
-        if kind == "cut":
-            done = cut(pid, self._launcher.pid(second))
-            if done:
-                self._watch.cuts[frozenset((first, second))] = time.monotonic()
-            return done
-        if kind == "kill":
-            os.kill(pid, signal.SIGKILL)
-            return True
-        os.kill(pid, signal.SIGSTOP)
-        timer = threading.Timer(length_s if kind == "short stop" else SILENCE_S + 2, _continue, (pid,))
-        timer.daemon = True
-        timer.start()
-        return True
-
-
-def _continue(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
-
-
-def stop_myself(seconds: float) -> None:
-    """Stop this process for a while."""
-    me = os.getpid()
-    with subprocess.Popen(["/bin/sh", "-c", f"kill -STOP {me}; sleep {seconds}; kill -CONT {me}"]):
-        pass
-
-
-def _sockets(pid: int) -> dict[str, int]:
-    """A process's sockets: descriptor by inode."""
-    found = {}
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            target = os.readlink(entry)
-            if target.startswith("socket:["):
-                found[target[8:-1]] = int(entry.name)
-    return found
-
-
-def cut(one: int, two: int) -> bool:
-    """Shut down the TCP connections between two processes; False if none exists."""
-    try:
-        ours, theirs = _sockets(one), _sockets(two)
-        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        ends = {(row[1], row[2]) for row in rows if row[9] in theirs and row[3] == "01"}
-        mine = [ours[row[9]] for row in rows if row[9] in ours and (row[2], row[1]) in ends]
-        pidfd = os.pidfd_open(one)
-    except OSError:  # it has just died
-        return False
-    try:
-        for descriptor in mine:
-            copy = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, descriptor, 0)
-            if copy < 0:
-                raise OSError(ctypes.get_errno(), "pidfd_getfd")
-            with socket.socket(fileno=copy) as end, suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-    finally:
-        os.close(pidfd)
-    return bool(mine)
-
-
-# -- what processes hold -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sample:
-    """Memory, descriptors, threads and sockets of a process at a moment."""
-
-    at: float
-    rss_mib: float
-    descriptors: int
-    threads: int
-    sockets: int
-
-
-def sample(pid: int) -> Sample | None:
-    """Return what a process holds, None if it has ended."""
-    try:
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-        rss = int(status["VmRSS"].split()[0]) / 1024
-        return Sample(time.monotonic(), rss, descriptors, int(status["Threads"]), len(_sockets(pid)))
-    except (OSError, KeyError):
-        return None
-
-
-def slopes(samples: list[Sample]) -> dict[str, float]:
-    """Growth a minute, by a straight line through the samples of a process after its first quarter."""
-    kept = samples[len(samples) // 4 :]
-    if len(kept) < 5:
-        return {}
-    minutes = [each.at / 60 for each in kept]
-    names = ("rss_mib", "descriptors", "threads", "sockets")
-    return {name: float(np.polyfit(minutes, [getattr(each, name) for each in kept], 1)[0]) for name in names}
-
-
 # -- the run -------------------------------------------------------------------------------------------------------------
 
 
@@ -362,17 +233,21 @@ def cluster(model: PackedModel, directory: Path, options: argparse.Namespace, wa
 EAGER = ("system.autoscaler.keep_alive_s=1", "system.kv=copy", "+system.start.pipelines.form=always")
 
 
-def trouble(load: Load, watch: Watch, launcher: LocalLauncher, options: argparse.Namespace) -> dict[int, list[Sample]]:
+def trouble(
+    load: Load, faults: Faults, watch: Watch, launcher: LocalLauncher, options: argparse.Namespace
+) -> dict[int, list[Sample]]:
     """Strike until enough faults are in or the time is over; return samples by process."""
-    faults, samples = Faults(launcher, watch, load.tally, options.seed), defaultdict[int, list[Sample]](list)
+    samples = defaultdict[int, list[Sample]](list)
     pauses = random.Random(options.seed + 1)
     begun = time.monotonic()
     next_fault, next_sample = begun + 3.0, begun
-    while time.monotonic() - begun < options.minutes * 60 and load.tally.faults.total() < options.faults:
+    while time.monotonic() - begun < options.minutes * 60 and faults.done.total() < options.faults:
         load.step()
         now = time.monotonic()
         if now >= next_fault:
-            faults.strike()
+            pair = faults.strike(watch.members)
+            if pair:
+                watch.cuts[pair] = time.monotonic()
             next_fault = time.monotonic() + pauses.expovariate(1 / options.every_s)
         if now >= next_sample:
             next_sample = now + 1.0
@@ -385,7 +260,7 @@ def trouble(load: Load, watch: Watch, launcher: LocalLauncher, options: argparse
 
 
 def left_behind(before: set[str]) -> list[str]:
-    """Children of this process that still run, and shared memory that was not there ``before``."""
+    """Return the children of this process that still run, and shared memory that did not exist ``before``."""
     done = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=False)
     helpers = ("resource_tracker", "forkserver", "ps -o")
     children = [line for line in done.stdout.splitlines() if not any(helper in line for helper in helpers)]
@@ -411,17 +286,16 @@ def growth(samples: dict[int, list[Sample]]) -> str:
     return "; ".join(parts)
 
 
-def report(load: Load, samples: dict[int, list[Sample]], left: list[str], seconds: float, options: argparse.Namespace) -> bool:
+def report(tally: Tally, faults: Faults, growth: str, left: list[str], seconds: float, options: argparse.Namespace) -> bool:
     """Print the outcome and add its row; True if nothing went wrong."""
-    tally = load.tally
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.faults.items()))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.done.items()))
     detail = (
-        f"{kinds}; {tally.missed} missed; node back s: {spread(tally.returns_s)}; connection back s: {spread(tally.mends_s)}; "
-        f"answers s: {spread(tally.answers_s)}; growth a minute: {growth(samples)}; left behind: {len(left)}; {seconds:.0f} s"
+        f"{kinds}; {faults.missed} missed; node back s: {spread(tally.returns_s)}; connection back s: {spread(tally.mends_s)}; "
+        f"answers s: {spread(tally.answers_s)}; growth a minute: {growth}; left behind: {len(left)}; {seconds:.0f} s"
     )
     row = {
         "what": f"random faults under load, {options.transport}, {options.nodes} nodes, {options.device}",
-        "tried": f"{tally.faults.total()} faults",
+        "tried": f"{faults.done.total()} faults",
         "requests": tally.requests,
         "lost": tally.lost,
         "doubled": tally.doubled,
@@ -462,9 +336,11 @@ def chaos(options: argparse.Namespace) -> int:
             launcher = backend.launcher
             assert isinstance(launcher, LocalLauncher), "nodes are local"
             loads.append(Load(backend, answers, options.seed))
-            samples = trouble(loads[0], watch, launcher, options)
+            faults = Faults(launcher.pid, options.nodes, SILENCE_S, options.seed)
+            samples = trouble(loads[0], faults, watch, launcher, options)
             loads[0].drain()
-    return 0 if report(loads[0], samples, left_behind(before), time.monotonic() - begun, options) else 1
+    seconds, left = time.monotonic() - begun, left_behind(before)
+    return 0 if report(loads[0].tally, faults, growth(samples), left, seconds, options) else 1
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Break:
-    """A node's connection to a peer fails under its ``after``-th write to it, and both live on; ``always``: under later ones too."""
+    """A node's connection to a peer fails under its ``after``-th write to it (``always``: and later ones); both live on."""
 
     node: int
     peer: int

@@ -9,7 +9,7 @@ import pytest
 
 from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import FailRequest, StartMulticast
-from lambdascale.core.events import CommandFailed, ConnectionLost
+from lambdascale.core.events import CommandFailed
 from tests.policy.world import World, pipelined, without
 
 
@@ -382,23 +382,3 @@ def test_requests_that_are_given_up_leave_no_count_behind() -> None:
     world.fail(instance="i1")
     assert world.lose(0)[-1] == "fail 0"
     assert not world.plane.fleet.failures
-
-
-# -- lost connections ----------------------------------------------------------------------------------------------------
-
-
-def test_a_lost_connection_of_two_members_of_a_multicast_replans_it() -> None:
-    """From what nodes hold by then; the replica that feeds it is on one of them only, and serves on."""
-    world = multicasting()
-    world.deliver("t2", 4)
-    assert world.play(ConnectionLost(world.at, 0, 2)) == ["cancel t2", "multicast t3 0:gpu>1,2,3"]
-    assert world.play(ConnectionLost(world.at, 0, 7)) == [], "one that has no part in it"
-
-
-def test_a_lost_connection_within_a_pipeline_restarts_its_requests() -> None:
-    """Nobody is to blame: no request is failed however often it happens, and its nodes go on receiving, from a new plan."""
-    world = pipelined()
-    lines = world.play(ConnectionLost(world.at, 2, 3))
-    assert lines[:3] == ["cancel t3", "multicast t4 0:gpu,1:gpu>2,3", "stop i3"]
-    assert not [line for line in lines if line.startswith("fail")]
-    assert [line for line in world.deliver("t4") if line.startswith("dispatch")]

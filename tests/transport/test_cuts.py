@@ -54,7 +54,7 @@ def test_a_severed_connection_is_made_again(pair: Pair, by: int) -> None:
 
 
 def test_severing_nothing(pair: Pair) -> None:
-    one, zero, heard_one, _ = pair()
+    one, _, heard_one, _ = pair()
     one.sever(7)
     one.send(0, b"still").result(10)
     assert not heard_one.lost

@@ -1,4 +1,4 @@
-"""Bytes that nobody of the cluster sends, to each listening port, and frames that no honest node sends: nothing ends, nothing grows."""
+"""Bytes of strangers at each listening port, and frames that no honest node sends: nothing ends, nothing grows."""
 
 from __future__ import annotations
 

@@ -293,7 +293,9 @@ class LiveBackend:
             self._failed(node, event)
             return
         if event.node != node or not self._transfers.was_asked(node, event.model, event.block):
-            self._roster.doom(node, f"it reports block {event.block} of {event.model!r} at node {event.node}, which was not asked")
+            self._roster.doom(
+                node, f"it reports block {event.block} of {event.model!r} at node {event.node}, which was not asked"
+            )
             return
         self._transfers.arrived(node, event.model, event.block)
         self._events.append(event)

@@ -36,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, bind, make_context
+from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -73,17 +73,6 @@ def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | No
         owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
         return rdma.load()(config.node, handlers, key, options=config.rdma, gpu=owner, **options)
     return _SOCKETS[config.transport](config.node, handlers, key, **options)
-
-
-def pick_gpu(config: NodeConfig) -> int | None:
-    """Return a node's GPU, None on ``device: cpu``: nodes take turns at those they see. UserError if they see none."""
-    if config.device == "cpu":
-        return None
-    import torch
-
-    count = torch.cuda.device_count()
-    require(count > 0, "device cuda is asked for, but torch finds no GPU")
-    return config.node % count
 
 
 def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[BlockStore, Memory, int]:
