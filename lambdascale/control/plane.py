@@ -20,6 +20,7 @@ from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeGivenUp,
     NodeJoined,
@@ -63,6 +64,7 @@ class ControlPlane:
             TimerFired: self._timer_fired,
             NodeLost: self._node_lost,
             NodeGivenUp: self._node_given_up,
+            ConnectionLost: self._connection_lost,
             CommandFailed: self._command_failed,
         }
 
@@ -129,6 +131,10 @@ class ControlPlane:
 
     def _node_given_up(self, event: NodeGivenUp) -> None:
         self._recovery.node_given_up(event.node)
+
+    def _connection_lost(self, event: ConnectionLost) -> None:
+        self._recovery.connection_lost(event.node, event.peer)
+        self._arm_once()
 
     def _command_failed(self, event: CommandFailed) -> None:
         if event.transfer_id < 0 and event.instance < 0:

@@ -56,6 +56,20 @@ class Recovery:
         for state in self._fleet.models.values():
             self._router.give_up(state)
 
+    def connection_lost(self, node: NodeId, peer: NodeId) -> None:
+        """Begin anew what two living nodes had under way with each other; nobody is to blame, and nothing counts as a failure."""
+        fleet = self._fleet
+        for transfer in [t for t in fleet.transfers.values() if node in t.members and peer in t.members]:
+            self._cancel(transfer)
+            self._replan(transfer, again=transfer.again)
+        for instance in [i for i in fleet.instances.values() if node in i.nodes and peer in i.nodes]:
+            state = fleet.models[instance.model]
+            self._stop(state, instance)
+            self._serve_on(state, instance.nodes)
+        for state in fleet.models.values():
+            self._router.fill(state)
+            self._router.give_up(state)
+
     def transfer_failed(self, transfer_id: int) -> None:
         """Handle a transfer that failed on living nodes: a damaged block, no room.
 

@@ -85,6 +85,13 @@ class NodeGivenUp(Event, frozen=True, gc=False, tag=True):
     node: NodeId
 
 
+class ConnectionLost(Event, frozen=True, gc=False, tag=True):
+    """Two nodes lost their connection and have a new one: what they had under way with each other is lost, they are not."""
+
+    node: NodeId
+    peer: NodeId
+
+
 class CommandFailed(Event, frozen=True, gc=False, tag=True):
     """A command could not be carried out. ``transfer_id``, ``instance`` and ``model`` name what it concerned, where known."""
 
@@ -105,6 +112,7 @@ AnyEvent = (
     | TimerFired
     | NodeLost
     | NodeGivenUp
+    | ConnectionLost
     | CommandFailed
 )
 EVENT_TYPES: tuple[type[Event], ...] = (
@@ -117,5 +125,6 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     TimerFired,
     NodeLost,
     NodeGivenUp,
+    ConnectionLost,
     CommandFailed,
 )

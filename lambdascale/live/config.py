@@ -194,6 +194,7 @@ class LiveConfig:
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
             restarts=self.restart_limit(open_ended=open_ended),
+            mends=self.transport in ("shm", "tcp"),  # elsewhere a write under way may outlive its connection
             open_ended=open_ended,
         )
         configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]

@@ -13,9 +13,10 @@ from lambdascale.transport import rdma
 
 
 class Access(Struct, frozen=True):
-    """Address of the controller and the keys of the cluster: CURVE keys, and the key of the nodes among themselves."""
+    """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes."""
 
     controller: str
+    pulse: str
     server_public: bytes
     client_public: bytes
     client_secret: bytes

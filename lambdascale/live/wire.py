@@ -9,10 +9,13 @@ from __future__ import annotations
 from msgspec import Struct, msgpack
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
-from lambdascale.core.events import AnyEvent, Mode
+from lambdascale.core.events import BlockArrived, CommandFailed, Mode
 from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
+
+# No message between controller and agents is larger: a prompt for every slot of an instance takes a hundredth.
+MOST_BYTES = 64 << 20
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -31,6 +34,12 @@ class Directory(Message, frozen=True, tag=True):
     number: int
     addresses: dict[NodeId, str]
     generations: dict[NodeId, int]
+
+
+class Sever(Message, frozen=True, tag=True):
+    """End the connection to a peer, which has lost its end; answer Severed, unless this end is lost as well."""
+
+    peer: NodeId
 
 
 class Do(Message, frozen=True, tag=True):
@@ -73,10 +82,6 @@ class Abort(Message, frozen=True, tag=True):
     request_id: int
 
 
-class Ping(Message, frozen=True, tag=True):
-    """The controller is alive."""
-
-
 class Shutdown(Message, frozen=True, tag=True):
     """Order to an agent to end."""
 
@@ -103,7 +108,7 @@ class Connected(Message, frozen=True, tag=True):
 class Happened(Message, frozen=True, tag=True):
     """An event; the controller gives it its time."""
 
-    event: AnyEvent
+    event: BlockArrived | CommandFailed
 
 
 class Placed(Message, frozen=True, tag=True):
@@ -171,7 +176,7 @@ class Fault(Message, frozen=True, tag=True):
     users: bool
 
 
-ToAgent = Directory | Do | Assign | Switch | NewStages | Abort | Ping | Shutdown
+ToAgent = Directory | Sever | Do | Assign | Switch | NewStages | Abort | Shutdown
 ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resumed | Severed | Unreached | Beat | Fault
 
 

@@ -24,9 +24,10 @@ class Handlers:
 
     ``on_write(peer, immediate, offset, size)``: a peer's write of ``size`` bytes is complete in registered memory.
     ``on_message(peer, data)``: a message has arrived. ``on_lost(peer, reason)``: the connection is lost without having been
-    closed; nothing more arrives over it. Writes of one peer are reported in the order in which its endpoint was given them, and
-    so are messages; a message does not wait for the writes given before it. Transports that hash the bytes while moving them,
-    when they are in a cache, call ``on_checked(peer, immediate, offset, size, xxh3_64)`` instead of ``on_write``, which saves
+    closed; nothing more arrives over it, and nothing that the peer has begun changes registered memory any more. Writes of one
+    peer are reported in the order in which its endpoint was given them, and so are messages; a message does not wait for the
+    writes given before it. Transports that hash the bytes while moving them, when they are in a cache, call
+    ``on_checked(peer, immediate, offset, size, xxh3_64)`` instead of ``on_write``, which saves
     the verification another pass over the bytes.
     """
 
@@ -114,6 +115,10 @@ class Endpoint(Protocol):
         The peer is not notified: a message given after tells it. Arguments and future as of ``write``. For small data, such as
         hidden states.
         """
+        ...
+
+    def sever(self, peer: NodeId) -> None:
+        """End a connection, if one exists, without delivering anything; ``on_lost`` has been told when this returns."""
         ...
 
     def disconnect(self, peer: NodeId) -> None:

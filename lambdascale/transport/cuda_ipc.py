@@ -53,6 +53,9 @@ class _Opened:
         self._ahead.start(self._address + at, address_of(data), data.nbytes)
         self._ahead.wait()
 
+    def wait_for_peer(self) -> None:
+        """Do nothing: a peer that lives stops after the piece under way. Nobody mends connections here (see LiveConfig)."""
+
     def close(self) -> None:
         with suppress(CudaError):  # a broken context refuses to free anything
             self._copies.close()

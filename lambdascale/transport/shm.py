@@ -1,7 +1,7 @@
 """Shared memory of one host: a write is one copy into the peer's memory, announced over the TCP connection that carries the rest.
 
 The memory is an unnamed file (memfd) that peers open through /proc. The kernel frees it with the last process that has it open,
-so nothing is left behind.
+so nothing is left behind. Who writes there holds a lease: a connection that has ended counts as lost when its writer has let go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import mmap
 import os
 import socket
 import struct
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -20,6 +23,7 @@ import xxhash
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
 from lambdascale.transport.base import Memory
+from lambdascale.transport.leases import Lease, is_held, new_number
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
@@ -29,7 +33,20 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MOST_THREADS = 16
 _LEAST_BYTES = 64 << 20
 _PAGE_BYTES = 4096
-_WHERE = struct.Struct("!QQQ")  # process, descriptor, size
+_NAME = "lambdascale"
+_LEASE_S = 0.001
+_WHERE = struct.Struct("!QQQQ")  # process, descriptor, size, number of the lease
+
+
+@dataclass(frozen=True)
+class _TheirLease:
+    """The peer's lease on this node's memory, without which it writes nothing."""
+
+    descriptor: int
+    number: int
+
+    def is_held(self) -> bool:
+        return self.descriptor >= 0 and is_held(self.descriptor, self.number)
 
 
 class _Mapped:
@@ -42,7 +59,8 @@ class _Mapped:
 
     step_bytes = 1 << 20
 
-    def __init__(self, memory: memoryview, *, hashes: bool) -> None:
+    def __init__(self, memory: memoryview, lease: Lease | None, theirs: _TheirLease, *, hashes: bool) -> None:
+        self._lease, self._theirs = lease, theirs
         self.nbytes = memory.nbytes
         self._memory = np.frombuffer(memory, dtype=np.uint8)
         self._copied = xxhash.xxh3_64() if hashes else None
@@ -66,7 +84,14 @@ class _Mapped:
         return found
 
     def close(self) -> None:
-        """Do nothing: the memory is unmapped with the last reference."""
+        """Give up the lease; the memory is unmapped with the last reference."""
+        if self._lease is not None:
+            self._lease.close()
+            self._lease = None
+
+    def wait_for_peer(self) -> None:
+        while self._theirs.is_held():
+            time.sleep(_LEASE_S)
 
 
 class ShmEndpoint(TcpEndpoint):
@@ -78,7 +103,7 @@ class ShmEndpoint(TcpEndpoint):
     def allocate(self, size: int) -> memoryview:
         """See Endpoint. UserError for a second call."""
         require(self._descriptor < 0, "an endpoint's shared memory is allocated once")
-        self._descriptor, self._size = os.memfd_create("lambdascale"), size
+        self._descriptor, self._size = os.memfd_create(_NAME), size
         os.ftruncate(self._descriptor, max(1, size))
         return memoryview(_mapped(self._descriptor, max(1, size)))[:size]
 
@@ -90,17 +115,25 @@ class ShmEndpoint(TcpEndpoint):
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> _Mapped:
         """Exchange the locations of the memories and map the peer's; OSError if it is another user's or on another host."""
-        sock.sendall(_WHERE.pack(os.getpid(), max(0, self._descriptor), self._size))
+        mine = new_number()
+        sock.sendall(_WHERE.pack(os.getpid(), max(0, self._descriptor), self._size, mine))
         answer = bytearray(_WHERE.size)
         fill(sock, memoryview(answer))
-        process, descriptor, size = _WHERE.unpack(answer)
+        process, descriptor, size, number = _WHERE.unpack(answer)
+        theirs = _TheirLease(self._descriptor, number)
         if size == 0:
-            return _Mapped(memoryview(b""), hashes=False)
-        opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
-        try:
-            return _Mapped(memoryview(_mapped(opened, size)), hashes=self.handlers.on_checked is not None)
-        finally:
-            os.close(opened)
+            return _Mapped(memoryview(b""), None, theirs, hashes=False)
+        path = f"/proc/{process}/fd/{descriptor}"
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            raise OSError(f"{path} is not the memory of a node")
+        with ExitStack() as undo:
+            lease = Lease(os.open(path, os.O_RDWR), mine)
+            undo.callback(lease.close)
+            if os.fstat(lease.descriptor).st_size < size:
+                raise OSError(f"{path} has fewer than {size} bytes")
+            memory, hashes = memoryview(_mapped(lease.descriptor, size)), self.handlers.on_checked is not None
+            undo.pop_all()
+            return _Mapped(memory, lease, theirs, hashes=hashes)
 
     def close(self) -> None:
         """See Endpoint."""

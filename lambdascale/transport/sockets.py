@@ -26,6 +26,7 @@ TIMEOUT_S = 20.0
 _MOST_ADMITTING = 512
 # What the end that listens sends when it knows a connection. Only then does ``connect`` return: both ends may use it at once.
 _WELCOME = b"+"
+_REPLACED = "its process has been replaced"
 
 
 class Connection(Protocol):
@@ -59,7 +60,7 @@ class Connection(Protocol):
         ...
 
     def cut(self, reason: str) -> None:
-        """End without a goodbye; what waits fails with ``reason``. The endpoint has forgotten the connection."""
+        """End without a goodbye; what waits fails with ``reason``. Nothing more arrives when this returns. Not from a handler."""
         ...
 
 
@@ -148,7 +149,8 @@ class SocketEndpoint(ABC, Generic[C]):
             self._expected = dict(generations)
             replaced = [c for peer, c in self._connections.items() if self._objection(Party(peer, self._generations[peer]))]
         for connection in replaced:
-            self._replace(connection)
+            self._cut(connection, _REPLACED)
+        self._hear_out()
         with self._lock:
             return [peer for peer in generations if peer < self.node and peer not in self._connections]
 
@@ -179,10 +181,22 @@ class SocketEndpoint(ABC, Generic[C]):
         if objection:
             raise TransportError(objection)
 
-    def _replace(self, connection: C) -> None:
-        reason = "its process has been replaced"
-        self.forget(connection, reason)
+    def sever(self, peer: NodeId) -> None:
+        """See Endpoint."""
+        with self._lock:
+            connection = self._connections.get(peer)
+        if connection is not None:
+            self._cut(connection, "it was severed")
+        self._hear_out()
+
+    def _cut(self, connection: C, reason: str) -> None:
         connection.cut(reason)
+        self.forget(connection, reason)
+
+    def _hear_out(self) -> None:
+        """Wait until the node has been told of the losses found so far."""
+        with self._telling:
+            pass
 
     def connect(self, peer: NodeId, address: str) -> None:
         """See Endpoint."""
@@ -310,7 +324,7 @@ class SocketEndpoint(ABC, Generic[C]):
             if refused or before is None:
                 connection.abandon()
                 raise TransportError(f"node {connection.peer} is connected already")
-            self._replace(before)
+            self._cut(before, _REPLACED)
 
     def _accept_all(self) -> None:
         while True:

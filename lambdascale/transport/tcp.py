@@ -25,6 +25,8 @@ _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
 # placed ahead of writes.
 _DATA, _HASH, _WRITTEN, _MESSAGE, _BYE, _PLACED = range(6)
 _LARGEST_MESSAGE = 1 << 30
+# Memory that a message may take before any of it has come; afterwards, as much again as has come.
+_UNSEEN_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
 # Largest piece of a write; messages are sent between pieces.
 _PIECE_BYTES = 1 << 20
@@ -54,6 +56,10 @@ class Reachable(Protocol):
         """Release the memory."""
         ...
 
+    def wait_for_peer(self) -> None:
+        """Return when the peer has released this node's memory likewise, or is dead; the connection has ended."""
+        ...
+
 
 @dataclass
 class _Job:
@@ -81,7 +87,7 @@ class _Connection:
         self._given = threading.Condition(self._lock)
         self._ending = False
         self._reason = ""
-        self._broken = False  # a send failed: nothing more is sent
+        self._broken = False  # ended without a goodbye: nothing more is sent, nor written to the peer's memory
         self._left = 0
         self._hash: xxhash.xxh3_64 | None = None  # of the write that is being received
         self._told: int | None = None  # its hash as computed by the sender
@@ -158,25 +164,23 @@ class _Connection:
         if last:
             self.sock.close()
 
-    def _end(self, reason: str) -> bool:
-        """Accept nothing any more; True if this is the first call. The sending thread leaves once it is through."""
+    def _end(self, reason: str) -> None:
+        """Accept nothing any more; the first reason counts. The sending thread leaves once it is through."""
         with self._given:
-            first, self._reason = not self._reason, self._reason or reason
+            self._reason = self._reason or reason
             self._ending = True
             self._given.notify()
-        return first
 
-    def _break(self, reason: str, *, tell: bool) -> None:
-        """End the connection: nothing is accepted any more, and what waits has failed."""
-        first = self._end(reason)
-        if tell:
-            self._wake()
-        if first:
-            self._endpoint.forget(self, reason if tell else "")
+    def _break(self, reason: str) -> None:
+        """End the connection: nothing is accepted or sent any more. The receiving thread tells the node, after its last deed."""
+        self._end(reason)
+        self._broken = True
+        self._wake()
 
     def cut(self, reason: str) -> None:
         """See Connection."""
-        self._break(reason, tell=True)
+        self._break(reason)
+        self.threads[1].join(TIMEOUT_S)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
@@ -200,14 +204,12 @@ class _Connection:
 
     def _carry_out(self, job: _Job) -> None:
         try:
-            if self._broken:
-                raise OSError(self._reason)
+            self._check_whole()
             self._write(job) if job.kind == _WRITTEN else self._send(job)
         except Exception as error:
             _print_unforeseen(error)
-            self._broken = True
             job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
-            self._break(str(error), tell=True)
+            self._break(str(error))
         else:
             job.done.set_result(None)
 
@@ -217,6 +219,7 @@ class _Connection:
         if bucket is not None and job.payload.nbytes:
             bucket.cut_in(job.payload.nbytes)
         if job.kind == _PLACED and self._theirs is not None:
+            self._check_whole()
             self._check_room(self._theirs, job)
             self._theirs.place(job.payload, job.offset)
             return
@@ -230,6 +233,7 @@ class _Connection:
             self._check_room(theirs, job)
         data, step = flat(job.payload), _PIECE_BYTES if theirs is None else theirs.step_bytes
         for place in self._steps(len(data), step):
+            self._check_whole()
             piece = data[place.start : place.stop]
             if theirs is None:
                 assert isinstance(piece, memoryview), "sockets take the host's memory"
@@ -241,6 +245,11 @@ class _Connection:
         if written is not None:
             self._sendall(_HEAD.pack(_HASH, written, 0, 0), memoryview(b""))
         self._sendall(_HEAD.pack(_WRITTEN, job.immediate, job.offset, job.payload.nbytes), memoryview(b""))
+
+    def _check_whole(self) -> None:
+        """Raise if the connection has broken meanwhile: the peer may use its memory for something else soon."""
+        if self._broken:
+            raise OSError(self._reason)
 
     @staticmethod
     def _check_room(theirs: Reachable, job: _Job) -> None:
@@ -282,14 +291,19 @@ class _Connection:
     # -- receiving ---------------------------------------------------------------------------------------------------
 
     def _receive_all(self) -> None:
+        """Receive to the end; then the node hears of it, when nothing of this peer can change its memory any more."""
+        lost = False
         try:
             while self._receive_one():
                 pass
         except Exception as error:  # also a handler's: bytes that nobody takes note of must not seem delivered
             _print_unforeseen(error)
-            self._break(str(error) or "the connection has ended", tell=True)
-        else:
-            self._break("the peer has disconnected", tell=False)
+            self._break(str(error) or "the connection has ended")
+            lost = True
+        if self._theirs is not None:
+            self._theirs.wait_for_peer()
+        self._endpoint.forget(self, self._reason if lost else "")
+        self._end("the peer has disconnected")  # the peer sees this side's end now, and may connect anew
         self._leave()
 
     def _receive_one(self) -> bool:
@@ -312,12 +326,20 @@ class _Connection:
         elif kind == _HASH:
             self._told = immediate
         elif kind == _MESSAGE and size <= _LARGEST_MESSAGE:
-            data = bytearray(size)
-            fill(self.sock, memoryview(data))
-            handlers.on_message(self.peer, bytes(data))
+            handlers.on_message(self.peer, self._receive_message(size))
         else:
             raise EOFError(f"it sends something unknown (kind {kind}, {size} bytes)")
         return True
+
+    def _receive_message(self, size: int) -> bytes:
+        """Receive a message; no more memory is taken than a little more than has come of it."""
+        data = bytearray()
+        while len(data) < size:
+            begin = len(data)
+            data.extend(bytes(min(size - begin, max(begin, _UNSEEN_BYTES))))
+            with memoryview(data) as target:
+                fill(self.sock, target[begin:])
+        return bytes(data)
 
     def _receive_piece(self, target: memoryview) -> None:
         if self._endpoint.handlers.on_checked is None:

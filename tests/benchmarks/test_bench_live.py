@@ -54,7 +54,7 @@ def test_a_message_there_and_back(benchmark: BenchmarkFixture) -> None:
     socket.connect(hub.access.controller)
 
     def echo() -> None:
-        while (data := socket.recv()) != b"\x80" and isinstance(wire.to_agent(data), wire.Ping):
+        while (data := socket.recv()) != b"\x80" and isinstance(wire.to_agent(data), wire.Abort):
             socket.send(wire.encode(wire.Beat()))
 
     socket.send(wire.encode(wire.Beat()))
@@ -64,7 +64,7 @@ def test_a_message_there_and_back(benchmark: BenchmarkFixture) -> None:
     thread.start()
 
     def there_and_back() -> None:
-        hub.send(0, wire.Ping())
+        hub.send(0, wire.Abort(0))
         while not hub.poll(1)[0]:
             pass
 

@@ -56,11 +56,12 @@ class Damage:
 
 @dataclass(frozen=True)
 class Break:
-    """A node's connection to a peer fails under its ``after``-th write to it, and both live on."""
+    """A node's connection to a peer fails under its ``after``-th write to it (``always``: and later ones); both live on."""
 
     node: int
     peer: int
     after: int
+    always: bool = False
 
     def put_into(self, endpoint: Any, node: int) -> None:
         intact, left = endpoint.write, self.after
@@ -71,7 +72,7 @@ class Break:
             future: Future[None] = intact(peer, data, offset, immediate)
             if peer == self.peer:
                 left -= 1
-                if not left:
+                if not left or (self.always and left < 0):
                     break_off(connection)
             return future
 

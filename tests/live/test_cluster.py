@@ -12,7 +12,7 @@ import pytest
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import traced
 from lambdascale.core.commands import Command, LoadBlocks, Serve, StartMulticast, SwitchMode
-from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
+from lambdascale.core.events import BlockArrived, ConnectionLost, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
@@ -263,8 +263,19 @@ def test_a_block_that_is_damaged_every_time(tiny: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_broken_connection(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of its ends live on: one of them is given up, and everything is answered."""
+    """Both of its ends live on: it is made again, nobody is given up, and what was under way over it begins anew."""
     inject(Break(node=0, peer=2, after=2), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport=transport)
     check(outcome, tiny)
+    assert not of(outcome, NodeLost)
+    assert {(event.node, event.peer) for event in of(outcome, ConnectionLost)} == {(0, 2)}
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_connection_that_breaks_all_the_time(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a few times one of its ends is given up, and everything is answered."""
+    inject(Break(node=0, peer=2, after=1, always=True), monkeypatch)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport=transport)
+    check(outcome, tiny)
+    assert len(of(outcome, ConnectionLost)) >= 2
     assert [event.node for event in of(outcome, NodeLost)] == [2]

@@ -34,9 +34,9 @@ def test_an_agent_is_heard_and_answered() -> None:
     while not messages:
         messages, _ = hub.poll(5)
     assert messages == [(3, wire.Beat())]
-    hub.send(3, wire.Ping())
-    assert wire.to_agent(agent.recv()) == wire.Ping()
-    hub.send(7, wire.Ping())  # nobody there
+    hub.send(3, wire.Abort(0))
+    assert wire.to_agent(agent.recv()) == wire.Abort(0)
+    hub.send(7, wire.Abort(0))  # nobody there
     agent.close()
     hub.close()
     context.term()
@@ -53,8 +53,8 @@ def test_a_replaced_process_is_neither_heard_nor_answered() -> None:
         heard += hub.poll(5)[0]
     assert hub.poll(0.3) == ([], set())
     assert heard == [(3, wire.Beat())]
-    hub.send(3, wire.Ping())
-    assert wire.to_agent(new.recv()) == wire.Ping()
+    hub.send(3, wire.Abort(0))
+    assert wire.to_agent(new.recv()) == wire.Abort(0)
     assert not old.poll(100)
     for agent in (old, new):
         agent.close()

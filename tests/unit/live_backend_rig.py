@@ -173,9 +173,9 @@ class Rig:
         return found
 
     def sent(self, node: int | None = None) -> list[wire.ToAgent]:
-        """Messages since the last look, to one node or to all; pings are left out."""
+        """Messages since the last look, to one node or to all."""
         taken, self.hub.outbox = self.hub.outbox, []
-        return [m for to, m in taken if node in (None, to) and not isinstance(m, wire.Ping)]
+        return [m for to, m in taken if node in (None, to)]
 
     def offer(self, request_id: int, prompt: Sequence[int] = (1, 2), **sampling: Any) -> HeardAnswer:
         """A request of a front end."""

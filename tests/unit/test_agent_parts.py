@@ -81,6 +81,8 @@ def test_a_peer_that_cannot_be_reached(node: int, reached: bool) -> None:
 class Line:
     """A socket to a controller that says what it is given, and nothing more."""
 
+    lost = ""
+
     def __init__(self, *messages: Any) -> None:
         self._messages = list(messages)
         self.said: list[Any] = []
@@ -104,7 +106,7 @@ def bare_agent(line: Line, **parts: Any) -> Agent:
     agent = Agent.__new__(Agent)
     known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event(), "_parts": StartParts(None)}
     agent.__dict__.update(_config=config(node=1), _line=line, **known, **parts)
-    agent._messages = {wire.Directory: agent._start_connecting, wire.Ping: lambda m: None}
+    agent._messages = {wire.Directory: agent._start_connecting}
     return agent
 
 

@@ -121,6 +121,12 @@ class Answers:
             if instance in self._instances:
                 self._tell(self._instances[instance].head, wire.Abort(request_id))
 
+    def end_aborted(self, message: wire.Aborted) -> None:
+        """End a request whose client has left, now that its instance has."""
+        answer = self._answers.get(message.request_id)
+        if answer is not None and answer.aborted:
+            self.finish(message.request_id, message.instance)
+
     def tokens(self, message: wire.Tokens) -> None:
         """Take the tokens of an instance's iteration, and what it says of requests that wait again."""
         for request_id in message.preempted:
@@ -279,6 +285,20 @@ class Answers:
                 self._end_move(request_id, answer)
         for node in served.nodes:
             self._tell(node, wire.Do(command))
+
+    def connection_lost(self, node: NodeId, peer: NodeId) -> None:
+        """Redo the mode switches whose messages may be lost; report the instances that the two nodes shared, and share no more.
+
+        The control plane looks after those whose present stages are on both.
+        """
+        for pipeline, switch in list(self._switches.items()):
+            if switch.head in (node, peer):
+                self._redo_switch(pipeline)
+        pair = {node, peer}
+        for number, served in self._instances.items():
+            if pair <= set(served.nodes) and not pair <= set(_nodes(served.stages)):
+                reason = f"nodes {node} and {peer} lost their connection, and owed each other parts of instance {number}"
+                self._emit(CommandFailed(0.0, "Repartition", reason, instance=number))
 
     def node_lost(self, node: NodeId) -> None:
         """Redo the mode switches whose head was on ``node``, and report the instances that it has had a part in before.

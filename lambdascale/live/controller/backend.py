@@ -33,9 +33,9 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import (
-    AnyEvent,
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeGivenUp,
     NodeJoined,
@@ -51,10 +51,12 @@ from lambdascale.live.controller.calls import Abort, Calls, End, Offer
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
-from lambdascale.live.controller.membership import PING_S
+from lambdascale.live.controller.membership import LOOK_S
 from lambdascale.live.controller.roster import Roster
 from lambdascale.live.controller.transfers import Transfers
 from lambdascale.live.node_config import NodeConfig
+
+_LISTEN_S = 0.25
 
 
 class LiveBackend:
@@ -62,7 +64,8 @@ class LiveBackend:
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
     ``open_ended``: go on without anything to do, until ``end()``; requests may be offered all the time. A lost node's
-    process is started again, ``restarts`` times within ten minutes at most. ``clock`` gives seconds and never goes back.
+    process is started again, ``restarts`` times within ten minutes at most; ``mends``: so are lost connections between nodes.
+    ``clock`` gives seconds and never goes back.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class LiveBackend:
         ticket_of: Callable[[TracedRequest], Ticket],
         silence_s: float,
         restarts: int = 0,
+        mends: bool = True,
         open_ended: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,9 +94,10 @@ class LiveBackend:
         self._timers: list[tuple[float, int]] = []
         self._transfers = Transfers()
         self._log = Log(clock=clock)
-        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
+        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, mends=mends, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
         self._clock = clock
+        self._listened = clock()
         self._joined = 0.0  # when all nodes had joined
         self._started: float | None = None
         self._at = 0.0
@@ -115,7 +120,7 @@ class LiveBackend:
         self._listeners: dict[type, Callable[[NodeId, Any], None]] = {
             wire.Happened: lambda node, m: self._happened(node, m.event),
             wire.Tokens: lambda node, m: self._answers.tokens(m),
-            wire.Aborted: lambda node, m: self._answers.finish(m.request_id, m.instance),
+            wire.Aborted: lambda node, m: self._answers.end_aborted(m),
             wire.Resumed: lambda node, m: self._answers.resumed(m),
             wire.Placed: lambda node, m: self._transfers.placed(m.node, m.model),
         }
@@ -177,6 +182,8 @@ class LiveBackend:
             self._answer_calls()
             if self._ending:
                 return None
+            if self._clock() - self._listened > _LISTEN_S:  # also when one event follows another
+                self._listen(0.0)
             event = self._ready()
             if event is not None:
                 return event
@@ -249,22 +256,26 @@ class LiveBackend:
 
     def _until_due(self) -> float:
         """Seconds to wait for messages."""
-        longest = min(PING_S, self._roster.wait_s())
+        longest = min(LOOK_S, self._roster.wait_s())
         if self._started is None:
             return longest
-        due = self._timers[0][0] if self._timers else self._at + PING_S
+        due = self._timers[0][0] if self._timers else self._at + LOOK_S
         if self._next_request < len(self._trace):
             due = min(due, self._trace[self._next_request].arrival_s)
         return max(0.0, min(due - self.now(), longest))
 
     def _listen(self, timeout_s: float) -> None:
         messages, ended = self._hub.poll(timeout_s)
+        self._listened = self._clock()
         for node, message in messages:
             if self._roster.hear(node, message):
                 self._listeners[type(message)](node, message)
         changes = self._roster.look(ended=bool(ended))
         for node, returns in changes.lost.items():
             self._lose(node, returns)
+        for node, peer in map(sorted, changes.mended):
+            self._events.append(ConnectionLost(0.0, node, peer))
+            self._answers.connection_lost(node, peer)
         self._events.extend(NodeGivenUp(0.0, node) for node in changes.given_up)
         self._events.extend(NodeJoined(0.0, node) for node in changes.joined)
         self._log.flush()
@@ -277,12 +288,16 @@ class LiveBackend:
 
     # -- messages of agents ------------------------------------------------------------------------------------------
 
-    def _happened(self, node: NodeId, event: AnyEvent) -> None:
+    def _happened(self, node: NodeId, event: BlockArrived | CommandFailed) -> None:
         if isinstance(event, CommandFailed):
             self._failed(node, event)
             return
-        if isinstance(event, BlockArrived):
-            self._transfers.arrived(event.node, event.model, event.block)
+        if event.node != node or not self._transfers.was_asked(node, event.model, event.block):
+            self._roster.doom(
+                node, f"it reports block {event.block} of {event.model!r} at node {event.node}, which was not asked"
+            )
+            return
+        self._transfers.arrived(node, event.model, event.block)
         self._events.append(event)
 
     def _failed(self, node: NodeId, event: CommandFailed) -> None:

@@ -12,7 +12,10 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
+from lambdascale.live.controller.pulse import Pulse
 from lambdascale.live.node_config import Access
+
+_HANDSHAKE_MS = 5000
 
 
 class _OnlyOurs:
@@ -45,7 +48,10 @@ class Hub:
         self._socket.curve_secretkey, self._socket.curve_publickey = server_secret, server_public
         self._socket.linger = 500
         self._socket.router_handover = True
+        self._socket.maxmsgsize = wire.MOST_BYTES
+        self._socket.handshake_ivl = _HANDSHAKE_MS
         port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self._pulse = Pulse(self._context, host, (server_secret, server_public))
         self._waker, self._woken = socket.socketpair()
         for end in (self._waker, self._woken):
             end.setblocking(False)
@@ -54,7 +60,14 @@ class Hub:
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._watched: set[int] = set()
         self._generations: dict[NodeId, int] = {}  # 0 for nodes without one
-        self.access = Access(f"tcp://{host}:{port}", server_public, client_public, client_secret, secrets.token_bytes(32))
+        self.access = Access(
+            controller=f"tcp://{host}:{port}",
+            pulse=f"tcp://{host}:{self._pulse.port}",
+            server_public=server_public,
+            client_public=client_public,
+            client_secret=client_secret,
+            nodes_key=secrets.token_bytes(32),
+        )
 
     def expect(self, node: NodeId, generation: int) -> None:
         """Talk with this process of the node from now on."""
@@ -80,13 +93,14 @@ class Hub:
 
     def poll(self, timeout_s: float) -> tuple[list[tuple[NodeId, wire.ToController]], set[int]]:
         """Return the messages of agents, in order, and the watched descriptors that are readable. Garbage is left out."""
+        self._pulse.allow()
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
         messages = []
         while self._socket.poll(0, zmq.POLLIN):
-            identity, data = self._socket.recv_multipart()
             try:
+                identity, data = self._socket.recv_multipart()
                 node, message = int(identity.partition(b".")[0]), wire.to_controller(data)
             except (ValueError, msgspec.MsgspecError):
                 continue
@@ -100,6 +114,7 @@ class Hub:
 
     def close(self) -> None:
         """Close the socket; the port is free afterwards."""
+        self._pulse.close()
         self._socket.close()
         self._authenticator.stop()
         self._context.term()

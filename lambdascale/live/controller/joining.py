@@ -73,12 +73,12 @@ class Joining:
             if node in batch.missing:
                 batch.missing.discard(node)
                 batch.introduced[node] = message.address
-        self._announce()
+        self._introduce()
 
     def connected(self, node: NodeId, message: wire.Connected) -> None:
         """Note that a node has connected to those that it has to connect to."""
         listed = self._directory.get(node)
-        if listed is not None:
+        if listed is not None and message.number <= self._number:
             listed.answered = max(listed.answered, message.number)
 
     def remove(self, node: NodeId) -> None:
@@ -88,21 +88,26 @@ class Joining:
         for batch in self._batches:
             batch.missing.discard(node)
             batch.introduced.pop(node, None)
-        self._announce()
+        self._introduce()
 
-    def _announce(self) -> None:
+    def _introduce(self) -> None:
         """Send the directory to all, if a batch is complete."""
         complete = [batch for batch in self._batches if not batch.missing]
         self._batches = [batch for batch in self._batches if batch.missing]
         new = {node: address for batch in complete for node, address in batch.introduced.items()}
         if not new:
             return
+        self._directory |= {node: _Listed(address, self._number + 1) for node, address in new.items()}
+        self.announce()
+
+    def announce(self) -> int:
+        """Send the directory to all nodes in it, so that they connect to those they are not connected to; return its number."""
         self._number += 1
-        self._directory |= {node: _Listed(address, self._number) for node, address in new.items()}
         addresses = {node: listed.address for node, listed in self._directory.items()}
         message = wire.Directory(self._number, addresses, {node: self._generations[node] for node in addresses})
         for node in addresses:
             self._hub.send(node, message)
+        return self._number
 
     def take_joined(self) -> list[NodeId]:
         """Return the nodes that have joined since the last time."""

@@ -15,6 +15,7 @@ from lambdascale.live.controller.joining import Joining
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
 from lambdascale.live.controller.membership import Membership
+from lambdascale.live.controller.mending import Mending, Pair
 from lambdascale.live.controller.supervisor import Supervisor
 from lambdascale.live.node_config import NodeConfig
 
@@ -26,15 +27,20 @@ class Changes:
     """Changes of membership since the last look.
 
     ``lost``: former members, True for those that will be started again. ``given_up``: nodes that were to return and will not.
+    ``mended``: members that lost their connection to each other, and have a new one.
     """
 
     joined: tuple[NodeId, ...]
     lost: dict[NodeId, bool] = field(default_factory=dict)
     given_up: tuple[NodeId, ...] = ()
+    mended: tuple[Pair, ...] = ()
 
 
 class Roster:
-    """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread."""
+    """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread.
+
+    ``mends``: lost connections between members are made again (see Mending).
+    """
 
     def __init__(
         self,
@@ -44,13 +50,18 @@ class Roster:
         *,
         silence_s: float,
         restarts: int,
+        mends: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._launcher = launcher
         self._hub = hub
         self._log = log
         self._joining = Joining(launcher, hub, clock)
-        self._membership = Membership(launcher, hub, log, silence_s, clock)
+        self._membership = Membership(launcher, hub, silence_s, clock)
+        options = {} if mends else {"tries": 0}
+        self._mending = Mending(
+            lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, clock=clock, **options
+        )
         self._supervisor = Supervisor(restarts, log.say, clock)
         self._configs: dict[NodeId, NodeConfig] = {}
         self._doomed: dict[NodeId, str] = {}  # to be removed at the next look, and why
@@ -101,14 +112,15 @@ class Roster:
             return False
         if isinstance(message, wire.Connected):
             self._joining.connected(node, message)
+            self._mending.connected(node, message.number)
         elif isinstance(message, wire.Severed):
-            self._membership.sever(node, message.peer, message.reason)
+            self._severed(node, message)
         elif isinstance(message, wire.Unreached):
             self._unreached(node, message)
         elif isinstance(message, wire.Fault):
             self._doomed[node] = message.reason
         else:
-            return not isinstance(message, wire.Beat)
+            return not isinstance(message, wire.Beat | wire.Hello)
         return False
 
     def _meet(self, node: NodeId, message: wire.ToController) -> None:
@@ -123,12 +135,18 @@ class Roster:
         ):
             self._doomed[node] = message.reason
 
+    def _severed(self, node: NodeId, message: wire.Severed) -> None:
+        """Note that a member has lost its connection to another node."""
+        if message.peer in self.alive and message.peer != node and self._mending.severed(node, message.peer):
+            self._log.say(f"node {node} has lost its connection to node {message.peer}: {message.reason}")
+
     def _unreached(self, node: NodeId, message: wire.Unreached) -> None:
         """Note that a member cannot connect to a node. The node counts as failed if it is new, else the connection as lost."""
         if message.peer in self._joining.coming:
             self._doomed[message.peer] = f"node {node} cannot connect: {message.reason}"
-        else:
-            self._membership.sever(node, message.peer, message.reason)
+        elif message.peer in self.alive and message.peer != node:
+            self._log.say(f"node {node} cannot connect to node {message.peer}: {message.reason}")
+            self._mending.unreached(node, message.peer)
 
     def doom(self, node: NodeId, reason: str) -> None:
         """Count a member as lost from the next ``look`` on."""
@@ -145,12 +163,14 @@ class Roster:
         doomed, self._doomed = self._doomed, {}
         coming = set(self._joining.coming)
         failed = self._joining.failed(self._launcher.dead() if coming else ())
-        lost = self._membership.lost(ended=ended) | failed | doomed
+        cut_off = dict.fromkeys(self._mending.cut_off(), "it has lost its connections to others")
+        lost = cut_off | self._membership.lost(ended=ended) | failed | doomed
         members = set(self.alive)
         returns = {node: self._remove(node, lost[node]) for node in sorted(lost.keys() & (members | coming))}
         self._restart()
         return Changes(
             joined=tuple(joined),
+            mended=tuple(self._mending.take_mended()),
             lost={node: again for node, again in returns.items() if node in members},
             given_up=tuple(node for node, again in returns.items() if node not in members and not again),
         )
@@ -159,6 +179,7 @@ class Roster:
         """End a node's process; return True if it will be started again."""
         self._log.say(f"node {node} is lost: {reason}")
         self._joining.remove(node)
+        self._mending.remove(node)
         self._membership.remove(node)
         return self._supervisor.lost(node)
 
@@ -172,7 +193,7 @@ class Roster:
 
     def wait_s(self) -> float:
         """Seconds until the next ``look`` has something to do, infinite if nothing is planned."""
-        return _POLL_S if self._joining.coming else self._supervisor.wait_s()
+        return _POLL_S if self._joining.coming or self._mending.under_way else self._supervisor.wait_s()
 
     def close(self) -> None:
         """End all processes."""

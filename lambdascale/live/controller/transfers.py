@@ -25,6 +25,7 @@ class Transfers:
     def __init__(self) -> None:
         self._transfers: dict[int, _Transfer] = {}
         self._copies: set[tuple[NodeId, str]] = set()
+        self._asked: set[tuple[NodeId, str, int]] = set()  # bounded: at most every block of every model on every node
 
     def __len__(self) -> int:
         return len(self._transfers)
@@ -45,6 +46,7 @@ class Transfers:
         self._begin(command.transfer_id, command.model, pairs, alive, initial=initial)
 
     def _begin(self, number: int, model: str, pairs: set[Pair], alive: set[NodeId], *, initial: bool) -> None:
+        self._asked |= {(node, model, block) for node, block in pairs}
         waiting = {pair for pair in pairs if pair[0] in alive}
         if waiting:
             self._transfers[number] = _Transfer(model, waiting, initial)
@@ -56,6 +58,10 @@ class Transfers:
     def placed(self, node: NodeId, model: str) -> None:
         """Note that a host copy is complete."""
         self._copies.discard((node, model))
+
+    def was_asked(self, node: NodeId, model: str, block: int) -> bool:
+        """Return True if some transfer, perhaps a cancelled one, was to bring the block to the node."""
+        return (node, model, block) in self._asked
 
     def arrived(self, node: NodeId, model: str, block: int) -> None:
         """Note that a block has arrived. It counts for all transfers of the model: it may come under a cancelled one's number."""

@@ -33,10 +33,10 @@ from lambdascale.core.commands import (
     StartMulticast,
     StopInstance,
 )
-from lambdascale.core.events import AnyEvent
+from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, bind, make_context
+from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-_SILENCE_S = 20.0  # an agent leaves when it has not heard of the controller for so long
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
 _SWITCH_S = 0.0005
@@ -74,17 +73,6 @@ def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | No
         owner = None if gpu is None or config.rdma.gpudirect == "off" else gpu_of(gpu)
         return rdma.load()(config.node, handlers, key, options=config.rdma, gpu=owner, **options)
     return _SOCKETS[config.transport](config.node, handlers, key, **options)
-
-
-def pick_gpu(config: NodeConfig) -> int | None:
-    """Return a node's GPU, None on ``device: cpu``: nodes take turns at those they see. UserError if they see none."""
-    if config.device == "cpu":
-        return None
-    import torch
-
-    count = torch.cuda.device_count()
-    require(count > 0, "device cuda is asked for, but torch finds no GPU")
-    return config.node % count
 
 
 def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[BlockStore, Memory, int]:
@@ -161,6 +149,9 @@ def run(config: NodeConfig, launched: float | None = None, *, local: bool = True
         line.close()
         sys.stderr.flush()
         os._exit(1)  # in no good order: a thread that would have to be waited for may be part of the failure
+    if line.lost:
+        print(f"node {config.node}: {line.lost}, leaving", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: nobody waits for a good order, and the system frees all memory
     agent.close()
     line.close()
 
@@ -306,29 +297,25 @@ class Agent:
             wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
             wire.Directory: self._start_connecting,
-            wire.Ping: lambda m: None,
+            wire.Sever: self._start_severing,
             wire.Shutdown: lambda m: self._leaving.set(),
         }
 
     def serve(self) -> None:
-        """Join, then carry out the controller's messages until it ends the node or falls silent.
+        """Join, then carry out the controller's messages until it ends the node, or is lost itself (see Line).
 
         What runs in this loop must not wait for anything: while it does, no heartbeat is sent. Handlers queue work for the
         mover's and the compute thread, or start a thread of their own; they may fail, which ends the node.
         """
         self._line.say(wire.Hello(self._config.node, self.endpoint.address, os.getpid(), self._parts.seconds))
-        heard = beat = time.monotonic()
-        while not self._leaving.is_set():
+        beat = time.monotonic()
+        while not self._leaving.is_set() and not self._line.lost:
             for message in self._line.poll(_BEAT_S):
-                heard = time.monotonic()
                 self._messages[type(message)](message)
             now = time.monotonic()
             if now - beat >= _BEAT_S:
                 beat = now
                 self._line.say(wire.Beat())
-            if now - heard > _SILENCE_S:
-                print(f"node {self._config.node}: the controller is silent, leaving", file=sys.stderr)
-                return
 
     def close(self) -> None:
         """End all threads and free everything."""
@@ -339,7 +326,7 @@ class Agent:
 
     # -- what the parts tell each other ------------------------------------------------------------------------------
 
-    def _report(self, event: AnyEvent) -> None:
+    def _report(self, event: BlockArrived | CommandFailed) -> None:
         self._line.say(wire.Happened(event))
 
     def _fault(self, reason: str) -> None:
@@ -374,6 +361,15 @@ class Agent:
         """Connect beside the main loop: each peer may take up to the transport's timeout."""
         self._newest = directory.number
         threading.Thread(target=self._connect, args=(directory,), name="connect", daemon=True).start()
+
+    def _start_severing(self, message: wire.Sever) -> None:
+        """End a connection beside the main loop; its loss is reported as any other."""
+
+        def sever() -> None:
+            with self._connecting:
+                self.endpoint.sever(message.peer)
+
+        threading.Thread(target=sever, name="connect", daemon=True).start()
 
     def _connect(self, directory: wire.Directory) -> None:
         """Connect to the nodes with a lower id that are new, so that every pair has one connection."""

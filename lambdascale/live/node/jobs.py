@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from threading import Timer
 
 from lambdascale.core import NodeId
-from lambdascale.core.events import AnyEvent, CommandFailed
+from lambdascale.core.events import BlockArrived, CommandFailed
 
 Job = Callable[[], object]
 
@@ -37,7 +37,7 @@ class Failures:
     acts on a transfer's failure whatever it is, on a model's only if it is foreseen (no room, say).
     """
 
-    def __init__(self, node: NodeId, send: Callable[[AnyEvent], None], fault: Callable[[str], None]) -> None:
+    def __init__(self, node: NodeId, send: Callable[[BlockArrived | CommandFailed], None], fault: Callable[[str], None]) -> None:
         self._node, self._send, self._fault = node, send, fault
 
     def failed(self, about: About, error: Exception | str) -> None:

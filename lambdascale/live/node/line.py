@@ -8,6 +8,7 @@ from collections import deque
 import zmq
 
 from lambdascale.live import wire
+from lambdascale.live.node.vigil import Vigil
 from lambdascale.live.node_config import NodeConfig
 
 
@@ -22,6 +23,7 @@ class Line:
         self._socket.curve_serverkey = access.server_public
         self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
         self._socket.linger = 1000
+        self._socket.maxmsgsize = wire.MOST_BYTES
         self._socket.connect(access.controller)
         self._out: deque[wire.ToController] = deque()
         self._waker, self._woken = socket.socketpair()
@@ -30,6 +32,13 @@ class Line:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
+        self._vigil = Vigil(self._context, access)
+        self._vigil.watch(self._poller)
+
+    @property
+    def lost(self) -> str:
+        """Reason why the controller is taken for lost, "" while it lives."""
+        return self._vigil.verdict
 
     def say(self, message: wire.ToController) -> None:
         """Queue a message for the controller."""
@@ -45,6 +54,7 @@ class Line:
         """Send what is queued; return what the controller has said within the time."""
         self._flush()
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        self._vigil.look(ready)
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
         self._flush()
@@ -60,6 +70,7 @@ class Line:
     def close(self) -> None:
         """Send what is queued and close the socket."""
         self._flush()
+        self._vigil.close()
         self._socket.close()
         self._context.term()
         self._waker.close()

@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, ReleaseNode, StartMulticast
-from lambdascale.core.events import AnyEvent
+from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
 from lambdascale.live.node.jobs import About, Job, Jobs, start_timer
@@ -31,7 +31,7 @@ class Mover:
         node: NodeId,
         store: BlockStore,
         endpoint: Endpoint,
-        report: Callable[[AnyEvent], None],
+        report: Callable[[BlockArrived | CommandFailed], None],
         fault: Callable[[str], None],
         *,
         window: int,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lambdascale.core import NodeId
-from lambdascale.core.events import AnyEvent, BlockArrived
+from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live.node.jobs import About, Failures
 
 
 class Reports:
     """``send`` takes events for the controller; ``fault`` the reason why the node cannot go on (see Failures)."""
 
-    def __init__(self, node: NodeId, send: Callable[[AnyEvent], None], fault: Callable[[str], None]) -> None:
+    def __init__(self, node: NodeId, send: Callable[[BlockArrived | CommandFailed], None], fault: Callable[[str], None]) -> None:
         self.node = node
         self.failures = Failures(node, send, fault)
         self._send = send

@@ -8,6 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from lambdascale.core.checks import require
+from lambdascale.live.node_config import NodeConfig
+
 _PDEATHSIG = 1
 
 
@@ -33,6 +36,17 @@ def bind() -> None:
     """Make this process one that its parent decides about: deaf to interrupts, and dead when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
+
+
+def pick_gpu(config: NodeConfig) -> int | None:
+    """Return a node's GPU, None on ``device: cpu``: nodes take turns at those they see. UserError if they see none."""
+    if config.device == "cpu":
+        return None
+    import torch
+
+    count = torch.cuda.device_count()
+    require(count > 0, "device cuda is asked for, but torch finds no GPU")
+    return config.node % count
 
 
 def make_context(gpu: int | None) -> None:

@@ -1,0 +1,97 @@
+"""The controller of ``lambdascale serve`` is killed or stopped: its nodes end within two seconds, and it starts new ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.live.harness import wait_for
+from tests.live.test_serve import Server, start, stop
+
+pytestmark = pytest.mark.live
+
+
+def left(pids: list[int]) -> list[int]:
+    """The processes that still run; one that nobody has reaped yet has ended."""
+    found = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            found.append(pid)
+    return found
+
+
+def nodes_of(server: Server) -> list[int]:
+    """The processes of the server's nodes: forked, and not the server they are forked from."""
+    forked = [pid for pid in server.children() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(forked)[1:]
+
+
+def ask(server: Server) -> str:
+    return server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0).choices[0].text
+
+
+def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
+    """Its clients' connections are reset, its processes end, and a new one serves at the same port."""
+    server = start(tiny, "--nodes", "3", "--spares", "1")
+    everything = server.children()
+    with ThreadPoolExecutor(32) as pool:
+        asked = [pool.submit(ask, server) for _ in range(32)]
+        wait_for(lambda: bool(server.cluster()["requests"]["running"]))
+        server.process.kill()
+        wait_for(lambda: not left(everything))
+        errors = [each.exception(10) for each in asked]
+    assert any(errors)
+    assert all(error is None or isinstance(error, openai.APIConnectionError) for error in errors)
+    server.process.wait(5)
+    if server.process.stderr is not None:
+        server.process.stderr.close()
+    assert not [name for name in os.listdir("/dev/shm") if name.startswith(("lambdascale", "torch_", "psm_", "gloo"))]
+    server.client.close()
+    again = start(tiny, "--nodes", "2", "--port", str(server.port))
+    assert ask(again)
+    again.client.close()
+    assert stop(again) == 0
+
+
+def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
+    """Its nodes end while it is stopped; once it goes on, new ones finish the answers that were under way."""
+    server = start(tiny, "--nodes", "2", "--spares", "1")
+    whole, nodes = ask(server), nodes_of(server)[:2]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server)
+        wait_for(lambda: bool(server.cluster()["requests"]["running"]))
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            wait_for(lambda: not left(nodes))
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert waiting.result(20) == whole
+    wait_for(lambda: all(node["alive"] for node in server.cluster()["nodes"]), 20)
+    assert server.cluster()["requests"]["failed"] == 0
+    server.client.close()
+    assert stop(server) == 0
+
+
+def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
+    """Its nodes wait for it."""
+    server = start(tiny, "--nodes", "2")
+    nodes = nodes_of(server)
+    for _ in range(3):
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.6)
+        server.process.send_signal(signal.SIGCONT)
+        assert ask(server)
+    assert left(nodes) == nodes
+    assert server.cluster()["node_restarts"] == 0
+    server.client.close()
+    assert stop(server) == 0
