@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
 
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character yet
@@ -25,7 +25,7 @@ class Text:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{directory} has no tokenizer.json: it cannot be served as text")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = _tokenizer(path)
         self._config = _json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
         source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
@@ -124,8 +124,17 @@ class Growing:
         return max([halves, *begun])
 
 
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's errors are of type Exception, and panics not even of that
+        raise UserError(f"{path} is not a tokenizer that this version of tokenizers can read: {error}") from None
+
+
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_document(path) if path.is_file() else {}
 
 
 def _refuse(message: str) -> None:
