@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
 
-
 # No sizes of a real model are near: what is larger is a mistake, and would take memory and time before it was noticed.
 _MOST_LAYERS, _LARGEST = 10_000, 1 << 31
 
@@ -90,7 +89,7 @@ def load_architecture(directory: Path) -> Architecture:
 
 
 def parse_architecture(config: Mapping[str, Any], where: object = "config.json") -> Architecture:
-    """Architecture of a parsed config.json, which errors call ``where``; UserError if it is incomplete, impossible or unsupported."""
+    """Architecture of a parsed config.json, which errors call ``where``; UserError unless it is complete and supported."""
     if not isinstance(config, Mapping):
         raise UserError(f"{where} does not hold a model's configuration")
     names = config.get("architectures")

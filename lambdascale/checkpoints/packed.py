@@ -126,7 +126,7 @@ def _layout(directory: Path, architecture: Architecture, manifest: Manifest, ind
     if not all(_HEX.fullmatch(each) for each in (block.xxh3_64, *block.parts, *block.digests)):
         raise UserError(f"block {index} in {directory / MANIFEST}: a checksum is not 16 hexadecimal digits; pack the model again")
     if block.data_offset < 0 or block.data_offset % ALIGNMENT:
-        raise UserError(f"block {index} in {directory / MANIFEST} begins at {block.data_offset}, which is no whole page; pack again")
+        raise UserError(f"block {index} in {directory / MANIFEST} begins at {block.data_offset}, no whole page; pack again")
     path = inside(directory, block.file, directory / MANIFEST)
     size, wanted = path.stat().st_size if path.is_file() else 0, block.data_offset + block.size_bytes
     if size != wanted:

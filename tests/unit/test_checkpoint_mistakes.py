@@ -92,7 +92,9 @@ class TestIndex:
         with pytest.raises(UserError, match=r"one\.safetensors holds tensor model\.norm\.weight, which it lacks"):
             HfCheckpoint(sharded)
 
-    @pytest.mark.parametrize("name", ["../tiny/x", "/etc/passwd", "..", "", "sub/two.safetensors", "a\\b", "a\0b", None, 7, ["x"]])
+    @pytest.mark.parametrize(
+        "name", ["../tiny/x", "/etc/passwd", "..", "", "sub/two.safetensors", "a\\b", "a\0b", None, 7, ["x"]]
+    )
     def test_a_file_outside_its_folder(self, sharded: Path, name: object) -> None:
         reindex(sharded, lambda weight_map: weight_map.update({NORM: name}))
         with pytest.raises(UserError, match="must be a plain name of a file"):
