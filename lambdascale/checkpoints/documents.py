@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lambdascale.core import UserError
+from lambdascale.core.checks import shown
 
 # Far more than any description has (a tokenizer's vocabulary included); the reference limit of a safetensors header.
 LARGEST_BYTES = 100_000_000
@@ -52,12 +53,13 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-def inside(directory: Path, name: object, where: object) -> Path:
+def inside(directory: Path, name: Any, where: object) -> Path:
     """File ``name`` of ``directory``; UserError, which names the file ``where`` it stands, unless it is a plain file name.
 
     A description may not reach out of its folder, by ``..``, by an absolute path or into another folder. A symbolic link in
     the folder is followed: whoever made the folder chose its target, and Hugging Face's cache consists of such links.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
-        raise UserError(f"{where} names the file {name!r}: it must be a plain name of a file in {directory}")
-    return directory / name
+    plain = isinstance(name, str) and name.isprintable() and len(name) < 200 and not any(sign in name for sign in "/\\")
+    if not plain or name in ("", ".", ".."):
+        raise UserError(f"{where} names the file {shown(name)}: it must be a plain name of a file in {directory}")
+    return directory / str(name)

@@ -51,9 +51,10 @@ def build(config: DictConfig) -> Experiment:
     check_size(cluster, model, system, config.model_count, config.max_events)
     _check_replicas(cluster, model, system)
     _check_group(config, "logger")
+    models = _replicate(model, config.model_count)
     return Experiment(
         system=system,
-        configured=_replicate(model, config.model_count),
+        configured=models,
         cluster=cluster,
         workload=_instance(config, "workload", ShapedWorkload),
         backend=_backend(config, system),

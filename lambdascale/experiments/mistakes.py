@@ -17,13 +17,13 @@ def user_message(error: BaseException) -> str | None:
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
-            return _line(str(cause))
+            return one_line(str(cause))
     ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
-    return _line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours))) or None
+    return one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours))) or None
 
 
-def _line(text: str) -> str:
-    """``text`` in one line; of a very long one, whatever value made it so, the beginning and the end."""
+def one_line(text: str) -> str:
+    """Return ``text`` in one line; of a very long one, whatever value made it so, the beginning and the end."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 

@@ -45,10 +45,48 @@ BASES: dict[str, tuple[str, ...]] = {
     "logger=wandb": (*BURST, "logger=wandb"),
 }
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 7, 0.5, -0.5, 1e-300, 1e300, nan, inf, -inf, 2**63, 10**30, 10**9),
-    *("", "x", "nan", "-5GB/s", "5GB/s", "1e400GB", "zeile\nzwei\u2028drei \u00fc\U0001f600", "x" * 3000, "../..", "null"),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        7,
+        100,
+        10**6,
+        0.01,
+        0.5,
+        -0.5,
+        1e-14,
+        1e-300,
+        1e17,
+        1e300,
+        nan,
+        inf,
+        -inf,
+        2**63,
+        10**30,
+        10**9,
+    ),
+    *(
+        "",
+        "x",
+        "nan",
+        "-5GB/s",
+        "5GB/s",
+        "1MB/s",
+        "64GiB",
+        "1e400GB",
+        "zeile\nzwei\u2028drei \u00fc\U0001f600",
+        "x" * 3000,
+        "../..",
+        "null",
+    ),
     *([], [1], [-1], [[0, 0.0]], [[0, 1], [0, 1]], [None], ["x"], [[]], {}, {"x": 1}, {"_target_": "nowhere.Nothing"}),
 )
+NUMBERS = st.integers() | st.floats() | st.integers(0, 1000) | st.floats(0, 1000)
 
 
 @cache
@@ -122,7 +160,7 @@ EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "120")
 @given(data=st.data())
 def test_a_changed_key(folder: Path, data: st.DataObject) -> None:
     base, key = data.draw(st.sampled_from(points(folder)))
-    check(base, key, data.draw(st.sampled_from(VALUES)), folder)
+    check(base, key, data.draw(st.sampled_from(VALUES) | NUMBERS | st.text(max_size=20)), folder)
 
 
 @pytest.mark.skipif(EXAMPLES != "all", reason="takes an hour: LAMBDASCALE_FUZZ=all")

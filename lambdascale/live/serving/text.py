@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
+from lambdascale.core.checks import shown
 
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character yet
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -28,10 +29,13 @@ class Text:
         self._tokenizer = _tokenizer(path)
         self._config = _json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
-        source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(source)
+        try:
+            source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
+            self._template = environment.from_string(source)
+        except Exception as error:  # the template is the model's: it may be no text, and compiling it may raise anything
+            raise UserError(f"the chat template of {directory} is not usable: {error}") from None
         self.stop_tokens = frozenset(self._ends(directory))
 
     def _ends(self, directory: Path) -> list[int]:
@@ -39,14 +43,20 @@ class Text:
         found: list[int] = []
         for name in ("config.json", "generation_config.json"):
             value = _json(directory / name).get("eos_token_id")
-            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(each) is int and each >= 0 for each in ids):
+                raise UserError(f"{directory / name}: eos_token_id must be token ids, not {shown(value)}")
+            found += ids
         eos = self._special("eos_token")
         token = None if eos is None else self._tokenizer.token_to_id(eos)
         return found if token is None else [*found, token]
 
     def _special(self, name: str) -> str | None:
         value = self._config.get(name)
-        return value.get("content") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"tokenizer_config.json: {name} must be text, not {shown(value)}")
+        return value
 
     @property
     def vocab(self) -> int:
