@@ -69,9 +69,13 @@ def opened(path: str, how_to_get: str = "") -> Iterator[tuple[IO[str], str]]:
 
     ``how_to_get`` ends the error message of a missing file.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise TraceError(f"cannot read the trace {path}: {'not a file' if file.exists() else 'no such file'}{how_to_get}")
+    try:
+        file = Path(path).expanduser()
+        found, exists = file.is_file(), file.exists()
+    except (RuntimeError, OSError) as error:  # a home directory of nobody, a name that is too long
+        raise TraceError(f"cannot read the trace {shown(path)}: {error!s:.100}") from error
+    if not found:
+        raise TraceError(f"cannot read the trace {path}: {'not a file' if exists else 'no such file'}{how_to_get}")
     try:
         with file.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()

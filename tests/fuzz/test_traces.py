@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lambdascale.workload import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, RateSeriesWorkload
 from tests.fuzz.outcome import ends_well
 
-EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "200")
+EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "60")
 SETTINGS = settings(
     max_examples=int(EXAMPLES) if EXAMPLES.isdigit() else 5000,
     deadline=None,
@@ -39,19 +39,28 @@ CELLS = st.sampled_from(
         *("2023-11-16 18:15:46.6805900", "0001-01-01 00:00:00", "9999-12-31 23:59:59", "2023-02-30 00:00:00", "API log"),
     )
 ) | st.floats().map(str)
-LINES = st.lists(st.lists(CELLS, max_size=7).map(",".join), max_size=5)
+VALID = {
+    AzureTrace: ("2023-11-16 18:15:46.6805900", "374", "44"),
+    BurstGptTrace: ("5", "ChatGPT", "472", "18", "490", "API log"),
+    ArrivalsTrace: ("0.36",),
+    RateSeriesWorkload: ("0.5",),
+}
+
+
+def lines(kind: type[Any]) -> st.SearchStrategy[list[str]]:
+    """Lines of a trace: valid ones, some with one cell changed, and others."""
+    valid = VALID[kind]
+    changed = st.tuples(st.integers(0, len(valid) - 1), CELLS).map(lambda at: [*valid[: at[0]], at[1], *valid[at[0] + 1 :]])
+    return st.lists(st.one_of(st.just(list(valid)), changed, st.lists(CELLS, max_size=7)).map(",".join), max_size=5)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
-ROWS = st.lists(
-    st.dictionaries(
-        st.sampled_from(("timestamp", "input_length", "output_length", "hash_ids")), JSON | st.integers(0, 9), max_size=4
-    )
-    | JSON,
-    max_size=4,
-)
+KEYS = st.sampled_from(("timestamp", "input_length", "output_length", "hash_ids"))
+ROWS = st.lists(st.dictionaries(KEYS, JSON | st.integers(0, 9) | st.integers(0, 9), max_size=4) | JSON, max_size=4)
 OPTIONS = st.fixed_dictionaries(
     {},
     optional={
@@ -94,9 +103,10 @@ def check(kind: type[Any], content: bytes, options: dict[str, Any], folder: Path
 
 @pytest.mark.parametrize("kind", HEADS, ids=lambda kind: kind.__name__)
 @SETTINGS
-@given(lines=LINES, options=OPTIONS, end=st.sampled_from(("\n", "\r\n", "\r", "\n\n")))
-def test_cells(kind: type[Any], lines: list[str], options: dict[str, Any], end: str, tmp_path: Path) -> None:
-    check(kind, end.join([HEADS[kind], *lines]).encode(errors="surrogatepass"), options, tmp_path)
+@given(data=st.data(), options=OPTIONS, end=st.sampled_from(("\n", "\r\n", "\r", "\n\n")))
+def test_cells(kind: type[Any], data: st.DataObject, options: dict[str, Any], end: str, tmp_path: Path) -> None:
+    text = end.join([HEADS[kind], *data.draw(lines(kind))])
+    check(kind, text.encode(errors="surrogatepass"), options, tmp_path)
 
 
 @SETTINGS

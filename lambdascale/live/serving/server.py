@@ -13,7 +13,7 @@ import uvicorn
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control import SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec
+from lambdascale.core import ClusterSpec, UserError
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.serving.frontend import FrontEnd
@@ -45,7 +45,8 @@ class Service:
                 drive(plane, self.backend, [self.state])
             except BaseException as error:
                 self.fault = error
-                traceback.print_exc()
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
                 self.backend.fail_all("the server has failed")
                 self.on_fault()
 
@@ -133,7 +134,10 @@ class _Server(uvicorn.Server):
 
 
 def serve(service: Service, *, host: str, port: int, view: bool, on_ready: Callable[[], None] = _nothing) -> int:
-    """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served."""
+    """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served.
+
+    UserError if the cluster cannot be set up, for instance with a damaged model.
+    """
     config = uvicorn.Config(
         service.front_end.app, host=host, port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LINGER_S
     )
@@ -151,4 +155,6 @@ def serve(service: Service, *, host: str, port: int, view: bool, on_ready: Calla
             server.run()
     finally:
         service.close()
+    if isinstance(service.fault, UserError):
+        raise service.fault
     return 1 if service.fault is not None or not server.started else 0
