@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.core.checks import shown
 from lambdascale.experiments.work import check_size
+from lambdascale.metrics import Slo
 from lambdascale.sim import SimConfig
 from lambdascale.workload import ShapedWorkload
 
@@ -30,6 +31,7 @@ class Experiment:
     workload: ShapedWorkload
     backend: SimConfig | LiveConfig
     logger: Any
+    slo: Slo | None = None
 
     @cached_property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -49,7 +51,6 @@ def build(config: DictConfig) -> Experiment:
         for group, expected in (("system", SystemConfig), ("model", ModelSpec), ("cluster", ClusterSpec))
     )
     check_size(cluster, model, system, config.model_count, config.max_events)
-    _check_replicas(cluster, model, system)
     _check_group(config, "logger")
     models = _replicate(model, config.model_count)
     return Experiment(
@@ -59,18 +60,13 @@ def build(config: DictConfig) -> Experiment:
         workload=_instance(config, "workload", ShapedWorkload),
         backend=_backend(config, system),
         logger=instantiate(config.logger, _convert_="all"),
+        slo=_slo(config, tuple(model.name for model in models)),
     )
 
 
-def _check_replicas(cluster: ClusterSpec, model: ModelSpec, system: SystemConfig) -> None:
-    """Raise UserError if the replicas that are always kept are more than the nodes that can hold one each."""
-    wanted = system.autoscaler.min_replicas
-    fitting = sum(cluster.node(node).kv_tokens(model) > 0 for node in range(cluster.nodes))
-    if 0 < fitting < wanted:  # nodes that all do not fit are the cluster's mistake, which it explains better
-        raise UserError(
-            f"system.autoscaler.min_replicas={wanted} is not possible: a node holds one replica of {model.name}, "
-            f"and {fitting} of the {cluster.nodes} nodes of {cluster.name} can"
-        )
+def _slo(config: DictConfig, models: tuple[str, ...]) -> Slo | None:
+    setting: Any = OmegaConf.to_container(config.slo) if OmegaConf.is_config(config.slo) else config.slo
+    return None if setting is None else Slo.parse(setting, models)
 
 
 def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig:

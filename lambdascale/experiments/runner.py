@@ -39,6 +39,8 @@ from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
+# Share of failed requests beyond which a run says so.
+_FAILED_AT_MOST = 0.01
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def _execute(
         backend=experiment.backend.label,
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
         wall_s=wall_s,
+        slo=experiment.slo,
     )
+    _warn_of_failures(summary)
     manifest = {
         "experiment": settings["name"],
         "run_sha256": digest,
@@ -135,6 +139,13 @@ def _execute(
         write_json(temporary / SUMMARY, summary)
         write_json(temporary / MANIFEST, manifest | {FILES: fingerprints(temporary)})
     return summary
+
+
+def _warn_of_failures(summary: dict[str, Any]) -> None:
+    """Say on stderr that more than one request in a hundred failed: percentiles of the others would look better than the run."""
+    failed, submitted = summary["requests"]["failed"], summary["requests"]["submitted"]
+    if failed > _FAILED_AT_MOST * submitted:
+        print(f"{failed} of {submitted} requests failed; times are those of the others", file=sys.stderr)
 
 
 def drive_experiment(

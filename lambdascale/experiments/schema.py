@@ -30,6 +30,7 @@ class RunConfig:
     model_count: int = 1
     seed: int = 1
     max_events: int = MAX_EVENTS
+    slo: Any = None
     out: str | None = None
     force: bool = False
     results: str = "results"

@@ -31,7 +31,7 @@ MISTAKES = {
     "a model that does not fit the node": (["model=llama2_70b", "cluster=testbed1"], "llama2_70b"),
     "more sources than nodes": (["system.start.sources=13", "autoscaler@system.autoscaler=fixed", "cluster.nodes=3"], "sources"),
     "a zero compression": (["workload.time_compression=0"], "time_compression"),
-    "more replicas than nodes": (["system.autoscaler.min_replicas=99"], "12 of the 12 nodes"),
+    "more replicas than nodes": (["system.autoscaler.min_replicas=99"], "min_replicas"),
     "a thousand billion requests": (["workload=burst", "workload.count=1000000000000"], "max_events"),
     "a high rate for long": (["workload=constant", "workload.rate_rps=1e9", "workload.duration_s=1e9"], "max_events"),
     "silence for long": (["workload.duration_s=1e9"], "max_events"),
