@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -12,7 +13,6 @@ from typing import Any
 
 import xxhash
 
-from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
 from lambdascale.core.checks import shown
 
@@ -24,9 +24,12 @@ FILES = "files"  # of the manifest: name -> size and checksum of every other fil
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; UserError if it is missing or damaged."""
     try:
-        return read_document(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"cannot read {path}: it holds a {type(document).__name__} instead of a JSON object")
+    return document
 
 
 def is_finished(folder: Path, digest: str) -> bool:

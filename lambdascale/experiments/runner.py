@@ -163,6 +163,7 @@ def drive_experiment(
     if isinstance(experiment.backend, SimConfig):
         check_requests(experiment, requests, max_events)
     system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
+    requests, cut = _bounded(experiment, requests)
     with ExitStack() as stack:
         backend = _backend(experiment, requests, seed, stack)
         progress = stack.enter_context(Progress(len(requests), title))
@@ -172,6 +173,9 @@ def drive_experiment(
         if isinstance(experiment.backend, SimConfig):
             observers.append(WorkLimit(max_events))
         drive(system, backend, observers)
+        # Only now: a run that ends with an error says nothing else.
+        if cut:
+            print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
         return backend.start_parts if isinstance(backend, LiveBackend) else {}
 
 
@@ -181,19 +185,15 @@ def _communicator(experiment: Experiment) -> str | None:
     return None if isinstance(config, SimConfig) else config.communicator(experiment.system, experiment.cluster.nodes)[0]
 
 
-def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
-    """Requests with limits that the KV memory of the largest node can hold; say how many answers that cuts."""
+def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> tuple[Sequence[TracedRequest], int]:
+    """Requests with limits that the KV memory of the largest node can hold, and the number of answers that this cuts."""
     cluster = experiment.cluster
     room = {model.name: max(kind.kv_tokens(model) for kind in cluster.kinds) for model in experiment.models}
-    requests, cut = bounded(requests, room)
-    if cut:
-        print(f"{cut} answers are cut to what the KV memory of {cluster.name}'s nodes holds beside the prompt", file=sys.stderr)
-    return requests
+    return bounded(requests, room)
 
 
 def _backend(experiment: Experiment, requests: Sequence[TracedRequest], seed: int, stack: ExitStack) -> Backend:
     config, system, cluster, models = experiment.backend, experiment.system, experiment.cluster, experiment.models
-    requests = _bounded(experiment, requests)
     if isinstance(config, SimConfig):
         return config.build(cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed)
     backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed)
