@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.core import UserError
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, names
 from lambdascale.experiments.runner import run
@@ -34,7 +33,7 @@ TRACES = {
     "arrivals": "0.0\n0.36\n",
     "rate_series": "0.5\n0\n",
 }
-SHORT = {"bursty": ("workload.duration_s=20",), "constant": ("workload.duration_s=20",), "burst": BURST[1:2]}
+SHORT = {"bursty": ("workload.duration_s=20",), "constant": ("workload.duration_s=20",)}
 BASES: dict[str, tuple[str, ...]] = {
     **{f"system={name}": (*BURST, f"system={name}") for name in names("system")},
     **{f"workload={name}": ("max_events=20000", f"workload={name}", *SHORT.get(name, ())) for name in (*TRACES, *SHORT)},
@@ -152,7 +151,7 @@ def check(base: str, key: str, value: Any, folder: Path) -> int:
             os.chdir(before)
 
 
-EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "120")
+EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "80")
 
 
 @pytest.mark.skipif(EXAMPLES == "all", reason="test_all_of_them tries every one")
@@ -180,7 +179,6 @@ def test_the_sample_is_of_all_configurations(folder: Path) -> None:
     assert reached == set(BASES)
 
 
-def test_an_overridden_key_that_cannot_be_set(folder: Path) -> None:
+def test_a_fault_of_ours_is_noticed() -> None:
     with pytest.raises(AssertionError, match="status 1"):
         ends_well(lambda: int("x"), "a fault of ours")
-    assert issubclass(UserError, ValueError)
