@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from lambdascale.checkpoints.architecture import Architecture, load_architecture
 from lambdascale.checkpoints.checksums import combined
+from lambdascale.checkpoints.documents import inside
 from lambdascale.checkpoints.layout import WEIGHT_TYPES, BlockLayout, block_layout, model_spec
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import ModelSpec, UserError
 
 MANIFEST = "blocks.json"
 FORMAT = 2
+_HEX = re.compile("[0-9a-f]{16}")
 
 
 class PackedBlock(msgspec.Struct, frozen=True):
@@ -83,7 +86,9 @@ class PackedModel:
             manifest = msgspec.json.decode(content, type=Manifest)
         except FileNotFoundError:
             raise UserError(f"{directory} is not a packed model (no {MANIFEST}); make one with: lambdascale pack") from None
-        except (OSError, msgspec.MsgspecError) as error:
+        except RecursionError:
+            raise UserError(f"{path} cannot be read: it is nested too deeply") from None
+        except (OSError, UnicodeError, msgspec.MsgspecError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         architecture = load_architecture(directory)
         layouts = tuple(_layout(directory, architecture, manifest, index) for index in range(len(manifest.blocks)))
@@ -118,7 +123,11 @@ def _layout(directory: Path, architecture: Architecture, manifest: Manifest, ind
     count = -(-block.size_bytes // manifest.part_bytes) if parts_fit else 0
     if layout.size_bytes != block.size_bytes or len(block.parts) != count or len(block.digests) not in (0, count):
         raise UserError(f"block {index} in {directory / MANIFEST} does not fit config.json; pack the model again")
-    path = directory / block.file
+    if not all(_HEX.fullmatch(each) for each in (block.xxh3_64, *block.parts, *block.digests)):
+        raise UserError(f"block {index} in {directory / MANIFEST}: a checksum is not 16 hexadecimal digits; pack the model again")
+    if block.data_offset < 0 or block.data_offset % ALIGNMENT:
+        raise UserError(f"block {index} in {directory / MANIFEST} begins at {block.data_offset}, no whole page; pack again")
+    path = inside(directory, block.file, directory / MANIFEST)
     size, wanted = path.stat().st_size if path.is_file() else 0, block.data_offset + block.size_bytes
     if size != wanted:
         raise UserError(f"block {index}: {path} should have {wanted} bytes and has {size}: it is truncated or missing")

@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 
 from lambdascale.checkpoints.checksums import Checksums
+from lambdascale.checkpoints.documents import read_document
 from lambdascale.checkpoints.layout import EMBEDDING, HEAD, BlockLayout, TensorSlot, block_layouts
 from lambdascale.checkpoints.packed import FORMAT, MANIFEST, Manifest, PackedBlock
-from lambdascale.checkpoints.safetensors_file import ALIGNMENT, ITEM_BYTES, header_bytes
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT, FLOATING, TensorInfo, header_bytes
 from lambdascale.checkpoints.source import INDEX, HfCheckpoint
 from lambdascale.core import UserError
 from lambdascale.core.checks import require
@@ -51,6 +52,8 @@ def pack(
     checkpoint = HfCheckpoint(source)
     dtype = dtype or checkpoint.dtype
     layouts = block_layouts(checkpoint.architecture, dtype, blocks, source.name)
+    for slot in (slot for layout in layouts for slot in layout.slots):
+        _origin(checkpoint, slot, dtype)
     with new_directory(target) as temporary:
         with ThreadPoolExecutor(min(_MOST_THREADS, len(os.sched_getaffinity(0)))) as pool:
             pending = [
@@ -111,21 +114,27 @@ def block_pieces(checkpoint: HfCheckpoint, layout: BlockLayout) -> Iterator[byte
 
 def _pieces(checkpoint: HfCheckpoint, slot: TensorSlot, dtype: str) -> Iterator[bytes]:
     """The bytes of a tensor in the wanted type, a chunk at a time."""
-    name = EMBEDDING if slot.name == HEAD and checkpoint.architecture.tied else slot.name
-    path, info = checkpoint.find(name)
-    if info.shape != slot.shape:
-        raise UserError(f"{path}: tensor {name} has shape {info.shape}, its config says {slot.shape}")
-    if info.dtype not in ITEM_BYTES:
-        raise UserError(f"{path}: tensor {name} has type {info.dtype}, which cannot be converted to {dtype}")
+    path, info = _origin(checkpoint, slot, dtype)
     with path.open("rb") as file:
         file.seek(info.begin)
         left = info.size_bytes
         while left:
             piece = file.read(min(_CHUNK_BYTES, left))
             if not piece:
-                raise UserError(f"{path} ends within tensor {name}")
+                raise UserError(f"{path} ends within tensor {slot.name}")
             left -= len(piece)
             yield piece if info.dtype == dtype else _converted(piece, info.dtype, dtype)
+
+
+def _origin(checkpoint: HfCheckpoint, slot: TensorSlot, dtype: str) -> tuple[Path, TensorInfo]:
+    """File and place of the tensor that fills ``slot``; UserError unless its shape and type allow that."""
+    name = EMBEDDING if slot.name == HEAD and checkpoint.architecture.tied else slot.name
+    path, info = checkpoint.find(name)
+    if info.shape != slot.shape:
+        raise UserError(f"{path}: tensor {name} has shape {info.shape}, its config says {slot.shape}")
+    if info.dtype not in FLOATING:
+        raise UserError(f"{path}: tensor {name} has type {info.dtype}, which cannot be converted to {dtype}")
+    return path, info
 
 
 def _converted(piece: bytes, old: str, new: str) -> bytes:
@@ -146,7 +155,7 @@ def _copy_companions(source: Path, target: Path, dtype: str) -> None:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _NOT_COPIED:
                 shutil.copyfile(path, target / path.name)
-    config = json.loads((target / "config.json").read_text())
+    config = read_document(target / "config.json")
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from lambdascale.experiments.mistakes import user_message
+from lambdascale.experiments.mistakes import one_line, user_message
 
 
 def run_guarded(fn: Callable[[], int | None]) -> int:
@@ -25,6 +25,6 @@ def run_guarded(fn: Callable[[], int | None]) -> int:
             print(f"error: {message}", file=sys.stderr)
             return 2
         if not os.environ.get("LAMBDASCALE_DEBUG"):
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = one_line(f"{type(error).__name__}: {error}")
             print(f"internal error: {what} (LAMBDASCALE_DEBUG=1 shows where)", file=sys.stderr)
         return 1

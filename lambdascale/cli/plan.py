@@ -17,6 +17,8 @@ from lambdascale.experiments.compose import compose
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+_MOST_SENDS = 10_000_000  # what a machine's memory holds
+
 
 def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the subcommand."""
@@ -40,6 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     start = instantiate(system.start, _convert_="all")
     if not isinstance(start, MulticastStart):
         raise UserError(f"{arguments.system} has no multicast to plan: its nodes load from their own storage")
+    sends = max(arguments.destinations, 1) * max(arguments.blocks, 1)
+    if sends > _MOST_SENDS:
+        raise UserError(
+            f"{arguments.destinations} destinations and {arguments.blocks} blocks are {sends} sends: more than {_MOST_SENDS}"
+        )
     plan = start.planner.plan(sources=arguments.sources, destinations=arguments.destinations, blocks=arguments.blocks)
     pipelines = list(start.pipelines.pipelines(plan))
     if arguments.json:

@@ -9,6 +9,8 @@ from typing import Any
 
 from lambdascale.core.errors import UserError
 
+# The range of quantities: an exabyte, whose bytes fit 64 bits, and less than the time of a clock's tick.
+LARGEST, SMALLEST = 1e18, 1e-15
 _HINTS: dict[type, dict[str, Any]] = {}
 
 
@@ -27,24 +29,35 @@ def _matches(value: object, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(hint)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_quantity(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and _is_quantity(value)
     if origin is tuple:
-        args = typing.get_args(hint)
-        return isinstance(value, tuple) and (len(args) != 2 or args[1] is not ... or all(_matches(v, args[0]) for v in value))
+        return isinstance(value, tuple) and _all_match(value, typing.get_args(hint))
     if getattr(hint, "_is_protocol", False):
-        return isinstance(value, hint) if getattr(hint, "_is_runtime_protocol", False) else True
+        return all(hasattr(value, name) for name in dir(hint) if not name.startswith("_"))
     if origin is not None:
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
 
 
+def _is_quantity(value: float) -> bool:
+    """True for 0 and for finite numbers whose size is in range."""
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
+
+
+def _all_match(values: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
+    if len(hints) == 2 and hints[1] is ...:
+        return all(_matches(value, hints[0]) for value in values)
+    return len(values) == len(hints) and all(map(_matches, values, hints))
+
+
 def check_types(config: Any) -> None:
     """Raise UserError if a field of the dataclass ``config`` holds a value its annotation does not allow.
 
-    Lists become tuples where a tuple is annotated, since Hydra passes lists. Scalars, literals, unions, homogeneous tuples and
-    runtime-checkable protocols (names of their members) are checked; other protocols and generic mappings are not.
+    Lists become tuples where a tuple is annotated, since Hydra passes lists. Numbers must be 0 or between ``SMALLEST`` and
+    ``LARGEST`` in size: others are no quantity of a cluster, and overflow in places that cannot name them. Scalars, literals,
+    unions, tuples and protocols (names of their members) are checked; generic mappings are not.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -54,7 +67,18 @@ def check_types(config: Any) -> None:
             object.__setattr__(config, field.name, value)
         if not _matches(value, hints[field.name]):
             wanted = str(field.type).replace("typing.", "")
-            raise UserError(f"{type(config).__name__}.{field.name} must be {wanted}, not {value!r}")
+            if isinstance(value, int | float) and not _is_quantity(value):
+                wanted += f", 0 or from {SMALLEST:g} to {LARGEST:g} in size"
+            raise UserError(f"{type(config).__name__}.{field.name} must be {wanted}, not {shown(value)}")
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return ``value`` as a short quotation for an error message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python converts
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def require(condition: bool, message: str) -> None:

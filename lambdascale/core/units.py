@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from lambdascale.core.checks import LARGEST, shown
 from lambdascale.core.errors import UserError
 
 _PREFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -16,9 +17,12 @@ _QUANTITY = re.compile(
 def _parse(value: str, suffix: str, what: str, example: str) -> float:
     match = _QUANTITY.fullmatch(value.strip().removesuffix(suffix)) if value.strip().endswith(suffix) else None
     if match is None:
-        raise UserError(f"{what} {value!r} is not valid; write a number or text such as {example}")
+        raise UserError(f"{what} {shown(value)} is not valid; write a number or text such as {example}")
     scale = _BINARY.get(match["prefix"]) or _PREFIX[match["prefix"]]
-    return float(match["number"]) * scale / (8 if match["unit"] == "b" else 1)
+    quantity = float(match["number"]) * scale / (8 if match["unit"] == "b" else 1)
+    if not quantity <= LARGEST:
+        raise UserError(f"{what} {value!r} is too large: at most {LARGEST:g} bytes")
+    return quantity
 
 
 def parse_rate(value: float | str) -> float:

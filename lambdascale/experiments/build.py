@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
+from lambdascale.core.checks import shown
+from lambdascale.experiments.work import check_size
 from lambdascale.metrics import Slo
 from lambdascale.sim import SimConfig
 from lambdascale.workload import ShapedWorkload
@@ -41,14 +43,20 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group; UserError for values their classes refuse."""
-    if config.model_count < 1:
-        raise UserError(f"model_count must be at least 1, not {config.model_count}")
-    system = _instance(config, "system", SystemConfig)
-    models = _replicate(_instance(config, "model", ModelSpec), config.model_count)
+    for name in ("model_count", "max_events"):
+        if config[name] < 1:
+            raise UserError(f"{name} must be at least 1, not {shown(config[name])}")
+    system, model, cluster = (
+        _instance(config, group, expected)
+        for group, expected in (("system", SystemConfig), ("model", ModelSpec), ("cluster", ClusterSpec))
+    )
+    check_size(cluster, model, system, config.model_count, config.max_events)
+    _check_group(config, "logger")
+    models = _replicate(model, config.model_count)
     return Experiment(
         system=system,
         configured=models,
-        cluster=_instance(config, "cluster", ClusterSpec),
+        cluster=cluster,
         workload=_instance(config, "workload", ShapedWorkload),
         backend=_backend(config, system),
         logger=instantiate(config.logger, _convert_="all"),
@@ -62,6 +70,7 @@ def _slo(config: DictConfig, models: tuple[str, ...]) -> Slo | None:
 
 
 def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig:
+    _check_group(config, "backend")
     simulated = config.backend.get("_target_") == "lambdascale.sim.SimConfig"
     if simulated and "transport" in config.backend:
         raise UserError(
@@ -92,7 +101,13 @@ def _replicate(model: ModelSpec, count: int) -> tuple[ModelSpec, ...]:
     return tuple(replace(model, name=f"{model.name}-{index:02d}") for index in range(count))
 
 
+def _check_group(config: DictConfig, group: str) -> None:
+    if not isinstance(config[group], DictConfig) or not isinstance(config[group].get("_target_"), str):
+        raise UserError(f"{group} must be a configuration with a _target_, not {shown(config[group])}")
+
+
 def _instance(config: DictConfig, group: str, expected: type[Any]) -> Any:
+    _check_group(config, group)
     built = instantiate(config[group], _convert_="all")
     if not isinstance(built, expected):
         raise UserError(f"{group} must configure a {expected.__name__}, not a {type(built).__name__}")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
-from lambdascale.experiments.folder import MANIFEST, SUMMARY, read_json
+from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_whole, read_json
 from lambdascale.metrics import FinishedRun, RunLogger
 
 
@@ -67,5 +67,6 @@ def log_to_wandb(arguments: Sequence[str]) -> int:
         raise UserError(f"usage: log_wandb.py FOLDER ... [logger.KEY=VALUE ...]{'; not ' + strange[0] if strange else ''}")
     logger: RunLogger = instantiate(compose(["logger=wandb", *overrides]).logger, _convert_="all")
     for folder in find_runs(folders):
+        check_whole(folder)
         print(f"{'logged' if logger.log_run(finished_run(folder)) else 'logged before'} {folder}")
     return 0

@@ -31,7 +31,7 @@ _RESULT_CODE = (
     "inference",
 )
 # Settings for the place of results or the logging of a run, which do not change its results.
-_NOT_IDENTITY = ("out", "force", "results", "logger", "tags", "objective", "traces", "study")
+_NOT_IDENTITY = ("out", "force", "results", "logger", "tags", "objective", "traces", "study", "max_events")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lambdascale.core import UserError
 
+_LONGEST = 600  # characters of a message
+
 
 def user_message(error: BaseException) -> str | None:
     """Return the one-line message of a user's mistake, also of one wrapped by Hydra; None if the error is not the user's."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
-            return " ".join(str(cause).split())
+            return one_line(str(cause))
     ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
-    return " ".join(dict.fromkeys(_first_lines(cause) for cause in ours)) or None
+    return one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours))) or None
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` in one line; of a very long one, whatever value made it so, the beginning and the end."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,16 +16,29 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import Backend, Observer, build_system, drive
 from lambdascale.core import TracedRequest
+from lambdascale.core.checks import require, shown
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.finished import finished_run
-from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
+from lambdascale.experiments.folder import (
+    FILES,
+    MANIFEST,
+    SUMMARY,
+    check_usable,
+    check_whole,
+    fingerprints,
+    is_finished,
+    new_run_folder,
+    read_json,
+)
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
+from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, WorkLimit, check_requests
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
+_NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
 # Share of failed requests beyond which a run says so.
 _FAILED_AT_MOST = 0.01
 
@@ -45,12 +59,17 @@ def run(config: DictConfig, group: str = "") -> RunResult:
     settings = {str(key): value for key, value in resolved.items()}
     experiment = build(config)
     begin = time.perf_counter()
-    trace = experiment.workload.load(models=[model.name for model in experiment.models], seed=config.seed)
+    trace = experiment.workload.load(
+        models=[model.name for model in experiment.models],
+        seed=config.seed,
+        max_requests=config.max_events // EVENTS_PER_REQUEST,
+    )
     digest = run_digest(settings, trace.provenance.sha256)
     folder = run_folder(settings, experiment, digest)
     if not config.force or config.out is not None:
         check_usable(folder, digest)
-    if is_finished(folder, digest) and not config.force:
+    if not config.force and is_finished(folder, digest):
+        check_whole(folder)
         result = RunResult(folder, read_json(folder / SUMMARY), reused=True)
     else:
         result = RunResult(folder, _execute(settings, experiment, trace, digest, folder, begin), reused=False)
@@ -63,9 +82,21 @@ def run_folder(settings: dict[str, Any], experiment: Experiment, digest: str) ->
     """Folder of a run: ``out``, or results/raw/<experiment>/<system>-<model>-<cluster>-<workload>-s<seed>-<hash>."""
     if settings["out"] is not None:
         return Path(settings["out"])
+    for part in settings["name"].split("/"):
+        _check_name("name", part)
     workload = type(experiment.workload).__name__.removesuffix("Workload").removesuffix("Trace").lower()
-    parts = (experiment.system.name, experiment.models[0].name, experiment.cluster.name, workload, f"s{settings['seed']}")
+    names = {group: getattr(experiment, group).name for group in ("system", "cluster")} | {"model": experiment.models[0].name}
+    for group, name in names.items():
+        _check_name(f"{group}.name", name)
+    parts = (names["system"], names["model"], names["cluster"], workload, f"s{settings['seed']}")
     return Path(settings["results"], "raw", settings["name"], "-".join((*parts, digest[:8])))
+
+
+def _check_name(key: str, name: str) -> None:
+    require(
+        _NAME.fullmatch(name) is not None,
+        f"{key} names a folder: it must be 1 to 60 letters, digits, _, ., + or -, and not begin with a dot, unlike {shown(name)}",
+    )
 
 
 def _execute(
@@ -74,7 +105,7 @@ def _execute(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
-    start_parts = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title)
+    start_parts = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
     wall_s = time.perf_counter() - begin
     requests = requests_table(recorder, experiment.system.name)
     summary = summarise(
@@ -105,8 +136,8 @@ def _execute(
         write_table(temporary / "requests.parquet", requests)
         write_table(temporary / "events.parquet", events_table(recorder))
         write_table(temporary / "gpus.parquet", gpu_usage(recorder))
-        write_json(temporary / MANIFEST, manifest)
         write_json(temporary / SUMMARY, summary)
+        write_json(temporary / MANIFEST, manifest | {FILES: fingerprints(temporary)})
     return summary
 
 
@@ -118,18 +149,33 @@ def _warn_of_failures(summary: dict[str, Any]) -> None:
 
 
 def drive_experiment(
-    experiment: Experiment, requests: Sequence[TracedRequest], seed: int, recorder: Recorder, title: str = ""
+    experiment: Experiment,
+    requests: Sequence[TracedRequest],
+    seed: int,
+    recorder: Recorder,
+    title: str = "",
+    max_events: int = MAX_EVENTS,
 ) -> dict[str, float]:
     """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal.
 
-    Returns the seconds of each part of a live cluster's start.
+    Return the seconds of each part of a live cluster's start. UserError for a simulation of more than ``max_events``.
     """
+    if isinstance(experiment.backend, SimConfig):
+        check_requests(experiment, requests, max_events)
     system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
+    requests, cut = _bounded(experiment, requests)
     with ExitStack() as stack:
         backend = _backend(experiment, requests, seed, stack)
         progress = stack.enter_context(Progress(len(requests), title))
-        observers: list[Observer] = [recorder, progress] if progress.visible else [recorder]
+        observers: list[Observer] = [recorder]
+        if progress.visible:
+            observers.append(progress)
+        if isinstance(experiment.backend, SimConfig):
+            observers.append(WorkLimit(max_events))
         drive(system, backend, observers)
+        # Only now: a run that ends with an error says nothing else.
+        if cut:
+            print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
         return backend.start_parts if isinstance(backend, LiveBackend) else {}
 
 
@@ -139,19 +185,15 @@ def _communicator(experiment: Experiment) -> str | None:
     return None if isinstance(config, SimConfig) else config.communicator(experiment.system, experiment.cluster.nodes)[0]
 
 
-def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
-    """Requests with limits that the KV memory of the largest node can hold; say how many answers that cuts."""
+def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> tuple[Sequence[TracedRequest], int]:
+    """Requests with limits that the KV memory of the largest node can hold, and the number of answers that this cuts."""
     cluster = experiment.cluster
     room = {model.name: max(kind.kv_tokens(model) for kind in cluster.kinds) for model in experiment.models}
-    requests, cut = bounded(requests, room)
-    if cut:
-        print(f"{cut} answers are cut to what the KV memory of {cluster.name}'s nodes holds beside the prompt", file=sys.stderr)
-    return requests
+    return bounded(requests, room)
 
 
 def _backend(experiment: Experiment, requests: Sequence[TracedRequest], seed: int, stack: ExitStack) -> Backend:
     config, system, cluster, models = experiment.backend, experiment.system, experiment.cluster, experiment.models
-    requests = _bounded(experiment, requests)
     if isinstance(config, SimConfig):
         return config.build(cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed)
     backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed)

@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from lambdascale.experiments.work import MAX_EVENTS
+
 
 @dataclass
 class RunConfig:
@@ -27,6 +29,7 @@ class RunConfig:
     objective: str | None = None
     model_count: int = 1
     seed: int = 1
+    max_events: int = MAX_EVENTS
     slo: Any = None
     out: str | None = None
     force: bool = False

@@ -46,11 +46,14 @@ class ConstantRate(GeneratedWorkload):
         self._within("duration_s", low=0.0)
         self._within("gap_shape", low=0.01)
 
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+    def _expected(self) -> float:
+        return self.rate_rps * self.duration_s
+
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
         return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
 
     def _arrivals(self, rng: np.random.Generator) -> Floats:
-        expected = self.rate_rps * self.duration_s
+        expected = self._expected()
         if expected == 0:
             return np.empty(0)
         if self.process == "uniform":
@@ -73,7 +76,10 @@ class Burst(GeneratedWorkload):
         self._within("at_s", low=0.0)
         self._within("spread_s", low=0.0)
 
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+    def _expected(self) -> float:
+        return self.count
+
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
         arrival_s = self.at_s + np.sort(streams.arrivals.random(self.count)) * self.spread_s
         return self._generated(arrival_s, self.at_s + self.spread_s, streams), Provenance()
 
@@ -111,12 +117,20 @@ class BurstyWorkload(GeneratedWorkload):
             value = getattr(self, name)
             require(0 <= value <= 1, f"BurstyWorkload.{name} must be in [0, 1], not {value!r}")
         self._within("followers_mean", low=1.0)
+        require(self.followers_mean <= _CLUSTERS, f"BurstyWorkload.followers_mean must be at most {_CLUSTERS}")
         self._within("gap_shape", low=0.01)
         for name in ("duration_s", "short_gap_s", "gap_min_s", "gap_scale_s", "silence_min_s"):
             self._within(name, low=0.0)
         self._within("silence_mean_s", low=0.0, strict=True)
 
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+    def _expected(self) -> float:
+        followers = (1 - self.single_probability) * self.followers_mean
+        long_gap_s = self.gap_min_s + self.gap_shape * self.gap_scale_s
+        gap_s = self.short_gap_probability * self.short_gap_s + (1 - self.short_gap_probability) * long_gap_s
+        clusters = self.duration_s / (self.silence_min_s + self.silence_mean_s + followers * gap_s)
+        return clusters * (1 + followers)
+
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
         return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
 
     def _arrivals(self, rng: np.random.Generator) -> Floats:

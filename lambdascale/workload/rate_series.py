@@ -11,6 +11,7 @@ from lambdascale.workload.base import Provenance
 from lambdascale.workload.columns import Columns, Floats, Streams
 from lambdascale.workload.generators import GeneratedWorkload
 from lambdascale.workload.processes import gamma_renewal
+from lambdascale.workload.shaping import check_count
 from lambdascale.workload.tracefile import BadRow, opened, real_number, text_lines
 
 
@@ -40,9 +41,10 @@ class RateSeriesWorkload(GeneratedWorkload):
         self._within("start_s", low=0.0)
         self._within("duration_s", low=0.0)
 
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
         rates, digest = self._rates()
         edges_s, rates = self._windowed(rates)
+        check_count(float((rates * np.diff(edges_s)).sum()), most)
         arrival_s = follow_rate(edges_s, rates, self.gap_shape, streams.arrivals)
         provenance = Provenance(source=self.path, sha256=digest, rows=len(rates))
         return self._generated(arrival_s, float(edges_s[-1]), streams), provenance

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 import msgspec
 import numpy as np
 
-from lambdascale.core.checks import require
+from lambdascale.core.checks import LARGEST, require, shown
 from lambdascale.workload.columns import Columns, Floats, Ints, Streams
 from lambdascale.workload.lengths import LengthsMixin
 from lambdascale.workload.tracefile import (
@@ -19,9 +19,10 @@ from lambdascale.workload.tracefile import (
     FailedRow,
     FilteredRow,
     Row,
+    TokenTrace,
     TraceFile,
+    UndatedTrace,
     csv_records,
-    quoted,
     real_number,
     text_lines,
     whole_number,
@@ -40,12 +41,12 @@ def timestamp_ns(text: str) -> int:
             raise ValueError
         whole = datetime.fromisoformat(match["second"] + (match["zone"] or "Z"))
     except ValueError:
-        raise BadRow(f"TIMESTAMP must look like 2023-11-16 18:15:46.6805900, not {quoted(text)}") from None
+        raise BadRow(f"TIMESTAMP must look like 2023-11-16 18:15:46.6805900, not {shown(text)}") from None
     return int(whole.timestamp()) * 10**9 + int((match["fraction"] or "0").ljust(9, "0"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AzureTrace(TraceFile):
+class AzureTrace(TokenTrace):
     """Azure LLM inference traces, 2023 and 2024 (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; CC-BY-4.0).
 
     Times are read to the nanosecond: the files have seven decimals, one more than Python's datetime keeps.
@@ -59,17 +60,18 @@ class AzureTrace(TraceFile):
 
     def _row(self, record: tuple[str, ...]) -> Row:
         time, prompt, output = record
-        return Row(timestamp_ns(time), whole_number(prompt, "ContextTokens"), whole_number(output, "GeneratedTokens"))
+        counts = whole_number(prompt, "ContextTokens"), whole_number(output, "GeneratedTokens")
+        return Row(timestamp_ns(time), *self._tokens(*counts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BurstGptTrace(TraceFile):
+class BurstGptTrace(UndatedTrace):
     """BurstGPT (CSV: Timestamp in seconds, Model, Request tokens, Response tokens, Total tokens, Log Type; CC-BY-4.0).
 
     The trace has whole seconds: ``spread_within_second`` adds a uniform fraction to each. ``log_type`` keeps only
-    "Conversation log" or "API log". Failed requests have no response tokens: ``drop_failures`` leaves them out and counts
-    them, otherwise they ask for one output token. ``use_trace_models`` maps the trace's models, in alphabetical order, to
-    the run's models in the order of the configuration, instead of ``popularity``.
+    "Conversation log" or "API log". Failed requests have no response tokens: ``drop_failures`` leaves them out, whatever their
+    prompt, and counts them, otherwise they ask for one output token. ``use_trace_models`` maps the trace's models, in
+    alphabetical order, to the run's models in the order of the configuration, instead of ``popularity``.
     """
 
     spread_within_second: bool = False
@@ -84,12 +86,12 @@ class BurstGptTrace(TraceFile):
 
     def _row(self, record: tuple[str, ...]) -> Row:
         time_s = real_number(record[0], "Timestamp")
-        prompt, output = whole_number(record[2], "Request tokens"), whole_number(record[3], "Response tokens", low=0)
+        prompt, output = (whole_number(record[at], f"{name} tokens") for at, name in ((2, "Request"), (3, "Response")))
         if self.log_type is not None and record[4].strip() != self.log_type:
             raise FilteredRow
         if output == 0 and self.drop_failures:
             raise FailedRow
-        return Row(time_s, prompt, max(output, 1), record[1].strip())
+        return Row(time_s, *self._tokens(prompt, max(output, 1)), record[1].strip())
 
     def _arrival_times(self, ticks: list[float], streams: Streams) -> Floats:
         times = super()._arrival_times(ticks, streams)
@@ -104,16 +106,16 @@ class BurstGptTrace(TraceFile):
 
 
 class _MooncakeRow(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
-    input_length: Annotated[int, msgspec.Meta(ge=1, lt=10**9)]
-    output_length: Annotated[int, msgspec.Meta(ge=1, lt=10**9)]
+    timestamp: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+    input_length: Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
+    output_length: Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
 
 
 _decode_mooncake = msgspec.json.Decoder(_MooncakeRow).decode
 
 
 @dataclass(frozen=True, kw_only=True)
-class MooncakeTrace(TraceFile):
+class MooncakeTrace(UndatedTrace):
     """Mooncake's traces (JSON lines: timestamp in ms, input_length, output_length; hash_ids is not used; Apache-2.0)."""
 
     ticks_per_s: ClassVar[int] = 1000
@@ -125,9 +127,11 @@ class MooncakeTrace(TraceFile):
     def _row(self, record: tuple[str, ...]) -> Row:
         try:
             row = _decode_mooncake(record[0])
-        except msgspec.MsgspecError as error:
-            raise BadRow(f"{error}, in {quoted(record[0])}") from None
-        return Row(row.timestamp, row.input_length, row.output_length)
+        except RecursionError:
+            raise BadRow("the line is nested too deeply") from None
+        except (UnicodeError, msgspec.MsgspecError) as error:
+            raise BadRow(f"{error}, in {shown(record[0])}") from None
+        return Row(row.timestamp, *self._tokens(row.input_length, row.output_length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,10 @@ class ArrivalsTrace(TraceFile, LengthsMixin):
             self.requests_per_arrival >= 1,
             f"ArrivalsTrace.requests_per_arrival must be at least 1, not {self.requests_per_arrival!r}",
         )
+
+    @property
+    def _requests_per_row(self) -> int:
+        return self.requests_per_arrival
 
     def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
         return text_lines(line.partition("#")[0] for line in lines)

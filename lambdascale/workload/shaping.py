@@ -81,20 +81,30 @@ class ShapedWorkload(ABC):
         """Requests of :meth:`load`, without their provenance."""
         return self.load(models=models, seed=seed).requests
 
-    def load(self, *, models: Sequence[str], seed: int) -> LoadedTrace:
-        """Requests as :meth:`Workload.requests` describes them, with their provenance; the same errors."""
+    def load(self, *, models: Sequence[str], seed: int, max_requests: float = math.inf) -> LoadedTrace:
+        """Requests as :meth:`Workload.requests` describes them, with their provenance; the same errors.
+
+        UserError, before they are made, for settings that ask for more than ``max_requests``.
+        """
         names = list(models)
         require(len(names) > 0, "a workload needs at least one model name")
         require(len(set(names)) == len(names), f"model names must differ: {names}")
         streams = Streams.of(seed)
-        columns, provenance = self._produce(streams)
+        most = max_requests / (self.repeat * max(1.0, self.rate_scale))
+        check_count(self._expected(), most)
+        columns, provenance = self._produce(streams, most)
+        check_count(len(columns), most)
         columns = self._shaped(columns, streams.scaling)
         requests = _as_requests(columns, names, self._models_of(columns, names, streams), self._limits(columns))
         return LoadedTrace(requests=requests, provenance=provenance)
 
     @abstractmethod
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
-        """Requests before rescaling, with their provenance."""
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
+        """Requests before rescaling, with their provenance; UserError for more than ``most``."""
+
+    def _expected(self) -> float:
+        """Number of requests before rescaling, on average; 0 where a file decides."""
+        return 0.0
 
     def _shaped(self, columns: Columns, scaling: np.random.Generator) -> Columns:
         columns = _repeated(columns, self.repeat)
@@ -127,6 +137,13 @@ class ShapedWorkload(ABC):
             return np.zeros(len(columns), dtype=np.int64)
         weights = np.arange(1, len(models) + 1, dtype=np.float64) ** -float(self.zipf_exponent)
         return streams.models.choice(len(models), size=len(columns), p=weights / weights.sum())
+
+
+def check_count(count: float, most: float) -> None:
+    """Raise UserError for more requests, before rescaling, than ``most``."""
+    if not count <= most:
+        excess = f"about {count / most:.3g} times as many requests as max_events allows"
+        raise UserError(f"the workload has {excess}: ask for fewer, or raise max_events")
 
 
 def _least(*limits: int | None) -> int:

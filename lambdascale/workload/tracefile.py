@@ -8,16 +8,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, ClassVar, NamedTuple
+from typing import IO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from lambdascale.core import TraceError, UserError
+from lambdascale.core.checks import LARGEST, shown
 from lambdascale.workload.base import Provenance
 from lambdascale.workload.columns import Columns, Floats, Ints, Streams, natural_period_s
-from lambdascale.workload.shaping import ShapedWorkload
+from lambdascale.workload.shaping import ShapedWorkload, check_count
 
-_LONGEST_QUOTE = 60
+# A trace of more requests than this that spans less than this many seconds is suspected of another unit of time.
+_MANY, _SHORT_S = 100, 60.0
+_UNITS = {1: "seconds", 1000: "milliseconds"}
 
 
 class Row(NamedTuple):
@@ -41,18 +44,12 @@ class FilteredRow(Exception):
     """A row that the configuration asks to leave out."""
 
 
-def quoted(text: object) -> str:
-    """Return ``text`` as a short one-line quotation for an error message."""
-    shown = repr(text)
-    return shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + "…"
-
-
-def whole_number(text: str, column: str, *, low: int = 1) -> int:
-    """Return the plain decimal ``text`` as a number from ``low`` to 999,999,999; BadRow otherwise."""
+def whole_number(text: str, column: str) -> int:
+    """Return the plain decimal ``text`` as a number from 0 to 999,999,999; BadRow otherwise."""
     digits = text.strip()
-    if digits.isascii() and digits.isdigit() and len(digits) <= 9 and int(digits) >= low:
+    if digits.isascii() and digits.isdigit() and len(digits) <= 9:
         return int(digits)
-    raise BadRow(f"{column} must be a whole number of at least {low}, not {quoted(text)}")
+    raise BadRow(f"{column} must be a whole number of at most 9 digits, not {shown(text)}")
 
 
 def real_number(text: str, column: str) -> float:
@@ -61,8 +58,8 @@ def real_number(text: str, column: str) -> float:
         value = float(text) if "_" not in text else -1.0
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise BadRow(f"{column} must be a number of at least 0, not {quoted(text)}")
+    if not 0 <= value <= LARGEST:
+        raise BadRow(f"{column} must be a number of at least 0 and at most {LARGEST:g}, not {shown(text)}")
     return value
 
 
@@ -72,9 +69,13 @@ def opened(path: str, how_to_get: str = "") -> Iterator[tuple[IO[str], str]]:
 
     ``how_to_get`` ends the error message of a missing file.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise TraceError(f"cannot read the trace {path}: {'not a file' if file.exists() else 'no such file'}{how_to_get}")
+    try:
+        file = Path(path).expanduser()
+        found, exists = file.is_file(), file.exists()
+    except (RuntimeError, OSError) as error:  # a home directory of nobody, a name that is too long
+        raise TraceError(f"cannot read the trace {shown(path)}: {error!s:.100}") from error
+    if not found:
+        raise TraceError(f"cannot read the trace {path}: {'not a file' if exists else 'no such file'}{how_to_get}")
     try:
         with file.open("rb") as raw:
             digest = hashlib.file_digest(raw, "sha256").hexdigest()
@@ -107,7 +108,7 @@ def csv_records(
         if not header:
             header = [name.strip() for name in fields]
             if missing := [name for name in columns if name not in header]:
-                raise TraceError(f"{path}:{number}: the header lacks {', '.join(missing)}; it reads {quoted(text)}")
+                raise TraceError(f"{path}:{number}: the header lacks {', '.join(missing)}; it reads {shown(text)}")
             positions = [header.index(name) for name in columns]
         elif len(fields) != len(header):
             yield number, BadRow(f"{len(fields)} fields where the header has {len(header)}")
@@ -165,7 +166,7 @@ class TraceFile(ShapedWorkload):
     def _row(self, record: tuple[str, ...]) -> Row:
         """Row that the raw fields describe; raises BadRow, FailedRow or FilteredRow."""
 
-    def _produce(self, streams: Streams) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
         assert self.path is not None, "checked on construction"
         scan = _Scan()
         with opened(self.path, self.how_to_get) as (lines, digest):
@@ -173,10 +174,15 @@ class TraceFile(ShapedWorkload):
                 self._sort_out(scan, number, record)
         if not scan.rows:
             raise TraceError(f"{self.path}: {scan.why_empty()}")
+        check_count(len(scan.rows) * self._requests_per_row, most)
+        self._check_units([row.time for row in scan.rows])
         provenance = Provenance(
             source=self.path, sha256=digest, rows=scan.seen, skipped_rows=scan.skipped, dropped_failures=scan.failed
         )
         return self._windowed(self._columns(scan.rows, streams)), provenance
+
+    def _check_units(self, ticks: list[float]) -> None:
+        """Raise TraceError if the times are hardly in ``ticks_per_s``."""
 
     def _sort_out(self, scan: _Scan, number: int, record: tuple[str, ...] | BadRow) -> None:
         scan.seen += 1
@@ -193,6 +199,10 @@ class TraceFile(ShapedWorkload):
                 raise TraceError(f"{self.path}:{number}: {fault} (skip_bad_rows=true leaves such rows out)") from None
             scan.skipped += 1
             scan.first_fault = scan.first_fault or f"line {number}: {fault}"
+
+    @property
+    def _requests_per_row(self) -> int:
+        return 1
 
     def _columns(self, rows: list[Row], streams: Streams) -> Columns:
         times = self._arrival_times([row.time for row in rows], streams)
@@ -221,3 +231,49 @@ class TraceFile(ShapedWorkload):
         inside = np.flatnonzero((times >= 0) & (times < length_s))
         rest_s = max(columns.period_s - self.start_s, 0.0)
         return replace(columns.take(inside), arrival_s=times[inside], period_s=min(rest_s, length_s))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTrace(TraceFile):
+    """Base of the readers of token counts.
+
+    ``zero_tokens``: a request without tokens is a malformed row ("refuse"), is left out and counted as failed ("drop"), or has
+    one token ("serve").
+    """
+
+    zero_tokens: Literal["refuse", "drop", "serve"] = "refuse"
+
+    def _tokens(self, prompt: int, output: int) -> tuple[int, int]:
+        """Token counts of a row as ``zero_tokens`` wants them; raises BadRow or FailedRow."""
+        if prompt and output:
+            return prompt, output
+        if self.zero_tokens == "refuse":
+            raise BadRow(f"a request of {prompt} prompt and {output} output tokens (zero_tokens=drop or serve accepts it)")
+        if self.zero_tokens == "drop":
+            raise FailedRow
+        return max(prompt, 1), max(output, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UndatedTrace(TokenTrace):
+    """Base of the readers of times that are plain numbers.
+
+    ``check_units``: refuse a file whose times look like those of another unit. More than 100 requests within a minute, or
+    fractions of milliseconds, are seconds read as milliseconds more often than not.
+    """
+
+    check_units: bool = True
+
+    def _check_units(self, ticks: list[float]) -> None:
+        unit, span_s = _UNITS[self.ticks_per_s], (max(ticks) - min(ticks)) / self.ticks_per_s
+        if len(ticks) > _MANY and span_s < _SHORT_S:
+            sign = f"its {len(ticks)} requests span {span_s:.3g} s"
+        elif self.ticks_per_s > 1 and not all(float(tick).is_integer() for tick in ticks):
+            sign = "it has fractions"
+        else:
+            return
+        if self.check_units:
+            raise TraceError(
+                f"{self.path}: times are read as {unit}, and {sign}: are they in another unit? "
+                "Convert them, or set workload.check_units=false if they are right"
+            )

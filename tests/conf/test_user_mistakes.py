@@ -31,6 +31,20 @@ MISTAKES = {
     "a model that does not fit the node": (["model=llama2_70b", "cluster=testbed1"], "llama2_70b"),
     "more sources than nodes": (["system.start.sources=13", "autoscaler@system.autoscaler=fixed", "cluster.nodes=3"], "sources"),
     "a zero compression": (["workload.time_compression=0"], "time_compression"),
+    "more replicas than nodes": (["system.autoscaler.min_replicas=99"], "min_replicas"),
+    "a thousand billion requests": (["workload=burst", "workload.count=1000000000000"], "max_events"),
+    "a high rate for long": (["workload=constant", "workload.rate_rps=1e9", "workload.duration_s=1e9"], "max_events"),
+    "silence for long": (["workload.duration_s=1e9"], "max_events"),
+    "many repetitions": (["workload.repeat=1000000000"], "max_events"),
+    "many blocks": (["model.layers=1000000000", "system.blocks=1000000000"], "system.blocks=1000000000"),
+    "many nodes": (["cluster.nodes=1000000000"], "cluster.nodes=1000000000"),
+    "many models": (["model_count=1000000000"], "model_count=1000000000"),
+    "decisions all the time": (["workload=burst", "system.autoscaler.interval_s=1e-9"], "interval_s=1e-09"),
+    "requests in 30 billion years": (["workload=burst", "workload.at_s=1e18"], "1e+18 s"),
+    "a number that is none": (["workload=burst", "cluster.link_latency_s=nan"], "link_latency_s"),
+    "an infinite rate": (["workload=burst", "cluster.nic_bytes_per_s=1e999"], "nic_bytes_per_s"),
+    "a planner that is none": (["workload=burst", "system.start.planner=x"], "planner"),
+    "a name that leaves its folder": (["workload=burst", "name=../x"], "name"),
     "no nodes": (["cluster.nodes=0"], "nodes"),
     "no models": (["model_count=0"], "model_count"),
     "a budget beyond the host's memory": (["system.memory.budget=100TB"], "budget"),
@@ -67,6 +81,8 @@ def test_run(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (["plan", "--destinations", "3", "--sources", "0"], "0"),
         (["plan", "--destinations", "3", "--blocks", "0"], "0"),
         (["plan", "--destinations", "3", "--system", "nobody"], "nobody"),
+        (["plan", "--destinations", "1000000000"], "1000000000"),
+        (["plan", "--destinations", "3", "--blocks", "1000000000000"], "1000000000000"),
         (["fly"], "fly"),
         ([], "COMMAND"),
     ],
@@ -80,3 +96,13 @@ def test_plan(arguments: list[str], about: str, capsys: pytest.CaptureFixture[st
     assert status == 2
     assert about in complaint
     assert complaint.count("\n") == 1
+
+
+def test_a_simulation_that_does_not_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What no estimate sees ends by the count of events: here, more decisions than requests that do not wait would need."""
+    arguments = ["workload=burst", "system.autoscaler.interval_s=0.01", "max_events=700", f"results={tmp_path}"]
+    assert run_guarded(lambda: run_main(arguments)) == 2
+    complaint = capsys.readouterr().err
+    assert "has had max_events=700 events" in complaint
+    assert complaint.count("\n") == 1
+    assert not list(tmp_path.rglob("*.parquet"))

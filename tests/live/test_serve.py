@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -277,3 +278,17 @@ def test_mistakes_on_the_command_line(options: list[str], says: str, tmp_path: P
     assert len(lines) == 1, done.stderr
     assert says in lines[0]
     assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_shard_ends_it_with_one_line(tiny: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(tiny, tmp_path / "damaged"))
+    shard = max(damaged.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    command = [*COMMAND, "--no-view", "--port", str(free_port()), "--model", str(damaged), "--nodes", "2", "--slot-tokens", "256"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert shard.name in done.stderr

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lambdascale.core import UserError
 from lambdascale.experiments import manifest
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.runner import RunResult, run
@@ -69,6 +71,25 @@ class TestReuse:
         assert not again.reused
         assert again.folder == first.folder
         assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+
+    @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:9] + b"x" + data[10:]], ids=["cut", "changed"])
+    def test_a_damaged_run_is_not_reused(self, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+        folder = small_run(tmp_path).folder
+        for name in FOLDER - {"manifest.json"}:
+            whole = (folder / name).read_bytes()
+            (folder / name).write_bytes(damage(whole))
+            with pytest.raises(UserError, match=rf"is damaged: {name}"):
+                small_run(tmp_path)
+            (folder / name).write_bytes(whole)
+        assert small_run(tmp_path).reused
+        (folder / "events.parquet").unlink()
+        assert not small_run(tmp_path, "force=true").reused
+
+    def test_a_damaged_manifest(self, tmp_path: Path) -> None:
+        path = small_run(tmp_path, f"out={tmp_path / 'x'}").folder / "manifest.json"
+        path.write_text(path.read_text()[:-9])
+        with pytest.raises(UserError, match=r"cannot read .*manifest\.json"):
+            small_run(tmp_path, f"out={tmp_path / 'x'}")
 
     def test_changed_code_is_another_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         small_run(tmp_path)

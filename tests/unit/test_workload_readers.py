@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -73,8 +73,9 @@ class TestAzure:
     @pytest.mark.parametrize(
         ("row", "complaint"),
         [
-            ("2023-01-01 00:00:00,0,5", "ContextTokens must be a whole number of at least 1, not '0'"),
-            ("2023-01-01 00:00:00,5,0", "GeneratedTokens must be"),
+            ("2023-01-01 00:00:00,0,5", "a request of 0 prompt and 5 output tokens (zero_tokens=drop or serve"),
+            ("2023-01-01 00:00:00,5,0", "a request of 5 prompt and 0 output tokens"),
+            ("2023-01-01 00:00:00,5,-0", "GeneratedTokens must be a whole number of at most 9 digits, not '-0'"),
             ("2023-01-01 00:00:00,-5,5", "not '-5'"),
             ("2023-01-01 00:00:00,5.5,5", "not '5.5'"),
             ("2023-01-01 00:00:00,nan,5", "not 'nan'"),
@@ -191,7 +192,9 @@ class TestBurstGpt:
 
     def test_spreads_within_the_second(self, write: Write) -> None:
         path = write(BURSTGPT + "3,x,1,1,2,y\n" * 300 + "4,x,2,1,3,y\n" * 300)
-        plain, spread = read(BurstGptTrace(path=path)), read(BurstGptTrace(path=path, spread_within_second=True))
+        plain, spread = (
+            read(BurstGptTrace(path=path, check_units=False, spread_within_second=spread)) for spread in (False, True)
+        )
         assert {r.arrival_s for r in plain} == {0.0, 1.0}
         assert len({r.arrival_s for r in spread}) == 600
         assert spread[0].arrival_s == 0.0
@@ -229,6 +232,61 @@ class TestMooncake:
             read(MooncakeTrace(path=path))
         assert "\n" not in str(caught.value)
         assert len(read(MooncakeTrace(path=path, skip_bad_rows=True))) == 2
+
+
+class TestWithoutTokens:
+    """Requests without tokens, in whichever column: refused, left out and counted, or served with one token."""
+
+    FILES: ClassVar = {
+        AzureTrace: AZURE + azure_row("2023-01-01 00:00:00", 0, 5) + azure_row("2023-01-01 00:00:01", 5, 5),
+        BurstGptTrace: BURSTGPT + "0,x,0,5,5,y\n1,x,5,5,10,y\n",
+        MooncakeTrace: "".join(
+            json.dumps({"timestamp": t, "input_length": i, "output_length": 5}) + "\n" for t, i in ((0, 0), (1000, 5))
+        ),
+    }
+
+    @pytest.mark.parametrize("kind", FILES, ids=lambda kind: kind.__name__)
+    def test_by_option(self, write: Write, kind: type[Any]) -> None:
+        path = write(self.FILES[kind])
+        with pytest.raises(TraceError, match="0 prompt and 5 output tokens"):
+            read(kind(path=path))
+        dropped = kind(path=path, zero_tokens="drop").load(models=["m"], seed=0)
+        assert [r.prompt_tokens for r in dropped.requests] == [5]
+        assert dropped.provenance.dropped_failures == 1
+        assert [r.prompt_tokens for r in read(kind(path=path, zero_tokens="serve"))] == [1, 5]
+        with pytest.raises(UserError, match="zero_tokens"):
+            kind(path=path, zero_tokens="x")
+
+    def test_a_failed_request_without_a_prompt(self, write: Write) -> None:
+        path = write(BURSTGPT + "0,x,0,0,0,y\n1,x,5,5,10,y\n")
+        loaded = BurstGptTrace(path=path).load(models=["m"], seed=0)
+        assert (len(loaded.requests), loaded.provenance.dropped_failures) == (1, 1)
+        with pytest.raises(TraceError, match="0 prompt and 1 output tokens"):
+            read(BurstGptTrace(path=path, drop_failures=False))
+
+
+class TestUnits:
+    @staticmethod
+    def lines(times: Iterable[float]) -> str:
+        return "".join(json.dumps({"timestamp": t, "input_length": 5, "output_length": 5}) + "\n" for t in times)
+
+    @pytest.mark.parametrize(
+        ("times", "sign"), [(range(0, 7200, 60), "120 requests span 7.14 s"), ([0, 0.5, 200_000], "it has fractions")]
+    )
+    def test_seconds_read_as_milliseconds(self, write: Write, times: Iterable[float], sign: str) -> None:
+        path = write(self.lines(times))
+        with pytest.raises(TraceError, match=rf"read as milliseconds, and .*{sign}.*check_units=false"):
+            read(MooncakeTrace(path=path))
+        assert read(MooncakeTrace(path=path, check_units=False))
+
+    @pytest.mark.parametrize("times", [range(100), range(0, 60_600, 600)])
+    def test_what_may_be_right(self, write: Write, times: Iterable[float]) -> None:
+        assert read(MooncakeTrace(path=write(self.lines(times))))
+
+    def test_a_dense_trace_in_seconds(self, write: Write) -> None:
+        path = write(BURSTGPT + "".join(f"{at},x,5,5,10,y\n" for at in range(50)) * 3)
+        with pytest.raises(TraceError, match="read as seconds, and its 150 requests span 49 s"):
+            read(BurstGptTrace(path=path))
 
 
 class TestArrivals:

@@ -302,9 +302,9 @@ class LiveBackend:
 
     def _failed(self, node: NodeId, event: CommandFailed) -> None:
         """Pass a failure on. One that names neither a transfer nor an instance costs its node: nobody could mend it."""
-        self._log.say(f"{event.command} failed: {event.reason}")
         if self._transfers.initial:
             raise UserError(f"the cluster could not be set up: {event.reason}")
+        self._log.say(f"{event.command} failed: {event.reason}")
         if event.transfer_id < 0 and event.instance < 0:
             self._roster.doom(node, f"{event.command} failed: {event.reason}")
             return

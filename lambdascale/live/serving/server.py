@@ -54,7 +54,8 @@ class Service:
                 drive(plane, self.backend, [self.state])
             except BaseException as error:
                 self.fault = error
-                traceback.print_exc()
+                if not isinstance(error, UserError):
+                    traceback.print_exc()
                 self.backend.fail_all("the server has failed")
                 self.on_fault()
 
@@ -200,7 +201,10 @@ class _Server(uvicorn.Server):
 def serve(
     service: Service, options: HttpOptions, bound: socket.socket, *, view: bool, on_ready: Callable[[], None] = _nothing
 ) -> int:
-    """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served."""
+    """Answer requests until a signal; return the exit status. ``on_ready`` is called once the model is served.
+
+    UserError if the cluster cannot be set up, for instance with a damaged model.
+    """
     server = _Server(service, options, bound, on_ready)
 
     def stop() -> None:
@@ -215,4 +219,6 @@ def serve(
             server.run()
     finally:
         service.close()
+    if isinstance(service.fault, UserError):
+        raise service.fault
     return 1 if service.fault is not None or not server.started else 0

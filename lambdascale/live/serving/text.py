@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
+from lambdascale.core.checks import shown
 
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character yet
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -25,13 +26,16 @@ class Text:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{directory} has no tokenizer.json: it cannot be served as text")
-        self._tokenizer = Tokenizer.from_file(str(path))
+        self._tokenizer = _tokenizer(path)
         self._config = _json(directory / "tokenizer_config.json")
         template = directory / "chat_template.jinja"
-        source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
-        self._template = environment.from_string(source)
+        try:
+            source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
+            self._template = environment.from_string(source)
+        except Exception as error:  # the template is the model's: it may be no text, and compiling it may raise anything
+            raise UserError(f"the chat template of {directory} is not usable: {error}") from None
         self.stop_tokens = frozenset(self._ends(directory))
 
     def _ends(self, directory: Path) -> list[int]:
@@ -39,14 +43,20 @@ class Text:
         found: list[int] = []
         for name in ("config.json", "generation_config.json"):
             value = _json(directory / name).get("eos_token_id")
-            found += value if isinstance(value, list) else [value] if isinstance(value, int) else []
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(each) is int and each >= 0 for each in ids):
+                raise UserError(f"{directory / name}: eos_token_id must be token ids, not {shown(value)}")
+            found += ids
         eos = self._special("eos_token")
         token = None if eos is None else self._tokenizer.token_to_id(eos)
         return found if token is None else [*found, token]
 
     def _special(self, name: str) -> str | None:
         value = self._config.get(name)
-        return value.get("content") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"tokenizer_config.json: {name} must be text, not {shown(value)}")
+        return value
 
     @property
     def vocab(self) -> int:
@@ -142,8 +152,17 @@ class Growing:
         )
 
 
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's errors are of type Exception, and panics not even of that
+        raise UserError(f"{path} is not a tokenizer that this version of tokenizers can read: {error}") from None
+
+
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_document(path) if path.is_file() else {}
 
 
 def _refuse(message: str) -> None:
