@@ -340,6 +340,14 @@ class TransferEngine:
         """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled."""
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
 
+    def node_restored(self, node: NodeId) -> None:
+        """Let a lost node, which comes back empty, take part in transfers again."""
+        self._fabric.restore(node)
+
+    def set_nic_share(self, node: NodeId, share: float) -> None:
+        """Give the node's NIC this share of the cluster's rate from now on."""
+        self._fabric.set_nic_share(node, share)
+
     def _ended(self, transfer_id: int) -> None:
         transfer = self._transfers.pop(transfer_id, None)
         if isinstance(transfer, _Multicast):
