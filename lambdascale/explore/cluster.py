@@ -176,6 +176,8 @@ class FaultyCluster(SimBackend):
         """Send what happened to the controller: at once, or late; a damaged block becomes a failure."""
         source = self._source(event)
         if isinstance(event, BlockArrived):
+            if event.block in self._holds.get((event.node, event.model), ()):
+                return  # nodes report a block once, whatever brings it
             if event.transfer_id in self._damaged:
                 self._damaged.discard(event.transfer_id)
                 reason = f"block {event.block} is damaged"
