@@ -15,6 +15,7 @@ from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.control.system import SystemConfig
 from lambdascale.control.transfers import Transfers
+from lambdascale.control.yielding import Yielding
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId
 from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
@@ -49,6 +50,7 @@ class ControlPlane:
         self._serving = Serving(fleet, self._router, transfers, allocations, start=start, batching=config.batching, kv=config.kv)
         self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
         self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
+        self._yielding = Yielding(fleet, allocations, self._serving)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
@@ -124,7 +126,7 @@ class ControlPlane:
             self._router.finish(instance, event.request_id)
 
     def _block_arrived(self, event: BlockArrived) -> None:
-        self._serving.block_arrived(self.fleet.models[event.model], event.node, event.block)
+        self._serving.block_arrived(self.fleet.models[event.model], event)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node, returns=event.returns)
@@ -171,6 +173,7 @@ class ControlPlane:
                 more = int(self._scale_in.has_idle(state))
             if more > 0 and len(models) > 1:
                 self._make_room(state, more)
+                self._yielding.make_place(state)
             self._scale_in.look(state, desired)
             if more > 0:
                 self._scaler.scale_out(state, more)

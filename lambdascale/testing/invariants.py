@@ -89,6 +89,9 @@ class InvariantChecker:
         self._event: Event | None = None
         self._transfers: dict[int, _Transfer] = {}
         self._cancelled: dict[int, _Transfer] = {}
+        # News of older transfers concerns an allocation that has ended; see Allocation.
+        self._last_transfer = -1
+        self._since: dict[tuple[NodeId, str], int] = {}
         self._model_of: dict[int, str] = {}
         self._open: defaultdict[str, set[int]] = defaultdict(set)
         self._needed: dict[int, int] = {}
@@ -124,7 +127,7 @@ class InvariantChecker:
             self._open[event.request.model].add(event.request.request_id)
             self._needed[event.request.request_id] = event.request.kv_tokens
         elif isinstance(event, BlockArrived):
-            if event.node in self._gpus:
+            if event.node in self._gpus and event.transfer_id > self._since.get((event.node, event.model), -1):
                 held = self._held.setdefault((event.node, event.model), set())
                 assert event.block not in held, Named(
                     "blocks once", f"block {event.block} of {event.model} reaches node {event.node} twice"
@@ -154,6 +157,7 @@ class InvariantChecker:
             self._gpus[command.node] -= command.gpus
             assert self._gpus[command.node] >= 0, Named("GPUs", f"node {command.node} is over-allocated")
             self._held[command.node, command.model] = set()
+            self._since[command.node, command.model] = self._last_transfer
             self._gpus_of[command.node, command.model] = command.gpus
         elif isinstance(command, ReleaseNode):
             self._gpus[command.node] += command.gpus
@@ -205,6 +209,8 @@ class InvariantChecker:
         if self._desired is not None and isinstance(self._event, TimerFired):
             left = sum(name == model for _, name in self._held) - 1
             open_requests = self._open[model]
+            if not open_requests and any(requests - self._running.keys() for requests in self._open.values()):
+                return  # what is idle gives way to requests that wait
             running = len(open_requests & set(self._running))
             wanted = self._desired(len(open_requests) - running, running)
             assert left >= wanted, Named("replicas kept", f"{model} keeps {left} replicas, it needs {wanted}")
@@ -213,6 +219,7 @@ class InvariantChecker:
 
     def _check_transfer(self, command: StartMulticast | LoadBlocks) -> None:
         self._check_source(command)
+        self._last_transfer = max(self._last_transfer, command.transfer_id)
         self._transfers[command.transfer_id] = self._as_transfer(command)
 
     def _as_transfer(self, command: StartMulticast | LoadBlocks) -> _Transfer:
