@@ -20,9 +20,7 @@ class Allocations:
         fleet, gpus = self._fleet, state.spec.gpus_per_replica
         fleet.gpus_free[node] -= gpus
         blocks = set(range(state.blocks)) if wanted is None else set(wanted)
-        state.allocations[node] = Allocation(
-            node, state.spec.name, blocks, state.blocks, began_at=fleet.at, since=fleet.last_id
-        )
+        state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks, began_at=fleet.at, since=fleet.last_id)
         state.spared += state.blocks - len(blocks)
         fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 

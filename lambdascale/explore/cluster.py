@@ -45,7 +45,7 @@ from lambdascale.core.events import (
     TokensProduced,
 )
 from lambdascale.core.timing import ComputeModel, IterationSize
-from lambdascale.explore.faults import Broken, ClockStep, Fault, Late, Loss, Pause, Repeat, Slow, Trigger, victim
+from lambdascale.explore.faults import Broken, ClockStep, Fault, Late, Loss, Pause, Repeat, Slow, victim
 from lambdascale.explore.ledger import Ledger
 from lambdascale.explore.scenario import Scenario
 from lambdascale.sim import SimConfig

@@ -29,8 +29,8 @@ from lambdascale.testing.invariants import InvariantChecker, Named
 # Bounds: events, and simulated seconds, after which a run counts as one that does not end.
 MOST_EVENTS = 30_000
 MOST_S = 400.0
-# Simulated seconds within which a transfer of a 1 GB model ends or is planned anew where nothing delays it: loads of all models from
-# an SSD that they share, several times over.
+# Simulated seconds within which a transfer of a 1 GB model ends or is planned anew where nothing delays it: loads of all
+# models from an SSD that they share, several times over.
 DEADLINE_S = 40.0
 
 # Name of each invariant, and what it says. The first block is checked by lambdascale.testing.InvariantChecker.

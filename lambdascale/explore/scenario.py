@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from lambdascale.control import Autoscaler, BatchLimits, SystemConfig
 from lambdascale.control.start import MulticastStart
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeOverride, TracedRequest, traced
+from lambdascale.core.plan import FormRule, SwitchRule
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, names
 from lambdascale.explore.faults import AnyFault, Broken, Burst, ClockStep, Late, Loss, Pause, Repeat, Slow, Trigger
@@ -19,6 +20,15 @@ from lambdascale.pipelines import ComplementaryPipelines
 
 _NODES = (1, 2, 3, 4, 8)
 _BLOCKS = (1, 2, 3, 4, 8)
+_BATCHING = (
+    BatchLimits(max_batch=8),
+    BatchLimits(max_batch=2),
+    BatchLimits(mode="static", max_batch=1),
+    BatchLimits(mode="static", max_batch=4),
+)
+_FORMS: tuple[FormRule, ...] = ("always", "useful")
+_SWITCHES: tuple[SwitchRule, ...] = ("all", "each")
+_ENDS: tuple[Literal["back", "given up", "never"], ...] = ("back", "back", "given up", "never")
 # What faults are tied to, with the largest number of it that is drawn: every phase of a scale-out and of a scale-in.
 _MOMENTS = (
     ("Event", 400),
@@ -81,9 +91,10 @@ class Scenario:
         limits, autoscaler, memory = self.system.batching, self.system.autoscaler, self.system.memory
         kv = sorted({self.cluster.node(node).kv_tokens(self.models[0]) for node in range(self.cluster.nodes)})
         return (
-            f"seed {self.seed}: {self.preset}, {self.cluster.nodes} nodes of {self.cluster.gpus_per_node} GPUs, {len(self.models)} "
-            f"models of {self.system.blocks} blocks on {self.models[0].gpus_per_replica} GPUs, {limits.mode} batches of "
-            f"{limits.max_batch}, at least {autoscaler.min_replicas} replicas, keep-alive {autoscaler.keep_alive_s:g} s, KV of "
+            f"seed {self.seed}: {self.preset}, {self.cluster.nodes} nodes of {self.cluster.gpus_per_node} GPUs, "
+            f"{len(self.models)} models of {self.system.blocks} blocks on {self.models[0].gpus_per_replica} GPUs, {limits.mode} "
+            f"batches of {limits.max_batch}, at least {autoscaler.min_replicas} replicas, keep-alive "
+            f"{autoscaler.keep_alive_s:g} s, KV of "
             f"{' or '.join(map(str, kv))} tokens, {memory}, {len(self.requests)} requests"
         )
 
@@ -179,9 +190,8 @@ def _system(rng: Random, config: SystemConfig, most: int) -> SystemConfig:
         initial_copies=rng.randint(0, 2),
         enabled=rng.random() < 0.9,
     )
-    mode, max_batch = rng.choice((("continuous", 8), ("continuous", 2), ("static", 1), ("static", 4)))
-    batching = BatchLimits(mode=mode, max_batch=max_batch, max_tokens=rng.choice((64, 4096)))
-    form, switch = rng.choice(("always", "useful")), rng.choice(("all", "each"))
+    batching = replace(rng.choice(_BATCHING), max_tokens=rng.choice((64, 4096)))
+    form, switch = rng.choice(_FORMS), rng.choice(_SWITCHES)
     if isinstance(start, MulticastStart) and isinstance(start.pipelines, ComplementaryPipelines):
         start = replace(start, pipelines=replace(start.pipelines, form=form, switch=switch))
     changes: dict[str, Any] = {"kv": rng.choice(("recompute", "copy")), "blocks": rng.choice(_BLOCKS)}
@@ -241,7 +251,7 @@ def _fault(rng: Random, nodes: int) -> AnyFault:
 
 def _loss(rng: Random, common: dict[str, Any]) -> Loss:
     noticed = rng.choice((0.0, 0.0, 0.02, 0.3, 1.0))
-    then = rng.choice(("back", "back", "given up", "never"))
+    then = rng.choice(_ENDS)
     if rng.random() < 0.1:
         return Loss(**common, noticed_s=None, then="back", back_s=rng.choice((0.0, 0.1, 1.0)))
     return Loss(**common, noticed_s=noticed, then=then, back_s=rng.choice((0.0, 0.05, 0.5, 3.0)))

@@ -43,6 +43,7 @@ class Named(str):
     name: str
 
     def __new__(cls, name: str, case: str) -> Named:
+        """Make the message of the invariant ``name``."""
         message = super().__new__(cls, case)
         message.name = name
         return message
