@@ -45,7 +45,7 @@ from lambdascale.core.events import (
     TokensProduced,
 )
 from lambdascale.core.timing import ComputeModel, IterationSize
-from lambdascale.explore.faults import Broken, ClockStep, Fault, Late, Loss, Pause, Repeat, Slow, victim
+from lambdascale.explore.faults import BadNode, Broken, ClockStep, Fault, Late, Loss, Pause, Poison, Repeat, Slow, victim
 from lambdascale.explore.ledger import Ledger
 from lambdascale.explore.scenario import Scenario
 from lambdascale.sim import SimConfig
@@ -54,6 +54,8 @@ from lambdascale.sim.instances import SimInstance
 
 # Seconds by which a timer may be early: sums of floats.
 _TOLERANCE = 1e-9
+# Seconds after which an instance fails that a poisoned request or a bad node makes fail.
+_FAILS_AFTER_S = 0.004
 # Requests as they stand when an instance ends: (request, tokens produced).
 _Works = list[BatchedRequest]
 
@@ -131,6 +133,8 @@ class FaultyCluster(SimBackend):
         self._held: list[_Message] = []
         self._repeats: deque[float] = deque()
         self._damaged: set[int] = set()
+        self._poisoned: set[int] = set()
+        self._bad: set[NodeId] = set()
         self._offset_s = 0.0
         self._at = 0.0
         self._timers: dict[int, float] = {}
@@ -281,6 +285,11 @@ class FaultyCluster(SimBackend):
             self._offset_s += fault.step_s
             for timer in list(self._timers):
                 self.kernel.at(self.kernel.now, self._timer_due, timer)
+        elif isinstance(fault, Poison):
+            self._poison(fault)
+        elif isinstance(fault, BadNode):
+            self._say(f"every instance fails on node {node} from now on")
+            self._bad.add(node)
         elif isinstance(fault, Broken):
             self._break(fault, cause)
 
@@ -326,12 +335,24 @@ class FaultyCluster(SimBackend):
                 self._say(f"transfer {number} fails")
                 self._hear(_Message(0.0, CommandFailed(0.0, type(cause).__name__, "broken", transfer_id=number), -1, 0))
         elif isinstance(cause, Serve | Dispatch | SwitchMode):
-            instance = cause.moves[0][1] if isinstance(cause, SwitchMode) and cause.moves else getattr(cause, "instance", -1)
-            if instance in self._instances:
-                self._say(f"instance {instance} fails")
-                self._strand(instance)
-                self._hear(_Message(0.0, CommandFailed(0.0, "Serve", "broken", instance=instance), -1, 0))
+            self._fail_instance(
+                cause.moves[0][1] if isinstance(cause, SwitchMode) and cause.moves else getattr(cause, "instance", -1)
+            )
         self._wake()
+
+    def _fail_instance(self, number: int) -> None:
+        if number in self._instances:
+            self._say(f"instance {number} fails")
+            self._strand(number)
+            self._hear(_Message(0.0, CommandFailed(0.0, "Serve", "broken", instance=number), -1, 0))
+            self._wake()
+
+    def _poison(self, fault: Poison) -> None:
+        arrived = [number for number in self._prompt_tokens if number in self._ledger]
+        if arrived:
+            request = arrived[fault.pick % len(arrived)]
+            self._say(f"instances that request {request} is sent to fail from now on")
+            self._poisoned.add(request)
 
     def _wake(self) -> None:
         """Have ``next_event`` look at what was heard: the kernel returns once there is an event."""
@@ -380,6 +401,7 @@ class FaultyCluster(SimBackend):
         self._say(f"node {node} is back")
         self._generation[node] += 1
         self._lost.discard(node)
+        self._bad.discard(node)
         self._transfers.node_restored(node)
         self._delay_s[node] = 0.0
         self._hear(_Message(0.0, NodeJoined(self.kernel.now, node), -1, 0))
@@ -407,6 +429,8 @@ class FaultyCluster(SimBackend):
         super()._serve(command)
         if command.instance not in self._instances:
             self._stranded[command.instance] = []
+        if not self._bad.isdisjoint(nodes):
+            self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, command.instance)
 
     def _repartition(self, command: Repartition) -> None:
         nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
@@ -424,6 +448,8 @@ class FaultyCluster(SimBackend):
             answer = self._answer_tokens[request_id]
             produced = min(self._ledger.produced(request_id), answer - 1)
             works.append(BatchedRequest(request_id, self._prompt_tokens[request_id], answer, produced))
+        if any(work.request_id in self._poisoned for work in works):
+            self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, number)
         if number in self._instances:
             self._instances[number].take(works)
         elif number in self._stranded:

@@ -84,6 +84,14 @@ class Broken(Fault, frozen=True, tag=True):
     damage: bool = True
 
 
+class Poison(Fault, frozen=True, tag=True):
+    """Every instance that the request with the index ``pick`` (of those that arrived by then) is sent to from now on fails."""
+
+
+class BadNode(Fault, frozen=True, tag=True):
+    """Every instance that is to serve on the node from now on fails there, until the node is lost and returns."""
+
+
 class ClockStep(Fault, frozen=True, tag=True):
     """The controller's clock steps by ``step_s``, forwards or backwards; times of events never go back, so it stands still."""
 
@@ -97,7 +105,7 @@ class Burst(Fault, frozen=True, tag=True):
     count: int = 10
 
 
-AnyFault = Loss | Slow | Late | Pause | Repeat | Broken | ClockStep | Burst
+AnyFault = Loss | Slow | Late | Pause | Repeat | Broken | Poison | BadNode | ClockStep | Burst
 
 
 def victim(fault: Fault, near: tuple[NodeId, ...], nodes: int) -> NodeId:

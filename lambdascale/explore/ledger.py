@@ -30,6 +30,9 @@ class Ledger:
         self._answers: dict[int, _Answer] = {}
         self._ended: dict[int, int] = {}
 
+    def __contains__(self, request_id: int) -> bool:
+        return request_id in self._answers
+
     def begin(self, request_id: int) -> None:
         """Take a request that has arrived."""
         self._answers[request_id] = _Answer()
@@ -38,10 +41,6 @@ class Ledger:
         """Return the instances that may add to a request."""
         answer = self._answers.get(request_id)
         return set() if answer is None else answer.owners
-
-    def has_ended(self, request_id: int) -> bool:
-        """True if the request has ended and the control plane has still to hear of it."""
-        return request_id in self._ended
 
     def produced(self, request_id: int) -> int:
         """Return the number of tokens with which a request goes on elsewhere."""

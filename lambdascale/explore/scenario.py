@@ -14,7 +14,20 @@ from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeO
 from lambdascale.core.plan import FormRule, SwitchRule
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, names
-from lambdascale.explore.faults import AnyFault, Broken, Burst, ClockStep, Late, Loss, Pause, Repeat, Slow, Trigger
+from lambdascale.explore.faults import (
+    AnyFault,
+    BadNode,
+    Broken,
+    Burst,
+    ClockStep,
+    Late,
+    Loss,
+    Pause,
+    Poison,
+    Repeat,
+    Slow,
+    Trigger,
+)
 from lambdascale.memory import HostCacheConfig
 from lambdascale.pipelines import ComplementaryPipelines
 
@@ -25,6 +38,10 @@ _BATCHING = (
     BatchLimits(max_batch=2),
     BatchLimits(mode="static", max_batch=1),
     BatchLimits(mode="static", max_batch=4),
+)
+_KINDS = (
+    *("loss", "loss", "loss", "loss", "slow", "slow", "late", "late", "pause", "repeat"),
+    *("broken", "broken", "poison", "bad node", "clock", "burst", "burst"),
 )
 _FORMS: tuple[FormRule, ...] = ("always", "useful")
 _SWITCHES: tuple[SwitchRule, ...] = ("all", "each")
@@ -228,7 +245,7 @@ def _trigger(rng: Random, moments: Sequence[tuple[str, int]] = _MOMENTS) -> Trig
 
 
 def _fault(rng: Random, nodes: int) -> AnyFault:
-    kind = rng.choice(("loss", "loss", "loss", "slow", "late", "pause", "repeat", "broken", "broken", "clock", "burst"))
+    kind = rng.choice(_KINDS)
     common: dict[str, Any] = {"when": _trigger(rng), "pick": rng.randrange(nodes), "near": rng.random() < 0.6}
     match kind:
         case "loss":
@@ -244,6 +261,10 @@ def _fault(rng: Random, nodes: int) -> AnyFault:
             return Repeat(**common, count=rng.choice((1, 10)), after_s=rng.choice((0.0, 0.02, 0.3)))
         case "broken":
             return Broken(when=_trigger(rng, _BREAKABLE), damage=rng.random() < 0.7)
+        case "poison":
+            return Poison(**common)
+        case "bad node":
+            return BadNode(**common)
         case "clock":
             return ClockStep(**common, step_s=rng.choice((-2.0, -0.1, 0.1, 2.0, 30.0)))
     return Burst(when=Trigger("", 0), pick=rng.randrange(4), at_s=round(rng.random() * 5, 2), count=rng.choice((5, 20, 40)))
