@@ -1,8 +1,12 @@
-"""Planted bugs: small faults of the control plane, each of a kind that a change could bring, as monkeypatches."""
+"""Planted bugs: small faults of the control plane, each of a kind that a change could bring, as monkeypatches.
+
+``python -m tests.explore.planted 1000`` says in which of 1,000 seeds each is found first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -17,6 +21,8 @@ from lambdascale.control.state import Fleet
 from lambdascale.control.transfers import Transfers
 from lambdascale.control.yielding import Yielding
 from lambdascale.core.commands import Dispatch, StopInstance
+from lambdascale.explore.run import Outcome, run
+from lambdascale.explore.scenario import draw
 from lambdascale.memory import HostCaches
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -305,3 +311,26 @@ def free_nodes_are_listed_that_have_no_gpu_left(patch: pytest.MonkeyPatch) -> No
         return free_nodes(self, state) or [n for n in self.candidates(state) if n not in state.allocations]
 
     patch.setattr(Fleet, "free_nodes", careless)
+
+
+def first_found(plant: Plant, seeds: Iterable[int]) -> tuple[int, Outcome] | None:
+    """Return the first seed that finds a bug, and how it shows; None if none does."""
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch)
+        for seed in seeds:
+            outcome = run(draw(seed))
+            if outcome.broken:
+                return seed, outcome
+    return None
+
+
+def main(seeds: int) -> None:
+    """Print where each bug is found."""
+    for name, plant in PLANTED.items():
+        found = first_found(plant, range(seeds))
+        where = "not found" if found is None else f"seed {found[0]}: {found[1].broken}: {found[1].case}"
+        print(f"{name.replace('_', ' ')}: {where}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,140 @@
+"""Some hundred seeds, planted bugs, and what the exploration promises about itself."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lambdascale.core import UserError
+from lambdascale.core.events import Event, NodeLost
+from lambdascale.explore import run as running
+from lambdascale.explore.explorer import Tally, explore, try_seed
+from lambdascale.explore.invariants import INVARIANTS
+from lambdascale.explore.run import Outcome, run
+from lambdascale.explore.scenario import draw, presets
+from lambdascale.explore.shrink import shrink
+from lambdascale.explore.timeline import Timeline
+from lambdascale.metrics import Recorder
+from tests.explore.planted import PLANTED, first_found
+
+# A seed at which each planted bug is found; `python -m tests.explore.planted 1000` finds them anew.
+FOUND_AT: dict[str, int] = {}
+
+
+@pytest.mark.parametrize("system", presets())
+def test_every_invariant_holds_for_every_system(system: str) -> None:
+    for seed in range(20):
+        outcome = run(draw(seed, system))
+        assert not outcome.broken, f"lambdascale explore --seeds {seed}:{seed + 1} --system {system} --faults all: {outcome}"
+
+
+@pytest.mark.parametrize("seeds", [range(100, 140), range(140, 180)])
+def test_every_invariant_holds(seeds: range) -> None:
+    tally = explore(seeds)
+    assert not tally.found
+    assert tally.seeds.total() == len(seeds)
+
+
+@pytest.mark.parametrize("name", FOUND_AT)
+def test_a_planted_bug_is_found(name: str) -> None:
+    """At the seed noted here, or, once scenarios are drawn otherwise, at another one of the first 1,000."""
+    found = first_found(PLANTED[name], (FOUND_AT[name], *range(1000)))
+    assert found is not None
+    assert found[1].broken in INVARIANTS
+
+
+def test_ten_bugs_are_planted_at_least() -> None:
+    assert len(FOUND_AT) >= 10
+    assert FOUND_AT.keys() <= PLANTED.keys()
+
+
+# -- replay --------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(seed: int) -> list[tuple[float, object]]:
+    recorder = Recorder()
+    run(draw(seed), observers=(recorder,))
+    return recorder.entries
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_seed_gives_the_same_run_each_time(seed: int) -> None:
+    assert recorded(seed) == recorded(seed)
+
+
+def test_scenarios_differ_and_a_system_may_be_chosen() -> None:
+    drawn = [draw(seed) for seed in range(200)]
+    assert {scenario.preset for scenario in drawn} == set(presets())
+    assert {scenario.cluster.nodes for scenario in drawn} == {1, 2, 3, 4, 8}
+    assert {scenario.system.batching.mode for scenario in drawn} == {"continuous", "static"}
+    kinds = {type(fault).__name__ for scenario in drawn for fault in scenario.faults}
+    assert kinds == {
+        *("Loss", "Slow", "Late", "Pause", "Repeat", "Broken", "Poison", "BadNode", "ClockStep", "Burst"),
+    }
+    assert draw(3, "faasnet").preset == "faasnet"
+    assert draw(3, "faasnet").faults == draw(3).faults
+
+
+def test_a_timeline_tells_of_faults_events_and_commands() -> None:
+    lines: list[str] = []
+    seed = next(seed for seed in range(100) if any(isinstance(e, NodeLost) for _, e in recorded(seed)))
+    timeline = Timeline(lines.append)
+    run(draw(seed), observers=(timeline,), struck=timeline.struck)
+    text = "\n".join(lines)
+    for told in (r"\*\* node \d+ dies", r"node \d+ is lost", r"-> allocate 1 GPUs|-> allocate 2 GPUs", r"request \d+ ends with"):
+        assert re.search(told, text), told
+
+
+# -- shrinking -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("culprits", [set(), {0}, {4}, {1, 3}, {0, 2, 5}, {0, 1, 2, 3, 4, 5}])
+def test_the_faults_that_matter_are_left(culprits: set[int]) -> None:
+    assert shrink(6, lambda kept: culprits <= set(kept)) == sorted(culprits)
+
+
+def test_no_fault_to_leave_out() -> None:
+    assert shrink(0, lambda kept: True) == []
+
+
+def test_a_failing_seed_is_shrunk_and_replayed_by_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTED["a_lost_nodes_requests_are_forgotten"](monkeypatch)
+    found = next(found for seed in range(200) if (found := try_seed(seed)[0]) is not None)
+    scenario = draw(found.seed)
+    assert len(found.faults) <= len(scenario.faults)
+    assert run(scenario.only(found.faults)) == Outcome(found.broken, found.case, run(scenario.only(found.faults)).events)
+    for index in range(len(found.faults)):
+        fewer = found.faults[:index] + found.faults[index + 1 :]
+        assert run(scenario.only(fewer)).broken != found.broken, "every fault that is left matters"
+    faults = ",".join(map(str, found.faults))
+    assert found.command(None) == f"lambdascale explore --seeds {found.seed}:{found.seed + 1} --faults {faults}"
+
+
+# -- the runner ----------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_find_what_one_finds() -> None:
+    heard: list[Tally] = []
+    one, two = explore(range(45)), explore(range(45), jobs=2, progress=heard.append)
+    assert (one.seeds, one.events, one.found) == (two.seeds, two.events, two.found)
+    assert sum(part.seeds.total() for part in heard) == 45
+
+
+def test_an_unknown_system_is_the_users_mistake() -> None:
+    with pytest.raises(UserError):
+        explore(range(2), system="nobody")
+
+
+def test_a_control_plane_that_raises_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raising:
+        def __init__(self, *args: object) -> None:
+            self.events = 0
+
+        def on_event(self, event: Event) -> list[object]:
+            raise KeyError("lost")
+
+    monkeypatch.setattr(running, "Watched", Raising)
+    outcome = run(draw(0))
+    assert outcome.broken == "no crash"
+    assert "KeyError: 'lost'" in outcome.case
