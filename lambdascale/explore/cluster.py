@@ -1,33 +1,21 @@
-"""The simulated cluster with faults: nodes that die and return, messages late and repeated, a controller that stops, failures.
-
-Between the simulated nodes and the control plane stand messages, as in a live cluster. What the contract allows, and so what
-happens here: messages of one node keep their order, also when they are late or come twice; those of different nodes come in any
-order. A node's messages from before its loss may come until the loss is told, none afterwards. A lost node answers no command,
-also while its loss is not known yet. Times of events never go back.
-"""
+"""The simulated cluster with faults: nodes that die, return and are slow, a controller that stops, failures of all kinds."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
-from msgspec import structs
-
-from lambdascale.control.batching import BatchedRequest
 from lambdascale.core import ModelSpec, NodeId
 from lambdascale.core.commands import (
     AllocateNode,
-    CancelTransfer,
     Command,
     Dispatch,
-    FailRequest,
     LoadBlocks,
     PlaceCopy,
     ReleaseNode,
     Repartition,
     Serve,
-    SetTimer,
     StartMulticast,
     StopInstance,
     SwitchMode,
@@ -39,33 +27,14 @@ from lambdascale.core.events import (
     NodeGivenUp,
     NodeJoined,
     NodeLost,
-    RequestArrived,
     RequestFinished,
-    TimerFired,
     TokensProduced,
 )
 from lambdascale.core.timing import ComputeModel, IterationSize
 from lambdascale.explore.faults import BadNode, Broken, ClockStep, Fault, Late, Loss, Pause, Poison, Repeat, Slow, victim
-from lambdascale.explore.ledger import Ledger
+from lambdascale.explore.instances import Instances
+from lambdascale.explore.messages import Message
 from lambdascale.explore.scenario import Scenario
-from lambdascale.sim import SimConfig
-from lambdascale.sim.backend import SimBackend
-from lambdascale.sim.instances import SimInstance
-
-# Seconds by which a timer may be early: sums of floats.
-_TOLERANCE = 1e-9
-# Seconds after which an instance fails that a poisoned request or a bad node makes fail.
-_FAILS_AFTER_S = 0.004
-# Requests as they stand when an instance ends: (request, tokens produced).
-_Works = list[BatchedRequest]
-
-
-class _Message(Event, frozen=True, gc=False):
-    """An event on its way from node ``source`` (-1: the controller's own) of a ``generation``."""
-
-    event: Event
-    source: NodeId
-    generation: int
 
 
 class _Paced(ComputeModel):
@@ -94,170 +63,25 @@ class _Paced(ComputeModel):
         return steps
 
 
-class FaultyCluster(SimBackend):
+class FaultyCluster(Instances):
     """Carries out a scenario. ``struck``: called with the time and a fault's description when one happens."""
 
     def __init__(self, scenario: Scenario, struck: Callable[[float, str], None] = lambda at, what: None) -> None:
-        # Set before the base class, whose table of handlers names overridden methods.
-        self._ledger = Ledger()
-        self._nodes = scenario.cluster.nodes
+        super().__init__(scenario)
         self._struck = struck
-        self._blocks = scenario.system.blocks
-        self._prompt_tokens = {each.request_id: each.prompt_tokens for each in scenario.requests}
-        super().__init__(
-            config=SimConfig(),
-            cluster=scenario.cluster,
-            models=scenario.models,
-            requests=scenario.requests,
-            batching=scenario.system.batching,
-            seed=scenario.seed,
-        )
-        self._handlers[FailRequest] = self._ledger.fail
-        self._handlers[ReleaseNode] = self._release
-        self._handlers[AllocateNode] = self._allocate
         self._faults: dict[tuple[str, int], list[Fault]] = {}
         for fault in scenario.faults:
             if fault.when.what:
                 self._faults.setdefault((fault.when.what, fault.when.nth), []).append(fault)
         self._seen = Counter[str]()
-        # What nodes really hold in GPU memory, whatever the control plane has heard: blocks by (node, model).
-        self._holds: dict[tuple[NodeId, str], set[int]] = {}
-        self._generation = dict.fromkeys(range(self._nodes), 0)
-        self._members = set(range(self._nodes))  # nodes that the controller takes for alive
-        self._heard: deque[tuple[Event, bool]] = deque()
-        self.repeating = False  # the event just returned was told before
-        self._delay_s = dict.fromkeys(range(self._nodes), 0.0)
-        self._latest_s = dict.fromkeys(range(self._nodes), 0.0)
         self._pace = dict.fromkeys(range(self._nodes), 1.0)
-        self._paused_until = 0.0
-        self._held: list[_Message] = []
-        self._repeats: deque[float] = deque()
-        self._damaged: set[int] = set()
-        self._poisoned: set[int] = set()
-        self._bad: set[NodeId] = set()
-        self._offset_s = 0.0
-        self._at = 0.0
-        self._timers: dict[int, float] = {}
-        self._served: dict[int, Serve] = {}
-        self._stages: dict[int, set[NodeId]] = {}
-        self._ever: dict[int, tuple[NodeId, ...]] = {}  # all nodes an instance has had, its head first
-        self._stranded: dict[int, _Works] = {}
-        self._switching: dict[int, tuple[NodeId, dict[int, int]]] = {}  # switches whose head is lost: head, request -> target
-        self._copying: dict[int, tuple[frozenset[NodeId], BatchedRequest, int]] = {}
-
-    # -- Backend -----------------------------------------------------------------------------------------------------
-
-    def submit(self, command: Command) -> None:
-        """See Backend."""
-        super().submit(command)
-        self._note(command)
-
-    def next_event(self) -> Event | None:
-        """See Backend."""
-        while True:
-            while self._heard:
-                event, self.repeating = self._heard.popleft()
-                told = self._ledger.deliver(event) if isinstance(event, RequestFinished) else event
-                if told is not None:
-                    told = structs.replace(told, at=self._tick())
-                    self._note(told)
-                    return told
-            found = super().next_event()
-            if found is None:
-                return None
-            if isinstance(found, _Message):
-                self._hear(found)
-            else:
-                self._send(found)
-
-    def _tick(self) -> float:
-        self._at = max(self._at, self.kernel.now + self._offset_s)
-        return self._at
-
-    # -- messages ----------------------------------------------------------------------------------------------------
-
-    def _send(self, event: Event) -> None:
-        """Send what happened to the controller: at once, or late; a damaged block becomes a failure."""
-        source = self._source(event)
-        if isinstance(event, BlockArrived):
-            if event.block in self._holds.get((event.node, event.model), ()):
-                return  # nodes report a block once, whatever brings it
-            if event.transfer_id in self._damaged:
-                self._damaged.discard(event.transfer_id)
-                reason = f"block {event.block} is damaged"
-                event = CommandFailed(event.at, "StartMulticast", reason, transfer_id=event.transfer_id)
-            else:
-                self._put(event)
-        message = _Message(event.at, event, source, self._generation.get(source, 0))
-        if source < 0:
-            self._hear(message)
-            return
-        due = max(self.kernel.now + self._delay_s[source], self._latest_s[source])
-        self._latest_s[source] = due
-        self._post(message, due)
-        if self._repeats:
-            due = self._latest_s[source] = max(due, self.kernel.now + self._repeats.popleft())
-            self._post(structs.replace(message, at=-1.0), due)
-
-    def _put(self, event: BlockArrived) -> None:
-        self._holds.setdefault((event.node, event.model), set()).add(event.block)
-
-    def _post(self, message: _Message, due: float) -> None:
-        if due <= self.kernel.now:
-            self._hear(message)
-        else:
-            self.kernel.at(due, cast("Callable[[Any], None]", self._events.append), message)
-
-    def _source(self, event: Event) -> NodeId:
-        if isinstance(event, BlockArrived):
-            return event.node
-        if isinstance(event, TokensProduced | RequestFinished):
-            return self._ever[event.instance][0]
-        return -1
-
-    def _hear(self, message: _Message) -> None:
-        """Let the controller take a message, once it runs, unless its sender is not a member any more."""
-        if self.kernel.now < self._paused_until:
-            self._held.append(message)
-            return
-        event, source = message.event, message.source
-        if source >= 0 and (source not in self._members or self._generation[source] != message.generation):
-            return
-        told: Event | None = event
-        if isinstance(event, RequestArrived):
-            self._ledger.begin(event.request.request_id)
-        elif isinstance(event, TokensProduced):
-            told = self._ledger.tokens(event)
-        elif isinstance(event, RequestFinished):
-            told = self._ledger.finish(event)
-        if told is not None:
-            self._heard.append((told, message.at < 0))
-        if isinstance(event, NodeLost) or (isinstance(event, NodeJoined) and event.at and event.node in self._members):
-            self._forget(event.node)
-        if isinstance(event, NodeJoined):
-            self._members.add(event.node)
-
-    def _forget(self, node: NodeId) -> None:
-        """Forget a member, and redo or report what depended on it, as a live controller does."""
-        self._members.discard(node)
-        for pipeline, (head, moves) in list(self._switching.items()):
-            if head == node:
-                del self._switching[pipeline]
-                self._redo(moves)
-        for number, nodes in self._ever.items():
-            if number in self._served and node in nodes and node not in self._stages[number]:
-                reason = f"node {node} was lost, which had stages of instance {number} before"
-                self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
-
-    def _redo(self, moves: dict[int, int]) -> None:
-        for request_id, target in moves.items():
-            if target in self._ledger.owners(request_id):
-                self._assign(target, [request_id])
-
-    # -- faults ------------------------------------------------------------------------------------------------------
+        self._damages: Counter[str] = Counter()  # transfers of a model that are to be damaged
 
     def _note(self, entry: Event | Command) -> None:
         """Count an event or a command; let the faults happen that are tied to it."""
+        if isinstance(entry, StartMulticast | LoadBlocks) and self._damages[entry.model]:
+            self._damages[entry.model] -= 1
+            self._damage(entry)
         kinds = [type(entry).__name__, "Event"] if isinstance(entry, Event) else [type(entry).__name__]
         for kind in kinds:
             self._seen[kind] += 1
@@ -301,15 +125,6 @@ class FaultyCluster(SimBackend):
         self._paused_until = max(self._paused_until, self.kernel.now + fault.lasts_s)
         self.kernel.at(self._paused_until, self._go_on)
 
-    def _go_on(self, _: object) -> None:
-        if self.kernel.now < self._paused_until:
-            return
-        held, self._held = self._held, []
-        for message in held:
-            self._hear(message)
-        if self._heard:  # next_event looks at what was heard once the kernel returns
-            self._events.append(_Message(0.0, Event(0.0), self._nodes, 0))
-
     def _slow(self, entry: tuple[NodeId, Slow, int]) -> None:
         node, fault, left = entry
         self._say(f"node {node} is slow for {fault.lasts_s:g} s: compute {fault.compute:g} times, link at {fault.nic:g}")
@@ -329,23 +144,20 @@ class FaultyCluster(SimBackend):
         if isinstance(cause, StartMulticast | LoadBlocks):
             number = cause.transfer_id
             if fault.damage:
-                self._say(f"the next block of transfer {number} is damaged")
-                self._damaged.add(number)
+                self._damage(cause)
+                self._damages[cause.model] += fault.times - 1
             else:
                 self._say(f"transfer {number} fails")
-                self._hear(_Message(0.0, CommandFailed(0.0, type(cause).__name__, "broken", transfer_id=number), -1, 0))
+                self._hear(Message(0.0, CommandFailed(0.0, type(cause).__name__, "broken", transfer_id=number), -1, 0))
         elif isinstance(cause, Serve | Dispatch | SwitchMode):
             self._fail_instance(
                 cause.moves[0][1] if isinstance(cause, SwitchMode) and cause.moves else getattr(cause, "instance", -1)
             )
         self._wake()
 
-    def _fail_instance(self, number: int) -> None:
-        if number in self._instances:
-            self._say(f"instance {number} fails")
-            self._strand(number)
-            self._hear(_Message(0.0, CommandFailed(0.0, "Serve", "broken", instance=number), -1, 0))
-            self._wake()
+    def _damage(self, command: StartMulticast | LoadBlocks) -> None:
+        self._say(f"the next block of transfer {command.transfer_id} is damaged")
+        self._damaged.add(command.transfer_id)
 
     def _poison(self, fault: Poison) -> None:
         arrived = [number for number in self._prompt_tokens if number in self._ledger]
@@ -353,10 +165,6 @@ class FaultyCluster(SimBackend):
             request = arrived[fault.pick % len(arrived)]
             self._say(f"instances that request {request} is sent to fail from now on")
             self._poisoned.add(request)
-
-    def _wake(self) -> None:
-        """Have ``next_event`` look at what was heard: the kernel returns once there is an event."""
-        self._events.append(_Message(0.0, Event(0.0), self._nodes, 0))
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
@@ -367,13 +175,7 @@ class FaultyCluster(SimBackend):
         self._lost.add(node)
         self._transfers.node_lost(node)
         self._holds = {key: blocks for key, blocks in self._holds.items() if key[0] != node}
-        for number in list(self._instances):
-            if node in self._ever[number]:
-                self._strand(number)
-        for request_id, (sources, work, target) in list(self._copying.items()):
-            if node in sources:
-                del self._copying[request_id]
-                super()._resume(target, work, cached=False)
+        self._break_instances(node)
         if fault.noticed_s is None:
             self.kernel.at(self.kernel.now + fault.back_s, self._return, node)
         else:
@@ -381,7 +183,7 @@ class FaultyCluster(SimBackend):
 
     def _notice(self, entry: tuple[NodeId, Loss]) -> None:
         node, fault = entry
-        self._hear(_Message(0.0, NodeLost(self.kernel.now, node, fault.then != "never"), -1, 0))
+        self._hear(Message(0.0, NodeLost(self.kernel.now, node, fault.then != "never"), -1, 0))
         self._wake()
         if fault.then == "back":
             self.kernel.at(max(self.kernel.now + fault.back_s, self._paused_until), self._return, node)
@@ -390,7 +192,7 @@ class FaultyCluster(SimBackend):
 
     def _give_up(self, node: NodeId) -> None:
         self._say(f"node {node} is given up")
-        self._hear(_Message(0.0, NodeGivenUp(0.0, node), -1, 0))
+        self._hear(Message(0.0, NodeGivenUp(0.0, node), -1, 0))
         self._wake()
 
     def _return(self, node: NodeId) -> None:
@@ -404,138 +206,11 @@ class FaultyCluster(SimBackend):
         self._bad.discard(node)
         self._transfers.node_restored(node)
         self._delay_s[node] = 0.0
-        self._hear(_Message(0.0, NodeJoined(self.kernel.now, node), -1, 0))
+        self._hear(Message(0.0, NodeJoined(self.kernel.now, node), -1, 0))
         self._wake()
-
-    # -- instances ---------------------------------------------------------------------------------------------------
-
-    def _end_instance(self, number: int) -> _Works:
-        """Drain an instance; what it has produced counts, as far as its client can have it."""
-        instance = self._instances.pop(number, None)
-        works = [] if instance is None else instance.drain()
-        for work in works:
-            self._ledger.progress(work.request_id, work.produced)
-        return works
-
-    def _strand(self, number: int) -> None:
-        """Stop an instance one of whose nodes died; its head, if it lives, still has the requests."""
-        self._stranded[number] = self._end_instance(number)
-
-    def _serve(self, command: Serve) -> None:
-        nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
-        self._served[command.instance] = command
-        self._stages[command.instance] = set(nodes)
-        self._ever[command.instance] = nodes
-        super()._serve(command)
-        if command.instance not in self._instances:
-            self._stranded[command.instance] = []
-        if not self._bad.isdisjoint(nodes):
-            self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, command.instance)
-
-    def _repartition(self, command: Repartition) -> None:
-        nodes = tuple(dict.fromkeys(stage.node for stage in command.stages))
-        self._stages[command.instance] = set(nodes)
-        self._ever[command.instance] = tuple(dict.fromkeys((*self._ever[command.instance], *nodes)))
-        super()._repartition(command)
-
-    def _dispatch(self, command: Dispatch) -> None:
-        self._assign(command.instance, self._ledger.dispatch(command))
-
-    def _assign(self, number: int, requests: Iterable[int]) -> None:
-        """Let an instance work on requests from the tokens on that are known to exist."""
-        works = []
-        for request_id in requests:
-            answer = self._answer_tokens[request_id]
-            produced = min(self._ledger.produced(request_id), answer - 1)
-            works.append(BatchedRequest(request_id, self._prompt_tokens[request_id], answer, produced))
-        if any(work.request_id in self._poisoned for work in works):
-            self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, number)
-        if number in self._instances:
-            self._instances[number].take(works)
-        elif number in self._stranded:
-            self._stranded[number] += works
-
-    def _stop_instance(self, command: StopInstance) -> None:
-        self._end_instance(command.instance)
-        self._ledger.stop(command)
-        self._stranded.pop(command.instance, None)
-        self._served.pop(command.instance, None)
-
-    def _switch_mode(self, command: SwitchMode) -> None:
-        self._ledger.switch(command)
-        self._served.pop(command.pipeline, None)
-        pipeline = self._instances.pop(command.pipeline, None)
-        moves = dict(command.moves)
-        if pipeline is not None:
-            works = pipeline.drain()
-            for work in works:
-                self._ledger.progress(work.request_id, work.produced)
-            self._hand_over(pipeline, works, moves, command)
-            return
-        head = self._ever[command.pipeline][0]
-        if head in self._lost or head not in self._members:
-            self._switching[command.pipeline] = (head, moves)
-            if head not in self._members:
-                del self._switching[command.pipeline]
-                self._redo(moves)
-            return
-        for work in self._stranded.pop(command.pipeline, ()):
-            if work.request_id in moves:
-                super()._resume(moves[work.request_id], work, cached=False)
-
-    def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
-        for work in works:
-            target = moves.get(work.request_id)
-            if target is None:
-                continue  # the control plane believes it to be elsewhere
-            if command.kv == "copy" and work.produced:
-                self._copying[work.request_id] = (frozenset(pipeline.nodes), work, target)
-                self._copy_kv(pipeline, work, target)
-            else:
-                self._resume(target, work, cached=False)
-
-    def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
-        if cached and self._copying.pop(work.request_id, None) is None:
-            return
-        self._copying.pop(work.request_id, None)
-        super()._resume(target, work, cached=cached)
-
-    # -- what nodes hold ---------------------------------------------------------------------------------------------
-
-    def held(self, node: NodeId, model: str) -> set[int]:
-        """Return the blocks that a node really holds; all of them if it is dead, which nobody may know yet."""
-        return self._holds.get((node, model), set()) if node not in self._lost else set(range(self._blocks))
-
-    def _allocate(self, command: AllocateNode) -> None:
-        if command.node not in self._lost:
-            self._holds[command.node, command.model] = set()
-
-    def _release(self, command: ReleaseNode) -> None:
-        self._holds.pop((command.node, command.model), None)
-
-    def _cancel(self, command: CancelTransfer) -> None:
-        self._damaged.discard(command.transfer_id)
-        super()._cancel(command)
-
-    # -- time --------------------------------------------------------------------------------------------------------
 
     def _timing(self, model: ModelSpec, node: NodeId) -> ComputeModel:
         return _Paced(self._cluster.node(node), model, lambda: self._pace[node])
-
-    def _set_timer(self, command: SetTimer) -> None:
-        self._timers[command.timer_id] = command.at
-        self._timer_due(command.timer_id)
-
-    def _timer_due(self, timer_id: int) -> None:
-        due = self._timers.get(timer_id)
-        if due is None:
-            return
-        left = due - max(self._at, self.kernel.now + self._offset_s)
-        if left <= _TOLERANCE:
-            del self._timers[timer_id]
-            self._events.append(TimerFired(self.kernel.now, timer_id))
-        else:
-            self.kernel.at(self.kernel.now + due - (self.kernel.now + self._offset_s), self._timer_due, timer_id)
 
 
 def _after(seconds: float | None) -> str:

@@ -78,10 +78,12 @@ class Repeat(Fault, frozen=True, tag=True):
 class Broken(Fault, frozen=True, tag=True):
     """The transfer or instance that its trigger starts or uses fails.
 
-    ``damage``: of a transfer, the next block to arrive is damaged; otherwise the failure is reported alone.
+    ``damage``: of a transfer, the next block to arrive is damaged; otherwise the failure is reported alone. ``times``: number of
+    the model's transfers that are damaged in a row.
     """
 
     damage: bool = True
+    times: int = 1
 
 
 class Poison(Fault, frozen=True, tag=True):
@@ -109,7 +111,7 @@ AnyFault = Loss | Slow | Late | Pause | Repeat | Broken | Poison | BadNode | Clo
 
 
 def victim(fault: Fault, near: tuple[NodeId, ...], nodes: int) -> NodeId:
-    """Return the node that a fault concerns: one of ``near``, its trigger's, if it is to be one of them and there are any."""
+    """Return the node that a fault concerns: one of ``near``, if it is to be one of its trigger's and it has any."""
     return near[fault.pick % len(near)] if fault.near and near else fault.pick % nodes
 
 

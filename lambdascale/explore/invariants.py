@@ -1,4 +1,4 @@
-"""What has to hold after every event, by name, for every system and under every fault."""
+"""Invariants by name: they hold after every event, for every system and under every fault."""
 
 from __future__ import annotations
 

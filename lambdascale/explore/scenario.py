@@ -260,7 +260,7 @@ def _fault(rng: Random, nodes: int) -> AnyFault:
         case "repeat":
             return Repeat(**common, count=rng.choice((1, 10)), after_s=rng.choice((0.0, 0.02, 0.3)))
         case "broken":
-            return Broken(when=_trigger(rng, _BREAKABLE), damage=rng.random() < 0.7)
+            return Broken(when=_trigger(rng, _BREAKABLE), damage=rng.random() < 0.7, times=rng.choice((1, 1, 2, 5)))
         case "poison":
             return Poison(**common)
         case "bad node":

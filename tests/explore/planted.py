@@ -46,12 +46,12 @@ def a_lost_nodes_requests_are_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 @planted
 def a_queue_does_not_go_on_when_its_head_is_given_up(patch: pytest.MonkeyPatch) -> None:
-    give_up, fill = Router.give_up, Router.fill
+    give_up = Router.give_up
 
     def without_fill(self: Router, state: Any) -> None:
-        self.fill = lambda state: None  # type: ignore[method-assign]
-        give_up(self, state)
-        self.fill = fill.__get__(self)  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self, "fill", lambda state: None)
+            give_up(self, state)
 
     patch.setattr(Router, "give_up", without_fill)
 
@@ -176,10 +176,9 @@ def a_node_that_returns_keeps_what_it_held(patch: pytest.MonkeyPatch) -> None:
     lost = Recovery.node_lost
 
     def noticed(self: Recovery, node: int, *, returns: bool) -> None:
-        copies = self._fleet.host
-        forget, copies.forget = copies.forget, lambda node: None  # type: ignore[method-assign]
-        lost(self, node, returns=returns)
-        copies.forget = forget  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self._fleet.host, "forget", lambda node: None)
+            lost(self, node, returns=returns)
 
     patch.setattr(Recovery, "node_lost", noticed)
 
