@@ -341,7 +341,14 @@ class TransferEngine:
             self._release(transfer)
 
     def node_lost(self, node: NodeId) -> None:
-        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled."""
+        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled.
+
+        A collective breaks with its communicator: its sources have their GPUs back, though a control plane that counts it as
+        through never cancels it.
+        """
+        for transfer in self._transfers.values():
+            if isinstance(transfer, _Multicast) and node in transfer.members:
+                self._release(transfer)
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
 
     def node_restored(self, node: NodeId) -> None:

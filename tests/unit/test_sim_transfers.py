@@ -236,6 +236,14 @@ def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float)
     assert rig.occupied[-1][1:] == (0, False)
 
 
+def test_a_member_lost_in_a_collective_gives_the_gpus_of_its_sources_back() -> None:
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
+    rig.kernel.at(0.5, rig.engine.node_lost, 2)
+    rig.run()
+    assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
+
+
 def test_a_member_lost_during_the_set_up_keeps_the_sources_free() -> None:
     rig = Rig()
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
