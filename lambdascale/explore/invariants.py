@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from math import isclose
 
@@ -87,6 +86,7 @@ class Watched:
         self._copies: dict[NodeId, set[str]] = {}
         self._sizes = {model.name: model.size_bytes for model in scenario.models}
         hardware = [scenario.cluster.node(node) for node in range(scenario.cluster.nodes)]
+        self._totals = [node.gpus for node in hardware]
         self._budgets = [system.memory.room_bytes(node.host_memory_bytes) for node in hardware]
         self._since: dict[int, float] = {}
         self._deadline_s = DEADLINE_S + 2 * sum(lasts_s(fault) for fault in scenario.faults)
@@ -172,33 +172,33 @@ class Watched:
 
     def _settled(self) -> None:
         fleet = self.plane.fleet
-        used: Counter[NodeId] = Counter()
-        for (node, _), (gpus, _) in self._gpus.items():
-            used[node] += gpus
+        held_by: dict[str, set[NodeId]] = {name: set() for name in fleet.models}
+        left = self._totals.copy()
+        for (node, model), (gpus, _) in self._gpus.items():
+            left[node] -= gpus
+            held_by[model].add(node)
         for node, free in fleet.gpus_free.items():
-            if free < 0 or free + used[node] != self._scenario.cluster.node(node).gpus:
-                raise AssertionError(Named("accounts", f"node {node} has {free} GPUs free and {used[node]} in use"))
-        for state in fleet.models.values():
+            if free != left[node] or free < 0:
+                raise AssertionError(Named("accounts", f"node {node} has {free} GPUs free, not {left[node]}"))
+        for name, state in fleet.models.items():
             self._check_places(state)
-            held = {node for node, model in self._gpus if model == state.spec.name}
+            held = held_by[name]
             if held != state.allocations.keys():
-                raise AssertionError(Named("accounts", f"{state.spec.name} has GPUs of {held}, not {set(state.allocations)}"))
+                raise AssertionError(Named("accounts", f"{name} has GPUs of {held}, not {set(state.allocations)}"))
         self._check_deadline()
 
     def _check_places(self, state: ModelState) -> None:
-        places = Counter(request.request_id for request in state.queue)
+        name, queued = state.spec.name, len(state.queue)
+        places = {request.request_id for request in state.queue}
         running = 0
         for instance in state.instances.values():
             running += len(instance.outstanding)
-            for request_id in instance.outstanding:
-                places[request_id] += 1
+            places.update(instance.outstanding)
         if running != state.running:
-            raise AssertionError(Named("one place", f"{state.spec.name} counts {state.running} running requests of {running}"))
-        name = state.spec.name
-        for request_id, count in places.items():
-            if count > 1:
-                raise AssertionError(Named("one place", f"request {request_id} of {name} is in {count} places"))
-        missing = self._checker.open_requests(name) - places.keys()
+            raise AssertionError(Named("one place", f"{name} counts {state.running} running requests of {running}"))
+        if len(places) != queued + running:
+            raise AssertionError(Named("one place", f"{queued + running - len(places)} requests of {name} are in two places"))
+        missing = self._checker.open_requests(name) - places
         if missing:
             raise AssertionError(Named("one place", f"requests {sorted(missing)} of {name} are nowhere"))
 
