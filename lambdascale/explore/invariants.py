@@ -12,10 +12,12 @@ from lambdascale.core.commands import (
     AllocateNode,
     Command,
     EvictBlocks,
+    LoadBlocks,
     PlaceCopy,
     ReleaseNode,
     Repartition,
     Serve,
+    StartMulticast,
 )
 from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.explore.cluster import FaultyCluster
@@ -56,6 +58,7 @@ INVARIANTS = {
     "tokens": "no token is repeated or skipped: one first token, and as many as the answer has",
     "one place": "an open request is in the queue or at one instance, which the cluster knows",
     "accounts": "GPUs free and allocated are those of the living nodes, in commands as in the control plane's picture",
+    "copies": "no transfer reads a host copy that its node does not have",
     "host bytes": "copies on a node take no more bytes than its budget",
     "deadline": "a transfer ends or is planned anew within a deadline",
     "idle minimum": "an idle cluster returns to its minimum of replicas, and has nothing under way",
@@ -150,6 +153,12 @@ class Watched:
             self._copies.get(command.node, set()).discard(command.model)
         elif isinstance(command, Serve | Repartition):
             self._check_held(command)
+        elif isinstance(command, LoadBlocks) and command.tier == "host":
+            self._check_copy(command.node, command.model)
+        elif isinstance(command, StartMulticast):
+            for node, tier in zip(command.plan.sources, command.source_tiers, strict=True):
+                if tier == "host":
+                    self._check_copy(node, command.model)
 
     def _take_back(self, node: NodeId, model: str) -> None:
         gpus, since = self._gpus.pop((node, model))
@@ -159,6 +168,10 @@ class Watched:
         used = sum(self._sizes[name] for name in self._copies[node])
         if used > self._budgets[node]:
             raise AssertionError(Named("host bytes", f"copies on node {node} take {used} of {self._budgets[node]} bytes"))
+
+    def _check_copy(self, node: NodeId, model: str) -> None:
+        if model not in self._copies.get(node, ()):
+            raise AssertionError(Named("copies", f"node {node} is to read a host copy of {model}, which it does not have"))
 
     def _check_held(self, command: Serve | Repartition) -> None:
         """Compare with what nodes really hold. One that died unnoticed holds nothing, and nobody can know."""

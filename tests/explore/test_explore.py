@@ -19,7 +19,32 @@ from lambdascale.metrics import Recorder
 from tests.explore.planted import PLANTED, first_found
 
 # A seed at which each planted bug is found; `python -m tests.explore.planted 1000` finds them anew.
-FOUND_AT: dict[str, int] = {}
+FOUND_AT = {
+    "a_lost_nodes_requests_are_forgotten": 1,
+    "a_node_is_released_while_it_feeds_a_transfer": 75,
+    "a_broken_multicast_is_not_planned_anew": 24,
+    "a_failed_multicast_is_planned_anew_for_ever": 45,
+    "a_failed_instance_is_not_stopped": 1,
+    "requests_are_handed_over_twice_at_a_mode_switch": 0,
+    "the_last_request_is_left_behind_at_a_mode_switch": 0,
+    "a_moved_requests_end_is_looked_for_at_its_pipeline": 265,
+    "kv_memory_is_not_looked_at": 0,
+    "a_slot_is_given_away_that_is_taken": 0,
+    "gpus_of_a_given_up_node_are_not_freed": 9,
+    "a_node_that_returns_is_not_taken_in": 14,
+    "requests_wait_for_a_node_that_is_given_up": 52,
+    "the_minimum_is_forgotten": 0,
+    "drained_replicas_are_never_released": 0,
+    "a_replica_is_released_with_its_requests": 0,
+    "models_of_no_use_do_not_give_way": 63,
+    "a_pipeline_serves_before_its_last_block": 0,
+    "a_copy_stays_beyond_the_budget": 4,
+    "stopped_instances_go_on_computing": 1,
+    "the_traffic_of_a_cancelled_transfer_stays": 5,
+    "a_request_is_sent_to_two_instances": 0,
+    "a_lost_node_still_counts_as_free": 32,
+    "an_allocation_lives_on_without_its_node": 1,
+}
 
 
 @pytest.mark.parametrize("system", presets())
@@ -116,9 +141,9 @@ def test_a_failing_seed_is_shrunk_and_replayed_by_one_command(monkeypatch: pytes
 
 def test_processes_find_what_one_finds() -> None:
     heard: list[Tally] = []
-    one, two = explore(range(45)), explore(range(45), jobs=2, progress=heard.append)
+    one, two = explore(range(25)), explore(range(25), jobs=2, progress=heard.append)
     assert (one.seeds, one.events, one.found) == (two.seeds, two.events, two.found)
-    assert sum(part.seeds.total() for part in heard) == 45
+    assert sum(part.seeds.total() for part in heard) == 25
 
 
 def test_an_unknown_system_is_the_users_mistake() -> None:
