@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import isclose
 
@@ -19,7 +20,7 @@ from lambdascale.core.commands import (
     Serve,
     StartMulticast,
 )
-from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
+from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestFinished, TokensProduced
 from lambdascale.explore.cluster import FaultyCluster
 from lambdascale.explore.faults import lasts_s
 from lambdascale.explore.scenario import Scenario
@@ -33,6 +34,8 @@ MOST_S = 400.0
 # Simulated seconds within which a transfer of a 1 GB model ends or is planned anew where nothing delays it: loads of all
 # models from an SSD that they share, several times over.
 DEADLINE_S = 40.0
+# The promised bound on the failed instances of a request.
+_TRIES = 3
 
 # Name of each invariant, and what it says. The first block is checked by lambdascale.testing.InvariantChecker.
 INVARIANTS = {
@@ -57,6 +60,7 @@ INVARIANTS = {
     # Checked here.
     "tokens": "no token is repeated or skipped: one first token, and as many as the answer has",
     "one place": "an open request is in the queue or at one instance, which the cluster knows",
+    "retry bound": "a request that was on three failed instances is failed",
     "accounts": "GPUs free and allocated are those of the living nodes, in commands as in the control plane's picture",
     "copies": "no transfer reads a host copy that its node does not have",
     "host bytes": "copies on a node take no more bytes than its budget",
@@ -91,6 +95,7 @@ class Watched:
         hardware = [scenario.cluster.node(node) for node in range(scenario.cluster.nodes)]
         self._totals = [node.gpus for node in hardware]
         self._budgets = [system.memory.room_bytes(node.host_memory_bytes) for node in hardware]
+        self._failures: Counter[int] = Counter()  # failed instances that a request was on
         self._since: dict[int, float] = {}
         self._deadline_s = DEADLINE_S + 2 * sum(lasts_s(fault) for fault in scenario.faults)
         self._bound_s = MOST_S + 2 * self._deadline_s
@@ -122,6 +127,8 @@ class Watched:
             self._begun.add(event.request_id)
         elif isinstance(event, RequestFinished):
             self._check_answer(event)
+        elif isinstance(event, CommandFailed) and event.instance in self.plane.fleet.instances:
+            self._failures.update(self.plane.fleet.instances[event.instance].outstanding)
         elif isinstance(event, NodeLost | NodeJoined):
             self._copies.pop(event.node, None)
             for node, model in [key for key in self._gpus if key[0] == event.node]:
@@ -199,6 +206,12 @@ class Watched:
             if held != state.allocations.keys():
                 raise AssertionError(Named("accounts", f"{name} has GPUs of {held}, not {set(state.allocations)}"))
         self._check_deadline()
+        self._check_retries()
+
+    def _check_retries(self) -> None:
+        for request, failures in self._failures.items():
+            if failures >= _TRIES and any(request in self._checker.open_requests(name) for name in self._sizes):
+                raise AssertionError(Named("retry bound", f"request {request} was on {failures} failed instances, and goes on"))
 
     def _check_places(self, state: ModelState) -> None:
         name, queued = state.spec.name, len(state.queue)

@@ -31,7 +31,8 @@ from lambdascale.explore.faults import (
 from lambdascale.memory import HostCacheConfig
 from lambdascale.pipelines import ComplementaryPipelines
 
-_NODES = (1, 2, 3, 4, 8)
+# Larger clusters, in which more happens, are drawn more often, and so are the systems with pipelines.
+_NODES = (1, 2, 3, 4, 4, 8, 8, 8)
 _BLOCKS = (1, 2, 3, 4, 8)
 _BATCHING = (
     BatchLimits(max_batch=8),
@@ -48,28 +49,31 @@ _SWITCHES: tuple[SwitchRule, ...] = ("all", "each")
 _ENDS: tuple[Literal["back", "given up", "never"], ...] = ("back", "back", "given up", "never")
 # What faults are tied to, with the largest number of it that is drawn: every phase of a scale-out and of a scale-in.
 _MOMENTS = (
-    ("Event", 400),
-    ("BlockArrived", 60),
-    ("StartMulticast", 4),
+    ("Event", 300),
+    ("BlockArrived", 40),
+    ("BlockArrived", 40),
+    ("StartMulticast", 2),
+    ("StartMulticast", 2),
     ("LoadBlocks", 6),
-    ("Serve", 8),
-    ("Dispatch", 40),
-    ("SwitchMode", 3),
-    ("StopInstance", 6),
-    ("ReleaseNode", 6),
-    ("AllocateNode", 10),
-    ("CancelTransfer", 3),
-    ("RequestFinished", 30),
-    ("TimerFired", 60),
-    ("NodeLost", 2),
-    ("NodeJoined", 10),
-)
-_BREAKABLE = (
-    ("StartMulticast", 4),
-    ("LoadBlocks", 8),
     ("Serve", 8),
     ("Dispatch", 30),
     ("SwitchMode", 2),
+    ("StopInstance", 4),
+    ("ReleaseNode", 4),
+    ("AllocateNode", 8),
+    ("CancelTransfer", 1),
+    ("RequestFinished", 20),
+    ("TimerFired", 20),
+    ("NodeLost", 1),
+    ("NodeJoined", 10),
+)
+_BREAKABLE = (
+    ("StartMulticast", 2),
+    ("StartMulticast", 2),
+    ("LoadBlocks", 6),
+    ("Serve", 8),
+    ("Dispatch", 20),
+    ("SwitchMode", 1),
 )
 
 
@@ -131,7 +135,8 @@ def presets() -> tuple[str, ...]:
 def draw(seed: int, system: str | None = None) -> Scenario:
     """Return the scenario of a seed; ``system``: of conf/system, instead of the one the seed chooses."""
     rng = Random(seed)
-    chosen = rng.choice(presets())
+    with_pipelines = [each for each in presets() if each.startswith("lambdascale")]
+    chosen = rng.choice(with_pipelines if rng.random() < 0.4 else presets())
     name = system or chosen
     nodes = rng.choice(_NODES)
     gpus = rng.choice((1, 1, 2))
@@ -147,7 +152,7 @@ def draw(seed: int, system: str | None = None) -> Scenario:
 
 
 def _models(rng: Random, gpus: int) -> tuple[ModelSpec, ...]:
-    count = rng.choice((1, 1, 2, 3, 4))
+    count = rng.choice((1, 1, 1, 2, 2, 3, 4))
     size = ModelSpec(
         name="m0", layers=16, hidden=1024, heads=16, kv_heads=8, vocab=8000, weight_bytes="1GB", gpus_per_replica=gpus
     )
@@ -196,7 +201,7 @@ def _system(rng: Random, config: SystemConfig, most: int) -> SystemConfig:
     assert isinstance(autoscaler, Autoscaler), "every system of conf/ has it"
     autoscaler = replace(
         autoscaler,
-        target_per_replica=rng.choice((1, 2, 4)),
+        target_per_replica=rng.choice((1, 1, 2, 4)),
         keep_alive_s=rng.choice((0.0, 0.5, 1.0)),
         min_replicas=rng.randint(0, min(most, 2)),
         max_replicas=None,
@@ -222,7 +227,7 @@ def _workload(rng: Random, models: Sequence[ModelSpec]) -> tuple[TracedRequest, 
     for _ in range(rng.randint(1, 5)):
         model = rng.choice(models).name
         spread = rng.choice((0.0, 0.0, 0.3))
-        for _ in range(rng.randint(1, 16)):
+        for _ in range(rng.choice((1, 4, 12, 24))):
             prompt = rng.choice((5, 20, 60, 60, 180, 5000)) if rng.random() < 0.3 else rng.randint(5, 60)
             answer = rng.randint(1, 60)
             found.append(traced(len(found), at + rng.random() * spread, model, prompt, answer, answer + rng.randint(0, 20)))
@@ -234,7 +239,7 @@ def _workload(rng: Random, models: Sequence[ModelSpec]) -> tuple[TracedRequest, 
 
 
 def _faults(rng: Random, nodes: int) -> tuple[AnyFault, ...]:
-    return tuple(_fault(rng, nodes) for _ in range(rng.randint(0, 6)))
+    return tuple(_fault(rng, nodes) for _ in range(rng.randint(0, 7)))
 
 
 def _trigger(rng: Random, moments: Sequence[tuple[str, int]] = _MOMENTS) -> Trigger:
