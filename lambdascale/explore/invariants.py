@@ -128,7 +128,7 @@ class Watched:
         elif isinstance(event, RequestFinished):
             self._check_answer(event)
         elif isinstance(event, CommandFailed) and event.instance in self.plane.fleet.instances:
-            self._failures.update(self.plane.fleet.instances[event.instance].outstanding)
+            self._failures.update(list(self.plane.fleet.instances[event.instance].outstanding))
         elif isinstance(event, NodeLost | NodeJoined):
             self._copies.pop(event.node, None)
             for node, model in [key for key in self._gpus if key[0] == event.node]:
