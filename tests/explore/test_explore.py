@@ -7,7 +7,7 @@ import re
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.core.events import Event, NodeLost
+from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost
 from lambdascale.explore import run as running
 from lambdascale.explore.explorer import Tally, explore, try_seed
 from lambdascale.explore.invariants import INVARIANTS
@@ -86,6 +86,22 @@ def recorded(seed: int) -> list[tuple[float, object]]:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_seed_gives_the_same_run_each_time(seed: int) -> None:
     assert recorded(seed) == recorded(seed)
+
+
+def test_a_lost_node_sends_no_news_until_it_joins_anew() -> None:
+    """What the contract of messages allows, and the invariants rely on."""
+    away_at_all = 0
+    for seed in range(40):
+        away: set[int] = set()
+        for _, entry in recorded(seed):
+            if isinstance(entry, NodeLost):
+                away.add(entry.node)
+                away_at_all += 1
+            elif isinstance(entry, NodeJoined):
+                away.discard(entry.node)
+            elif isinstance(entry, BlockArrived):
+                assert entry.node not in away
+    assert away_at_all > 5
 
 
 def test_scenarios_differ_and_a_system_may_be_chosen() -> None:
