@@ -116,7 +116,7 @@ class Instances(Messages):
             return
         for work in self._stranded.pop(command.pipeline, ()):
             if work.request_id in moves:
-                super()._resume(moves[work.request_id], work, cached=False)
+                self._resume(moves[work.request_id], work, cached=False)
 
     def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
         for work in works:
@@ -133,7 +133,10 @@ class Instances(Messages):
         if cached and self._copying.pop(work.request_id, None) is None:
             return
         self._copying.pop(work.request_id, None)
-        super()._resume(target, work, cached=cached)
+        if target in self._stranded:  # its head takes the request, and hands it over once more
+            self._stranded[target].append(work)
+        else:
+            super()._resume(target, work, cached=cached)
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
