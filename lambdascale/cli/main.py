@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lambdascale import __version__
-from lambdascale.cli import doctor, multicast, pack, plan, profile, serve
+from lambdascale.cli import doctor, explore, multicast, pack, plan, profile, serve
 from lambdascale.cli.guard import run_guarded
 
 
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     profile.add_parser(subcommands)
     doctor.add_parser(subcommands)
     serve.add_parser(subcommands)
+    explore.add_parser(subcommands)
     return parser
 
 

@@ -17,12 +17,12 @@ class Allocations:
 
     def allocate(self, state: ModelState, node: NodeId, wanted: Iterable[int] | None = None) -> None:
         """Give the node's GPUs to the model, to hold ``wanted`` blocks (None: all)."""
-        gpus = state.spec.gpus_per_replica
-        self._fleet.gpus_free[node] -= gpus
+        fleet, gpus = self._fleet, state.spec.gpus_per_replica
+        fleet.gpus_free[node] -= gpus
         blocks = set(range(state.blocks)) if wanted is None else set(wanted)
-        state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks, began_at=self._fleet.at)
+        state.allocations[node] = Allocation(node, state.spec.name, blocks, state.blocks, began_at=fleet.at, since=fleet.last_id)
         state.spared += state.blocks - len(blocks)
-        self._fleet.out.append(AllocateNode(node, state.spec.name, gpus))
+        fleet.out.append(AllocateNode(node, state.spec.name, gpus))
 
     def release(self, state: ModelState, allocation: Allocation) -> None:
         """Free a node's GPUs; a complete model stays behind as a host copy if it fits."""

@@ -15,7 +15,8 @@ from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.control.system import SystemConfig
 from lambdascale.control.transfers import Transfers
-from lambdascale.core import ClusterSpec, ModelSpec
+from lambdascale.control.yielding import Yielding
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId
 from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
     BlockArrived,
@@ -51,6 +52,7 @@ class ControlPlane:
         self._serving = Serving(fleet, self._router, transfers, allocations, start=start, batching=config.batching, kv=config.kv)
         self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
         self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
+        self._yielding = Yielding(fleet, allocations, self._serving)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
@@ -101,14 +103,19 @@ class ControlPlane:
             self._scaler.provision(state, self.config.autoscaler.min_replicas)
 
     def _place_host_copies(self) -> None:
+        """Place the copies that a run starts with; where a node has no room for all of its, the last ones."""
         fleet, copies = self.fleet, self.config.memory.initial_copies
         nodes = sorted(fleet.gpus_free)
+        placed: dict[tuple[NodeId, str], None] = {}
         for index, state in enumerate(fleet.models.values()):
+            name = state.spec.name
             for copy in range(min(copies, len(nodes))):
                 node = nodes[(index * copies + copy) % len(nodes)]
-                fleet.host.put(node, state.spec.name, state.spec.size_bytes, fleet.at)
-                if fleet.host.has(node, state.spec.name, fleet.at):
-                    fleet.out.append(PlaceCopy(node, state.spec.name))
+                for evicted in fleet.host.put(node, name, state.spec.size_bytes, fleet.at):
+                    del placed[node, evicted]
+                if fleet.host.has(node, name, fleet.at):
+                    placed[node, name] = None
+        fleet.out += [PlaceCopy(node, name) for node, name in placed]
 
     def _request_arrived(self, event: RequestArrived) -> None:
         self._router.arrive(event.request)
@@ -123,7 +130,7 @@ class ControlPlane:
             self._router.finish(instance, event.request_id)
 
     def _block_arrived(self, event: BlockArrived) -> None:
-        self._serving.block_arrived(self.fleet.models[event.model], event.node, event.block)
+        self._serving.block_arrived(self.fleet.models[event.model], event)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node, returns=event.returns)
@@ -174,6 +181,7 @@ class ControlPlane:
                 more = int(self._scale_in.has_idle(state))
             if more > 0 and len(models) > 1:
                 self._make_room(state, more)
+                self._yielding.make_place(state)
             self._scale_in.look(state, desired)
             if more > 0:
                 self._scaler.scale_out(state, more)
@@ -198,4 +206,6 @@ class ControlPlane:
         autoscaler = self.config.autoscaler
         if state.queue or state.running:
             return not autoscaler.fixed or state.replicas < autoscaler.min_replicas or self.fleet.lacking(state) > 0
-        return state.replicas != autoscaler.min_replicas and bool(state.allocations)
+        if state.replicas < autoscaler.min_replicas:
+            return bool(self.fleet.free_nodes(state))
+        return state.replicas > autoscaler.min_replicas

@@ -35,7 +35,7 @@ class Router:
         self._fleet.out.append(Dispatch(instance.instance_id, (request,)))
 
     def give_up(self, state: ModelState) -> None:
-        """Fail what is queued and fits no node, neither a living one nor one that will be started again."""
+        """Fail what is queued and fits no node, neither a living one nor one that will be started again; go on with the rest."""
         fleet = self._fleet
         if not state.queue:
             return
@@ -46,6 +46,8 @@ class Router:
             fleet.out.append(FailRequest(request.request_id, reason))
             fleet.failures.pop(request.request_id, None)
             state.queue.remove(request)
+        if failed:
+            self.fill(state)
 
     @staticmethod
     def _why(state: ModelState) -> str:

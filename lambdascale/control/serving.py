@@ -13,6 +13,7 @@ from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, P
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PipelinePlan, Stage, SwitchRule
 from lambdascale.core.commands import KvPolicy, Repartition, Serve, StopInstance, SwitchMode
+from lambdascale.core.events import BlockArrived
 from lambdascale.pipelines import divide, spread_requests
 
 
@@ -45,10 +46,14 @@ class Serving:
             held = {(node, block) for node, block in needed if block in state.allocations[node].blocks}
             state.pending.append(PendingPipeline(plan, needed - held))
 
-    def block_arrived(self, state: ModelState, node: NodeId, block: int) -> None:
-        """Note a block; form a pipeline or start serving alone when that was the last one missing."""
+    def block_arrived(self, state: ModelState, event: BlockArrived) -> None:
+        """Note a block; form a pipeline or start serving alone when that was the last one missing.
+
+        News of a transfer that is older than the allocation is late: the node has released the block since.
+        """
+        node, block = event.node, event.block
         allocation = state.allocations.get(node)
-        if allocation is None or block in allocation.blocks:
+        if allocation is None or block in allocation.blocks or event.transfer_id <= allocation.since:
             return
         if not allocation.blocks:
             allocation.first_at = self._fleet.at

@@ -55,7 +55,7 @@ class Allocation:
     ``wanted``: the blocks the node is to hold, of ``total``; fewer than all for a share. ``blocks``: those it holds.
     ``began_at``, ``first_at``: time of its allocation, and of its first block. ``instances``: those it serves in.
     ``transfers``: number of transfers under way in which it is a source or a destination that passes blocks on.
-    ``failures``: failures in a row of instances on it.
+    ``failures``: failures in a row of instances on it. ``since``: the last id that was given out before it.
     """
 
     node: NodeId
@@ -68,6 +68,7 @@ class Allocation:
     transfers: int = 0
     failures: int = 0
     began_at: float = 0.0
+    since: int = 0
     first_at: float | None = None
 
     @property
@@ -196,6 +197,11 @@ class Fleet:
     def new_id(self) -> int:
         """Return a fresh id for an instance, a transfer or a timer."""
         self._next_id += 1
+        return self._next_id
+
+    @property
+    def last_id(self) -> int:
+        """The id given out last; 0 before the first."""
         return self._next_id
 
     def can_serve(self, state: ModelState) -> bool:

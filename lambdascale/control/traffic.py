@@ -47,6 +47,10 @@ class Traffic:
         """Return the bytes that a port has still to move."""
         return self._left.get((node, port), 0)
 
+    def busy(self) -> list[tuple[NodeId, Port, int]]:
+        """Return the ports that have still something to move, with the bytes."""
+        return [(node, port, left) for (node, port), left in self._left.items() if left]
+
     def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:
         """Return the time until the busiest of ``ports`` has moved what is under way and ``more`` bytes; 0 if all are idle."""
         longest = 0.0

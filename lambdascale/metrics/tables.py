@@ -23,7 +23,7 @@ from lambdascale.core.commands import (
     StartMulticast,
     SwitchMode,
 )
-from lambdascale.core.events import CommandFailed, Event, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.metrics.recorder import Recorder
 
 _REQUESTS = pa.schema(
@@ -206,8 +206,8 @@ def events_table(recorder: Recorder) -> pa.Table:
 def gpu_usage(recorder: Recorder) -> pa.Table:
     """GPUs allocated over time, as steps: at ``at_s`` the GPUs of ``model`` change by ``delta`` to ``gpus``.
 
-    Loading counts, since it happens after the allocation. Allocations of a lost node end when it is lost. Those still held at
-    the end of the run have no closing step.
+    Loading counts, since it happens after the allocation. Allocations of a lost node end when it is lost, or joins anew. Those
+    still held at the end of the run have no closing step.
     """
     rows: list[tuple[float, str, int, int]] = []
     held: dict[tuple[int, str], int] = {}
@@ -224,7 +224,7 @@ def gpu_usage(recorder: Recorder) -> pa.Table:
             change(at, entry.node, entry.model, entry.gpus)
         elif isinstance(entry, ReleaseNode):
             change(at, entry.node, entry.model, -entry.gpus)
-        elif isinstance(entry, NodeLost):
+        elif isinstance(entry, NodeLost | NodeJoined):
             for (node, model), gpus in list(held.items()):
                 if node == entry.node and gpus:
                     change(at, node, model, -gpus)

@@ -22,7 +22,7 @@ class Fabric:
         self.kernel = kernel
         self.cluster = cluster
         self.links = LinkNetwork(kernel, record_grants=record_grants)
-        self._nic_shares = nic_shares
+        self._nic_shares = dict(nic_shares)
         self._ports: dict[tuple[str, NodeId], Port] = {}
         self._lost: set[NodeId] = set()
 
@@ -39,6 +39,13 @@ class Fabric:
     def hop(self, src: NodeId, dst: NodeId) -> tuple[Port, Port]:
         """Return the two ports bytes from ``src`` to ``dst`` cross."""
         return self.port("nic_out", src), self.port("nic_in", dst)
+
+    def set_nic_share(self, node: NodeId, share: float) -> None:
+        """Give the node's NIC this share of the cluster's rate from now on; what is under way goes on at it."""
+        self._nic_shares[node] = share
+        rate = self.cluster.node(node).nic_bytes_per_s * share
+        for kind in ("nic_out", "nic_in"):
+            self.links.set_rate(self.port(kind, node), rate)
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
         """True if none of ``nodes`` is lost."""
@@ -74,3 +81,7 @@ class Fabric:
             for flow in [flow for flow, nodes in group.flows.items() if node in nodes]:
                 self.links.cancel(flow)
                 del group.flows[flow]
+
+    def restore(self, node: NodeId) -> None:
+        """Let a lost node move bytes again; what was lost with it stays lost."""
+        self._lost.discard(node)

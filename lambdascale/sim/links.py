@@ -129,6 +129,12 @@ class LinkNetwork:
         if flow.flow_id in flow.ports[0].flows:
             self._leave(flow)
 
+    def set_rate(self, port: Port, bytes_per_s: float) -> None:
+        """Change a port's rate; the flows that cross it are shared anew."""
+        assert bytes_per_s > 0, f"port {port.name} has no rate"
+        port.bytes_per_s = bytes_per_s
+        self._share((port,))
+
     def _leave(self, flow: Flow) -> None:
         if self.grants is not None:
             self._settle(flow)

@@ -46,12 +46,13 @@ class _Member:
 
 
 class _Multicast(FlowGroup):
-    """A plan's progress. ``left``: number of sends to come; ``sizes``: see TransferEngine._sizes."""
+    """A plan's progress. ``left``: number of sends to come; ``sizes``: see TransferEngine._sizes; ``begun``: sends may start."""
 
     def __init__(self, command: StartMulticast, fabric: Fabric, sizes: tuple[float, ...]) -> None:
         super().__init__()
         self.command = command
         self.sizes = sizes
+        self.begun = False  # not while a collective sets its communicator up
         self.occupied: tuple[NodeId, ...] = ()
         tiers = dict(zip(command.plan.sources, command.source_tiers, strict=True))
         self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu")) for node in command.plan.members}
@@ -156,6 +157,8 @@ class TransferEngine:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
         for join in [j for j in self._joins if node in j.joined and j.command.model == model] if self._joins else ():
             join.members[node].held.add(block)
+            if not join.begun:
+                continue
             if self._barrier_s(join.command) is None:
                 self._send_next(join, join.members[node])
             elif join.stalled is not None:
@@ -173,6 +176,7 @@ class TransferEngine:
         self._begin_multicast(transfer)
 
     def _begin_multicast(self, transfer: _Multicast) -> None:
+        transfer.begun = True
         if transfer.command.plan.streaming:
             self._stream(transfer)
         elif self._barrier_s(transfer.command) is not None:
@@ -337,8 +341,23 @@ class TransferEngine:
             self._release(transfer)
 
     def node_lost(self, node: NodeId) -> None:
-        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled."""
+        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled.
+
+        A collective breaks with its communicator: its sources have their GPUs back, though a control plane that counts it as
+        through never cancels it.
+        """
+        for transfer in self._transfers.values():
+            if isinstance(transfer, _Multicast) and node in transfer.members:
+                self._release(transfer)
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
+
+    def node_restored(self, node: NodeId) -> None:
+        """Let a lost node, which comes back empty, take part in transfers again."""
+        self._fabric.restore(node)
+
+    def set_nic_share(self, node: NodeId, share: float) -> None:
+        """Give the node's NIC this share of the cluster's rate from now on."""
+        self._fabric.set_nic_share(node, share)
 
     def _ended(self, transfer_id: int) -> None:
         transfer = self._transfers.pop(transfer_id, None)

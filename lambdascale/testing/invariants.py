@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,18 @@ from lambdascale.core.events import (
     TokensProduced,
 )
 from lambdascale.multicast import validate_plan
+
+
+class Named(str):
+    """The message of an assertion, with the ``name`` of the invariant that does not hold."""
+
+    name: str
+
+    def __new__(cls, name: str, case: str) -> Named:
+        """Make the message of the invariant ``name``."""
+        message = super().__new__(cls, case)
+        message.name = name
+        return message
 
 
 @dataclass(slots=True)
@@ -77,7 +90,11 @@ class InvariantChecker:
         self._event: Event | None = None
         self._transfers: dict[int, _Transfer] = {}
         self._cancelled: dict[int, _Transfer] = {}
+        # News of older transfers concerns an allocation that has ended; see Allocation.
+        self._last_transfer = -1
+        self._since: dict[tuple[NodeId, str], int] = {}
         self._model_of: dict[int, str] = {}
+        self._open: defaultdict[str, set[int]] = defaultdict(set)
         self._needed: dict[int, int] = {}
         self._kv_tokens: dict[int, int] = {}
         self._running: dict[int, int] = {}
@@ -97,30 +114,34 @@ class InvariantChecker:
 
     def on_event(self, event: Event) -> None:
         """Check an event against what happened before."""
-        assert event.at >= self._at, f"time goes back from {self._at} to {event.at}"
+        assert event.at >= self._at, Named("time", f"time goes back from {self._at} to {event.at}")
         self._at, self._event, self._cancelled = event.at, event, {}
         self._events_left -= 1
-        assert self._events_left, "the run does not end"
+        assert self._events_left, Named("ends", "the run does not end")
         if isinstance(event, NodeJoined):
             self._lose(event.node)
             self._gpus[event.node] = self._cluster.node(event.node).gpus
         elif isinstance(event, RequestArrived):
             self._arrived[event.request.request_id] = event.at
-            assert type(event.request) is Request, f"{event.request} tells more than a client can"
+            assert type(event.request) is Request, Named("blind", f"{event.request} tells more than a client can")
             self._model_of[event.request.request_id] = event.request.model
+            self._open[event.request.model].add(event.request.request_id)
             self._needed[event.request.request_id] = event.request.kv_tokens
         elif isinstance(event, BlockArrived):
-            if event.node in self._gpus:
+            if event.node in self._gpus and event.transfer_id > self._since.get((event.node, event.model), -1):
                 held = self._held.setdefault((event.node, event.model), set())
-                assert event.block not in held, f"block {event.block} of {event.model} reaches node {event.node} twice"
+                assert event.block not in held, Named(
+                    "blocks once", f"block {event.block} of {event.model} reaches node {event.node} twice"
+                )
                 held.add(event.block)
                 self._brought(event)
         elif isinstance(event, TokensProduced):
-            assert event.at >= self._dispatched[event.request_id], "tokens before dispatch"
+            assert event.at >= self._dispatched[event.request_id], Named("request order", "tokens before dispatch")
             self.first_modes.setdefault(event.request_id, event.mode)
         elif isinstance(event, RequestFinished):
-            assert event.request_id not in self.finished, f"request {event.request_id} is answered twice"
+            assert event.request_id not in self.finished, Named("finished once", f"request {event.request_id} is answered twice")
             self.finished[event.request_id] = event.tokens
+            self._open[self._model_of[event.request_id]].discard(event.request_id)
             self._running.pop(event.request_id, None)
         elif isinstance(event, NodeLost):
             self._lose(event.node)
@@ -132,11 +153,12 @@ class InvariantChecker:
 
     def on_command(self, at: float, command: Command) -> None:
         """Check a command against the state of the cluster."""
-        assert at == self._at, "commands are given at the time of their event"
+        assert at == self._at, Named("time", "commands are given at the time of their event")
         if isinstance(command, AllocateNode):
             self._gpus[command.node] -= command.gpus
-            assert self._gpus[command.node] >= 0, f"node {command.node} is over-allocated"
+            assert self._gpus[command.node] >= 0, Named("GPUs", f"node {command.node} is over-allocated")
             self._held[command.node, command.model] = set()
+            self._since[command.node, command.model] = self._last_transfer
             self._gpus_of[command.node, command.model] = command.gpus
         elif isinstance(command, ReleaseNode):
             self._gpus[command.node] += command.gpus
@@ -144,16 +166,17 @@ class InvariantChecker:
             del self._held[command.node, command.model]
         elif isinstance(command, EvictBlocks):
             reading = [n for n, t in self._transfers.items() if t.model == command.model and command.node in t.copies]
-            assert command.tier != "host" or not reading, (
-                f"node {command.node}'s copy is evicted while transfers {reading} read it"
+            assert command.tier != "host" or not reading, Named(
+                "feeding", f"node {command.node}'s copy is evicted while transfers {reading} read it"
             )
         elif isinstance(command, CancelTransfer):
             if command.transfer_id in self._transfers:
                 self._cancelled[command.transfer_id] = self._transfers.pop(command.transfer_id)
         elif isinstance(command, SetTimer):
-            assert command.at >= at, "a timer in the past"
+            assert command.at >= at, Named("time", "a timer in the past")
         elif isinstance(command, FailRequest):
             self.failed.add(command.request_id)
+            self._open[self._model_of[command.request_id]].discard(command.request_id)
             self._running.pop(command.request_id, None)
         elif isinstance(command, StartMulticast | LoadBlocks):
             self._check_transfer(command)
@@ -167,6 +190,10 @@ class InvariantChecker:
         """Return the blocks of ``model`` that ``node`` holds in GPU memory."""
         return set(self._held.get((node, model), ()))
 
+    def open_requests(self, model: str) -> set[int]:
+        """Return the requests of ``model`` that arrived and have neither been answered nor failed."""
+        return self._open[model]
+
     def _brought(self, event: BlockArrived) -> None:
         """Strike a block from every transfer that was to bring it; forget transfers that have nothing left to bring."""
         for number, transfer in list(self._transfers.items()):
@@ -177,17 +204,19 @@ class InvariantChecker:
 
     def _check_release(self, command: ReleaseNode) -> None:
         node, model = command.node, command.model
-        assert not any(node in nodes for nodes in self._serving(model)), "released while serving"
+        assert not any(node in nodes for nodes in self._serving(model)), Named("released serving", "released while serving")
         reading = [n for n, t in self._transfers.items() if t.model == model and node in t.members - t.copies]
-        assert not reading, f"node {node} is released while transfers {reading} list it"
+        assert not reading, Named("feeding", f"node {node} is released while transfers {reading} list it")
         if self._desired is not None and isinstance(self._event, TimerFired) and not self._first_replica_waits():
             left = sum(name == model for _, name in self._held) - 1
-            open_requests = {r for r, name in self._model_of.items() if name == model} - self.failed - set(self.finished)
+            open_requests = self._open[model]
+            if not open_requests and any(requests - self._running.keys() for requests in self._open.values()):
+                return  # what is idle gives way to requests that wait
             running = len(open_requests & set(self._running))
             wanted = self._desired(len(open_requests) - running, running)
-            assert left >= wanted, f"{model} keeps {left} replicas, it needs {wanted}"
+            assert left >= wanted, Named("replicas kept", f"{model} keeps {left} replicas, it needs {wanted}")
             serving = len({other for nodes in self._serving(model) for other in nodes})
-            assert serving >= wanted, f"{model} keeps {serving} nodes that serve, it needs {wanted}"
+            assert serving >= wanted, Named("replicas kept", f"{model} keeps {serving} nodes that serve, it needs {wanted}")
 
     def _first_replica_waits(self) -> bool:
         """True if a model has requests and no node: it comes before what others have idle."""
@@ -196,6 +225,7 @@ class InvariantChecker:
 
     def _check_transfer(self, command: StartMulticast | LoadBlocks) -> None:
         self._check_source(command)
+        self._last_transfer = max(self._last_transfer, command.transfer_id)
         self._transfers[command.transfer_id] = self._as_transfer(command)
 
     def _as_transfer(self, command: StartMulticast | LoadBlocks) -> _Transfer:
@@ -211,15 +241,17 @@ class InvariantChecker:
         # One that was called off because a node that fed it was given up has not failed itself.
         failed = isinstance(self._event, CommandFailed) and self._event.transfer_id in again
         tries = max(again.values(), default=0) + failed
-        assert tries <= 1, f"transfer {command.transfer_id} is the second new plan for a failed multicast"
+        assert tries <= 1, Named(
+            "planned anew once", f"transfer {command.transfer_id} is the second new plan for a failed multicast"
+        )
         return _Transfer(command.model, left, frozenset(plan.members), frozenset(copies), tries)
 
     def _check_source(self, command: StartMulticast | LoadBlocks) -> None:
         if isinstance(command, LoadBlocks):
-            assert (command.node, command.model) in self._held, f"node {command.node} loads without GPUs"
+            assert (command.node, command.model) in self._held, Named("GPUs", f"node {command.node} loads without GPUs")
             return
         plan = command.plan
-        assert all((node, command.model) in self._held for node in plan.destinations), "a destination has no GPUs"
+        assert all((node, command.model) in self._held for node in plan.destinations), Named("GPUs", "a destination has no GPUs")
         holdings = {node: set(self._held.get((node, command.model), ())) for node in plan.members}
         for node, tier in zip(plan.sources, command.source_tiers, strict=True):
             if tier == "host":
@@ -231,28 +263,34 @@ class InvariantChecker:
 
     def _check_serving(self, command: Command) -> None:
         if isinstance(command, Serve):
-            assert command.instance not in self._used, f"instance id {command.instance} is used again"
+            assert command.instance not in self._used, Named("instances", f"instance id {command.instance} is used again")
             self._used.add(command.instance)
             self._models_of[command.instance] = command.model
             self._kv_tokens[command.instance] = command.kv_tokens
             self._check_stages(command.instance, command.stages)
         elif isinstance(command, Repartition):
-            assert command.instance in self._instances, f"instance {command.instance} is reshaped, which is not in service"
+            assert command.instance in self._instances, Named(
+                "instances", f"instance {command.instance} is reshaped, which is not in service"
+            )
             self._kv_tokens[command.instance] = command.kv_tokens
             self._check_stages(command.instance, command.stages)
             self._check_room(command.instance)
         elif isinstance(command, Dispatch):
-            assert command.instance in self._instances, f"dispatch to instance {command.instance}, which is not in service"
+            assert command.instance in self._instances, Named(
+                "instances", f"dispatch to instance {command.instance}, which is not in service"
+            )
             for request in command.requests:
-                assert request.request_id in self._arrived, "dispatched before it arrived"
-                assert request.request_id not in self.finished, "dispatched after it was answered"
+                assert request.request_id in self._arrived, Named("request order", "dispatched before it arrived")
+                assert request.request_id not in self.finished, Named("finished once", "dispatched after it was answered")
                 self._dispatched[request.request_id] = self._at
                 self._running[request.request_id] = command.instance
             self._check_capacity(command.instance)
             self._check_room(command.instance)
         elif isinstance(command, SwitchMode):
             del self._instances[command.pipeline]
-            assert all(target in self._instances for _, target in command.moves), "moved to an instance out of service"
+            assert all(target in self._instances for _, target in command.moves), Named(
+                "instances", "moved to an instance out of service"
+            )
             self._running |= dict(command.moves)
             for target in {target for _, target in command.moves}:
                 self._check_room(target)
@@ -265,23 +303,31 @@ class InvariantChecker:
             requests = sum(at == instance for at in self._running.values())
             model = self._models_of[instance]
             room = self._max_batch * sum(self._gpus_of[node, model] for node in set(self._instances[instance]))
-            assert requests <= room, f"instance {instance} has room for {room} requests, it gets {requests}"
+            assert requests <= room, Named("capacity", f"instance {instance} has room for {room} requests, it gets {requests}")
 
     def _check_room(self, instance: int) -> None:
         room = self._kv_tokens[instance]
         large = [r for r, at in self._running.items() if at == instance and self._needed[r] > room]
-        assert not large, f"instance {instance} has {room} tokens of KV memory, requests {large} may need more"
+        assert not large, Named(
+            "KV memory", f"instance {instance} has {room} tokens of KV memory, requests {large} may need more"
+        )
 
     def _check_stages(self, instance: int, stages: tuple[Stage, ...]) -> None:
         model = self._models_of[instance]
         self._instances[instance] = tuple(dict.fromkeys(stage.node for stage in stages))
         covered = [block for stage in stages for block in range(stage.first_block, stage.last_block + 1)]
-        assert covered == list(range(self._blocks)), f"the stages of instance {instance} do not cover the model once: {stages}"
+        assert covered == list(range(self._blocks)), Named(
+            "stages", f"the stages of instance {instance} do not cover the model once: {stages}"
+        )
         for stage in stages:
             needed = set(range(stage.first_block, stage.last_block + 1))
-            assert needed <= self._held[stage.node, model], f"node {stage.node} lacks blocks of its stage"
+            assert needed <= self._held[stage.node, model], Named("held", f"node {stage.node} lacks blocks of its stage")
 
     def finish(self) -> None:
         """Assert that every request that arrived was answered or failed, and none both."""
-        assert self.failed.isdisjoint(self.finished)
-        assert self.failed | set(self.finished) == set(self._arrived)
+        both = self.failed & set(self.finished)
+        assert not both, Named("finished once", f"requests {sorted(both)} are answered and failed")
+        lost = set(self._arrived) - self.failed - set(self.finished)
+        assert not lost, Named("none lost", f"requests {sorted(lost)} are neither answered nor failed")
+        unknown = (self.failed | set(self.finished)) - set(self._arrived)
+        assert not unknown, Named("none lost", f"requests {sorted(unknown)} end that never arrived")

@@ -36,7 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics", "transport"},
     # The composition root: objects from configuration, runs, studies and their tables.
     "experiments": LIBRARY | {"sim", "live", "metrics", "figures"},
-    "cli": LIBRARY | {"sim", "live", "metrics", "checkpoints", "transport", "diagnostics", "calibration", "experiments"},
+    "explore": LIBRARY | {"sim", "metrics", "testing", "experiments"},
+    "cli": LIBRARY
+    | {"sim", "live", "metrics", "checkpoints", "transport", "diagnostics", "calibration", "experiments", "explore"},
 }
 # Heavy or worldly libraries, and the only places that may import them.
 ONLY_IN = {

@@ -98,6 +98,10 @@ def _yaml(name: str, value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+# The id of a transfer that is younger than every allocation.
+_NEWEST = 1 << 30
+
+
 class World:
     """A fleet of ``nodes`` nodes of ``gpus`` GPUs, joined at time 0, with the replicas a run starts with in place.
 
@@ -198,11 +202,11 @@ class World:
 
     def block(self, node: int, *blocks: int, model: str = "a") -> list[str]:
         """Blocks arrive at a node, whichever transfer brings them."""
-        return [line for block in blocks for line in self.play(BlockArrived(self.at, 1, node, model, block))]
+        return [line for block in blocks for line in self.play(BlockArrived(self.at, _NEWEST, node, model, block))]
 
     def untold_block(self, node: int, block: int) -> list[str]:
         """A block arrives that the node has already, or on a node that nobody knows; the checker is not told."""
-        return [self._show(command) for command in self.plane.on_event(BlockArrived(self.at, 1, node, "a", block))]
+        return [self._show(command) for command in self.plane.on_event(BlockArrived(self.at, _NEWEST, node, "a", block))]
 
     def deliver(self, transfer: str, sends: int | None = None) -> list[str]:
         """A transfer brings its blocks in order, all or the first ``sends``; what a node holds already is left out."""

@@ -8,7 +8,7 @@ import pytest
 
 from lambdascale.core import IncompleteRunError, MulticastPlan, Request
 from lambdascale.core.commands import AllocateNode, Command, Dispatch, FailRequest, LoadBlocks, ReleaseNode, StartMulticast
-from lambdascale.core.events import Event, NodeLost, RequestArrived, RequestFinished, TimerFired, TokensProduced
+from lambdascale.core.events import Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TimerFired, TokensProduced
 from lambdascale.metrics import Recorder, comparison, events_table, gpu_usage, requests_table, summarise
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds
@@ -174,6 +174,12 @@ class TestGpus:
         recorder = recorded((0.0, AllocateNode(0, "m", 1)), (0.0, AllocateNode(1, "m", 1)), NodeLost(3.0, 1), TimerFired(10.0, 0))
         assert gpu_seconds(gpu_usage(recorder), recorder.end_s) == 13.0
         assert gpu_usage(recorder)["gpus"].to_pylist() == [1, 2, 1]
+
+    def test_a_node_that_joins_anew_holds_nothing_whether_or_not_its_loss_was_told(self) -> None:
+        recorder = recorded(
+            (0.0, AllocateNode(1, "m", 1)), NodeJoined(3.0, 1), (4.0, AllocateNode(1, "m", 1)), TimerFired(10.0, 0)
+        )
+        assert gpu_seconds(gpu_usage(recorder), recorder.end_s) == 9.0
 
     def test_a_release_of_what_is_not_held_is_a_fault(self) -> None:
         with pytest.raises(AssertionError, match="releases GPUs"):

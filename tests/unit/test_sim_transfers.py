@@ -244,11 +244,29 @@ def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float)
     assert rig.occupied[-1][1:] == (0, False)
 
 
+def test_a_member_lost_in_a_collective_gives_the_gpus_of_its_sources_back() -> None:
+    rig = Rig(chunk_bytes=10, communicator_setup=False)
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
+    rig.kernel.at(0.5, rig.engine.node_lost, 2)
+    rig.run()
+    assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
+
+
 def test_a_member_lost_during_the_set_up_keeps_the_sources_free() -> None:
     rig = Rig()
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     rig.engine.node_lost(1)
     assert rig.run() == rig.occupied == []
+
+
+def test_a_collective_whose_source_still_receives_sends_nothing_before_its_set_up() -> None:
+    rig = Rig()
+    rig.engine.load(load("host", transfer_id=1))
+    rig.engine.multicast(multicast(transfer_id=2, multicast="collective"))
+    times = [at for at, transfer, *_ in rig.run() if transfer == 2]
+    assert len(times) == 4
+    assert min(times) > rig.engine.setup_s[2]
+    assert [busy for *_, busy in rig.occupied] == [True, False]
 
 
 def test_a_streaming_broadcast_and_a_load_from_the_remote_store_share_the_nic() -> None:
@@ -316,3 +334,28 @@ def test_a_slow_node_slows_what_crosses_its_port() -> None:
 def test_slow_nodes_that_make_no_sense(slow: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(UserError, match="slow_nodes"):
         SimConfig(slow_nodes=slow)
+
+
+# -- links that change and nodes that return -----------------------------------------------------------------------------
+
+
+def test_what_is_under_way_goes_on_at_the_new_rate_of_its_link() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig()
+    rig.engine.multicast(multicast(pair))
+    alone = Rig()
+    alone.engine.multicast(multicast(pair))
+    ((before, *_),) = alone.run()
+    rig.kernel.at(before / 2, lambda _: rig.engine.set_nic_share(1, 0.25))
+    assert [at for at, *_ in rig.run()] == [pytest.approx(before / 2 + 4 * before / 2)]
+
+
+def test_a_node_that_returns_takes_part_again_but_not_in_what_was_lost_with_it() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig()
+    rig.engine.multicast(multicast(pair, 1))
+    rig.engine.node_lost(1)
+    rig.engine.multicast(multicast(pair, 2))
+    rig.engine.node_restored(1)
+    rig.engine.multicast(multicast(pair, 3))
+    assert [transfer for _, transfer, *_ in rig.run()] == [3]

@@ -1,0 +1,97 @@
+"""Many seeds, in parallel: what was found, shrunk, and the command that replays it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+
+from lambdascale.explore.run import run
+from lambdascale.explore.scenario import draw, preset
+from lambdascale.explore.shrink import shrink
+
+# Seeds that a process takes at a time.
+_CHUNK = 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """A seed that breaks an invariant, and the ``faults`` that matter, by index."""
+
+    seed: int
+    preset: str
+    broken: str
+    case: str
+    faults: tuple[int, ...]
+
+    def command(self, system: str | None) -> str:
+        """Return the command that replays it."""
+        chosen = f" --system {system}" if system else ""
+        faults = ",".join(map(str, self.faults)) or "none"
+        return f"lambdascale explore --seeds {self.seed}:{self.seed + 1}{chosen} --faults {faults}"
+
+
+@dataclass
+class Tally:
+    """Counts of an exploration: seeds by system, events, and what was found."""
+
+    seeds: Counter[str] = field(default_factory=Counter)
+    events: int = 0
+    found: list[Found] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Add the counts of another."""
+        self.seeds += other.seeds
+        self.events += other.events
+        self.found += other.found
+
+
+def try_seed(seed: int, system: str | None = None) -> tuple[Found | None, int, str]:
+    """Run a seed; return what it breaks, shrunk, the number of its events, and its system."""
+    scenario = draw(seed, system)
+    outcome = run(scenario)
+    if not outcome.broken:
+        return None, outcome.events, scenario.preset
+
+    def fails(kept: Sequence[int]) -> bool:
+        return run(scenario.only(kept)).broken == outcome.broken
+
+    kept = shrink(len(scenario.faults), fails)
+    case = run(scenario.only(kept)).case
+    return Found(seed, scenario.preset, outcome.broken, case, tuple(kept)), outcome.events, scenario.preset
+
+
+def _try_seeds(seeds: Sequence[int], system: str | None) -> Tally:
+    tally = Tally()
+    for seed in seeds:
+        found, events, name = try_seed(seed, system)
+        tally.seeds[name] += 1
+        tally.events += events
+        if found is not None:
+            tally.found.append(found)
+    return tally
+
+
+def explore(
+    seeds: range, *, system: str | None = None, jobs: int = 1, progress: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
+    """Try all seeds in ``jobs`` processes; ``progress`` hears of every part in order. UserError for an unknown ``system``."""
+    if system is not None:
+        preset(system)
+    total = Tally()
+    chunks = (seeds[begin : begin + _CHUNK] for begin in range(0, len(seeds), _CHUNK))
+    for part in _parts(partial(_try_seeds, system=system), chunks, jobs):
+        total.add(part)
+        progress(part)
+    return total
+
+
+def _parts(work: Callable[[Sequence[int]], Tally], chunks: Iterable[range], jobs: int) -> Iterator[Tally]:
+    if jobs == 1:
+        yield from map(work, chunks)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, chunks)

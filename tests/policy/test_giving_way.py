@@ -1,0 +1,104 @@
+"""Requests that nothing can serve as things stand: what gives way to them, and what goes on when they are given up."""
+
+from __future__ import annotations
+
+import pytest
+
+from lambdascale.core import GpuSpec, NodeOverride
+from lambdascale.core.events import BlockArrived, NodeGivenUp, NodeJoined
+from lambdascale.testing.systems import small_cluster, small_model, with_kv_tokens
+from tests.policy.world import World, without
+
+
+def scarce(nodes: int, *small: int) -> dict[str, object]:
+    """Fields of a cluster on which the ``small`` nodes have memory for 100 tokens of KV."""
+    return {"overrides": with_kv_tokens(small_cluster(nodes), 100, small).overrides}
+
+
+# -- minimums that give way ------------------------------------------------------------------------------------------------
+
+
+def test_an_idle_minimum_gives_way_to_a_request_that_no_node_is_left_for() -> None:
+    world = World(nodes=2, models="ab", min_replicas=1)
+    world.lose(1)
+    assert world.arrive(model="b") == []
+    assert without(world.tick(), "timer") == ["stop i1", "release 0 keep", "allocate 0b", "load t3 0b ssd 0123"]
+
+
+def test_a_model_at_work_does_not_give_way_until_it_is_idle() -> None:
+    world = World(nodes=2, models="ab", min_replicas=1)
+    world.lose(1)
+    world.arrive(model="a")
+    world.arrive(model="b")
+    assert without(world.tick(), "timer") == []
+    world.finish(0)
+    assert without(world.tick(), "timer") == ["stop i1", "release 0 keep", "allocate 0b", "load t3 0b ssd 0123"]
+
+
+def test_nothing_gives_way_while_a_replica_of_the_model_is_on_its_way_or_a_node_is_free() -> None:
+    world = World(nodes=3, models="ab", min_replicas=1)
+    world.lose(1)
+    world.arrive(model="b")
+    assert without(world.tick(), "timer") == ["allocate 2b", "load t3 2b ssd 0123"]
+    assert without(world.tick(), "timer") == []
+
+
+def test_the_node_that_can_hold_the_request_is_the_one_that_is_freed() -> None:
+    world = World(nodes=3, models="abc", min_replicas=1, cluster=scarce(3, 0, 1))
+    assert world.arrive(model="a", prompt=300) == ["timer 0"]
+    lines = without(world.tick(), "timer")
+    assert lines == ["stop i3", "release 2c keep", "allocate 2", "multicast t4 0:gpu>2"]
+
+
+def test_a_minimum_that_no_node_is_left_for_needs_no_further_looks() -> None:
+    world = World(nodes=2, min_replicas=2)
+    world.lose(1)
+    assert world.tick() == [], "nothing can change before a node joins"
+    assert world.play(NodeJoined(0.0, 1)) == ["timer 0"]
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t3 0:gpu>1"]
+
+
+# -- queues that go on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_queue_goes_on_when_its_head_is_given_up(given_up: bool) -> None:
+    world = World(nodes=2, cluster=scarce(2, 0))
+    world.lose(1, returns=True)
+    assert world.arrive(prompt=300) == [], "node 1 could hold it"
+    assert world.arrive(prompt=10) == [], "first come, first served"
+    lines = world.play(NodeGivenUp(0.0, 1)) if given_up else world.play(NodeJoined(0.0, 1)) + world.lose(1)
+    assert without(lines, "timer") == ["fail 0", "dispatch i1 1"]
+
+
+# -- late news ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_of_a_transfer_older_than_the_allocation_is_late_news() -> None:
+    world = World("serverlessllm", nodes=1, min_replicas=0, blocks=2)
+    world.arrive()
+    assert "load t1 0 ssd 01" in world.tick()
+    old = world.command("t1").transfer_id
+    assert without(world.fail(transfer="t1"), "timer") == ["cancel t1", "release 0"]
+    assert "load t2 0 ssd 01" in world.tick()
+    for block in (0, 1):
+        assert world.play(BlockArrived(world.at, old, 0, "a", block)) == []
+    assert world.deliver("t2") == ["serve i1 0", "dispatch i1 0"]
+
+
+# -- copies that a run starts with ---------------------------------------------------------------------------------------------
+
+
+def test_initial_copies_of_several_models_stay_within_a_nodes_budget() -> None:
+    """The last one stays, as it would if they were placed one after the other."""
+    size = small_model().size_bytes
+    assert World(nodes=1, models="abc", min_replicas=0, copies=1, host_budget=size).start == ["place 0c"]
+    assert World(nodes=1, models="abc", min_replicas=0, copies=1, host_budget=2 * size).start == ["place 0b", "place 0c"]
+
+
+def test_a_node_too_small_for_the_model_does_not_count_as_one_that_gives_way() -> None:
+    tiny = GpuSpec(name="tiny", memory_bytes=1000, hbm_bytes_per_s=1e12, peak_flops=1e14)
+    world = World(nodes=3, models="ab", min_replicas=1, cluster={"overrides": (NodeOverride(nodes=(2,), gpu=tiny),)})
+    world.lose(1)
+    world.arrive(model="b")
+    assert without(world.tick(), "timer") == ["stop i1", "release 0 keep", "allocate 0b", "load t3 0b ssd 0123"]
