@@ -15,7 +15,6 @@ from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.control.system import SystemConfig
 from lambdascale.control.transfers import Transfers
-from lambdascale.control.yielding import Yielding
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId
 from lambdascale.core.commands import Command, PlaceCopy, SetTimer
 from lambdascale.core.events import (
@@ -52,7 +51,6 @@ class ControlPlane:
         self._serving = Serving(fleet, self._router, transfers, allocations, start=start, batching=config.batching, kv=config.kv)
         self._scaler = Scaler(fleet, transfers, allocations, self._serving, start)
         self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
-        self._yielding = Yielding(fleet, allocations, self._serving)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
@@ -181,7 +179,6 @@ class ControlPlane:
                 more = int(self._scale_in.has_idle(state))
             if more > 0 and len(models) > 1:
                 self._make_room(state, more)
-                self._yielding.make_place(state)
             self._scale_in.look(state, desired)
             if more > 0:
                 self._scaler.scale_out(state, more)
@@ -191,14 +188,18 @@ class ControlPlane:
                 return
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Take surplus replicas from other models when too few nodes are free; for a first replica, idle ones too."""
+        """Take surplus replicas from other models when too few nodes are free, and idle ones where requests wait for no other.
+
+        They do for a model's first replica, and for a node with the KV memory that the head of the queue may need.
+        """
         lacking = replicas - len(self.fleet.free_nodes(state))
         for other in self.fleet.models.values():
             if lacking <= 0:
                 break
             if other is not state:
                 lacking -= self._scale_in.make_room(other, lacking)
-        if state.queue and not state.allocations and not self.fleet.free_nodes(state):
+        helpless = not state.allocations or self.fleet.lacking(state) > 0
+        if state.queue and helpless and not self.fleet.free_nodes(state):
             self._scale_in.claim(state)
 
     def _unsettled(self, state: ModelState) -> bool:

@@ -64,7 +64,7 @@ class ScaleIn:
         """Free a node for a model by releasing idle instances of others, those idle longest; nothing happens without enough."""
         fleet, needed, room = self._fleet, state.spec.gpus_per_replica, self._fleet.lacking(state)
         ways = []
-        for node in fleet.candidates(state):
+        for node in (node for node in fleet.candidates(state) if node not in state.allocations):
             gpus, way = fleet.gpus_free[node], []
             for instance in self._idle_on(node):
                 if gpus < needed:

@@ -19,7 +19,6 @@ from lambdascale.control.scale_in import ScaleIn
 from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet
 from lambdascale.control.transfers import Transfers
-from lambdascale.control.yielding import Yielding
 from lambdascale.core.commands import Dispatch, StopInstance
 from lambdascale.explore.run import Outcome, run
 from lambdascale.explore.scenario import draw
@@ -221,7 +220,7 @@ def a_replica_is_released_with_its_requests(patch: pytest.MonkeyPatch) -> None:
 
 @planted
 def models_of_no_use_do_not_give_way(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Yielding, "make_place", lambda self, state: None)
+    patch.setattr(ScaleIn, "claim", lambda self, state: None)
 
 
 @planted

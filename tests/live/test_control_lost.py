@@ -57,7 +57,7 @@ def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
         server.process.stderr.close()
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(("lambdascale", "torch_", "psm_", "gloo"))]
     server.client.close()
-    again = start(tiny, "--nodes", "2", "--port", str(server.port))
+    again = start(tiny, "--nodes", "2", port=server.port)
     assert ask(again)
     again.client.close()
     assert stop(again) == 0

@@ -58,8 +58,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(model: Path, *options: str) -> Server:
-    port = free_port()
+def start(model: Path, *options: str, port: int | None = None) -> Server:
+    port = port or free_port()
     command = [*COMMAND, "--model", str(model), "--port", str(port), "--no-view", "--slot-tokens", "256", *options]
     server = Server(subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True), port)
     deadline = time.monotonic() + 60
