@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -108,12 +109,15 @@ def in_pool(line: Sequence[str]) -> bool:
 
 def expand(line: Sequence[str]) -> list[tuple[str, ...]]:
     """Overrides of every run of a command line with sweeps (``a,b``), as Hydra reads them; UserError if it cannot."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(line))
-        (runs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    except HydraException as error:
-        raise UserError(user_message(error) or str(error)) from error
+    (runs,) = BasicSweeper.split_arguments([_parsed(override) for override in line], max_batch_size=None)
     return [tuple(run) for run in runs]
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"{override}: {user_message(error) or error}") from error
 
 
 def _value(value: Any) -> str:

@@ -15,7 +15,7 @@ from lambdascale.experiments import beliefs, sensitivity
 from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
-from lambdascale.experiments.study import Study, as_published, command_lines, load_study
+from lambdascale.experiments.study import Study, as_published, command_lines, expand, in_pool, load_study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
 ROOT = conf_dir().parent
@@ -25,32 +25,47 @@ STUDY = Study(grids=({"system": "a,b", "seed": 1}, {"system": "c", "seed": 1}), 
 
 class TestCommandLines:
     def test_one_for_every_grid(self) -> None:
-        own = ["experiment=x", "hydra/launcher=basic"]
-        assert command_lines(STUDY, own) == [[*own, "system=a,b", "seed=1"], [*own, "system=c", "seed=1"]]
-
-    def test_in_parallel_unless_the_user_chooses(self) -> None:
-        assert "hydra/launcher=joblib" in command_lines(STUDY, ["experiment=x"])[0]
+        assert command_lines(STUDY, ["experiment=x"]) == [
+            ["experiment=x", "system=a,b", "seed=1"],
+            ["experiment=x", "system=c", "seed=1"],
+        ]
 
     def test_what_the_user_sets_takes_the_grids_place_and_grids_that_become_equal_are_one(self) -> None:
-        assert command_lines(STUDY, ["experiment=x", "hydra/launcher=basic", "system=d"]) == [
-            ["experiment=x", "hydra/launcher=basic", "system=d", "seed=1"]
-        ]
+        assert command_lines(STUDY, ["experiment=x", "system=d"]) == [["experiment=x", "system=d", "seed=1"]]
 
     def test_values_are_written_as_hydra_reads_them(self) -> None:
         study = Study(grids=({"a": None, "b": True, "c": "null"},), rows="summary")
-        assert command_lines(study, ["hydra/launcher=basic"])[0][1:] == ["a=null", "b=true", "c=null"]
+        assert command_lines(study, [])[0] == ["a=null", "b=true", "c=null"]
+
+    def test_runs_are_all_combinations(self) -> None:
+        line = ["experiment=x", "a=1,2", "b=[[0,1]],[]", "c@d=e", "++f='g,h'"]
+        assert expand(line) == [
+            ("experiment=x", f"a={a}", f"b={b}", "c@d=e", "++f='g,h'") for a in "12" for b in ("[[0,1]]", "[]")
+        ]
+
+    def test_runs_that_cannot_be_read(self) -> None:
+        with pytest.raises(UserError, match=r"^a=\[: "):
+            expand(["a=["])
+
+    @pytest.mark.parametrize(
+        ("own", "pooled"),
+        [([], True), (["hydra/launcher=slurm"], False), (["hydra.launcher.n_jobs=2"], False), (["backend=live"], False)],
+    )
+    def test_the_pool_makes_what_neither_a_launcher_nor_a_live_cluster_does(self, own: list[str], pooled: bool) -> None:
+        assert in_pool(["experiment=x", *own, "seed=1,2"]) == pooled
 
     def test_live_has_grids_of_its_own_or_says_so(self) -> None:
         with pytest.raises(UserError, match="no runs for backend=live"):
             command_lines(STUDY, ["experiment=x", "backend=live"])
 
     def test_a_study_of_both_backends(self) -> None:
-        """Its live grids run one after the other; a chosen backend leaves the others out, and never replaces a grid's."""
+        """A chosen backend leaves the other's grids out, and never replaces a grid's; the machine is a live run's alone."""
         study = Study(grids=({"backend": "sim", "seed": "1,2"}, {"backend": "live", "++a": 1}), rows="measures")
-        simulated = ["experiment=x", "hydra/launcher=joblib", "backend=sim", "seed=1,2"]
-        assert command_lines(study, ["experiment=x"]) == [simulated, ["experiment=x", "backend=live", "++a=1"]]
+        simulated, live = ["experiment=x", "backend=sim", "seed=1,2"], ["experiment=x", "backend=live", "++a=1"]
+        assert command_lines(study, ["experiment=x"]) == [simulated, live]
+        assert (in_pool(simulated), in_pool(live)) == (True, False)
         assert command_lines(study, ["experiment=x", "backend=live", "a=2"]) == [["experiment=x", "backend=live", "a=2"]]
-        assert command_lines(study, ["backend=sim"]) == [["backend=sim", "hydra/launcher=joblib", "seed=1,2"]]
+        assert command_lines(study, ["backend=sim"]) == [["backend=sim", "seed=1,2"]]
 
     @pytest.mark.parametrize(
         ("overrides", "published"),
