@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
+from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study
 from lambdascale.metrics.intervals import Interval, RunRows, paired
 
@@ -50,7 +51,7 @@ def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
 _COLUMNS = [
     *("p90_s", "reference_p90_s"),
     *(f"{name}_{part}" for name in MEASURES for part in ("ratio", "low", "high", "by")),
-    *("blocks", "traces", "requests", "failed", "backend"),
+    *("blocks", "traces", "requests", "failed", "setup", "backend"),
 ]
 
 
@@ -68,7 +69,8 @@ def _row(ours: Mapping[int, Path], theirs: Mapping[int, Path], what: str, refere
         row |= _cells(name, getattr(found, name))
     row |= {"blocks": found.blocks, "traces": found.traces, "requests": found.requests}
     backends = sorted({summary["backend"] for pair in summaries for summary in pair})
-    return row | {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair), "backend": "+".join(backends)}
+    row |= {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair)}
+    return row | {"setup": setup_text(s for pair in summaries for s in pair), "backend": "+".join(backends)}
 
 
 def _partner(ours: Mapping[int, Path], seed: int, what: str, reference: str) -> Path:

@@ -20,6 +20,7 @@ from lambdascale.experiments.finished import finished_run
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_usable, is_finished, new_run_folder, read_json
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
+from lambdascale.experiments.setups import simulated_setup
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
@@ -82,6 +83,7 @@ def _execute(
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
         wall_s=wall_s,
     )
+    summary["communicator_setup"] = simulated_setup(experiment.backend, recorder)
     manifest = {
         "experiment": settings["name"],
         "run_sha256": digest,
