@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -46,10 +47,13 @@ def run_jobs(pool: ProcessPoolExecutor, jobs: Sequence[Job], stamp: str) -> dict
 
 
 def _make(job: Job, number: int, stamp: str) -> Outcome:
+    begin = time.process_time()
     outcome = Outcome(number, ",".join(job))
     try:
         config = compose(job)
     except UserError as error:
         failed(outcome, error)
-        return outcome
-    return attempt(config, outcome, f"{config.name}-{stamp}")
+    else:
+        attempt(config, outcome, f"{config.name}-{stamp}")
+    outcome.core_s = time.process_time() - begin
+    return outcome

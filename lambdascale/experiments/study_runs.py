@@ -85,6 +85,8 @@ def _outcomes(member: _Member, made: Mapping[Job, Outcome], multirun: Multirun) 
 def _write(member: _Member, outcomes: Sequence[Outcome]) -> str:
     """Write a study's table and figure unless a run failed; return what to print about it."""
     text = [f"{member.experiment}: {len(outcomes)} runs, {sum(outcome.reused for outcome in outcomes)} of them reused"]
+    if core_s := sum(outcome.core_s for outcome in outcomes):
+        text[0] += f", {core_s:.0f} s of one core"
     if not worst(outcomes):
         # Grids may share a run if the user's overrides removed their differences.
         folders = [Path(folder) for folder in dict.fromkeys(outcome.folder for outcome in outcomes)]
