@@ -87,16 +87,16 @@ class JobProgress:
         now = time.monotonic()
         if now < self._due:
             return
-        times = _times(now - self._begin, self._done, self._total)
+        shown = times(now - self._begin, self._done, self._total)
         if self._terminal:
             self._due = now + _EVERY_S
-            self._bar.update(self._task, completed=self._done, times=times, refresh=True)
+            self._bar.update(self._task, completed=self._done, times=shown, refresh=True)
         else:
             self._due = now + _LINE_EVERY_S
-            print(f"{self._done} of {self._total} runs, {times}", file=sys.stderr, flush=True)
+            print(f"{self._done} of {self._total} runs, {shown}", file=sys.stderr, flush=True)
 
 
-def _times(elapsed_s: float, done: int, total: int) -> str:
+def times(elapsed_s: float, done: int, total: int) -> str:
     """Time taken by ``done`` of ``total`` runs, and an estimate for the others."""
     taken, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed_s, elapsed_s / done * (total - done)))
     return f"{taken} so far, about {left} left"
