@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
@@ -22,14 +24,33 @@ Job = tuple[str, ...]
 
 @contextmanager
 def processes() -> Iterator[ProcessPoolExecutor]:
-    """Yield a process for each core that this one may use; what has not begun when an exception ends the block is given up."""
+    """Yield a process for each core that this one may use. They end at once with an exception in the block, or with this process.
+
+    A run that is cut off leaves no finished folder, so that the same command makes it again.
+    """
     cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_begin_process) as pool:
         try:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
             raise
+
+
+def _begin_process() -> None:
+    # Ctrl-C reaches every process of the terminal: the first one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_first, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_the_first() -> None:
+    """End this process when the one that started it has died, however it did: nobody would take its results."""
+    parent = parent_process()
+    assert parent is not None, "a pool's process has a parent"
+    parent.join()
+    os._exit(1)
 
 
 def run_jobs(pool: ProcessPoolExecutor, jobs: Sequence[Job], stamp: str) -> dict[Job, Outcome]:

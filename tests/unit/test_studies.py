@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -134,6 +137,20 @@ class TestScript:
         assert "fig09_sources: 12 runs, 0 of them reused" in done.stdout
         made = tmp_path / "results" / "raw" / "fig09_sources"
         assert (len(list(made.iterdir())), (made / "fig09_sources.csv").exists()) == (6, False)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_an_ended_command_leaves_no_process(self, number: signal.Signals, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "scripts" / "run.py"), "experiment=azure_trace", "model=llama2_7b", "-m"]
+        # Its processes hold the pipe open: the end of the pipe is the end of all.
+        ended = subprocess.Popen(
+            [*command, "workload=bursty"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+        )
+        while not list(tmp_path.glob("results/raw/**/summary.json")):
+            assert ended.poll() is None, ended.communicate()
+            time.sleep(0.05)
+        os.kill(ended.pid, number)
+        ended.communicate(timeout=60)
+        assert ended.returncode != 0
 
     def test_several_studies_need_a_multirun(self, tmp_path: Path) -> None:
         done = self.script(tmp_path, "experiment=paper")
