@@ -5,7 +5,6 @@
 
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
-- ``without(system, model)``: the ratio of P90 TTFT with the first supposed cause of its difference to the paper removed;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
@@ -26,7 +25,7 @@ import jinja2
 import pandas as pd
 
 from lambdascale.core import UserError
-from lambdascale.experiments.paper_table import gpu_title, p90_title, parts
+from lambdascale.experiments.paper_table import gpu_title, p90_title
 from lambdascale.experiments.sensitivity import conclusions
 from lambdascale.experiments.starts_text import by_multicast
 
@@ -127,7 +126,6 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "seeds": seeds,
         "p90": lambda system, model: compared(p90_title(system), model),
         "gpu": lambda system, model: compared(gpu_title(system), model),
-        "without": lambda system, model: parts(row("paper_vs_ours", what=p90_title(system), model=model).without)[0],
     }
 
 

@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 def _row(ours: Mapping[int, Path], theirs: Mapping[int, Path], what: str, reference: str) -> dict[str, Any]:
     pairs = [(_partner(ours, seed, what, reference), folder) for seed, folder in sorted(theirs.items())]
     summaries = [[read_json(folder / SUMMARY) for folder in pair] for pair in pairs]
-    found = paired([(_rows(own), _rows(other)) for own, other in pairs])
+    found = paired([(run_rows(own), run_rows(other)) for own, other in pairs])
     p90 = [_median([pair[side]["ttft_s"]["p90"] for pair in summaries]) for side in (0, 1)]
     row: dict[str, Any] = {"p90_s": p90[1], "reference_p90_s": p90[0]}
     for name in MEASURES:
@@ -91,7 +91,8 @@ def _cells(name: str, interval: Interval) -> dict[str, Any]:
     return {f"{name}_{part}": value for part, value in numbers.items()}
 
 
-def _rows(folder: Path) -> RunRows:
+def run_rows(folder: Path) -> RunRows:
+    """Rows of a run that pairs are made of."""
     summary = read_json(folder / SUMMARY)
     return RunRows(
         requests=pd.read_parquet(folder / "requests.parquet", columns=_REQUESTS),
