@@ -184,8 +184,9 @@ def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> tuple[str, s
 
 
 def _setup(table: pd.DataFrame) -> str:
-    """Basis of the set-ups in the rows of a system; empty if all its communicators were measured."""
-    return str(max(table.setup.fillna("").astype(str), default=""))
+    """Basis of the largest set-up in the rows of a system; empty if all its communicators were measured."""
+    found = set(table.setup.fillna("").astype(str)) - {""}
+    return max(found, key=lambda text: int(text.split()[2]), default="")
 
 
 def _without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:

@@ -172,5 +172,6 @@ def mark_setups(figure: Figure, table: pd.DataFrame) -> None:
             assert isinstance(text, Text)
             text.set_text(name.sub(lambda found: f"{found[0]}†", text.get_text()))
     if len(marked):
-        note = f"†: time to set a communicator up not measured ({'; '.join(sorted(marked.setup.unique()))})"
+        setups = sorted(marked.setup.unique(), key=lambda text: int(text.split()[2]))
+        note = f"†: time to set a communicator up not measured ({setups[-1]})"
         figure.supxlabel(note, fontsize=6, style="italic", alpha=0.7, x=0.002, ha="left")
