@@ -20,7 +20,7 @@ def simulated_setup(backend: object, recorder: Recorder) -> dict[str, Any] | Non
 
 
 def setup_text(summaries: Iterable[Mapping[str, Any]]) -> str:
-    """Ranks of the largest communicator of some runs and the basis of its set-up; empty if it was measured or there is none."""
+    """Ranks of the largest communicator of some runs and the basis of its set-up; empty without any or if it was measured."""
     found = [summary["communicator_setup"] for summary in summaries if summary["communicator_setup"] is not None]
     largest = max(found, key=lambda setup: setup["ranks"], default={"basis": "measured"})
     return "" if largest["basis"] == "measured" else f"up to {largest['ranks']} ranks: {largest['basis']}"
