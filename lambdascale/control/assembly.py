@@ -19,7 +19,23 @@ def build_system(config: SystemConfig, *, cluster: ClusterSpec, models: Sequence
         config.start.storage != "remote" or float(cluster.remote_bytes_per_s) > 0,
         f"system.start.storage=remote needs a remote store: cluster {cluster.name} has remote_bytes_per_s=0",
     )
+    _check_minimum(config.autoscaler.min_replicas, cluster, models)
     for model in models:
         cluster.kv_tokens(model)
         model.partition(config.blocks)
     return ControlPlane(config=config, cluster=cluster, models=models)
+
+
+def _check_minimum(replicas: int, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> None:
+    """Raise UserError if the cluster is too small for so many replicas of every model, each on a node of its own."""
+    key = "system.autoscaler.min_replicas"
+    require(
+        replicas <= cluster.nodes,
+        f"{key}={replicas} needs as many nodes, cluster {cluster.name} has {cluster.nodes}: a node holds one replica of a model",
+    )
+    gpus = sum(cluster.node(node).gpus for node in range(cluster.nodes))
+    needed = replicas * sum(model.gpus_per_replica for model in models)
+    require(
+        needed <= gpus,
+        f"{key}={replicas} of {len(models)} models needs {needed} GPUs, cluster {cluster.name} has {gpus}; 0 scales to zero",
+    )

@@ -26,6 +26,7 @@ from lambdascale.core.events import (
     NodeLost,
     RequestArrived,
     RequestFinished,
+    RequestPreempted,
     TimerFired,
     TokensProduced,
 )
@@ -58,6 +59,7 @@ class ControlPlane:
             BlockArrived: self._block_arrived,
             TokensProduced: self._ignore,
             RequestFinished: self._request_finished,
+            RequestPreempted: self._ignore,
             TimerFired: self._timer_fired,
             NodeLost: self._node_lost,
             NodeGivenUp: self._node_given_up,
@@ -175,13 +177,15 @@ class ControlPlane:
                 return
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
-        """Take surplus replicas from other models when too few nodes are free."""
+        """Take surplus replicas from other models when too few nodes are free; for a first replica, idle ones too."""
         lacking = replicas - len(self.fleet.free_nodes(state))
         for other in self.fleet.models.values():
             if lacking <= 0:
-                return
+                break
             if other is not state:
                 lacking -= self._scale_in.make_room(other, lacking)
+        if state.queue and not state.allocations and not self.fleet.free_nodes(state):
+            self._scale_in.claim(state)
 
     def _unsettled(self, state: ModelState) -> bool:
         """True if a later evaluation could change something for this model without a further event that sets the timer."""

@@ -59,14 +59,28 @@ class Passes:
         )
 
 
-def multicast_costs(fleet: Fleet, state: ModelState, nodes: Iterable[NodeId], tiers: Collection[Tier]) -> Costs:
-    """Predict for a multicast among ``nodes`` from sources in ``tiers``: every link at the rate of the slowest."""
+def multicast_costs(
+    fleet: Fleet, state: ModelState, nodes: Iterable[NodeId], sources: Iterable[tuple[NodeId, Tier]], loading: Collection[NodeId]
+) -> Costs:
+    """Predict for a multicast among ``nodes`` from (node, tier) pairs ``sources``: every link at the rate of the slowest.
+
+    A source in host memory is as fast as its PCIe, and half as fast where it is among the nodes ``loading`` their own copies: the
+    send and the load share PCIe max-min fairly, as flows in the simulated cluster do.
+    """
     cluster = fleet.cluster
-    hardware = [cluster.node(node) for node in nodes]
-    rate = min(node.nic_bytes_per_s for node in hardware) * cluster.rdma_efficiency
-    if "host" in tiers:
-        rate = min(rate, *(node.pcie_bytes_per_s for node in hardware))
-    return _costs(fleet, state, cluster.link_latency_s + max(state.block_bytes) / rate)
+    rates = [cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency for node in nodes]
+    rates += [cluster.node(n).pcie_bytes_per_s / (2 if n in loading else 1) for n, tier in sources if tier == "host"]
+    return _costs(fleet, state, cluster.link_latency_s + max(state.block_bytes) / min(rates))
+
+
+def rounds_per_block(fleet: Fleet, state: ModelState, node: NodeId, *, round_s: float, feeds: bool) -> float:
+    """Return the rounds of a multicast, of ``round_s`` seconds, in which a node loads a block of its host copy.
+
+    A node that ``feeds`` the multicast from that copy sends a block a round over the same PCIe; the load has what is left.
+    """
+    block_bytes = max(state.block_bytes)
+    pcie = fleet.cluster.node(node).pcie_bytes_per_s - (block_bytes / round_s if feeds else 0.0)
+    return block_bytes / pcie / round_s
 
 
 def load_costs(fleet: Fleet, state: ModelState, nodes: Iterable[NodeId]) -> Costs:

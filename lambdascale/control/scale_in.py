@@ -8,6 +8,7 @@ from lambdascale.control.allocations import Allocations
 from lambdascale.control.autoscaler import AutoscalingPolicy
 from lambdascale.control.serving import Serving
 from lambdascale.control.state import Fleet, Instance, ModelState
+from lambdascale.core import NodeId
 from lambdascale.core.commands import StopInstance
 
 # Times within a billionth of an interval count as equal (sums of floats).
@@ -21,6 +22,9 @@ class ScaleIn:
     in the last ``keep_alive_s`` seconds. One that was in use in that time is drained only if the others will not need it back:
     with N - 1 of N replicas, the load of each grows to N / (N - 1), and answers may take as much longer; a model's last one
     stays. A drained instance serves again as soon as it is needed.
+
+    A model whose requests wait while it has no replica comes before idle replicas of others, whether these are kept as a minimum
+    or in reserve for a load: the node is freed on which they have been idle longest (see ``claim``).
     """
 
     def __init__(self, fleet: Fleet, allocations: Allocations, serving: Serving, autoscaler: AutoscalingPolicy) -> None:
@@ -55,6 +59,32 @@ class ScaleIn:
         if state.draining:
             self._release_empty(state)
         return found
+
+    def claim(self, state: ModelState) -> None:
+        """Free a node for a model by releasing idle instances of others, those idle longest; nothing happens without enough."""
+        fleet, needed, room = self._fleet, state.spec.gpus_per_replica, self._fleet.lacking(state)
+        ways = []
+        for node in fleet.candidates(state):
+            gpus, way = fleet.gpus_free[node], []
+            for instance in self._idle_on(node):
+                if gpus < needed:
+                    gpus += fleet.models[instance.model].spec.gpus_per_replica
+                    way.append(instance)
+            if gpus >= needed and state.kv_tokens[node] >= room:
+                ways.append((max(instance.idle_since for instance in way), node, way))
+        for instance in min(ways)[2] if ways else ():
+            other = fleet.models[instance.model]
+            other.draining -= instance.draining
+            self._release(other, instance)
+
+    def _idle_on(self, node: NodeId) -> list[Instance]:
+        """Return the instances without requests that alone occupy GPUs of a node, longest idle first."""
+        found = []
+        for state in self._fleet.models.values():
+            allocation = state.allocations.get(node)
+            if allocation is not None and len(allocation.instances) == 1:
+                found += [i for i in allocation.instances.values() if not i.outstanding and not _in_transfer(state, i)]
+        return sorted(found, key=lambda instance: (instance.idle_since, instance.instance_id))
 
     @staticmethod
     def has_idle(state: ModelState) -> bool:

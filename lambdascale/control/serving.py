@@ -61,9 +61,9 @@ class Serving:
                 pending.missing.discard((node, block))
             for pending in [p for p in state.pending if not p.missing]:
                 self._form(state, pending)
-            for instance in allocation.instances.values():
-                if instance.limited and instance.open:
-                    self._look_ahead(state, instance)
+        for instance in allocation.instances.values():
+            if instance.limited:
+                self._look_ahead(state, instance)
         if self._gradual is not None:
             for change in self._gradual.advance(self._fleet, state, allocation):
                 self._apply(state, change)
@@ -84,13 +84,23 @@ class Serving:
         state.pending.remove(pending)
         room = None
         if plan.form == "useful":
-            room = costs_now(self._fleet, state).room(plan.stages, self._left_s(state, plan.nodes, plan.switch))
+            room = self._room(state, plan.stages, plan.switch)
             if not room:
                 return
-        instance = self._serve(state, plan.stages)
-        instance.switch, instance.limited = plan.switch, room is not None
-        instance.capacity = min(instance.capacity, room or instance.capacity)
+        self._serve_pipeline(state, plan.stages, plan.switch, room)
         self._router.fill(state)
+
+    def _serve_pipeline(self, state: ModelState, stages: tuple[Stage, ...], switch: SwitchRule, room: int | None) -> Instance:
+        """Start a pipeline that takes ``room`` requests at most; None: as many as it has places for."""
+        instance = self._serve(state, stages)
+        instance.switch, instance.limited = switch, room is not None
+        if room is not None:
+            instance.capacity = min(instance.capacity, room)
+        return instance
+
+    def _room(self, state: ModelState, stages: tuple[Stage, ...], switch: SwitchRule) -> int:
+        """Number of requests that a pipeline brings to first tokens before its mode switch."""
+        return costs_now(self._fleet, state).room(stages, self._left_s(state, (stage.node for stage in stages), switch))
 
     def _left_s(self, state: ModelState, nodes: Iterable[NodeId], switch: SwitchRule) -> float:
         """Predict the seconds until a pipeline on ``nodes`` dissolves or the first of them leaves it."""
@@ -98,9 +108,11 @@ class Serving:
         return max(left) if switch == "all" else min(left)
 
     def _look_ahead(self, state: ModelState, pipeline: Instance) -> None:
-        """Give a pipeline no further requests once one of them would not get a token before the mode switch."""
+        """Give a pipeline further requests only while one of them would get a token before the mode switch."""
         costs, left = costs_now(self._fleet, state), self._left_s(state, pipeline.nodes, pipeline.switch)
-        pipeline.open = costs.pass_s(pipeline.stages, 1) <= left
+        before, pipeline.open = pipeline.open, costs.pass_s(pipeline.stages, 1) <= left
+        if pipeline.open and not before:
+            self._router.fill(state)
 
     def _node_complete(self, state: ModelState, allocation: Allocation) -> None:
         # A pipeline that is not ready by the time one of its nodes can serve alone has come too late.
@@ -166,12 +178,15 @@ class Serving:
             self._switch_mode(state, pipeline, stages)
 
     def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = ()) -> None:
-        """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4)."""
+        """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4).
+
+        The smaller pipeline is limited as the one before was, by the time until its own mode switch, or left out.
+        """
         self.drop(state, pipeline)
         targets = [self._replica_on(state, a) for node in pipeline.nodes if (a := state.allocations[node]).complete]
-        if rest:
-            smaller = self._serve(state, rest)
-            smaller.switch, smaller.limited, smaller.open = pipeline.switch, pipeline.limited, pipeline.open
+        room = self._room(state, rest, pipeline.switch) if rest and pipeline.limited else None
+        if rest and room != 0:
+            smaller = self._serve_pipeline(state, rest, pipeline.switch, room)
             targets += [smaller] * len(smaller.nodes)
         loads = {instance.instance_id: len(instance.outstanding) for instance in targets}
         moves = spread_requests(list(pipeline.outstanding), [instance.instance_id for instance in targets], loads)

@@ -53,6 +53,13 @@ class RequestFinished(Event, frozen=True, gc=False, tag=True):
     tokens: int
 
 
+class RequestPreempted(Event, frozen=True, gc=False, tag=True):
+    """A running request lost its KV memory to others of its batch; it waits at the head of the queue to be prefilled anew."""
+
+    instance: int
+    request_id: int
+
+
 class TimerFired(Event, frozen=True, gc=False, tag=True):
     """The timer set by SetTimer with this id is due."""
 
@@ -94,6 +101,7 @@ AnyEvent = (
     | BlockArrived
     | TokensProduced
     | RequestFinished
+    | RequestPreempted
     | TimerFired
     | NodeLost
     | NodeGivenUp
@@ -105,6 +113,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     BlockArrived,
     TokensProduced,
     RequestFinished,
+    RequestPreempted,
     TimerFired,
     NodeLost,
     NodeGivenUp,

@@ -129,7 +129,8 @@ def _summary(folder: Path) -> pd.DataFrame:
     row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p99")}
     row |= {"tpot_mean_s": summary["tpot_s"]["mean"]}
     row |= {f"requests_{name}": summary["requests"][name] for name in ("submitted", "completed", "failed")}
-    row |= {name: summary[name] for name in ("gpu_seconds", "cost_usd", "scale_outs", "pipeline_first_tokens", "restarts")}
+    row |= {name: summary[name] for name in ("gpu_seconds", "cost_usd", "scale_outs", "pipeline_first_tokens")}
+    row |= {name: summary[name] for name in ("restarts", "preemptions")}
     row |= {f"starts_{way}": count for way, count in summary["node_starts"].items()}
     return pd.DataFrame([row])
 

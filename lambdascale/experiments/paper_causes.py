@@ -61,8 +61,8 @@ PCIE = Cause(
 LOOK = Cause(
     run="look",
     sentence=(
-        "The prototypes' controller looks every second, which delays all systems alike and so hides differences. Without: a look "
-        "every 0.1 s."
+        "The prototypes' controller looks every 0.5 s (70B: 1 s), which delays all systems alike and so hides differences. "
+        "Without: a look every 0.1 s."
     ),
 )
 EXPIRY = Cause(

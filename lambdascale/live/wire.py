@@ -123,11 +123,12 @@ class Token(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Tokens(Message, frozen=True, tag=True):
-    """Tokens that an iteration of an instance produced."""
+    """Tokens that an iteration of an instance produced, and the requests that lost their KV memory to it."""
 
     instance: int
     mode: Mode
     tokens: tuple[Token, ...]
+    preempted: tuple[int, ...] = ()
 
 
 class Aborted(Message, frozen=True, tag=True):

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
-from lambdascale.core.events import RequestArrived
+from lambdascale.core.events import RequestArrived, RequestPreempted
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
@@ -52,6 +52,7 @@ def summarise(
         "multicast_starts": sizes,
         "pipeline_first_tokens": int((ok.first_token_mode == "pipeline").sum()),
         "restarts": int(frame.restarts.sum()),
+        "preemptions": sum(type(entry) is RequestPreempted for _, entry in recorder.entries),
         "simulated_s": recorder.end_s if backend == "sim" else None,
         "wall_s": wall_s,
     }

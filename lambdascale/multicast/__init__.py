@@ -5,7 +5,7 @@ They know nothing of bytes, links, clocks or the system they serve.
 
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.multicast.binomial import BinomialPipeline, check_counts
-from lambdascale.multicast.grouping import chunk_blocks, injection_orders, near_equal_groups
+from lambdascale.multicast.grouping import chunk_blocks, injection_orders, near_equal_groups, orders_between
 from lambdascale.multicast.repair import plan_from_holdings
 from lambdascale.multicast.validate import arrival_rounds, completion_rounds, validate_plan
 
@@ -18,6 +18,7 @@ __all__ = [
     "completion_rounds",
     "injection_orders",
     "near_equal_groups",
+    "orders_between",
     "plan_from_holdings",
     "validate_plan",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 Order = Literal["shift", "half", "none"]
@@ -41,3 +42,24 @@ def injection_orders(
     else:
         starts = list(range(groups))
     return tuple(tuple(b for step in range(groups) for b in dealt[(start + step) % groups]) for start in starts)
+
+
+def orders_between(blocks: int, starts: Collection[int], count: int) -> tuple[tuple[int, ...], ...]:
+    """``count`` further orders of the blocks, which begin as far as possible behind those that begin with ``starts``.
+
+    Each goes round from its first block. So the nodes that receive by all of them soon hold the model together.
+    """
+    if not starts:
+        return injection_orders(blocks, count)
+    begins = sorted(set(starts))
+    gaps = [(after - begin - 1) % blocks + 1 for begin, after in zip(begins, (*begins[1:], begins[0]), strict=True)]
+    within = [0] * len(gaps)
+    for _ in range(count):
+        widest = max(range(len(gaps)), key=lambda i: (gaps[i] / (within[i] + 1), -i))
+        within[widest] += 1
+    first = [
+        (begin + gap * step // (orders + 1)) % blocks
+        for begin, gap, orders in zip(begins, gaps, within, strict=True)
+        for step in range(1, orders + 1)
+    ]
+    return tuple((*range(start, blocks), *range(start)) for start in first)

@@ -4,7 +4,7 @@ They know nothing of bytes, requests' contents, clocks or the cluster behind the
 """
 
 from lambdascale.pipelines.base import PipelineBuilder
-from lambdascale.pipelines.builder import ComplementaryPipelines, NoPipelines, divide, validate_pipeline
+from lambdascale.pipelines.builder import ComplementaryPipelines, FixedLengths, NoPipelines, divide, validate_pipeline
 from lambdascale.pipelines.costs import IN_ROUNDS, Costs
 from lambdascale.pipelines.switch import spread_requests
 
@@ -12,6 +12,7 @@ __all__ = [
     "IN_ROUNDS",
     "ComplementaryPipelines",
     "Costs",
+    "FixedLengths",
     "NoPipelines",
     "PipelineBuilder",
     "divide",

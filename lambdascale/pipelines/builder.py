@@ -9,9 +9,10 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
 
 from lambdascale.core import FormRule, MulticastPlan, NodeId, PipelinePlan, PlanError, Stage, SwitchRule
 from lambdascale.core.checks import check_types, require
@@ -47,6 +48,9 @@ class ComplementaryPipelines:
     earlier where holdings interleave. A pipeline that would not be ready before one of its nodes holds the whole model is left
     out: that node serves alone by then.
 
+    A pipeline keeps its stages. Dividing it anew after every block, with KV that moves in no time, lowers no P90 TTFT by more
+    than 0.3 % and the time per output token by 5 % at most (simulated: bursts of figures 8 and 9, authors' trace).
+
     ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
     when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
@@ -66,12 +70,10 @@ class ComplementaryPipelines:
     ) -> Sequence[PipelinePlan]:
         """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
         arrivals = arrival_rounds(plan)
-        starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
-        late = {node: tuple(arrivals[node].get(block, _NEVER) for block in range(plan.blocks)) for node in plan.destinations}
-        batch = costs.batch(len(plan.destinations) or 1)
+        late, batch = _late(plan, arrivals), costs.batch(len(plan.destinations) or 1)
         found = []
-        for nodes in self._sets(plan):
-            found += self._best(_in_stage_order(nodes, starts, arrivals), late, costs, batch)[1]
+        for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
+            found += self._best(nodes, late, costs, batch)[1]
         return sorted(found, key=lambda p: (p.ready_round, p.nodes))
 
     def _best(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
@@ -110,6 +112,48 @@ class ComplementaryPipelines:
         limit = min(self.max_stages, blocks)
         count = -(-len(nodes) // limit)
         return [part for part in (nodes[i::count] for i in range(count)) if len(part) > 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedLengths:
+    """Pipelines of as many nodes as the largest of ``lengths`` that are left, then the next (the prototype: 8, 4, 2, 1).
+
+    Destinations are taken evenly from the sub-groups; what is left serves alone. A pipeline has those stages that are ready
+    first, one contiguous stage a node or several in turn. Nothing is predicted: it serves as soon as its blocks are in place,
+    until all its nodes hold the model (reference, section 2.4).
+    """
+
+    lengths: tuple[int, ...] = (8, 4, 2)
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_types(self)
+        require(
+            len(self.lengths) > 0 and min(self.lengths) >= 2,
+            f"pipelines.lengths takes lengths of at least 2, not {list(self.lengths)}",
+        )
+
+    def pipelines(
+        self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
+    ) -> Sequence[PipelinePlan]:
+        """See PipelineBuilder. Holders take no stage."""
+        arrivals = arrival_rounds(plan)
+        late, found = _late(plan, arrivals), []
+        for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
+            ways = _divisions(tuple(late[node] for node in nodes))
+            if ways:
+                ready, cuts = min(ways, key=lambda way: way[0])
+                stages = tuple(Stage(nodes[index], first, last) for index, first, last in cuts)
+                found.append(PipelinePlan(ready, stages, "always", "all"))
+        return sorted(found, key=lambda p: (p.ready_round, p.nodes))
+
+    def _sets(self, plan: MulticastPlan) -> Iterator[list[NodeId]]:
+        rows = zip_longest(*(group[1:] for group in plan.groups))
+        left = [node for row in rows for node in row if node is not None]
+        for length in sorted(self.lengths, reverse=True):
+            while len(left) >= length <= plan.blocks:
+                yield left[:length]
+                del left[:length]
 
 
 @lru_cache(maxsize=1024)
@@ -154,15 +198,21 @@ def _taking_turns(late: Sequence[Sequence[int]], blocks: int, ready: int) -> Ite
         begin += taken[taker]
 
 
-def _in_stage_order(nodes: Sequence[NodeId], starts: Mapping[NodeId, int], arrivals: _Arrivals) -> list[NodeId]:
-    """Sort nodes by the block their sub-group starts with, then by the mean position of the blocks that arrive first."""
+def _late(plan: MulticastPlan, arrivals: _Arrivals) -> _Late:
+    return {node: tuple(arrivals[node].get(block, _NEVER) for block in range(plan.blocks)) for node in plan.destinations}
 
-    def key(node: NodeId) -> tuple[int, float, NodeId]:
+
+def _in_stage_order(sets: Iterable[Sequence[NodeId]], plan: MulticastPlan, arrivals: _Arrivals) -> Iterator[list[NodeId]]:
+    """Sort each set by the block a node's sub-group starts with, then by the mean position of the blocks that arrive first."""
+    starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
+
+    def key(node: NodeId, parts: int) -> tuple[int, float, NodeId]:
         blocks = sorted(arrivals[node], key=lambda block: (arrivals[node][block], block))
-        early = blocks[: -(-len(blocks) // len(nodes))]
+        early = blocks[: -(-len(blocks) // parts)]
         return starts[node], sum(early) / max(1, len(early)), node
 
-    return sorted(nodes, key=key)
+    for nodes in sets:
+        yield sorted(nodes, key=partial(key, parts=len(nodes)))
 
 
 def _earliest(late: Sequence[Sequence[int]], blocks: int) -> int:

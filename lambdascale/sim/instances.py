@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
-from lambdascale.core.events import Mode, RequestFinished, TokensProduced
+from lambdascale.core.events import Mode, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.port import ComputePort
 
 _NO_ITERATION = Iteration([], 0, 0, 1)
-Emit = Callable[[TokensProduced | RequestFinished], None]
+Emit = Callable[[TokensProduced | RequestFinished | RequestPreempted], None]
 # Bytes of KV from one node to another, and what to call once they have arrived.
 CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
@@ -164,6 +165,7 @@ class SimInstance:
         self.kernel = around.kernel
         self._around = around
         self._stopped = False
+        self._after_last = 0  # index of the batch behind the one that had the last turn
         self._kv: KvPolicy = "copy"
         self._kv_tokens = around.kv_tokens
         self._layout = _Layout(stages, around)
@@ -228,14 +230,21 @@ class SimInstance:
     # -- iterations --------------------------------------------------------------------------------------------------
 
     def next_run(self, *, alone: bool) -> _Batch | None:
-        """See Owner: the first stage of the next iteration of a batch that is between two iterations."""
-        layout, batches = self._layout, self._batches
-        for batch in batches:
+        """See Owner: the first stage of the next iteration of a batch that is between two iterations.
+
+        Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
+        """
+        layout, batches, begin = self._layout, self._batches, self._after_last
+        for index in chain(range(begin, len(batches)), range(min(begin, len(batches)))):
+            batch = batches[index]
             if batch.under_way is not None or batch.blocked:
                 continue
             iteration = batch.scheduler.schedule()
             if iteration is None:
                 continue
+            for work in iteration.preempted:
+                self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
+            self._after_last = index + 1
             batch.under_way = layout
             batch.iteration = iteration
             batch.position = 0

@@ -75,8 +75,14 @@ class Load(FlowGroup):
 
     def _next(self) -> None:
         if self._steps:
-            step = self._steps.popleft()
-            self._fabric.flow(self, (self._command.node,), step.ports, step.size_bytes, lambda: self._stepped(step), step.cap)
+            step, node = self._steps.popleft(), (self._command.node,)
+            if self._command.tier == "remote":
+                self._fabric.flow(self, node, step.ports, step.size_bytes, lambda: self._stepped(step), step.cap)
+                return
+            # In bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
+            goodput = self._fabric.cluster.rdma_efficiency
+            weights = (goodput,) * len(step.ports)
+            self._fabric.flow(self, node, step.ports, step.size_bytes / goodput, lambda: self._stepped(step), weights=weights)
         else:
             self._on_end(self._command.transfer_id)
 

@@ -180,7 +180,7 @@ class InvariantChecker:
         assert not any(node in nodes for nodes in self._serving(model)), "released while serving"
         reading = [n for n, t in self._transfers.items() if t.model == model and node in t.members - t.copies]
         assert not reading, f"node {node} is released while transfers {reading} list it"
-        if self._desired is not None and isinstance(self._event, TimerFired):
+        if self._desired is not None and isinstance(self._event, TimerFired) and not self._first_replica_waits():
             left = sum(name == model for _, name in self._held) - 1
             open_requests = {r for r, name in self._model_of.items() if name == model} - self.failed - set(self.finished)
             running = len(open_requests & set(self._running))
@@ -188,6 +188,11 @@ class InvariantChecker:
             assert left >= wanted, f"{model} keeps {left} replicas, it needs {wanted}"
             serving = len({other for nodes in self._serving(model) for other in nodes})
             assert serving >= wanted, f"{model} keeps {serving} nodes that serve, it needs {wanted}"
+
+    def _first_replica_waits(self) -> bool:
+        """True if a model has requests and no node: it comes before what others have idle."""
+        ended, served = self.failed.union(self.finished), {model for _, model in self._held}
+        return any(request not in ended and model not in served for request, model in self._model_of.items())
 
     def _check_transfer(self, command: StartMulticast | LoadBlocks) -> None:
         self._check_source(command)

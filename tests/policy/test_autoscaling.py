@@ -200,13 +200,25 @@ def test_idle_replicas_of_other_models_make_room() -> None:
     assert world.tick()[:4] == ["stop i1", "release 0 keep", "allocate 0b", "load t2 0b ssd 0123"]
 
 
-def test_no_room_is_taken_from_a_model_that_needs_it() -> None:
-    """Mutation: replicas taken although the other model's surplus is not positive."""
+def test_a_first_replica_comes_before_an_idle_one_that_is_wanted() -> None:
+    """Two requests on i1 want two replicas of a, so that i2 is no surplus; it is idle, and b has none.
+
+    Mutation: a model's first replica treated as a further one, which waits for a surplus.
+    """
     world = crowded("ab", 2, 0)
     world.arrive(3, "a")
     world.finish(world.requests - 2)
-    assert world.arrive(1, "b") == [], "i2 of a is idle now, but two requests on i1 want two replicas"
-    assert without(world.tick(), "timer") == []
+    assert world.arrive(1, "b") == []
+    assert without(world.tick(), "timer", "load") == ["stop i2", "release 1 keep", "allocate 1b"]
+
+
+def test_no_room_is_taken_from_a_model_that_needs_it() -> None:
+    """Mutation: replicas taken although the other model's surplus is not positive. b has a replica and wants another."""
+    world = crowded("ab", 2, 1)
+    world.arrive(3, "a")
+    world.finish(world.requests - 2)
+    world.arrive(2, "b")
+    assert without(world.tick(), "timer") == [], "i2 of a is idle, but two requests on i1 want two replicas"
 
 
 def on_first(world: World, requests: int) -> None:
@@ -226,7 +238,7 @@ def test_idle_replicas_that_are_wanted_are_not_taken() -> None:
 
 def test_nothing_is_taken_from_a_model_that_has_too_few() -> None:
     """Mutation: the sign of the other model's surplus not looked at. Four requests on one of three replicas want four."""
-    world = crowded("ab", 3, 0, max_batch=4)
+    world = crowded("ab", 3, 1, max_batch=4)
     on_first(world, 4)
     world.arrive(3, "b")
     assert without(world.tick(), "load", "timer") == []

@@ -156,6 +156,19 @@ def test_a_pipeline_gets_no_requests_that_it_would_not_bring_to_a_token() -> Non
     assert world.block(3, 1) == ["serve i4 2", "serve i5 3", "switch i3 5>i4 recompute", "dispatch i5 7", "dispatch i4 8"]
 
 
+def test_a_closed_pipeline_takes_requests_again_when_the_mode_switch_is_further_off() -> None:
+    """The last block but one takes a second longer than expected. Mutation: a pipeline once closed stays so."""
+    world, _ = arriving(0.13)
+    world.finish(4)
+    world.at += 0.01
+    world.block(2, 2)
+    world.block(3, 0)
+    assert world.finish(6) == [], "closed"
+    world.at += 1.0
+    assert world.block(2, 3) == ["dispatch i3 7"], "node 3 needs half a second more"
+    assert world.finish(5) == ["dispatch i3 8"]
+
+
 # -- how nodes leave -------------------------------------------------------------------------------------------------
 
 
@@ -194,3 +207,40 @@ def test_a_node_stays_while_the_others_need_its_blocks() -> None:
     assert world.block(1, 3, 0) == [], "nodes 0 and 2 lack block 1"
     assert world.block(0, 1, 2, 3) == []
     assert world.block(2, 0, 1)[-1].startswith("switch i1 ")
+
+
+def leaving(last_s: float) -> tuple[World, list[str]]:
+    """Node 1 of three is complete, ``last_s`` after node 2's first block; node 2 lacks one, due in ``last_s`` / 2, node 0 two.
+
+    Nine requests of 900 tokens: a first pass of two takes 0.37 s, of one half of that, and half as long behind another.
+    Returns the commands then.
+    """
+    world = World(nodes=3, min_replicas=0, form="useful", switch="each")
+    world.arrive(9, prompt=900, output=100)
+    world.tick()
+    world.block(0, 0)
+    world.block(1, 1)
+    world.at += 1.0
+    world.block(2, 2)
+    world.at += last_s / 2
+    world.block(2, 3)
+    assert world.block(1, 2)[0] == "serve i1 0:0-0,1:1-2,2:3-3"
+    world.block(1, 3)
+    world.at += last_s / 2
+    assert world.block(2, 0) + world.block(0, 1) == []
+    return world, world.block(1, 0)
+
+
+def test_the_smaller_pipeline_is_limited_by_the_time_until_its_own_mode_switch() -> None:
+    """0.45 s are left: enough for a request on each of its nodes. Mutation: as many as it has places for, four."""
+    world, lines = leaving(0.9)
+    assert lines == ["serve i2 1", "serve i3 0:0-1,2:2-3", "switch i1 0>i2,1>i3,2>i3,3>i2,4>i3,5>i3 recompute"]
+    assert world.finish(1, 2) == [], "it has the two it can bring to their tokens"
+    assert world.finish(4) == ["dispatch i3 6"]
+
+
+def test_no_smaller_pipeline_is_formed_that_would_bring_no_token() -> None:
+    """0.25 s are left: less than a first pass of what waits. The last two nodes serve alone once they are complete."""
+    world, lines = leaving(0.5)
+    assert lines == ["serve i2 1", "switch i1 0>i2,1>i2,2>i2 recompute"]
+    assert world.block(2, 1) == ["serve i3 2", "dispatch i3 3,4"]

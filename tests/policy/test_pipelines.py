@@ -9,7 +9,7 @@ import pytest
 
 from lambdascale.core import MulticastPlan, PipelinePlan, PlanError, Send, Stage, UserError
 from lambdascale.multicast import BinomialPipeline, arrival_rounds, completion_rounds
-from lambdascale.pipelines import ComplementaryPipelines, NoPipelines, spread_requests, validate_pipeline
+from lambdascale.pipelines import ComplementaryPipelines, FixedLengths, NoPipelines, spread_requests, validate_pipeline
 
 CASES = [(s, d, b) for s in (1, 2, 3, 4) for d in (2, 3, 4, 5, 7, 8, 11) for b in (2, 3, 4, 7, 8)]
 
@@ -147,6 +147,41 @@ def test_a_plan_that_does_not_bring_everything_can_be_read() -> None:
     assert shown(ComplementaryPipelines().pipelines(plan)) == ["1 1:0-0 2:1-1"]
 
 
+@pytest.mark.parametrize(
+    ("sources", "destinations", "sets"),
+    [
+        (1, 1, []),
+        (1, 3, [{1, 2}]),
+        (2, 4, [{2, 3, 4, 5}]),
+        (2, 7, [{2, 3, 5, 6}, {4, 7}]),
+        (4, 15, [{4, 5, 7, 8, 11, 12, 15, 16}, {6, 9, 13, 17}, {10, 14}]),
+        (1, 16, [set(range(1, 9)), set(range(9, 17))]),
+    ],
+)
+def test_pipelines_of_fixed_lengths_take_nodes_evenly_from_the_sub_groups(
+    sources: int, destinations: int, sets: list[set[int]]
+) -> None:
+    """Reference, 2.4: 8, 4, 2, 1. Mutations: the nodes of a sub-group taken together; the smaller length first."""
+    plan = BinomialPipeline(chunks="round_robin").plan(sources=sources, destinations=destinations, blocks=16)
+    pipelines = FixedLengths().pipelines(plan)
+    assert sorted(map(sorted, (set(p.nodes) for p in pipelines))) == sorted(map(sorted, sets))
+    for pipeline in pipelines:
+        validate_pipeline(plan, pipeline)
+        assert (pipeline.form, pipeline.switch) == ("always", "all")
+
+
+def test_a_pipeline_of_fixed_length_has_the_stages_that_are_ready_first() -> None:
+    """Contiguous stages would be ready later (see ComplementaryPipelines, which weighs both)."""
+    plan = BinomialPipeline(chunks="round_robin").plan(sources=2, destinations=2, blocks=4)
+    assert shown(FixedLengths().pipelines(plan)) == ["2 2:0-0 3:1-1 2:2-2 3:3-3"]
+    assert shown(FixedLengths(lengths=(3,)).pipelines(plan)) == []
+
+
+def test_pipelines_are_no_longer_than_the_model_has_blocks() -> None:
+    plan = BinomialPipeline().plan(sources=2, destinations=8, blocks=4)
+    assert len(FixedLengths().pipelines(plan)) == 2, "of four nodes each, not one of eight"
+
+
 def test_load_then_execute_has_no_pipelines() -> None:
     assert NoPipelines().pipelines(planned(2, 2, 4)[0]) == ()
 
@@ -157,6 +192,9 @@ def test_settings_are_checked() -> None:
         ComplementaryPipelines(max_stages=1)
     with pytest.raises(UserError, match="max_stages must be int"):
         ComplementaryPipelines(max_stages=2.5)
+    for lengths in ((), (4, 1)):
+        with pytest.raises(UserError, match=r"pipelines\.lengths takes lengths of at least 2, not"):
+            FixedLengths(lengths=lengths)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lambdascale.multicast import (
     completion_rounds,
     injection_orders,
     near_equal_groups,
+    orders_between,
     plan_from_holdings,
     validate_plan,
 )
@@ -213,6 +214,30 @@ def test_injection_orders_worked_out_by_hand() -> None:
     )
     assert injection_orders(4, 2, "none") == ((0, 1, 2, 3), (0, 1, 2, 3))
     assert injection_orders(4, 2, chunks="round_robin") == ((0, 2, 1, 3), (1, 3, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "starts", "count", "begins"),
+    [
+        (16, (), 4, (0, 4, 8, 12)),
+        (16, (0,), 1, (8,)),
+        (16, (0,), 3, (4, 8, 12)),
+        (16, (0, 4, 8, 12), 4, (2, 6, 10, 14)),
+        (16, (0, 4, 8, 12), 1, (2,)),
+        (16, (0, 4, 8, 12), 6, (1, 2, 5, 6, 10, 14)),  # the first gaps get two, a third of the way each, rounded down
+        (16, (0, 0, 8), 2, (4, 12)),
+        (16, (3, 2, 1, 0), 3, (6, 9, 12)),  # round-robin chunks: one wide gap
+        (4, (2,), 2, (3, 0)),  # across the end
+        (4, (0, 2), 4, (0, 1, 2, 3)),
+        (2, (0, 1), 1, (0,)),  # no block is left to begin with
+    ],
+)
+def test_orders_begin_where_others_leave_most_blocks(
+    blocks: int, starts: tuple[int, ...], count: int, begins: tuple[int, ...]
+) -> None:
+    orders = orders_between(blocks, starts, count)
+    assert tuple(order[0] for order in orders) == begins
+    assert all(order == tuple((order[0] + step) % blocks for step in range(blocks)) for order in orders)
 
 
 @pytest.mark.parametrize(

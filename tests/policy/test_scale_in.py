@@ -266,8 +266,9 @@ def test_what_is_drained_already_makes_room_too() -> None:
 
 
 def test_a_drained_replica_that_its_model_needs_again_makes_no_room() -> None:
-    """Mutation: what is drained and empty released for a before b, whose turn comes later, takes it back."""
-    world, (_, _, last) = loaded(2, 2, 1, models="ab", model="b", min_replicas=0)
+    """Mutation: what is drained and empty released for a, which wants a second, before b, whose turn comes later, needs it."""
+    world, (_, _, last) = loaded(2, 2, 1, models="ab", model="b", min_replicas=0, nodes=4)
+    world.arrive(4, "a")
     world.tick()
     assert drained(world) == [3]
     world.finish(*last)

@@ -245,7 +245,7 @@ def test_the_prototypes_baselines_feed_from_gpus_only(system: str) -> None:
     assert sorted(node for line in given for node in line.split(">")[1].split(",")) == ["0", "1", "4", "5"]
 
 
-def test_a_prototypes_controller_starts_the_rounds_and_looks_every_second() -> None:
+def test_a_prototypes_controller_starts_the_rounds_and_looks_every_half_second() -> None:
     for system, barrier_s in (("lambdascale_prototype", 0.006), ("faasnet_prototype", 0.002), ("lambdascale", None)):
         world = World(system, nodes=3)
         world.at = 0.3
@@ -253,7 +253,7 @@ def test_a_prototypes_controller_starts_the_rounds_and_looks_every_second() -> N
         world.tick()
         (command,) = [c for c in world.commands if isinstance(c, StartMulticast)]
         assert command.barrier_s == barrier_s
-        assert world.at == pytest.approx(0.3 if barrier_s is None else 1.0)
+        assert world.at == pytest.approx(0.3 if barrier_s is None else 0.5)
 
 
 # -- warm nodes of the paper's system --------------------------------------------------------------------------------
@@ -269,10 +269,24 @@ def test_the_papers_system_takes_warm_nodes_first_and_lets_them_load_and_feed_an
 
 
 def test_a_slow_load_is_no_stage_of_an_early_pipeline() -> None:
-    """Mutation: rounds of a load taken for rounds of the multicast. Node 1 has the whole model before 0 has loaded half."""
-    world = World("lambdascale", nodes=4, copies=1, min_replicas=0, cluster={"pcie_bytes_per_s": 0.3e9})
-    world.arrive(4)
-    assert without(world.tick(), "timer")[2:] == ["load t1 0 host 0123", "multicast t2 0:host>1"]
+    """Mutation: rounds of a load taken for rounds of the multicast. Node 2 has the whole model before 1 has loaded half."""
+    world = World("lambdascale", nodes=4, copies=2, min_replicas=1, cluster={"pcie_bytes_per_s": 0.3e9})
+    world.arrive(6)
+    assert without(world.tick(), "timer")[2:] == ["load t2 1 host 0123", "multicast t3 0:gpu>2"]
+
+
+def test_loads_begin_where_the_multicast_beside_them_leaves_gaps() -> None:
+    """Four nodes hold a block each after a round, in which both host sources send one and load another.
+
+    Mutation: a load counted in rounds at the NIC's rate; orders of loads as if the multicast had as many sub-groups.
+    """
+    world = World("lambdascale", nodes=4, copies=2, min_replicas=0)
+    world.arrive(8)
+    assert without(world.tick(), "timer", "allocate") == [
+        *["load t1 0 host 1230", "load t2 1 host 3012", "multicast t3 0:host,1:host>2,3"]
+    ]
+    assert world.block(2, 0) + world.block(0, 1) + world.block(3, 2) == []
+    assert world.block(1, 3) == ["serve i1 2:0-0,0:1-1,3:2-2,1:3-3", "dispatch i1 0,1,2,3,4,5,6,7"]
 
 
 # -- placement -------------------------------------------------------------------------------------------------------

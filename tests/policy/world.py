@@ -116,20 +116,21 @@ class World:
         nodes: int = 4,
         joined: int | None = None,
         gpus: int = 1,
-        gpus_per_replica: int = 1,
+        gpus_per_replica: int | dict[str, int] = 1,
         models: str = "a",
         cluster: dict[str, Any] | None = None,
         start: StartPolicy | None = None,
         **settings: object,
     ) -> None:
         defaults: dict[str, object] = {"blocks": 4, "max_batch": 2, "target": 2, "copies": 0}
-        if system.startswith("lambdascale"):
+        if system in ("lambdascale", "lambdascale_tuned"):
             defaults["form"] = "always"
         self.config = configured(system, **(defaults | settings))
         if start is not None:
             self.config = replace(self.config, start=start)
         hardware = replace(small_cluster(nodes, gpus), **(cluster or {}))
-        specs = [replace(small_model(name), gpus_per_replica=gpus_per_replica) for name in models]
+        each = gpus_per_replica if isinstance(gpus_per_replica, dict) else dict.fromkeys(models, gpus_per_replica)
+        specs = [replace(small_model(name), gpus_per_replica=each[name]) for name in models]
         self.plane = build_system(self.config, cluster=hardware, models=specs)
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
         self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch)

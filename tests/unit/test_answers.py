@@ -9,7 +9,7 @@ import pytest
 
 from lambdascale.core import Request
 from lambdascale.core.commands import Dispatch, FailRequest, KvPolicy, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed, RequestFinished, TokensProduced
+from lambdascale.core.events import CommandFailed, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -87,6 +87,14 @@ def test_tokens_reach_the_client_once_and_in_order() -> None:
     assert client.finished
     assert answers.events == [TokensProduced(0.0, 1, 7, 1, "local"), RequestFinished(0.0, 1, 7, 4)]
     assert not answers.outstanding
+
+
+def test_preemptions_are_told_of_requests_that_the_instance_owns() -> None:
+    answers = table(serve(1, 0))
+    answers.request(7, 1)
+    answers.tokens(wire.Tokens(1, "local", (), (7, 8)))
+    answers.tokens(wire.Tokens(2, "local", (), (7,)))
+    assert answers.events == [RequestPreempted(0.0, 1, 7)]
 
 
 def test_tokens_of_an_instance_that_does_not_own_the_request_do_not_count() -> None:

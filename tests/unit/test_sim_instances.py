@@ -9,7 +9,7 @@ import pytest
 from lambdascale.control import BatchLimits
 from lambdascale.core import ComputeTable, NodeId, NodeOverride, Request, Stage
 from lambdascale.core.commands import Command, Dispatch, Repartition, Serve, StopInstance
-from lambdascale.core.events import Event, NodeJoined, RequestFinished, TokensProduced
+from lambdascale.core.events import Event, NodeJoined, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.sim import SimConfig
 from lambdascale.sim.backend import SimBackend
 from lambdascale.testing.systems import small_cluster, small_model
@@ -116,6 +116,17 @@ def test_stages_on_nodes_of_their_own_keep_a_batch_in_flight_each() -> None:
     assert max(finished(play(cluster)).values()) <= (0.1 + 32 * 0.02) * 1.3
 
 
+def test_batches_take_turns_where_fewer_of_them_keep_the_busiest_node_occupied() -> None:
+    """Node 0 has 14 of 16 blocks: two batches occupy it all the time. Mutation: the first batch that is due begins."""
+    cluster = backend()
+    cluster.submit(Serve(1, "small", (Stage(0, 0, 13), Stage(1, 14, 14), Stage(2, 15, 15)), SIZES, KV))
+    cluster.submit(Dispatch(1, tuple(request(number, 51) for number in range(3))))
+    events = play(cluster)
+    begin, end = 3 * 0.1 * 14 / 16, 3 * (0.1 + 50 * 0.02) * 14 / 16
+    assert max(first_tokens(events).values()) == pytest.approx(begin + 0.1 * 2 / 16)
+    assert list(finished(events).values()) == pytest.approx([end] * 3, abs=0.1)
+
+
 def test_a_moved_boundary_loses_no_token() -> None:
     """One node, then two, then the other alone: the KV follows over the link and every request ends with its tokens."""
     for kv in ("copy", "recompute"):
@@ -192,7 +203,11 @@ def test_kv_memory_that_runs_out_costs_a_prefill() -> None:
     cluster = backend()
     cluster.submit(Serve(1, "small", stages(0), SIZES, 30))
     cluster.submit(Dispatch(1, (request(0, 11), request(1, 11))))
-    ends = finished(play(cluster))
+    events = play(cluster)
+    ends = finished(events)
+    assert [event for event in events if isinstance(event, RequestPreempted)] == [
+        RequestPreempted(pytest.approx(0.1 + 7 * 0.02), 1, 1)
+    ]
     assert ends[0] == pytest.approx(0.1 + 10 * 0.02)
     assert ends[1] == pytest.approx(0.1 + 10 * 0.02 + 0.1 + 2 * 0.02), "7 + 1 of its tokens came before, one with the prefill"
 

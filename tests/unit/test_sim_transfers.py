@@ -96,9 +96,9 @@ def test_a_source_in_host_memory_shares_its_pcie_with_the_loads_of_its_node_only
     rig.engine.multicast(multicast(pair, tier="host"))
     rig.engine.load(load("host", transfer_id=2, blocks=(0,)))
     rig.engine.load(load("host", node=1, transfer_id=3, blocks=(0,)))
-    # Node 0's PCIe: 20/1.5 B/s of the load and, at half of the same line rate, 10/1.5 B/s of the multicast; the load is
-    # through when 100 bytes are, at 7.5 s, and so are the multicast's 50. Node 1 loads 100 bytes at 20 B/s.
-    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(5.0, 3), (7.5, 1), (7.5, 2)]
+    # Node 0's PCIe: 10 B/s of the load and 10 of the multicast's 50 bytes, which are through at 5 s; then the load has all 20 for
+    # the other half of its 100. Node 1 loads 100 bytes at 20 B/s.
+    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(5.0, 1), (5.0, 3), (7.5, 2)]
 
 
 def test_a_source_in_host_memory_with_a_way_of_its_own_leaves_pcie_to_the_loads_of_its_node() -> None:

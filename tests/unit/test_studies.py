@@ -343,7 +343,8 @@ def test_what_departures_and_starts_say_is_made_of_the_committed_tables() -> Non
 
 
 def test_the_study_of_departures_leaves_out_each_that_is_described() -> None:
-    described = {name for system, left_out in departures.DEPARTURES.values() for name in (system, *left_out)}
+    systems = [entry for found in departures.DEPARTURES.values() for entry in found.items()]
+    described = {name for system, left_out in systems for name in (system, *left_out)}
     assert set(beliefs.Tables(TABLES)["departures"].system) == described
 
 

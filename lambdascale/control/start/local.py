@@ -8,14 +8,17 @@ from math import ceil
 from typing import ClassVar
 
 from lambdascale.control.placement import ByStartupTime, Placement
-from lambdascale.control.prospects import load_costs
+from lambdascale.control.prospects import load_costs, rounds_per_block
 from lambdascale.control.start.base import LoadOrder, StartDecision
 from lambdascale.control.state import Fleet, ModelState
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
 from lambdascale.core.checks import check_types
 from lambdascale.core.commands import Loader, Storage
-from lambdascale.multicast import injection_orders
+from lambdascale.multicast import orders_between
 from lambdascale.pipelines import Costs, PipelineBuilder
+
+# Loads that end so small a part of a round behind its end count as in it (sums of floats).
+_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,7 @@ def loads_together(
     """
     if not nodes:
         return (), tuple(builder.pipelines(beside.plan, resident, beside.costs)) if beside else ()
-    plan = _plan_of_loads(fleet, nodes, state.blocks, beside.plan if beside else None)
+    plan = _plan_of_loads(fleet, state, nodes, beside)
     costs = beside.costs if beside else load_costs(fleet, state, nodes)
     pipelines = tuple(builder.pipelines(plan, resident, costs)) if len(plan.destinations) > 1 else ()
     plain = tuple(range(state.blocks))
@@ -83,36 +86,38 @@ def loads_together(
     return loads, pipelines
 
 
-def _plan_of_loads(fleet: Fleet, nodes: Sequence[NodeId], blocks: int, beside: MulticastPlan | None) -> MulticastPlan:
+def _plan_of_loads(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], beside: Beside | None) -> MulticastPlan:
     """Describe loads as a plan: each node is a sub-group of its own, behind those of the multicast, with a stand-in source.
 
-    A load's block takes as many of the multicast's rounds as its PCIe is slower than the network; all alike without a multicast.
+    A load's block takes as many of the multicast's rounds as its share of PCIe is slower; all alike without a multicast.
     """
-    groups = () if beside is None else tuple((-1 - i, *group[1:]) for i, group in enumerate(beside.groups))
+    multicast = beside.plan if beside else None
+    groups = () if multicast is None else tuple((-1 - i, *group[1:]) for i, group in enumerate(multicast.groups))
     stores = [-1 - len(groups) - i for i in range(len(nodes))]
-    orders = injection_orders(blocks, len(groups) + len(nodes))[len(groups) :]
+    begun = () if multicast is None else multicast.orders
+    orders = orders_between(state.blocks, {order[0] for order in begun}, len(nodes))
     sends: dict[int, list[Send]] = {}
     for node, store, order in zip(nodes, stores, orders, strict=True):
-        pace = 1.0 if beside is None else _rounds_per_block(fleet, node, feeds=node in beside.sources)
+        pace = _pace(fleet, state, node, beside)
         for position, block in enumerate(order, start=1):
-            sends.setdefault(ceil(position * pace), []).append(Send(store, node, block))
-    if beside is not None:
-        stand_in = {group[0]: -1 - i for i, group in enumerate(beside.groups)}
-        for number, transfers in enumerate(beside.rounds, start=1):
+            sends.setdefault(ceil(position * pace - _TOLERANCE), []).append(Send(store, node, block))
+    if multicast is not None:
+        stand_in = {group[0]: -1 - i for i, group in enumerate(multicast.groups)}
+        for number, transfers in enumerate(multicast.rounds, start=1):
             sends.setdefault(number, []).extend(Send(stand_in.get(t.src, t.src), t.dst, t.block) for t in transfers)
     sources = (*(group[0] for group in groups), *stores)
     return MulticastPlan(
-        members=(*sources, *(() if beside is None else beside.destinations), *nodes),
+        members=(*sources, *(() if multicast is None else multicast.destinations), *nodes),
         sources=sources,
-        blocks=blocks,
+        blocks=state.blocks,
         rounds=tuple(tuple(sends.get(number, ())) for number in range(1, max(sends) + 1)),
         groups=(*groups, *zip(stores, nodes, strict=True)),
-        orders=(*(() if beside is None else beside.orders), *orders),
+        orders=(*begun, *orders),
     )
 
 
-def _rounds_per_block(fleet: Fleet, node: NodeId, *, feeds: bool) -> float:
-    """Return the rounds of a multicast in which a node loads a block; a multicast that it feeds takes half of its PCIe."""
-    hardware = fleet.cluster.node(node)
-    pcie = hardware.pcie_bytes_per_s / (2 if feeds else 1)
-    return hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency / pcie
+def _pace(fleet: Fleet, state: ModelState, node: NodeId, beside: Beside | None) -> float:
+    """Return the rounds of the multicast in which a node loads a block."""
+    if beside is None:
+        return 1.0
+    return rounds_per_block(fleet, state, node, round_s=beside.costs.round_s, feeds=node in beside.plan.sources)

@@ -14,7 +14,7 @@ from msgspec import structs
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed, Event, RequestFinished, TokensProduced
+from lambdascale.core.events import CommandFailed, Event, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -122,7 +122,11 @@ class Answers:
                 self._tell(self._instances[instance].head, wire.Abort(request_id))
 
     def tokens(self, message: wire.Tokens) -> None:
-        """Take the tokens of an instance's iteration."""
+        """Take the tokens of an instance's iteration, and what it says of requests that wait again."""
+        for request_id in message.preempted:
+            answer = self._answers.get(request_id)
+            if answer is not None and message.instance in answer.owners:
+                self._emit(RequestPreempted(0.0, message.instance, request_id))
         by_request: dict[int, list[wire.Token]] = {}
         for token in message.tokens:
             by_request.setdefault(token.request_id, []).append(token)

@@ -213,9 +213,10 @@ class Compute:
             return
         mode = instance.partitions[head.versions[message.batch]].mode
         produced = head.batches[message.batch].complete(plan, message.tokens)
-        if produced:
+        preempted = tuple(work.request_id for work in plan.iteration.preempted)
+        if produced or preempted:
             tokens = tuple(wire.Token(p.request_id, p.index, p.token, p.finished) for p in produced)
-            self._report(wire.Tokens(instance.number, mode, tokens))
+            self._report(wire.Tokens(instance.number, mode, tokens, preempted))
         self._move_batches(instance)
         self._offer(instance)
 
