@@ -103,12 +103,10 @@ class Iteration:
         self.context_tokens = context_tokens
         self.max_steps = max_steps
         self.preempted = preempted
-        tokens = attended = 0
+        self.prefill_tokens = self.attended_tokens = 0
         for sequence, count in prefills:
-            tokens += count
-            attended += count * sequence.prefilled + count * (count + 1) // 2
-        self.prefill_tokens = tokens
-        self.attended_tokens = attended
+            self.prefill_tokens += count
+            self.attended_tokens += count * sequence.prefilled + count * (count + 1) // 2
 
 
 class BatchScheduler:
@@ -228,10 +226,12 @@ class BatchScheduler:
         limits, waiting, admitted = self.limits, self.waiting, self._admitted
         if limits.mode == "static" and admitted:
             return
+        if len(admitted) >= limits.max_batch:
+            return
         room = self._room()
         while waiting and len(admitted) < limits.max_batch:
             sequence = waiting[0]
-            tokens = sequence.context_tokens
+            tokens = sequence.prompt_tokens + sequence.produced
             if tokens > room and admitted:
                 return
             waiting.popleft()
@@ -250,7 +250,9 @@ class BatchScheduler:
         for sequence in self._prefilling:
             if budget <= 0:
                 break
-            count = min(sequence.context_tokens - sequence.prefilled, budget)
+            count = sequence.prompt_tokens + sequence.produced - sequence.prefilled
+            if count > budget:
+                count = budget
             prefills.append((sequence, count))
             budget -= count
         return prefills
@@ -272,8 +274,16 @@ class BatchScheduler:
         ended before their bound (an end-of-sequence token).
         """
         assert 1 <= steps <= iteration.max_steps, f"{steps} steps of an iteration good for {iteration.max_steps}"
-        finished = self._advance(steps, stopped) if iteration.decodes else []
-        first = []
+        finished: list[BatchedRequest] = []
+        first: list[BatchedRequest] = []
+        if iteration.decodes:
+            self._step = step = self._step + steps
+            self._context += steps * len(self.decoding)
+            ends = self._ends
+            if (ends and ends[0][0] <= step) or stopped:
+                finished = self._end(stopped)
+        if not iteration.prefills:
+            return first, finished
         for sequence, count in iteration.prefills:
             sequence.prefilled += count
             if sequence.prefilled < sequence.context_tokens:
@@ -291,9 +301,8 @@ class BatchScheduler:
                 self._join(sequence)
         return first, finished
 
-    def _advance(self, steps: int, stopped: Collection[int]) -> list[BatchedRequest]:
-        self._step += steps
-        self._context += steps * len(self.decoding)
+    def _end(self, stopped: Collection[int]) -> list[BatchedRequest]:
+        """Take the decoding sequences out that have ended by now."""
         finished = []
         while self._ends and self._ends[0][0] <= self._step:
             finished.append(self._leave(heappop(self._ends)[1]))

@@ -57,16 +57,24 @@ class Serving:
         if allocation.complete:
             self._node_complete(state, allocation)
         else:
-            for pending in state.pending:
-                pending.missing.discard((node, block))
-            for pending in [p for p in state.pending if not p.missing]:
-                self._form(state, pending)
+            if state.pending:
+                self._advance(state, node, block)
         for instance in allocation.instances.values():
             if instance.limited:
                 self._look_ahead(state, instance)
         if self._gradual is not None:
             for change in self._gradual.advance(self._fleet, state, allocation):
                 self._apply(state, change)
+
+    def _advance(self, state: ModelState, node: NodeId, block: int) -> None:
+        """Form the pipelines that only waited for this block."""
+        ready = []
+        for pending in state.pending:
+            pending.missing.discard((node, block))
+            if not pending.missing:
+                ready.append(pending)
+        for pending in ready:
+            self._form(state, pending)
 
     def _apply(self, state: ModelState, change: Change) -> None:
         if isinstance(change, Reshape):

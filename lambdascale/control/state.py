@@ -38,6 +38,8 @@ class Instance:
     @property
     def nodes(self) -> tuple[NodeId, ...]:
         """Distinct nodes of the stages, in order of first appearance."""
+        if len(self.stages) == 1:
+            return (self.stages[0].node,)
         return tuple(dict.fromkeys(stage.node for stage in self.stages))
 
     @property

@@ -35,11 +35,13 @@ class Traffic:
         self._cluster = cluster
         self._storage = storage
         self._left: defaultdict[tuple[NodeId, Port], int] = defaultdict(int)
+        self._rates: dict[tuple[NodeId, Port], float] = {}
 
     def add(self, node: NodeId, ports: Sequence[Port], size_bytes: int) -> None:
         """Count ``size_bytes`` more on ``ports`` of a node; fewer if negative."""
+        left = self._left
         for port in ports:
-            self._left[node, port] += size_bytes
+            left[node, port] += size_bytes
 
     def left(self, node: NodeId, port: Port) -> int:
         """Return the bytes that a port has still to move."""
@@ -47,9 +49,20 @@ class Traffic:
 
     def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:
         """Return the time until the busiest of ``ports`` has moved what is under way and ``more`` bytes; 0 if all are idle."""
-        return max((self.left(node, port) + more) / self._rate(node, port) for port in ports)
+        longest = 0.0
+        for port in ports:
+            size_bytes = self._left.get((node, port), 0) + more
+            if size_bytes:
+                longest = max(longest, size_bytes / self._rate(node, port))
+        return longest
 
     def _rate(self, node: NodeId, port: Port) -> float:
+        rate = self._rates.get((node, port))
+        if rate is None:
+            rate = self._rates[node, port] = self._rate_of(node, port)
+        return rate
+
+    def _rate_of(self, node: NodeId, port: Port) -> float:
         hardware = self._cluster.node(node)
         if port == "pcie":
             return hardware.pcie_bytes_per_s

@@ -28,38 +28,44 @@ class Turn(NamedTuple, Generic[InstanceKey, PassItem]):
 
 
 class ComputeTurns(Generic[InstanceKey, PassItem]):
-    """Queue of a node's compute. Instances are opaque keys, passes opaque values other than None."""
+    """Queue of a node's compute. Instances are opaque keys, passes opaque values other than None. ``waiting``: its length."""
 
-    __slots__ = ("_heads", "_passes")
+    __slots__ = ("_heads", "_passes", "waiting")
 
     def __init__(self) -> None:
         self._passes: deque[Turn[InstanceKey, PassItem]] = deque()
         self._heads: dict[InstanceKey, None] = {}  # in order of addition
+        self.waiting = 0
 
     def __bool__(self) -> bool:
         """True if anything waits."""
-        return bool(self._passes or self._heads)
+        return self.waiting > 0
 
     def add_pass(self, instance: InstanceKey, work: PassItem) -> None:
         """Queue a later stage's part of an iteration under way."""
         self._passes.append(Turn(instance, work))
+        self.waiting += 1
 
     def add_head(self, instance: InstanceKey) -> None:
         """Queue the start of an iteration of ``instance``. One that waits already keeps its place."""
-        self._heads.setdefault(instance, None)
+        if instance not in self._heads:
+            self._heads[instance] = None
+            self.waiting += 1
 
     def remove(self, instance: InstanceKey) -> None:
         """Drop everything that waits for ``instance``; nothing happens if nothing does."""
         self._heads.pop(instance, None)
         if any(turn.instance == instance for turn in self._passes):
             self._passes = deque(turn for turn in self._passes if turn.instance != instance)
+        self.waiting = len(self._passes) + len(self._heads)
 
     def next(self) -> Turn[InstanceKey, PassItem] | None:
         """Take the next turn out of the queue; None if nothing waits."""
+        if not self.waiting:
+            return None
+        self.waiting -= 1
         if self._passes:
             return self._passes.popleft()
-        if self._heads:
-            instance = next(iter(self._heads))
-            del self._heads[instance]
-            return Turn(instance, None)
-        return None
+        instance = next(iter(self._heads))
+        del self._heads[instance]
+        return Turn(instance, None)

@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
+from lambdascale.metrics import Slo
 from lambdascale.sim import SimConfig
 from lambdascale.workload import ShapedWorkload
 
@@ -28,6 +29,7 @@ class Experiment:
     workload: ShapedWorkload
     backend: SimConfig | LiveConfig
     logger: Any
+    slo: Slo | None = None
 
     @cached_property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -50,7 +52,13 @@ def build(config: DictConfig) -> Experiment:
         workload=_instance(config, "workload", ShapedWorkload),
         backend=_backend(config, system),
         logger=instantiate(config.logger, _convert_="all"),
+        slo=_slo(config, tuple(model.name for model in models)),
     )
+
+
+def _slo(config: DictConfig, models: tuple[str, ...]) -> Slo | None:
+    setting: Any = OmegaConf.to_container(config.slo) if OmegaConf.is_config(config.slo) else config.slo
+    return None if setting is None else Slo.parse(setting, models)
 
 
 def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig:

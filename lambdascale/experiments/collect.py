@@ -126,12 +126,13 @@ def _gpus(folder: Path) -> pd.DataFrame:
 
 def _summary(folder: Path) -> pd.DataFrame:
     summary = read_json(folder / SUMMARY)
-    row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p99")}
+    row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p95", "p99", "p999")}
     row |= {"tpot_mean_s": summary["tpot_s"]["mean"]}
     row |= {f"requests_{name}": summary["requests"][name] for name in ("submitted", "completed", "failed")}
     row |= {name: summary[name] for name in ("gpu_seconds", "cost_usd", "scale_outs", "pipeline_first_tokens")}
     row |= {name: summary[name] for name in ("restarts", "preemptions")}
     row |= {f"starts_{way}": count for way, count in summary["node_starts"].items()}
+    row |= {"requested_per_s": summary["rates"]["requested_per_s"], **summary.get("slo", {})}
     return pd.DataFrame([row])
 
 

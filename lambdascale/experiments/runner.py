@@ -26,6 +26,9 @@ from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_tabl
 from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
+# Share of failed requests beyond which a run says so.
+_FAILED_AT_MOST = 0.01
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -82,8 +85,10 @@ def _execute(
         backend=experiment.backend.label,
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
         wall_s=wall_s,
+        slo=experiment.slo,
     )
     summary["communicator_setup"] = simulated_setup(experiment.backend, recorder)
+    _warn_of_failures(summary)
     manifest = {
         "experiment": settings["name"],
         "run_sha256": digest,
@@ -105,6 +110,13 @@ def _execute(
         write_json(temporary / MANIFEST, manifest)
         write_json(temporary / SUMMARY, summary)
     return summary
+
+
+def _warn_of_failures(summary: dict[str, Any]) -> None:
+    """Say on stderr that more than one request in a hundred failed: percentiles of the others would look better than the run."""
+    failed, submitted = summary["requests"]["failed"], summary["requests"]["submitted"]
+    if failed > _FAILED_AT_MOST * submitted:
+        print(f"{failed} of {submitted} requests failed; times are those of the others", file=sys.stderr)
 
 
 def drive_experiment(

@@ -27,6 +27,7 @@ class RunConfig:
     objective: str | None = None
     model_count: int = 1
     seed: int = 1
+    slo: Any = None
     out: str | None = None
     force: bool = False
     results: str = "results"

@@ -30,6 +30,7 @@ from lambdascale.figures import (
     fig10_ttft,
     fig11_gpus,
     sensitivity,
+    slo_capacity,
 )
 from lambdascale.figures.style import mark_setups, styled
 
@@ -66,6 +67,7 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_models": beyond_models.FIGURE,
     "beyond_faults": beyond_faults,
     "sensitivity": sensitivity,
+    "slo_capacity": slo_capacity,
 }
 
 

@@ -5,6 +5,7 @@ from lambdascale.metrics.files import read_table, write_json, write_table
 from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.sinks import FilesLogger, FinishedRun, RunLogger
+from lambdascale.metrics.slo import Slo
 from lambdascale.metrics.summary import summarise
 from lambdascale.metrics.tables import events_table, gpu_usage, requests_table
 
@@ -13,6 +14,7 @@ __all__ = [
     "FinishedRun",
     "Recorder",
     "RunLogger",
+    "Slo",
     "comparison",
     "events_table",
     "gpu_usage",

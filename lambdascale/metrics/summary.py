@@ -5,18 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
 from lambdascale.core.events import RequestArrived, RequestPreempted
 from lambdascale.metrics.recorder import Recorder
+from lambdascale.metrics.slo import Slo, attainment
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
 
+_PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
+
 
 def summarise(
-    recorder: Recorder, requests: pa.Table, *, system: str, backend: str, usd_per_gpu_hour: float, wall_s: float
+    recorder: Recorder,
+    requests: pa.Table,
+    *,
+    system: str,
+    backend: str,
+    usd_per_gpu_hour: float,
+    wall_s: float,
+    slo: Slo | None = None,
 ) -> dict[str, Any]:
     """Summary of a run as in summary.json; percentiles are interpolated linearly, None without values.
 
@@ -43,8 +54,13 @@ def summarise(
         "system": system,
         "backend": backend,
         "requests": counts,
+        "failures": {str(reason): int(count) for reason, count in frame.failure.value_counts().sort_index().items()},
+        "rates": _rates(frame),
         "ttft_s": distribution(ok.ttft_s.to_numpy()),
         "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),
+        "e2e_s": distribution(ok.e2e_s.to_numpy()),
+        "ntpot_s": distribution((ok.e2e_s / ok.output_tokens).to_numpy()),
+        "queue_s": distribution(ok.queue_s.to_numpy()),
         "gpu_seconds": used,
         "cost_usd": used / 3600 * usd_per_gpu_hour,
         "scale_outs": _scale_outs(recorder),
@@ -56,12 +72,33 @@ def summarise(
         "simulated_s": recorder.end_s if backend == "sim" else None,
         "wall_s": wall_s,
     }
-    if frame.model.nunique() > 1:
+    if slo is not None:
+        summary["slo"] = attainment(
+            frame, slo, duration_s=_duration_s(frame), gpu_seconds=used, usd_per_gpu_hour=usd_per_gpu_hour
+        )
+    if len(frame.model.unique()) > 1:
         summary["per_model"] = {
             str(model): {"requests": len(rows), "ttft_s": distribution(rows.ttft_s.dropna().to_numpy())}
             for model, rows in frame.groupby("model")
         }
     return summary
+
+
+def _duration_s(frame: pd.DataFrame) -> float:
+    """Seconds from the first arrival to the last end of a request; 0 without a completed request."""
+    end = frame.finished_s.max() - frame.arrival_s.min()
+    return float(end) if end == end else 0.0
+
+
+def _rates(frame: pd.DataFrame) -> dict[str, float | None]:
+    """Requests per second as asked and as completed, and ``drift_s``: how late the latest one was received, in seconds."""
+    asked_s = frame.arrival_s.max() - frame.arrival_s.min() if len(frame) else 0.0
+    duration_s = _duration_s(frame)
+    return {
+        "requested_per_s": len(frame) / float(asked_s) if asked_s else None,
+        "achieved_per_s": int((frame.status == "ok").sum()) / duration_s if duration_s else None,
+        "drift_s": float((frame.received_s - frame.arrival_s).max()) if len(frame) else None,
+    }
 
 
 def _scale_outs(recorder: Recorder) -> int:
@@ -71,8 +108,10 @@ def _scale_outs(recorder: Recorder) -> int:
 
 
 def distribution(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float | None]:
-    """Mean, P50, P90 and P99 of ``values``, in their unit; all None without values."""
+    """Mean and percentiles (P50 to P99.9) of ``values``, in their unit; all None without values."""
     if len(values) == 0:
-        return dict.fromkeys(("mean", "p50", "p90", "p99"))
-    p50, p90, p99 = (float(v) for v in np.percentile(values, [50, 90, 99]))
-    return {"mean": float(values.mean()), "p50": p50, "p90": p90, "p99": p99}
+        return dict.fromkeys(("mean", *_PERCENTILES))
+    return {
+        "mean": float(values.mean()),
+        **dict(zip(_PERCENTILES, np.percentile(values, [*_PERCENTILES.values()]).tolist(), strict=True)),
+    }

@@ -32,16 +32,21 @@ _REQUESTS = pa.schema(
         ("model", pa.string()),
         ("system", pa.string()),
         ("arrival_s", pa.float64()),
+        ("received_s", pa.float64()),
         ("prompt_tokens", pa.int64()),
         ("output_tokens", pa.int64()),
+        ("max_tokens", pa.int64()),
         ("dispatched_s", pa.float64()),
         ("first_token_s", pa.float64()),
         ("finished_s", pa.float64()),
+        ("queue_s", pa.float64()),
         ("ttft_s", pa.float64()),
         ("tpot_s", pa.float64()),
+        ("e2e_s", pa.float64()),
         ("first_token_mode", pa.string()),
         ("restarts", pa.int64()),
         ("status", pa.string()),
+        ("failure", pa.string()),
     ]
 )
 _EVENTS = pa.schema(
@@ -68,31 +73,38 @@ class _Life:
     """History of one request; times in seconds of the run."""
 
     request: Request
+    received_s: float
     dispatches: list[float] = field(default_factory=list)
     first_token_s: float | None = None
     mode: str | None = None
     finished_s: float | None = None
     tokens: int = 0
-    failed: bool = False
+    failure: str | None = None
 
     def row(self, system: str) -> tuple[Any, ...]:
         """Row of requests.parquet, in the order of its columns."""
         r, first, end = self.request, self.first_token_s, self.finished_s
+        dispatched = self.dispatches[0] if self.dispatches else None
         return (
             r.request_id,
             r.model,
             system,
             r.arrival_s,
+            self.received_s,
             r.prompt_tokens,
             self.tokens if end is not None else None,
-            self.dispatches[0] if self.dispatches else None,
+            r.max_tokens,
+            dispatched,
             first,
             end,
+            None if dispatched is None else dispatched - r.arrival_s,
             None if first is None else first - r.arrival_s,
             None if first is None or end is None or self.tokens < 2 else (end - first) / (self.tokens - 1),
+            None if end is None else end - r.arrival_s,
             self.mode,
             max(0, len(self.dispatches) - 1),
-            "failed" if self.failed else "ok" if end is not None else "lost",
+            "failed" if self.failure is not None else "ok" if end is not None else "lost",
+            self.failure,
         )
 
 
@@ -110,9 +122,9 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
             for request in entry.requests:
                 lives[request.request_id].dispatches.append(at)
         elif isinstance(entry, RequestArrived):
-            lives[entry.request.request_id] = _Life(entry.request)
+            lives[entry.request.request_id] = _Life(entry.request, at)
         elif isinstance(entry, FailRequest):
-            lives[entry.request_id].failed = True
+            lives[entry.request_id].failure = entry.reason
     return lives
 
 

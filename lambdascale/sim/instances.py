@@ -66,13 +66,16 @@ class _Batch:
 
     ``under_way``: the layout its iteration runs on, None between iterations. ``on``: the one with its KV. ``blocked``: KV is
     moving, from ``sources``. ``iteration`` is at stage ``position``; a decode batch of a replica runs it ``steps`` times.
+    ``fixed``: see Run; iterations of a pipeline are.
     """
 
     __slots__ = (
         "_began_s",
         "_instance",
         "_pace",
+        "_timing",
         "blocked",
+        "fixed",
         "iteration",
         "on",
         "position",
@@ -87,6 +90,7 @@ class _Batch:
         self.on = on
         self.under_way: _Layout | None = None
         self.blocked = False
+        self.fixed = False
         self.sources: frozenset[NodeId] = frozenset()
         self.iteration = _NO_ITERATION
         self.position = 0
@@ -94,36 +98,31 @@ class _Batch:
         self._instance = instance
         self._began_s = 0.0
         self._pace = 1.0
+        self._timing = on.timings[0]
 
     @property
     def is_due(self) -> bool:
         """True if the next iteration could begin."""
         return self.under_way is None and not self.blocked and bool(self.scheduler.waiting or self.scheduler.running)
 
-    def _timing(self) -> ComputeModel:
-        assert self.under_way is not None, "an iteration is under way"
-        return self.under_way.timings[self.position]
-
     def begin(self, pace: float) -> float:
         """See Run."""
         layout, iteration = self.under_way, self.iteration
         assert layout is not None, "an iteration is under way"
         self._began_s, self._pace = self._instance.kernel.now, pace
-        position = self.position
-        timing = layout.timings[position]
+        self._timing = timing = layout.timings[self.position]
         if layout.single and not iteration.prefills:
             return pace * timing.decode_run_s(iteration.decodes, iteration.context_tokens, self.steps)
-        return pace * timing.iteration_s(iteration, layout.shares[position])
+        return pace * timing.iteration_s(iteration, layout.shares[self.position])
 
     def last_s(self) -> float:
         """See Run."""
         layout, iteration = self.under_way, self.iteration
         assert layout is not None, "an iteration is under way"
-        timing, position = layout.timings[self.position], self.position
         if self.steps == 1:
-            return self._pace * timing.iteration_s(iteration, layout.shares[position])
+            return self._pace * self._timing.iteration_s(iteration, layout.shares[self.position])
         context = iteration.context_tokens + iteration.decodes * (self.steps - 1)
-        return self._pace * timing.decode_run_s(iteration.decodes, context, 1)
+        return self._pace * self._timing.decode_run_s(iteration.decodes, context, 1)
 
     def cut(self) -> float | None:
         """See Run."""
@@ -132,20 +131,24 @@ class _Batch:
         steps = self._steps_by_now()
         if steps >= self.steps:
             return None
-        self.steps = steps
-        return self._pace * self._timing().decode_run_s(self.iteration.decodes, self.iteration.context_tokens, steps)
+        self.steps, iteration = steps, self.iteration
+        return self._pace * self._timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
 
     def _steps_by_now(self) -> int:
         elapsed, iteration = (self._instance.kernel.now - self._began_s) / self._pace, self.iteration
-        return min(self._timing().decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed), self.steps)
+        steps = self._timing.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed)
+        return steps if steps < self.steps else self.steps
 
     def end(self) -> None:
         """See Run."""
-        assert self.under_way is not None, "an iteration is under way"
-        if self.under_way.single:
-            self._instance.complete(self)
+        if self.fixed:
+            self._instance.hop(self, self._instance.kernel.now)
         else:
-            self._instance.hop(self)
+            self._instance.complete(self)
+
+    def end_at(self, end_s: float) -> None:
+        """See Run."""
+        self._instance.hop(self, end_s)
 
     def lose(self) -> None:
         """Keep the iterations of a drained run that are over; the one under way is lost."""
@@ -197,7 +200,7 @@ class SimInstance:
         for work in works:
             batch = batches[0] if len(batches) == 1 else min(batches, key=lambda batch: len(batch.scheduler))
             batch.scheduler.add(work)
-            if batch.under_way is not None and batch.scheduler.admits:
+            if batch.steps > 1 and batch.under_way is not None and batch.scheduler.admits:
                 batch.under_way.ports[0].cut()
         self._look_for_work()
 
@@ -249,22 +252,24 @@ class SimInstance:
             batch.iteration = iteration
             batch.position = 0
             batch.steps = 1
+            single = layout.single
+            batch.fixed = not single
             if len(batches) > 1 and self._look_for_work():
                 return batch
-            if alone and layout.single:
+            if alone and single:
                 batch.steps = iteration.max_steps
             return batch
         return None
 
-    def hop(self, batch: _Batch) -> None:
-        """Hand an iteration to its next stage, or its tokens back to the first, after the hop's latency."""
-        batch.position += 1
-        self.kernel.at(self.kernel.now + self._around.hop_s, self._arrive, batch)
+    def hop(self, batch: _Batch, end_s: float) -> None:
+        """Hand an iteration to its next stage, or its tokens back to the first, the hop's latency after ``end_s``."""
+        self.kernel.at(end_s + self._around.hop_s, self._arrive, batch)
 
     def _arrive(self, batch: _Batch) -> None:
         layout = batch.under_way
         if self._stopped or layout is None:
             return
+        batch.position += 1
         if batch.position < len(layout.ports):
             layout.ports[batch.position].add_pass(self, batch)
         else:

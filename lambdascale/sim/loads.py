@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from math import inf
 
 from msgspec import Struct
@@ -77,12 +78,12 @@ class Load(FlowGroup):
         if self._steps:
             step, node = self._steps.popleft(), (self._command.node,)
             if self._command.tier == "remote":
-                self._fabric.flow(self, node, step.ports, step.size_bytes, lambda: self._stepped(step), step.cap)
+                self._fabric.flow(self, node, step.ports, step.size_bytes, partial(self._stepped, step), step.cap)
                 return
             # In bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
             goodput = self._fabric.cluster.rdma_efficiency
             weights = (goodput,) * len(step.ports)
-            self._fabric.flow(self, node, step.ports, step.size_bytes / goodput, lambda: self._stepped(step), weights=weights)
+            self._fabric.flow(self, node, step.ports, step.size_bytes / goodput, partial(self._stepped, step), weights=weights)
         else:
             self._on_end(self._command.transfer_id)
 

@@ -6,6 +6,7 @@ for an equal part of its time, and the next one may enter as soon as the first G
 
 from __future__ import annotations
 
+from math import inf
 from typing import Protocol
 
 from lambdascale.control.turns import ComputeTurns
@@ -18,6 +19,11 @@ _LAST = 1
 
 class Run(Protocol):
     """Occupant of a port: one stage's iteration, or a run of equal decode iterations that can be cut short."""
+
+    @property
+    def fixed(self) -> bool:
+        """True if nothing but a withdrawal changes its end once it has begun."""
+        ...
 
     def begin(self, pace: float) -> float:
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""
@@ -33,6 +39,10 @@ class Run(Protocol):
 
     def end(self) -> None:
         """Take note of the end; the port is free."""
+        ...
+
+    def end_at(self, end_s: float) -> None:
+        """Schedule what follows the end, which is not told: the run is fixed, and nothing waits for the port."""
         ...
 
     def lose(self) -> None:
@@ -55,6 +65,9 @@ class ComputePort:
 
     ``cores``: the cores that the node shares with others, if it does. ``gpus``: the length of the line. An iteration is what runs
     until it leaves the first GPU; then it is in the line, and nothing but its owner's withdrawal changes its end.
+
+    A fixed run that nothing waits for ends without an event of the port's: it is over once its time, ``_until_s``, has come.
+    That is infinite for a run whose end the port tells.
     """
 
     __slots__ = (
@@ -68,6 +81,7 @@ class ComputePort:
         "_run",
         "_ticket",
         "_turns",
+        "_until_s",
         "_version",
         "_woken",
     )
@@ -79,6 +93,7 @@ class ComputePort:
         self._owner: Owner | None = None
         self._run: Run | None = None
         self._began_s = 0.0
+        self._until_s = inf
         self._ticket = -1
         self._version = 0
         self._woken = False
@@ -94,9 +109,10 @@ class ComputePort:
 
     def resume(self, owner: Owner) -> None:
         """Queue the next iteration of ``owner``; a free port begins before requests that arrive at this very time can join."""
-        if self._run is not None:
+        if self._run is not None and self._kernel.now < self._until_s:
             self.want(owner)
-        elif self._turns or self._occupied:
+        elif self._turns.waiting or self._occupied:
+            self._run = None
             self._turns.add_head(owner)
             self._next()
         elif (run := owner.next_run(alone=not self._line)) is not None:
@@ -104,20 +120,30 @@ class ComputePort:
 
     def add_pass(self, owner: Owner, run: Run) -> None:
         """Run a later stage's part of an iteration under way: at once on a free port, else before all that is to begin."""
-        if self._run is None and not self._occupied and not self._turns:
+        if (self._run is None or self._kernel.now >= self._until_s) and not self._occupied and not self._turns.waiting:
             self._begin(owner, run)
             return
         self._turns.add_pass(owner, run)
         self._look()
 
     def _look(self) -> None:
+        self._settle()
         if self._run is None:
             self._wake()
+        elif self._until_s < inf:  # something waits for its end now
+            self._kernel.at(self._until_s, self._free, self._version)
+            self._until_s = inf
         else:
             self.cut()
 
+    def _settle(self) -> None:
+        """Take note that a run whose end is not told is over."""
+        if self._until_s <= self._kernel.now:
+            self._run, self._until_s = None, inf
+
     def withdraw(self, owner: Owner) -> None:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
+        self._settle()
         self._turns.remove(owner)
         for version in [version for version, (other, _) in self._line.items() if other is owner]:
             self._line.pop(version)[1].lose()
@@ -131,6 +157,7 @@ class ComputePort:
         """Take the GPUs for something else (a collective's kernels), or give them back: no iteration begins meanwhile."""
         self._occupied += 1 if busy else -1
         assert self._occupied >= 0, "a port is given back that was not occupied"
+        self._settle()
         if busy:
             self.cut()
         elif not self._occupied:
@@ -138,7 +165,7 @@ class ComputePort:
 
     def cut(self) -> None:
         """Let a long run end with the iteration under way."""
-        if self._run is None:
+        if self._run is None or self._until_s < inf:
             return
         lasts = self._run.cut()
         if lasts is not None:
@@ -161,7 +188,7 @@ class ComputePort:
                 return
             owner, run = turn
             if run is None:
-                run = owner.next_run(alone=not self._turns and not self._line)
+                run = owner.next_run(alone=not self._turns.waiting and not self._line)
             if run is not None:
                 self._begin(owner, run)
 
@@ -173,8 +200,12 @@ class ComputePort:
         if self._cores is not None:
             self._ticket, pace = self._cores.enter(self.cut)
         lasts = run.begin(pace)
+        self._until_s = inf
         if self._free_s:
             self._schedule(run, lasts)
+        elif run.fixed and self._cores is None and not self._turns.waiting:
+            self._until_s = now + lasts
+            run.end_at(now + lasts)
         else:
             self._kernel.at(now + lasts, self._end, version)
 
@@ -202,7 +233,7 @@ class ComputePort:
             at = self._free_s[gpu] = max(at, free_s) + part_s
         self._line[version] = owner, run
         self._kernel.at(max(at, self._kernel.now), self._leave, version)
-        if self._turns:
+        if self._turns.waiting:
             self._next()
 
     def _leave(self, version: int) -> None:
@@ -218,14 +249,20 @@ class ComputePort:
         if self._cores is not None:
             self._cores.leave(self._ticket)
         run.end()
-        if self._turns and self._run is None:
+        if self._turns.waiting and self._run is None:
+            self._next()
+
+    def _free(self, version: int) -> None:
+        """Begin what waits for the end of a run that was not told of it."""
+        if version == self._version and self._run is not None:
+            self._run = None
             self._next()
 
     def _lose(self) -> None:
         """Drop what is running."""
         assert self._run is not None, "only what runs is lost"
         self._run.lose()
-        self._run = None
+        self._run, self._until_s = None, inf
         self._version += 1
         if self._cores is not None:
             self._cores.leave(self._ticket)

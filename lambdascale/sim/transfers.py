@@ -163,7 +163,7 @@ class TransferEngine:
 
     def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
-        for join in [j for j in self._joins if node in j.joined and j.command.model == model]:
+        for join in [j for j in self._joins if node in j.joined and j.command.model == model] if self._joins else ():
             join.members[node].held.add(block)
             if self._barrier_s(join.command) is None:
                 self._send_next(join, join.members[node])

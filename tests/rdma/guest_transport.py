@@ -21,8 +21,8 @@ RdmaEndpoint = load()
 class Hospitable(RdmaEndpoint):
     """Admits every peer for as long as it is connected."""
 
-    def _add(self, connection: RdmaConnection, generation: int) -> None:
-        super()._add(connection, generation)
+    def _add(self, connection: RdmaConnection, generation: int, welcome: bytes = b"") -> None:
+        super()._add(connection, generation, welcome)
         connection.admit()
 
 

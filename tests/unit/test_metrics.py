@@ -91,7 +91,7 @@ class TestRequests:
     def test_no_requests(self) -> None:
         table = requests_table(Recorder(), "s")
         assert table.num_rows == 0
-        assert summary_of(Recorder())["ttft_s"] == {"mean": None, "p50": None, "p90": None, "p99": None}
+        assert summary_of(Recorder())["ttft_s"] == dict.fromkeys(("mean", "p50", "p90", "p95", "p99", "p999"))
 
 
 class TestSummary:
@@ -108,6 +108,33 @@ class TestSummary:
         summary = summary_of(recorded(*answered(0, 0.0, 0.5, 1.0), *failed))
         assert summary["requests"] == {"submitted": 2, "completed": 1, "failed": 1}
         assert summary["ttft_s"]["p99"] == 0.5
+
+    def test_failures_by_reason(self) -> None:
+        reasons = ("too long", "no room", "too long")
+        failed = [
+            entry for i, why in enumerate(reasons) for entry in (RequestArrived(1.0, request(i, 1.0)), (1.0, FailRequest(i, why)))
+        ]
+        assert summary_of(recorded(*failed))["failures"] == {"no room": 1, "too long": 2}
+
+    def test_times_of_whole_answers(self) -> None:
+        """An answer of 5 tokens, dispatched at once, and one that waited a second: from arrival to end 1.5 and 4 s."""
+        late = request(1, 1.0)
+        waited = [
+            RequestArrived(1.25, late),
+            (2.0, Dispatch(1, (late,))),
+            TokensProduced(3.0, 1, 1, 1, "local"),
+            RequestFinished(5.0, 1, 1, 5),
+        ]
+        summary = summary_of(recorded(*answered(0, 0.0, 0.5, 1.5), *waited))
+        assert summary["e2e_s"]["p50"] == 2.75
+        assert summary["ntpot_s"]["mean"] == pytest.approx((0.3 + 0.8) / 2)
+        assert summary["queue_s"]["mean"] == 0.5
+        assert summary["rates"] == {"requested_per_s": 2.0, "achieved_per_s": 2 / 5, "drift_s": 0.25}
+
+    def test_a_run_without_answers_has_no_rates(self) -> None:
+        assert summary_of(Recorder())["rates"] == {"requested_per_s": None, "achieved_per_s": None, "drift_s": None}
+        failed = recorded(RequestArrived(0.0, request(0)), (0.0, FailRequest(0, "no room")))
+        assert summary_of(failed)["rates"] == {"requested_per_s": None, "achieved_per_s": None, "drift_s": 0.0}
 
     def test_cost_is_gpu_time_times_price(self) -> None:
         held = [(0.0, AllocateNode(0, "m", 2)), TimerFired(10.0, 0), (10.0, ReleaseNode(0, "m", 2))]
