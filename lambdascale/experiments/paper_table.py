@@ -131,7 +131,7 @@ def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> tuple[str, s
 
 def _setup(table: pd.DataFrame) -> str:
     """Basis of the largest set-up in the rows of a system; empty if all its communicators were measured."""
-    found = set(table.setup.fillna("").astype(str)) - {""}
+    found = set(table.setup.dropna().astype(str)) - {""}
     return max(found, key=lambda text: int(text.split()[2]), default="")
 
 

@@ -164,7 +164,7 @@ def mark_setups(figure: Figure, table: pd.DataFrame) -> None:
     """
     if "setup" not in table.columns:
         return
-    marked = table[table.setup.fillna("").astype(str) != ""]
+    marked = table[table.setup.notna() & (table.setup != "")]
     for system in marked.system.unique():
         # In labels and titles, but not where the system's name begins the name of another.
         name = re.compile(rf"{re.escape(looks([system])[system].label)}(?!, | \()")
