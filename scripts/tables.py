@@ -1,17 +1,20 @@
-"""Make the tables of comparison: python scripts/tables.py [--tables DIR] [--page FILE] [--readme FILE] [--beliefs FILE].
+"""Make the tables of comparison: python scripts/tables.py [--tables DIR] [--page FILE] [--readme FILE] [--beliefs FILE]
+[--baselines DIR].
 
-From the tables of the studies: paper_vs_ours.csv and sensitivity_flips.csv, also as blocks of docs/paper.md, and the section
-«What we believe, and how sure we are» of README.md. Simulated on the spot: multicast_vs_reference.csv.
+From the tables of the studies: paper_vs_ours.csv and sensitivity_flips.csv, also as blocks of docs/paper.md; node starts, beside
+figure 10; the section «What we believe, and how sure we are» of README.md; the effects of departures in baselines/*/README.md.
+Simulated on the spot: multicast_vs_reference.csv.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from lambdascale.cli.guard import run_guarded
-from lambdascale.experiments import beliefs, sensitivity
+from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
 from lambdascale.experiments.multicast_study import reference_table
 from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
 
@@ -24,11 +27,15 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/paper.md"), metavar="FILE")
     parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
     parser.add_argument("--beliefs", type=Path, default=Path("results") / beliefs.TEMPLATE, metavar="FILE")
+    parser.add_argument("--baselines", type=Path, default=Path("baselines"), metavar="DIR")
     arguments = parser.parse_args()
     tables, texts = arguments.tables, beliefs.Tables(arguments.tables)
     compared, varied = paper_table(load_tables(tables)), texts["sensitivity"]
-    page = with_block(arguments.page.read_text(), "paper_vs_ours", markdown(compared))
-    page = with_block(page, "sensitivity", sensitivity.markdown(varied))
+    blocks = {
+        "paper_vs_ours": markdown(compared),
+        "sensitivity": sensitivity.markdown(varied),
+        starts_text.BLOCK: starts_text.text(texts["paper_trace"]),
+    }
     written = {
         "paper_vs_ours": compared,
         "sensitivity_flips": sensitivity.flips(varied),
@@ -36,10 +43,21 @@ def main() -> None:
     }
     for name, table in written.items():
         _write(table, tables / f"{name}.csv")
-    arguments.page.write_text(page)
-    text = beliefs.render(arguments.beliefs.read_text(), texts)
-    arguments.readme.write_text(with_block(arguments.readme.read_text(), beliefs.BLOCK, text))
-    print(f"blocks of {arguments.page} and {arguments.readme}")
+    # After the tables: the beliefs read them.
+    _fill(arguments.page, blocks)
+    believed = beliefs.render(arguments.beliefs.read_text(), texts)
+    _fill(arguments.readme, {beliefs.BLOCK: believed, starts_text.BLOCK: blocks[starts_text.BLOCK]})
+    for baseline in departures.DEPARTURES:
+        text = departures.markdown(texts["departures"], baseline)
+        _fill(arguments.baselines / baseline / "README.md", {departures.BLOCK: text})
+
+
+def _fill(path: Path, blocks: Mapping[str, str]) -> None:
+    text = path.read_text()
+    for name, block in blocks.items():
+        text = with_block(text, name, block)
+    path.write_text(text)
+    print(f"{path}: {', '.join(blocks)}")
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:

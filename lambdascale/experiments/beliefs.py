@@ -5,10 +5,9 @@
 
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
-- ``without(system, model)``: the ratio of P90 TTFT with the supposed cause of its difference to the paper removed;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
-- ``step(system, model)``: P90 TTFT in seconds of a step of the attribution;
+- ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
 - ``starts(model)``: λScale's node starts from a source with more than one destination, of all, on the authors' trace;
 - ``count(verdict)``: rows of the comparison with the paper with that verdict, of ``count()`` rows;
 - ``cell(table, column, key=value, ...)``: any number of any table; UserError unless the keys choose one row.
@@ -28,13 +27,14 @@ import pandas as pd
 from lambdascale.core import UserError
 from lambdascale.experiments.paper_table import gpu_title, p90_title
 from lambdascale.experiments.sensitivity import conclusions
+from lambdascale.experiments.starts_text import by_multicast
 
 TEMPLATE = "beliefs.md.j2"
 BLOCK = "beliefs"
 #: Longest text, in lines, that a reader may be asked to quote.
 LINES = 25
 _WIDTH = 119
-_WAYS = ("own_load", "unicast", "multicast")
+_AUTHORS = "lambdascale.workload.ArrivalsTrace"
 # Numbers that are names: of models, of the interval, of hardware.
 _NAMES_WITH_NUMBERS = re.compile(r"\b(?:7B|13B|70B|H\d00s?|P90|P50)\b|\b95 %")
 _CODE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
@@ -108,11 +108,6 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         found = row("intervals", workload="lambdascale.workload.BurstyWorkload", system=system, model=model)
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
-    def starts(model: str) -> str:
-        found = row("paper_trace", system="lambdascale", model=model)
-        every = sum(int(found[f"starts_{way}"]) for way in _WAYS)
-        return f"{found.starts_multicast} of {every}"
-
     def count(verdict: str | None = None) -> int:
         verdicts = tables["paper_vs_ours"].verdict
         return len(verdicts) if verdict is None else int((verdicts == verdict).sum())
@@ -126,12 +121,11 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "cell": cell,
         "count": count,
         "under": under,
-        "starts": starts,
-        "step": lambda system, model: cell("attribution", "ttft_p90_s", system=system, model=model),
+        "starts": lambda model: by_multicast(tables["paper_trace"], "lambdascale", model),
+        "step": lambda system, model: cell("attribution", "ttft_p90_s", trace=_AUTHORS, system=system, model=model),
         "seeds": seeds,
         "p90": lambda system, model: compared(p90_title(system), model),
         "gpu": lambda system, model: compared(gpu_title(system), model),
-        "without": lambda system, model: str(row("paper_vs_ours", what=p90_title(system), model=model).without),
     }
 
 

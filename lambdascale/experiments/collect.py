@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.pairs import pair_table
+from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import PAIRS, Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
@@ -46,7 +47,13 @@ def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
         config = OmegaConf.load(folder / "config.yaml")
         assert isinstance(config, DictConfig)
         labels = {name: _selected(config, key) for name, key in study.columns.items()}
-        known = {"model": config.model.name, "system": config.system.name, "backend": read_json(folder / SUMMARY)["backend"]}
+        summary = read_json(folder / SUMMARY)
+        known = {
+            "model": config.model.name,
+            "system": config.system.name,
+            "setup": setup_text([summary]),
+            "backend": summary["backend"],
+        }
         kept = rows[list(study.fields)] if study.fields else rows
         labels |= {name: value for name, value in (known | {"seed": config.seed}).items() if name not in kept.columns}
         parts.append(pd.concat([pd.DataFrame(labels, index=kept.index), kept], axis=1))
@@ -69,13 +76,14 @@ def write_study(experiment: str, table: pd.DataFrame, results: Path, *, publishe
     They go to tables/ and figures/ of ``results``, or to raw/``experiment``/ for a study changed on the command line.
     """
     # Imported here, not in every worker of a sweep: matplotlib takes seconds to import.
-    from lambdascale.figures.registry import FIGURES, render
+    from lambdascale.figures.registry import FIGURES, load_table, render
 
     tables = table_folder(experiment, results, published=published)
     tables.mkdir(parents=True, exist_ok=True)
     paths = [write_frame(table, tables / experiment)]
     if experiment in FIGURES:
-        paths += render(experiment, table, results / "figures" if published else tables)
+        # As scripts/figures.py draws it: from what is written, whose numbers are rounded.
+        paths += render(experiment, load_table(tables, experiment), results / "figures" if published else tables)
     return paths
 
 

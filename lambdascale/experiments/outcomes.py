@@ -14,7 +14,10 @@ from lambdascale.metrics import comparison, print_comparison
 
 
 class Outcome(msgspec.Struct):
-    """Outcome of one job: its run's folder, or an error and its exit status. ``value`` is that of ``objective``, in a search."""
+    """Outcome of one job: its run's folder, or an error and its exit status. ``value`` is that of ``objective``, in a search.
+
+    ``core_s``: seconds of processor time that the job took, in a pool.
+    """
 
     job: int
     label: str
@@ -24,6 +27,7 @@ class Outcome(msgspec.Struct):
     status: int = 0
     objective: str = ""
     value: float | None = None
+    core_s: float = 0.0
 
 
 def note(folder: Path, outcome: Outcome) -> None:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
+from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study
 from lambdascale.metrics.intervals import Interval, RunRows, paired
 
@@ -50,7 +51,7 @@ def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
 _COLUMNS = [
     *("p90_s", "reference_p90_s"),
     *(f"{name}_{part}" for name in MEASURES for part in ("ratio", "low", "high", "by")),
-    *("blocks", "traces", "requests", "failed", "backend"),
+    *("blocks", "traces", "requests", "failed", "setup", "backend"),
 ]
 
 
@@ -61,14 +62,15 @@ def _plain(value: Any) -> Any:
 def _row(ours: Mapping[int, Path], theirs: Mapping[int, Path], what: str, reference: str) -> dict[str, Any]:
     pairs = [(_partner(ours, seed, what, reference), folder) for seed, folder in sorted(theirs.items())]
     summaries = [[read_json(folder / SUMMARY) for folder in pair] for pair in pairs]
-    found = paired([(_rows(own), _rows(other)) for own, other in pairs])
+    found = paired([(run_rows(own), run_rows(other)) for own, other in pairs])
     p90 = [_median([pair[side]["ttft_s"]["p90"] for pair in summaries]) for side in (0, 1)]
     row: dict[str, Any] = {"p90_s": p90[1], "reference_p90_s": p90[0]}
     for name in MEASURES:
         row |= _cells(name, getattr(found, name))
     row |= {"blocks": found.blocks, "traces": found.traces, "requests": found.requests}
     backends = sorted({summary["backend"] for pair in summaries for summary in pair})
-    return row | {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair), "backend": "+".join(backends)}
+    row |= {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair)}
+    return row | {"setup": setup_text(s for pair in summaries for s in pair), "backend": "+".join(backends)}
 
 
 def _partner(ours: Mapping[int, Path], seed: int, what: str, reference: str) -> Path:
@@ -89,7 +91,8 @@ def _cells(name: str, interval: Interval) -> dict[str, Any]:
     return {f"{name}_{part}": value for part, value in numbers.items()}
 
 
-def _rows(folder: Path) -> RunRows:
+def run_rows(folder: Path) -> RunRows:
+    """Rows of a run that pairs are made of."""
     summary = read_json(folder / SUMMARY)
     return RunRows(
         requests=pd.read_parquet(folder / "requests.parquet", columns=_REQUESTS),

@@ -6,8 +6,7 @@ Every row says how sure our value is (an interval of 95 %), and what becomes of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -17,8 +16,8 @@ import pandas as pd
 from lambdascale.core import UserError
 from lambdascale.experiments import paper_causes as causes
 from lambdascale.experiments.paper_causes import Cause
+from lambdascale.experiments.paper_claims import Claim, Line, Values
 from lambdascale.metrics.intervals import over_draws
-from lambdascale.sim.communicator import setup_basis
 
 TABLES = (
     *("fig02_host_cache", "fig07_multicast", "fig08_rampup", "fig09_sources", "paper_trace"),
@@ -39,61 +38,8 @@ NAMES = {
 }
 # Columns of the notes below the table.
 _WIDTH = 119
+_SEPARATOR = " | "
 _MARK = "†: NCCL's set-up is measured for 2 to 8 ranks; broadcasts of this row have up to 12, of which a single sample is known."
-# Differences that need no explanation.
-_SMALL, _SMALL_POINTS = 0.05, 2.0
-#: Values of a table's rows, one per seed; from the study's own table or from that of the explanations.
-Values = Callable[[pd.DataFrame], pd.Series]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A published number: a value, or a range ``low`` to ``high``; with ``points``, errors are in percentage points."""
-
-    figure: str
-    what: str
-    low: float
-    high: float
-    unit: str = ""
-    points: bool = False
-
-    @property
-    def text(self) -> str:
-        """The published number as people write it."""
-        return (
-            f"{self.low:g}"
-            if self.low == self.high
-            else f">{self.low:g}"
-            if np.isinf(self.high)
-            else f"{self.low:g} to {self.high:g}"
-        )
-
-    def error(self, ours: float) -> tuple[str, float]:
-        """Distance of ours from the published value or range, as text, and in units of a difference that needs no explanation."""
-        nearest = min(max(ours, self.low), self.high)
-        if nearest == ours and self.low != self.high:
-            return "inside", 0.0
-        if self.points:
-            return f"{ours - nearest:+.1f} points", abs(ours - nearest) / _SMALL_POINTS
-        return f"{100 * (ours / nearest - 1):+.0f} %", abs(ours / nearest - 1) / _SMALL
-
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A row of the comparison: a claim, where and how our value is read, its interval if known, and the cause of a difference.
-
-    ``values`` also reads the rows of the runs without the cause. ``interval``: (low, high), NaN without one; None: from the
-    seeds; ``interval_of`` says of what, if it is not of the same runs. ``ranks``: of the largest communicator whose set-up is in
-    our value, 0 without one.
-    """
-
-    claim: Claim
-    model: str
-    values: Values
-    cause: Cause | None = None
-    interval: tuple[float, float] | None = None
-    interval_of: str = ""
-    ranks: int = 0
 
 
 def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
@@ -117,21 +63,28 @@ def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def markdown(table: pd.DataFrame) -> str:
     """Format the table as Markdown: ranges over seeds in brackets, reasons as numbered notes below."""
-    heads = ["figure", "what", "model", "paper", "ours", "95 %", "error", "why", "with the cause removed", "so"]
+    heads = ["figure", "what", "model", "paper", "ours", "95 %", "error", "without cause no.", "so"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     notes: dict[str, int] = {}
     for row in table.fillna("").itertuples():
         spread = f" ({row.range_over_seeds!s})" if row.range_over_seeds else ""
         unit = f" {row.unit!s}" if row.unit else ""
-        note = str(notes.setdefault(str(row.why), len(notes) + 1)) if row.why else ""
-        without = f"{row.without!s}{unit} ({row.error_without!s})" if row.without else ""
+        numbers = [notes.setdefault(why, len(notes) + 1) for why in parts(row.why)]
+        tried = zip(numbers, parts(row.without), parts(row.error_without), strict=False)
+        without = "; ".join(f"{number}: {value}{unit} ({left})" for number, value, left in tried)
         error = f"({row.error!s})" if row.verdict == "coincidence" else row.error
         ours = f"{row.ours}{unit}{'†' if row.setup else ''}{spread}"
-        cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", ours, row.interval, error, note]
-        lines.append("| " + " | ".join(str(cell) for cell in [*cells, without, row.verdict]) + " |")
+        cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", ours, row.interval, error]
+        cells += [without or ", ".join(str(number) for number in numbers), row.verdict]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     numbered = (fill(f"{number}. {note}", _WIDTH, subsequent_indent="   ") for note, number in notes.items())
     mark = [fill(_MARK, _WIDTH), ""] if (table.setup != "").any() else []
     return "\n".join([*lines, "", *mark, *numbered]) + "\n"
+
+
+def parts(joined: object) -> list[str]:
+    """Entries of a cell about several causes, in their order."""
+    return str(joined).split(_SEPARATOR) if joined else []
 
 
 def with_block(text: str, name: str, block: str) -> str:
@@ -145,37 +98,41 @@ def with_block(text: str, name: str, block: str) -> str:
 
 
 def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[str, str]:
-    claim, cause, values = line.claim, line.cause, line.values(table)
+    claim, values = line.claim, line.values(table)
     ours, least, most = float(values.median()), float(values.min()), float(values.max())
-    spread = f"{least:.3g} to {most:.3g}" if most > least else ""
     error, distance = claim.error(ours)
-    shown = {"paper": claim.text, "ours": f"{ours:.3g}", "range_over_seeds": spread, "interval": _interval(line, values)}
-    without, error_without, left = "", "", math.nan
-    if cause is not None and cause.run:
-        value = float(line.values(_without(explanations, cause.run, claim.figure)).median())
-        error_without, left = claim.error(value)
-        without = f"{value:.3g}"
-    verdict = _verdict(distance, left, tested=bool(without), caused=cause is not None)
+    tried = [_tried(line, cause, explanations) for cause in line.causes[: 1 if distance <= 1 else None] if cause.run]
+    verdict = _verdict(distance, [left for *_, left in tried])
     # A reason that changes nothing about an agreement is no news.
-    why = cause.sentence if cause is not None and not verdict.startswith("agrees") else ""
-    tried = {"without": without, "error_without": error_without} if why else {"without": "", "error_without": ""}
-    where = {"figure": claim.figure, "what": claim.what, "model": line.model}
+    agrees = verdict.startswith("agrees")
     return {
-        **where,
-        **shown,
+        "figure": claim.figure,
+        "what": claim.what,
+        "model": line.model,
+        "paper": claim.text,
+        "ours": f"{ours:.3g}",
+        "range_over_seeds": f"{least:.3g} to {most:.3g}" if most > least else "",
+        "interval": _interval(line, values),
         "unit": claim.unit,
         "error": error,
-        "setup": _setup(line.ranks),
-        "why": why,
-        **tried,
+        "setup": line.setup,
+        "why": "" if agrees else _SEPARATOR.join(cause.sentence for cause in line.causes[: len(tried) or None]),
+        "without": "" if agrees else _SEPARATOR.join(without for without, *_ in tried),
+        "error_without": "" if agrees else _SEPARATOR.join(left for _, left, _ in tried),
         "verdict": verdict,
     }
 
 
-def _setup(ranks: int) -> str:
-    """Basis of a communicator's set-up in a row: empty if all its sizes were measured."""
-    basis = setup_basis(ranks)
-    return "" if basis == "measured" else f"up to {ranks} ranks: {basis}"
+def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> tuple[str, str, float]:
+    """Value without a cause, and what is left of the difference: as text, and in units of what needs no explanation."""
+    value = float(line.values(_without(explanations, cause.run, line.claim.figure)).median())
+    return (f"{value:.3g}", *line.claim.error(value))
+
+
+def _setup(table: pd.DataFrame) -> str:
+    """Basis of the largest set-up in the rows of a system; empty if all its communicators were measured."""
+    found = set(table.setup.dropna().astype(str)) - {""}
+    return max(found, key=lambda text: int(text.split()[2]), default="")
 
 
 def _without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
@@ -187,13 +144,13 @@ def _without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
     return rows
 
 
-def _verdict(distance: float, left: float, *, tested: bool, caused: bool) -> str:
-    """Fate of a difference, or of an agreement, when its cause is removed; distances in units of what needs no explanation."""
+def _verdict(distance: float, left: Sequence[float]) -> str:
+    """Fate of a difference, or of an agreement, when its causes are removed one by one; in units of what needs no explanation."""
     if distance <= 1:
-        return "agrees, not tested" if not tested else "coincidence" if left > 1 else "agrees"
-    if not caused or not tested:
+        return "agrees, not tested" if not left else "coincidence" if min(left) > 1 else "agrees"
+    if not left:
         return "not tested"
-    return "explained" if left <= 1 else "in part" if left < distance / 2 else "not explained"
+    return "explained" if min(left) <= 1 else "in part" if min(left) < distance / 2 else "not explained"
 
 
 def _interval(line: Line, values: pd.Series) -> str:
@@ -215,9 +172,9 @@ def _of(table: pd.DataFrame, model: str, system: str) -> pd.DataFrame:
 def _host_cache(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
     for name, title in {"ArrivalsTrace": "authors' trace", "AzureTrace": "Azure trace"}.items():
         claim = Claim(figure="2", what=f"loads from SSD, {title}", low=36.0, high=64.0, unit="%", points=True)
-        yield Line(claim=claim, model="12 x 7B", values=_from_ssd(name), cause=causes.TRACES)
+        yield Line(claim=claim, model="12 x 7B", values=_from_ssd(name), causes=[causes.TRACES])
         claim = Claim(figure="2", what=f"copies that live ≤ 15 s, {title}", low=95.0, high=np.inf, unit="%", points=True)
-        yield Line(claim=claim, model="12 x 7B", values=_short_lives(name), cause=causes.LIVES)
+        yield Line(claim=claim, model="12 x 7B", values=_short_lives(name), causes=[causes.LIVES])
 
 
 def _at_15(table: pd.DataFrame, trace: str) -> pd.DataFrame:
@@ -249,23 +206,22 @@ def _gain(system: str) -> Values:
 
 def _multicast(table: pd.DataFrame, _: pd.DataFrame) -> Iterator[Line]:
     reasons = {
-        "faasnet_prototype": (1.82, causes.EAGER),
-        "faasnet": (1.82, causes.BARRIER),
-        "nccl_broadcast": (1.53, causes.SETUP),
-        "nccl_no_setup": (1.53, causes.RATE),
+        "faasnet_prototype": (1.82, [causes.EAGER]),
+        "faasnet": (1.82, [causes.BARRIER]),
+        "nccl_broadcast": (1.53, [causes.SETUP]),
+        "nccl_no_setup": (1.53, [causes.RATE]),
     }
-    for system, (published, cause) in reasons.items():
+    for system, (published, found) in reasons.items():
         best = _gains(table, system)
         claim = Claim(figure="7", what=f"multicast, largest gain on {NAMES[system]}", low=published, high=published, unit="x")
         place = f"{best.model.iloc[0]}, {best.nodes.iloc[0]} nodes"
-        ranks = int(best.nodes.iloc[0]) if system == "nccl_broadcast" else 0
-        yield Line(claim=claim, model=place, values=_gain(system), cause=cause, ranks=ranks)
+        yield Line(claim=claim, model=place, values=_gain(system), causes=found, setup=_setup(best))
 
 
-def _rampup(_: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
+def _rampup(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
     model = "llama2_13b"
     claim = Claim(figure="8", what="50 requests: until all are served", low=1.1, high=1.1, unit="s")
-    yield Line(claim=claim, model=model, values=_served(model, "lambdascale"), cause=causes.MODEL)
+    yield Line(claim=claim, model=model, values=_served(model, "lambdascale"), causes=[causes.MODEL, causes.PROTOTYPES])
     published = {
         "faasnet": (2.0, causes.BARRIER),
         "nccl_broadcast": (1.4, causes.SETUP),
@@ -277,10 +233,10 @@ def _rampup(_: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
             claim=claim,
             model=model,
             values=_served_later(model, system),
-            cause=cause,
+            causes=[cause, causes.PROTOTYPES],
             interval=_known(intervals, "Burst", model, system, "longest"),
             interval_of=" if spread over 0.1 s",
-            ranks=_ranks(model, system),
+            setup=_setup(_of(table, model, system)),
         )
 
 
@@ -298,9 +254,8 @@ def _sources(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
         for tier in ("gpu", "host"):
             what = f"ramp-up, k = {k}, sources in {tier} memory"
             claim = Claim(figure="9", what=what, low=published, high=published, unit="s")
-            yield Line(
-                claim=claim, model="llama2_7b", values=_ramp(tier, k), cause=causes.BARRIER if tier == "gpu" else causes.PCIE
-            )
+            found = [causes.BARRIER] if tier == "gpu" else [causes.PCIE, causes.HOST_RATE]
+            yield Line(claim=claim, model="llama2_7b", values=_ramp(tier, k), causes=[*found, causes.PROTOTYPES])
 
 
 def _ramp(tier: str, k: int) -> Values:
@@ -322,49 +277,53 @@ def _reference(system: str) -> str:
     return "lambdascale_prototype" if system.endswith("_prototype") else "lambdascale"
 
 
-def _ranks(model: str, system: str) -> int:
-    """Ranks of the largest communicator of a run: all nodes of the model's cluster."""
-    return 0 if not system.startswith("nccl") else 6 if model == "llama2_70b" else 12
-
-
-# Baselines as the authors ran them, then at their best: GPU time that λScale saves in the paper, in per cent, and the cause.
+# GPU time that λScale saves in the paper, in per cent; causes for 7B and 13B, and for 70B, with baselines as the authors ran them
+# and at their best.
+_SAVED = {"faasnet": 17.8, "nccl": 18.1, "serverlessllm": 31.3}
+_UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER]
 _PROTOTYPES = {
-    "faasnet_prototype": (17.8, causes.LOOK),
-    "nccl_prototype": (18.1, causes.LOOK),
-    "serverlessllm_prototype": (31.3, causes.EXPIRY),
+    "faasnet_prototype": [causes.LOOK, causes.EXPIRY, causes.HOST_RATE, *_UNKNOWN],
+    "nccl_prototype": [causes.LOOK, causes.EXPIRY, causes.HOST_RATE, *_UNKNOWN],
+    "serverlessllm_prototype": [causes.EXPIRY, causes.LOOK, causes.HOST_RATE, *_UNKNOWN],
 }
+_LARGE_PROTOTYPES = {name: [causes.OVERLOAD, causes.LOOK, causes.EXPIRY, *_UNKNOWN] for name in _PROTOTYPES}
 _FAIR = {
-    "faasnet": (17.8, causes.SOURCES),
-    "nccl_broadcast": (18.1, causes.SETUP),
-    "serverlessllm": (31.3, causes.COPIES),
+    "faasnet": [causes.SOURCES, causes.PROTOTYPES],
+    "nccl_broadcast": [causes.SETUP, causes.PROTOTYPES],
+    "serverlessllm": [causes.COPIES, causes.PROTOTYPES],
 }
+_LARGE_FAIR = {name: [causes.OVERLOAD, causes.PROTOTYPES] for name in _FAIR}
 
 
-def _trace(_: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
+def _trace(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
     """Compare the systems as the authors ran them among each other, and the fair ones beside them."""
     for model in MODELS:
-        for systems, ideal in ((_PROTOTYPES, "ideal_prototype"), (_FAIR, "ideal")):
-            yield from _against(model, systems, ideal, intervals)
+        large = model == "llama2_70b"
+        yield from _against(model, _LARGE_PROTOTYPES if large else _PROTOTYPES, table, intervals)
+        yield from _above_ideal(model, "ideal_prototype", [causes.LOOK], intervals)
+        yield from _against(model, _LARGE_FAIR if large else _FAIR, table, intervals)
+        yield from _above_ideal(model, "ideal", [], intervals)
 
 
-def _against(model: str, systems: Mapping[str, tuple[float, Cause]], ideal: str, intervals: pd.DataFrame) -> Iterator[Line]:
-    overloaded = causes.OVERLOAD if model == "llama2_70b" else None
-    for system, (_, cause) in systems.items():
+def _against(model: str, systems: Mapping[str, Sequence[Cause]], table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
+    for system, found in systems.items():
         claim = Claim(figure="10", what=p90_title(system), low=2.4, high=5.0, unit="x")
-        interval, values = _known(intervals, "ArrivalsTrace", model, system, "p90"), _ratio(model, system)
-        why, ranks = overloaded or cause, _ranks(model, system)
-        yield Line(claim=claim, model=model, values=values, cause=why, interval=interval, ranks=ranks)
-    for system, (percent, cause) in systems.items():
+        interval, setup = _known(intervals, "ArrivalsTrace", model, system, "p90"), _setup(_of(table, model, system))
+        values = _ratio(model, system)
+        yield Line(claim=claim, model=model, values=values, causes=found, interval=interval, setup=setup)
+    for system, found in systems.items():
+        percent = next(value for name, value in _SAVED.items() if system.startswith(name))
         claim = Claim(figure="11", what=gpu_title(system), low=percent, high=percent, unit="%", points=True)
         low, high = (100 * (1 - 1 / end) for end in _known(intervals, "ArrivalsTrace", model, system, "gpu"))
-        why, ranks = overloaded or cause, _ranks(model, system)
-        yield Line(claim=claim, model=model, values=_saved(model, system), cause=why, interval=(low, high), ranks=ranks)
-    claim = Claim(
-        figure="11", what=f"GPU time of {NAMES[_reference(ideal)]} above ideal", low=4.3, high=18.6, unit="%", points=True
-    )
+        values, setup = _saved(model, system), _setup(_of(table, model, system))
+        yield Line(claim=claim, model=model, values=values, causes=found, interval=(low, high), setup=setup)
+
+
+def _above_ideal(model: str, ideal: str, found: Sequence[Cause], intervals: pd.DataFrame) -> Iterator[Line]:
+    what = f"GPU time of {NAMES[_reference(ideal)]} above ideal"
+    claim = Claim(figure="11", what=what, low=4.3, high=18.6, unit="%", points=True)
     low, high = (100 * (1 / end - 1) for end in _known(intervals, "ArrivalsTrace", model, ideal, "gpu"))
-    looks = causes.LOOK if ideal == "ideal_prototype" and not overloaded else None
-    yield Line(claim=claim, model=model, values=_above(model, ideal), cause=looks, interval=(low, high))
+    yield Line(claim=claim, model=model, values=_above(model, ideal), causes=found, interval=(low, high))
 
 
 def _ratio(model: str, system: str) -> Values:

@@ -1,8 +1,11 @@
-"""A progress bar of the requests answered in a run, on terminals only."""
+"""Progress of a run, in requests answered, on terminals only; and of the runs of studies, with the time that remains."""
 
 from __future__ import annotations
 
+import sys
 import time
+from datetime import timedelta
+from multiprocessing import parent_process
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +16,7 @@ from lambdascale.core.commands import Command, FailRequest
 from lambdascale.core.events import Event, RequestFinished
 
 _EVERY_S = 0.1
+_LINE_EVERY_S = 30.0
 
 
 class Progress:
@@ -20,7 +24,8 @@ class Progress:
 
     def __init__(self, total: int, title: str) -> None:
         console = Console(stderr=True)
-        self.visible = console.is_terminal
+        # A sweep's processes share its terminal, where it shows its own progress.
+        self.visible = console.is_terminal and parent_process() is None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = RichProgress(*columns, console=console, auto_refresh=False, transient=True)
         self._task = self._bar.add_task(title or "run", total=total)
@@ -52,3 +57,46 @@ class Progress:
         if now >= self._due:
             self._due = now + _EVERY_S
             self._bar.update(self._task, completed=self._done, refresh=True)
+
+
+class JobProgress:
+    """Runs made and the time that the others will take, if they take as long on average: a bar on a terminal, else lines."""
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
+        self._bar = RichProgress(*columns, console=console, auto_refresh=False, transient=True)
+        self._task = self._bar.add_task("runs", total=total, times="")
+        self._total, self._done = total, 0
+        self._begin = time.monotonic()
+        self._due = self._begin + (0.0 if self._terminal else _LINE_EVERY_S)
+
+    def __enter__(self) -> JobProgress:
+        if self._terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._terminal:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        """Count a run as made; show it if the last time is long enough ago."""
+        self._done += 1
+        now = time.monotonic()
+        if now < self._due:
+            return
+        shown = times(now - self._begin, self._done, self._total)
+        if self._terminal:
+            self._due = now + _EVERY_S
+            self._bar.update(self._task, completed=self._done, times=shown, refresh=True)
+        else:
+            self._due = now + _LINE_EVERY_S
+            print(f"{self._done} of {self._total} runs, {shown}", file=sys.stderr, flush=True)
+
+
+def times(elapsed_s: float, done: int, total: int) -> str:
+    """Time taken by ``done`` of ``total`` runs, and an estimate for the others."""
+    taken, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed_s, elapsed_s / done * (total - done)))
+    return f"{taken} so far, about {left} left"

@@ -32,6 +32,7 @@ from lambdascale.experiments.folder import (
 )
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
+from lambdascale.experiments.setups import simulated_setup
 from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, WorkLimit, check_requests
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
@@ -117,6 +118,7 @@ def _execute(
         wall_s=wall_s,
         slo=experiment.slo,
     )
+    summary["communicator_setup"] = simulated_setup(experiment.backend, recorder)
     _warn_of_failures(summary)
     manifest = {
         "experiment": settings["name"],

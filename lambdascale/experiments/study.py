@@ -1,8 +1,9 @@
 """Studies: experiments whose file lists the runs of a figure (grids of overrides) and the table to make from them.
 
 ``conf/experiment/NAME.yaml`` may have a key ``study``. ``scripts/run.py experiment=NAME -m`` then makes every run of its
-grids, one Hydra multirun per grid. When all have finished it writes ``results/tables/NAME.csv`` (or .parquet) and draws the
-figure of that name, if one exists. Without ``-m`` the experiment is an ordinary run of its settings.
+grids, in processes of this machine, or in one multirun per grid where a launcher of Hydra's is chosen. When all have finished
+it writes ``results/tables/NAME.csv`` (or .parquet) and draws the figure of that name, if one exists. Without ``-m`` the
+experiment is an ordinary run of its settings.
 """
 
 from __future__ import annotations
@@ -11,10 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.mistakes import user_message
 
 Grid = Mapping[str, Any]
 # Kind of rows that compares runs with each other.
@@ -76,7 +82,7 @@ def load_study(overrides: Sequence[str]) -> Study | None:
 
 
 def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
-    """Overrides of one Hydra multirun per grid; the user's overrides replace the grid's values of the same keys.
+    """Overrides of each grid, sweeps included; the user's overrides replace the grid's values of the same keys.
 
     UserError if the study has no grids for the chosen backend.
     """
@@ -88,11 +94,30 @@ def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
     taken = {override.partition("=")[0].lstrip("+~") for override in overrides}
     lines: dict[tuple[str, ...], None] = {}
     for grid in grids:
-        # A live cluster needs the machine to itself.
-        alone = grid.get("backend", backend) == "live" or "hydra/launcher" in taken
         settings = [f"{key}={_value(value)}" for key, value in grid.items() if key.lstrip("+~") not in taken]
-        lines[(*overrides, *([] if alone else ["hydra/launcher=joblib"]), *settings)] = None
+        lines[(*overrides, *settings)] = None
     return [list(line) for line in lines]
+
+
+def in_pool(line: Sequence[str]) -> bool:
+    """True for a command line whose runs this package's processes make, false for one that is left to Hydra.
+
+    A live cluster needs the machine to itself; whoever sets something of Hydra's has chosen its launchers.
+    """
+    return chosen(line, "backend") != "live" and not any(override.lstrip("+~").startswith("hydra") for override in line)
+
+
+def expand(line: Sequence[str]) -> list[tuple[str, ...]]:
+    """Overrides of every run of a command line with sweeps (``a,b``), as Hydra reads them; UserError if it cannot."""
+    (runs,) = BasicSweeper.split_arguments([_parsed(override) for override in line], max_batch_size=None)
+    return [tuple(run) for run in runs]
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"{override}: {user_message(error) or error}") from error
 
 
 def _value(value: Any) -> str:

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.jobs import attempt
 from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.outcomes import Outcome, note, read_outcomes, report, worst
-from lambdascale.experiments.runner import run
 from lambdascale.experiments.schema import register_schema
-from lambdascale.experiments.search import objective_value, report_search
+from lambdascale.experiments.search import report_search
 from lambdascale.experiments.study import chosen, load_study
 from lambdascale.experiments.study_runs import run_study
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         raise _with_hint(error) from error.__cause__
     with _sweep_folder() as folder:
         if study is not None and flags:
-            return run_study(study, overrides, lambda line, part: _part(line, Path(folder, part)))
+            return run_study(study, overrides, lambda line, part: _part(line, Path(folder, part)), _stamp(folder))
         if study is not None and study.experiments:
             raise UserError(f"experiment={chosen(overrides, 'experiment')} consists of several studies: run it with -m")
         outcomes, failure = _hydra(overrides, flags, folder)
@@ -130,18 +130,8 @@ def _job(config: DictConfig) -> float | None:
     settings = HydraConfig.get()
     sweep = Path(settings.sweep.dir)
     number = 0 if OmegaConf.is_missing(settings.job, "num") else int(settings.job.num)
-    outcome = Outcome(number, settings.job.override_dirname)
-    try:
-        result = run(config, group="" if settings.mode == RunMode.RUN else f"{config.name}-{_stamp(sweep)}")
-        outcome.folder, outcome.reused = str(result.folder), result.reused
-        if config.objective is not None:
-            outcome.objective, outcome.value = config.objective, objective_value(config.objective, result.summary)
-    except Exception as error:
-        message = user_message(error)
-        if message is None and os.environ.get("LAMBDASCALE_DEBUG"):
-            raise
-        outcome.error = message or f"internal error: {type(error).__name__}: {error}"
-        outcome.status = 2 if message else 1
+    group = "" if settings.mode == RunMode.RUN else f"{config.name}-{_stamp(sweep)}"
+    outcome = attempt(config, Outcome(number, settings.job.override_dirname), group)
     note(sweep, outcome)
     if outcome.error and config.objective is not None:
         raise _SearchEnded(outcome.error)

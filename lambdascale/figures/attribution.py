@@ -1,4 +1,4 @@
-"""Attribution: TTFT and GPU time from FaaSNet with one source to λScale, one part at a time."""
+"""Attribution: TTFT and GPU time from FaaSNet with one source to λScale, one part at a time, on each trace."""
 
 from __future__ import annotations
 
@@ -23,25 +23,31 @@ _STEPS = {
     "lambdascale": "or: loaded always (paper)",
 }
 _MEASURES = (("ttft_p90_s", "P90 TTFT [s]"), ("gpu_seconds", "GPU time [s]"))
+# End of the name of a trace's class -> its title.
+_TRACES = {"ArrivalsTrace": "authors' trace", "AzureTrace": "Azure's trace"}
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per model, step and seed, steps in order. UserError for gaps, and for steps that are missing or unknown."""
-    rows = checked(frame, ["model", "system", "seed"], [column for column, _ in _MEASURES], "attribution")
+    """One row per trace, model, step and seed. UserError for gaps, for steps that are missing or unknown, and unknown traces."""
+    rows = checked(frame, ["trace", "model", "system", "seed"], [column for column, _ in _MEASURES], "attribution")
     if unknown := sorted(set(rows.system) ^ set(_STEPS)):
         raise UserError(f"attribution: the table must have the steps {', '.join(_STEPS)}; {', '.join(unknown)} differ")
-    return rows
+    traces = rows.trace.str.rpartition(".")[2]
+    if unknown := sorted(set(traces) - set(_TRACES)):
+        raise UserError(f"attribution: traces are {', '.join(_TRACES)}, not {', '.join(unknown)}")
+    return rows.assign(trace=traces.map(_TRACES))
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A row of panels per measure, a panel per model: bars with their values, the best of each panel's steps marked by colour."""
+    """A row of panels per trace and measure, a panel per model: bars with their values, λScale's marked by colour."""
     models = sizes_in_order(frame)
-    size = (PAGE_IN, 2.1 * len(_MEASURES) + 0.2)
-    figure, axes = plt.subplots(len(_MEASURES), len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for row, (column, title) in zip(axes, _MEASURES, strict=True):
+    lines = [(trace, *measure) for trace in dict.fromkeys(frame.trace) for measure in _MEASURES]
+    size = (PAGE_IN, 1.9 * len(lines) + 0.2)
+    figure, axes = plt.subplots(len(lines), len(models), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for row, (trace, column, title) in zip(axes, lines, strict=True):
         for axis, model in zip(row, models, strict=True):
-            _bars(axis, frame[frame.model == model], column)
-            axis.set(title=model, xlabel=title)
+            _bars(axis, frame[(frame.trace == trace) & (frame.model == model)], column)
+            axis.set(title=f"{model}, {trace}", xlabel=title)
     axes[0][0].invert_yaxis()
     say_backend(figure, frame)
     return figure

@@ -32,7 +32,7 @@ from lambdascale.figures import (
     sensitivity,
     slo_capacity,
 )
-from lambdascale.figures.style import styled
+from lambdascale.figures.style import mark_setups, styled
 
 
 class FigureModule(Protocol):
@@ -83,6 +83,7 @@ def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
     paths = [out / f"{name}.pdf", out / f"{name}.png"]
     with styled():
         figure = FIGURES[name].draw(FIGURES[name].tidy(table))
+        mark_setups(figure, table)
         try:
             figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
             figure.savefig(paths[1], metadata={"Software": None})

@@ -25,14 +25,17 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "host_keep_alive_s": ("host copy kept [s]", 1.0),
     "ssd_bytes_per_s": ("SSD [GB/s]", 1e-9),
     "pcie_bytes_per_s": ("PCIe [GB/s]", 1e-9),
+    "host_source_bytes_per_s": ("host source [GB/s]", 1e-9),
     "link_bytes_per_s": ("link [Gb/s]", 8e-9),
     "engine_of_bandwidth": ("engine [of bandwidth]", 1.0),
     "prefill_of_flops": ("prefill [of peak]", 1.0),
     "hop_latency_s": ("hop latency [µs]", 1e6),
+    "send_start_up_s": ("start of a send [µs]", 1e6),
     "request_rate": ("requests [x]", 1.0),
     "time_compression": ("trace speed-up [x]", 1.0),
     "host_sources": ("host copies as sources", 1.0),
     "nccl_setup": ("NCCL set-up", 1.0),
+    "nccl_outliers": ("NCCL set-ups of 18 to 120 s", 1.0),
 }
 _UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8}
 _MEASURES = {"p90": "P90 TTFT, {} / λScale", "gpu": "GPU time below {} [%]"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from lambdascale.core import UserError
@@ -153,3 +155,23 @@ def say_backend(figure: Figure, frame: pd.DataFrame) -> None:
     figure.text(
         0.998, 0.995, " and ".join(words.get(k, k) for k in kinds), ha="right", va="top", fontsize=6, style="italic", alpha=0.7
     )
+
+
+def mark_setups(figure: Figure, table: pd.DataFrame) -> None:
+    """Mark the systems in a finished figure whose communicators had more ranks than were measured, and say so below it.
+
+    The table's column ``setup`` (empty, or «up to N ranks: BASIS») names them; a table without it, or without any, marks none.
+    """
+    if "setup" not in table.columns:
+        return
+    marked = table[table.setup.notna() & (table.setup != "")]
+    for system in marked.system.unique():
+        # In labels and titles, but not where the system's name begins the name of another.
+        name = re.compile(rf"{re.escape(looks([system])[system].label)}(?!, | \()")
+        for text in figure.findobj(Text):
+            assert isinstance(text, Text)
+            text.set_text(name.sub(lambda found: f"{found[0]}†", text.get_text()))
+    if len(marked):
+        setups = sorted(marked.setup.unique(), key=lambda text: int(text.split()[2]))
+        note = f"†: time to set a communicator up not measured ({setups[-1]})"
+        figure.supxlabel(note, fontsize=6, style="italic", alpha=0.7, x=0.002, ha="left")

@@ -24,10 +24,11 @@ _COLUMNS = {
 def comparison(runs: Sequence[Mapping[str, Any]], reference: str = "lambdascale") -> pd.DataFrame:
     """One row per run summary (plus an optional ``label``), with ratios to the reference system's run of the same label.
 
+    ``setup``: ranks of the run's largest communicator, if the set-up for so many is not measured, and what it rests on.
     ``p90_ratio`` and ``gpu_ratio``: this run's P90 TTFT and GPU-seconds over the reference's; NaN without a reference run.
     """
     rows = [_row(run) for run in runs]
-    frame = pd.DataFrame(rows, columns=["label", "system", "backend", *_COLUMNS])
+    frame = pd.DataFrame(rows, columns=["label", "system", "backend", "setup", *_COLUMNS])
     base = frame[frame.system == reference].drop_duplicates("label").set_index("label")
     for ratio, column in (("p90_ratio", "p90"), ("gpu_ratio", "gpu_seconds")):
         frame[ratio] = frame[column] / frame.label.map(base[column])
@@ -40,6 +41,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "label": run.get("label", ""),
         "system": run["system"],
         "backend": run["backend"],
+        "setup": _setup(run.get("communicator_setup")),
         **{name: ttft[name] for name in ("p50", "p90", "p99")},
         "tpot": run["tpot_s"]["mean"],
         **{name: run[name] for name in ("gpu_seconds", "cost_usd", "scale_outs")},
@@ -47,11 +49,17 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _setup(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None or found["basis"] == "measured" else f"{found['ranks']} ranks: {found['basis']}"
+
+
 def print_comparison(console: Console, frame: pd.DataFrame, title: str) -> None:
-    """Print a comparison as a table whose title names the backends (simulated or live)."""
+    """Print a comparison as a table whose title names the backends (simulated or live); † marks rows with a ``setup``."""
     backends = {"sim": "simulated", "live": "live"}
     kinds = ", ".join(sorted({backends.get(backend, backend) for backend in frame.backend}))
-    table = Table(title=f"{title} ({kinds})", title_justify="left")
+    setups = "; ".join(sorted(set(frame.setup) - {""}))
+    note = f"†: time to set a communicator up not measured ({setups})" if setups else None
+    table = Table(title=f"{title} ({kinds})", title_justify="left", caption=note, caption_justify="left")
     labelled = frame.label.astype(bool).any()
     for heading in (["run"] if labelled else []) + ["system"]:
         table.add_column(heading, no_wrap=True)
@@ -59,7 +67,9 @@ def print_comparison(console: Console, frame: pd.DataFrame, title: str) -> None:
         table.add_column(heading, justify="right")
     for row in frame.to_dict("records"):
         cells = [str(row["label"])] if labelled else []
-        cells += [str(row["system"])] + [_format(row[name]) for name in [*_COLUMNS, "p90_ratio", "gpu_ratio"]]
+        cells += [f"{row['system']}†" if row["setup"] else str(row["system"])] + [
+            _format(row[name]) for name in [*_COLUMNS, "p90_ratio", "gpu_ratio"]
+        ]
         table.add_row(*cells)
     console.print(table)
 

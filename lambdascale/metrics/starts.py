@@ -1,4 +1,4 @@
-"""Counts of node starts by the way in which the weights came."""
+"""Counts of node starts by the way in which the weights came, and the size of the largest broadcast."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def node_starts(recorder: Recorder) -> tuple[dict[str, int], dict[str, int]]:
                     ways["unicast" if size == 1 else "multicast"] += 1
                     sizes[size] += size > 1
     return dict(ways), {str(size): count for size, count in sorted(sizes.items()) if size > 1}
+
+
+def largest_broadcast(recorder: Recorder) -> int:
+    """Ranks of the largest collective broadcast, its sources included; 0 without one."""
+    broadcasts = (e for _, e in recorder.entries if isinstance(e, StartMulticast) and e.multicast == "collective")
+    return max((len(entry.plan.members) for entry in broadcasts), default=0)
 
 
 def _destinations_beside(plan: MulticastPlan, node: NodeId) -> int:

@@ -13,25 +13,33 @@ from lambdascale.sim.links import FlowGroup, LinkNetwork, Port
 class Fabric:
     """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing.
 
-    ``nic_shares``: nodes whose NIC has only this share of the cluster's rate, in both directions.
+    ``nic_shares``: nodes whose NIC has only this share of the cluster's rate, in both directions. ``host_bytes_per_s``: rate of
+    the port ``host``, a way of its own from host memory to the NIC.
     """
 
     def __init__(
-        self, kernel: Kernel, cluster: ClusterSpec, nic_shares: Mapping[NodeId, float], *, record_grants: bool = False
+        self,
+        kernel: Kernel,
+        cluster: ClusterSpec,
+        nic_shares: Mapping[NodeId, float],
+        *,
+        record_grants: bool = False,
+        host_bytes_per_s: float = inf,
     ) -> None:
         self.kernel = kernel
         self.cluster = cluster
         self.links = LinkNetwork(kernel, record_grants=record_grants)
         self._nic_shares = dict(nic_shares)
+        self._host_bytes_per_s = host_bytes_per_s
         self._ports: dict[tuple[str, NodeId], Port] = {}
         self._lost: set[NodeId] = set()
 
     def port(self, kind: str, node: NodeId) -> Port:
-        """Return the ``kind`` (nic_out, nic_in, pcie, ssd) port of ``node``."""
+        """Return the ``kind`` (nic_out, nic_in, pcie, ssd, host) port of ``node``."""
         port = self._ports.get((kind, node))
         if port is None:
             hardware = self.cluster.node(node)
-            rates = {"ssd": hardware.ssd_bytes_per_s, "pcie": hardware.pcie_bytes_per_s}
+            rates = {"ssd": hardware.ssd_bytes_per_s, "pcie": hardware.pcie_bytes_per_s, "host": self._host_bytes_per_s}
             nic = hardware.nic_bytes_per_s * self._nic_shares.get(node, 1.0)
             port = self._ports[kind, node] = Port(f"{kind}:{node}", rates.get(kind, nic))
         return port

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lambdascale.core.checks import check_types, require
+from lambdascale.core.units import parse_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,9 @@ class TransferOptions:
     ``tensor_overhead_s`` besides its bytes. ``preallocated``: buffers are allocated and registered ahead; otherwise a receiver
     makes each block's when its turn comes: ``allocation_s``, and registering at ``registration_bytes_per_s``. Both concern
     multicasts over RDMA only.
+
+    ``host_source_bytes_per_s``: rate at which a NIC reads host memory, of a source that sends from there, by a way that the
+    node's own loads do not use; None: by the PCIe of the GPU, which they share.
     """
 
     barrier: bool = False
@@ -33,11 +37,18 @@ class TransferOptions:
     preallocated: bool = True
     allocation_s: float = 0.3e-3
     registration_bytes_per_s: float = 30e9
+    host_source_bytes_per_s: float | str | None = None
     record_grants: bool = False
 
     def __post_init__(self) -> None:
-        """Validate."""
+        """Validate; a rate may be written with its unit."""
         check_types(self)
+        if self.host_source_bytes_per_s is not None:
+            object.__setattr__(self, "host_source_bytes_per_s", parse_rate(self.host_source_bytes_per_s))
+            require(
+                float(self.host_source_bytes_per_s) > 0,
+                f"transfers.host_source_bytes_per_s must be positive, not {self.host_source_bytes_per_s}",
+            )
         for name in ("barrier_s", "tensor_overhead_s", "allocation_s"):
             value = getattr(self, name)
             require(value >= 0, f"transfers.{name} must not be negative, not {value}")

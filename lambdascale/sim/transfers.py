@@ -1,7 +1,8 @@
 """The simulated data plane: multicast plans, loads from storage and copies between nodes, as flows over ports.
 
 Assumptions, all stated: NICs are full duplex; a NIC reads GPU memory at its line rate (GPUDirect); what a source sends from
-host memory also crosses the node's PCIe, at most as fast as that is, and shares it with the node's own loads; a transfer's
+host memory also crosses the node's PCIe, at most as fast as that is, and shares it with the node's own loads (or has a way and
+a rate of its own, if the options say so); a transfer's
 start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim.loads`.
 """
 
@@ -29,13 +30,13 @@ Occupy = Callable[[NodeId, bool], None]
 class _Member:
     """A node's part in a multicast: sends (round, to, block) and receives (round, from) to come, blocks held, NIC.
 
-    ``pcie``: crossed by what it sends, if it sends from host memory.
+    ``pcie``: the port crossed by what it sends, if it sends from host memory.
     """
 
     __slots__ = ("busy", "held", "nic_in", "nic_out", "node", "pcie", "receives", "sends")
 
-    def __init__(self, node: NodeId, fabric: Fabric, tier: Tier) -> None:
-        self.pcie = fabric.port("pcie", node) if tier == "host" else None
+    def __init__(self, node: NodeId, fabric: Fabric, tier: Tier, host_port: str) -> None:
+        self.pcie = fabric.port(host_port, node) if tier == "host" else None
         self.node = node
         self.sends: deque[tuple[int, _Member, int]] = deque()
         self.receives: deque[tuple[int, _Member]] = deque()
@@ -48,14 +49,14 @@ class _Member:
 class _Multicast(FlowGroup):
     """A plan's progress. ``left``: number of sends to come; ``sizes``: see TransferEngine._sizes; ``begun``: sends may start."""
 
-    def __init__(self, command: StartMulticast, fabric: Fabric, sizes: tuple[float, ...]) -> None:
+    def __init__(self, command: StartMulticast, fabric: Fabric, sizes: tuple[float, ...], host_port: str) -> None:
         super().__init__()
         self.command = command
         self.sizes = sizes
         self.begun = False  # not while a collective sets its communicator up
         self.occupied: tuple[NodeId, ...] = ()
         tiers = dict(zip(command.plan.sources, command.source_tiers, strict=True))
-        self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu")) for node in command.plan.members}
+        self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu"), host_port) for node in command.plan.members}
         received: dict[NodeId, set[int]] = {node: set() for node in members}
         self.left = 0
         for number, sends in enumerate(command.plan.rounds):
@@ -109,7 +110,15 @@ class TransferEngine:
         self._occupy = occupy
         self._layers = layers or {}
         self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
-        self._fabric = Fabric(kernel, cluster, nic_shares or {}, record_grants=options.record_grants)
+        host_bytes_per_s = options.host_source_bytes_per_s
+        self._host_port = "pcie" if host_bytes_per_s is None else "host"
+        self._fabric = Fabric(
+            kernel,
+            cluster,
+            nic_shares or {},
+            record_grants=options.record_grants,
+            host_bytes_per_s=inf if host_bytes_per_s is None else float(host_bytes_per_s),
+        )
         self._transfers: dict[int, _Multicast | Load] = {}
         self._joins: dict[_Multicast, None] = {}  # those with sources that still receive; in order
         self._copies = FlowGroup()
@@ -125,7 +134,7 @@ class TransferEngine:
 
     def multicast(self, command: StartMulticast) -> None:
         """Carry a plan out; a collective builds its communicator first and then occupies the sources' GPUs."""
-        transfer = _Multicast(command, self._fabric, self._sizes(command))
+        transfer = _Multicast(command, self._fabric, self._sizes(command), self._host_port)
         if not transfer.left:
             return
         self._join(transfer)

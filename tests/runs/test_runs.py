@@ -44,6 +44,18 @@ def test_a_folder_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
     )
 
 
+def test_a_summary_names_the_largest_communicator_whose_set_up_was_drawn(tmp_path: Path) -> None:
+    burst = ["workload=burst", "workload.count=60", "system.autoscaler.target_per_replica=1", "system.memory.initial_copies=0"]
+
+    def setup(*overrides: str) -> object:
+        found = run(compose([*burst, "cluster.nodes=9", f"results={tmp_path}", *overrides]))
+        return found.summary["communicator_setup"]
+
+    assert setup("system=nccl_broadcast") == {"ranks": 9, "basis": "one sample"}
+    assert setup("system=nccl_broadcast", "backend.transfers.communicator_setup=false") is None
+    assert setup("system=lambdascale") is None
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     seeds = {
         name: small_run(tmp_path / name, f"seed={seed}", "system=nccl_broadcast") for name, seed in [("a", 5), ("b", 5), ("c", 6)]

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
 from lambdascale.figures.registry import FIGURES, load_table, render
-from lambdascale.figures.style import looks
+from lambdascale.figures.style import looks, mark_setups
 
 TABLES = conf_dir().parent / "results" / "tables"
 
@@ -59,3 +61,20 @@ def test_every_system_looks_different() -> None:
     names = ["lambdascale", "faasnet", "lambdascale_k4", "lambdascale_k2", "mine", "yours"]
     found = [(look.color, look.dashes, look.marker) for look in looks(names).values()]
     assert len(set(found)) == len(names)
+
+
+def test_set_ups_that_were_not_measured_are_marked() -> None:
+    """NCCL's, in labels and titles; not those of another system whose label begins alike, and only if the table says so."""
+    figure = Figure()
+    axis = figure.subplots()
+    for label in ("NCCL", "NCCL, no set-up", "λScale"):
+        axis.plot([0], [0], label=label)
+    figure.legend()
+    axis.set_title("P90 TTFT, NCCL / λScale")
+    table = pd.DataFrame({"system": ["nccl_broadcast", "lambdascale"], "setup": ["up to 12 ranks: one sample", None]})
+    mark_setups(figure, table.assign(setup=None))
+    assert not any("†" in text.get_text() for text in figure.findobj(Text))
+    mark_setups(figure, table)
+    shown = {text.get_text() for text in figure.findobj(Text)}
+    assert {"NCCL†", "NCCL, no set-up", "λScale", "P90 TTFT, NCCL† / λScale"} <= shown
+    assert any("up to 12 ranks: one sample" in text for text in shown)

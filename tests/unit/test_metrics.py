@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from lambdascale.core import IncompleteRunError, MulticastPlan, Request
 from lambdascale.core.commands import AllocateNode, Command, Dispatch, FailRequest, LoadBlocks, ReleaseNode, StartMulticast
 from lambdascale.core.events import Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TimerFired, TokensProduced
-from lambdascale.metrics import Recorder, comparison, events_table, gpu_usage, requests_table, summarise
+from lambdascale.metrics import Recorder, comparison, events_table, gpu_usage, print_comparison, requests_table, summarise
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import gpu_seconds
 
@@ -197,6 +199,15 @@ class TestComparison:
     def run_of(system: str, p90: float, label: str = "") -> dict[str, object]:
         recorder = recorded((0.0, AllocateNode(0, "m", 1)), *answered(0, 0.0, p90, p90))
         return summary_of(recorder) | {"system": system, "label": label}
+
+    def test_a_set_up_that_was_not_measured_is_marked(self) -> None:
+        setups = [None, {"ranks": 8, "basis": "measured"}, {"ranks": 12, "basis": "one sample"}]
+        runs = [self.run_of(name, 1.0) | {"communicator_setup": found} for name, found in zip("abc", setups, strict=True)]
+        console = Console(width=140, file=StringIO(), record=True)
+        print_comparison(console, comparison(runs), "runs")
+        shown = console.export_text()
+        assert ("a†" in shown, "b†" in shown, "c†" in shown) == (False, False, True)
+        assert "12 ranks: one sample" in shown
 
     def test_ratios_are_to_lambdascale_of_the_same_label(self) -> None:
         runs = [self.run_of(s, p90, label) for s, p90, label in [("lambdascale", 2, "x"), ("a", 3, "x"), ("a", 5, "y")]]

@@ -101,6 +101,15 @@ def test_a_source_in_host_memory_shares_its_pcie_with_the_loads_of_its_node_only
     assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(5.0, 1), (5.0, 3), (7.5, 2)]
 
 
+def test_a_source_in_host_memory_with_a_way_of_its_own_leaves_pcie_to_the_loads_of_its_node() -> None:
+    pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    rig = Rig(host_source_bytes_per_s="40B/s")
+    rig.engine.multicast(multicast(pair, tier="host"))
+    rig.engine.load(load("host", transfer_id=2, blocks=(0,)))
+    # 50 bytes at 40 B/s, of the NIC's 50; 100 bytes at PCIe's 20.
+    assert [(pytest.approx(at), t) for at, t, *_ in rig.run()] == [(1.25, 1), (5.0, 2)]
+
+
 @pytest.mark.parametrize("barrier", [False, True])
 def test_the_start_up_of_a_send_from_host_memory_is_not_stretched_by_pcie(barrier: bool) -> None:
     pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))

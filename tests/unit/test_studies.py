@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.experiments import beliefs, sensitivity
+from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
 from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
-from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
-from lambdascale.experiments.study import Study, as_published, command_lines, load_study
+from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, parts, with_block
+from lambdascale.experiments.progress import times
+from lambdascale.experiments.setups import setup_text
+from lambdascale.experiments.study import Study, as_published, command_lines, expand, in_pool, load_study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
+from lambdascale.sim.communicator import setup_basis
 
 ROOT = conf_dir().parent
 TABLES = ROOT / "results" / "tables"
@@ -25,32 +31,47 @@ STUDY = Study(grids=({"system": "a,b", "seed": 1}, {"system": "c", "seed": 1}), 
 
 class TestCommandLines:
     def test_one_for_every_grid(self) -> None:
-        own = ["experiment=x", "hydra/launcher=basic"]
-        assert command_lines(STUDY, own) == [[*own, "system=a,b", "seed=1"], [*own, "system=c", "seed=1"]]
-
-    def test_in_parallel_unless_the_user_chooses(self) -> None:
-        assert "hydra/launcher=joblib" in command_lines(STUDY, ["experiment=x"])[0]
+        assert command_lines(STUDY, ["experiment=x"]) == [
+            ["experiment=x", "system=a,b", "seed=1"],
+            ["experiment=x", "system=c", "seed=1"],
+        ]
 
     def test_what_the_user_sets_takes_the_grids_place_and_grids_that_become_equal_are_one(self) -> None:
-        assert command_lines(STUDY, ["experiment=x", "hydra/launcher=basic", "system=d"]) == [
-            ["experiment=x", "hydra/launcher=basic", "system=d", "seed=1"]
-        ]
+        assert command_lines(STUDY, ["experiment=x", "system=d"]) == [["experiment=x", "system=d", "seed=1"]]
 
     def test_values_are_written_as_hydra_reads_them(self) -> None:
         study = Study(grids=({"a": None, "b": True, "c": "null"},), rows="summary")
-        assert command_lines(study, ["hydra/launcher=basic"])[0][1:] == ["a=null", "b=true", "c=null"]
+        assert command_lines(study, [])[0] == ["a=null", "b=true", "c=null"]
+
+    def test_runs_are_all_combinations(self) -> None:
+        line = ["experiment=x", "a=1,2", "b=[[0,1]],[]", "c@d=e", "++f='g,h'"]
+        assert expand(line) == [
+            ("experiment=x", f"a={a}", f"b={b}", "c@d=e", "++f='g,h'") for a in "12" for b in ("[[0,1]]", "[]")
+        ]
+
+    def test_runs_that_cannot_be_read(self) -> None:
+        with pytest.raises(UserError, match=r"^a=\[: "):
+            expand(["a=["])
+
+    @pytest.mark.parametrize(
+        ("own", "pooled"),
+        [([], True), (["hydra/launcher=slurm"], False), (["hydra.launcher.n_jobs=2"], False), (["backend=live"], False)],
+    )
+    def test_the_pool_makes_what_neither_a_launcher_nor_a_live_cluster_does(self, own: list[str], pooled: bool) -> None:
+        assert in_pool(["experiment=x", *own, "seed=1,2"]) == pooled
 
     def test_live_has_grids_of_its_own_or_says_so(self) -> None:
         with pytest.raises(UserError, match="no runs for backend=live"):
             command_lines(STUDY, ["experiment=x", "backend=live"])
 
     def test_a_study_of_both_backends(self) -> None:
-        """Its live grids run one after the other; a chosen backend leaves the others out, and never replaces a grid's."""
+        """A chosen backend leaves the other's grids out, and never replaces a grid's; the machine is a live run's alone."""
         study = Study(grids=({"backend": "sim", "seed": "1,2"}, {"backend": "live", "++a": 1}), rows="measures")
-        simulated = ["experiment=x", "hydra/launcher=joblib", "backend=sim", "seed=1,2"]
-        assert command_lines(study, ["experiment=x"]) == [simulated, ["experiment=x", "backend=live", "++a=1"]]
+        simulated, live = ["experiment=x", "backend=sim", "seed=1,2"], ["experiment=x", "backend=live", "++a=1"]
+        assert command_lines(study, ["experiment=x"]) == [simulated, live]
+        assert (in_pool(simulated), in_pool(live)) == (True, False)
         assert command_lines(study, ["experiment=x", "backend=live", "a=2"]) == [["experiment=x", "backend=live", "a=2"]]
-        assert command_lines(study, ["backend=sim"]) == [["backend=sim", "hydra/launcher=joblib", "seed=1,2"]]
+        assert command_lines(study, ["backend=sim"]) == [["backend=sim", "seed=1,2"]]
 
     @pytest.mark.parametrize(
         ("overrides", "published"),
@@ -93,8 +114,9 @@ class TestScript:
             "workload.count=8",
             "-m",
         ]
-        first, again = (self.script(tmp_path, *small, "hydra/launcher=basic") for _ in range(2))
+        first, again = self.script(tmp_path, *small), self.script(tmp_path, *small, "hydra/launcher=basic")
         assert first.returncode == 0, first.stderr
+        assert again.returncode == 0, again.stderr
         assert "8 runs, 0 of them reused" in first.stdout
         assert "8 runs, 8 of them reused" in again.stdout
         made = tmp_path / "results" / "raw" / "ablation_order"
@@ -107,6 +129,28 @@ class TestScript:
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "lambdascale_30min" in done.stderr
+
+    def test_a_mistake_in_one_run_costs_the_table_and_not_the_other_runs(self, tmp_path: Path) -> None:
+        done = self.script(tmp_path, "experiment=fig09_sources", "model=llama2_7b", "system.blocks=16,4096", "-m")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "4096" in done.stderr
+        assert "fig09_sources: 12 runs, 0 of them reused" in done.stdout
+        made = tmp_path / "results" / "raw" / "fig09_sources"
+        assert (len(list(made.iterdir())), (made / "fig09_sources.csv").exists()) == (6, False)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_an_ended_command_leaves_no_process(self, number: signal.Signals, tmp_path: Path) -> None:
+        command = [sys.executable, str(ROOT / "scripts" / "run.py"), "experiment=azure_trace", "model=llama2_7b", "-m"]
+        # Its processes hold the pipe open: the end of the pipe is the end of all.
+        ended = subprocess.Popen(
+            [*command, "workload=bursty"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+        )
+        while not list(tmp_path.glob("results/raw/**/summary.json")):
+            assert ended.poll() is None, ended.communicate()
+            time.sleep(0.05)
+        os.kill(ended.pid, number)
+        ended.communicate(timeout=60)
+        assert ended.returncode != 0
 
     def test_several_studies_need_a_multirun(self, tmp_path: Path) -> None:
         done = self.script(tmp_path, "experiment=paper")
@@ -252,6 +296,27 @@ def test_an_explanation_is_worth_what_its_runs_say(ours: float, without: float, 
     assert f"| {cell} |" in markdown(rows[rows.index == found.name]), "an agreement by coincidence is put in brackets"
 
 
+def test_a_difference_is_worth_the_best_of_its_causes_and_shows_all() -> None:
+    """NCCL as a prototype, 13B: the engine's runs are set to 1.0 and the host sources' to the paper's 2.4, the others to 1.5."""
+    tables = load_tables(TABLES)
+    runs, trace = tables["explanations"].copy(), tables["paper_trace"].copy()
+    for frame, wanted in ((runs, {"engine": 1.0, "host_rate": 2.4}), (trace, {})):
+        name = frame.run.str.split("/").str[1] if "run" in frame else pd.Series("", index=frame.index)
+        mine = (frame.model == "llama2_13b") & frame.system.isin(["nccl_prototype", "lambdascale_prototype"])
+        frame.loc[mine, "ttft_p90_s"] = [
+            wanted.get(cause, 1.5) if system.startswith("nccl") else 1.0
+            for system, cause in zip(frame[mine].system, name[mine], strict=True)
+        ]
+    rows = paper_table(tables | {"explanations": runs, "paper_trace": trace})
+    found = rows[(rows.what == "P90 TTFT, NCCL (prototype) over λScale (prototype)") & (rows.model == "llama2_13b")].iloc[0]
+    assert found.verdict == "explained"
+    assert sorted(parts(found.without)) == ["1", "1.5", "1.5", "1.5", "1.5", "2.4"]
+    assert len(parts(found.why)) == len(parts(found.error_without)) == 6
+    shown = markdown(rows[rows.index == found.name])
+    assert "2.4 x (inside)" in shown
+    assert "1 x (-58 %)" in shown
+
+
 def test_a_cause_without_its_runs_is_an_error() -> None:
     tables = load_tables(TABLES)
     runs = tables["explanations"]
@@ -265,6 +330,40 @@ def test_the_sections_of_the_pages_are_made_of_the_committed_tables() -> None:
     assert with_block(page, "sensitivity", sensitivity.markdown(tables["sensitivity"])) == page, "scripts/tables.py writes it"
     text = beliefs.render((ROOT / "results" / beliefs.TEMPLATE).read_text(), tables)
     assert with_block(readme, beliefs.BLOCK, text) == readme, "scripts/tables.py writes it"
+
+
+def test_what_departures_and_starts_say_is_made_of_the_committed_tables() -> None:
+    tables = beliefs.Tables(TABLES)
+    text = starts_text.text(tables["paper_trace"])
+    for page in (ROOT / "docs" / "paper.md", ROOT / "README.md"):
+        assert with_block(page.read_text(), starts_text.BLOCK, text) == page.read_text(), "scripts/tables.py writes it"
+    for baseline in departures.DEPARTURES:
+        readme = (ROOT / "baselines" / baseline / "README.md").read_text()
+        assert with_block(readme, departures.BLOCK, departures.markdown(tables["departures"], baseline)) == readme
+
+
+def test_the_study_of_departures_leaves_out_each_that_is_described() -> None:
+    systems = [entry for found in departures.DEPARTURES.values() for entry in found.items()]
+    described = {name for system, left_out in systems for name in (system, *left_out)}
+    assert set(beliefs.Tables(TABLES)["departures"].system) == described
+
+
+def test_starts_by_multicast() -> None:
+    row = {"system": "a", "model": "m", "starts_own_load": 5, "starts_unicast": 2, "starts_multicast": 3}
+    assert starts_text.by_multicast(pd.DataFrame([row]), "a", "m") == "3 of 10"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([], ""), ([8], ""), ([8, 12], "up to 12 ranks: one sample"), ([64, 12], "up to 64 ranks: extrapolated")],
+)
+def test_set_ups_that_were_not_measured_are_marked(ranks: list[int], text: str) -> None:
+    setups = [{"ranks": number, "basis": setup_basis(number)} for number in ranks]
+    assert setup_text([{"communicator_setup": setup} for setup in [None, *setups]]) == text
+
+
+def test_the_remaining_time_is_that_of_runs_of_average_length() -> None:
+    assert times(60.0, 30, 90) == "0:01:00 so far, about 0:02:00 left"
 
 
 def test_a_document_without_the_block() -> None:
