@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from math import inf
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Number of requests whose prompts stand for all.
 _SAMPLE = 64
+# Number of pairs of a model and a length whose first passes are remembered.
+_REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,16 @@ class Passes:
         self._max_batch = max_batch
         self._models: dict[str, list[ComputeModel]] = {}
         self._rate = cluster.rdma_efficiency * min(node.nic_bytes_per_s for node in cluster.kinds)
+        # Asked for at every block that arrives while a pipeline serves, mostly for the same prompts.
+        self._passes = lru_cache(_REMEMBERED)(self._pass_times)
 
     def costs(self, spec: ModelSpec, prompt_tokens: int, *, requests: int, round_s: float) -> Costs:
         """Return the costs for ``requests`` of ``prompt_tokens``. Activations travel at the network's rate, alone."""
+        batch_s, overhead_s, hop_s = self._passes(spec, prompt_tokens)
+        return Costs(round_s=round_s, batch_s=batch_s, overhead_s=overhead_s, hop_s=hop_s, requests=requests)
+
+    def _pass_times(self, spec: ModelSpec, prompt_tokens: int) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """Return ``batch_s``, ``overhead_s`` and ``hop_s`` of Costs."""
         models = self._models.get(spec.name)
         if models is None:
             models = self._models[spec.name] = [ComputeModel(kind, spec) for kind in self._cluster.kinds]
@@ -50,13 +60,8 @@ class Passes:
         ]
         overhead_s = max(model.iteration_s(sizes[0], 0.0) for model in models)
         token_s = spec.hidden * spec.dtype_bytes / self._rate
-        return Costs(
-            round_s=round_s,
-            batch_s=tuple(max(model.iteration_s(size) for model in models) - overhead_s for size in sizes),
-            overhead_s=overhead_s,
-            hop_s=tuple(self._cluster.hop_latency_s + size.prefill_tokens * token_s for size in sizes),
-            requests=requests,
-        )
+        batch_s = tuple(max(model.iteration_s(size) for model in models) - overhead_s for size in sizes)
+        return batch_s, overhead_s, tuple(self._cluster.hop_latency_s + size.prefill_tokens * token_s for size in sizes)
 
 
 def multicast_costs(

@@ -17,7 +17,7 @@ DEPARTURES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
             "faasnet_no_joins": "new nodes join trees under way while no source is idle (as the original's do)",
             "faasnet_gpu_sources": "host copies feed trees, too; and joins",
             "faasnet_one_tree": "a tree from each source, not one for all",
-            "faasnet_no_own_copies": "new nodes load their own host copy where that is faster, or while it feeds others",
+            "faasnet_own_copies": "new nodes get the model over the network, not from their own host copy where that is faster",
             "faasnet_by_locality": "nodes with a host copy are spared as sources while others are free",
         },
         "faasnet_prototype": {"faasnet_prototype_1s": "a look every 0.5 s, not 1 s"},
