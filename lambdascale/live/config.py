@@ -23,6 +23,7 @@ from lambdascale.inference.verification import Verify
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
+from lambdascale.live.controller.pulse import PATIENCE_S
 from lambdascale.live.node.communicators import Kind, choose, has_nccl
 from lambdascale.live.node.memory import row_bytes
 from lambdascale.live.node_config import NodeConfig
@@ -47,7 +48,8 @@ class LiveConfig:
     node has a GPU of its own, else gloo.
     ``verify``: the blocks whose checksums nodes compare, when they load them and when they receive them: all ("full"), none
     ("off"), or the first, the last and every eighth ("sampled").
-    ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once).
+    ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once). Nodes wait as long for
+    a controller that replays a trace, and 1.5 s for a server's.
     ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
     never while a trace is replayed, whose failures are part of what is measured.
     ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context made, which restarted nodes take.
@@ -186,7 +188,8 @@ class LiveConfig:
         if why:
             print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
         launcher = self._launcher()
-        hub = Hub(launcher.host)
+        # Nodes that replay a trace are not replaced, and their machine may be overloaded: they are as patient as the controller.
+        hub = Hub(launcher.host, PATIENCE_S if open_ended else max(PATIENCE_S, self.silence_s))
         backend = LiveBackend(
             launcher=launcher,
             hub=hub,

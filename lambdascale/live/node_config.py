@@ -13,7 +13,10 @@ from lambdascale.transport import rdma
 
 
 class Access(Struct, frozen=True):
-    """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes."""
+    """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes.
+
+    ``patience_s``: a node that has seen no sign of life for so long ends.
+    """
 
     controller: str
     pulse: str
@@ -21,6 +24,7 @@ class Access(Struct, frozen=True):
     client_public: bytes
     client_secret: bytes
     nodes_key: bytes
+    patience_s: float
 
 
 class NodeConfig(Struct, frozen=True):

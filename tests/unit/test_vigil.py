@@ -17,7 +17,7 @@ class Watch:
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         public, secret = zmq.curve_keypair()
-        access = Access("tcp://127.0.0.1:1", "tcp://127.0.0.1:1", public, public, secret, b"")
+        access = Access("tcp://127.0.0.1:1", "tcp://127.0.0.1:1", public, public, secret, b"", 1.5)
         self.now = 100.0
         self.vigil = Vigil(self.context, access, lambda: self.now)
 

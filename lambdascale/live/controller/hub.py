@@ -12,7 +12,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
-from lambdascale.live.controller.pulse import Pulse
+from lambdascale.live.controller.pulse import PATIENCE_S, Pulse
 from lambdascale.live.node_config import Access
 
 _HANDSHAKE_MS = 5000
@@ -30,13 +30,13 @@ class _OnlyOurs:
 
 
 class Hub:
-    """``wake`` may be called from any thread; all else belongs to one.
+    """``wake`` may be called from any thread; all else belongs to one. ``patience_s``: see Access.
 
     Each process of a node has an identity of its own, ``node.generation``: the hub talks with the one expected and hears no
     other.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, patience_s: float = PATIENCE_S) -> None:
         server_public, server_secret = zmq.curve_keypair()
         client_public, client_secret = zmq.curve_keypair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -67,6 +67,7 @@ class Hub:
             client_public=client_public,
             client_secret=client_secret,
             nodes_key=secrets.token_bytes(32),
+            patience_s=patience_s,
         )
 
     def expect(self, node: NodeId, generation: int) -> None:

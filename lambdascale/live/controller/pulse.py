@@ -8,6 +8,7 @@ import time
 import zmq
 
 EVERY_S = 0.25
+PATIENCE_S = 1.5  # of a server's nodes: six signs of life are missing
 _STALL_S = 20.0
 
 

@@ -10,7 +10,6 @@ import zmq
 
 from lambdascale.live.node_config import Access
 
-_SILENCE_S = 1.5  # six of its signs of life are missing
 _STEP_S = 0.25
 
 
@@ -32,6 +31,7 @@ class Vigil:
         self._socket.connect(access.pulse)
         launcher = parent_process()  # the controller, on its own host
         self._launcher = None if launcher is None else launcher.sentinel
+        self._patience_s = access.patience_s
         self._clock = clock
         self._looked = clock()
         self._silent_s = 0.0
@@ -55,7 +55,7 @@ class Vigil:
             self._silent_s += step
         if self._launcher in ready:
             self.verdict = "the controller has ended"
-        elif self._silent_s > _SILENCE_S:
+        elif self._silent_s > self._patience_s:
             self.verdict = f"the controller is silent for {self._silent_s:.1f} s"
 
     def close(self) -> None:
