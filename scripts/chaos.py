@@ -56,7 +56,7 @@ BURST, CALM, PERIOD_S = 24, 2, 12.0
 
 @dataclass
 class Tally:
-    """What came of the requests and the faults."""
+    """Outcomes of the requests, and the faults."""
 
     requests: int = 0
     right: int = 0

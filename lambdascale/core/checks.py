@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -52,12 +53,13 @@ def _all_match(values: tuple[object, ...], hints: tuple[Any, ...]) -> bool:
     return len(values) == len(hints) and all(map(_matches, values, hints))
 
 
-def check_types(config: Any) -> None:
+def check_types(config: Any, *, any_size: Collection[str] = ()) -> None:
     """Raise UserError if a field of the dataclass ``config`` holds a value its annotation does not allow.
 
     Lists become tuples where a tuple is annotated, since Hydra passes lists. Numbers must be 0 or between ``SMALLEST`` and
     ``LARGEST`` in size: others are no quantity of a cluster, and overflow in places that cannot name them. Scalars, literals,
-    unions, tuples and protocols (names of their members) are checked; generic mappings are not.
+    unions, tuples and protocols (names of their members) are checked; generic mappings are not. Numbers of
+    the fields ``any_size`` may have any size: their class bounds them.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -65,6 +67,8 @@ def check_types(config: Any) -> None:
         if isinstance(value, list) and typing.get_origin(hints[field.name]) is tuple:
             value = tuple(value)
             object.__setattr__(config, field.name, value)
+        if field.name in any_size and type(value) in ((int,) if hints[field.name] is int else (int, float)):
+            continue
         if not _matches(value, hints[field.name]):
             wanted = str(field.type).replace("typing.", "")
             if isinstance(value, int | float) and not _is_quantity(value):

@@ -35,7 +35,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_types(self)
+        check_types(self, any_size=("seed",))
         require(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
         usable = math.isfinite(self.temperature) and usable_temperature(self.temperature) == self.temperature
         require(usable, f"temperature must be 0 or between {LOWEST_TEMPERATURE} and 1e308, not {self.temperature}")

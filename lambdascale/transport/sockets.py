@@ -309,16 +309,20 @@ class SocketEndpoint(ABC, Generic[C]):
     def _add(self, connection: C, generation: int, welcome: bytes = b"") -> None:
         """Use a proven connection. It takes the place of one to an earlier process of the peer, and of no other.
 
-        ``welcome`` is sent first: it tells the end that called that this end knows the connection. OSError if that fails.
+        ``welcome`` is sent then: it tells the end that called that this end knows the connection. OSError if that fails.
         """
         while True:
             with self._lock:
                 before = self._connections.get(connection.peer)
                 refused = self._closed or (before is not None and self._generations[connection.peer] >= generation)
                 if not refused and before is None:
-                    connection.sock.sendall(welcome)
                     self._connections[connection.peer] = connection
                     self._generations[connection.peer] = generation
+                    try:
+                        connection.sock.sendall(welcome)
+                    except OSError:
+                        del self._connections[connection.peer], self._generations[connection.peer]
+                        raise
                     connection.start()
                     return
             if refused or before is None:

@@ -319,7 +319,7 @@ def test_a_lost_source_of_moving_kv_fails_the_instance_that_waits_for_it() -> No
     ("config", "message"),
     [
         ({"node_failures": ((0, -1.0),)}, r"backend.node_failures takes \[node, time\] pairs, not \(0, -1.0\)"),
-        ({"node_failures": ((0, 1.0, 2.0),)}, "backend.node_failures takes"),
+        ({"node_failures": ((0, 1.0, 2.0),)}, "node_failures must be"),
         ({"slow_nodes": ((0, 0.0),)}, r"backend.slow_nodes takes \[node, share up to 1\] pairs, not \(0, 0.0\)"),
         ({"slow_nodes": ((0, 1.1),)}, "backend.slow_nodes takes"),
     ],

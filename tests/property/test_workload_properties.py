@@ -19,14 +19,14 @@ SHAPING = st.fixed_dictionaries(
     {},
     optional={
         "time_compression": st.floats(0.1, 50),
-        "rate_scale": st.floats(0, 4),
+        "rate_scale": st.just(0.0) | st.floats(1e-9, 4),
         "repeat": st.integers(1, 3),
         "limit": st.none() | st.integers(0, 200),
         "max_prompt_tokens": st.none() | st.integers(1, 5000),
         "max_output_tokens": st.integers(1, 500),
         "max_context_tokens": st.none() | st.integers(2, 5000),
         "popularity": st.sampled_from(["first", "zipf"]),
-        "zipf_exponent": st.floats(0, 5),
+        "zipf_exponent": st.just(0.0) | st.floats(1e-9, 5),
         "lengths": st.sampled_from(["fixed", "azure", "burstgpt"]),
     },
 )
@@ -50,7 +50,7 @@ def check(requests: list[TracedRequest], shaping: dict[str, Any], models: list[s
 
 
 @settings(max_examples=60, deadline=None)
-@given(shaping=SHAPING, seed=st.integers(0, 2**32), count=st.integers(1, 4), duration=st.floats(0, 400))
+@given(shaping=SHAPING, seed=st.integers(0, 2**32), count=st.integers(1, 4), duration=st.just(0.0) | st.floats(1e-9, 400))
 def test_generated(shaping: dict[str, Any], seed: int, count: int, duration: float) -> None:
     models = [f"m{i}" for i in range(count)]
     for workload in (
@@ -64,7 +64,13 @@ def test_generated(shaping: dict[str, Any], seed: int, count: int, duration: flo
 
 @example(times=[0.0, 2756.0], shaping={"rate_scale": 2.0}, start=0.0, duration=4639.0, batch=1)  # a copy past the window
 @settings(max_examples=60, deadline=None)
-@given(times=TIMES, shaping=SHAPING, start=st.floats(0, 1e6), duration=st.none() | st.floats(1e-3, 1e6), batch=st.integers(1, 4))
+@given(
+    times=TIMES,
+    shaping=SHAPING,
+    start=st.just(0.0) | st.floats(1e-9, 1e6),
+    duration=st.none() | st.floats(1e-3, 1e6),
+    batch=st.integers(1, 4),
+)
 def test_arrivals_from_a_file(
     times: list[float], shaping: dict[str, Any], start: float, duration: float | None, batch: int
 ) -> None:

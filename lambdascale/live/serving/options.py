@@ -47,14 +47,15 @@ class HttpOptions:
 
     def __post_init__(self) -> None:
         """Validate."""
-        check_types(self)
+        times = ("request_timeout_s", "receive_timeout_s", "send_timeout_s")
+        check_types(self, any_size=("client_share", *times))  # so that messages name the options
         for name in ("queue_requests", "max_prompts", "connections"):
             require(getattr(self, name) >= 1, f"--{_option(name)} must be at least 1, not {getattr(self, name)}")
         require(
             self.queue_tokens is None or self.queue_tokens >= 1, f"--queue-tokens must be at least 1, not {self.queue_tokens}"
         )
         require(0 < self.client_share <= 1, f"--client-share must be above 0 and at most 1, not {self.client_share}")
-        for name in ("request_timeout_s", "receive_timeout_s", "send_timeout_s"):
+        for name in times:
             value = getattr(self, name)
             require(0 < value < 1e6, f"--{_option(name)} must be above 0 and below 1000000, not {value}")
         require((self.tls_cert is None) == (self.tls_key is None), "--tls-cert and --tls-key must be given together")
