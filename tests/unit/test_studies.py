@@ -143,7 +143,11 @@ class TestScript:
         command = [sys.executable, str(ROOT / "scripts" / "run.py"), "experiment=azure_trace", "model=llama2_7b", "-m"]
         # Its processes hold the pipe open: the end of the pipe is the end of all.
         ended = subprocess.Popen(
-            [*command, "workload=bursty"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
+            [*command, "workload=bursty", "workload.duration_s=7200"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
         )
         while not list(tmp_path.glob("results/raw/**/summary.json")):
             assert ended.poll() is None, ended.communicate()
