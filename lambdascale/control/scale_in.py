@@ -61,14 +61,18 @@ class ScaleIn:
         return found
 
     def claim(self, state: ModelState) -> None:
-        """Free a node for a model by releasing idle instances of others, those idle longest; nothing happens without enough."""
+        """Free a node for a model by releasing idle instances of others, those idle longest; nothing happens without enough.
+
+        A model's first replica comes before replicas that others may want soon; a further one only before those of idle models.
+        """
         fleet, needed, room = self._fleet, state.spec.gpus_per_replica, self._fleet.lacking(state)
         ways = []
         for node in (node for node in fleet.candidates(state) if node not in state.allocations):
             gpus, way = fleet.gpus_free[node], []
             for instance in self._idle_on(node):
-                if gpus < needed:
-                    gpus += fleet.models[instance.model].spec.gpus_per_replica
+                other = fleet.models[instance.model]
+                if gpus < needed and not (state.allocations and (other.running or other.queue)):
+                    gpus += other.spec.gpus_per_replica
                     way.append(instance)
             if gpus >= needed and state.kv_tokens[node] >= room:
                 ways.append((max(instance.idle_since for instance in way), node, way))

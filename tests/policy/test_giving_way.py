@@ -102,3 +102,16 @@ def test_a_node_too_small_for_the_model_does_not_count_as_one_that_gives_way() -
     world.lose(1)
     world.arrive(model="b")
     assert without(world.tick(), "timer") == ["stop i1", "release 0 keep", "allocate 0b", "load t3 0b ssd 0123"]
+
+
+def test_a_further_replica_is_not_made_of_one_that_a_model_at_work_has_idle() -> None:
+    """b is to have two replicas, one works: the other stays, though a request of a fits on none of a's nodes.
+
+    Mutation: what a model's first replica may take given to a further one, too.
+    """
+    world = World(nodes=4, models="ab", min_replicas=2, cluster=scarce(4, 0, 1))
+    world.arrive(1, model="b")
+    world.arrive(model="a", prompt=300)
+    assert without(world.tick(), "timer") == []
+    world.finish(0)
+    assert without(world.tick(), "timer")[-2:] == ["allocate 2", "multicast t5 0:gpu>2"]
