@@ -93,7 +93,7 @@ def test_a_seed_gives_the_same_run_each_time(seed: int) -> None:
 
 
 def test_a_lost_node_sends_no_news_until_it_joins_anew() -> None:
-    """What the contract of messages allows, and the invariants rely on."""
+    """The contract of messages, on which the invariants rely."""
     away_at_all = 0
     for seed in range(40):
         away: set[int] = set()

@@ -25,7 +25,7 @@ def hardware(pcie: float) -> ClusterSpec:
 
 
 def simulated(pcie: float, *, loads: bool) -> dict[tuple[NodeId, int], float]:
-    """When each node has each block; with ``loads``, node 0 loads its copy while it sends."""
+    """Times at which each node has each block; with ``loads``, node 0 loads its copy while it sends."""
     options = TransferOptions(communicator_setup=False, chunk_bytes=1)
     backend = SimConfig(transfers=options).build(
         cluster=hardware(pcie), models=(small_model(),), requests=(), batching=BatchLimits(), seed=0

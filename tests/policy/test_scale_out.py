@@ -200,7 +200,7 @@ class PlansSeen:
 
 
 def seen_by_builders(requests: int, **settings: object) -> tuple[PlansSeen, list[str]]:
-    """What pipeline builders are given at the first look after a burst, and its transfers."""
+    """Arguments of pipeline builders at the first look after a burst, and its transfers."""
     seen = PlansSeen()
     start = configured("lambdascale_tuned").start
     assert isinstance(start, MulticastStart)
