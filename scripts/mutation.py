@@ -74,6 +74,7 @@ ROOMS = {
         ("lambdascale/sim/*",),
         (
             *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/unit/test_sim_loads.py"),
+            "tests/unit/test_sim_corners.py",
             *("tests/unit/test_sim_sharing.py", "tests/unit/test_sim_compute.py", "tests/unit/test_multicast_rates.py"),
             *("tests/policy/test_simulator.py", "tests/policy/test_several_gpus.py"),
             *("tests/property/test_sim_links_properties.py", "tests/property/test_sim_transfers_properties.py", "tests/golden"),
