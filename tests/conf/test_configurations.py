@@ -72,11 +72,12 @@ def traces(folder: Path) -> Path:
 
 
 def debug_scale(experiment: str, tmp_path: Path, *overrides: str) -> DictConfig:
-    config = [f"experiment={experiment}", f"results={tmp_path}", f"traces={traces(tmp_path / 'traces')}", *overrides]
-    workload = str(compose(config).workload._target_).rsplit(".", 1)[-1]
-    small = {"Burst": ["workload.count=20"], "BurstyWorkload": ["workload.duration_s=60"]}.get(workload, [])
-    nodes = ["cluster.nodes=8"] if "cluster.nodes=64" in overrides else []
-    return compose([*config, *small, *nodes])
+    """The configuration with a workload of seconds. Composed once: composing takes as long as the run."""
+    given = [f"experiment={experiment}", f"results={tmp_path}", f"traces={traces(tmp_path / 'traces')}", *overrides]
+    config = compose([*given, "cluster.nodes=8"] if "cluster.nodes=64" in overrides else given)
+    workload = str(config.workload._target_).rsplit(".", 1)[-1]
+    config.workload.update({"Burst": {"count": 20}, "BurstyWorkload": {"duration_s": 60.0}}.get(workload, {}))
+    return config
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name != "paper"])
