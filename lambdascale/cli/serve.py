@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -166,7 +167,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Start everything and serve."""
     _check(arguments)
     options = _http(arguments)
-    bound = bind(options)
+    with bind(options) as bound:
+        return _serve(arguments, options, bound)
+
+
+def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.socket) -> int:
     if arguments.launcher == "local":
         prepare()  # the nodes import modules while this process does
     # torch takes seconds to import: only here.

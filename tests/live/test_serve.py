@@ -21,7 +21,6 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 
 pytestmark = pytest.mark.live
 COMMAND = [str(Path(sys.executable).with_name("lambdascale")), "serve"]
@@ -242,42 +241,6 @@ def test_a_signal_ends_everything(server: Server) -> None:
         time.sleep(0.05)
     with socket.create_server(("127.0.0.1", server.port)):
         pass
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--model", "/nowhere"], "/nowhere"),
-        (["--model", "tiny", "--nodes", "0"], "--nodes"),
-        (["--model", "tiny", "--min-nodes", "9"], "--min-nodes"),
-        (["--model", "tiny", "--link", "fast"], "fast"),
-        (["--model", "tiny", "--blocks", "8", "--transport", "rdma"], "rdma"),
-        (["--model", "tiny", "--blocks", "8", "--transport", "rdma", "--rdma-mtu", "1500"], "rdma.mtu"),
-        (["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc"], "device cuda, not cpu"),
-        pytest.param(
-            ["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc", "--device", "cuda"],
-            "finds no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is there"),
-        ),
-        (["--model", "tiny", "--blocks", "99"], "blocks"),
-        (["--model", "tiny", "--port", "99999"], "99999"),
-        (["--model", "tiny", "--queue-requests", "0"], "--queue-requests"),
-        (["--model", "tiny", "--api-key", "@/nowhere"], "@/nowhere"),
-        (["--model", "tiny", "--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "/nowhere"),
-        (["--model", "tiny", "--blocks", "8", "--system", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--model", "tiny", "--restarts", "-1"], "--restarts"),
-        (["--model", "tiny", "--blocks", "8", "--slot-tokens", "99999"], "99999"),
-        (["--model", "tiny", "--blocks", "8", "system.bloks=3"], "bloks"),
-    ],
-)
-def test_mistakes_on_the_command_line(options: list[str], says: str, tmp_path: Path) -> None:
-    environment = os.environ | {"LAMBDASCALE_CACHE": str(tmp_path)}
-    done = subprocess.run([*COMMAND, "--no-view", *options], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, done.stderr
-    assert says in lines[0]
-    assert "Traceback" not in done.stderr
 
 
 def test_a_damaged_shard_ends_it_with_one_line(tiny: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Corners of the simulated data plane and of its instances against times worked out by hand, each the case of a surviving mutant."""
+"""Corners of the simulated data plane and of its instances against times worked out by hand. Mutants survived without them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_block_between_unequal_nics_takes_the_time_of_the_slower_one() -> None
 
 
 def test_a_slowed_run_that_is_cut_ends_with_the_iteration_under_way() -> None:
-    """Two nodes share cores, each at half its speed. Mutation: the slowdown counts the other way in the iterations that are over."""
+    """Two nodes share cores, each at half its speed. Mutation: the slowdown counts the other way."""
     cluster = backend(replace(COMPUTING, compute=replace(COMPUTING.compute, shared_slowdown=(2.0, 2.0))))
     serve(cluster, 1, 0)
     serve(cluster, 2, 0)

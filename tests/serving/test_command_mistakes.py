@@ -1,0 +1,64 @@
+"""Mistakes on the command line of ``lambdascale serve``: one line, status 2, and no node process is started."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lambdascale.cli.main import main
+
+COMMAND = str(Path(sys.executable).with_name("lambdascale"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "tiny", "--nodes", "0"], "--nodes"),
+        (["--model", "tiny", "--min-nodes", "9"], "--min-nodes"),
+        (["--model", "tiny", "--link", "fast"], "fast"),
+        (["--model", "tiny", "--blocks", "8", "--transport", "rdma"], "rdma"),
+        (["--model", "tiny", "--blocks", "8", "--transport", "rdma", "--rdma-mtu", "1500"], "rdma.mtu"),
+        (["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc"], "device cuda, not cpu"),
+        pytest.param(
+            ["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc", "--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is there"),
+        ),
+        (["--model", "tiny", "--blocks", "99"], "blocks"),
+        (["--model", "tiny", "--port", "99999"], "99999"),
+        (["--model", "tiny", "--queue-requests", "0"], "--queue-requests"),
+        (["--model", "tiny", "--api-key", "@/nowhere"], "@/nowhere"),
+        (["--model", "tiny", "--tls-cert", "/nowhere", "--tls-key", "/nowhere"], "/nowhere"),
+        (["--model", "tiny", "--blocks", "8", "--system", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--model", "tiny", "--restarts", "-1"], "--restarts"),
+        (["--model", "tiny", "--blocks", "8", "--slot-tokens", "99999"], "99999"),
+        (["--model", "tiny", "--blocks", "8", "system.bloks=3"], "bloks"),
+    ],
+)
+def test_mistakes(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAMBDASCALE_CACHE", str(tmp_path))
+    try:
+        status = main(["serve", "--no-view", "--port", "0", *options])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
+    assert says in lines[0]
+    assert "Traceback" not in errors
+
+
+def test_a_mistake_of_the_command_itself() -> None:
+    """As a user runs it, with nothing imported before."""
+    done = subprocess.run([COMMAND, "serve", "--model", "/nowhere"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: /nowhere")
