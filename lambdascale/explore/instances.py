@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from lambdascale.control.batching import BatchedRequest
 from lambdascale.core import NodeId
 from lambdascale.core.commands import AllocateNode, Dispatch, ReleaseNode, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed
+from lambdascale.core.events import CommandFailed, TokensProduced
 from lambdascale.explore.messages import Message, Messages
 from lambdascale.explore.scenario import Scenario
 from lambdascale.sim.instances import SimInstance
@@ -30,7 +30,6 @@ class Instances(Messages):
         self._blocks = scenario.system.blocks
         self._prompt_tokens = {each.request_id: each.prompt_tokens for each in scenario.requests}
         super().__init__(scenario)
-        self._handlers[ReleaseNode] = self._release
         self._handlers[AllocateNode] = self._allocate
         self._poisoned: set[int] = set()
         self._bad: set[NodeId] = set()
@@ -116,6 +115,7 @@ class Instances(Messages):
             return
         for work in self._stranded.pop(command.pipeline, ()):
             if work.request_id in moves:
+                self._arrive_at(moves[work.request_id], work)
                 self._resume(moves[work.request_id], work, cached=False)
 
     def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
@@ -123,11 +123,17 @@ class Instances(Messages):
             target = moves.get(work.request_id)
             if target is None:
                 continue  # the control plane believes it to be elsewhere
+            self._arrive_at(target, work)
             if command.kv == "copy" and work.produced:
                 self._copying[work.request_id] = (frozenset(pipeline.nodes), work, target)
                 self._copy_kv(pipeline, work, target)
             else:
                 self._resume(target, work, cached=False)
+
+    def _arrive_at(self, target: int, work: BatchedRequest) -> None:
+        """Let the head of a target tell of the tokens that a request brings along: the pipeline's own word of them may be late."""
+        if work.produced and not self._ledger.begun(work.request_id) and self._ever[target][0] not in self._lost:
+            self._send(TokensProduced(self.kernel.now, target, work.request_id, 1, "pipeline"))
 
     def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
         if cached and self._copying.pop(work.request_id, None) is None:
@@ -184,4 +190,5 @@ class Instances(Messages):
             self._holds[command.node, command.model] = set()
 
     def _release(self, command: ReleaseNode) -> None:
+        super()._release(command)
         self._holds.pop((command.node, command.model), None)

@@ -144,10 +144,13 @@ class Aborted(Message, frozen=True, tag=True):
 
 
 class Resumed(Message, frozen=True, tag=True):
-    """Requests of a dissolved pipeline are with their new instance."""
+    """Requests of a dissolved pipeline are with their new instance, each with the output tokens that it brought along.
+
+    The pipeline has told of these tokens too, but from another node: that message may come later, or be lost with its node.
+    """
 
     instance: int
-    requests: tuple[int, ...]
+    outputs: dict[int, tuple[int, ...]]
 
 
 class Severed(Message, frozen=True, tag=True):

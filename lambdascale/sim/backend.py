@@ -127,7 +127,7 @@ class SimBackend:
             self.kernel.at(at, self._lose_node, node)
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
             AllocateNode: self._nothing,
-            ReleaseNode: self._nothing,
+            ReleaseNode: self._release,
             PlaceCopy: self._nothing,
             EvictBlocks: self._nothing,
             FailRequest: self._nothing,
@@ -163,6 +163,9 @@ class SimBackend:
 
     def _nothing(self, command: Command) -> None:
         """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
+
+    def _release(self, command: ReleaseNode) -> None:
+        self._transfers.released(command.node, command.model)
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)

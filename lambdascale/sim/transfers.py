@@ -8,7 +8,7 @@ start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import inf
@@ -121,6 +121,7 @@ class TransferEngine:
         )
         self._transfers: dict[int, _Multicast | Load] = {}
         self._joins: dict[_Multicast, None] = {}  # those with sources that still receive; in order
+        self._held: defaultdict[tuple[str, NodeId], set[int]] = defaultdict(set)  # blocks of a model that a node has received
         self._copies = FlowGroup()
         self.links = self._fabric.links
         self.setup_s: dict[int, float] = {}
@@ -156,6 +157,7 @@ class TransferEngine:
             if tier == "host":  # its copy is complete, whatever its GPU receives
                 continue
             lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
+            lacking -= self._held.get((command.model, node), set())  # a transfer that repeats a failed one may bring them once more
             if lacking:
                 transfer.members[node].held -= lacking
                 transfer.joined += (node,)
@@ -164,6 +166,7 @@ class TransferEngine:
 
     def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
+        self._held[model, node].add(block)
         for join in [j for j in self._joins if node in j.joined and j.command.model == model] if self._joins else ():
             join.members[node].held.add(block)
             if not join.begun:
@@ -359,6 +362,12 @@ class TransferEngine:
             if isinstance(transfer, _Multicast) and node in transfer.members:
                 self._release(transfer)
         self._fabric.lose(node, (*self._transfers.values(), self._copies))
+        for held in [key for key in self._held if key[1] == node]:
+            del self._held[held]
+
+    def released(self, node: NodeId, model: str) -> None:
+        """Take note that a node's GPUs hold nothing of a model any more."""
+        self._held.pop((model, node), None)
 
     def node_restored(self, node: NodeId) -> None:
         """Let a lost node, which comes back empty, take part in transfers again."""

@@ -176,12 +176,44 @@ def test_tokens_count_from_both_sides_of_a_switch() -> None:
     assert client.got == [10, 11, 12]
 
 
+def test_the_pipelines_tokens_come_behind_those_of_the_new_instance() -> None:
+    """Nodes keep their order each, not among them: the new instance says itself from where it goes on."""
+    answers = table(serve(1, 0, 1), serve(2, 1))
+    client = answers.request(7, 1)
+    answers.switch_mode(SwitchMode(1, ((7, 2),), "copy"))
+    answers.resumed(wire.Resumed(2, {7: (10, 11)}))
+    answers.say(2, 7, (2, 12), finished=True)
+    answers.say(1, 7, (0, 10), (1, 11))
+    assert client.got == [10, 11, 12]
+    assert client.finished
+    assert answers.events == [TokensProduced(0.0, 2, 7, 1, "pipeline"), RequestFinished(0.0, 2, 7, 3)]
+
+
+def test_the_pipelines_head_dies_with_its_last_tokens_untold() -> None:
+    """It had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
+    answers, client = switching()
+    answers.take(wire.Do)
+    answers.alive = {1, 2, 3}
+    answers.node_lost(0)
+    answers.resumed(wire.Resumed(2, {7: (10, 11, 12)}))
+    answers.say(2, 7, (3, 13), finished=True)
+    assert client.got == [10, 11, 12, 13]
+    assert client.finished
+
+
+def test_an_instance_that_does_not_own_a_request_brings_no_tokens_of_it() -> None:
+    answers, client = switching()
+    answers.resumed(wire.Resumed(3, {7: (10, 99)}))
+    answers.say(2, 7, (1, 11))
+    assert client.got == [10, 11]
+
+
 @pytest.mark.parametrize("end", ["resumed", "finished", "failed", "stopped", "dispatched"])
 def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
     """And the death of its head means nothing then."""
     answers, _ = switching()
     if end == "resumed":
-        answers.resumed(wire.Resumed(2, (7, 99)))
+        answers.resumed(wire.Resumed(2, {7: (), 99: (1,)}))
     elif end == "finished":
         answers.say(1, 7, (1, 11), finished=True)
     elif end == "failed":
@@ -204,7 +236,7 @@ def test_many_switches_leave_nothing() -> None:
         answers.serve(serve(number + 1, 1))
         answers.request(number, number)
         answers.switch_mode(SwitchMode(number, ((number, number + 1),), "recompute"))
-        answers.resumed(wire.Resumed(number + 1, (number,)))
+        answers.resumed(wire.Resumed(number + 1, {number: ()}))
         answers.say(number + 1, number, (0, 1), finished=True)
         answers.stop(StopInstance(number + 1))
     assert answers._switches == answers._answers == answers._instances == {}

@@ -30,7 +30,7 @@ MESSAGE = st.one_of(
     st.builds(wire.Placed, SMALL, NAMES),
     st.builds(wire.Tokens, SMALL, st.sampled_from(["local", "pipeline"]), st.tuples(TOKEN) | st.tuples(TOKEN, TOKEN)),
     st.builds(wire.Aborted, SMALL, SMALL),
-    st.builds(wire.Resumed, SMALL, st.tuples(SMALL)),
+    st.builds(wire.Resumed, SMALL, st.dictionaries(SMALL, st.tuples(SMALL, SMALL), max_size=2)),
     st.builds(wire.Severed, SMALL, NAMES),
     st.builds(wire.Unreached, SMALL, NAMES),
     st.just(wire.Beat()),

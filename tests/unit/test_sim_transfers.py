@@ -215,6 +215,28 @@ def test_a_node_passes_on_what_another_transfer_still_brings_it(barrier: bool) -
     assert sorted(rig.run()) == [(1.0, 1, 1, 0), (2.0, 1, 1, 1), (2.0, 2, 2, 0), (3.0, 2, 2, 1)]
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "released", "lost"])
+def test_a_source_does_not_wait_for_a_block_that_comes_once_more(meanwhile: str) -> None:
+    """A repeated transfer brings node 1 block 0, which it holds, and is cancelled: what node 1 sends must not wait for that.
+
+    Unless the node has been emptied in between: then it has nothing to send. A block takes 1 s a hop.
+    """
+    rig = Rig()
+    once = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    on = MulticastPlan(members=(1, 2), sources=(1,), blocks=1, rounds=((Send(1, 2, 0),),))
+    rig.engine.multicast(multicast(once))
+    rig.run()
+    if meanwhile == "released":
+        rig.engine.released(1, "m")
+    elif meanwhile == "lost":
+        rig.engine.node_lost(1)
+        rig.engine.node_restored(1)
+    rig.engine.multicast(multicast(once, 2))
+    rig.engine.multicast(multicast(on, 3))
+    rig.engine.cancel(2)
+    assert rig.run() == [(1.0, 1, 1, 0), *([(2.0, 3, 2, 0)] if meanwhile == "nothing" else [])]
+
+
 def test_finished_and_cancelled_transfers_are_forgotten() -> None:
     rig = Rig()
     rig.engine.multicast(multicast())

@@ -6,7 +6,7 @@ is restarted goes on where it was and no token reaches a client twice. All of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from msgspec import structs
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed, Event, RequestFinished, RequestPreempted, TokensProduced
+from lambdascale.core.events import CommandFailed, Event, Mode, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -137,23 +137,23 @@ class Answers:
         for token in message.tokens:
             by_request.setdefault(token.request_id, []).append(token)
         for request_id, tokens in by_request.items():
-            self._take_tokens(message, request_id, tokens)
+            self._take_tokens(message.instance, message.mode, request_id, tokens)
 
-    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
+    def _take_tokens(self, instance: int, mode: Mode, request_id: int, tokens: Iterable[wire.Token]) -> None:
         """Add tokens of an instance that owns the request, in order and once."""
         answer = self._answers.get(request_id)
-        if answer is None or message.instance not in answer.owners:
+        if answer is None or instance not in answer.owners:
             return
         for token in tokens:
             if token.index != answer.ticket.produced:
                 continue
             answer.ticket.tokens.append(token.token)
             if token.index == 0:
-                self._emit(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
+                self._emit(TokensProduced(0.0, instance, request_id, 1, mode))
             if answer.sink is not None:
                 answer.sink.tokens([token.token], token.finished)
             if token.finished:
-                self.finish(request_id, message.instance)
+                self.finish(request_id, instance)
                 return
 
     def finish(self, request_id: int, instance: int) -> None:
@@ -175,8 +175,13 @@ class Answers:
         return event if instance == event.instance else structs.replace(event, instance=instance)
 
     def resumed(self, message: wire.Resumed) -> None:
-        """Take note that requests of a dissolved pipeline are with their new instance."""
-        for request_id in message.requests:
+        """Take note that requests of a dissolved pipeline are with their new instance, and of the tokens that they brought.
+
+        The new instance goes on behind those tokens, and the pipeline's own word of them may be late or lost.
+        """
+        for request_id, output in message.outputs.items():
+            tokens = (wire.Token(request_id, index, token, False) for index, token in enumerate(output))
+            self._take_tokens(message.instance, "pipeline", request_id, tokens)
             answer = self._answers.get(request_id)
             if answer is not None:
                 self._end_move(request_id, answer)

@@ -375,15 +375,15 @@ class Compute:
         self._drop(pipeline.number)
 
     def _take_over(self, instance: Instance, message: wire.Handover) -> None:
-        """Take requests of a dissolved pipeline."""
+        """Take requests of a dissolved pipeline; tell of the tokens that they bring, ahead of those that follow here."""
+        outputs = {t.request_id: () if self._has(instance, t.request_id) else tuple(t.output) for t in message.tickets}
         for ticket in message.tickets:
-            if self._has(instance, ticket.request_id):
-                continue
-            wanted = ticket.request_id in message.with_kv and instance.whole is not None
+            here = self._has(instance, ticket.request_id)  # from the controller, with the tokens that it knows of
+            wanted = not here and ticket.request_id in message.with_kv and instance.whole is not None
             if not (wanted and self._inbox.expect(message, ticket)):
                 self._add(instance, ticket)
         self._inbox.close_handover(message)
-        self._report(wire.Resumed(message.instance, tuple(ticket.request_id for ticket in message.tickets)))
+        self._report(wire.Resumed(message.instance, outputs))
         for ticket in message.tickets:
             self._complete_kv(instance, ticket.request_id)
         self._offer(instance)
