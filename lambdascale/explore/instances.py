@@ -131,7 +131,7 @@ class Instances(Messages):
                 self._resume(target, work, cached=False)
 
     def _arrive_at(self, target: int, work: BatchedRequest) -> None:
-        """Let the head of a target tell of the tokens that a request brings along: the pipeline's own word of them may be late."""
+        """Let a target's head tell of the tokens that a request brings along; the pipeline's own word of them may be late."""
         if work.produced and not self._ledger.begun(work.request_id) and self._ever[target][0] not in self._lost:
             self._send(TokensProduced(self.kernel.now, target, work.request_id, 1, "pipeline"))
 

@@ -157,7 +157,9 @@ class TransferEngine:
             if tier == "host":  # its copy is complete, whatever its GPU receives
                 continue
             lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
-            lacking -= self._held.get((command.model, node), set())  # a transfer that repeats a failed one may bring them once more
+            lacking -= self._held.get(
+                (command.model, node), set()
+            )  # a transfer that repeats a failed one may bring them once more
             if lacking:
                 transfer.members[node].held -= lacking
                 transfer.joined += (node,)

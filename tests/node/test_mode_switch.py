@@ -18,7 +18,6 @@ from lambdascale.live.controller.answers import Answers
 from tests.node.fakes import FakeCluster, FakeRunner, copy, expected_answer, replica, run_until_tokens, stages
 
 
-
 class Client:
     """A client, and what it got."""
 
@@ -95,7 +94,7 @@ def test_answers_are_complete_and_in_order_however_late_a_nodes_word_is(kv: KvPo
     }
     assert all(client.finished for client in clients.values())
     kinds = {number: [type(e) for e in events if getattr(e, "request_id", None) == number] for number in clients}
-    assert kinds == dict.fromkeys(clients, [TokensProduced, RequestFinished]), "one first token, ahead of the end"
+    assert all(kind == [TokensProduced, RequestFinished] for kind in kinds.values()), "one first token, ahead of the end"
 
 
 def test_kv_goes_along_and_replicas_prefill_nothing() -> None:
