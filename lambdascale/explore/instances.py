@@ -37,6 +37,7 @@ class Instances(Messages):
         self._stages: dict[int, set[NodeId]] = {}
         self._stranded: dict[int, _Works] = {}
         self._switching: dict[int, tuple[NodeId, dict[int, int]]] = {}  # switches whose head is lost: head, request -> target
+        self._cut: set[frozenset[NodeId]] = set()  # pairs of living nodes that have lost their connection
         self._copying: dict[int, tuple[frozenset[NodeId], BatchedRequest, int]] = {}
 
     def _say(self, what: str) -> None:
@@ -63,6 +64,7 @@ class Instances(Messages):
         super()._serve(command)
         if command.instance not in self._instances:
             self._stranded[command.instance] = []
+        self._strand_where_cut(command.instance)
         if not self._bad.isdisjoint(nodes):
             self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, command.instance)
 
@@ -71,6 +73,16 @@ class Instances(Messages):
         self._stages[command.instance] = set(nodes)
         self._ever[command.instance] = tuple(dict.fromkeys((*self._ever[command.instance], *nodes)))
         super()._repartition(command)
+        self._strand_where_cut(command.instance)
+
+    def _apart(self, nodes: Iterable[NodeId]) -> bool:
+        """True if two of the nodes have lost their connection."""
+        together = set(nodes)
+        return any(pair <= together for pair in self._cut)
+
+    def _strand_where_cut(self, number: int) -> None:
+        if number in self._instances and self._apart(self._ever[number]):
+            self._strand(number)
 
     def _dispatch(self, command: Dispatch) -> None:
         self._assign(command.instance, self._ledger.dispatch(command))
@@ -114,8 +126,7 @@ class Instances(Messages):
                 self._redo(moves)
             return
         for work in self._stranded.pop(command.pipeline, ()):
-            if work.request_id in moves:
-                self._arrive_at(moves[work.request_id], work)
+            if work.request_id in moves and self._handed(command.pipeline, work, moves[work.request_id]):
                 self._resume(moves[work.request_id], work, cached=False)
 
     def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
@@ -123,12 +134,22 @@ class Instances(Messages):
             target = moves.get(work.request_id)
             if target is None:
                 continue  # the control plane believes it to be elsewhere
-            self._arrive_at(target, work)
-            if command.kv == "copy" and work.produced:
+            if not self._handed(pipeline.instance_id, work, target):
+                continue
+            if command.kv == "copy" and work.produced and not self._apart((*pipeline.nodes, self._ever[target][0])):
                 self._copying[work.request_id] = (frozenset(pipeline.nodes), work, target)
                 self._copy_kv(pipeline, work, target)
             else:
                 self._resume(target, work, cached=False)
+
+    def _handed(self, pipeline: int, work: BatchedRequest, target: int) -> bool:
+        """Hand a request over; False if its message is lost: the controller does it once the connection is made again."""
+        head = self._ever[pipeline][0]
+        if self._apart((head, self._ever[target][0])):
+            self._switching.setdefault(pipeline, (head, {}))[1][work.request_id] = target
+            return False
+        self._arrive_at(target, work)
+        return True
 
     def _arrive_at(self, target: int, work: BatchedRequest) -> None:
         """Let a target's head tell of the tokens that a request brings along; the pipeline's own word of them may be late."""
@@ -170,6 +191,34 @@ class Instances(Messages):
                 self._strand(number)
         for sources, work, target in list(self._copying.values()):
             if node in sources:
+                self._resume(target, work, cached=False)
+
+    def _reconnected(self, pair: frozenset[NodeId]) -> bool:
+        if pair not in self._cut or not pair <= self._members or not pair.isdisjoint(self._lost):
+            return False
+        self._connect(pair)
+        return True
+
+    def _connect(self, pair: frozenset[NodeId]) -> None:
+        self._cut.remove(pair)
+        self._transfers.restored(*pair)
+
+    def _redo_between(self, pair: frozenset[NodeId]) -> None:
+        for pipeline, (head, moves) in list(self._switching.items()):
+            if head in pair:
+                del self._switching[pipeline]
+                self._redo(moves)
+        for number, nodes in self._ever.items():
+            if number in self._served and pair <= set(nodes) and not pair <= self._stages[number]:
+                reason = f"two nodes of instance {number} lost their connection"
+                self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
+
+    def _break_between(self, pair: frozenset[NodeId]) -> None:
+        """Stop what needs a connection that is lost; KV that was to come over it is computed anew."""
+        for number in list(self._instances):
+            self._strand_where_cut(number)
+        for sources, work, target in list(self._copying.values()):
+            if pair <= {*sources, self._ever[target][0]}:
                 self._resume(target, work, cached=False)
 
     def _fail_instance(self, number: int) -> None:

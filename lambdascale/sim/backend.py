@@ -284,7 +284,7 @@ class SimBackend:
 
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)
-        self._transfers.node_lost(node)
+        self._transfers.lost(node)
         self._events.append(NodeLost(self.kernel.now, node))
         for number, instance in list(self._instances.items()):
             if instance.involves(node):

@@ -354,26 +354,26 @@ class TransferEngine:
             self._joins.pop(transfer, None)
             self._release(transfer)
 
-    def node_lost(self, node: NodeId) -> None:
-        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled.
+    def lost(self, *nodes: NodeId) -> None:
+        """Let nothing more move to, from or through a node, or between two that have lost their connection.
 
-        A collective breaks with its communicator: its sources have their GPUs back, though a control plane that counts it as
-        through never cancels it.
+        What depended on it stalls until it is cancelled. A collective breaks with its communicator: its sources have their GPUs
+        back, though a control plane that counts it as through never cancels it.
         """
         for transfer in self._transfers.values():
-            if isinstance(transfer, _Multicast) and node in transfer.members:
+            if isinstance(transfer, _Multicast) and all(node in transfer.members for node in nodes):
                 self._release(transfer)
-        self._fabric.lose(node, (*self._transfers.values(), self._copies))
-        for held in [key for key in self._held if key[1] == node]:
-            del self._held[held]
+        self._fabric.lose(frozenset(nodes), (*self._transfers.values(), self._copies))
+        for key in [key for key in self._held if len(nodes) == 1 and key[1] in nodes]:
+            del self._held[key]
 
     def released(self, node: NodeId, model: str) -> None:
         """Take note that a node's GPUs hold nothing of a model any more."""
         self._held.pop((model, node), None)
 
-    def node_restored(self, node: NodeId) -> None:
-        """Let a lost node, which comes back empty, take part in transfers again."""
-        self._fabric.restore(node)
+    def restored(self, *nodes: NodeId) -> None:
+        """Let a lost node, which comes back empty, take part in transfers again, or two nodes by a new connection."""
+        self._fabric.restore(frozenset(nodes))
 
     def set_nic_share(self, node: NodeId, share: float) -> None:
         """Give the node's NIC this share of the cluster's rate from now on."""
