@@ -147,10 +147,12 @@ class Resumed(Message, frozen=True, tag=True):
     """Requests of a dissolved pipeline are with their new instance, each with the output tokens that it brought along.
 
     The pipeline has told of these tokens too, but from another node: that message may come later, or be lost with its node.
+    Those in ``waiting`` go on once their KV has come, from all nodes of the pipeline.
     """
 
     instance: int
     outputs: dict[int, tuple[int, ...]]
+    waiting: frozenset[int] = frozenset()
 
 
 class Severed(Message, frozen=True, tag=True):

@@ -140,6 +140,10 @@ def kv_part(cluster: FakeCluster, ticket: Ticket, first_layer: int, layers: int)
     return wire.KvPart(5, ticket.request_id, 4, first_layer, layers, data)
 
 
+def resumed(cluster: FakeCluster) -> list[wire.Resumed]:
+    return [message for message in cluster.said if isinstance(message, wire.Resumed)]
+
+
 def feed(cluster: FakeCluster, *messages: wire.ForInstance) -> None:
     for message in messages:
         cluster.nodes[0].peer(message)
@@ -157,6 +161,8 @@ def test_kv_may_come_before_its_request(order: tuple[int, ...]) -> None:
     feed(cluster, messages[order[2]])
     cluster.run()
     cluster.check()
+    on = [message for message in resumed(cluster) if not message.waiting]
+    assert on[-1] == wire.Resumed(5, {1: ()}), "the controller hears that it goes on"
     assert len(cluster.nodes[0]._inbox) == 0
     assert cluster.executors[0].made[0].prefilled == 0
 
@@ -170,6 +176,25 @@ def test_kv_that_comes_too_late_is_dropped() -> None:
     cluster.run()
     cluster.check()
     feed(cluster, kv_part(cluster, ticket, 4, 4))
+    assert len(cluster.nodes[0]._inbox) == 0
+
+
+def test_kv_that_a_stopped_pipeline_will_not_send_is_not_waited_for() -> None:
+    """The pipeline's nodes lost their connection: the second one never heard that it has KV to send.
+
+    Its connection to the replica is whole, so the replica alone would wait for ever. What it says decides when the controller
+    takes the switch for done.
+    """
+    cluster, ticket = waiting_replica()
+    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
+    cluster.run()
+    assert len(cluster.tokens()) == 1
+    assert resumed(cluster) == [wire.Resumed(5, {1: tuple(ticket.output)}, frozenset({1}))]
+    cluster.nodes[0].stop(4)
+    cluster.nodes[0].step()
+    assert resumed(cluster)[1:] == [wire.Resumed(5, {1: ()})]
+    cluster.run()
+    cluster.check()
     assert len(cluster.nodes[0]._inbox) == 0
 
 

@@ -256,6 +256,18 @@ def test_the_head_dies_before_it_has_handed_over() -> None:
     assert client.got == [10, 11]
 
 
+def test_a_connection_within_the_pipeline_is_lost_while_a_request_waits_for_its_kv() -> None:
+    """The node that has the rest of the KV may not have heard that it is to send it."""
+    answers, client = switching()
+    answers.resumed(wire.Resumed(2, {7: (10, 11)}, frozenset({7})))
+    answers.take(wire.Do)
+    answers.connection_lost(0, 1)
+    assert {node for node, message in answers.told if message == wire.Do(StopInstance(1))} == answers.alive
+    assert answers.take(wire.Assign) == [(1, wire.Assign(2, (Ticket(7, [1, 2, 3, 10, 11], 3, 5),)))]
+    answers.say(2, 7, (2, 12), finished=True)
+    assert client.got == [10, 11, 12]
+
+
 def test_a_switch_whose_head_is_dead_already() -> None:
     answers = table(serve(1, 0, 1), serve(2, 1))
     answers.request(7, 1)

@@ -67,7 +67,7 @@ class _Served:
 
 @dataclass
 class _Switch:
-    """A mode switch under way: the dissolved pipeline's head, and the requests that their targets do not have yet."""
+    """A mode switch under way: the dissolved pipeline's head, and the requests that do not go on yet."""
 
     head: NodeId
     waiting: set[int]
@@ -177,13 +177,14 @@ class Answers:
     def resumed(self, message: wire.Resumed) -> None:
         """Take note that requests of a dissolved pipeline are with their new instance, and of the tokens that they brought.
 
-        The new instance goes on behind those tokens, and the pipeline's own word of them may be late or lost.
+        The new instance goes on behind those tokens, and the pipeline's own word of them may be late or lost. A request that
+        waits for its KV is still on its way: a lost connection within the pipeline may keep the KV from coming.
         """
         for request_id, output in message.outputs.items():
             tokens = (wire.Token(request_id, index, token, False) for index, token in enumerate(output))
             self._take_tokens(message.instance, "pipeline", request_id, tokens)
             answer = self._answers.get(request_id)
-            if answer is not None:
+            if answer is not None and request_id not in message.waiting:
                 self._end_move(request_id, answer)
 
     def _end_move(self, request_id: int, answer: _Answer) -> None:
