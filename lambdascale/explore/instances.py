@@ -180,8 +180,9 @@ class Instances(Messages):
                 self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
 
     def _redo(self, moves: dict[int, int]) -> None:
-        for request_id, target in moves.items():
-            if target in self._ledger.owners(request_id):
+        """Give requests whose handover is lost to the instances that own them now: they may have been moved on meanwhile."""
+        for request_id in moves:
+            for target in sorted(self._ledger.owners(request_id) & self._served.keys()):
                 self._assign(target, [request_id])
 
     def _break_instances(self, node: NodeId) -> None:

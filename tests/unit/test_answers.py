@@ -229,6 +229,47 @@ def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
     assert answers.told == []
 
 
+def moved_twice() -> tuple[Table, Client]:
+    """Request 7 goes from pipeline 1 (head on node 0) to pipeline 2 (node 1), and at once on to replica 3 on node 2."""
+    answers = table(serve(1, 0, 1), serve(2, 1, 2), serve(3, 2))
+    client = answers.request(7, 1)
+    answers.switch_mode(SwitchMode(1, ((7, 2),), "recompute"))
+    answers.switch_mode(SwitchMode(2, ((7, 3),), "recompute"))
+    answers.take(wire.Do)
+    return answers, client
+
+
+def test_a_request_that_is_moved_on_before_it_arrived_leaves_no_switch_behind() -> None:
+    """A switch that kept the number of an ended request ended the control thread when the pipeline's head was lost later."""
+    answers, client = moved_twice()
+    answers.resumed(wire.Resumed(2, {7: ()}))
+    assert set(answers._switches) == {2}, "the second handover is under way"
+    answers.say(3, 7, (0, 10), finished=True)
+    assert client.got == [10]
+    assert answers._switches == {}
+    answers.node_lost(0)
+    answers.node_lost(1)
+    assert not [event for event in answers.events if isinstance(event, CommandFailed)]
+
+
+def test_the_last_word_ends_all_handovers_of_a_request() -> None:
+    answers, _ = moved_twice()
+    answers.resumed(wire.Resumed(3, {7: ()}))
+    answers.resumed(wire.Resumed(2, {7: ()}))
+    assert answers._switches == {}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_request_whose_handover_is_lost_goes_where_it_was_moved_last(lost: int) -> None:
+    answers, client = moved_twice()
+    answers.alive = {0, 1, 2, 3} - {lost}
+    answers.node_lost(lost)
+    assert answers.take(wire.Assign) == [(2, wire.Assign(3, (Ticket(7, [1, 2, 3], 3, 5),)))]
+    answers.say(3, 7, (0, 10), finished=True)
+    assert client.got == [10]
+    assert answers._switches == {}
+
+
 def test_many_switches_leave_nothing() -> None:
     answers = table()
     for number in range(0, 300, 3):
