@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import resource
 import shlex
 import signal
@@ -17,8 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,7 +34,7 @@ from tests.live.harness import pack_tiny
 ROOM_BYTES = 1 << 30
 MOST_GROWTH_BYTES = 512 << 20
 LARGEST_BYTES = 1 << 20
-PATIENCE_S = 30
+PATIENCE_S = 30.0
 
 
 class Hang(BaseException):
@@ -70,33 +71,32 @@ def attack(surface: Surface, seed: int, numbers: range) -> Tally:
     surface.begin()
     for number, data in mutants(surface, seed, numbers):
         if number > numbers.start and number % BATCH == 0:
-            _try(tally, number, b"", lambda _: surface.end())
+            _try(tally, number - 1, b"", lambda _: surface.end())
             surface.begin()
         found = _try(tally, number, data, surface.attempt)
         tally.accepted += found is True
         tally.refused += found is False
         if found is None:
             surface.begin()
-    _try(tally, numbers.stop, b"", lambda _: surface.end())
+    _try(tally, numbers.stop - 1, b"", lambda _: surface.end())
     tally.seconds, tally.growth_bytes = time.monotonic() - begun, _resident_bytes() - before
     if tally.growth_bytes > MOST_GROWTH_BYTES:
         tally.failures.append((numbers.start, f"memory grew by {tally.growth_bytes >> 20} MiB", b""))
     return tally
 
 
-def _try(tally: Tally, number: int, data: bytes, attempt: object) -> bool | None:
-    assert callable(attempt)
-    signal.alarm(PATIENCE_S)
+def _try(tally: Tally, number: int, data: bytes, attempt: Callable[[bytes], bool | None]) -> bool | None:
+    """Return what an attempt says; None after a failure, which is noted."""
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
     try:
-        found: bool | None = attempt(data)
-        return found
+        return attempt(data)
     except (Exception, Hang) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
         tally.failures.append((number, f"{type(error).__name__}: {str(error)[:300]} ({place})", data[:120]))
         return None
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _resident_bytes() -> int:
@@ -108,7 +108,7 @@ def bounded() -> Iterator[None]:
     """Bound this process's memory, and raise Hang after each alarm."""
 
     def hang(number: int, frame: FrameType | None) -> None:
-        raise Hang(f"not through within {PATIENCE_S} s")
+        raise Hang(f"not through within {PATIENCE_S:g} s")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before, limits = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_AS)
@@ -125,7 +125,7 @@ def report(surface: Surface, tally: Tally, options: argparse.Namespace) -> None:
     rate = tally.tried / max(tally.seconds, 1e-9)
     detail = (
         f"{tally.accepted} taken, {tally.refused} refused, {len(tally.failures)} failures; {tally.seconds:.0f} s "
-        f"({rate:.0f}/s); resident memory grew by {tally.growth_bytes >> 20} MiB"
+        f"({rate:.0f}/s); peak of resident memory grew by {tally.growth_bytes >> 20} MiB"
     )
     print(f"{surface.name}: {tally.tried} messages: {detail}", flush=True)
     for number, what, data in tally.failures[:10]:
@@ -157,15 +157,18 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable(logging.CRITICAL)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [(s, share) for s, share in surfaces(Text(pack_tiny(Path(folder)))) if options.only in (None, s.name)]
-        if not chosen:
-            parser.error(f"--only names no surface: {options.only}")
-        with bounded():
+        found = surfaces(Text(pack_tiny(Path(folder))))
+        chosen = [(surface, share) for surface, share in found if options.only in (None, surface.name)]
+        with bounded(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the controller's log
             for surface, share in chosen:
                 count = options.count if options.only else round(options.count * share)
                 tally = attack(surface, options.seed, range(options.begin, options.begin + count))
                 report(surface, tally, options)
                 failed += len(tally.failures)
+        for surface, _ in found:
+            surface.close()
+    if not chosen:
+        parser.error(f"--only names no surface: {options.only}")
     return 1 if failed else 0
 
 

@@ -61,16 +61,29 @@ class Surface(Protocol):
         """Check that valid messages are still taken; called after every ``BATCH`` messages."""
         ...
 
+    def close(self) -> None:
+        """Free everything."""
+        ...
 
-class _Packed:
-    """Messages in msgpack."""
+
+class _Bytes:
+    """Messages of no general format, to something that keeps nothing."""
 
     def mutator(self, rng: Random) -> Mutator:
-        return of_msgpack(rng)
+        return of_bytes(rng)
 
     def begin(self) -> None: ...
 
     def end(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Packed(_Bytes):
+    """Messages in msgpack."""
+
+    def mutator(self, rng: Random) -> Mutator:
+        return of_msgpack(rng)
 
 
 class Controller(_Packed):
@@ -194,7 +207,7 @@ class Peers(_Packed):
         return True
 
 
-class Frames:
+class Frames(_Bytes):
     """Frames of a node with the key, as the receiving thread of a TCP connection takes them."""
 
     name = "frames"
@@ -221,11 +234,6 @@ class Frames:
             on_lost=lambda *_: None,
         )
         self._endpoint: Any = SimpleNamespace(handlers=handlers, memory=memoryview(bytearray(1 << 16)), link=None)
-
-    def mutator(self, rng: Random) -> Mutator:
-        return of_bytes(rng)
-
-    def begin(self) -> None: ...
 
     def attempt(self, data: bytes) -> bool:
         connection = _Connection(cast(TcpEndpoint, self._endpoint), 1, cast(Any, _Script(lambda sent: data)), None)
@@ -266,7 +274,7 @@ class _Script:
     def setsockopt(self, *option: int) -> None: ...
 
 
-class Handshakes:
+class Handshakes(_Bytes):
     """Strangers at both ends of a handshake, with a recorded one changed, or with what the node itself says: nobody gets in."""
 
     name = "handshakes"
@@ -296,11 +304,6 @@ class Handshakes:
         script = _Script(answered)
         assert self._shakes[0].listen(cast(Any, script), self._ADDRESS, lambda party: None) == Party(1, 0)
         return [said[0], script._sent]
-
-    def mutator(self, rng: Random) -> Mutator:
-        return of_bytes(rng)
-
-    def begin(self) -> None: ...
 
     def attempt(self, data: bytes) -> bool:
         self._calls += 1
@@ -348,7 +351,7 @@ class _Pipe(asyncio.Transport):
     abort = close
 
 
-class Http:
+class Http(_Bytes):
     """Requests to the HTTP server, whole or their bodies alone, as its connections take them from the event loop."""
 
     def __init__(self, text: Text, *, whole: bool) -> None:
@@ -435,6 +438,9 @@ class Http:
         valid = self.corpus[0]
         assert self.attempt(valid), "a valid request is refused"
         self._front_end._tokenizers.shutdown()
+
+    def close(self) -> None:
+        self._loop.close()
 
 
 def surfaces(text: Text) -> list[tuple[Surface, float]]:
