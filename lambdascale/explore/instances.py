@@ -85,7 +85,9 @@ class Instances(Messages):
             self._strand(number)
 
     def _dispatch(self, command: Dispatch) -> None:
-        self._assign(command.instance, self._ledger.dispatch(command))
+        going = self._ledger.dispatch(command)
+        self._end_moves(going)
+        self._assign(command.instance, going)
 
     def _assign(self, number: int, requests: Iterable[int]) -> None:
         """Let an instance work on requests from the tokens on that are known to exist."""
@@ -179,8 +181,15 @@ class Instances(Messages):
                 reason = f"node {node} was lost, which had stages of instance {number} before"
                 self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
 
+    def _end_moves(self, requests: Iterable[int]) -> None:
+        """Forget that lost handovers carry requests."""
+        for request_id in requests:
+            for _, moves in self._switching.values():
+                moves.pop(request_id, None)
+
     def _redo(self, moves: dict[int, int]) -> None:
         """Give requests whose handover is lost to the instances that own them now: they may have been moved on meanwhile."""
+        self._end_moves(moves)
         for request_id in moves:
             for target in sorted(self._ledger.owners(request_id) & self._served.keys()):
                 self._assign(target, [request_id])

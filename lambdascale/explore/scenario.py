@@ -250,7 +250,7 @@ def _faults(rng: Random, nodes: int) -> tuple[AnyFault, ...]:
 
 
 def _cuts(rng: Random, nodes: int) -> tuple[Cut, ...]:
-    """Cut connections, drawn by themselves: a seed's other faults are those that it had before there were cuts."""
+    """Cut connections, drawn by themselves: a seed's other faults do not depend on them."""
     count = rng.choice((0, 0, 1, 2)) if nodes > 1 else 0
     return tuple(
         Cut(

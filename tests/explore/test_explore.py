@@ -55,7 +55,7 @@ FOUND_AT = {
 FOUND_BEFORE = (
     *(11963, 13043, 14794, 21274, 26866, 45117),  # a moved answer ended before its first token was told
     *(23380, 41964, 41995),  # a source waited for a block that it held, and that a cancelled transfer was to bring once more
-    21927,  # a connection is cut; a request whose handover is lost was moved on meanwhile
+    *(21927, 34730),  # a request whose handover was lost, over a cut connection or with its node, had been moved on meanwhile
 )
 
 
