@@ -15,7 +15,6 @@ other moments of the cluster's life.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import random
 import shlex
@@ -27,7 +26,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +46,7 @@ from lambdascale.live.controller import supervisor
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.process_faults import Faults, Sample, sample, slopes
+from lambdascale.testing.reliability import Row, add_row
 
 PROMPTS, ANSWER, SLOT_TOKENS, BLOCKS = 48, 90, 160, 8
 SILENCE_S = 2.0
@@ -293,28 +293,21 @@ def report(tally: Tally, faults: Faults, growth: str, left: list[str], seconds: 
         f"{kinds}; {faults.missed} missed; node back s: {spread(tally.returns_s)}; connection back s: {spread(tally.mends_s)}; "
         f"answers s: {spread(tally.answers_s)}; growth a minute: {growth}; left behind: {len(left)}; {seconds:.0f} s"
     )
-    row = {
-        "what": f"random faults under load, {options.transport}, {options.nodes} nodes, {options.device}",
-        "tried": f"{faults.done.total()} faults",
-        "requests": tally.requests,
-        "lost": tally.lost,
-        "doubled": tally.doubled,
-        "wrong": tally.wrong,
-        "detail": detail,
-        "command": shlex.join(["python", *sys.argv]),
-    }
-    print("\n".join(f"{key}: {value}" for key, value in row.items()))
+    row = Row(
+        what=f"random faults under load, {options.transport}, {options.nodes} nodes, {options.device}",
+        tried=f"{faults.done.total()} faults",
+        requests=tally.requests,
+        lost=tally.lost,
+        doubled=tally.doubled,
+        wrong=tally.wrong,
+        detail=detail,
+        command=shlex.join(["python", *sys.argv]),
+    )
+    print("\n".join(f"{key}: {value}" for key, value in asdict(row).items()))
     for reason, count in tally.reasons.items():
         print(f"lost {count}: {reason}", file=sys.stderr)
     print(*left, sep="\n", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "reliability.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    add_row(row, options.out)
     return tally.flawless and not tally.doubled and not left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -34,6 +35,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--faults", metavar="I,J,...|none|all", help="replay one seed with these of its faults alone, and print its timeline"
     )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="add a row to FOLDER/reliability.csv")
     parser.set_defaults(run=run)
 
 
@@ -45,8 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.faults is not None:
         if len(seeds) != 1:
             raise UserError(f"--faults replays one seed, not {len(seeds)}: --seeds {seeds[0]}:{seeds[0] + 1}")
+        if arguments.out is not None:
+            raise UserError("--out adds a row for seeds with all their faults: leave --faults out")
         return _replay(seeds[0], arguments.system, arguments.faults)
-    return _explore(seeds, arguments.system, arguments.jobs)
+    return _explore(seeds, arguments.system, arguments.jobs, arguments.out)
 
 
 def _seeds(text: str) -> range:
@@ -87,8 +91,8 @@ def _kept(chosen: str, faults: int) -> list[int]:
     return kept
 
 
-def _explore(seeds: range, system: str | None, jobs: int) -> int:
-    from lambdascale.explore.explorer import explore
+def _explore(seeds: range, system: str | None, jobs: int, out: Path | None) -> int:
+    from lambdascale.explore.explorer import add_to_table, explore
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -104,6 +108,9 @@ def _explore(seeds: range, system: str | None, jobs: int) -> int:
 
         tally = explore(seeds, system=system, jobs=jobs, progress=progress)
     _report(tally, time.perf_counter() - began)
+    if out is not None:
+        chosen = f" --system {system}" if system else ""
+        add_to_table(tally, out, f"lambdascale explore --seeds {seeds.start}:{seeds.stop}{chosen} --jobs {jobs}", system)
     return 1 if tally.found else 0
 
 

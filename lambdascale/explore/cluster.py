@@ -23,6 +23,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeGivenUp,
     NodeJoined,
@@ -31,7 +32,21 @@ from lambdascale.core.events import (
     TokensProduced,
 )
 from lambdascale.core.timing import ComputeModel, IterationSize
-from lambdascale.explore.faults import BadNode, Broken, ClockStep, Fault, Late, Loss, Pause, Poison, Repeat, Slow, victim
+from lambdascale.explore.faults import (
+    BadNode,
+    Broken,
+    ClockStep,
+    Cut,
+    Fault,
+    Late,
+    Loss,
+    Pause,
+    Poison,
+    Repeat,
+    Slow,
+    pair,
+    victim,
+)
 from lambdascale.explore.instances import Instances
 from lambdascale.explore.messages import Message
 from lambdascale.explore.scenario import Scenario
@@ -93,6 +108,8 @@ class FaultyCluster(Instances):
         node = victim(fault, near, self._nodes)
         if isinstance(fault, Loss):
             self._lose(node, fault)
+        elif isinstance(fault, Cut):
+            self._cut_between(pair(fault, near, self._nodes), fault.mended_s)
         elif isinstance(fault, Slow):
             self._slow((node, fault, fault.flaps))
         elif isinstance(fault, Late):
@@ -173,13 +190,29 @@ class FaultyCluster(Instances):
             return
         self._say(f"node {node} dies; noticed {_after(fault.noticed_s)}, then: {fault.then}, {fault.back_s:g} s later")
         self._lost.add(node)
-        self._transfers.node_lost(node)
+        for cut in [cut for cut in self._cut if node in cut]:
+            self._connect(cut)  # its next process makes connections of its own
+        self._transfers.lost(node)
         self._holds = {key: blocks for key, blocks in self._holds.items() if key[0] != node}
         self._break_instances(node)
         if fault.noticed_s is None:
             self.kernel.at(self.kernel.now + fault.back_s, self._return, node)
         else:
             self.kernel.at(self.kernel.now + fault.noticed_s, self._notice, (node, fault))
+
+    def _cut_between(self, cut: frozenset[NodeId], mended_s: float) -> None:
+        if len(cut) < 2 or cut in self._cut or not cut <= self._members or not cut.isdisjoint(self._lost):
+            return
+        node, peer = sorted(cut)
+        self._say(f"nodes {node} and {peer} lose their connection; it is made again {mended_s:g} s later")
+        self._cut.add(cut)
+        self._transfers.lost(*cut)
+        self._break_between(cut)
+        self.kernel.at(self.kernel.now + mended_s, self._mend, ConnectionLost(0.0, node, peer))
+
+    def _mend(self, event: ConnectionLost) -> None:
+        self._hear(Message(0.0, event, -1, 0))
+        self._wake()
 
     def _notice(self, entry: tuple[NodeId, Loss]) -> None:
         node, fault = entry
@@ -204,7 +237,7 @@ class FaultyCluster(Instances):
         self._generation[node] += 1
         self._lost.discard(node)
         self._bad.discard(node)
-        self._transfers.node_restored(node)
+        self._transfers.restored(node)
         self._delay_s[node] = 0.0
         self._hear(Message(0.0, NodeJoined(self.kernel.now, node), -1, 0))
         self._wake()

@@ -8,10 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 from lambdascale.explore.run import run
-from lambdascale.explore.scenario import draw, preset
+from lambdascale.explore.scenario import Scenario, draw, preset
 from lambdascale.explore.shrink import shrink
+from lambdascale.testing.reliability import Row, add_row
 
 # Seeds that a process takes at a time.
 _CHUNK = 20
@@ -36,39 +38,61 @@ class Found:
 
 @dataclass
 class Tally:
-    """Counts of an exploration: seeds by system, events, and what was found."""
+    """Counts of an exploration: seeds by system, their requests and faults, events, and what was found."""
 
     seeds: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    faults: int = 0
     events: int = 0
     found: list[Found] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
         """Add the counts of another."""
         self.seeds += other.seeds
+        self.requests += other.requests
+        self.faults += other.faults
         self.events += other.events
         self.found += other.found
 
+    def row(self, command: str, system: str | None = None) -> Row:
+        """Return a row of the table of trials: see lambdascale.testing.reliability."""
+        broken = Counter(found.broken for found in self.found)
+        lost, doubled = broken["none lost"], broken["finished once"]
+        names = ", ".join(f"{count} {name}" for name, count in sorted(broken.items())) or "nothing found"
+        return Row(
+            what=f"seeded faults in simulation, {system or f'{len(self.seeds)} systems'}",
+            tried=f"{self.seeds.total()} seeds",
+            requests=self.requests,
+            lost=lost,
+            doubled=doubled,
+            wrong=len(self.found) - lost - doubled,
+            detail=f"{self.faults} faults drawn, {self.events} events; {names}",
+            command=command,
+        )
 
-def try_seed(seed: int, system: str | None = None) -> tuple[Found | None, int, str]:
-    """Run a seed; return what it breaks, shrunk, the number of its events, and its system."""
+
+def try_seed(seed: int, system: str | None = None) -> tuple[Found | None, int, Scenario]:
+    """Run a seed; return what it breaks, shrunk, the number of its events, and its scenario."""
     scenario = draw(seed, system)
     outcome = run(scenario)
     if not outcome.broken:
-        return None, outcome.events, scenario.preset
+        return None, outcome.events, scenario
 
     def fails(kept: Sequence[int]) -> bool:
         return run(scenario.only(kept)).broken == outcome.broken
 
     kept = shrink(len(scenario.faults), fails)
     case = run(scenario.only(kept)).case
-    return Found(seed, scenario.preset, outcome.broken, case, tuple(kept)), outcome.events, scenario.preset
+    return Found(seed, scenario.preset, outcome.broken, case, tuple(kept)), outcome.events, scenario
 
 
 def _try_seeds(seeds: Sequence[int], system: str | None) -> Tally:
     tally = Tally()
     for seed in seeds:
-        found, events, name = try_seed(seed, system)
-        tally.seeds[name] += 1
+        found, events, scenario = try_seed(seed, system)
+        tally.seeds[scenario.preset] += 1
+        tally.requests += len(scenario.requests)
+        tally.faults += len(scenario.faults)
         tally.events += events
         if found is not None:
             tally.found.append(found)
@@ -87,6 +111,11 @@ def explore(
         total.add(part)
         progress(part)
     return total
+
+
+def add_to_table(tally: Tally, folder: Path, command: str, system: str | None = None) -> None:
+    """Add an exploration to ``reliability.csv`` in a folder."""
+    add_row(tally.row(command, system), folder)
 
 
 def _parts(work: Callable[[Sequence[int]], Tally], chunks: Iterable[range], jobs: int) -> Iterator[Tally]:

@@ -43,6 +43,16 @@ class Loss(Fault, frozen=True, tag=True):
     back_s: float = 1.0
 
 
+class Cut(Fault, frozen=True, tag=True):
+    """The connection of two living nodes is lost, with all that is on it. ``mended_s`` later they have a new one, which is told.
+
+    ``other``: the number by which the second node is chosen.
+    """
+
+    other: int = 0
+    mended_s: float = 0.0
+
+
 class Slow(Fault, frozen=True, tag=True):
     """A node's GPU takes ``compute`` times as long and its NIC has the share ``nic`` of its rate, for ``lasts_s`` seconds.
 
@@ -107,7 +117,7 @@ class Burst(Fault, frozen=True, tag=True):
     count: int = 10
 
 
-AnyFault = Loss | Slow | Late | Pause | Repeat | Broken | Poison | BadNode | ClockStep | Burst
+AnyFault = Loss | Cut | Slow | Late | Pause | Repeat | Broken | Poison | BadNode | ClockStep | Burst
 
 
 def victim(fault: Fault, near: tuple[NodeId, ...], nodes: int) -> NodeId:
@@ -115,11 +125,20 @@ def victim(fault: Fault, near: tuple[NodeId, ...], nodes: int) -> NodeId:
     return near[fault.pick % len(near)] if fault.near and near else fault.pick % nodes
 
 
+def pair(fault: Cut, near: tuple[NodeId, ...], nodes: int) -> frozenset[NodeId]:
+    """Return the two nodes whose connection a fault cuts, one alone in a cluster of one."""
+    first = victim(fault, near, nodes)
+    others = [node for node in near if fault.near and node != first] or [node for node in range(nodes) if node != first]
+    return frozenset((first, others[fault.other % len(others)])) if others else frozenset((first,))
+
+
 def lasts_s(fault: Fault) -> float:
     """Return the seconds for which a fault can delay what is under way."""
     match fault:
         case Loss():
             return (fault.noticed_s or 0.0) + fault.back_s
+        case Cut():
+            return fault.mended_s
         case Slow():
             return 2 * fault.lasts_s * fault.flaps
         case Late():

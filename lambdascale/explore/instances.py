@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from lambdascale.control.batching import BatchedRequest
 from lambdascale.core import NodeId
 from lambdascale.core.commands import AllocateNode, Dispatch, ReleaseNode, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed
+from lambdascale.core.events import CommandFailed, TokensProduced
 from lambdascale.explore.messages import Message, Messages
 from lambdascale.explore.scenario import Scenario
 from lambdascale.sim.instances import SimInstance
@@ -30,7 +30,6 @@ class Instances(Messages):
         self._blocks = scenario.system.blocks
         self._prompt_tokens = {each.request_id: each.prompt_tokens for each in scenario.requests}
         super().__init__(scenario)
-        self._handlers[ReleaseNode] = self._release
         self._handlers[AllocateNode] = self._allocate
         self._poisoned: set[int] = set()
         self._bad: set[NodeId] = set()
@@ -38,6 +37,7 @@ class Instances(Messages):
         self._stages: dict[int, set[NodeId]] = {}
         self._stranded: dict[int, _Works] = {}
         self._switching: dict[int, tuple[NodeId, dict[int, int]]] = {}  # switches whose head is lost: head, request -> target
+        self._cut: set[frozenset[NodeId]] = set()  # pairs of living nodes that have lost their connection
         self._copying: dict[int, tuple[frozenset[NodeId], BatchedRequest, int]] = {}
 
     def _say(self, what: str) -> None:
@@ -64,6 +64,7 @@ class Instances(Messages):
         super()._serve(command)
         if command.instance not in self._instances:
             self._stranded[command.instance] = []
+        self._strand_where_cut(command.instance)
         if not self._bad.isdisjoint(nodes):
             self.kernel.at(self.kernel.now + _FAILS_AFTER_S, self._fail_instance, command.instance)
 
@@ -72,9 +73,21 @@ class Instances(Messages):
         self._stages[command.instance] = set(nodes)
         self._ever[command.instance] = tuple(dict.fromkeys((*self._ever[command.instance], *nodes)))
         super()._repartition(command)
+        self._strand_where_cut(command.instance)
+
+    def _apart(self, nodes: Iterable[NodeId]) -> bool:
+        """True if two of the nodes have lost their connection."""
+        together = set(nodes)
+        return any(pair <= together for pair in self._cut)
+
+    def _strand_where_cut(self, number: int) -> None:
+        if number in self._instances and self._apart(self._ever[number]):
+            self._strand(number)
 
     def _dispatch(self, command: Dispatch) -> None:
-        self._assign(command.instance, self._ledger.dispatch(command))
+        going = self._ledger.dispatch(command)
+        self._end_moves(going)
+        self._assign(command.instance, going)
 
     def _assign(self, number: int, requests: Iterable[int]) -> None:
         """Let an instance work on requests from the tokens on that are known to exist."""
@@ -115,7 +128,7 @@ class Instances(Messages):
                 self._redo(moves)
             return
         for work in self._stranded.pop(command.pipeline, ()):
-            if work.request_id in moves:
+            if work.request_id in moves and self._handed(command.pipeline, work, moves[work.request_id]):
                 self._resume(moves[work.request_id], work, cached=False)
 
     def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
@@ -123,11 +136,27 @@ class Instances(Messages):
             target = moves.get(work.request_id)
             if target is None:
                 continue  # the control plane believes it to be elsewhere
-            if command.kv == "copy" and work.produced:
+            if not self._handed(pipeline.instance_id, work, target):
+                continue
+            if command.kv == "copy" and work.produced and not self._apart((*pipeline.nodes, self._ever[target][0])):
                 self._copying[work.request_id] = (frozenset(pipeline.nodes), work, target)
                 self._copy_kv(pipeline, work, target)
             else:
                 self._resume(target, work, cached=False)
+
+    def _handed(self, pipeline: int, work: BatchedRequest, target: int) -> bool:
+        """Hand a request over; False if its message is lost: the controller does it once the connection is made again."""
+        head = self._ever[pipeline][0]
+        if self._apart((head, self._ever[target][0])):
+            self._switching.setdefault(pipeline, (head, {}))[1][work.request_id] = target
+            return False
+        self._arrive_at(target, work)
+        return True
+
+    def _arrive_at(self, target: int, work: BatchedRequest) -> None:
+        """Let a target's head tell of the tokens that a request brings along; the pipeline's own word of them may be late."""
+        if work.produced and not self._ledger.begun(work.request_id) and self._ever[target][0] not in self._lost:
+            self._send(TokensProduced(self.kernel.now, target, work.request_id, 1, "pipeline"))
 
     def _resume(self, target: int, work: BatchedRequest, *, cached: bool) -> None:
         if cached and self._copying.pop(work.request_id, None) is None:
@@ -152,9 +181,17 @@ class Instances(Messages):
                 reason = f"node {node} was lost, which had stages of instance {number} before"
                 self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
 
+    def _end_moves(self, requests: Iterable[int]) -> None:
+        """Forget that lost handovers carry requests."""
+        for request_id in requests:
+            for _, moves in self._switching.values():
+                moves.pop(request_id, None)
+
     def _redo(self, moves: dict[int, int]) -> None:
-        for request_id, target in moves.items():
-            if target in self._ledger.owners(request_id):
+        """Give requests whose handover is lost to the instances that own them now: they may have been moved on meanwhile."""
+        self._end_moves(moves)
+        for request_id in moves:
+            for target in sorted(self._ledger.owners(request_id) & self._served.keys()):
                 self._assign(target, [request_id])
 
     def _break_instances(self, node: NodeId) -> None:
@@ -164,6 +201,34 @@ class Instances(Messages):
                 self._strand(number)
         for sources, work, target in list(self._copying.values()):
             if node in sources:
+                self._resume(target, work, cached=False)
+
+    def _reconnected(self, pair: frozenset[NodeId]) -> bool:
+        if pair not in self._cut or not pair <= self._members or not pair.isdisjoint(self._lost):
+            return False
+        self._connect(pair)
+        return True
+
+    def _connect(self, pair: frozenset[NodeId]) -> None:
+        self._cut.remove(pair)
+        self._transfers.restored(*pair)
+
+    def _redo_between(self, pair: frozenset[NodeId]) -> None:
+        for pipeline, (head, moves) in list(self._switching.items()):
+            if head in pair:
+                del self._switching[pipeline]
+                self._redo(moves)
+        for number, nodes in self._ever.items():
+            if number in self._served and pair <= set(nodes) and not pair <= self._stages[number]:
+                reason = f"two nodes of instance {number} lost their connection"
+                self._heard.append((CommandFailed(0.0, "Repartition", reason, instance=number), False))
+
+    def _break_between(self, pair: frozenset[NodeId]) -> None:
+        """Stop what needs a connection that is lost; KV that was to come over it is computed anew."""
+        for number in list(self._instances):
+            self._strand_where_cut(number)
+        for sources, work, target in list(self._copying.values()):
+            if pair <= {*sources, self._ever[target][0]}:
                 self._resume(target, work, cached=False)
 
     def _fail_instance(self, number: int) -> None:
@@ -184,4 +249,5 @@ class Instances(Messages):
             self._holds[command.node, command.model] = set()
 
     def _release(self, command: ReleaseNode) -> None:
+        super()._release(command)
         self._holds.pop((command.node, command.model), None)

@@ -42,6 +42,11 @@ class Ledger:
         answer = self._answers.get(request_id)
         return set() if answer is None else answer.owners
 
+    def begun(self, request_id: int) -> bool:
+        """True if a request's first token was told, or its end."""
+        answer = self._answers.get(request_id)
+        return answer is None or answer.begun
+
     def produced(self, request_id: int) -> int:
         """Return the number of tokens with which a request goes on elsewhere."""
         answer = self._answers.get(request_id)

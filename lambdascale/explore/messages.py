@@ -18,6 +18,7 @@ from lambdascale.core.commands import CancelTransfer, Command, FailRequest, SetT
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeJoined,
     NodeLost,
@@ -81,6 +82,14 @@ class Messages(SimBackend):
 
     def _forget(self, node: NodeId) -> None:
         """Take note that a node is a member no more."""
+        raise NotImplementedError
+
+    def _reconnected(self, pair: frozenset[NodeId]) -> bool:
+        """Let two nodes have their connection again; False if one of them is lost."""
+        raise NotImplementedError
+
+    def _redo_between(self, pair: frozenset[NodeId]) -> None:
+        """Redo or report what depended on a connection, as a live controller does."""
         raise NotImplementedError
 
     # -- Backend -----------------------------------------------------------------------------------------------------
@@ -168,8 +177,12 @@ class Messages(SimBackend):
             told = self._ledger.tokens(event)
         elif isinstance(event, RequestFinished):
             told = self._ledger.finish(event)
+        elif isinstance(event, ConnectionLost) and not self._reconnected(frozenset((event.node, event.peer))):
+            told = None
         if told is not None:
             self._heard.append((told, message.at < 0))
+        if isinstance(told, ConnectionLost):
+            self._redo_between(frozenset((told.node, told.peer)))
         if isinstance(event, NodeLost) or (isinstance(event, NodeJoined) and event.at and event.node in self._members):
             self._forget(event.node)
         if isinstance(event, NodeJoined):

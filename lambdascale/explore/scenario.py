@@ -20,6 +20,7 @@ from lambdascale.explore.faults import (
     Broken,
     Burst,
     ClockStep,
+    Cut,
     Late,
     Loss,
     Pause,
@@ -147,7 +148,13 @@ def draw(seed: int, system: str | None = None) -> Scenario:
     config = _system(rng, preset(name), most=min(nodes, slots // len(models)))
     workload = _workload(rng, models)
     return Scenario(
-        seed=seed, preset=name, system=config, cluster=cluster, models=models, workload=workload, faults=_faults(rng, nodes)
+        seed=seed,
+        preset=name,
+        system=config,
+        cluster=cluster,
+        models=models,
+        workload=workload,
+        faults=_faults(rng, nodes) + _cuts(Random(f"cuts of {seed}"), nodes),
     )
 
 
@@ -240,6 +247,21 @@ def _workload(rng: Random, models: Sequence[ModelSpec]) -> tuple[TracedRequest, 
 
 def _faults(rng: Random, nodes: int) -> tuple[AnyFault, ...]:
     return tuple(_fault(rng, nodes) for _ in range(rng.randint(0, 7)))
+
+
+def _cuts(rng: Random, nodes: int) -> tuple[Cut, ...]:
+    """Cut connections, drawn by themselves: a seed's other faults do not depend on them."""
+    count = rng.choice((0, 0, 1, 2)) if nodes > 1 else 0
+    return tuple(
+        Cut(
+            when=_trigger(rng),
+            pick=rng.randrange(nodes),
+            near=rng.random() < 0.8,
+            other=rng.randrange(nodes),
+            mended_s=rng.choice((0.0, 0.005, 0.05, 0.3, 2.0)),
+        )
+        for _ in range(count)
+    )
 
 
 def _trigger(rng: Random, moments: Sequence[tuple[str, int]] = _MOMENTS) -> Trigger:

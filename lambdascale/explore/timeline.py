@@ -25,6 +25,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import (
     BlockArrived,
     CommandFailed,
+    ConnectionLost,
     Event,
     NodeGivenUp,
     NodeJoined,
@@ -72,6 +73,8 @@ def show_event(event: Event) -> str:
             return f"node {event.node} joins"
         case NodeLost():
             return f"node {event.node} is lost{', and is to return' if event.returns else ''}"
+        case ConnectionLost():
+            return f"nodes {event.node} and {event.peer} have lost their connection, and have a new one"
         case NodeGivenUp():
             return f"node {event.node} is given up"
         case CommandFailed():

@@ -6,7 +6,10 @@ states.
 
 from __future__ import annotations
 
-from msgspec import Struct, msgpack
+from collections.abc import Callable
+from typing import TypeVar
+
+from msgspec import MsgspecError, Struct, msgpack
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
 from lambdascale.core.events import BlockArrived, CommandFailed, Mode
@@ -14,6 +17,7 @@ from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
 
+T = TypeVar("T")
 # No message between controller and agents is larger: a prompt for every slot of an instance takes a hundredth.
 MOST_BYTES = 64 << 20
 
@@ -144,10 +148,15 @@ class Aborted(Message, frozen=True, tag=True):
 
 
 class Resumed(Message, frozen=True, tag=True):
-    """Requests of a dissolved pipeline are with their new instance."""
+    """Requests of a dissolved pipeline are with their new instance, each with the output tokens that it brought along.
+
+    The pipeline has told of these tokens too, but from another node: that message may come later, or be lost with its node.
+    Those in ``waiting`` go on once their KV has come, from all nodes of the pipeline.
+    """
 
     instance: int
-    requests: tuple[int, ...]
+    outputs: dict[int, tuple[int, ...]]
+    waiting: frozenset[int] = frozenset()
 
 
 class Severed(Message, frozen=True, tag=True):
@@ -340,6 +349,32 @@ ForInstance = Assign | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | 
 Peer = Ready | Rendezvous | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
 
 encode = msgpack.Encoder().encode
-to_agent = msgpack.Decoder(ToAgent).decode
-to_controller = msgpack.Decoder(ToController).decode
-to_peer = msgpack.Decoder(Peer).decode
+_agents: msgpack.Decoder[ToAgent] = msgpack.Decoder(ToAgent)
+_controllers: msgpack.Decoder[ToController] = msgpack.Decoder(ToController)
+_peers: msgpack.Decoder[Peer] = msgpack.Decoder(Peer)
+
+
+class Garbled(ValueError):
+    """Bytes that are no message for this end."""
+
+
+def to_agent(data: bytes) -> ToAgent:
+    """Return a message to an agent; Garbled if it is none."""
+    return _decoded(_agents.decode, data)
+
+
+def to_controller(data: bytes) -> ToController:
+    """Return a message to the controller; Garbled if it is none."""
+    return _decoded(_controllers.decode, data)
+
+
+def to_peer(data: bytes) -> Peer:
+    """Return a message of another agent; Garbled if it is none."""
+    return _decoded(_peers.decode, data)
+
+
+def _decoded(decode: Callable[[bytes], T], data: bytes) -> T:
+    try:
+        return decode(data)
+    except (MsgspecError, ValueError, RecursionError) as error:  # the last: fields that nobody knows, nested without end
+        raise Garbled(f"{len(data)} bytes that are no message: {error}") from error

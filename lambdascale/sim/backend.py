@@ -127,7 +127,7 @@ class SimBackend:
             self.kernel.at(at, self._lose_node, node)
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
             AllocateNode: self._nothing,
-            ReleaseNode: self._nothing,
+            ReleaseNode: self._release,
             PlaceCopy: self._nothing,
             EvictBlocks: self._nothing,
             FailRequest: self._nothing,
@@ -163,6 +163,9 @@ class SimBackend:
 
     def _nothing(self, command: Command) -> None:
         """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
+
+    def _release(self, command: ReleaseNode) -> None:
+        self._transfers.released(command.node, command.model)
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)
@@ -281,7 +284,7 @@ class SimBackend:
 
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)
-        self._transfers.node_lost(node)
+        self._transfers.lost(node)
         self._events.append(NodeLost(self.kernel.now, node))
         for number, instance in list(self._instances.items()):
             if instance.involves(node):

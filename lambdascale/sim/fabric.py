@@ -32,7 +32,7 @@ class Fabric:
         self._nic_shares = dict(nic_shares)
         self._host_bytes_per_s = host_bytes_per_s
         self._ports: dict[tuple[str, NodeId], Port] = {}
-        self._lost: set[NodeId] = set()
+        self._lost: set[frozenset[NodeId]] = set()  # nodes, and pairs of living nodes without a connection
 
     def port(self, kind: str, node: NodeId) -> Port:
         """Return the ``kind`` (nic_out, nic_in, pcie, ssd, host) port of ``node``."""
@@ -56,8 +56,8 @@ class Fabric:
             self.links.set_rate(self.port(kind, node), rate)
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
-        """True if none of ``nodes`` is lost."""
-        return self._lost.isdisjoint(nodes)
+        """True if none of ``nodes`` is lost, and no two of them lack a connection."""
+        return not any(lost.issubset(nodes) for lost in self._lost)
 
     def flow(
         self,
@@ -69,7 +69,7 @@ class Fabric:
         cap: float = inf,
         weights: tuple[float, ...] | None = None,
     ) -> None:
-        """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
+        """Start a flow of ``group`` that depends on ``nodes``; never if the group is cancelled or they are not alive."""
         if group.cancelled or (self._lost and not self.alive(nodes)):
             return
         flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
@@ -82,14 +82,17 @@ class Fabric:
             self.links.cancel(flow)
         group.flows.clear()
 
-    def lose(self, node: NodeId, groups: Collection[FlowGroup]) -> None:
-        """Stop those flows of ``groups`` that depend on ``node``, now and ever after."""
-        self._lost.add(node)
+    def lose(self, lost: frozenset[NodeId], groups: Collection[FlowGroup]) -> None:
+        """Stop those flows of ``groups`` that depend on a node, or on both nodes of a pair that has lost its connection.
+
+        None begins until it is restored.
+        """
+        self._lost.add(lost)
         for group in groups:
-            for flow in [flow for flow, nodes in group.flows.items() if node in nodes]:
+            for flow in [flow for flow, nodes in group.flows.items() if lost.issubset(nodes)]:
                 self.links.cancel(flow)
                 del group.flows[flow]
 
-    def restore(self, node: NodeId) -> None:
-        """Let a lost node move bytes again; what was lost with it stays lost."""
-        self._lost.discard(node)
+    def restore(self, lost: frozenset[NodeId]) -> None:
+        """Let a node, or a pair, move bytes again; what was lost with it stays lost."""
+        self._lost.discard(lost)

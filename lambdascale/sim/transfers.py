@@ -8,7 +8,7 @@ start-up keeps its port for ``link_latency_s``. Loads: see :mod:`lambdascale.sim
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import inf
@@ -121,6 +121,7 @@ class TransferEngine:
         )
         self._transfers: dict[int, _Multicast | Load] = {}
         self._joins: dict[_Multicast, None] = {}  # those with sources that still receive; in order
+        self._held: defaultdict[tuple[str, NodeId], set[int]] = defaultdict(set)  # blocks of a model that a node has received
         self._copies = FlowGroup()
         self.links = self._fabric.links
         self.setup_s: dict[int, float] = {}
@@ -156,6 +157,9 @@ class TransferEngine:
             if tier == "host":  # its copy is complete, whatever its GPU receives
                 continue
             lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
+            lacking -= self._held.get(
+                (command.model, node), set()
+            )  # a transfer that repeats a failed one may bring them once more
             if lacking:
                 transfer.members[node].held -= lacking
                 transfer.joined += (node,)
@@ -164,6 +168,7 @@ class TransferEngine:
 
     def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
+        self._held[model, node].add(block)
         for join in [j for j in self._joins if node in j.joined and j.command.model == model] if self._joins else ():
             join.members[node].held.add(block)
             if not join.begun:
@@ -349,20 +354,26 @@ class TransferEngine:
             self._joins.pop(transfer, None)
             self._release(transfer)
 
-    def node_lost(self, node: NodeId) -> None:
-        """Nothing moves to, from or through this node any more; what depended on it stalls until it is cancelled.
+    def lost(self, *nodes: NodeId) -> None:
+        """Let nothing more move to, from or through a node, or between two that have lost their connection.
 
-        A collective breaks with its communicator: its sources have their GPUs back, though a control plane that counts it as
-        through never cancels it.
+        What depended on it stalls until it is cancelled. A collective breaks with its communicator: its sources have their GPUs
+        back, though a control plane that counts it as through never cancels it.
         """
         for transfer in self._transfers.values():
-            if isinstance(transfer, _Multicast) and node in transfer.members:
+            if isinstance(transfer, _Multicast) and all(node in transfer.members for node in nodes):
                 self._release(transfer)
-        self._fabric.lose(node, (*self._transfers.values(), self._copies))
+        self._fabric.lose(frozenset(nodes), (*self._transfers.values(), self._copies))
+        for key in [key for key in self._held if len(nodes) == 1 and key[1] in nodes]:
+            del self._held[key]
 
-    def node_restored(self, node: NodeId) -> None:
-        """Let a lost node, which comes back empty, take part in transfers again."""
-        self._fabric.restore(node)
+    def released(self, node: NodeId, model: str) -> None:
+        """Take note that a node's GPUs hold nothing of a model any more."""
+        self._held.pop((model, node), None)
+
+    def restored(self, *nodes: NodeId) -> None:
+        """Let a lost node, which comes back empty, take part in transfers again, or two nodes by a new connection."""
+        self._fabric.restore(frozenset(nodes))
 
     def set_nic_share(self, node: NodeId, share: float) -> None:
         """Give the node's NIC this share of the cluster's rate from now on."""

@@ -311,6 +311,11 @@ def free_nodes_are_listed_that_have_no_gpu_left(patch: pytest.MonkeyPatch) -> No
     patch.setattr(Fleet, "free_nodes", careless)
 
 
+@planted
+def a_lost_connection_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Recovery, "connection_lost", lambda self, node, peer: None)
+
+
 def first_found(plant: Plant, seeds: Iterable[int]) -> tuple[int, Outcome] | None:
     """Return the first seed that finds a bug, and how it shows; None if none does."""
     with pytest.MonkeyPatch.context() as patch:

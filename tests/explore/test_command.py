@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 
 from lambdascale.cli.main import main
+from lambdascale.explore.explorer import Found, Tally
+from lambdascale.explore.scenario import draw
 from tests.explore.planted import PLANTED
 
 
@@ -34,6 +39,28 @@ def test_a_replay_that_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.endswith("every invariant holds\n")
 
 
+def test_a_row_of_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of what was found: requests lost and doubled count by themselves."""
+    assert main(["explore", "--seeds", "0:10", "--system", "serverlessllm", "--out", str(tmp_path / "tables")]) == 0
+    PLANTED["a_lost_nodes_requests_are_forgotten"](monkeypatch)
+    assert main(["explore", "--seeds", "0:10", "--out", str(tmp_path / "tables")]) == 1
+    with (tmp_path / "tables" / "reliability.csv").open() as file:
+        clean, broken = csv.DictReader(file)
+    requests = sum(len(draw(seed, "serverlessllm").requests) for seed in range(10))
+    assert clean["tried"] == "10 seeds"
+    assert (clean["requests"], clean["lost"], clean["doubled"], clean["wrong"]) == (str(requests), "0", "0", "0")
+    assert clean["command"] == "lambdascale explore --seeds 0:10 --system serverlessllm --jobs 1"
+    assert clean["detail"].endswith("nothing found")
+    assert int(broken["lost"]) + int(broken["wrong"]) > 0
+
+
+def test_lost_and_doubled_requests_are_told_apart() -> None:
+    broken = ("none lost", "none lost", "finished once", "tokens")
+    row = Tally(found=[Found(0, "lambdascale", name, "", ()) for name in broken]).row("", None)
+    assert (row.lost, row.doubled, row.wrong) == (2, 1, 1)
+    assert row.detail.endswith("1 finished once, 2 none lost, 1 tokens")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -44,6 +71,7 @@ def test_a_replay_that_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None
         (["--seeds", "0:2", "--system", "nobody"], "nobody"),
         (["--seeds", "0:2", "--faults", "all"], "replays one seed, not 2"),
         (["--seeds", "0", "--faults", "x"], "not x"),
+        (["--seeds", "0", "--faults", "none", "--out", "nowhere"], "leave --faults out"),
         (["--seeds", "0", "--faults", "99"], "faults, counted from 0"),
     ],
 )

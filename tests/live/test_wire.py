@@ -46,7 +46,7 @@ def test_a_replaced_process_is_neither_heard_nor_answered() -> None:
     hub, context = Hub("127.0.0.1"), zmq.Context[zmq.Socket[bytes]]()
     old, new = dealer(context, hub), dealer(context, hub, generation=1)
     hub.expect(3, 1)
-    for agent, said in ((old, wire.Resumed(1, ())), (new, wire.Beat())):
+    for agent, said in ((old, wire.Resumed(1, {})), (new, wire.Beat())):
         agent.send(wire.encode(said))
     heard = []
     while (3, wire.Beat()) not in heard:

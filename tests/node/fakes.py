@@ -159,6 +159,7 @@ class FakeCluster:
         self.wires: dict[tuple[int, int], deque[wire.Peer | Placed]] = {}
         self.memories = [bytearray((1 + places) * PAGE) for _ in range(nodes)]
         self.said: list[wire.ToController] = []
+        self.said_by: list[deque[wire.ToController]] = [deque() for _ in range(nodes)]
         self.executors = [FakeExecutor() for _ in range(nodes)]
         limits = BatchLimits(max_batch=max_batch, max_tokens=max_tokens)
         self.nodes = [self._node(node, limits) for node in range(nodes)]
@@ -177,8 +178,12 @@ class FakeCluster:
             area = memoryview(self.memories[node])[PAGE:]
             return Parcels(node, FakePlaces(node, self.wires), area, PAGE, lambda model: 4 * limits.max_tokens, tell)
 
+        def report(message: wire.ToController) -> None:
+            self.said.append(message)
+            self.said_by[node].append(wire.to_controller(wire.encode(message)))
+
         vocab = lambda model: VOCAB  # noqa: E731 (as short as it is)
-        return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, self.said.append, send, parcels)
+        return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, report, send, parcels)
 
     # -- what a controller says --------------------------------------------------------------------------------------
 

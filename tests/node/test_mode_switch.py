@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core.commands import KvPolicy
+from lambdascale.core import Request
+from lambdascale.core.commands import Dispatch, KvPolicy, Serve, SwitchMode
+from lambdascale.core.events import Event, RequestFinished, TokensProduced
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
+from lambdascale.live.controller.answers import Answers
 from tests.node.fakes import FakeCluster, FakeRunner, copy, expected_answer, replica, run_until_tokens, stages
+
+
+class Client:
+    """A client, and what it got."""
+
+    def __init__(self) -> None:
+        self.got: list[int] = []
+        self.finished = False
+
+    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
+        self.got += tokens
+        self.finished = finished
+
+    def failed(self, reason: str) -> None:
+        raise AssertionError(reason)
+
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
 
@@ -46,6 +66,35 @@ def test_a_mode_switch_in_any_order(kv: KvPolicy, moment: int, reshape: bool, rn
         assert node._early == {}
         assert set(node._instances) <= {2, 3}
     assert [len(executor.open) for executor in cluster.executors] == [1, 1, 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["copy", "recompute"]), st.integers(0, 60), st.randoms(use_true_random=False))
+def test_answers_are_complete_and_in_order_however_late_a_nodes_word_is(kv: KvPolicy, moment: int, rng: random.Random) -> None:
+    """Words of different nodes reach the controller in any order: also an answer's end ahead of its first token."""
+    cluster = switched(kv, moment)
+    cluster.run(rng)
+    events: list[Event] = []
+    answers = Answers(lambda node, message: None, lambda: range(3), events.append)
+    clients = {number: Client() for number in cluster.tickets}
+    for instance, shares in ((1, HALVES), (2, stages(replica(0))), (3, stages(replica(1)))):
+        answers.serve(Serve(instance, "tiny", shares, (1,) * 4, 100))
+    for number, ticket in cluster.tickets.items():
+        answers.begin(number, copy(ticket), clients[number])
+    answers.dispatch(Dispatch(1, tuple(Request(number, 0.0, "tiny", 1, 1) for number in cluster.tickets)))
+    answers.switch_mode(SwitchMode(1, tuple((number, 2 + number % 2) for number in cluster.tickets), kv))
+    while speaking := [said for said in cluster.said_by if said]:
+        message = rng.choice(speaking).popleft()
+        if isinstance(message, wire.Tokens):
+            answers.tokens(message)
+        elif isinstance(message, wire.Resumed):
+            answers.resumed(message)
+    assert {number: client.got for number, client in clients.items()} == {
+        number: expected_answer(ticket) for number, ticket in cluster.tickets.items()
+    }
+    assert all(client.finished for client in clients.values())
+    kinds = {number: [type(e) for e in events if getattr(e, "request_id", None) == number] for number in clients}
+    assert all(kind == [TokensProduced, RequestFinished] for kind in kinds.values()), "one first token, ahead of the end"
 
 
 def test_kv_goes_along_and_replicas_prefill_nothing() -> None:
@@ -91,6 +140,10 @@ def kv_part(cluster: FakeCluster, ticket: Ticket, first_layer: int, layers: int)
     return wire.KvPart(5, ticket.request_id, 4, first_layer, layers, data)
 
 
+def resumed(cluster: FakeCluster) -> list[wire.Resumed]:
+    return [message for message in cluster.said if isinstance(message, wire.Resumed)]
+
+
 def feed(cluster: FakeCluster, *messages: wire.ForInstance) -> None:
     for message in messages:
         cluster.nodes[0].peer(message)
@@ -108,6 +161,8 @@ def test_kv_may_come_before_its_request(order: tuple[int, ...]) -> None:
     feed(cluster, messages[order[2]])
     cluster.run()
     cluster.check()
+    on = [message for message in resumed(cluster) if not message.waiting]
+    assert on[-1] == wire.Resumed(5, {1: ()}), "the controller hears that it goes on"
     assert len(cluster.nodes[0]._inbox) == 0
     assert cluster.executors[0].made[0].prefilled == 0
 
@@ -121,6 +176,25 @@ def test_kv_that_comes_too_late_is_dropped() -> None:
     cluster.run()
     cluster.check()
     feed(cluster, kv_part(cluster, ticket, 4, 4))
+    assert len(cluster.nodes[0]._inbox) == 0
+
+
+def test_kv_that_a_stopped_pipeline_will_not_send_is_not_waited_for() -> None:
+    """The pipeline's nodes lost their connection: the second one never heard that it has KV to send.
+
+    Its connection to the replica is whole, so the replica alone would wait for ever. What it says decides when the controller
+    takes the switch for done.
+    """
+    cluster, ticket = waiting_replica()
+    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
+    cluster.run()
+    assert len(cluster.tokens()) == 1
+    assert resumed(cluster) == [wire.Resumed(5, {1: tuple(ticket.output)}, frozenset({1}))]
+    cluster.nodes[0].stop(4)
+    cluster.nodes[0].step()
+    assert resumed(cluster)[1:] == [wire.Resumed(5, {1: ()})]
+    cluster.run()
+    cluster.check()
     assert len(cluster.nodes[0]._inbox) == 0
 
 

@@ -140,7 +140,7 @@ def test_after_a_cancel_and_a_loss_nothing_more_of_them_arrives(
 
     def strike(_: object) -> None:
         world.engine.cancel(1)
-        world.engine.node_lost(lost)
+        world.engine.lost(lost)
         marks.append(len(world.arrived))
 
     world.kernel.at(at, strike)

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,6 +50,13 @@ def test_cuda_ipc_on_a_cpu() -> None:
     with pytest.raises(UserError, match="needs device cuda"):
         make_endpoint(config(transport="cuda_ipc", device="cpu"), NOBODY, None, None)
     assert LiveConfig(transport="cuda_ipc", device="cuda").transport == "cuda_ipc"
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", wire.encode(wire.Beat())])
+def test_a_peers_message_that_makes_no_sense_costs_the_connection(data: bytes) -> None:
+    """As a connection's end: a transport takes other exceptions for faults of this node, and prints where they came from."""
+    with pytest.raises(EOFError, match=r"node 3 sends [0-9]+ bytes that are no message"):
+        Agent._on_message(cast(Agent, None), 3, data)
 
 
 class Deaf:

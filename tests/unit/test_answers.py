@@ -176,12 +176,44 @@ def test_tokens_count_from_both_sides_of_a_switch() -> None:
     assert client.got == [10, 11, 12]
 
 
+def test_the_pipelines_tokens_come_behind_those_of_the_new_instance() -> None:
+    """Nodes keep their order each, not among them: the new instance says itself from where it goes on."""
+    answers = table(serve(1, 0, 1), serve(2, 1))
+    client = answers.request(7, 1)
+    answers.switch_mode(SwitchMode(1, ((7, 2),), "copy"))
+    answers.resumed(wire.Resumed(2, {7: (10, 11)}))
+    answers.say(2, 7, (2, 12), finished=True)
+    answers.say(1, 7, (0, 10), (1, 11))
+    assert client.got == [10, 11, 12]
+    assert client.finished
+    assert answers.events == [TokensProduced(0.0, 2, 7, 1, "pipeline"), RequestFinished(0.0, 2, 7, 3)]
+
+
+def test_the_pipelines_head_dies_with_its_last_tokens_untold() -> None:
+    """It had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
+    answers, client = switching()
+    answers.take(wire.Do)
+    answers.alive = {1, 2, 3}
+    answers.node_lost(0)
+    answers.resumed(wire.Resumed(2, {7: (10, 11, 12)}))
+    answers.say(2, 7, (3, 13), finished=True)
+    assert client.got == [10, 11, 12, 13]
+    assert client.finished
+
+
+def test_an_instance_that_does_not_own_a_request_brings_no_tokens_of_it() -> None:
+    answers, client = switching()
+    answers.resumed(wire.Resumed(3, {7: (10, 99)}))
+    answers.say(2, 7, (1, 11))
+    assert client.got == [10, 11]
+
+
 @pytest.mark.parametrize("end", ["resumed", "finished", "failed", "stopped", "dispatched"])
 def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
     """And the death of its head means nothing then."""
     answers, _ = switching()
     if end == "resumed":
-        answers.resumed(wire.Resumed(2, (7, 99)))
+        answers.resumed(wire.Resumed(2, {7: (), 99: (1,)}))
     elif end == "finished":
         answers.say(1, 7, (1, 11), finished=True)
     elif end == "failed":
@@ -197,6 +229,47 @@ def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
     assert answers.told == []
 
 
+def moved_twice() -> tuple[Table, Client]:
+    """Request 7 goes from pipeline 1 (head on node 0) to pipeline 2 (node 1), and at once on to replica 3 on node 2."""
+    answers = table(serve(1, 0, 1), serve(2, 1, 2), serve(3, 2))
+    client = answers.request(7, 1)
+    answers.switch_mode(SwitchMode(1, ((7, 2),), "recompute"))
+    answers.switch_mode(SwitchMode(2, ((7, 3),), "recompute"))
+    answers.take(wire.Do)
+    return answers, client
+
+
+def test_a_request_that_is_moved_on_before_it_arrived_leaves_no_switch_behind() -> None:
+    """A switch that kept the number of an ended request ended the control thread when the pipeline's head was lost later."""
+    answers, client = moved_twice()
+    answers.resumed(wire.Resumed(2, {7: ()}))
+    assert set(answers._switches) == {2}, "the second handover is under way"
+    answers.say(3, 7, (0, 10), finished=True)
+    assert client.got == [10]
+    assert answers._switches == {}
+    answers.node_lost(0)
+    answers.node_lost(1)
+    assert not [event for event in answers.events if isinstance(event, CommandFailed)]
+
+
+def test_the_last_word_ends_all_handovers_of_a_request() -> None:
+    answers, _ = moved_twice()
+    answers.resumed(wire.Resumed(3, {7: ()}))
+    answers.resumed(wire.Resumed(2, {7: ()}))
+    assert answers._switches == {}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_request_whose_handover_is_lost_goes_where_it_was_moved_last(lost: int) -> None:
+    answers, client = moved_twice()
+    answers.alive = {0, 1, 2, 3} - {lost}
+    answers.node_lost(lost)
+    assert answers.take(wire.Assign) == [(2, wire.Assign(3, (Ticket(7, [1, 2, 3], 3, 5),)))]
+    answers.say(3, 7, (0, 10), finished=True)
+    assert client.got == [10]
+    assert answers._switches == {}
+
+
 def test_many_switches_leave_nothing() -> None:
     answers = table()
     for number in range(0, 300, 3):
@@ -204,7 +277,7 @@ def test_many_switches_leave_nothing() -> None:
         answers.serve(serve(number + 1, 1))
         answers.request(number, number)
         answers.switch_mode(SwitchMode(number, ((number, number + 1),), "recompute"))
-        answers.resumed(wire.Resumed(number + 1, (number,)))
+        answers.resumed(wire.Resumed(number + 1, {number: ()}))
         answers.say(number + 1, number, (0, 1), finished=True)
         answers.stop(StopInstance(number + 1))
     assert answers._switches == answers._answers == answers._instances == {}
@@ -222,6 +295,18 @@ def test_the_head_dies_before_it_has_handed_over() -> None:
     answers.say(1, 7, (1, 99))
     answers.say(2, 7, (1, 11))
     assert client.got == [10, 11]
+
+
+def test_a_connection_within_the_pipeline_is_lost_while_a_request_waits_for_its_kv() -> None:
+    """The node that has the rest of the KV may not have heard that it is to send it."""
+    answers, client = switching()
+    answers.resumed(wire.Resumed(2, {7: (10, 11)}, frozenset({7})))
+    answers.take(wire.Do)
+    answers.connection_lost(0, 1)
+    assert {node for node, message in answers.told if message == wire.Do(StopInstance(1))} == answers.alive
+    assert answers.take(wire.Assign) == [(1, wire.Assign(2, (Ticket(7, [1, 2, 3, 10, 11], 3, 5),)))]
+    answers.say(2, 7, (2, 12), finished=True)
+    assert client.got == [10, 11, 12]
 
 
 def test_a_switch_whose_head_is_dead_already() -> None:

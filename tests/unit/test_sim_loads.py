@@ -84,6 +84,6 @@ def test_a_copy_from_a_lost_node_never_arrives() -> None:
     rig, done = Rig(), []
     rig.engine.copy(0, 1, 100.0, lambda: done.append(rig.kernel.now))
     rig.engine.copy(2, 1, 100.0, lambda: done.append(rig.kernel.now))
-    rig.kernel.at(1.0, rig.engine.node_lost, 0)
+    rig.kernel.at(1.0, rig.engine.lost, 0)
     rig.run()
     assert done == [2.5], "200 wire bytes: 1 s at half the port's rate, then all of it"

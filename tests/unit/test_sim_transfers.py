@@ -148,7 +148,7 @@ def test_a_node_lost_in_the_last_round_receives_nothing_and_the_rest_stalls() ->
     rig = Rig()
     rig.engine.multicast(multicast())
     rig.run(until=3.5)
-    rig.engine.node_lost(1)
+    rig.engine.lost(1)
     assert len(rig.run()) == 3
     rig.engine.multicast(multicast(transfer_id=2))
     assert [entry[2] for entry in rig.run()[3:]] == [], "node 1 is first in line at node 0 and is gone"
@@ -215,6 +215,28 @@ def test_a_node_passes_on_what_another_transfer_still_brings_it(barrier: bool) -
     assert sorted(rig.run()) == [(1.0, 1, 1, 0), (2.0, 1, 1, 1), (2.0, 2, 2, 0), (3.0, 2, 2, 1)]
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "released", "lost"])
+def test_a_source_does_not_wait_for_a_block_that_comes_once_more(meanwhile: str) -> None:
+    """A repeated transfer brings node 1 block 0, which it holds, and is cancelled: what node 1 sends must not wait for that.
+
+    Unless the node has been emptied in between: then it has nothing to send. A block takes 1 s a hop.
+    """
+    rig = Rig()
+    once = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
+    on = MulticastPlan(members=(1, 2), sources=(1,), blocks=1, rounds=((Send(1, 2, 0),),))
+    rig.engine.multicast(multicast(once))
+    rig.run()
+    if meanwhile == "released":
+        rig.engine.released(1, "m")
+    elif meanwhile == "lost":
+        rig.engine.lost(1)
+        rig.engine.restored(1)
+    rig.engine.multicast(multicast(once, 2))
+    rig.engine.multicast(multicast(on, 3))
+    rig.engine.cancel(2)
+    assert rig.run() == [(1.0, 1, 1, 0), *([(2.0, 3, 2, 0)] if meanwhile == "nothing" else [])]
+
+
 def test_finished_and_cancelled_transfers_are_forgotten() -> None:
     rig = Rig()
     rig.engine.multicast(multicast())
@@ -247,7 +269,7 @@ def test_a_round_without_transfers_costs_its_barrier() -> None:
 def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float) -> None:
     rig = Rig(chunk_bytes=10, communicator_setup=False)
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
-    rig.kernel.at(at, rig.engine.node_lost, 2)
+    rig.kernel.at(at, rig.engine.lost, 2)
     assert rig.run() == []
     rig.engine.cancel(1)
     assert rig.occupied[-1][1:] == (0, False)
@@ -256,7 +278,7 @@ def test_a_streaming_broadcast_delivers_nothing_once_a_member_is_lost(at: float)
 def test_a_member_lost_in_a_collective_gives_the_gpus_of_its_sources_back() -> None:
     rig = Rig(chunk_bytes=10, communicator_setup=False)
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
-    rig.kernel.at(0.5, rig.engine.node_lost, 2)
+    rig.kernel.at(0.5, rig.engine.lost, 2)
     rig.run()
     assert rig.occupied == [(0.0, 0, True), (0.5, 0, False)]
 
@@ -264,7 +286,7 @@ def test_a_member_lost_in_a_collective_gives_the_gpus_of_its_sources_back() -> N
 def test_a_member_lost_during_the_set_up_keeps_the_sources_free() -> None:
     rig = Rig()
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
-    rig.engine.node_lost(1)
+    rig.engine.lost(1)
     assert rig.run() == rig.occupied == []
 
 
@@ -363,8 +385,8 @@ def test_a_node_that_returns_takes_part_again_but_not_in_what_was_lost_with_it()
     pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))
     rig = Rig()
     rig.engine.multicast(multicast(pair, 1))
-    rig.engine.node_lost(1)
+    rig.engine.lost(1)
     rig.engine.multicast(multicast(pair, 2))
-    rig.engine.node_restored(1)
+    rig.engine.restored(1)
     rig.engine.multicast(multicast(pair, 3))
     assert [transfer for _, transfer, *_ in rig.run()] == [3]

@@ -6,7 +6,7 @@ is restarted goes on where it was and no token reaches a client twice. All of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from msgspec import structs
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import CommandFailed, Event, RequestFinished, RequestPreempted, TokensProduced
+from lambdascale.core.events import CommandFailed, Event, Mode, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -36,13 +36,14 @@ class Sink(Protocol):
 class _Answer:
     """A request in the cluster: its contents, and the instances whose tokens count.
 
-    ``moving``: the dissolved pipeline that has not handed it over yet.
+    ``moves``: dissolved pipelines that have not handed it over yet, and to which instance each is to, in the order of the
+    switches: a request may be moved on before its first handover is through.
     """
 
     ticket: Ticket
     sink: Sink | None
     owners: set[int] = field(default_factory=set)
-    moving: int | None = None
+    moves: dict[int, int] = field(default_factory=dict)
     aborted: bool = False
 
 
@@ -67,7 +68,7 @@ class _Served:
 
 @dataclass
 class _Switch:
-    """A mode switch under way: the dissolved pipeline's head, and the requests that their targets do not have yet."""
+    """A mode switch under way: the dissolved pipeline's head, and the requests that do not go on yet."""
 
     head: NodeId
     waiting: set[int]
@@ -97,7 +98,7 @@ class Answers:
     @property
     def outstanding(self) -> bool:
         """True if an instance works on a request, or a mode switch carries one."""
-        return any(answer.owners or answer.moving is not None for answer in self._answers.values())
+        return any(answer.owners or answer.moves for answer in self._answers.values())
 
     @property
     def sinks(self) -> list[Sink]:
@@ -137,30 +138,30 @@ class Answers:
         for token in message.tokens:
             by_request.setdefault(token.request_id, []).append(token)
         for request_id, tokens in by_request.items():
-            self._take_tokens(message, request_id, tokens)
+            self._take_tokens(message.instance, message.mode, request_id, tokens)
 
-    def _take_tokens(self, message: wire.Tokens, request_id: int, tokens: Sequence[wire.Token]) -> None:
+    def _take_tokens(self, instance: int, mode: Mode, request_id: int, tokens: Iterable[wire.Token]) -> None:
         """Add tokens of an instance that owns the request, in order and once."""
         answer = self._answers.get(request_id)
-        if answer is None or message.instance not in answer.owners:
+        if answer is None or instance not in answer.owners:
             return
         for token in tokens:
             if token.index != answer.ticket.produced:
                 continue
             answer.ticket.tokens.append(token.token)
             if token.index == 0:
-                self._emit(TokensProduced(0.0, message.instance, request_id, 1, message.mode))
+                self._emit(TokensProduced(0.0, instance, request_id, 1, mode))
             if answer.sink is not None:
                 answer.sink.tokens([token.token], token.finished)
             if token.finished:
-                self.finish(request_id, message.instance)
+                self.finish(request_id, instance)
                 return
 
     def finish(self, request_id: int, instance: int) -> None:
         """End a request, answered or aborted, that ``instance`` had last."""
         answer = self._answers.pop(request_id, None)
         if answer is not None:
-            self._end_move(request_id, answer)
+            self._end_moves(request_id, answer)
             self._ended[request_id] = instance
             self._emit(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
 
@@ -175,20 +176,28 @@ class Answers:
         return event if instance == event.instance else structs.replace(event, instance=instance)
 
     def resumed(self, message: wire.Resumed) -> None:
-        """Take note that requests of a dissolved pipeline are with their new instance."""
-        for request_id in message.requests:
-            answer = self._answers.get(request_id)
-            if answer is not None:
-                self._end_move(request_id, answer)
+        """Take note that requests of a dissolved pipeline are with their new instance, and of the tokens that they brought.
 
-    def _end_move(self, request_id: int, answer: _Answer) -> None:
-        """Forget that a mode switch carries the request, and the switch with its last one."""
-        pipeline, answer.moving = answer.moving, None
-        switch = None if pipeline is None else self._switches.get(pipeline)
-        if pipeline is not None and switch is not None:
+        The new instance goes on behind those tokens, and the pipeline's own word of them may be late or lost. A request that
+        waits for its KV is still on its way: a lost connection within the pipeline may keep the KV from coming.
+        """
+        for request_id, output in message.outputs.items():
+            tokens = (wire.Token(request_id, index, token, False) for index, token in enumerate(output))
+            self._take_tokens(message.instance, "pipeline", request_id, tokens)
+            answer = self._answers.get(request_id)
+            if answer is not None and message.instance in answer.moves.values() and request_id not in message.waiting:
+                self._end_moves(request_id, answer, message.instance)
+
+    def _end_moves(self, request_id: int, answer: _Answer, instance: int | None = None) -> None:
+        """Forget that mode switches carry the request, up to the one that brings it to ``instance``; each with its last one."""
+        for pipeline, target in list(answer.moves.items()):
+            del answer.moves[pipeline]
+            switch = self._switches[pipeline]
             switch.waiting.discard(request_id)
             if not switch.waiting:
                 del self._switches[pipeline]
+            if target == instance:
+                return
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +210,7 @@ class Answers:
                 assert request.request_id in self._ended, "the control plane has not heard of its end"
                 self._ended[request.request_id] = command.instance
                 continue
-            self._end_move(request.request_id, answer)
+            self._end_moves(request.request_id, answer)
             answer.owners = {command.instance}
             if answer.aborted:
                 self.finish(request.request_id, command.instance)
@@ -216,7 +225,7 @@ class Answers:
         answer = self._answers.pop(command.request_id, None)
         if answer is None:
             return
-        self._end_move(command.request_id, answer)
+        self._end_moves(command.request_id, answer)
         if answer.sink is not None:
             answer.sink.failed(command.reason)
 
@@ -248,7 +257,7 @@ class Answers:
             answer = self._answers.get(request_id)
             if answer is not None:
                 answer.owners.add(target)
-                answer.moving = command.pipeline
+                answer.moves[command.pipeline] = target
                 waiting.add(request_id)
         if waiting:
             self._switches[command.pipeline] = _Switch(served.head, waiting)
@@ -267,7 +276,7 @@ class Answers:
         switch = self._switches.pop(pipeline, None)
         for request_id in () if switch is None else sorted(switch.waiting):
             answer = self._answers[request_id]
-            answer.moving = None
+            del answer.moves[pipeline]
             answer.owners.discard(pipeline)
             for target in sorted(answer.owners & self._instances.keys()):
                 self._tell(self._instances[target].head, wire.Assign(target, (answer.ticket,)))
@@ -282,7 +291,7 @@ class Answers:
         for request_id, answer in self._answers.items():
             answer.owners.discard(command.instance)
             if not answer.owners:
-                self._end_move(request_id, answer)
+                self._end_moves(request_id, answer)
         for node in served.nodes:
             self._tell(node, wire.Do(command))
 

@@ -341,7 +341,10 @@ class Agent:
         return True
 
     def _on_message(self, peer: NodeId, data: bytes) -> None:
-        message = wire.to_peer(data)
+        try:
+            message = wire.to_peer(data)
+        except wire.Garbled as error:  # it costs the connection
+            raise EOFError(f"node {peer} sends {error}") from error
         if isinstance(message, wire.Ready):
             self.mover.ready(peer, message)
         elif isinstance(message, wire.Rendezvous):

@@ -7,7 +7,7 @@ runs next. All state belongs to the worker's thread; others post jobs, which run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ class Compute:
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
             wire.Assign: self._assign,
-            wire.Forward: self._queue_pass,
+            wire.Forward: lambda instance, message: self._turns.add_pass(instance.number, message),
             wire.Chosen: self._chosen,
             wire.MoveBatch: self._take_move,
             wire.SlotKv: self._repartitioner.take_kv,
@@ -181,9 +181,6 @@ class Compute:
         for part in self._inbox.take(instance.number, request_id):
             runner.write_kv(slot, range(part.first_layer, part.first_layer + part.layers), part.data)
 
-    def _queue_pass(self, instance: Instance, forward: wire.Forward) -> None:
-        self._turns.add_pass(instance.number, forward)
-
     def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
         """Run a stage and send what comes out of it on."""
         partition = instance.partitions[forward.version]
@@ -250,8 +247,7 @@ class Compute:
         instance.batches = message.batches
         instance.kv_tokens = command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
-        for ticket in self._inbox.give_up(command.instance):
-            self._add(instance, ticket)
+        self._prefill(self._inbox.give_up(command.instance))
         self._move_batches(instance)
         self._take_early(instance)
         self._drain(instance)
@@ -310,6 +306,13 @@ class Compute:
             assert head is not None, "requests go to the head"
             head.add(ticket, cached=cached)
 
+    def _prefill(self, withdrawn: Iterable[tuple[int, Ticket]]) -> None:
+        """Add requests that wait for their KV no more."""
+        for number, ticket in withdrawn:
+            self._add(self._instances[number], ticket)
+            self._report(wire.Resumed(number, {ticket.request_id: ()}))
+            self._offer(self._instances[number])
+
     def _has(self, instance: Instance, request_id: int) -> bool:
         here = instance.head is not None and instance.head.batch_of(request_id) is not None
         return here or self._inbox.expects(instance.number, request_id)
@@ -322,7 +325,7 @@ class Compute:
             instance.head.merge(instance.newest)
 
     def _stop(self, number: int) -> None:
-        self._inbox.stop(number)
+        self._prefill(self._inbox.stop(number))
         self._drop(number)
 
     def _drop(self, number: int) -> None:
@@ -356,34 +359,30 @@ class Compute:
             self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
             self._drop(number)
-        for number, ticket in self._inbox.lose(peer):
-            self._add(self._instances[number], ticket)
-            self._offer(self._instances[number])
+        self._prefill(self._inbox.lose(peer))
 
     # -- mode switch -------------------------------------------------------------------------------------------------
 
     def _switch(self, message: wire.Switch) -> None:
         pipeline = self._instances.get(message.command.pipeline)
-        if pipeline is None:
-            return
-        hand_over(pipeline, message, self._tell)
+        if pipeline is not None:
+            hand_over(pipeline, message, self._tell)
         if message.command.kv == "recompute":
-            self._drop(pipeline.number)
+            self._drop(message.command.pipeline)
 
     def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
         send_kv(pipeline, message, self._tell)
         self._drop(pipeline.number)
 
     def _take_over(self, instance: Instance, message: wire.Handover) -> None:
-        """Take requests of a dissolved pipeline."""
-        for ticket in message.tickets:
-            if self._has(instance, ticket.request_id):
-                continue
-            wanted = ticket.request_id in message.with_kv and instance.whole is not None
-            if not (wanted and self._inbox.expect(message, ticket)):
+        """Take requests of a dissolved pipeline; tell of the tokens that they bring, ahead of those that follow here."""
+        fresh = [t for t in message.tickets if not self._has(instance, t.request_id)]  # others came from the controller
+        waiting = self._inbox.take_over(message, () if instance.whole is None else fresh)
+        for ticket in fresh:
+            if ticket.request_id not in waiting:
                 self._add(instance, ticket)
-        self._inbox.close_handover(message)
-        self._report(wire.Resumed(message.instance, tuple(ticket.request_id for ticket in message.tickets)))
+        outputs = {t.request_id: tuple(t.output) if t in fresh else () for t in message.tickets}
+        self._report(wire.Resumed(message.instance, outputs, waiting))
         for ticket in message.tickets:
             self._complete_kv(instance, ticket.request_id)
         self._offer(instance)
@@ -398,3 +397,4 @@ class Compute:
         ticket = None if runner is None else self._inbox.complete(instance.number, request_id, len(runner.layers))
         if ticket is not None:
             self._add(instance, ticket, cached=True)
+            self._report(wire.Resumed(instance.number, {request_id: ()}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -94,11 +94,13 @@ class KvInbox:
         found = self._expected.get((instance, request_id))
         return found is not None and found.ticket is not None
 
-    def close_handover(self, message: wire.Handover) -> None:
-        """Take note that a handover has been taken: parts for requests it does not wait for are late from now on."""
+    def take_over(self, message: wire.Handover, tickets: Iterable[Ticket]) -> frozenset[int]:
+        """Take a handover: return those of ``tickets`` that wait for their KV. Parts for others are late from now on."""
+        waiting = frozenset(t.request_id for t in tickets if t.request_id in message.with_kv and self._expect(message, t))
         self._handed_over.add((message.pipeline, message.instance))
+        return waiting
 
-    def expect(self, message: wire.Handover, ticket: Ticket) -> bool:
+    def _expect(self, message: wire.Handover, ticket: Ticket) -> bool:
         """Wait for a request's KV; False if it cannot come any more, because a node that has parts of it is lost."""
         if self._lost.intersection(message.sources):
             self._expected.pop((message.instance, ticket.request_id), None)
@@ -140,9 +142,9 @@ class KvInbox:
         expected = self._expected.pop(key, None)
         return expected is not None and expected.ticket is not None
 
-    def give_up(self, instance: int) -> list[Ticket]:
-        """Wait no longer for an instance's KV; return its requests that did."""
-        return [ticket for _, ticket in self._withdraw(lambda key, _: key[0] == instance)]
+    def give_up(self, instance: int) -> list[tuple[int, Ticket]]:
+        """Wait no longer for an instance's KV; return (instance, request) of those that did."""
+        return self._withdraw(lambda key, _: key[0] == instance)
 
     def lose(self, peer: NodeId) -> list[tuple[int, Ticket]]:
         """Take note that a node is lost; return (instance, request) of those that waited for KV from it."""
@@ -166,9 +168,13 @@ class KvInbox:
             for key in [key for key in table if key[0] == instance]:
                 del table[key]
 
-    def stop(self, pipeline: int) -> None:
-        """Take note that the controller has stopped a pipeline: parts without a handover will not get one."""
+    def stop(self, pipeline: int) -> list[tuple[int, Ticket]]:
+        """Take note that the controller has stopped a pipeline: no more parts come, nor handovers of those that have.
+
+        Returns (instance, request) of those that waited.
+        """
         self._stopped.add(pipeline)
-        for key, expected in list(self._expected.items()):
-            if expected.pipeline == pipeline and expected.ticket is None:
-                del self._expected[key]
+        waited = self._withdraw(lambda _, expected: expected.pipeline == pipeline)
+        for key in [key for key, expected in self._expected.items() if expected.pipeline == pipeline]:
+            del self._expected[key]
+        return waited
