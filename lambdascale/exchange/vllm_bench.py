@@ -1,8 +1,8 @@
 """The JSON that ``vllm bench serve --save-result --save-detailed`` writes, by its documented keys.
 
 Definitions are those of vLLM: TPOT of answers with more than one token, standard deviations of the whole population, percentiles
-interpolated linearly, a failed request with 0 output tokens and its reason in ``errors``. Keys about gaps between tokens (``itls``
-and others) need the token times of all answers, and are left out otherwise. ``e2els``, no key of
+interpolated linearly, a failed request with 0 output tokens and its reason in ``errors``. Keys about gaps between tokens
+(``itls`` and others) need the token times of all answers, and are left out otherwise. ``e2els``, no key of
 vLLM's, holds the latencies, so that a file without ``itls`` can be read back. ``generated_texts`` are empty.
 """
 
