@@ -25,7 +25,7 @@ MESSAGES = [
 SAME = {
     "plain": "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m['content'] }}{{ eos_token }}\n{% endfor %}",
     "generation prompt": "{% if add_generation_prompt %}<assistant>{% else %}none{% endif %}",
-    "trimmed blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n {{ m.content | trim }}\n  {% endif %}\n{% endfor %}",
+    "trimmed blocks": "{% for m in messages %}\n    {% if m.role == 'user' %}\n {{ m.content }}\n  {% endif %}\n{% endfor %}",
     "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
     "generation tag": "{% for m in messages %}{% generation %}{{ m.role }}{% if 1 %}!{% endif %}{% endgeneration %}{% endfor %}",
     "tojson": "{{ messages | tojson }}",
