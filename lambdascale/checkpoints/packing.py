@@ -27,7 +27,7 @@ _MOST_THREADS = 4
 # Several to a read of the block store, and few enough that a 70B model's manifest stays below 1 MB.
 PART_BYTES = 4 << 20
 # What a model directory has besides weights and is worth keeping.
-_COMPANIONS = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+_COMPANIONS = ("*.json", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "*.txt", "*.tiktoken")
 _NOT_COPIED = (INDEX, MANIFEST)
 
 Advance = Callable[[int], None]
@@ -154,7 +154,9 @@ def _copy_companions(source: Path, target: Path, dtype: str) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name not in _NOT_COPIED:
-                shutil.copyfile(path, target / path.name)
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
     config = read_document(target / "config.json")
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]

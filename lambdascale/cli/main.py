@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lambdascale import __version__
-from lambdascale.cli import doctor, explore, multicast, pack, plan, profile, serve
+from lambdascale.cli import calibrate, doctor, explore, export, multicast, pack, plan, profile, serve, sweep_rate
 from lambdascale.cli.guard import run_guarded
 
 
@@ -34,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_parser(subcommands)
     serve.add_parser(subcommands)
     explore.add_parser(subcommands)
+    export.add_parser(subcommands)
+    calibrate.add_parser(subcommands)
+    sweep_rate.add_parser(subcommands)
     return parser
 
 

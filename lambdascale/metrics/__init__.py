@@ -1,7 +1,7 @@
 """From the raw events of a run to tables and numbers. Watches runs, never influences them; drawing is in figures/."""
 
 from lambdascale.metrics.compare import comparison, print_comparison
-from lambdascale.metrics.files import read_table, write_json, write_table
+from lambdascale.metrics.files import read_table, write_json, write_table, write_whole
 from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.sinks import FilesLogger, FinishedRun, RunLogger
@@ -25,4 +25,5 @@ __all__ = [
     "summarise",
     "write_json",
     "write_table",
+    "write_whole",
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from lambdascale.core import UserError
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -24,3 +27,15 @@ def read_table(path: Path) -> pa.Table:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write an indented JSON object; ValueError for NaN."""
     path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that nobody finds a part of it; UserError if that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

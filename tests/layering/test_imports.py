@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": PURE,
     "workload": PURE,
     "metrics": PURE,
+    "exchange": PURE,
     "figures": PURE,
     "checkpoints": PURE,
     "transport": PURE,
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "experiments": LIBRARY | {"sim", "live", "metrics", "figures"},
     "explore": LIBRARY | {"sim", "metrics", "testing", "experiments"},
     "cli": LIBRARY
-    | {"sim", "live", "metrics", "checkpoints", "transport", "diagnostics", "calibration", "experiments", "explore"},
+    | {"sim", "live", "metrics", "checkpoints", "transport", "diagnostics", "calibration", "experiments", "explore", "exchange"},
 }
 # Heavy or worldly libraries, and the only places that may import them.
 ONLY_IN = {

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core import UserError
 from lambdascale.live.serving.text import Growing, Text
 
 LETTERS = "abc €é"  # a token for each byte: parts of characters come alone, and in impossible orders
@@ -58,11 +57,3 @@ def test_a_token_costs_the_same_wherever_it_stands(text: Text, monkeypatch: pyte
     for number in range(500):
         growing.add([NO_TEXT if number % 3 else letter], last=False)
     assert max(decoded) <= 4
-
-
-def test_a_template_that_breaks(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's template may raise anything."""
-    template = text._template.environment.from_string("{{ 'a' + 1 }}")
-    monkeypatch.setattr(text, "_template", template)
-    with pytest.raises(UserError, match="chat template refuses the messages"):
-        text.chat([])

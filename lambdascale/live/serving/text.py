@@ -7,16 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
-from lambdascale.core.checks import shown
+from lambdascale.live.serving.chat import ChatTemplate
+from lambdascale.live.serving.special_tokens import add_missing, document, end_tokens, named_tokens
 
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character yet
-_PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
 class Text:
@@ -27,36 +24,9 @@ class Text:
         if not path.is_file():
             raise UserError(f"{directory} has no tokenizer.json: it cannot be served as text")
         self._tokenizer = _tokenizer(path)
-        self._config = _json(directory / "tokenizer_config.json")
-        template = directory / "chat_template.jinja"
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            source = template.read_text() if template.is_file() else self._config.get("chat_template") or _PLAIN
-            self._template = environment.from_string(source)
-        except Exception as error:  # the template is the model's: it may be no text, and compiling it may raise anything
-            raise UserError(f"the chat template of {directory} is not usable: {error}") from None
-        self.stop_tokens = frozenset(self._ends(directory))
-
-    def _ends(self, directory: Path) -> list[int]:
-        """Tokens that end an answer: config.json's, generation_config.json's and the tokenizer's."""
-        found: list[int] = []
-        for name in ("config.json", "generation_config.json"):
-            value = _json(directory / name).get("eos_token_id")
-            ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(type(each) is int and each >= 0 for each in ids):
-                raise UserError(f"{directory / name}: eos_token_id must be token ids, not {shown(value)}")
-            found += ids
-        eos = self._special("eos_token")
-        token = None if eos is None else self._tokenizer.token_to_id(eos)
-        return found if token is None else [*found, token]
-
-    def _special(self, name: str) -> str | None:
-        value = self._config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"tokenizer_config.json: {name} must be text, not {shown(value)}")
-        return value
+        add_missing(self._tokenizer, directory)
+        self._template = ChatTemplate(directory, document(directory / "tokenizer_config.json"), named_tokens(directory))
+        self.stop_tokens = end_tokens(self._tokenizer, directory)
 
     @property
     def vocab(self) -> int:
@@ -79,15 +49,7 @@ class Text:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return a conversation as text, up to where the assistant's answer begins. UserError if the template refuses it."""
-        try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=True,
-                bos_token=self._special("bos_token") or "",
-                eos_token=self._special("eos_token") or "",
-            )
-        except Exception as error:  # the template is the model's code: it may raise anything
-            raise UserError(f"the model's chat template refuses the messages: {error}") from error
+        return self._template.render(messages)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer."""
@@ -159,11 +121,3 @@ def _tokenizer(path: Path) -> Tokenizer:
         raise
     except BaseException as error:  # the library's errors are of type Exception, and panics not even of that
         raise UserError(f"{path} is not a tokenizer that this version of tokenizers can read: {error}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_document(path) if path.is_file() else {}
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)

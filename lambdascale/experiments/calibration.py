@@ -1,0 +1,151 @@
+"""The simulation of a live run beside it: errors, the constants that would have to change, and the errors with them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from lambdascale.core import Request, TracedRequest, UserError
+from lambdascale.core.units import parse_rate
+from lambdascale.experiments.build import Experiment, build
+from lambdascale.experiments.compose import compose
+from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_whole, read_json
+from lambdascale.experiments.runner import drive_experiment
+from lambdascale.metrics import Recorder, events_table, requests_table, summarise
+from lambdascale.metrics.fidelity import compute_factor, errors, rate_factors, startup_s
+
+_GPU = ("hbm_bytes_per_s", "peak_flops")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant of the configuration that times ``factor`` would agree with the live run. ``value``: None for a table."""
+
+    key: str
+    factor: float
+    value: float | None
+
+    def apply(self, config: DictConfig) -> None:
+        """Change it in a configuration."""
+        present = OmegaConf.select(config, self.key)
+        scaled: Any = [each * self.factor for each in present] if self.value is None else self.value * self.factor
+        OmegaConf.update(config, self.key, scaled)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Outcome: a row per metric with ``error_percent`` and ``error_after_percent``, with the constants as suggested.
+
+    ``startup_s``: by how much longer than simulated a new instance takes to its first token, beyond its iterations; None if none
+    is to be seen. ``left_out``: requests that the live run did not answer.
+    """
+
+    backend: str
+    errors: pd.DataFrame
+    constants: tuple[Constant, ...]
+    startup_s: float | None
+    left_out: int
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    requests: pd.DataFrame
+    events: pd.DataFrame
+    summary: Mapping[str, Any]
+
+
+def calibrate(folder: Path) -> Calibration:
+    """Simulate the live run in ``folder``, twice, and compare. UserError for what is no finished live run."""
+    live = _finished(folder)
+    config = _config(folder)
+    requests = recorded(live.requests)
+    if not requests:
+        raise UserError(f"the run in {folder} answered no request")
+    models = build(config).models
+    config.backend = compose(["backend=sim"]).backend
+    before = _simulate(config, models, requests)
+    factor = compute_factor(live.requests, before.requests) or 1.0
+    constants = (*_rates(config, live, before), *_compute(config, models[0].name, factor))
+    for constant in constants:
+        constant.apply(config)
+    after = _simulate(config, models, requests)
+    table = errors(live.requests, before.requests, live.summary, before.summary)
+    table["error_after_percent"] = errors(live.requests, after.requests, live.summary, after.summary).error_percent
+    starts = startup_s(live.events), startup_s(after.events)
+    return Calibration(
+        backend=str(live.summary["backend"]),
+        errors=table,
+        constants=constants,
+        startup_s=None if starts[0] is None or starts[1] is None else starts[0] - starts[1],
+        left_out=len(live.requests) - len(requests),
+    )
+
+
+def recorded(rows: pd.DataFrame) -> tuple[TracedRequest, ...]:
+    """The answered requests of requests.parquet as a workload: same ids, arrivals, limits and lengths."""
+    columns = ["request_id", "arrival_s", "model", "prompt_tokens", "max_tokens", "output_tokens"]
+    if missing := [name for name in columns if name not in rows]:
+        raise UserError(f"requests.parquet lacks {', '.join(missing)}: the run was made by an older version")
+    answered = rows[rows.status == "ok"].sort_values(["arrival_s", "request_id"])[columns]
+    return tuple(
+        TracedRequest(Request(int(number), float(at), str(model), int(prompt), int(limit)), int(tokens))
+        for number, at, model, prompt, limit, tokens in answered.itertuples(index=False, name=None)
+    )
+
+
+def _finished(folder: Path) -> _Outcome:
+    if not (folder / MANIFEST).is_file() or not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder} is not the folder of a finished run: it has no {MANIFEST} and {SUMMARY}")
+    check_whole(folder)
+    summary = read_json(folder / SUMMARY)
+    if summary["backend"] == "sim":
+        raise UserError(f"the run in {folder} is simulated: calibrate takes a live one (backend=live)")
+    return _Outcome(pd.read_parquet(folder / "requests.parquet"), pd.read_parquet(folder / "events.parquet"), summary)
+
+
+def _config(folder: Path) -> DictConfig:
+    """Configuration of a run, with today's defaults of keys at its root that its version did not have."""
+    present, loaded = OmegaConf.to_container(compose()), OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(present, dict), "a configuration is a mapping"
+    assert isinstance(loaded, dict), "a configuration is a mapping"
+    return OmegaConf.create({**present, **loaded})
+
+
+def _simulate(config: DictConfig, models: Sequence[Any], requests: Sequence[TracedRequest]) -> _Outcome:
+    """Drive the simulation of a configuration with the live run's models and requests."""
+    experiment: Experiment = replace(build(config), configured=tuple(models))
+    recorder = Recorder()
+    drive_experiment(experiment, requests, config.seed, recorder, "simulation", config.max_events)
+    table = requests_table(recorder, experiment.system.name)
+    summary = summarise(
+        recorder, table, system=experiment.system.name, backend="sim", usd_per_gpu_hour=1.0, wall_s=0.0, slo=experiment.slo
+    )
+    return _Outcome(table.to_pandas(), events_table(recorder).to_pandas(), summary)
+
+
+def _rates(config: DictConfig, live: _Outcome, simulated: _Outcome) -> list[Constant]:
+    factors = rate_factors(live.events, simulated.events)
+    return [constant for name, factor in factors.items() for constant in _scaled(config, f"cluster.{name}", factor)]
+
+
+def _compute(config: DictConfig, model: str, factor: float) -> list[Constant]:
+    """Constants of iterations that take ``factor`` times as long: of the model's measured table, or of the data sheet."""
+    overhead = _scaled(config, "cluster.compute.iteration_overhead_s", factor)
+    for index, table in enumerate(config.cluster.compute.get("measured") or []):
+        if table.model == model:
+            place = f"cluster.compute.measured[{index}]"
+            tables = [Constant(f"{place}.{name}", factor, None) for name in ("decode_s", "prefill_s")]
+            return [*tables, *_scaled(config, f"{place}.decode_s_per_context_token", factor), *overhead]
+    return [*(each for name in _GPU for each in _scaled(config, f"cluster.gpu.{name}", 1 / factor)), *overhead]
+
+
+def _scaled(config: DictConfig, key: str, factor: float) -> list[Constant]:
+    """A number, times ``factor``; nothing for one that is not set, or 0."""
+    value = OmegaConf.select(config, key)
+    number = float(parse_rate(value)) if value else 0.0
+    return [Constant(key, factor, number)] if number else []
