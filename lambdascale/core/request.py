@@ -25,13 +25,15 @@ class Request(Struct, frozen=True, gc=False):
 
 
 class TracedRequest(Struct, frozen=True, gc=False):
-    """A request of a workload, with the end of its answer: ``output_tokens`` from the trace, or drawn.
+    """A request of a workload, with the end of its answer: ``output_tokens`` from the trace, or drawn; ``session`` names its
+    session, if the trace has sessions.
 
     Backends replay these. Events and commands carry ``request`` alone, so that no decision can depend on an answer's length.
     """
 
     request: Request
     output_tokens: int
+    session: str | None = None
 
     @property
     def request_id(self) -> int:

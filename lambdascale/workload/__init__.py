@@ -4,7 +4,7 @@ from lambdascale.workload.base import LoadedTrace, Provenance, Workload
 from lambdascale.workload.generators import Burst, BurstyWorkload, ConstantRate
 from lambdascale.workload.limits import bounded
 from lambdascale.workload.rate_series import RateSeriesWorkload
-from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace
+from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, TimedTrace
 from lambdascale.workload.shaping import ShapedWorkload
 from lambdascale.workload.stats import Spike, TraceStats, spikes, trace_stats
 
@@ -21,6 +21,7 @@ __all__ = [
     "RateSeriesWorkload",
     "ShapedWorkload",
     "Spike",
+    "TimedTrace",
     "TraceStats",
     "Workload",
     "bounded",
