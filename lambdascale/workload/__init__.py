@@ -5,6 +5,7 @@ from lambdascale.workload.generators import Burst, BurstyWorkload, ConstantRate
 from lambdascale.workload.limits import bounded
 from lambdascale.workload.rate_series import RateSeriesWorkload
 from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, TimedTrace
+from lambdascale.workload.recorded import RecordedRun
 from lambdascale.workload.shaping import ShapedWorkload
 from lambdascale.workload.stats import Spike, TraceStats, spikes, trace_stats
 
@@ -19,6 +20,7 @@ __all__ = [
     "MooncakeTrace",
     "Provenance",
     "RateSeriesWorkload",
+    "RecordedRun",
     "ShapedWorkload",
     "Spike",
     "TimedTrace",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,7 +89,7 @@ def with_tokens(table: pa.Table) -> pa.ChunkedArray:
 
 
 @contextmanager
-def opened(path: str, how_to_get: str = "") -> Iterator[IO[bytes]]:
+def opened(path: str, how_to_get: str = "") -> Iterator[BufferedReader]:
     """Open ``path``; TraceError if it cannot be read, whose message ends with ``how_to_get`` if the file is missing."""
     try:
         file = Path(path).expanduser()
