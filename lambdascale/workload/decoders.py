@@ -123,10 +123,9 @@ class Names:
     keep: Mapping[str, str] = field(default_factory=dict)
 
     def used(self) -> list[str]:
-        """Names of a table's columns that must exist."""
-        return [name for name in (self.time, self.prompt, self.output, self.model, self.session) if name is not None] + [
-            *self.keep
-        ]
+        """Names of a table's columns that must exist, once each."""
+        names = (self.time, self.prompt, self.output, self.model, self.session, *self.keep)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
 
 class CsvDecoder(Decoder):
