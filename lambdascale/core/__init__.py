@@ -2,11 +2,12 @@
 
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.plan import FormRule, MulticastPlan, NodeId, PipelinePlan, Send, Stage, SwitchRule
-from lambdascale.core.request import Request, TracedRequest, traced
+from lambdascale.core.request import TRACED_FAILURE, Request, TracedRequest, traced
 from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec, NodeOverride, NodeSpec
 from lambdascale.core.units import parse_rate, parse_size
 
 __all__ = [
+    "TRACED_FAILURE",
     "BlockSpec",
     "CapacityError",
     "ClusterSpec",

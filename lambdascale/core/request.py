@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+# Failure of a request that its trace records as failed: it counts as failed, and no system is asked to serve it.
+TRACED_FAILURE = "failed in the trace"
+
 
 class Request(Struct, frozen=True, gc=False):
     """One inference request as a serving system sees it.
@@ -25,13 +28,15 @@ class Request(Struct, frozen=True, gc=False):
 
 
 class TracedRequest(Struct, frozen=True, gc=False):
-    """A request of a workload, with the end of its answer: ``output_tokens`` from the trace, or drawn.
+    """A request of a workload, with the end of its answer: ``output_tokens`` from the trace, or drawn; ``session`` names its
+    session, if the trace has sessions.
 
     Backends replay these. Events and commands carry ``request`` alone, so that no decision can depend on an answer's length.
     """
 
     request: Request
     output_tokens: int
+    session: str | None = None
 
     @property
     def request_id(self) -> int:

@@ -10,6 +10,12 @@ from omegaconf.errors import OmegaConfBaseException
 from lambdascale.core import UserError
 
 _LONGEST = 600  # characters of a message
+# Settings of earlier versions, and what they are now.
+_FORMER = {
+    "drop_failures": "workload.failures=drop, count or refuse",
+    "zero_tokens": "workload.failures=drop, count or refuse",
+    "use_trace_models": "workload.model_column=Model",
+}
 
 
 def user_message(error: BaseException) -> str | None:
@@ -19,7 +25,9 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(cause, UserError):
             return one_line(str(cause))
     ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
-    return one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours))) or None
+    message = one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours)))
+    now = next((f" ({name} is now {setting})" for name, setting in _FORMER.items() if name in message), "")
+    return f"{message}{now}" if message else None
 
 
 def one_line(text: str) -> str:

@@ -108,7 +108,7 @@ def _execute(
     title = f"{experiment.system.name} {experiment.models[0].name}"
     start_parts = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
     wall_s = time.perf_counter() - begin
-    requests = requests_table(recorder, experiment.system.name)
+    requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed)
     summary = summarise(
         recorder,
         requests,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
-from lambdascale.core import Request
+from lambdascale.core import TRACED_FAILURE, Request, TracedRequest
 from lambdascale.core.commands import (
     AllocateNode,
     Command,
@@ -47,6 +47,8 @@ _REQUESTS = pa.schema(
         ("restarts", pa.int64()),
         ("status", pa.string()),
         ("failure", pa.string()),
+        ("answer_tokens", pa.int64()),
+        ("session", pa.string()),
     ]
 )
 _EVENTS = pa.schema(
@@ -81,8 +83,8 @@ class _Life:
     tokens: int = 0
     failure: str | None = None
 
-    def row(self, system: str) -> tuple[Any, ...]:
-        """Row of requests.parquet, in the order of its columns."""
+    def row(self, system: str, traced: TracedRequest | None) -> tuple[Any, ...]:
+        """Row of requests.parquet, in the order of its columns; ``traced``: what the workload knew of the request, if known."""
         r, first, end = self.request, self.first_token_s, self.finished_s
         dispatched = self.dispatches[0] if self.dispatches else None
         return (
@@ -105,7 +107,27 @@ class _Life:
             max(0, len(self.dispatches) - 1),
             "failed" if self.failure is not None else "ok" if end is not None else "lost",
             self.failure,
+            None if traced is None else min(traced.output_tokens, r.max_tokens),
+            None if traced is None else traced.session,
         )
+
+
+def _unserved_row(traced: TracedRequest, system: str) -> tuple[Any, ...]:
+    """Row of a request that its trace records as failed: nobody was asked to serve it."""
+    r = traced.request
+    known = {
+        "request_id": r.request_id,
+        "model": r.model,
+        "system": system,
+        "arrival_s": r.arrival_s,
+        "prompt_tokens": r.prompt_tokens,
+        "max_tokens": r.max_tokens,
+        "restarts": 0,
+        "status": "failed",
+        "failure": TRACED_FAILURE,
+        "session": traced.session,
+    }
+    return tuple(known.get(name) for name in _REQUESTS.names)
 
 
 def _lives(recorder: Recorder) -> dict[int, _Life]:
@@ -128,15 +150,22 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
     return lives
 
 
-def requests_table(recorder: Recorder, system: str) -> pa.Table:
-    """One row per request that arrived, ordered by id; times in seconds of the run.
+def requests_table(
+    recorder: Recorder, system: str, traced: Iterable[TracedRequest] = (), unserved: Iterable[TracedRequest] = ()
+) -> pa.Table:
+    """One row per request that arrived, ordered by id, and one for each of ``unserved``; times in seconds of the run.
+
+    ``traced``: the requests of the workload, from which ``answer_tokens`` and ``session`` are taken. ``unserved``: those that
+    the workload's trace records as failed.
 
     ``output_tokens`` counts the tokens of the answer, null for a request that did not finish. ``restarts`` counts
     dispatches after the first; a mode switch does not count. ``status`` is ok, failed, or lost for a request that was neither
     answered nor refused, for which :func:`lambdascale.metrics.summarise` raises an error.
     """
     lives = _lives(recorder)
-    rows = [lives[request_id].row(system) for request_id in sorted(lives)]
+    known = {each.request_id: each for each in traced}
+    rows = [lives[request_id].row(system, known.get(request_id)) for request_id in sorted(lives)]
+    rows += [_unserved_row(each, system) for each in unserved]
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(_REQUESTS)
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, _REQUESTS, strict=True)], schema=_REQUESTS)
 

@@ -4,7 +4,8 @@ from lambdascale.workload.base import LoadedTrace, Provenance, Workload
 from lambdascale.workload.generators import Burst, BurstyWorkload, ConstantRate
 from lambdascale.workload.limits import bounded
 from lambdascale.workload.rate_series import RateSeriesWorkload
-from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace
+from lambdascale.workload.readers import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, TimedTrace
+from lambdascale.workload.recorded import RecordedRun
 from lambdascale.workload.shaping import ShapedWorkload
 from lambdascale.workload.stats import Spike, TraceStats, spikes, trace_stats
 
@@ -19,8 +20,10 @@ __all__ = [
     "MooncakeTrace",
     "Provenance",
     "RateSeriesWorkload",
+    "RecordedRun",
     "ShapedWorkload",
     "Spike",
+    "TimedTrace",
     "TraceStats",
     "Workload",
     "bounded",

@@ -27,7 +27,7 @@ class Provenance:
 
     ``source`` is the file read, None for a generator that reads none, and ``sha256`` the digest of its bytes.
     ``rows`` counts its rows (blank lines and comments excluded), ``skipped_rows`` the malformed rows skipped on
-    request and ``dropped_failures`` the requests that the trace itself records as failed.
+    request and ``dropped_failures`` the requests that the trace itself records as failed and that were left out.
     """
 
     source: str | None = None
@@ -39,7 +39,12 @@ class Provenance:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedTrace:
-    """Requests as :meth:`Workload.requests` returns them, with their provenance."""
+    """Requests as :meth:`Workload.requests` returns them, with their provenance.
+
+    ``failed``: requests that the trace records as failed and that count as failed here, without being served; their ids follow
+    those of ``requests``.
+    """
 
     requests: tuple[TracedRequest, ...]
     provenance: Provenance
+    failed: tuple[TracedRequest, ...] = ()

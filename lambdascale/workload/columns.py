@@ -11,15 +11,19 @@ from lambdascale.core import UserError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Objects = NDArray[np.object_]
 
 
 @dataclass(frozen=True)
 class Columns:
     """Parallel columns with one entry per request: ``arrival_s`` in seconds, ascending; token counts of at least 1.
 
+    A request that the trace records as failed has a token count of 0.
+
     ``period_s`` is the length in seconds of the time covered, quiet ends included; a repetition is shifted by it.
     ``trace_model`` holds the position of each request's model among ``trace_models``, the trace's own names; None if
-    the trace does not choose models.
+    the trace does not choose models. ``session`` names the session of each request, "" for none; ``limit`` is the most
+    tokens that its answer may have, as the trace records it; None where the trace has none of these.
     """
 
     arrival_s: Floats
@@ -28,6 +32,8 @@ class Columns:
     period_s: float
     trace_model: Ints | None = None
     trace_models: tuple[str, ...] = ()
+    session: Objects | None = None
+    limit: Ints | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -40,6 +46,8 @@ class Columns:
             prompt_tokens=self.prompt_tokens[rows],
             output_tokens=self.output_tokens[rows],
             trace_model=None if self.trace_model is None else self.trace_model[rows],
+            session=None if self.session is None else self.session[rows],
+            limit=None if self.limit is None else self.limit[rows],
         )
 
     def at(self, arrival_s: Floats) -> Columns:

@@ -49,7 +49,7 @@ class ConstantRate(GeneratedWorkload):
     def _expected(self) -> float:
         return self.rate_rps * self.duration_s
 
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
         return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
 
     def _arrivals(self, rng: np.random.Generator) -> Floats:
@@ -79,7 +79,7 @@ class Burst(GeneratedWorkload):
     def _expected(self) -> float:
         return self.count
 
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
         arrival_s = self.at_s + np.sort(streams.arrivals.random(self.count)) * self.spread_s
         return self._generated(arrival_s, self.at_s + self.spread_s, streams), Provenance()
 
@@ -130,7 +130,7 @@ class BurstyWorkload(GeneratedWorkload):
         clusters = self.duration_s / (self.silence_min_s + self.silence_mean_s + followers * gap_s)
         return clusters * (1 + followers)
 
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
         return self._generated(self._arrivals(streams.arrivals), self.duration_s, streams), Provenance()
 
     def _arrivals(self, rng: np.random.Generator) -> Floats:

@@ -23,5 +23,5 @@ def bounded(requests: Sequence[TracedRequest], kv_tokens: Mapping[str, int]) -> 
             continue
         limit = max(1, room - request.prompt_tokens)
         cut += limit < traced.answer_tokens
-        found.append(TracedRequest(structs.replace(request, max_tokens=limit), traced.output_tokens))
+        found.append(structs.replace(traced, request=structs.replace(request, max_tokens=limit)))
     return found, cut

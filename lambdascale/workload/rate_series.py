@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from lambdascale.core import TraceError, UserError
 from lambdascale.workload.base import Provenance
 from lambdascale.workload.columns import Columns, Floats, Streams
+from lambdascale.workload.decoders import TimesDecoder
 from lambdascale.workload.generators import GeneratedWorkload
 from lambdascale.workload.processes import gamma_renewal
+from lambdascale.workload.scan import opened, scan
 from lambdascale.workload.shaping import check_count
-from lambdascale.workload.tracefile import BadRow, opened, real_number, text_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class RateSeriesWorkload(GeneratedWorkload):
         self._within("start_s", low=0.0)
         self._within("duration_s", low=0.0)
 
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
         rates, digest = self._rates()
         edges_s, rates = self._windowed(rates)
         check_count(float((rates * np.diff(edges_s)).sum()), most)
@@ -51,16 +53,12 @@ class RateSeriesWorkload(GeneratedWorkload):
 
     def _rates(self) -> tuple[Floats, str]:
         assert self.path is not None, "checked on construction"
-        rates = []
-        with opened(self.path) as (lines, digest):
-            for number, (text,) in text_lines(line.partition("#")[0] for line in lines):
-                try:
-                    rates.append(real_number(text, "a rate"))
-                except BadRow as fault:
-                    raise TraceError(f"{self.path}:{number}: {fault}") from None
-        if not rates:
+        tables: list[pa.Table] = []
+        with opened(self.path) as file:
+            notes = scan(file, TimesDecoder(self.path, "a rate", hint=""), tables.append, skip=False)
+        if not notes.seen:
             raise TraceError(f"{self.path}: the rate series has no rows")
-        return np.array(rates), digest
+        return pa.concat_tables(tables)["time"].to_numpy(), notes.sha256
 
     def _windowed(self, rates: Floats) -> tuple[Floats, Floats]:
         """Edges of the bins, clipped to the window, in seconds from its start, and their rates."""

@@ -1,137 +1,196 @@
-"""Readers of public request traces: Azure LLM inference, BurstGPT, Mooncake, and plain lists of arrival times."""
+"""Readers of request traces: timed traces with the columns of any tool, their presets, and plain lists of arrival times."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from datetime import datetime
-from typing import Annotated, ClassVar
+import json
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
 
-import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from lambdascale.core.checks import LARGEST, require, shown
-from lambdascale.workload.columns import Columns, Floats, Ints, Streams
+from lambdascale.core.checks import require, shown
+from lambdascale.workload.columns import Columns, Floats, Streams
+from lambdascale.workload.decoders import CsvDecoder, Decoder, JsonDecoder, Names, TimesDecoder, TimeUnit
 from lambdascale.workload.lengths import LengthsMixin
-from lambdascale.workload.tracefile import (
-    BadRow,
-    FailedRow,
-    FilteredRow,
-    Row,
-    TokenTrace,
-    TraceFile,
-    UndatedTrace,
-    csv_records,
-    real_number,
-    text_lines,
-    whole_number,
+from lambdascale.workload.scan import Notes, Span
+from lambdascale.workload.tracefile import Failures, TokenTrace, TraceFile
+
+# Fields that decide how a line is read; others choose among what was read.
+_OF_DECODER = ("format", "time_unit")
+_COLUMNS = (
+    "time_column",
+    "prompt_column",
+    "output_column",
+    "model_column",
+    "session_column",
+    "parent_column",
+    "hash_column",
+    "rows_column",
 )
-
-_TIMESTAMP = re.compile(
-    r"(?P<second>\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)(?:\.(?P<fraction>\d{1,9}))?(?P<zone>Z|[+-]\d\d:\d\d)?", re.ASCII
-)
-
-
-def timestamp_ns(text: str) -> int:
-    """Nanoseconds since 1970 of ``2023-11-16 18:15:46.6805900``, UTC unless a zone follows; BadRow for anything else."""
-    match = _TIMESTAMP.fullmatch(text.strip())
-    try:
-        if match is None:
-            raise ValueError
-        whole = datetime.fromisoformat(match["second"] + (match["zone"] or "Z"))
-    except ValueError:
-        raise BadRow(f"TIMESTAMP must look like 2023-11-16 18:15:46.6805900, not {shown(text)}") from None
-    return int(whole.timestamp()) * 10**9 + int((match["fraction"] or "0").ljust(9, "0"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AzureTrace(TokenTrace):
+class TimedTrace(TokenTrace):
+    """A trace of times and token counts, whatever its columns are called. Defaults: those of vLLM's timed traces.
+
+    ``format``: JSON lines or CSV with a header. ``time_unit``: unit of the times, which are numbers, or "date" for dates.
+    ``model_column`` maps the trace's models, in alphabetical order, to the run's models in the order of the configuration,
+    instead of ``popularity``. ``session_column`` names the session of each request: a session has one model, and tables name
+    it; with ``parent_column`` (JSON) it names the request instead, and a request belongs to the session of its parent.
+    ``hash_column`` (JSON) and ``block_tokens``: list of hashes of the prompt's blocks and the tokens of a block; hashes are
+    not used, but a file whose hashes cover more or fewer tokens is refused (None: unchecked). ``rows_column`` (JSON): a line
+    is a session whose requests are listed there, with times from its beginning; beginnings are a Poisson process with a mean
+    gap of ``session_gap_s``.
+    """
+
+    format: Literal["jsonl", "csv"] = "jsonl"
+    time_column: str = "timestamp"
+    time_unit: TimeUnit = "s"
+    prompt_column: str = "input_length"
+    output_column: str = "output_length"
+    model_column: str | None = None
+    session_column: str | None = None
+    parent_column: str | None = None
+    hash_column: str | None = "hash_ids"
+    block_tokens: int | None = None
+    rows_column: str | None = None
+    session_gap_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        name = type(self).__name__
+        named = [value for column in _COLUMNS if (value := getattr(self, column)) is not None]
+        require(all(named) and len(set(named)) == len(named), f"{name} needs different names of columns, not {shown(named, 200)}")
+        self._within("block_tokens", low=1)
+        self._within("session_gap_s", low=0.0)
+        for only in ("parent_column", "hash_column", "rows_column"):
+            require(self.format == "jsonl" or getattr(self, only) is None, f"{name}.{only} needs format=jsonl, not {self.format}")
+        require(self.block_tokens is None or self.hash_column is not None, f"{name}.block_tokens needs a hash_column")
+        require(self.parent_column is None or self.session_column is not None, f"{name}.parent_column needs a session_column")
+        require(self.parent_column is None or self.rows_column is None, f"{name} has a parent_column or a rows_column, not both")
+        require(
+            (self.rows_column is None) == (self.session_gap_s is None),
+            f"{name}: rows_column and session_gap_s belong together, since times count from the beginning of a session",
+        )
+        require(self.rows_column is None or self.time_unit == "s", f"{name}.rows_column needs time_unit=s, not {self.time_unit}")
+
+    @property
+    def _unit(self) -> TimeUnit:
+        return self.time_unit
+
+    def _keep(self) -> dict[str, str]:
+        """Columns of which only one text is kept."""
+        return {}
+
+    def _names(self) -> Names:
+        return Names(
+            time=self.time_column,
+            prompt=self.prompt_column,
+            output=self.output_column,
+            model=self.model_column,
+            session=self.session_column,
+            parent=self.parent_column,
+            hashes=None if self.block_tokens is None else self.hash_column,
+            rows=self.rows_column,
+            keep=self._keep(),
+        )
+
+    def _decoder(self) -> Decoder:
+        assert self.path is not None, "checked on construction"
+        if self.format == "csv":
+            return CsvDecoder(self.path, self.time_unit, self._names())
+        return JsonDecoder(self.path, self.time_unit, self._names())
+
+    def _key(self) -> str:
+        names = self._names()
+        parts = {field.name: getattr(names, field.name) for field in fields(names)}
+        return json.dumps({name: getattr(self, name) for name in _OF_DECODER} | parts, sort_keys=True)
+
+    def _check(self, notes: Notes) -> None:
+        super()._check(notes)
+        if self.block_tokens is not None:
+            self._check_blocks(notes, self.block_tokens)
+
+    def _labelled(self, columns: Columns, table: pa.Table, notes: Notes) -> Columns:
+        if self.session_column is not None or self.rows_column is not None:
+            columns = replace(columns, session=np.asarray(table["session"].to_pylist(), dtype=object))
+        if self.model_column is None:
+            return columns
+        positions = pc.index_in(table["model"], value_set=pa.array(notes.models, pa.string()))
+        return replace(columns, trace_model=np.asarray(positions.to_numpy(), dtype=np.int64), trace_models=tuple(notes.models))
+
+    @property
+    def _moved(self) -> bool:
+        return self.session_gap_s is not None
+
+    def _drawn(self, times: Floats, table: pa.Table, streams: Streams) -> Floats:
+        assert self.session_gap_s is not None, "only then are times drawn"
+        _, first, sessions = np.unique(table["session"].to_pylist(), return_index=True, return_inverse=True)
+        begin_s = np.cumsum(streams.arrivals.exponential(self.session_gap_s, len(first)))
+        # Sessions begin in the order of the file.
+        rank = np.empty(len(first), dtype=np.int64)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return np.asarray(times + begin_s[rank][sessions], dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AzureTrace(TimedTrace):
     """Azure LLM inference traces, 2023 and 2024 (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; CC-BY-4.0).
 
     Times are read to the nanosecond: the files have seven decimals, one more than Python's datetime keeps.
     """
 
-    ticks_per_s: ClassVar[int] = 10**9
+    format: Literal["jsonl", "csv"] = "csv"
+    time_column: str = "TIMESTAMP"
+    time_unit: TimeUnit = "date"
+    prompt_column: str = "ContextTokens"
+    output_column: str = "GeneratedTokens"
+    hash_column: str | None = None
+
     how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py azure_2023_conv downloads one)"
-
-    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-        return csv_records(lines, self.path, ("TIMESTAMP", "ContextTokens", "GeneratedTokens"))
-
-    def _row(self, record: tuple[str, ...]) -> Row:
-        time, prompt, output = record
-        counts = whole_number(prompt, "ContextTokens"), whole_number(output, "GeneratedTokens")
-        return Row(timestamp_ns(time), *self._tokens(*counts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BurstGptTrace(UndatedTrace):
+class BurstGptTrace(TimedTrace):
     """BurstGPT (CSV: Timestamp in seconds, Model, Request tokens, Response tokens, Total tokens, Log Type; CC-BY-4.0).
 
-    The trace has whole seconds: ``spread_within_second`` adds a uniform fraction to each. ``log_type`` keeps only
-    "Conversation log" or "API log". Failed requests have no response tokens: ``drop_failures`` leaves them out, whatever their
-    prompt, and counts them, otherwise they ask for one output token. ``use_trace_models`` maps the trace's models, in
-    alphabetical order, to the run's models in the order of the configuration, instead of ``popularity``.
+    Version 1.2 adds Session ID and Elapsed time. The trace has whole seconds: ``spread_within_second`` adds a uniform fraction
+    to each. ``log_type`` keeps only "Conversation log" or "API log". Failed requests have no response tokens.
     """
 
+    format: Literal["jsonl", "csv"] = "csv"
+    time_column: str = "Timestamp"
+    prompt_column: str = "Request tokens"
+    output_column: str = "Response tokens"
+    hash_column: str | None = None
+    failures: Failures = "drop"
     spread_within_second: bool = False
     log_type: str | None = None
-    drop_failures: bool = True
-    use_trace_models: bool = False
 
     how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py burstgpt_1 downloads one)"
 
-    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-        return csv_records(lines, self.path, ("Timestamp", "Model", "Request tokens", "Response tokens", "Log Type"))
+    def _keep(self) -> dict[str, str]:
+        return {} if self.log_type is None else {"Log Type": self.log_type}
 
-    def _row(self, record: tuple[str, ...]) -> Row:
-        time_s = real_number(record[0], "Timestamp")
-        prompt, output = (whole_number(record[at], f"{name} tokens") for at, name in ((2, "Request"), (3, "Response")))
-        if self.log_type is not None and record[4].strip() != self.log_type:
-            raise FilteredRow
-        if output == 0 and self.drop_failures:
-            raise FailedRow
-        return Row(time_s, *self._tokens(prompt, max(output, 1)), record[1].strip())
+    @property
+    def _moved(self) -> bool:
+        return self.spread_within_second
 
-    def _arrival_times(self, ticks: list[float], streams: Streams) -> Floats:
-        times = super()._arrival_times(ticks, streams)
-        return times + streams.arrivals.random(len(times)) if self.spread_within_second else times
-
-    def _trace_models(self, rows: list[Row]) -> tuple[tuple[str, ...], Ints | None]:
-        if not self.use_trace_models:
-            return (), None
-        names = sorted({row.model for row in rows})
-        positions = {name: index for index, name in enumerate(names)}
-        return tuple(names), np.array([positions[row.model] for row in rows], dtype=np.int64)
-
-
-class _MooncakeRow(msgspec.Struct):
-    timestamp: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
-    input_length: Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
-    output_length: Annotated[int, msgspec.Meta(ge=0, lt=10**9)]
-
-
-_decode_mooncake = msgspec.json.Decoder(_MooncakeRow).decode
+    def _drawn(self, times: Floats, table: pa.Table, streams: Streams) -> Floats:
+        return times + streams.arrivals.random(len(times))
 
 
 @dataclass(frozen=True, kw_only=True)
-class MooncakeTrace(UndatedTrace):
-    """Mooncake's traces (JSON lines: timestamp in ms, input_length, output_length; hash_ids is not used; Apache-2.0)."""
+class MooncakeTrace(TimedTrace):
+    """Mooncake's traces (JSON lines: timestamp in ms, input_length, output_length, hash_ids of 512 tokens; Apache-2.0)."""
 
-    ticks_per_s: ClassVar[int] = 1000
+    time_unit: TimeUnit = "ms"
+    block_tokens: int | None = 512
+
     how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py mooncake_conversation downloads one)"
-
-    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-        return text_lines(lines)
-
-    def _row(self, record: tuple[str, ...]) -> Row:
-        try:
-            row = _decode_mooncake(record[0])
-        except RecursionError:
-            raise BadRow("the line is nested too deeply") from None
-        except (UnicodeError, msgspec.MsgspecError) as error:
-            raise BadRow(f"{error}, in {shown(record[0])}") from None
-        return Row(row.timestamp, *self._tokens(row.input_length, row.output_length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +217,17 @@ class ArrivalsTrace(TraceFile, LengthsMixin):
     def _requests_per_row(self) -> int:
         return self.requests_per_arrival
 
-    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-        return text_lines(line.partition("#")[0] for line in lines)
+    @property
+    def _moved(self) -> bool:
+        # Lengths are drawn for all of the trace too, so that a window does not change them.
+        return True
 
-    def _row(self, record: tuple[str, ...]) -> Row:
-        return Row(real_number(record[0], "an arrival time"), 1, 1)
+    def _decoder(self) -> Decoder:
+        assert self.path is not None, "checked on construction"
+        return TimesDecoder(self.path)
 
-    def _columns(self, rows: list[Row], streams: Streams) -> Columns:
-        arrivals = super()._columns(rows, streams)
+    def _columns(self, table: pa.Table, notes: Notes, span: Span, streams: Streams) -> Columns:
+        arrivals = super()._columns(table, notes, span, streams)
         columns = arrivals.take(np.repeat(np.arange(len(arrivals)), self.requests_per_arrival))
         prompt, output = self._draw_lengths(len(columns), streams.lengths)
         return replace(columns, prompt_tokens=prompt, output_tokens=output)

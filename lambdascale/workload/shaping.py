@@ -14,8 +14,8 @@ Applied in this order, so that each setting means the same whatever else is set:
    context limit shortens the prompt, and the answer only where it alone fills the context.
 
 ``max_output_tokens`` is also the limit that every request states (its ``max_tokens``), less where the prompt leaves less of
-``max_context_tokens``: no public trace records the limits of its clients. Serving systems see this limit and not where the
-answer ends.
+``max_context_tokens``: no public trace records the limits of its clients, only our own runs do (workload=run). Serving systems
+see this limit and not where the answer ends.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from itertools import repeat
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from lambdascale.core import Request, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.workload.base import LoadedTrace, Provenance
-from lambdascale.workload.columns import Columns, Floats, Ints, Streams
+from lambdascale.workload.columns import Columns, Floats, Ints, Objects, Streams
 
 # Above the longest answer of all traces read here (7,315 tokens, BurstGPT), so that none is cut.
 DEFAULT_LIMIT = 8192
@@ -42,7 +43,7 @@ class ShapedWorkload(ABC):
     """Base of all workloads: the settings listed above, and the choice of each request's model.
 
     ``popularity`` "first" sends everything to the first model; "zipf" draws the i-th model with weight
-    i ** -zipf_exponent (0: uniform).
+    i ** -zipf_exponent (0: uniform), once per session where the trace has sessions.
     """
 
     time_compression: float = 1.0
@@ -50,10 +51,12 @@ class ShapedWorkload(ABC):
     repeat: int = 1
     limit: int | None = None
     max_prompt_tokens: int | None = None
-    max_output_tokens: int = DEFAULT_LIMIT
+    max_output_tokens: int | None = DEFAULT_LIMIT
     max_context_tokens: int | None = None
     popularity: Literal["first", "zipf"] = "first"
     zipf_exponent: float = 1.0
+
+    records_limits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -65,6 +68,10 @@ class ShapedWorkload(ABC):
         self._within("limit", low=0)
         self._within("max_prompt_tokens", low=1)
         self._within("max_output_tokens", low=1)
+        require(
+            self.max_output_tokens is not None or self.records_limits,
+            f"{type(self).__name__}.max_output_tokens must be a number: this workload does not record the limits of its requests",
+        )
         self._within("max_context_tokens", low=2)
 
     def _within(self, name: str, *, low: float, strict: bool = False) -> None:
@@ -92,15 +99,18 @@ class ShapedWorkload(ABC):
         streams = Streams.of(seed)
         most = max_requests / (self.repeat * max(1.0, self.rate_scale))
         check_count(self._expected(), most)
-        columns, provenance = self._produce(streams, most)
+        columns, provenance = self._produce(streams, most, len(names))
         check_count(len(columns), most)
         columns = self._shaped(columns, streams.scaling)
-        requests = _as_requests(columns, names, self._models_of(columns, names, streams), self._limits(columns))
-        return LoadedTrace(requests=requests, provenance=provenance)
+        columns = replace(columns, limit=self._limits(columns), trace_model=self._models_of(columns, names, streams))
+        failed = (columns.prompt_tokens == 0) | (columns.output_tokens == 0)
+        served = _as_requests(columns.take(np.flatnonzero(~failed)), names, 0)
+        unserved = _as_requests(columns.take(np.flatnonzero(failed)), names, len(served))
+        return LoadedTrace(requests=served, provenance=provenance, failed=unserved)
 
     @abstractmethod
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
-        """Requests before rescaling, with their provenance; UserError for more than ``most``."""
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
+        """Requests for ``models`` models before rescaling, with their provenance; UserError for more than ``most``."""
 
     def _expected(self) -> float:
         """Number of requests before rescaling, on average; 0 where a file decides."""
@@ -122,7 +132,9 @@ class ShapedWorkload(ABC):
 
     def _limits(self, columns: Columns) -> Ints:
         """The limit that each request states for its answer, in tokens."""
-        limits = np.full(len(columns), self.max_output_tokens, dtype=np.int64)
+        limits = np.full(len(columns), _least(self.max_output_tokens), dtype=np.int64)
+        if columns.limit is not None:
+            limits = np.minimum(limits, columns.limit)
         return limits if self.max_context_tokens is None else np.minimum(limits, self.max_context_tokens - columns.prompt_tokens)
 
     def _models_of(self, columns: Columns, models: list[str], streams: Streams) -> Ints:
@@ -136,7 +148,9 @@ class ShapedWorkload(ABC):
         if self.popularity == "first":
             return np.zeros(len(columns), dtype=np.int64)
         weights = np.arange(1, len(models) + 1, dtype=np.float64) ** -float(self.zipf_exponent)
-        return streams.models.choice(len(models), size=len(columns), p=weights / weights.sum())
+        choosing = np.arange(len(columns)) if columns.session is None else _by_session(columns.session)
+        chosen = streams.models.choice(len(models), size=choosing.max(initial=-1) + 1, p=weights / weights.sum())
+        return np.asarray(chosen[choosing], dtype=np.int64)
 
 
 def check_count(count: float, most: float) -> None:
@@ -175,9 +189,20 @@ def _rate_scaled(columns: Columns, scale: float, rng: np.random.Generator) -> Co
     return columns.take(original).at(columns.arrival_s[original] + delay_s)
 
 
-def _as_requests(columns: Columns, names: list[str], models: Ints, limits: Ints) -> tuple[TracedRequest, ...]:
-    named = [names[index] for index in models.tolist()]
-    rows = zip(
-        range(len(columns)), columns.arrival_s.tolist(), named, columns.prompt_tokens.tolist(), limits.tolist(), strict=True
-    )
-    return tuple(TracedRequest(Request(*row), output) for row, output in zip(rows, columns.output_tokens.tolist(), strict=True))
+def _by_session(sessions: Objects) -> Ints:
+    """Number of the session of each request; a request without one has a number of its own."""
+    numbers = np.unique(sessions.astype(str), return_inverse=True)[1]
+    alone = np.flatnonzero(sessions == "")
+    numbers[alone] = len(sessions) + np.arange(len(alone))
+    return np.asarray(np.unique(numbers, return_inverse=True)[1], dtype=np.int64)
+
+
+def _as_requests(columns: Columns, names: list[str], first_id: int) -> tuple[TracedRequest, ...]:
+    assert columns.trace_model is not None, "models are chosen before"
+    assert columns.limit is not None, "limits are stated before"
+    named = [names[index] for index in columns.trace_model.tolist()]
+    ids = range(first_id, first_id + len(columns))
+    rows = zip(ids, columns.arrival_s.tolist(), named, columns.prompt_tokens.tolist(), columns.limit.tolist(), strict=True)
+    sessions = repeat(None) if columns.session is None else [name or None for name in columns.session.tolist()]
+    outputs = zip(columns.output_tokens.tolist(), sessions, strict=False)
+    return tuple(TracedRequest(Request(*row), *end) for row, end in zip(rows, outputs, strict=True))

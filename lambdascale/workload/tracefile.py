@@ -1,153 +1,39 @@
-"""Shared parts of the trace readers: scanning rows with their line numbers, counting malformed rows, the time window."""
+"""Shared parts of the trace readers: the time window, requests without tokens, the check of units."""
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import IO, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from lambdascale.core import TraceError, UserError
-from lambdascale.core.checks import LARGEST, shown
 from lambdascale.workload.base import Provenance
-from lambdascale.workload.columns import Columns, Floats, Ints, Streams, natural_period_s
+from lambdascale.workload.columns import Columns, Floats, Streams, natural_period_s
+from lambdascale.workload.decoders import TICKS_PER_S, Decoder, TimeUnit
+from lambdascale.workload.index import stored
+from lambdascale.workload.scan import Notes, Span, with_tokens
 from lambdascale.workload.shaping import ShapedWorkload, check_count
 
 # A trace of more requests than this that spans less than this many seconds is suspected of another unit of time.
 _MANY, _SHORT_S = 100, 60.0
-_UNITS = {1: "seconds", 1000: "milliseconds"}
+_UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+# Hashes of a block cover as many tokens as stated, within this factor on average.
+_BLOCK_FACTOR = 2.0
 
-
-class Row(NamedTuple):
-    """One request of a trace: ``time`` in ticks (``ticks_per_s`` of the reader), token counts, and the model's name if used."""
-
-    time: float
-    prompt_tokens: int
-    output_tokens: int
-    model: str = ""
-
-
-class BadRow(ValueError):
-    """A malformed row; the message names the mistake, the scan adds file and line."""
-
-
-class FailedRow(Exception):
-    """A request that the trace records as failed: dropped and counted, not malformed."""
-
-
-class FilteredRow(Exception):
-    """A row that the configuration asks to leave out."""
-
-
-def whole_number(text: str, column: str) -> int:
-    """Return the plain decimal ``text`` as a number from 0 to 999,999,999; BadRow otherwise."""
-    digits = text.strip()
-    if digits.isascii() and digits.isdigit() and len(digits) <= 9:
-        return int(digits)
-    raise BadRow(f"{column} must be a whole number of at most 9 digits, not {shown(text)}")
-
-
-def real_number(text: str, column: str) -> float:
-    """Return ``text`` as a finite number of at least 0; BadRow otherwise."""
-    try:
-        value = float(text) if "_" not in text else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= LARGEST:
-        raise BadRow(f"{column} must be a number of at least 0 and at most {LARGEST:g}, not {shown(text)}")
-    return value
-
-
-@contextmanager
-def opened(path: str, how_to_get: str = "") -> Iterator[tuple[IO[str], str]]:
-    """Open ``path`` as text (UTF-8, any line ends, no byte-order mark); yield it and its SHA-256. TraceError if unreadable.
-
-    ``how_to_get`` ends the error message of a missing file.
-    """
-    try:
-        file = Path(path).expanduser()
-        found, exists = file.is_file(), file.exists()
-    except (RuntimeError, OSError) as error:  # a home directory of nobody, a name that is too long
-        raise TraceError(f"cannot read the trace {shown(path)}: {error!s:.100}") from error
-    if not found:
-        raise TraceError(f"cannot read the trace {path}: {'not a file' if exists else 'no such file'}{how_to_get}")
-    try:
-        with file.open("rb") as raw:
-            digest = hashlib.file_digest(raw, "sha256").hexdigest()
-        # Undecodable bytes become replacement characters, so that they surface as a bad row with its line number.
-        with file.open(encoding="utf-8-sig", errors="replace") as text:
-            yield text, digest
-    except OSError as error:
-        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from error
-
-
-def text_lines(lines: Iterable[str]) -> Iterator[tuple[int, tuple[str]]]:
-    """Line number (from 1) and stripped text of every line that is not blank."""
-    for number, line in enumerate(lines, start=1):
-        if text := line.strip():
-            yield number, (text,)
-
-
-def csv_records(
-    lines: Iterable[str], path: str | None, columns: tuple[str, ...]
-) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-    """Line number of every row after the header, with its fields under ``columns``; TraceError if the header lacks one.
-
-    A row with a wrong number of fields gives a BadRow instead. The traces read here never quote a field, so a stray
-    quotation mark spoils its own row and no other.
-    """
-    header: list[str] = []
-    positions: list[int] = []
-    for number, (text,) in text_lines(lines):
-        fields = text.split(",")
-        if not header:
-            header = [name.strip() for name in fields]
-            if missing := [name for name in columns if name not in header]:
-                raise TraceError(f"{path}:{number}: the header lacks {', '.join(missing)}; it reads {shown(text)}")
-            positions = [header.index(name) for name in columns]
-        elif len(fields) != len(header):
-            yield number, BadRow(f"{len(fields)} fields where the header has {len(header)}")
-        else:
-            yield number, tuple(fields[position] for position in positions)
-
-
-@dataclass
-class _Scan:
-    """Rows and counts from one pass over a file."""
-
-    rows: list[Row] = field(default_factory=list)
-    seen: int = 0
-    skipped: int = 0
-    failed: int = 0
-    first_fault: str = ""
-
-    def why_empty(self) -> str:
-        """Reason why ``rows`` is empty, for an error message."""
-        if self.skipped:
-            return f"no usable row: {self.skipped} of {self.seen} are malformed, the first at {self.first_fault}"
-        return f"none of the {self.seen} rows is left after filtering" if self.seen else "the trace has no rows"
+Failures = Literal["drop", "count", "refuse"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceFile(ShapedWorkload):
-    """Base of the readers: a file of one request a row, sorted by time here and counted from its earliest row.
-
-    ``start_s`` and ``duration_s`` (None: to the end) choose a window of the trace. A malformed row is a TraceError with
-    file and line (counted from 1, header included) unless ``skip_bad_rows``, which leaves such rows out and counts them.
-    A file without a usable row is a TraceError; a window without one is an empty workload.
-    """
+class WindowedWorkload(ShapedWorkload):
+    """Base of the readers of requests: ``start_s`` and ``duration_s`` (None: to the end) choose a window of the trace."""
 
     path: str | None = None
     start_s: float = 0.0
     duration_s: float | None = None
-    skip_bad_rows: bool = False
 
-    ticks_per_s: ClassVar[int] = 1
     how_to_get: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -158,73 +44,6 @@ class TraceFile(ShapedWorkload):
         self._within("start_s", low=0.0)
         self._within("duration_s", low=0.0)
 
-    @abstractmethod
-    def _records(self, lines: Iterable[str]) -> Iterator[tuple[int, tuple[str, ...] | BadRow]]:
-        """Line number and raw fields of each row."""
-
-    @abstractmethod
-    def _row(self, record: tuple[str, ...]) -> Row:
-        """Row that the raw fields describe; raises BadRow, FailedRow or FilteredRow."""
-
-    def _produce(self, streams: Streams, most: float) -> tuple[Columns, Provenance]:
-        assert self.path is not None, "checked on construction"
-        scan = _Scan()
-        with opened(self.path, self.how_to_get) as (lines, digest):
-            for number, record in self._records(lines):
-                self._sort_out(scan, number, record)
-        if not scan.rows:
-            raise TraceError(f"{self.path}: {scan.why_empty()}")
-        check_count(len(scan.rows) * self._requests_per_row, most)
-        self._check_units([row.time for row in scan.rows])
-        provenance = Provenance(
-            source=self.path, sha256=digest, rows=scan.seen, skipped_rows=scan.skipped, dropped_failures=scan.failed
-        )
-        return self._windowed(self._columns(scan.rows, streams)), provenance
-
-    def _check_units(self, ticks: list[float]) -> None:
-        """Raise TraceError if the times are hardly in ``ticks_per_s``."""
-
-    def _sort_out(self, scan: _Scan, number: int, record: tuple[str, ...] | BadRow) -> None:
-        scan.seen += 1
-        try:
-            if isinstance(record, BadRow):
-                raise record
-            scan.rows.append(self._row(record))
-        except FilteredRow:
-            return
-        except FailedRow:
-            scan.failed += 1
-        except BadRow as fault:
-            if not self.skip_bad_rows:
-                raise TraceError(f"{self.path}:{number}: {fault} (skip_bad_rows=true leaves such rows out)") from None
-            scan.skipped += 1
-            scan.first_fault = scan.first_fault or f"line {number}: {fault}"
-
-    @property
-    def _requests_per_row(self) -> int:
-        return 1
-
-    def _columns(self, rows: list[Row], streams: Streams) -> Columns:
-        times = self._arrival_times([row.time for row in rows], streams)
-        names, positions = self._trace_models(rows)
-        columns = Columns(
-            arrival_s=times,
-            prompt_tokens=np.array([row.prompt_tokens for row in rows], dtype=np.int64),
-            output_tokens=np.array([row.output_tokens for row in rows], dtype=np.int64),
-            period_s=natural_period_s(times),
-            trace_model=positions,
-            trace_models=names,
-        )
-        return columns.at(times - times.min())
-
-    def _arrival_times(self, ticks: list[float], streams: Streams) -> Floats:
-        # Subtracting integer ticks keeps the 100 ns that a date stored as a double would lose.
-        first = min(ticks)
-        return np.array([(tick - first) / self.ticks_per_s for tick in ticks])
-
-    def _trace_models(self, rows: list[Row]) -> tuple[tuple[str, ...], Ints | None]:
-        return (), None
-
     def _windowed(self, columns: Columns) -> Columns:
         length_s = np.inf if self.duration_s is None else self.duration_s
         times = columns.arrival_s - self.start_s
@@ -234,46 +53,150 @@ class TraceFile(ShapedWorkload):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenTrace(TraceFile):
-    """Base of the readers of token counts.
+class TraceFile(WindowedWorkload):
+    """Base of the readers of text: a file of one request a row, sorted by time here and counted from its earliest row.
 
-    ``zero_tokens``: a request without tokens is a malformed row ("refuse"), is left out and counted as failed ("drop"), or has
-    one token ("serve").
+    A malformed row is a TraceError with file and line (counted from 1, header included) unless ``skip_bad_rows``, which leaves
+    such rows out and counts them. A file without a usable row is a TraceError; a window without one is an empty workload.
     """
 
-    zero_tokens: Literal["refuse", "drop", "serve"] = "refuse"
+    skip_bad_rows: bool = False
 
-    def _tokens(self, prompt: int, output: int) -> tuple[int, int]:
-        """Token counts of a row as ``zero_tokens`` wants them; raises BadRow or FailedRow."""
-        if prompt and output:
-            return prompt, output
-        if self.zero_tokens == "refuse":
-            raise BadRow(f"a request of {prompt} prompt and {output} output tokens (zero_tokens=drop or serve accepts it)")
-        if self.zero_tokens == "drop":
-            raise FailedRow
-        return max(prompt, 1), max(output, 1)
+    @abstractmethod
+    def _decoder(self) -> Decoder:
+        """A decoder of this format, for one pass."""
+
+    def _key(self) -> str:
+        """All settings of the decoder, in a text."""
+        return type(self).__name__
+
+    def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
+        assert self.path is not None, "checked on construction"
+        found = stored(self.path, self.how_to_get, self._decoder(), self._key(), skip=self.skip_bad_rows)
+        notes, span = found.notes, self._span(found.notes)
+        if notes.first_fault is not None and not self.skip_bad_rows:
+            line, fault = notes.first_fault
+            raise TraceError(f"{self.path}:{line}: {fault} (skip_bad_rows=true leaves such rows out)")
+        self._check(notes)
+        if not span.count:
+            raise TraceError(f"{self.path}: {notes.why_empty()}")
+        table = self._kept(found.between(*self._range(span)))
+        check_count(table.num_rows * self._requests_per_row, most)
+        provenance = Provenance(
+            source=self.path,
+            sha256=notes.sha256,
+            rows=notes.seen,
+            skipped_rows=notes.skipped,
+            dropped_failures=notes.every.count - span.count,
+        )
+        return self._windowed(self._columns(table, notes, span, streams)), provenance
+
+    def _check(self, notes: Notes) -> None:
+        """Raise TraceError for a file that this reader does not accept."""
+
+    def _span(self, notes: Notes) -> Span:
+        return notes.every
+
+    def _kept(self, table: pa.Table) -> pa.Table:
+        return table
+
+    def _range(self, span: Span) -> tuple[float, float]:
+        """First and last tick of the window, and one more on each side, since the window itself is cut in seconds."""
+        if self._moved:
+            return -np.inf, np.inf
+        per_s = TICKS_PER_S[self._unit]
+        low = span.first + self.start_s * per_s - 1
+        return low, np.inf if self.duration_s is None else low + self.duration_s * per_s + 2
+
+    @property
+    def _unit(self) -> TimeUnit:
+        return "s"
+
+    @property
+    def _requests_per_row(self) -> int:
+        return 1
+
+    def _columns(self, table: pa.Table, notes: Notes, span: Span, streams: Streams) -> Columns:
+        # Subtracting integer ticks keeps the 100 ns that a date stored as a double would lose.
+        ticks, per_s = table["time"].to_numpy(), TICKS_PER_S[self._unit]
+        times = np.asarray((ticks - ticks.dtype.type(span.first)) / per_s, dtype=np.float64)
+        period_s = float((span.last - span.first) / per_s) * span.count / (span.count - 1) if span.count > 1 else 0.0
+        if self._moved:
+            times = self._drawn(times, table, streams)
+            times, period_s = times - times.min(), natural_period_s(times)
+        columns = Columns(
+            arrival_s=times,
+            prompt_tokens=np.asarray(table["prompt_tokens"].to_numpy(), dtype=np.int64),
+            output_tokens=np.asarray(table["output_tokens"].to_numpy(), dtype=np.int64),
+            period_s=period_s,
+        )
+        return self._labelled(columns, table, notes).at(times)
+
+    def _labelled(self, columns: Columns, table: pa.Table, notes: Notes) -> Columns:
+        """Columns with the models and sessions of the trace."""
+        return columns
+
+    @property
+    def _moved(self) -> bool:
+        """True if arrival times are partly drawn; then they are drawn for the whole trace before the window is cut."""
+        return False
+
+    def _drawn(self, times: Floats, table: pa.Table, streams: Streams) -> Floats:
+        """Arrival times in seconds from those of the trace."""
+        return times
 
 
 @dataclass(frozen=True, kw_only=True)
-class UndatedTrace(TokenTrace):
-    """Base of the readers of times that are plain numbers.
+class TokenTrace(TraceFile):
+    """Base of the readers of token counts.
 
+    ``failures``: requests without prompt or output tokens, as traces record those that failed, are left out and counted in the
+    manifest ("drop"), count as failed requests of the run without being served ("count"), or are an error ("refuse").
     ``check_units``: refuse a file whose times look like those of another unit. More than 100 requests within a minute, or
-    fractions of milliseconds, are seconds read as milliseconds more often than not.
+    fractions of milliseconds, are seconds read as milliseconds more often than not. Dates have no unit, and are not checked.
     """
 
+    failures: Failures = "refuse"
     check_units: bool = True
 
-    def _check_units(self, ticks: list[float]) -> None:
-        unit, span_s = _UNITS[self.ticks_per_s], (max(ticks) - min(ticks)) / self.ticks_per_s
-        if len(ticks) > _MANY and span_s < _SHORT_S:
-            sign = f"its {len(ticks)} requests span {span_s:.3g} s"
-        elif self.ticks_per_s > 1 and not all(float(tick).is_integer() for tick in ticks):
+    def _span(self, notes: Notes) -> Span:
+        return notes.every if self.failures == "count" else notes.served
+
+    def _kept(self, table: pa.Table) -> pa.Table:
+        return table if self.failures == "count" else table.filter(with_tokens(table))
+
+    def _check(self, notes: Notes) -> None:
+        if notes.first_empty is not None and self.failures == "refuse":
+            line, prompt, output = notes.first_empty
+            raise TraceError(
+                f"{self.path}:{line}: a request of {prompt} prompt and {output} output tokens "
+                "(workload.failures=drop leaves such requests out, count counts them as failed)"
+            )
+        if self.check_units and self._unit != "date":
+            self._check_times(notes, self._span(notes))
+
+    def _check_times(self, notes: Notes, span: Span) -> None:
+        unit, span_s = _UNITS[self._unit], (span.last - span.first) / TICKS_PER_S[self._unit]
+        if span.count > _MANY and span_s < _SHORT_S:
+            sign = f"its {span.count} requests span {span_s:.3g} s"
+        elif self._unit != "s" and notes.fractions:
             sign = "it has fractions"
         else:
             return
-        if self.check_units:
+        raise TraceError(
+            f"{self.path}: times are read as {unit}, and {sign}: are they in another unit? "
+            "Set workload.time_unit, or workload.check_units=false if they are right"
+        )
+
+    def _check_blocks(self, notes: Notes, block_tokens: int) -> None:
+        """Raise TraceError if hashes hardly cover ``block_tokens`` tokens each."""
+        if notes.every.count <= _MANY or not notes.blocks:
+            return
+        found = notes.hashed_tokens / notes.blocks
+        # The last hash may stand for the rest of a prompt, so short prompts fill no block.
+        least = min(block_tokens, notes.hashed_tokens / notes.every.count)
+        if found > _BLOCK_FACTOR * block_tokens or found * _BLOCK_FACTOR < least:
             raise TraceError(
-                f"{self.path}: times are read as {unit}, and {sign}: are they in another unit? "
-                "Convert them, or set workload.check_units=false if they are right"
+                f"{self.path}: a hash covers {found:.0f} tokens on average, not the {block_tokens} of a block: "
+                "set workload.block_tokens, or null to leave that unchecked"
             )

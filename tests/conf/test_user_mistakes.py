@@ -17,6 +17,11 @@ MISTAKES = {
     "a misspelt key": (["sede=2"], "sede"),
     "a misspelt key in a group": (["system.blokcs=3"], "blokcs"),
     "a misspelt group": (["sytem=faasnet"], "sytem"),
+    "a setting of an earlier version": (["workload=burstgpt", "workload.drop_failures=true"], "workload.failures=drop"),
+    "another setting of an earlier version": (
+        ["workload=azure", "+workload.zero_tokens=drop", "workload.path=x"],
+        "failures=drop",
+    ),
     "an unknown system": (["system=blitz"], "blitz"),
     "an unknown model": (["model=gpt5"], "gpt5"),
     "an unknown transport": (["backend=live", "transport=pigeon"], "transport/pigeon"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -22,14 +23,19 @@ SAMPLES = {
     "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
     "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n",
     "mooncake": '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46]}\n',
+    "timed_trace": '{"timestamp": 0.5, "input_length": 6955, "output_length": 52}\n',
     "arrivals": "0.0\n0.36\n",
     "rate_series": "5\n0\n",
 }
+RECORDED = {"arrival_s": [1.0], "model": ["a"], "prompt_tokens": [5], "output_tokens": [7], "status": ["ok"], "max_tokens": [9]}
 
 
 def config(name: str, tmp_path: Path) -> dict[str, Any]:
     loaded = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
     assert isinstance(loaded, dict)
+    if name == "run":
+        pd.DataFrame(RECORDED).to_parquet(tmp_path / "requests.parquet")
+        loaded["path"] = str(tmp_path)
     if name in SAMPLES:
         (tmp_path / "sample").write_text(SAMPLES[name])
         loaded["path"] = str(tmp_path / "sample")
@@ -60,7 +66,7 @@ def test_a_config_yields_requests(name: str, tmp_path: Path) -> None:
     assert requests == workload.requests(models=["a", "b"], seed=7)
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLES))
+@pytest.mark.parametrize("name", [*sorted(SAMPLES), "run"])
 def test_a_reader_without_a_file_says_what_to_set(name: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"workload\.path=FILE") as caught:
         hydra.utils.instantiate({**config(name, tmp_path), "path": None})

@@ -30,6 +30,7 @@ TRACES = {
     "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
     "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,ChatGPT,472,18,490,Conversation log\n",
     "mooncake": '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46]}\n',
+    "timed_trace": '{"timestamp": 0.5, "input_length": 6955, "output_length": 52}\n',
     "arrivals": "0.0\n0.36\n",
     "rate_series": "0.5\n0\n",
 }

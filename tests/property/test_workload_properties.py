@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lambdascale.core import TracedRequest, TraceError
 from lambdascale.workload import ArrivalsTrace, AzureTrace, BurstyWorkload, ConstantRate
-from lambdascale.workload.readers import timestamp_ns
+from lambdascale.workload.rows import BadRow, timestamp_ns
 from lambdascale.workload.shaping import DEFAULT_LIMIT
-from lambdascale.workload.tracefile import BadRow
 
 SHAPING = st.fixed_dictionaries(
     {},

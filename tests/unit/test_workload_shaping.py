@@ -117,7 +117,7 @@ def test_every_request_states_the_same_limit_but_for_what_its_context_leaves() -
     assert limits(max_context_tokens=1500) == {1000}
     assert limits(max_context_tokens=1500, max_output_tokens=999) == {999}
     assert limits(max_context_tokens=100) == {60}, "the prompt is cut to make room for the answer"
-    with pytest.raises(UserError, match="max_output_tokens must be int"):
+    with pytest.raises(UserError, match="max_output_tokens must be a number"):
         limits(max_output_tokens=None)
 
 
