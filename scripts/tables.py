@@ -16,7 +16,8 @@ import pandas as pd
 from lambdascale.cli.guard import run_guarded
 from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
 from lambdascale.experiments.multicast_study import reference_table
-from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, with_block
+from lambdascale.experiments.paper_table import load_tables, paper_table
+from lambdascale.experiments.paper_text import markdown, with_block
 
 
 def main() -> None:
@@ -35,6 +36,7 @@ def main() -> None:
         "paper_vs_ours": markdown(compared),
         "sensitivity": sensitivity.markdown(varied),
         starts_text.BLOCK: starts_text.text(texts["paper_trace"]),
+        departures.BLOCK: departures.markdown(texts["departures"], departures.OURS),
     }
     written = {
         "paper_vs_ours": compared,
@@ -47,7 +49,7 @@ def main() -> None:
     _fill(arguments.page, blocks)
     believed = beliefs.render(arguments.beliefs.read_text(), texts)
     _fill(arguments.readme, {beliefs.BLOCK: believed, starts_text.BLOCK: blocks[starts_text.BLOCK]})
-    for baseline in departures.DEPARTURES:
+    for baseline in departures.DEPARTURES.keys() - {departures.OURS}:
         text = departures.markdown(texts["departures"], baseline)
         _fill(arguments.baselines / baseline / "README.md", {departures.BLOCK: text})
 

@@ -77,3 +77,23 @@ class Autoscaler:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         wanted = max(self.min_replicas, -(-(queued + running) // self.target_per_replica))
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedAutoscaler(Autoscaler):
+    """As Autoscaler, but while requests wait, at least ``burst_replicas`` replicas, whatever their number.
+
+    The prototype overrides its rule with fixed plans for each model and rate (reference, section 4); they are not known.
+    """
+
+    burst_replicas: int = 12
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        super().__post_init__()
+        require(self.burst_replicas >= 1, f"autoscaler.burst_replicas must be at least 1, not {self.burst_replicas}")
+
+    def desired(self, queued: int, running: int) -> int:
+        """See AutoscalingPolicy."""
+        wanted = max(super().desired(queued, running), self.burst_replicas if queued else 0)
+        return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import SystemConfig
+from lambdascale.control.start import FreeMigration
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.core.checks import shown
 from lambdascale.experiments.work import check_size
@@ -85,6 +86,8 @@ def _backend(config: DictConfig, system: SystemConfig) -> SimConfig | LiveConfig
 
     if not isinstance(backend, LiveConfig):
         raise UserError(f"backend must configure a SimConfig or a LiveConfig, not a {type(backend).__name__}")
+    if isinstance(system.start, FreeMigration):
+        raise UserError(f"system={system.name} has system.start FreeMigration, a bound that is simulated only")
     # Start policies without a multicast have no such setting.
     barrier_s = getattr(system.start, "barrier_s", None)
     if barrier_s is not None:

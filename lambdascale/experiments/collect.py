@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
-from lambdascale.experiments.pairs import pair_table
+from lambdascale.experiments.pairs import pair_table, with_intervals
 from lambdascale.experiments.setups import setup_text
-from lambdascale.experiments.study import PAIRS, Study
+from lambdascale.experiments.study import OUTCOME, PAIRS, Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 
 # Larger tables are written as parquet, smaller ones as CSV, which people can read and diffs can show.
@@ -57,7 +57,8 @@ def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
         kept = rows[list(study.fields)] if study.fields else rows
         labels |= {name: value for name, value in (known | {"seed": config.seed}).items() if name not in kept.columns}
         parts.append(pd.concat([pd.DataFrame(labels, index=kept.index), kept], axis=1))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    return with_intervals(table, study, folders) if study.rows == OUTCOME else table
 
 
 def _selected(config: DictConfig, key: str) -> Any:
@@ -190,7 +191,7 @@ ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "summary": _summary,
     "measures": _measures,
     "scale_out": _scale_out,
-    "outcome": _outcome,
+    OUTCOME: _outcome,
     "arrivals": _arrivals,
     "host_cache": _host_cache,
 }

@@ -48,6 +48,15 @@ def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*names, "system", "reference", *_COLUMNS])
 
 
+def with_intervals(table: pd.DataFrame, study: Study, folders: Sequence[Path]) -> pd.DataFrame:
+    """Rows of single runs with the intervals of the ratios of their system to its reference, where there are any: p90, gpu."""
+    keys = [*study.columns, "model", "system"]
+    found = pair_table(study, folders)[[*keys, *INTERVALS]]
+    return table.merge(found, on=keys, how="left")
+
+
+#: Columns that rows of single runs get from pairs.
+INTERVALS = ("p90_low", "p90_high", "gpu_low", "gpu_high")
 _COLUMNS = [
     *("p90_s", "reference_p90_s"),
     *(f"{name}_{part}" for name in MEASURES for part in ("ratio", "low", "high", "by")),

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 class Cause:
     """A reason, as a sentence, and the part CAUSE of the runs explanations/CAUSE/FIGURE that remove it.
 
-    ``run`` is empty for a reason that no run can remove; the sentence then says why.
+    ``run`` is empty for a reason that no run can remove; the sentence then says why. ``instead``: the column that is read in the
+    place of the time of the last first token; ``any_model``: the runs are of another model than the row.
     """
 
     sentence: str
     run: str = ""
+    instead: str = ""
+    any_model: bool = False
 
 
 BARRIER = Cause(run="barrier", sentence="Eager data plane here; without: both under the prototype's barrier of 6 ms a round.")
@@ -103,6 +106,51 @@ OVERLOAD = Cause(
         "for another."
     ),
 )
+ZERO = Cause(
+    run="zero",
+    sentence=(
+        "A replica is always kept here. Without: none, since the prototype releases every node that is idle; who cannot read "
+        "host copies then loads the first replica from storage."
+    ),
+)
+PLAN = Cause(
+    run="plan",
+    sentence=(
+        "The prototype overrides its rule with scale-out plans, which are not known. Without: every node is wanted while a "
+        "request waits, the largest plan that its cluster allows."
+    ),
+)
+SECOND = Cause(
+    run="second", sentence="The prototypes' controller looks every 0.5 s. Without: a look every second, its other setting."
+)
+SLEEPS = Cause(
+    run="sleeps",
+    sentence=(
+        "NCCL's set-up is drawn from logs, of calls outside the trace runs. Without: as in the prototype's script, a broadcast "
+        "sleeps for the times measured with 2 to 4 ranks (70B with 3: interpolated; more: as 4)."
+    ),
+)
+HOLDING = Cause(
+    run="holding",
+    instead="all_nodes_s",
+    sentence=(
+        "Ours is the time of the last first token. Without: the time at which all nodes hold the model, if that is what the "
+        "figure shows."
+    ),
+)
+BATCHES = Cause(
+    run="batches",
+    sentence=(
+        "50 requests are batched continuously here, eight in a replica. Without: 13 fixed batches of four prompts, one in a "
+        "replica at a time, as the prototype's engine runs them."
+    ),
+)
+PROMPTS = Cause(
+    run="prompts",
+    sentence="Prompts of 128 tokens are an assumption. Without: 1,024 tokens, about the mean of Azure's conversations.",
+)
+SMALL = Cause(run="small", any_model=True, sentence="The model is not named. Without: 7B instead of 13B.")
+LARGE = Cause(run="large", any_model=True, sentence="The model is not named. Without: 70B on the second testbed instead of 13B.")
 TRACES = Cause(
     sentence=(
         "The paper's two production traces are not published, so nothing can be run; ours are the authors' 30 minutes and "

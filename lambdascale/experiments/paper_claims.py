@@ -14,6 +14,8 @@ from lambdascale.experiments.paper_causes import Cause
 _SMALL, _SMALL_POINTS = 0.05, 2.0
 #: Values of a table's rows, one per seed; from the study's own table or from that of the explanations.
 Values = Callable[[pd.DataFrame], pd.Series]
+#: Ends of the interval of a paired ratio, from a table's rows.
+Bounds = Callable[[pd.DataFrame], tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,10 @@ class Claim:
 class Line:
     """A row of the comparison: a claim, where and how our value is read, its interval if known, and causes of a difference.
 
-    ``values`` also reads the rows of the runs without a cause. An agreement is tested by the first cause only, since the others
-    are not departures of ours. ``interval``: (low, high), NaN without one; None: from the seeds; ``interval_of`` says of what, if
-    it is not of the same runs. ``setup``: basis of the largest communicator's set-up in our value, if that is not measured.
+    ``values`` also reads the rows of the runs without a cause; ``bounds`` reads the interval of a paired ratio from them (None:
+    from the seeds). An agreement is tested by the first cause only, since the others are not departures of ours. ``interval``:
+    (low, high), NaN without one; None: from the seeds; ``interval_of`` says of what, if it is not of the same runs. ``setup``:
+    basis of the largest communicator's set-up in our value, if that is not measured.
     """
 
     claim: Claim
@@ -64,3 +67,17 @@ class Line:
     interval: tuple[float, float] | None = None
     interval_of: str = ""
     setup: str = ""
+    bounds: Bounds | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """Our value in the runs without a cause, as text, with its interval of 95 % and what is left of the difference.
+
+    ``distance``: the same in units of a difference that needs no explanation.
+    """
+
+    value: str
+    interval: str
+    left: str
+    distance: float

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ import pandas as pd
 from lambdascale.core import UserError
 from lambdascale.experiments import paper_causes as causes
 from lambdascale.experiments.paper_causes import Cause
-from lambdascale.experiments.paper_claims import Claim, Line, Values
+from lambdascale.experiments.paper_claims import Bounds, Claim, Line, Tried, Values
+from lambdascale.experiments.paper_text import SEPARATOR
 from lambdascale.metrics.intervals import over_draws
 
 TABLES = (
@@ -36,10 +36,6 @@ NAMES = {
     "serverlessllm": "ServerlessLLM",
     "serverlessllm_prototype": "ServerlessLLM (prototype)",
 }
-# Columns of the notes below the table.
-_WIDTH = 119
-_SEPARATOR = " | "
-_MARK = "†: NCCL's set-up is measured for 2 to 8 ranks; broadcasts of this row have up to 12, of which a single sample is known."
 
 
 def load_tables(directory: Path) -> dict[str, pd.DataFrame]:
@@ -61,48 +57,12 @@ def paper_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("figure", key=lambda figures: figures.astype(int), kind="stable", ignore_index=True)
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Format the table as Markdown: ranges over seeds in brackets, reasons as numbered notes below."""
-    heads = ["figure", "what", "model", "paper", "ours", "95 %", "error", "without cause no.", "so"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    notes: dict[str, int] = {}
-    for row in table.fillna("").itertuples():
-        spread = f" ({row.range_over_seeds!s})" if row.range_over_seeds else ""
-        unit = f" {row.unit!s}" if row.unit else ""
-        numbers = [notes.setdefault(why, len(notes) + 1) for why in parts(row.why)]
-        tried = zip(numbers, parts(row.without), parts(row.error_without), strict=False)
-        without = "; ".join(f"{number}: {value}{unit} ({left})" for number, value, left in tried)
-        error = f"({row.error!s})" if row.verdict == "coincidence" else row.error
-        ours = f"{row.ours}{unit}{'†' if row.setup else ''}{spread}"
-        cells = [row.figure, row.what, row.model, f"{row.paper}{unit}", ours, row.interval, error]
-        cells += [without or ", ".join(str(number) for number in numbers), row.verdict]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    numbered = (fill(f"{number}. {note}", _WIDTH, subsequent_indent="   ") for note, number in notes.items())
-    mark = [fill(_MARK, _WIDTH), ""] if (table.setup != "").any() else []
-    return "\n".join([*lines, "", *mark, *numbered]) + "\n"
-
-
-def parts(joined: object) -> list[str]:
-    """Entries of a cell about several causes, in their order."""
-    return str(joined).split(_SEPARATOR) if joined else []
-
-
-def with_block(text: str, name: str, block: str) -> str:
-    """Replace the text between the comments ``<!-- NAME -->`` and ``<!-- end NAME -->`` by ``block``; UserError without them."""
-    begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    head, found, rest = text.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise UserError(f"the document lacks the comments {begin} and {end}")
-    return f"{head}{begin}\n{block}{end}{tail}"
-
-
 def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[str, str]:
     claim, values = line.claim, line.values(table)
     ours, least, most = float(values.median()), float(values.min()), float(values.max())
     error, distance = claim.error(ours)
     tried = [_tried(line, cause, explanations) for cause in line.causes[: 1 if distance <= 1 else None] if cause.run]
-    verdict = _verdict(distance, [left for *_, left in tried])
+    verdict = _verdict(distance, [each.distance for each in tried])
     # A reason that changes nothing about an agreement is no news.
     agrees = verdict.startswith("agrees")
     return {
@@ -116,17 +76,32 @@ def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[st
         "unit": claim.unit,
         "error": error,
         "setup": line.setup,
-        "why": "" if agrees else _SEPARATOR.join(cause.sentence for cause in line.causes[: len(tried) or None]),
-        "without": "" if agrees else _SEPARATOR.join(without for without, *_ in tried),
-        "error_without": "" if agrees else _SEPARATOR.join(left for _, left, _ in tried),
+        "why": "" if agrees else SEPARATOR.join(cause.sentence for cause in line.causes[: len(tried) or None]),
+        "without": "" if agrees else SEPARATOR.join(each.value for each in tried),
+        "interval_without": "" if agrees else SEPARATOR.join(each.interval for each in tried),
+        "error_without": "" if agrees else SEPARATOR.join(each.left for each in tried),
+        "closest": "" if agrees or not tried else str(_closest(tried)),
         "verdict": verdict,
     }
 
 
-def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> tuple[str, str, float]:
-    """Value without a cause, and what is left of the difference: as text, and in units of what needs no explanation."""
-    value = float(line.values(_without(explanations, cause.run, line.claim.figure)).median())
-    return (f"{value:.3g}", *line.claim.error(value))
+def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> Tried:
+    """Try a cause: our value in the runs without it."""
+    rows = _without(explanations, cause.run, line.claim.figure)
+    if cause.instead:
+        rows = rows.assign(first_token_s=rows[cause.instead])
+    if cause.any_model:
+        rows = rows.assign(model=line.model)
+    values = line.values(rows)
+    value = float(values.median())
+    left, distance = line.claim.error(value)
+    interval = _span(*sorted(line.bounds(rows))) if line.bounds else _over_seeds(values)
+    return Tried(value=f"{value:.3g}", interval=interval, left=left, distance=distance)
+
+
+def _closest(tried: Sequence[Tried]) -> int:
+    """Index of the cause without which least is left of a difference, or most of an agreement's loss is seen: the first such."""
+    return min(range(len(tried)), key=lambda index: tried[index].distance)
 
 
 def _setup(table: pd.DataFrame) -> str:
@@ -154,15 +129,18 @@ def _verdict(distance: float, left: Sequence[float]) -> str:
 
 
 def _interval(line: Line, values: pd.Series) -> str:
-    if line.interval is not None:
-        low, high = sorted(line.interval)
-    else:
-        if len(values) == 1:
-            return "exact"
-        found = over_draws(list(values))
-        low, high = found.low, found.high
-    text = "none" if math.isnan(low) else "exact" if low == high else f"{low:.3g} to {high:.3g}"
-    return text + line.interval_of
+    return (_over_seeds(values) if line.interval is None else _span(*sorted(line.interval))) + line.interval_of
+
+
+def _over_seeds(values: pd.Series) -> str:
+    if len(values) == 1:
+        return "exact"
+    found = over_draws(list(values))
+    return _span(found.low, found.high)
+
+
+def _span(low: float, high: float) -> str:
+    return "none" if math.isnan(low) else "exact" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _of(table: pd.DataFrame, model: str, system: str) -> pd.DataFrame:
@@ -208,8 +186,8 @@ def _multicast(table: pd.DataFrame, _: pd.DataFrame) -> Iterator[Line]:
     reasons = {
         "faasnet_prototype": (1.82, [causes.EAGER]),
         "faasnet": (1.82, [causes.BARRIER]),
-        "nccl_broadcast": (1.53, [causes.SETUP]),
-        "nccl_no_setup": (1.53, [causes.RATE]),
+        "nccl_broadcast": (1.53, [causes.SETUP, causes.SLEEPS]),
+        "nccl_no_setup": (1.53, [causes.RATE, causes.SLEEPS]),
     }
     for system, (published, found) in reasons.items():
         best = _gains(table, system)
@@ -218,10 +196,14 @@ def _multicast(table: pd.DataFrame, _: pd.DataFrame) -> Iterator[Line]:
         yield Line(claim=claim, model=place, values=_gain(system), causes=found, setup=_setup(best))
 
 
+# Causes that could differ in any burst of figures 8 and 9.
+_BURST = [causes.PROTOTYPES, causes.HOLDING, causes.BATCHES, causes.PROMPTS, causes.SMALL, causes.LARGE]
+
+
 def _rampup(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
     model = "llama2_13b"
     claim = Claim(figure="8", what="50 requests: until all are served", low=1.1, high=1.1, unit="s")
-    yield Line(claim=claim, model=model, values=_served(model, "lambdascale"), causes=[causes.MODEL, causes.PROTOTYPES])
+    yield Line(claim=claim, model=model, values=_served(model, "lambdascale"), causes=[causes.MODEL, *_BURST])
     published = {
         "faasnet": (2.0, causes.BARRIER),
         "nccl_broadcast": (1.4, causes.SETUP),
@@ -233,7 +215,7 @@ def _rampup(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
             claim=claim,
             model=model,
             values=_served_later(model, system),
-            causes=[cause, causes.PROTOTYPES],
+            causes=[cause, *_BURST],
             interval=_known(intervals, "Burst", model, system, "longest"),
             interval_of=" if spread over 0.1 s",
             setup=_setup(_of(table, model, system)),
@@ -255,7 +237,7 @@ def _sources(_: pd.DataFrame, __: pd.DataFrame) -> Iterator[Line]:
             what = f"ramp-up, k = {k}, sources in {tier} memory"
             claim = Claim(figure="9", what=what, low=published, high=published, unit="s")
             found = [causes.BARRIER] if tier == "gpu" else [causes.PCIE, causes.HOST_RATE]
-            yield Line(claim=claim, model="llama2_7b", values=_ramp(tier, k), causes=[*found, causes.PROTOTYPES])
+            yield Line(claim=claim, model="llama2_7b", values=_ramp(tier, k), causes=[*found, *_BURST[:-2]])
 
 
 def _ramp(tier: str, k: int) -> Values:
@@ -280,19 +262,24 @@ def _reference(system: str) -> str:
 # GPU time that λScale saves in the paper, in per cent; causes for 7B and 13B, and for 70B, with baselines as the authors ran them
 # and at their best.
 _SAVED = {"faasnet": 17.8, "nccl": 18.1, "serverlessllm": 31.3}
-_UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER]
+_UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER, causes.ZERO, causes.PLAN]
+_SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND]
 _PROTOTYPES = {
-    "faasnet_prototype": [causes.LOOK, causes.EXPIRY, causes.HOST_RATE, *_UNKNOWN],
-    "nccl_prototype": [causes.LOOK, causes.EXPIRY, causes.HOST_RATE, *_UNKNOWN],
-    "serverlessllm_prototype": [causes.EXPIRY, causes.LOOK, causes.HOST_RATE, *_UNKNOWN],
+    "faasnet_prototype": [causes.LOOK, causes.EXPIRY, *_SMALLER],
+    "nccl_prototype": [causes.SLEEPS, causes.LOOK, causes.EXPIRY, *_SMALLER],
+    "serverlessllm_prototype": [causes.EXPIRY, causes.LOOK, *_SMALLER],
 }
-_LARGE_PROTOTYPES = {name: [causes.OVERLOAD, causes.LOOK, causes.EXPIRY, *_UNKNOWN] for name in _PROTOTYPES}
+_LARGE_PROTOTYPES = {
+    name: [*([causes.SLEEPS] if name == "nccl_prototype" else []), causes.OVERLOAD, causes.LOOK, causes.EXPIRY, *_UNKNOWN]
+    for name in _PROTOTYPES
+}
+_ALWAYS = [causes.PROTOTYPES, causes.ZERO, causes.PLAN]
 _FAIR = {
-    "faasnet": [causes.SOURCES, causes.PROTOTYPES],
-    "nccl_broadcast": [causes.SETUP, causes.PROTOTYPES],
-    "serverlessllm": [causes.COPIES, causes.PROTOTYPES],
+    "faasnet": [causes.SOURCES, *_ALWAYS],
+    "nccl_broadcast": [causes.SETUP, *_ALWAYS],
+    "serverlessllm": [causes.COPIES, *_ALWAYS],
 }
-_LARGE_FAIR = {name: [causes.OVERLOAD, causes.PROTOTYPES] for name in _FAIR}
+_LARGE_FAIR = {name: [causes.OVERLOAD, *_ALWAYS] for name in _FAIR}
 
 
 def _trace(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
@@ -310,20 +297,23 @@ def _against(model: str, systems: Mapping[str, Sequence[Cause]], table: pd.DataF
         claim = Claim(figure="10", what=p90_title(system), low=2.4, high=5.0, unit="x")
         interval, setup = _known(intervals, "ArrivalsTrace", model, system, "p90"), _setup(_of(table, model, system))
         values = _ratio(model, system)
-        yield Line(claim=claim, model=model, values=values, causes=found, interval=interval, setup=setup)
+        bounds = _bounds(model, system, "p90", lambda end: end)
+        yield Line(claim=claim, model=model, values=values, causes=found, interval=interval, setup=setup, bounds=bounds)
     for system, found in systems.items():
         percent = next(value for name, value in _SAVED.items() if system.startswith(name))
         claim = Claim(figure="11", what=gpu_title(system), low=percent, high=percent, unit="%", points=True)
         low, high = (100 * (1 - 1 / end) for end in _known(intervals, "ArrivalsTrace", model, system, "gpu"))
         values, setup = _saved(model, system), _setup(_of(table, model, system))
-        yield Line(claim=claim, model=model, values=values, causes=found, interval=(low, high), setup=setup)
+        bounds = _bounds(model, system, "gpu", lambda end: 100 * (1 - 1 / end))
+        yield Line(claim=claim, model=model, values=values, causes=found, interval=(low, high), setup=setup, bounds=bounds)
 
 
 def _above_ideal(model: str, ideal: str, found: Sequence[Cause], intervals: pd.DataFrame) -> Iterator[Line]:
     what = f"GPU time of {NAMES[_reference(ideal)]} above ideal"
     claim = Claim(figure="11", what=what, low=4.3, high=18.6, unit="%", points=True)
     low, high = (100 * (1 / end - 1) for end in _known(intervals, "ArrivalsTrace", model, ideal, "gpu"))
-    yield Line(claim=claim, model=model, values=_above(model, ideal), causes=found, interval=(low, high))
+    bounds = _bounds(model, ideal, "gpu", lambda end: 100 * (1 / end - 1))
+    yield Line(claim=claim, model=model, values=_above(model, ideal), causes=found, interval=(low, high), bounds=bounds)
 
 
 def _ratio(model: str, system: str) -> Values:
@@ -336,6 +326,16 @@ def _saved(model: str, system: str) -> Values:
 
 def _above(model: str, ideal: str) -> Values:
     return lambda t: 100 * (_of(t, model, _reference(ideal)).gpu_seconds / _of(t, model, ideal).gpu_seconds.iloc[0] - 1)
+
+
+def _bounds(model: str, system: str, measure: str, of_ratio: Callable[[float], float]) -> Bounds:
+    """Reader of a ratio's interval, theirs over λScale's, from the rows of the runs without a cause."""
+
+    def read(table: pd.DataFrame) -> tuple[float, float]:
+        row = _of(table, model, system).iloc[0]
+        return of_ratio(float(row[f"{measure}_low"])), of_ratio(float(row[f"{measure}_high"]))
+
+    return read
 
 
 def _known(intervals: pd.DataFrame, workload: str, model: str, system: str, measure: str) -> tuple[float, float]:

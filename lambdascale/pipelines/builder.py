@@ -120,10 +120,12 @@ class FixedLengths:
 
     Destinations are taken evenly from the sub-groups; what is left serves alone. A pipeline has those stages that are ready
     first, one contiguous stage a node or several in turn. Nothing is predicted: it serves as soon as its blocks are in place,
-    until all its nodes hold the model (reference, section 2.4).
+    until all its nodes hold the model (reference, section 2.4). A stage is made of execution blocks of ``unit`` adjacent blocks,
+    each of which it holds once all of them are there (the prototype: two transfer blocks; reference, section 2.1).
     """
 
     lengths: tuple[int, ...] = (8, 4, 2)
+    unit: int = 1
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -132,6 +134,7 @@ class FixedLengths:
             len(self.lengths) > 0 and min(self.lengths) >= 2,
             f"pipelines.lengths takes lengths of at least 2, not {list(self.lengths)}",
         )
+        require(self.unit >= 1, f"pipelines.unit must be at least 1, not {self.unit}")
 
     def pipelines(
         self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
@@ -140,10 +143,10 @@ class FixedLengths:
         arrivals = arrival_rounds(plan)
         late, found = _late(plan, arrivals), []
         for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
-            ways = _divisions(tuple(late[node] for node in nodes))
+            ways = _divisions(tuple(self._executable(late[node]) for node in nodes))
             if ways:
                 ready, cuts = min(ways, key=lambda way: way[0])
-                stages = tuple(Stage(nodes[index], first, last) for index, first, last in cuts)
+                stages = tuple(Stage(nodes[index], *self._blocks(first, last, plan.blocks)) for index, first, last in cuts)
                 found.append(PipelinePlan(ready, stages, "always", "all"))
         return sorted(found, key=lambda p: (p.ready_round, p.nodes))
 
@@ -151,9 +154,17 @@ class FixedLengths:
         rows = zip_longest(*(group[1:] for group in plan.groups))
         left = [node for row in rows for node in row if node is not None]
         for length in sorted(self.lengths, reverse=True):
-            while len(left) >= length <= plan.blocks:
+            while len(left) >= length <= -(-plan.blocks // self.unit):
                 yield left[:length]
                 del left[:length]
+
+    def _executable(self, rounds: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the round of each execution block, given those of the blocks."""
+        return tuple(max(rounds[first : first + self.unit]) for first in range(0, len(rounds), self.unit))
+
+    def _blocks(self, first: int, last: int, blocks: int) -> tuple[int, int]:
+        """Return the first and last block of a range of execution blocks."""
+        return first * self.unit, min((last + 1) * self.unit, blocks) - 1
 
 
 @lru_cache(maxsize=1024)

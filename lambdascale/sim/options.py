@@ -24,6 +24,9 @@ class TransferOptions:
 
     ``host_source_bytes_per_s``: rate at which a NIC reads host memory, of a source that sends from there, by a way that the
     node's own loads do not use; None: by the PCIe of the GPU, which they share.
+
+    ``broadcast_s``: seconds that a collective takes from start to end with 2, 3, ... ranks (more ranks take as long as the last),
+    without set-up, traffic or occupied GPUs: the sleeps of the prototype's script; empty: it is transferred.
     """
 
     barrier: bool = False
@@ -38,6 +41,7 @@ class TransferOptions:
     allocation_s: float = 0.3e-3
     registration_bytes_per_s: float = 30e9
     host_source_bytes_per_s: float | str | None = None
+    broadcast_s: tuple[float, ...] = ()
     record_grants: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +59,16 @@ class TransferOptions:
         for name in ("chunk_bytes", "tensors_per_layer", "registration_bytes_per_s"):
             value = getattr(self, name)
             require(value > 0, f"transfers.{name} must be positive, not {value}")
+        require(
+            all(seconds > 0 for seconds in self.broadcast_s),
+            f"transfers.broadcast_s takes positive seconds, not {list(self.broadcast_s)}",
+        )
         probability = self.communicator_outlier_probability
         require(0 <= probability <= 1, f"transfers.communicator_outlier_probability must be in [0, 1], not {probability}")
+
+    def slept_s(self, ranks: int) -> float | None:
+        """Seconds that a collective of so many ranks takes as a sleep; None if it is a transfer."""
+        return self.broadcast_s[min(ranks - 2, len(self.broadcast_s) - 1)] if self.broadcast_s else None
 
     def block_overhead_s(self, size_bytes: float, layers: float) -> float:
         """Seconds that a block of so many bytes and layers costs beyond one packed transfer into a registered buffer."""

@@ -143,6 +143,10 @@ class TransferEngine:
         if command.multicast == "one_sided":
             self._begin_multicast(transfer)
             return
+        slept_s = self._options.slept_s(len(command.plan.members))
+        if slept_s is not None:
+            self._kernel.at(self._kernel.now + slept_s, self._stream_done, transfer)
+            return
         setup_s = 0.0
         if self._options.communicator_setup:
             ranks = len(command.plan.members)

@@ -13,6 +13,7 @@ from lambdascale.core import UserError
 from lambdascale.experiments.beliefs import LINES, Tables, render
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
+from lambdascale.experiments.pairs import INTERVALS
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.sensitivity import conclusions, flips, markdown, verdict
 from lambdascale.experiments.study import Study, study_of
@@ -57,6 +58,23 @@ def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
         assert table.gpu_ratio[system] == pytest.approx(seconds[system] / seconds[reference])
     with pytest.raises(UserError, match="no run of lambdascale_prototype to compare with: ideal_prototype"):
         study_table(study, [runs["lambdascale"], runs["ideal_prototype"]])
+
+
+def test_outcomes_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path) -> None:
+    """Mutation: the interval of another system, or of another value of a column."""
+    runs = [
+        folder(tmp_path, f"system={system}", f"workload.time_compression={c}")
+        for system in ("lambdascale", "ideal")
+        for c in (1, 3)
+    ]
+    pairs = study_table(STUDY, runs).set_index("compression")
+    table = study_table(replace(STUDY, rows="outcome"), runs).set_index(["system", "compression"])
+    for compression in (1, 3):
+        own = table.loc[("ideal", compression)]
+        for column in INTERVALS:
+            assert own[column] == pytest.approx(pairs[column][compression], nan_ok=True)
+            assert math.isnan(table.loc[("lambdascale", compression)][column]), "the reference has none"
+    assert pairs.p90_low.notna().any()
 
 
 def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:

@@ -58,6 +58,28 @@ def test_a_collective_on_its_own_takes_its_set_up_and_its_stream() -> None:
     assert times.total_s == pytest.approx(drawn + 1.1)
 
 
+@pytest.mark.parametrize(("seconds", "at"), [([0.5, 0.75], 0.75), ([0.5], 0.5), ([0.5, 0.75, 1.0], 0.75)])
+def test_a_collective_may_be_a_sleep(seconds: list[float], at: float) -> None:
+    """Of three ranks. It costs neither set-up nor traffic nor a GPU; more ranks than times take the last."""
+    rig = Rig(broadcast_s=seconds, record_grants=True)
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
+    assert rig.run() == [(at, 1, node, block) for node in (1, 2) for block in (0, 1)]
+    assert (rig.occupied, rig.engine.setup_s, rig.engine.links.grants) == ([], {}, [])
+
+
+@pytest.mark.parametrize("end", ["cancelled", "a node lost"])
+def test_a_sleep_that_is_given_up_brings_nothing(end: str) -> None:
+    rig = Rig(broadcast_s=[0.5])
+    rig.engine.multicast(multicast(CHAIN, multicast="collective"))
+    if end == "cancelled":
+        rig.engine.cancel(1)
+    else:
+        rig.engine.node_lost(2)
+    assert rig.run() == []
+    with pytest.raises(UserError, match=r"transfers\.broadcast_s takes positive seconds, not \[0\.0\]"):
+        TransferOptions(broadcast_s=[0.0])
+
+
 def test_two_multicasts_share_their_source() -> None:
     rig = Rig()
     pair = MulticastPlan(members=(0, 1), sources=(0,), blocks=1, rounds=((Send(0, 1, 0),),))

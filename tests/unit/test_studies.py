@@ -17,7 +17,8 @@ from lambdascale.core import UserError
 from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
 from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
-from lambdascale.experiments.paper_table import load_tables, markdown, paper_table, parts, with_block
+from lambdascale.experiments.paper_table import load_tables, paper_table
+from lambdascale.experiments.paper_text import markdown, parts, with_block
 from lambdascale.experiments.progress import times
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study, as_published, command_lines, expand, in_pool, load_study
@@ -342,7 +343,8 @@ def test_what_departures_and_starts_say_is_made_of_the_committed_tables() -> Non
     for page in (ROOT / "docs" / "paper.md", ROOT / "README.md"):
         assert with_block(page.read_text(), starts_text.BLOCK, text) == page.read_text(), "scripts/tables.py writes it"
     for baseline in departures.DEPARTURES:
-        readme = (ROOT / "baselines" / baseline / "README.md").read_text()
+        path = ROOT / "docs" / "paper.md" if baseline == departures.OURS else ROOT / "baselines" / baseline / "README.md"
+        readme = path.read_text()
         assert with_block(readme, departures.BLOCK, departures.markdown(tables["departures"], baseline)) == readme
 
 

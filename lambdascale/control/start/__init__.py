@@ -12,9 +12,9 @@ from lambdascale.control.start.base import (
     StartPolicy,
 )
 from lambdascale.control.start.instant import InstantStart
-from lambdascale.control.start.local import LocalStart
+from lambdascale.control.start.local import FreeMigration, LocalStart
 from lambdascale.control.start.multicast import MulticastStart
-from lambdascale.control.start.sources import GpuAndHostSources, GpuSources, JoiningSources, SourceRule
+from lambdascale.control.start.sources import GpuAndHostSources, GpuSources, JoiningSources, SourceRule, StandingTree
 from lambdascale.control.start.warm import FasterWay, NoOwnCopies, OwnCopies, WarmRule
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ByStartupTime",
     "Change",
     "FasterWay",
+    "FreeMigration",
     "GpuAndHostSources",
     "GpuSources",
     "GradualStart",
@@ -38,6 +39,7 @@ __all__ = [
     "Reshape",
     "SourceRule",
     "SparingCopies",
+    "StandingTree",
     "StartDecision",
     "StartPolicy",
     "WarmRule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import ClassVar
 
@@ -49,6 +49,25 @@ class LocalStart:
         return StartDecision(
             nodes=taken, loads=tuple(LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=blocks) for node in taken)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeMigration(LocalStart):
+    """Local loads, where requests of other models leave nodes with a copy of the model at no cost (a bound; simulated only).
+
+    ServerlessLLM's live migration moves them to a free node, which loads their model first. Here the free node takes the new
+    model instead and reads it as from host memory, once for each copy on a node busy with other models: no migration can give
+    more.
+    """
+
+    def start(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], replicas: int) -> StartDecision:
+        """See StartPolicy."""
+        decision = super().start(fleet, state, nodes, replicas)
+        busy = (node for node in fleet.candidates(state) if node not in nodes and node not in state.allocations)
+        copies = len(fleet.host.holders(busy, state.spec.name, fleet.at))
+        moved = {load.node for load in [load for load in decision.loads if load.tier != "host"][:copies]}
+        loads = tuple(replace(load, tier="host") if load.node in moved else load for load in decision.loads)
+        return replace(decision, loads=loads)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,30 @@ class JoiningSources:
         return idle(holders, wanted) or idle(sorted(leaves), wanted)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StandingTree:
+    """One balanced binary tree over a model's life, rebalanced after every join and leave at no cost (FaaSNet, USENIX ATC'21).
+
+    The replicas are its first nodes, in the order in which they joined; those that leave are closed up. New nodes take the next
+    places, below the nodes that have fewer than two children, whether these are busy, or still receive the model themselves.
+    Without a replica, host copies feed trees as in GpuAndHostSources. Transfers under way keep their edges.
+    """
+
+    host: ClassVar[bool] = True
+
+    def holders(self, fleet: Fleet, state: ModelState, targets: Sequence[NodeId]) -> list[Source]:
+        """See SourceRule."""
+        return GpuAndHostSources().holders(fleet, state, targets)
+
+    def pick(self, fleet: Fleet, state: ModelState, holders: Sequence[Source], wanted: int) -> list[Source]:
+        """See SourceRule."""
+        standing = [node for node, a in state.allocations.items() if a.complete or _receives(a)]
+        if not standing:
+            return idle(holders, wanted)
+        first, last = (len(standing) - 1) // 2, (len(standing) + wanted - 2) // 2
+        return [_source(fleet, node, "gpu") for node in standing[first : last + 1]]
+
+
 def idle(holders: Sequence[Source], wanted: int) -> list[Source]:
     """Return the first ``wanted`` holders that are idle: k = min(idle holders, ``wanted``)."""
     return [holder for holder in holders if not holder.busy_s][:wanted]
