@@ -75,8 +75,10 @@ class Autoscaler:
 
     def desired(self, queued: int, running: int) -> int:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
-        wanted = max(self.min_replicas, -(-(queued + running) // self.target_per_replica))
-        return wanted if self.max_replicas is None else min(wanted, self.max_replicas)
+        wanted, most = -(-(queued + running) // self.target_per_replica), self.max_replicas
+        if wanted < self.min_replicas:
+            wanted = self.min_replicas
+        return wanted if most is None or wanted < most else most
 
 
 @dataclass(frozen=True, kw_only=True)

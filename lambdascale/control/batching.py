@@ -103,10 +103,12 @@ class Iteration:
         self.context_tokens = context_tokens
         self.max_steps = max_steps
         self.preempted = preempted
-        self.prefill_tokens = self.attended_tokens = 0
+        tokens = attended = 0
         for sequence, count in prefills:
-            self.prefill_tokens += count
-            self.attended_tokens += count * sequence.prefilled + count * (count + 1) // 2
+            tokens += count
+            attended += count * sequence.prefilled + count * (count + 1) // 2
+        self.prefill_tokens = tokens
+        self.attended_tokens = attended
 
 
 class BatchScheduler:
@@ -282,15 +284,13 @@ class BatchScheduler:
             ends = self._ends
             if (ends and ends[0][0] <= step) or stopped:
                 finished = self._end(stopped)
-        if not iteration.prefills:
-            return first, finished
         for sequence, count in iteration.prefills:
-            sequence.prefilled += count
-            if sequence.prefilled < sequence.context_tokens:
+            sequence.prefilled = prefilled = sequence.prefilled + count
+            if prefilled < sequence.prompt_tokens + sequence.produced:
                 continue
             ended = self._prefilling.popleft()
             assert ended is sequence, "prefills end in the order they began"
-            self._held -= sequence.prefilled
+            self._held -= prefilled
             sequence.produced += 1
             if sequence.produced == 1:
                 first.append(sequence)
@@ -303,9 +303,9 @@ class BatchScheduler:
 
     def _end(self, stopped: Collection[int]) -> list[BatchedRequest]:
         """Take the decoding sequences out that have ended by now."""
-        finished = []
-        while self._ends and self._ends[0][0] <= self._step:
-            finished.append(self._leave(heappop(self._ends)[1]))
+        finished, ends, step = [], self._ends, self._step
+        while ends and ends[0][0] <= step:
+            finished.append(self._leave(heappop(ends)[1]))
         if stopped:
             finished += [self._drop(request_id) for request_id in stopped if request_id in self.decoding]
         return finished
@@ -313,8 +313,8 @@ class BatchScheduler:
     def _leave(self, request_id: int) -> BatchedRequest:
         sequence = self.decoding.pop(request_id)
         steps = self._step - sequence._joined
-        self._context -= sequence.context_tokens - 1 + steps
-        sequence.produced += steps
+        sequence.produced = produced = sequence.produced + steps
+        self._context -= sequence.prompt_tokens + produced - 1
         del self._admitted[request_id]
         return sequence
 

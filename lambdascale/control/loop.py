@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from lambdascale.core import UserError
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
 
@@ -41,14 +42,22 @@ class Observer(Protocol):
         ...
 
 
-def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = ()) -> float:
-    """Run until nothing is outstanding; return the time of the last event (seconds of the run)."""
-    at = 0.0
+def drive(
+    system: ServingSystem, backend: Backend, observers: Sequence[Observer] = (), *, max_events: int | None = None
+) -> float:
+    """Run until nothing is outstanding; return the time of the last event (seconds of the run). UserError beyond ``max_events``."""
+    at, left = 0.0, -1 if max_events is None else max_events
     saw = [observer.on_event for observer in observers]
     told = [observer.on_command for observer in observers]
     next_event, on_event, submit = backend.next_event, system.on_event, backend.submit
     while (event := next_event()) is not None:
         at = event.at
+        if left == 0:
+            raise UserError(
+                f"the simulation has had max_events={max_events} events at {at:g} s and has not ended: "
+                "make it smaller, or raise max_events"
+            )
+        left -= 1
         for see in saw:
             see(event)
         for command in on_event(event):

@@ -99,12 +99,12 @@ class ScaleIn:
 
     def _peak(self, state: ModelState) -> tuple[int, int]:
         """Return the queued and running requests of the look that saw most in the last ``keep_alive_s``, this one included."""
-        now = (self._fleet.at, len(state.queue), state.running)
-        looks, begin = state.looks, self._fleet.at - self._autoscaler.keep_alive_s - _TOLERANCE
+        at, queued, running, looks = self._fleet.at, len(state.queue), state.running, state.looks
+        begin, load = at - self._autoscaler.keep_alive_s - _TOLERANCE, queued + running
         # Descending: a look that a later one exceeds can never be the highest again.
-        while looks and looks[-1][1] + looks[-1][2] <= now[1] + now[2]:
+        while looks and looks[-1][1] + looks[-1][2] <= load:
             looks.pop()
-        looks.append(now)
+        looks.append((at, queued, running))
         while looks[0][0] < begin:
             looks.popleft()
         return looks[0][1], looks[0][2]
@@ -141,8 +141,7 @@ class ScaleIn:
         if desired(queued, running) >= copies:
             return False
         # The common case, decided without a look at the nodes: all are in use, and none is to spare even if all nodes serve.
-        in_use = all(instance.outstanding or instance.idle_since > due for instance in state.instances.values())
-        if in_use and not self._spares(queued, running, copies, copies - 1, copies - 1):
+        if not self._spares(queued, running, copies, copies - 1, copies - 1) and self._in_use(state, due):
             return False
         able = (i for i in state.instances.values() if not i.draining and not _in_transfer(state, i))
         instance = min(able, key=_by_load, default=None)
@@ -160,16 +159,28 @@ class ScaleIn:
             state.draining += 1
         return allowed
 
+    @staticmethod
+    def _in_use(state: ModelState, due: float) -> bool:
+        """True if no instance was idle since ``due``."""
+        for instance in state.instances.values():
+            if not instance.outstanding and instance.idle_since <= due:
+                return False
+        return True
+
     def _spares(self, queued: int, running: int, serving: int, left: int, copies: int) -> bool:
         """True if ``copies`` are enough for the load, also when answers take longer as ``left`` do the work of ``serving``."""
         return copies > 0 and self._autoscaler.desired(queued, ceil(running * serving / left)) <= copies
 
     def _release_empty(self, state: ModelState) -> None:
-        drained = [instance for instance in state.instances.values() if instance.draining]
-        empty = [instance for instance in drained if not instance.outstanding and not _in_transfer(state, instance)]
+        drained, empty = 0, []
+        for instance in state.instances.values():
+            if instance.draining:
+                drained += 1
+                if not instance.outstanding and not _in_transfer(state, instance):
+                    empty.append(instance)
         for instance in sorted(empty, key=_by_load):
             self._release(state, instance)
-        state.draining = len(drained) - len(empty)
+        state.draining = drained - len(empty)
 
     def _release(self, state: ModelState, instance: Instance) -> None:
         """Take an empty instance out of service and free those of its nodes that serve in nothing else."""
@@ -188,7 +199,10 @@ def _by_load(instance: Instance) -> tuple[float, float, int]:
 
 def _in_transfer(state: ModelState, instance: Instance) -> bool:
     """True if a node of the instance takes part in a transfer."""
-    return any(state.allocations[stage.node].transfers for stage in instance.stages)
+    for stage in instance.stages:
+        if state.allocations[stage.node].transfers:
+            return True
+    return False
 
 
 def _blocks(state: ModelState, instance: Instance) -> int:

@@ -153,7 +153,7 @@ class Serving:
     def _set_stages(self, state: ModelState, instance: Instance, stages: tuple[Stage, ...]) -> None:
         for node in instance.nodes:
             state.allocations[node].instances.pop(instance.instance_id, None)
-        instance.stages = stages
+        instance.set_stages(stages)
         batches = len(instance.nodes) * self._batching.batches(state.spec.gpus_per_replica)
         instance.capacity = batches * self._batching.max_batch
         instance.kv_tokens = self._kv_tokens(state, stages)

@@ -20,7 +20,8 @@ class Instance:
     ``capacity`` bounds the requests it has at once; ``kv_tokens`` is the KV memory that one of them can have, in tokens.
     ``switch``: when a pipeline dissolves, see PipelinePlan. ``limited``: it takes only what it can bring to first tokens by
     then. ``open``: it takes further requests.
-    ``draining``: it gets new requests only where no other instance has room, and is released once it has none.
+    ``draining``: it gets new requests only where no other instance has room, and is released once it has none. ``nodes``: the
+    distinct nodes of the stages, in order of first appearance.
     """
 
     instance_id: int
@@ -34,13 +35,16 @@ class Instance:
     open: bool = True
     outstanding: dict[int, Request] = field(default_factory=dict)
     draining: bool = False
+    nodes: tuple[NodeId, ...] = field(init=False)
 
-    @property
-    def nodes(self) -> tuple[NodeId, ...]:
-        """Distinct nodes of the stages, in order of first appearance."""
-        if len(self.stages) == 1:
-            return (self.stages[0].node,)
-        return tuple(dict.fromkeys(stage.node for stage in self.stages))
+    def __post_init__(self) -> None:
+        """Note the nodes."""
+        self.set_stages(self.stages)
+
+    def set_stages(self, stages: tuple[Stage, ...]) -> None:
+        """Serve by other stages."""
+        self.stages = stages
+        self.nodes = tuple(dict.fromkeys(stage.node for stage in stages))
 
     @property
     def is_pipeline(self) -> bool:
@@ -148,7 +152,8 @@ class ModelState:
     @property
     def replicas(self) -> int:
         """Number of copies of the model that its allocations hold or are to hold; shares add up."""
-        return len(self.allocations) - self.spared // len(self.block_bytes)
+        held = len(self.allocations)
+        return held - self.spared // len(self.block_bytes) if self.spared else held
 
 
 class Fleet:

@@ -78,16 +78,18 @@ class ComputeModel:
         grown = batch * steps * (steps - 1) // 2
         return steps * (self._overhead_s + self._decodes[batch]) + (steps * context_tokens + grown) * self._kv_token_s
 
-    def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
-        """Smallest number of iterations (at least 1) for which :meth:`decode_run_s` reaches ``elapsed_s``."""
+    def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> tuple[int, float]:
+        """Smallest number of iterations (at least 1) for which :meth:`decode_run_s` reaches ``elapsed_s``, and that time."""
         growth = batch * self._kv_token_s / 2
         first = self._overhead_s + self._decodes[batch] + context_tokens * self._kv_token_s - growth
         root = elapsed_s / first if growth == 0 else (sqrt(first * first + 4 * growth * elapsed_s) - first) / (2 * growth)
         steps = max(1, ceil(root))
         # The root is exact up to rounding, so that at most one step has to be added or removed.
-        if steps > 1 and self.decode_run_s(batch, context_tokens, steps - 1) >= elapsed_s:
-            return steps - 1
-        return steps if self.decode_run_s(batch, context_tokens, steps) >= elapsed_s else steps + 1
+        if steps > 1 and (run_s := self.decode_run_s(batch, context_tokens, steps - 1)) >= elapsed_s:
+            return steps - 1, run_s
+        if (run_s := self.decode_run_s(batch, context_tokens, steps)) >= elapsed_s:
+            return steps, run_s
+        return steps + 1, self.decode_run_s(batch, context_tokens, steps + 1)
 
     def base_s(self, decodes: int, prefill_tokens: int) -> float:
         """Seconds for an iteration of the whole model without its overhead, reads of KV cache and attention of prefills."""

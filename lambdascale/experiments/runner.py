@@ -33,7 +33,7 @@ from lambdascale.experiments.folder import (
 from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
 from lambdascale.experiments.setups import simulated_setup
-from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, WorkLimit, check_requests
+from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_requests
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimConfig
@@ -172,9 +172,7 @@ def drive_experiment(
         observers: list[Observer] = [recorder]
         if progress.visible:
             observers.append(progress)
-        if isinstance(experiment.backend, SimConfig):
-            observers.append(WorkLimit(max_events))
-        drive(system, backend, observers)
+        drive(system, backend, observers, max_events=max_events if isinstance(experiment.backend, SimConfig) else None)
         # Only now: a run that ends with an error says nothing else.
         if cut:
             print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)

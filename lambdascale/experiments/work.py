@@ -1,4 +1,4 @@
-"""Bound on the work of a simulation: estimated before any of it is done, and counted while it is.
+"""Bound on the work of a simulation, estimated before any of it is done; ``drive`` counts while it is.
 
 The estimate is a lower bound, so that it refuses nothing that would have been done within the bound. What no estimate sees, a
 system that never comes to rest for instance, ends by the count.
@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
-from lambdascale.core.commands import Command
-from lambdascale.core.events import Event
 from lambdascale.core.timing import ComputeModel
 
 if TYPE_CHECKING:
@@ -28,26 +26,6 @@ EVENTS_PER_REQUEST = 4
 _EVENTS_PER_MODEL = 100
 # 30 years: up to here, a time in seconds is exact to a tenth of a microsecond.
 _LAST_S = 1e9
-
-
-class WorkLimit:
-    """Observer that ends a run at its ``most``-th event."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-        self._most = most
-
-    def on_event(self, event: Event) -> None:
-        """Count; UserError beyond the limit."""
-        self._left -= 1
-        if self._left < 0:
-            raise UserError(
-                f"the simulation has had max_events={self._most} events at {event.at:g} s and has not ended: "
-                "make it smaller, or raise max_events"
-            )
-
-    def on_command(self, at: float, command: Command) -> None:
-        """Ignore commands: each follows an event."""
 
 
 def check_size(cluster: ClusterSpec, model: ModelSpec, system: SystemConfig, model_count: int, most: int) -> None:

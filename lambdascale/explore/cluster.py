@@ -67,15 +67,15 @@ class _Paced(ComputeModel):
         """See ComputeModel."""
         return self._pace() * super().decode_run_s(batch, context_tokens, steps)
 
-    def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
+    def decode_steps_by(self, batch: int, context_tokens: int, elapsed_s: float) -> tuple[int, float]:
         """See ComputeModel."""
         pace = self._pace()
         if pace == 1.0:
             return super().decode_steps_by(batch, context_tokens, elapsed_s)
         steps = 1
-        while self.decode_run_s(batch, context_tokens, steps) < elapsed_s:
+        while (run_s := self.decode_run_s(batch, context_tokens, steps)) < elapsed_s:
             steps += 1
-        return steps
+        return steps, run_s
 
 
 class FaultyCluster(Instances):

@@ -100,6 +100,7 @@ class SimBackend:
         self._limits = batching
         self._models = {model.name: model for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
+        self._timings: dict[tuple[NodeId, str], ComputeModel] = {}
         self._ports: dict[NodeId, dict[str, ComputePort]] = {node: {} for node in range(cluster.nodes)}
         self._taken = Counter[NodeId]()  # by collectives
         self.kernel = Kernel()
@@ -171,10 +172,7 @@ class SimBackend:
         self._transfers.cancel(command.transfer_id)
 
     def _set_timer(self, command: SetTimer) -> None:
-        self.kernel.at(command.at, self._timer_fired, command.timer_id)
-
-    def _timer_fired(self, timer_id: int) -> None:
-        self._events.append(TimerFired(self.kernel.now, timer_id))
+        self.kernel.at(command.at, self._events.append, TimerFired(command.at, command.timer_id))
 
     def _serve(self, command: Serve) -> None:
         if self._lost.isdisjoint(stage.node for stage in command.stages):
@@ -209,20 +207,23 @@ class SimBackend:
 
     def _timing(self, model: ModelSpec, node: NodeId) -> ComputeModel:
         """Nodes of one kind share a compute model."""
-        key = self._cluster.node(node), model.name
-        if key not in self._compute:
-            self._compute[key] = ComputeModel(key[0], model)
-        return self._compute[key]
+        timing = self._timings.get((node, model.name))
+        if timing is None:
+            kind = self._cluster.node(node), model.name
+            if kind not in self._compute:
+                self._compute[kind] = ComputeModel(kind[0], model)
+            timing = self._timings[node, model.name] = self._compute[kind]
+        return timing
 
     def _dispatch(self, command: Dispatch) -> None:
         # An instance may be lost before the control plane has seen the event; it restarts the requests when it does.
-        if command.instance in self._instances:
+        instance = self._instances.get(command.instance)
+        if instance is not None:
             # A request that is not of the workload's is answered up to its limit.
             ends = self._answer_tokens
-            works = [
-                BatchedRequest(r.request_id, r.prompt_tokens, ends.get(r.request_id, r.max_tokens)) for r in command.requests
-            ]
-            self._instances[command.instance].take(works)
+            instance.take(
+                [BatchedRequest(r.request_id, r.prompt_tokens, ends.get(r.request_id, r.max_tokens)) for r in command.requests]
+            )
 
     def _repartition(self, command: Repartition) -> None:
         instance = self._instances.get(command.instance)

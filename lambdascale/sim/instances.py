@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import NodeId, Stage
@@ -25,7 +24,7 @@ Emit = Callable[[TokensProduced | RequestFinished | RequestPreempted], None]
 CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Surroundings:
     """The cluster as an instance sees it. ``timing``: the compute model of each node for the instance's model.
 
@@ -109,7 +108,8 @@ class _Batch:
         """See Run."""
         layout, iteration = self.under_way, self.iteration
         assert layout is not None, "an iteration is under way"
-        self._began_s, self._pace = self._instance.kernel.now, pace
+        self._began_s = self._instance.kernel.now
+        self._pace = pace
         self._timing = timing = layout.timings[self.position]
         if layout.single and not iteration.prefills:
             return pace * timing.decode_run_s(iteration.decodes, iteration.context_tokens, self.steps)
@@ -128,16 +128,16 @@ class _Batch:
         """See Run."""
         if self.steps <= 1:
             return None
-        steps = self._steps_by_now()
+        steps, run_s = self._steps_by_now()
         if steps >= self.steps:
             return None
-        self.steps, iteration = steps, self.iteration
-        return self._pace * self._timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+        self.steps = steps
+        return self._pace * run_s
 
-    def _steps_by_now(self) -> int:
-        elapsed, iteration = (self._instance.kernel.now - self._began_s) / self._pace, self.iteration
-        steps = self._timing.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed)
-        return steps if steps < self.steps else self.steps
+    def _steps_by_now(self) -> tuple[int, float]:
+        """Return the steps up to the end of the one under way, and the seconds that so many take alone."""
+        iteration, elapsed_s = self.iteration, (self._instance.kernel.now - self._began_s) / self._pace
+        return self._timing.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed_s)
 
     def end(self) -> None:
         """See Run."""
@@ -155,7 +155,7 @@ class _Batch:
         assert self.under_way is not None, "an iteration is under way"
         if not self.under_way.single or self.iteration.prefills:
             return
-        done = self._steps_by_now() - 1
+        done = min(self._steps_by_now()[0], self.steps) - 1
         if done:
             self._instance.keep(self, done)
 
@@ -237,29 +237,40 @@ class SimInstance:
 
         Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
         """
-        layout, batches, begin = self._layout, self._batches, self._after_last
-        for index in chain(range(begin, len(batches)), range(min(begin, len(batches)))):
-            batch = batches[index]
-            if batch.under_way is not None or batch.blocked:
-                continue
-            iteration = batch.scheduler.schedule()
-            if iteration is None:
-                continue
+        batches, begin = self._batches, self._after_last
+        if len(batches) == 1:
+            batch = batches[0]
+            if not self._begins(batch):
+                return None
+            self._after_last = 1
+        else:
+            order = [*range(begin, len(batches)), *range(min(begin, len(batches)))]
+            index = next((index for index in order if self._begins(batches[index])), None)
+            if index is None:
+                return None
+            self._after_last, batch = index + 1, batches[index]
+            if self._look_for_work():
+                return batch
+        if alone and not batch.fixed:
+            batch.steps = batch.iteration.max_steps
+        return batch
+
+    def _begins(self, batch: _Batch) -> bool:
+        """Form the next iteration of a batch that is between two iterations; False if it has none."""
+        if batch.under_way is not None or batch.blocked:
+            return False
+        iteration = batch.scheduler.schedule()
+        if iteration is None:
+            return False
+        if iteration.preempted:
             for work in iteration.preempted:
                 self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
-            self._after_last = index + 1
-            batch.under_way = layout
-            batch.iteration = iteration
-            batch.position = 0
-            batch.steps = 1
-            single = layout.single
-            batch.fixed = not single
-            if len(batches) > 1 and self._look_for_work():
-                return batch
-            if alone and single:
-                batch.steps = iteration.max_steps
-            return batch
-        return None
+        batch.under_way = layout = self._layout
+        batch.iteration = iteration
+        batch.position = 0
+        batch.steps = 1
+        batch.fixed = not layout.single
+        return True
 
     def hop(self, batch: _Batch, end_s: float) -> None:
         """Hand an iteration to its next stage, or its tokens back to the first, the hop's latency after ``end_s``."""

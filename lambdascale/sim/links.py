@@ -109,16 +109,15 @@ class LinkNetwork:
         flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights)
         flow.settled_s = self._kernel.now
         alone = True
-        rate = cap
         for port in ports:
             if port.flows:
                 alone = False
-            if port.bytes_per_s < rate:
-                rate = port.bytes_per_s
             port.flows[flow_id] = flow
         if alone:
-            if weights is not None:
-                rate = min(cap, *(port.bytes_per_s / weight for port, weight in zip(ports, weights, strict=True)))
+            rate = cap
+            for port, weight in _weights(flow):
+                if port.bytes_per_s / weight < rate:
+                    rate = port.bytes_per_s / weight
             self._grant(flow, rate)
         else:
             self._share(ports)

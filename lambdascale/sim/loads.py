@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from math import inf
 
 from msgspec import Struct
@@ -22,25 +21,37 @@ Deliver = Callable[[int, NodeId, str, int], None]
 
 
 class Step(Struct, frozen=True):
-    """``size_bytes`` over ``ports``, at most ``cap`` bytes/s fast; afterwards ``block`` is in GPU memory, if it names one."""
+    """``size_bytes`` over ``ports``, at most ``cap`` bytes/s fast; afterwards ``block`` is in GPU memory, if it names one.
+
+    ``weights``: see Flow.
+    """
 
     ports: tuple[Port, ...]
     size_bytes: float
     cap: float
+    weights: tuple[float, ...] | None
     block: int | None
 
 
 def load_steps(command: LoadBlocks, fabric: Fabric) -> deque[Step]:
     """Return the steps of a load from host, SSD or remote store, in order; UserError if the cluster has no such tier."""
     pcie = fabric.port("pcie", command.node)
+    # In bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
+    goodput = None if command.tier == "remote" else fabric.cluster.rdma_efficiency
     sizes = [(block, float(command.block_bytes[block])) for block in command.blocks]
+
+    def step(ports: tuple[Port, ...], size: float, cap: float, block: int | None) -> Step:
+        if goodput is None:
+            return Step(ports, size, cap, None, block)
+        return Step(ports, size / goodput, inf, (goodput,) * len(ports), block)
+
     if command.tier == "host":
-        return deque(Step((pcie,), size, inf, block) for block, size in sizes)
+        return deque(step((pcie,), size, inf, block) for block, size in sizes)
     storage, cap = _storage(command, fabric)
     if command.loader == "pipelined":
-        return deque(Step((storage, pcie), size, cap, block) for block, size in sizes)
-    whole = Step((storage,), sum(size for _, size in sizes), cap, None)
-    return deque([whole, *(Step((pcie,), size, inf, block) for block, size in sizes)])
+        return deque(step((storage, pcie), size, cap, block) for block, size in sizes)
+    whole = step((storage,), sum(size for _, size in sizes), cap, None)
+    return deque([whole, *(step((pcie,), size, inf, block) for block, size in sizes)])
 
 
 def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
@@ -58,6 +69,7 @@ class Load(FlowGroup):
     def __init__(self, command: LoadBlocks, fabric: Fabric, deliver: Deliver, on_end: Callable[[int], None]) -> None:
         super().__init__()
         self._command = command
+        self._nodes = (command.node,)
         self._left = set(command.blocks)
         self._fabric = fabric
         self._deliver = deliver
@@ -76,18 +88,13 @@ class Load(FlowGroup):
 
     def _next(self) -> None:
         if self._steps:
-            step, node = self._steps.popleft(), (self._command.node,)
-            if self._command.tier == "remote":
-                self._fabric.flow(self, node, step.ports, step.size_bytes, partial(self._stepped, step), step.cap)
-                return
-            # In bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
-            goodput = self._fabric.cluster.rdma_efficiency
-            weights = (goodput,) * len(step.ports)
-            self._fabric.flow(self, node, step.ports, step.size_bytes / goodput, partial(self._stepped, step), weights=weights)
+            step = self._steps[0]
+            self._fabric.flow(self, self._nodes, step.ports, step.size_bytes, self._stepped, step.cap, step.weights)
         else:
             self._on_end(self._command.transfer_id)
 
-    def _stepped(self, step: Step) -> None:
+    def _stepped(self) -> None:
+        step = self._steps.popleft()
         if step.block is not None:
             self._arrived(step.block)
         self._next()
@@ -99,5 +106,5 @@ class Load(FlowGroup):
     def _arrived(self, block: int) -> None:
         command = self._command
         self._left.discard(block)
-        if not self.cancelled and self._fabric.alive((command.node,)):
+        if not self.cancelled and self._fabric.alive(self._nodes):
             self._deliver(command.transfer_id, command.node, command.model, block)

@@ -173,7 +173,12 @@ class TransferEngine:
     def _arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         """Hand an arrival on, and let transfers go on whose source waited for the block at ``node``."""
         self._held[model, node].add(block)
-        for join in [j for j in self._joins if node in j.joined and j.command.model == model] if self._joins else ():
+        if self._joins:
+            self._pass_on(node, model, block)
+        self._deliver(transfer_id, node, model, block)
+
+    def _pass_on(self, node: NodeId, model: str, block: int) -> None:
+        for join in [j for j in self._joins if node in j.joined and j.command.model == model]:
             join.members[node].held.add(block)
             if not join.begun:
                 continue
@@ -182,7 +187,6 @@ class TransferEngine:
             elif join.stalled is not None:
                 index, join.stalled = join.stalled, None
                 self._run_round((join, index))
-        self._deliver(transfer_id, node, model, block)
 
     def _begin_collective(self, transfer: _Multicast) -> None:
         plan = transfer.command.plan

@@ -36,8 +36,8 @@ def test_a_run_of_decodes_is_the_sum_of_its_iterations(compute: ComputeModel, ba
 
 @given(batch=st.integers(1, 64), context=st.integers(1, 100_000), elapsed=st.floats(1e-6, 100.0))
 def test_steps_by_is_the_smallest_that_reaches(batch: int, context: int, elapsed: float) -> None:
-    steps = MODEL.decode_steps_by(batch, context, elapsed)
-    assert MODEL.decode_run_s(batch, context, steps) >= elapsed
+    steps, run_s = MODEL.decode_steps_by(batch, context, elapsed)
+    assert run_s == MODEL.decode_run_s(batch, context, steps) >= elapsed
     assert steps == 1 or MODEL.decode_run_s(batch, context, steps - 1) < elapsed
 
 
