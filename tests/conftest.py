@@ -11,7 +11,9 @@ torch's threads wait asleep: by default they spin, and on a busy machine that ma
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import Phase, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
@@ -20,3 +22,23 @@ settings.register_profile("steady", derandomize=True, database=None)
 settings.register_profile("explore", derandomize=False)
 settings.register_profile("mutation", derandomize=True, database=None, phases=(Phase.explicit, Phase.generate))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+# Files that take longest, longest first: two workers (.ci/run) begin with these, so that neither is left with one at the end.
+LONGEST = (
+    "rdma/test_softroce.py",
+    "conf/test_configurations.py",
+    "conformance/test_systems.py",
+    "inference/test_real_model.py",
+    "docs/test_docs.py",
+    "inference/test_token_exactness.py",
+    "runs/test_launchers.py",
+    "unit/test_studies.py",
+    "unit/test_figures.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; the others, and the tests of each file, in their order."""
+    folder = Path(__file__).parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
