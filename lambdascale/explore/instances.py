@@ -36,7 +36,7 @@ class Instances(Messages):
         self._served: dict[int, Serve] = {}
         self._stages: dict[int, set[NodeId]] = {}
         self._stranded: dict[int, _Works] = {}
-        self._switching: dict[int, tuple[NodeId, dict[int, int]]] = {}  # switches whose head is lost: head, request -> target
+        self._switching: dict[int, tuple[NodeId, dict[int, int]]] = {}  # lost handovers: head, request -> target
         self._cut: set[frozenset[NodeId]] = set()  # pairs of living nodes that have lost their connection
         self._copying: dict[int, tuple[frozenset[NodeId], BatchedRequest, int]] = {}
 

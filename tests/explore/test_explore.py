@@ -7,9 +7,10 @@ import re
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.core.events import BlockArrived, Event, NodeJoined, NodeLost
+from lambdascale.core.events import BlockArrived, ConnectionLost, Event, NodeJoined, NodeLost
 from lambdascale.explore import run as running
 from lambdascale.explore.explorer import Tally, explore, try_seed
+from lambdascale.explore.faults import Cut, Trigger, pair
 from lambdascale.explore.invariants import INVARIANTS
 from lambdascale.explore.run import Outcome, run
 from lambdascale.explore.scenario import draw, presets
@@ -120,6 +121,44 @@ def test_a_lost_node_sends_no_news_until_it_joins_anew() -> None:
             elif isinstance(entry, BlockArrived):
                 assert entry.node not in away
     assert away_at_all > 5
+
+
+def test_a_cut_connection_is_told_of_living_nodes_and_after_it_was_made_again() -> None:
+    """The other contract: a connection of a node that is lost meanwhile is its loss, and nothing else."""
+    told = 0
+    for seed in range(80):
+        cuts: list[tuple[int, int]] = []
+
+        def struck(at: float, what: str, cuts: list[tuple[int, int]] = cuts) -> None:
+            match = re.match(r"nodes (\d+) and (\d+) lose their connection", what)
+            if match:
+                cuts.append((int(match[1]), int(match[2])))
+
+        recorder, away = Recorder(), set[int]()
+        run(draw(seed), observers=(recorder,), struck=struck)
+        for _, entry in recorder.entries:
+            if isinstance(entry, NodeLost):
+                away.add(entry.node)
+            elif isinstance(entry, NodeJoined):
+                away.discard(entry.node)
+            elif isinstance(entry, ConnectionLost):
+                told += 1
+                cuts.remove((entry.node, entry.peer))  # each once
+                assert away.isdisjoint((entry.node, entry.peer))
+    assert told > 10
+
+
+@pytest.mark.parametrize(
+    ("near", "nodes", "found"),
+    [
+        ((), 1, {0}),  # nobody else
+        ((), 4, {2, 1}),
+        ((5, 6, 7), 8, {7, 6}),  # both among the trigger's
+        ((5,), 8, {5, 1}),  # the other one is anybody
+    ],
+)
+def test_the_ends_of_a_cut_connection(near: tuple[int, ...], nodes: int, found: set[int]) -> None:
+    assert pair(Cut(Trigger("Serve", 1), pick=2, near=bool(near), other=1), near, nodes) == found
 
 
 def test_scenarios_differ_and_a_system_may_be_chosen() -> None:

@@ -27,14 +27,27 @@ from types import FrameType
 
 from lambdascale.live.serving.text import Text
 from lambdascale.testing.reliability import Row, add_row
-from tests.fuzz.surfaces import BATCH, Surface, surfaces
+from tests.fuzz.strangers import Frames, Handshakes, Http
+from tests.fuzz.surfaces import BATCH, AgentLine, Controller, Peers, Surface
 from tests.live.harness import pack_tiny
 
 # Address space beyond what is in use when the first message comes, and growth of the resident memory that counts as absurd.
 ROOM_BYTES = 1 << 30
-MOST_GROWTH_BYTES = 512 << 20
-LARGEST_BYTES = 1 << 20
+MOST_GROWTH_BYTES = 128 << 20
 PATIENCE_S = 30.0
+
+
+def surfaces(text: Text) -> list[tuple[Surface, float]]:
+    """Return all surfaces, each with its share of the messages."""
+    return [
+        (Controller(), 0.30),
+        (AgentLine(), 0.15),
+        (Peers(), 0.15),
+        (Frames(), 0.15),
+        (Handshakes(), 0.10),
+        (Http(text, whole=False), 0.10),
+        (Http(text, whole=True), 0.05),
+    ]
 
 
 class Hang(BaseException):
@@ -62,7 +75,7 @@ def mutants(surface: Surface, seed: int, numbers: range) -> Iterator[tuple[int, 
     mutate, corpus = surface.mutator(rng), surface.corpus
     for number in numbers:
         rng.seed((seed << 40) + number)
-        yield number, mutate(rng.choice(corpus), rng.choice(corpus))[:LARGEST_BYTES]
+        yield number, mutate(rng.choice(corpus), rng.choice(corpus))
 
 
 def attack(surface: Surface, seed: int, numbers: range) -> Tally:

@@ -22,6 +22,7 @@ _PROMISES = (
 )
 _LEVELS = (b"\x91", b"\x81\xa1a", b"[", b'{"a":')
 _DEPTHS = (3, 200, 2000, 50_000)
+LARGEST_BYTES = 1 << 20
 
 
 class Mutator:
@@ -34,14 +35,14 @@ class Mutator:
         self._changes = (self._flip, self._cut, self._splice, self._overwrite, self._insert, self._repeat)
 
     def __call__(self, data: bytes, other: bytes) -> bytes:
-        """Return ``data`` changed in one to three places; parts of ``other``, another message, may be in it."""
+        """Return ``data`` changed in one to three places, 1 MiB at most; parts of ``other``, another message, may be in it."""
         rng = self._rng
         if self._decode is not None and self._encode is not None and rng.random() < 0.5:
             data = self._encode(self._swapped(self._decode(data), self._decode(other)))
             if rng.random() < 0.7:
                 return data
         for _ in range(rng.randint(1, 3)):
-            data = rng.choice(self._changes)(data, other)
+            data = rng.choice(self._changes)(data, other)[:LARGEST_BYTES]
         return data
 
     # -- bytes -------------------------------------------------------------------------------------------------------

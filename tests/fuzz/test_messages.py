@@ -13,7 +13,8 @@ import pytest
 from tests.fuzz import messages
 from tests.fuzz.messages import attack, bounded, main
 from tests.fuzz.mutations import Mutator, of_bytes, of_json, of_msgpack
-from tests.fuzz.surfaces import BATCH, Controller, Frames
+from tests.fuzz.strangers import Frames
+from tests.fuzz.surfaces import BATCH, Controller
 
 
 def test_some_thousand_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

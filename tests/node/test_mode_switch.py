@@ -198,6 +198,17 @@ def test_kv_that_a_stopped_pipeline_will_not_send_is_not_waited_for() -> None:
     assert len(cluster.nodes[0]._inbox) == 0
 
 
+def test_a_handover_after_its_pipeline_was_stopped_waits_for_nothing() -> None:
+    cluster, ticket = waiting_replica()
+    cluster.nodes[0].stop(4)
+    cluster.nodes[0].step()
+    feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))
+    assert resumed(cluster) == [wire.Resumed(5, {1: tuple(ticket.output)})]
+    cluster.run()
+    cluster.check()
+    assert len(cluster.nodes[0]._inbox) == 0
+
+
 def test_the_loss_of_another_node_changes_nothing() -> None:
     cluster, ticket = waiting_replica()
     feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4))

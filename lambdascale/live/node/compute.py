@@ -381,7 +381,7 @@ class Compute:
         for ticket in fresh:
             if ticket.request_id not in waiting:
                 self._add(instance, ticket)
-        outputs = {t.request_id: tuple(t.output) if t in fresh else () for t in message.tickets}
+        outputs = {t.request_id: () for t in message.tickets} | {t.request_id: tuple(t.output) for t in fresh}
         self._report(wire.Resumed(message.instance, outputs, waiting))
         for ticket in message.tickets:
             self._complete_kv(instance, ticket.request_id)

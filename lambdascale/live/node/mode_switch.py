@@ -101,8 +101,8 @@ class KvInbox:
         return waiting
 
     def _expect(self, message: wire.Handover, ticket: Ticket) -> bool:
-        """Wait for a request's KV; False if it cannot come any more, because a node that has parts of it is lost."""
-        if self._lost.intersection(message.sources):
+        """Wait for a request's KV; False if it cannot come any more: a node that has parts is lost, or the pipeline stopped."""
+        if message.pipeline in self._stopped or self._lost.intersection(message.sources):
             self._expected.pop((message.instance, ticket.request_id), None)
             return False
         expected = self._expected.setdefault((message.instance, ticket.request_id), _Expected(message.pipeline))
