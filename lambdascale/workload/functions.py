@@ -146,7 +146,7 @@ class AzureFunctions2019(FunctionsTrace):
     within_minute: Literal["random", "even"] = "random"
     duration_s: float | None = 1800.0
 
-    how_to_get: ClassVar[str] = " (docs/experiments.md says where its archive is)"
+    how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py functions_2019 downloads its archive, to be unpacked)"
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -209,7 +209,7 @@ class AzureFunctions2021(FunctionsTrace):
     and its name in that.
     """
 
-    how_to_get: ClassVar[str] = " (docs/experiments.md says where its archive is)"
+    how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py functions_2021 downloads its archive, to be unpacked)"
 
     def _read(self, path: str) -> pa.Table:
         numbers = {"end_timestamp": pa.float64(), "duration": pa.float64()}
