@@ -42,7 +42,7 @@ class RecordedRun(WindowedWorkload):
     max_output_tokens: int | None = None
 
     records_limits: ClassVar[bool] = True
-    how_to_get: ClassVar[str] = ", the folder of a run such as results/raw/NAME/RUN"
+    how_to_get: ClassVar[str] = " (the folder of a run, such as results/raw/NAME/RUN)"
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -121,7 +121,7 @@ class RecordedRun(WindowedWorkload):
         if missing := [name for name in recorded if name not in models]:
             raise TraceError(
                 f"{self.path}: the run served {shown(missing[0])}, this one has {', '.join(models)} "
-                "(workload.match_models=order takes them in order)"
+                "(workload=run workload.match_models=order takes them in order)"
             )
         return np.array([models.index(name) for name in recorded], dtype=np.int64)[columns.trace_model]
 

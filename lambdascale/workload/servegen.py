@@ -84,7 +84,7 @@ class ServeGenClients(WindowedWorkload):
     clients: int | None = None
     popularity: Literal["first", "zipf"] = "zipf"
 
-    how_to_get: ClassVar[str] = ", a folder of github.com/alibaba/ServeGen such as data/language/m-small"
+    how_to_get: ClassVar[str] = " (a folder of github.com/alibaba/ServeGen, such as data/language/m-small)"
 
     def __post_init__(self) -> None:
         """Check types and ranges."""

@@ -117,7 +117,7 @@ def test_a_window_keeps_the_time_before_its_first_arrival(tmp_path: Path) -> Non
 
 def test_other_models(tmp_path: Path) -> None:
     path = table(tmp_path, answer_tokens=[8, 6])
-    with pytest.raises(TraceError, match=r"the run served 'a', this one has x, y \(workload.match_models=order"):
+    with pytest.raises(TraceError, match=r"the run served 'a', this one has x, y \(workload=run workload.match_models=order"):
         RecordedRun(path=path).requests(models=["x", "y"], seed=0)
     assert [r.model for r in RecordedRun(path=path, match_models="order").requests(models=["x", "y"], seed=0)] == ["y", "x"]
 
@@ -141,6 +141,6 @@ def test_damaged_tables(tmp_path: Path, columns: dict[str, list[Any]], complaint
 
 def test_places_that_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
-    for place, complaint in ((tmp_path, "no such file, the folder of a run"), (tmp_path / "x", "cannot read")):
+    for place, complaint in ((tmp_path, r"no such file \(the folder of a run"), (tmp_path / "x", "cannot read")):
         with pytest.raises(TraceError, match=complaint):
             RecordedRun(path=str(place)).requests(models=["a"], seed=0)
