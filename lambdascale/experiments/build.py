@@ -16,7 +16,7 @@ from lambdascale.core.checks import shown
 from lambdascale.experiments.work import check_size
 from lambdascale.metrics import Slo
 from lambdascale.sim import SimConfig
-from lambdascale.workload import ShapedWorkload
+from lambdascale.workload import RecordedRun, ShapedWorkload
 
 if TYPE_CHECKING:
     from lambdascale.live.config import LiveConfig
@@ -58,11 +58,19 @@ def build(config: DictConfig) -> Experiment:
         system=system,
         configured=models,
         cluster=cluster,
-        workload=_instance(config, "workload", ShapedWorkload),
+        workload=_workload(config),
         backend=_backend(config, system),
         logger=instantiate(config.logger, _convert_="all"),
         slo=_slo(config, tuple(model.name for model in models)),
     )
+
+
+def _workload(config: DictConfig) -> ShapedWorkload:
+    if config.replay is not None:
+        return RecordedRun(path=config.replay)
+    workload = _instance(config, "workload", ShapedWorkload)
+    assert isinstance(workload, ShapedWorkload), "checked when it was made"
+    return workload
 
 
 def _slo(config: DictConfig, models: tuple[str, ...]) -> Slo | None:

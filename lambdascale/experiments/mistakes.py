@@ -26,6 +26,8 @@ def user_message(error: BaseException) -> str | None:
             return one_line(str(cause))
     ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
     message = one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours)))
+    if "RecordedRun.__init__" in message:
+        message += " (settings of an experiment for its own workload: replay=FOLDER takes their place, workload=run does not)"
     now = next((f" ({name} is now {setting})" for name, setting in _FORMER.items() if name in message), "")
     return f"{message}{now}" if message else None
 

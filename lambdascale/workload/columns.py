@@ -12,6 +12,7 @@ from lambdascale.core import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Objects = NDArray[np.object_]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

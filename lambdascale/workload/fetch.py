@@ -43,12 +43,18 @@ _AZURE_2024 = "https://azurepublicdatasettraces.blob.core.windows.net/azurellmin
 _AZURE_LICENCE = "CC-BY-4.0, Microsoft (Azure/AzurePublicDataset)"
 _BURSTGPT = "https://media.githubusercontent.com/media/HPMLL/BurstGPT"
 _BURSTGPT_LICENCE = "CC-BY-4.0, Wang et al. (HPMLL/BurstGPT)"
+_BURSTGPT_3 = "https://github.com/HPMLL/BurstGPT/releases/download/v2.0/BurstGPT_3.csv"
+_BAILIAN = "https://media.githubusercontent.com/media/alibaba-edu/qwen-bailian-usagetraces-anon/main"
+_BAILIAN_LICENCE = "Apache-2.0, Alibaba (alibaba-edu/qwen-bailian-usagetraces-anon)"
+_FUNCTIONS_2019 = "https://azurecloudpublicdataset2.blob.core.windows.net/azurepublicdatasetv2/azurefunctions_dataset2019"
+_FUNCTIONS_2021 = "https://github.com/Azure/AzurePublicDataset/raw/master/data"
 _MOONCAKE = "https://raw.githubusercontent.com/kvcache-ai/Mooncake/main/FAST25-release/traces"
 _MOONCAKE_LICENCE = "Apache-2.0, Moonshot AI (kvcache-ai/Mooncake)"
 _AUTHORS = "https://raw.githubusercontent.com/lambda-scale/lambda-scale/9db210fcb6979f7c1f73f9819a77e0edb6c5e343/lambda-scale"
 _AUTHORS_LICENCE = "MIT (lambda-scale/lambda-scale)"
 
-#: BurstGPT's digests are those of its repository's Git LFS pointers, at the commits in the URLs.
+#: BurstGPT's digests are those of its repository's Git LFS pointers, at the commits in the URLs; the third part's is one that
+#: others published.
 REGISTRY: Mapping[str, TraceSource] = {
     "lambdascale_30min": TraceSource(
         url=f"{_AUTHORS}/test/trace_0.txt",
@@ -99,6 +105,33 @@ REGISTRY: Mapping[str, TraceSource] = {
         sha256="56193aa9b2bb26128ded43d2d29a960df6bf5af062bcfc9b005f3fcaa4e6e501",
         licence=_BURSTGPT_LICENCE,
         about="second two months, failures removed, 3.8 M requests (142 MB); read by workload=burstgpt",
+    ),
+    "burstgpt_3": TraceSource(
+        url=_BURSTGPT_3,
+        sha256="2299986a07388aa303ec2c41d1131e756db650a39ed6ef9dfe7cc3d7f9a43b8f",
+        licence=_BURSTGPT_LICENCE,
+        about="third part, with sessions and failures, 5.3 M requests (232 MB); read by workload=burstgpt_sessions",
+    ),
+    **{
+        f"bailian_{kind}": TraceSource(
+            url=f"{_BAILIAN}/qwen_trace{part}_blksz_16.jsonl",
+            sha256=None,
+            licence=_BAILIAN_LICENCE,
+            about=f"Qwen on Bailian, {about}, two hours; read by workload=bailian",
+        )
+        for kind, part, about in (("chat", "A", "users' chats"), ("api", "B", "calls of programs"))
+    },
+    "functions_2019": TraceSource(
+        url=f"{_FUNCTIONS_2019}/azurefunctions-dataset2019.tar.xz",
+        sha256=None,
+        licence=_AZURE_LICENCE,
+        about="Azure Functions, 14 days of 2019, an archive: unpack it; its days are read by workload=functions_2019",
+    ),
+    "functions_2021": TraceSource(
+        url=f"{_FUNCTIONS_2021}/AzureFunctionsInvocationTraceForTwoWeeksJan2021.rar",
+        sha256=None,
+        licence=_AZURE_LICENCE,
+        about="Azure Functions, two weeks of 2021, an archive: unpack it; read by workload=functions_2021",
     ),
     **{
         f"mooncake_{kind}": TraceSource(

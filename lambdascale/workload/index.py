@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lambdascale.core import UserError
@@ -35,7 +36,7 @@ class Stored(Protocol):
     notes: Notes
 
     def between(self, low: float, high: float) -> pa.Table:
-        """Requests from ``low`` to ``high`` ticks, both included, in the order of the file; others may be among them."""
+        """Requests from ``low`` to ``high`` ticks, in the order of the file."""
         ...
 
 
@@ -47,8 +48,8 @@ class InMemory:
     table: pa.Table
 
     def between(self, low: float, high: float) -> pa.Table:
-        """All requests: the reader cuts its window anyway."""
-        return self.table
+        """Requests from ``low`` to ``high`` ticks, in the order of the file."""
+        return _cut(self.table, low, high)
 
 
 @dataclass
@@ -60,15 +61,20 @@ class Indexed:
     groups_read: int = 0
 
     def between(self, low: float, high: float) -> pa.Table:
-        """Requests of the row groups that reach into the range; UserError if the index is damaged."""
+        """Requests from ``low`` to ``high`` ticks, from the row groups that reach there; UserError if the index is damaged."""
         try:
             with pq.ParquetFile(self.path) as file:
                 ends = [file.metadata.row_group(at).column(0).statistics for at in range(file.metadata.num_row_groups)]
                 groups = [at for at, times in enumerate(ends) if times.max >= low and times.min <= high]
                 self.groups_read = len(groups)
-                return file.read_row_groups(groups).replace_schema_metadata()
+                return _cut(file.read_row_groups(groups).replace_schema_metadata(), low, high)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"the index {self.path} of a trace is damaged, delete it: {error!s:.100}") from error
+
+
+def _cut(table: pa.Table, low: float, high: float) -> pa.Table:
+    times = table["time"].cast(pa.float64(), safe=False)
+    return table.filter(pc.and_(pc.greater_equal(times, float(low)), pc.less_equal(times, float(high))))
 
 
 def stored(path: str, how_to_get: str, decoder: Decoder, key: str, *, skip: bool) -> Stored:

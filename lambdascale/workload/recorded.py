@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from lambdascale.core import TRACED_FAILURE, TraceError
 from lambdascale.core.checks import LARGEST, require, shown
 from lambdascale.workload.base import Provenance
-from lambdascale.workload.columns import Columns, Floats, Ints, Streams, natural_period_s
+from lambdascale.workload.columns import Bools, Columns, Floats, Ints, Streams, natural_period_s
 from lambdascale.workload.scan import opened
 from lambdascale.workload.shaping import check_count
 from lambdascale.workload.tracefile import Failures, WindowedWorkload
@@ -42,7 +42,7 @@ class RecordedRun(WindowedWorkload):
     max_output_tokens: int | None = None
 
     records_limits: ClassVar[bool] = True
-    how_to_get: ClassVar[str] = ", the folder of a run such as results/raw/NAME/RUN"
+    how_to_get: ClassVar[str] = " (the folder of a run, such as results/raw/NAME/RUN)"
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -78,7 +78,7 @@ class RecordedRun(WindowedWorkload):
         except (OSError, pa.ArrowInvalid) as error:
             raise TraceError(f"cannot read {file}: {error!s:.100}") from error
 
-    def _columns(self, table: pa.Table, file: str) -> tuple[Columns, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    def _columns(self, table: pa.Table, file: str) -> tuple[Columns, Bools]:
         """Requests in the order of the file, and True for those that are not to be served."""
         traced = np.zeros(table.num_rows, dtype=bool)
         if "failure" in table.column_names:
@@ -104,7 +104,7 @@ class RecordedRun(WindowedWorkload):
         )
         return columns, (columns.prompt_tokens == 0) | (columns.output_tokens == 0)
 
-    def _without(self, columns: Columns, failed: np.ndarray[tuple[int], np.dtype[np.bool_]], file: str) -> Columns:
+    def _without(self, columns: Columns, failed: Bools, file: str) -> Columns:
         if self.failures == "refuse":
             row = int(np.flatnonzero(failed)[0])
             raise TraceError(
@@ -121,7 +121,7 @@ class RecordedRun(WindowedWorkload):
         if missing := [name for name in recorded if name not in models]:
             raise TraceError(
                 f"{self.path}: the run served {shown(missing[0])}, this one has {', '.join(models)} "
-                "(workload.match_models=order takes them in order)"
+                "(workload=run workload.match_models=order takes them in order)"
             )
         return np.array([models.index(name) for name in recorded], dtype=np.int64)[columns.trace_model]
 

@@ -101,12 +101,12 @@ class TraceFile(WindowedWorkload):
         return table
 
     def _range(self, span: Span) -> tuple[float, float]:
-        """First and last tick of the window, and one more on each side, since the window itself is cut in seconds."""
+        """First and last tick of the window, and a second more on each side: the window itself is cut in seconds, exactly."""
         if self._moved:
             return -np.inf, np.inf
         per_s = TICKS_PER_S[self._unit]
-        low = span.first + self.start_s * per_s - 1
-        return low, np.inf if self.duration_s is None else low + self.duration_s * per_s + 2
+        low = span.first + (self.start_s - 1) * per_s
+        return low, np.inf if self.duration_s is None else low + (self.duration_s + 2) * per_s
 
     @property
     def _unit(self) -> TimeUnit:

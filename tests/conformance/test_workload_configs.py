@@ -25,6 +25,9 @@ SAMPLES = {
     "mooncake": '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [46]}\n',
     "timed_trace": '{"timestamp": 0.5, "input_length": 6955, "output_length": 52}\n',
     "arrivals": "0.0\n0.36\n",
+    "functions_2019": ",".join(["HashOwner", "HashApp", "HashFunction", "Trigger", *map(str, range(1, 1441))])
+    + "".join(f"\no,a,f{at},http" + ",1" * 1440 for at in (1, 2)),
+    "functions_2021": "app,func,end_timestamp,duration\na,f,10.5,0.5\na,g,12.0,0.25\n",
     "rate_series": "5\n0\n",
 }
 RECORDED = {"arrival_s": [1.0], "model": ["a"], "prompt_tokens": [5], "output_tokens": [7], "status": ["ok"], "max_tokens": [9]}
@@ -35,6 +38,10 @@ def config(name: str, tmp_path: Path) -> dict[str, Any]:
     assert isinstance(loaded, dict)
     if name == "run":
         pd.DataFrame(RECORDED).to_parquet(tmp_path / "requests.parquet")
+        loaded["path"] = str(tmp_path)
+    if name == "servegen":
+        (tmp_path / "chunk-1-trace.csv").write_text("0,1.0,1.0,Gamma,1.0,1.0\n")
+        (tmp_path / "chunk-1-dataset.json").write_text('{"0": {"input_tokens": "{9: 1.0}", "output_tokens": "{5: 1.0}"}}')
         loaded["path"] = str(tmp_path)
     if name in SAMPLES:
         (tmp_path / "sample").write_text(SAMPLES[name])
@@ -66,7 +73,7 @@ def test_a_config_yields_requests(name: str, tmp_path: Path) -> None:
     assert requests == workload.requests(models=["a", "b"], seed=7)
 
 
-@pytest.mark.parametrize("name", [*sorted(SAMPLES), "run"])
+@pytest.mark.parametrize("name", [*sorted(SAMPLES), "run", "servegen"])
 def test_a_reader_without_a_file_says_what_to_set(name: str, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"workload\.path=FILE") as caught:
         hydra.utils.instantiate({**config(name, tmp_path), "path": None})

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lambdascale.workload import ArrivalsTrace, AzureTrace, BurstGptTrace, MooncakeTrace, RateSeriesWorkload
+from lambdascale.workload import ArrivalsTrace, AzureFunctions2021, AzureTrace, BurstGptTrace, MooncakeTrace, RateSeriesWorkload
 from tests.fuzz.outcome import ends_well
 
 EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "60")
@@ -29,6 +29,7 @@ MOST = 10_000
 HEADS = {
     AzureTrace: "TIMESTAMP,ContextTokens,GeneratedTokens",
     BurstGptTrace: "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type",
+    AzureFunctions2021: "app,func,end_timestamp,duration",
     ArrivalsTrace: "# times",
     RateSeriesWorkload: "# rates",
 }
@@ -42,6 +43,7 @@ CELLS = st.sampled_from(
 VALID = {
     AzureTrace: ("2023-11-16 18:15:46.6805900", "374", "44"),
     BurstGptTrace: ("5", "ChatGPT", "472", "18", "490", "API log"),
+    AzureFunctions2021: ("a", "f", "5.5", "0.5"),
     ArrivalsTrace: ("0.36",),
     RateSeriesWorkload: ("0.5",),
 }
@@ -72,6 +74,8 @@ OPTIONS = st.fixed_dictionaries(
         "block_tokens": st.sampled_from((None, 1, 512)),
         "spread_within_second": st.booleans(),
         "log_type": st.sampled_from((None, "API log")),
+        "assign": st.sampled_from(("busiest", "sample", "round_robin")),
+        "arrivals": st.sampled_from(("trace", "gamma")),
         "requests_per_arrival": st.sampled_from((1, 3, 10**9)),
         "start_s": st.sampled_from((0.0, 1.5, 1e9)),
         "duration_s": st.sampled_from((None, 0.0, 1.0, 1e15)),

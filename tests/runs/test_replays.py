@@ -12,6 +12,7 @@ import pytest
 
 from lambdascale.core import TRACED_FAILURE, TraceError
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.runner import run
 from lambdascale.workload import RecordedRun
 
@@ -55,6 +56,15 @@ def test_to_the_digit(tmp_path: Path, setting: list[str]) -> None:
     check_same(first, second)
     assert (summary(first)["requests"]["failed"] > 0) == ("cluster.nodes=2" in setting)
     check_same(first, made(tmp_path, "third", "workload=run", f"workload.path={second / 'requests.parquet'}", *others))
+
+
+def test_an_experiment_whose_workload_is_rescaled(tmp_path: Path) -> None:
+    """The settings of its workload are for another trace: they do not rescale what is recorded."""
+    first = made(tmp_path, "first", "experiment=quickstart", "workload.duration_s=300")
+    check_same(first, made(tmp_path, "second", "experiment=quickstart", f"replay={first}"))
+    with pytest.raises(Exception, match="lengths") as caught:
+        made(tmp_path, "third", "experiment=quickstart", "workload=run", f"workload.path={first}")
+    assert "replay=FOLDER takes their place" in str(user_message(caught.value))
 
 
 def test_failures_of_the_trace_and_sessions(tmp_path: Path) -> None:
@@ -107,7 +117,7 @@ def test_a_window_keeps_the_time_before_its_first_arrival(tmp_path: Path) -> Non
 
 def test_other_models(tmp_path: Path) -> None:
     path = table(tmp_path, answer_tokens=[8, 6])
-    with pytest.raises(TraceError, match=r"the run served 'a', this one has x, y \(workload.match_models=order"):
+    with pytest.raises(TraceError, match=r"the run served 'a', this one has x, y \(workload=run workload.match_models=order"):
         RecordedRun(path=path).requests(models=["x", "y"], seed=0)
     assert [r.model for r in RecordedRun(path=path, match_models="order").requests(models=["x", "y"], seed=0)] == ["y", "x"]
 
@@ -131,6 +141,6 @@ def test_damaged_tables(tmp_path: Path, columns: dict[str, list[Any]], complaint
 
 def test_places_that_are_no_run(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
-    for place, complaint in ((tmp_path, "no such file, the folder of a run"), (tmp_path / "x", "cannot read")):
+    for place, complaint in ((tmp_path, r"no such file \(the folder of a run"), (tmp_path / "x", "cannot read")):
         with pytest.raises(TraceError, match=complaint):
             RecordedRun(path=str(place)).requests(models=["a"], seed=0)
