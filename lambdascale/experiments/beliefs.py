@@ -6,6 +6,7 @@
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
+- ``removed(cause, system, model)``: the ratio of P90 TTFT in the runs explanations/CAUSE/10;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
 - ``starts(model)``: λScale's node starts from a source with more than one destination, of all, on the authors' trace;
@@ -25,7 +26,7 @@ import jinja2
 import pandas as pd
 
 from lambdascale.core import UserError
-from lambdascale.experiments.paper_table import gpu_title, p90_title
+from lambdascale.experiments.paper_table import gpu_title, p90_ratio, p90_title, without
 from lambdascale.experiments.sensitivity import conclusions
 from lambdascale.experiments.starts_text import by_multicast
 
@@ -104,6 +105,11 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         found = row("sensitivity", run=f"sensitivity/{setting}/{value}", system=system, model=model)
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
+    def removed(cause: str, system: str, model: str) -> str:
+        rows = without(tables["explanations"], cause, "10")
+        found = rows[(rows.system == system) & (rows.model == model)].iloc[0]
+        return _with_interval(float(p90_ratio(model, system)(rows).median()), found.p90_low, found.p90_high)
+
     def seeds(system: str, model: str) -> str:
         found = row("intervals", workload="lambdascale.workload.BurstyWorkload", system=system, model=model)
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
@@ -121,6 +127,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "cell": cell,
         "count": count,
         "under": under,
+        "removed": removed,
         "starts": lambda model: by_multicast(tables["paper_trace"], "lambdascale", model),
         "step": lambda system, model: cell("attribution", "ttft_p90_s", trace=_AUTHORS, system=system, model=model),
         "seeds": seeds,

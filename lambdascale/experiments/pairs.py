@@ -49,7 +49,7 @@ def pair_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
 
 
 def with_intervals(table: pd.DataFrame, study: Study, folders: Sequence[Path]) -> pd.DataFrame:
-    """Rows of single runs with the intervals of the ratios of their system to its reference, where there are any: p90, gpu."""
+    """Rows of single runs with the intervals of their system's ratios to its reference: P90 TTFT, GPU time; NaN without one."""
     keys = [*study.columns, "model", "system"]
     found = pair_table(study, folders)[[*keys, *INTERVALS]]
     return table.merge(found, on=keys, how="left")

@@ -120,6 +120,7 @@ PLAN = Cause(
         "request waits, the largest plan that its cluster allows."
     ),
 )
+PLAN_LOOK = Cause(run="plan_look", sentence="Look and plan at once. Without: a look every 0.1 s, at which every node is wanted.")
 SECOND = Cause(
     run="second", sentence="The prototypes' controller looks every 0.5 s. Without: a look every second, its other setting."
 )

@@ -87,7 +87,7 @@ def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[st
 
 def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> Tried:
     """Try a cause: our value in the runs without it."""
-    rows = _without(explanations, cause.run, line.claim.figure)
+    rows = without(explanations, cause.run, line.claim.figure)
     if cause.instead:
         rows = rows.assign(first_token_s=rows[cause.instead])
     if cause.any_model:
@@ -110,7 +110,7 @@ def _setup(table: pd.DataFrame) -> str:
     return max(found, key=lambda text: int(text.split()[2]), default="")
 
 
-def _without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
+def without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
     """Rows of the runs without a cause; figure 11 is made of figure 10's runs."""
     name = f"explanations/{run}/{'10' if figure == '11' else figure}"
     rows = explanations[explanations.run == name]
@@ -262,7 +262,7 @@ def _reference(system: str) -> str:
 # GPU time that λScale saves in the paper, in per cent; causes for 7B and 13B, and for 70B, with baselines as the authors ran them
 # and at their best.
 _SAVED = {"faasnet": 17.8, "nccl": 18.1, "serverlessllm": 31.3}
-_UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER, causes.ZERO, causes.PLAN]
+_UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER, causes.ZERO, causes.PLAN, causes.PLAN_LOOK]
 _SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND]
 _PROTOTYPES = {
     "faasnet_prototype": [causes.LOOK, causes.EXPIRY, *_SMALLER],
@@ -296,7 +296,7 @@ def _against(model: str, systems: Mapping[str, Sequence[Cause]], table: pd.DataF
     for system, found in systems.items():
         claim = Claim(figure="10", what=p90_title(system), low=2.4, high=5.0, unit="x")
         interval, setup = _known(intervals, "ArrivalsTrace", model, system, "p90"), _setup(_of(table, model, system))
-        values = _ratio(model, system)
+        values = p90_ratio(model, system)
         bounds = _bounds(model, system, "p90", lambda end: end)
         yield Line(claim=claim, model=model, values=values, causes=found, interval=interval, setup=setup, bounds=bounds)
     for system, found in systems.items():
@@ -316,7 +316,8 @@ def _above_ideal(model: str, ideal: str, found: Sequence[Cause], intervals: pd.D
     yield Line(claim=claim, model=model, values=_above(model, ideal), causes=found, interval=(low, high), bounds=bounds)
 
 
-def _ratio(model: str, system: str) -> Values:
+def p90_ratio(model: str, system: str) -> Values:
+    """Reader of the ratio of P90 TTFT to λScale's, per seed."""
     return lambda t: _of(t, model, system).ttft_p90_s / _of(t, model, _reference(system)).ttft_p90_s.iloc[0]
 
 

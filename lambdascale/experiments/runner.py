@@ -134,7 +134,8 @@ def _execute(
         **environment(),
     }
     with new_run_folder(folder, replace=bool(settings["force"])) as temporary:
-        (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings)))
+        # Without the study that the run is part of: its grids are longer than all the rest, and say nothing about the run.
+        (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings | {"study": None})))
         write_table(temporary / "requests.parquet", requests)
         write_table(temporary / "events.parquet", events_table(recorder))
         write_table(temporary / "gpus.parquet", gpu_usage(recorder))

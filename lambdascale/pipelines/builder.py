@@ -120,8 +120,8 @@ class FixedLengths:
 
     Destinations are taken evenly from the sub-groups; what is left serves alone. A pipeline has those stages that are ready
     first, one contiguous stage a node or several in turn. Nothing is predicted: it serves as soon as its blocks are in place,
-    until all its nodes hold the model (reference, section 2.4). A stage is made of execution blocks of ``unit`` adjacent blocks,
-    each of which it holds once all of them are there (the prototype: two transfer blocks; reference, section 2.1).
+    until all its nodes hold the model (reference, section 2.4). A stage is made of execution blocks, each of
+    ``unit`` adjacent blocks, and can run one when its last block has come (the prototype: two transfer blocks; section 2.1).
     """
 
     lengths: tuple[int, ...] = (8, 4, 2)
