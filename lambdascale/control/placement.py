@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from lambdascale.control.state import Fleet, ModelState
-from lambdascale.control.traffic import Port
+from lambdascale.control.traffic import PORTS, Port
 from lambdascale.core import NodeId
-
-_PORTS: tuple[Port, ...] = ("nic_in", "nic_out", "pcie", "storage")
 
 
 @runtime_checkable
@@ -66,4 +64,4 @@ def pcie_is_faster(fleet: Fleet, node: NodeId) -> bool:
 
 
 def _idleness(fleet: Fleet, node: NodeId) -> tuple[float, int, NodeId]:
-    return fleet.traffic.seconds(node, *_PORTS), -fleet.gpus_free[node], node
+    return fleet.traffic.seconds(node, *PORTS), -fleet.gpus_free[node], node

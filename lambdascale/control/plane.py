@@ -158,21 +158,21 @@ class ControlPlane:
 
     def _arm(self, after: bool = False) -> None:
         """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
-        interval = self.config.autoscaler.interval_s
-        position = self.fleet.at / interval
+        fleet, interval = self.fleet, self.config.autoscaler.interval_s
+        position = fleet.at / interval
         index = floor(position + _TICK_TOLERANCE)
         if after or position - index > _TICK_TOLERANCE:
             index += 1
-        self._tick = self.fleet.new_id()
-        self.fleet.out.append(SetTimer(self._tick, max(index * interval, self.fleet.at)))
+        self._tick = fleet.new_id()
+        fleet.out.append(SetTimer(self._tick, max(index * interval, fleet.at)))
 
     def _timer_fired(self, event: TimerFired) -> None:
         if event.timer_id != self._tick:
             return
         self._tick = 0
-        models = self.fleet.models.values()
+        models, desired_now = self.fleet.models.values(), self.config.autoscaler.desired
         for state in models:
-            desired = self.config.autoscaler.desired(len(state.queue), state.running)
+            desired = desired_now(len(state.queue), state.running)
             more = desired - state.replicas
             if more <= 0 and state.queue and self.fleet.lacking(state):
                 # On a node with the KV memory that the head of the queue may need, once another is idle and so to spare.

@@ -39,6 +39,7 @@ class Passes:
     def __init__(self, cluster: ClusterSpec, max_batch: int) -> None:
         self._cluster = cluster
         self._max_batch = max_batch
+        self._specs: dict[str, ModelSpec] = {}
         self._models: dict[str, list[ComputeModel]] = {}
         self._rate = cluster.rdma_efficiency * min(node.nic_bytes_per_s for node in cluster.kinds)
         # Asked for at every block that arrives while a pipeline serves, mostly for the same prompts.
@@ -46,14 +47,16 @@ class Passes:
 
     def costs(self, spec: ModelSpec, prompt_tokens: int, *, requests: int, round_s: float) -> Costs:
         """Return the costs for ``requests`` of ``prompt_tokens``. Activations travel at the network's rate, alone."""
-        batch_s, overhead_s, hop_s = self._passes(spec, prompt_tokens)
+        if spec.name not in self._specs:
+            self._specs[spec.name] = spec
+        batch_s, overhead_s, hop_s = self._passes(spec.name, prompt_tokens)
         return Costs(round_s=round_s, batch_s=batch_s, overhead_s=overhead_s, hop_s=hop_s, requests=requests)
 
-    def _pass_times(self, spec: ModelSpec, prompt_tokens: int) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        """Return ``batch_s``, ``overhead_s`` and ``hop_s`` of Costs."""
-        models = self._models.get(spec.name)
+    def _pass_times(self, name: str, prompt_tokens: int) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """Return ``batch_s``, ``overhead_s`` and ``hop_s`` of Costs. By name: hashing a ModelSpec takes longer than all else."""
+        spec, models = self._specs[name], self._models.get(name)
         if models is None:
-            models = self._models[spec.name] = [ComputeModel(kind, spec) for kind in self._cluster.kinds]
+            models = self._models[name] = [ComputeModel(kind, spec) for kind in self._cluster.kinds]
         sizes = [
             _Prefill(batch * prompt_tokens, batch * prompt_tokens * (prompt_tokens + 1) // 2)
             for batch in range(1, self._max_batch + 1)

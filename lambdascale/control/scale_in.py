@@ -38,9 +38,10 @@ class ScaleIn:
         queued, running = self._peak(state)
         if state.draining:
             self._resume(state, desired)
-        if state.replicas > desired:
+        copies = state.replicas
+        if copies > desired:
             due = self._fleet.at - self._autoscaler.keep_alive_s + _TOLERANCE
-            while self._drain(state, queued, running, due):
+            while self._drain(state, queued, running, due, copies - state.draining):
                 pass
         if state.draining:
             self._release_empty(state)
@@ -54,7 +55,8 @@ class ScaleIn:
         if state.draining:
             self._resume(state, self._autoscaler.desired(queued, running))
         found = sum(instance.draining for instance in state.instances.values())
-        while found < replicas and self._drain(state, queued, running, due=self._fleet.at):
+        copies, due = state.replicas, self._fleet.at
+        while found < replicas and self._drain(state, queued, running, due, copies - state.draining):
             found += 1
         if state.draining:
             self._release_empty(state)
@@ -132,12 +134,12 @@ class ScaleIn:
                 instance.draining = False
                 serving += _blocks(state, instance)
 
-    def _drain(self, state: ModelState, queued: int, running: int, due: float) -> bool:
+    def _drain(self, state: ModelState, queued: int, running: int, due: float, copies: int) -> bool:
         """Drain the least loaded instance if a load of ``queued`` and ``running`` requests allows it; True if it did.
 
-        Instances that were idle since ``due`` are not in use.
+        Instances that were idle since ``due`` are not in use. ``copies``: number of replicas that are not drained.
         """
-        desired, copies = self._autoscaler.desired, state.replicas - state.draining
+        desired = self._autoscaler.desired
         if desired(queued, running) >= copies:
             return False
         # The common case, decided without a look at the nodes: all are in use, and none is to spare even if all nodes serve.

@@ -10,6 +10,7 @@ from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import Storage, Tier
 
 Port = Literal["nic_out", "nic_in", "pcie", "storage"]
+PORTS: tuple[Port, ...] = ("nic_in", "nic_out", "pcie", "storage")
 # Ports of the reading node that a block crosses on its way from a tier to the node's own GPUs.
 _LOADING: dict[Tier, tuple[Port, ...]] = {"gpu": (), "instant": (), "host": ("pcie",)}
 _COLD: tuple[Port, ...] = ("storage", "pcie")
@@ -34,28 +35,28 @@ class Traffic:
     def __init__(self, cluster: ClusterSpec, storage: Storage) -> None:
         self._cluster = cluster
         self._storage = storage
-        self._left: defaultdict[tuple[NodeId, Port], int] = defaultdict(int)
+        self._left: defaultdict[NodeId, dict[Port, int]] = defaultdict(lambda: dict.fromkeys(PORTS, 0))
         self._rates: dict[tuple[NodeId, Port], float] = {}
 
     def add(self, node: NodeId, ports: Sequence[Port], size_bytes: int) -> None:
         """Count ``size_bytes`` more on ``ports`` of a node; fewer if negative."""
-        left = self._left
+        left = self._left[node]
         for port in ports:
-            left[node, port] += size_bytes
+            left[port] += size_bytes
 
     def left(self, node: NodeId, port: Port) -> int:
         """Return the bytes that a port has still to move."""
-        return self._left.get((node, port), 0)
+        return self._left[node][port]
 
     def busy(self) -> list[tuple[NodeId, Port, int]]:
         """Return the ports that have still something to move, with the bytes."""
-        return [(node, port, left) for (node, port), left in self._left.items() if left]
+        return [(node, port, left) for node, ports in self._left.items() for port, left in ports.items() if left]
 
     def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:
         """Return the time until the busiest of ``ports`` has moved what is under way and ``more`` bytes; 0 if all are idle."""
-        longest = 0.0
+        longest, left = 0.0, self._left[node]
         for port in ports:
-            size_bytes = self._left.get((node, port), 0) + more
+            size_bytes = left[port] + more
             if size_bytes:
                 longest = max(longest, size_bytes / self._rate(node, port))
         return longest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from lambdascale.control.state import Allocation, Fleet, ModelState, TransferState
 from lambdascale.control.traffic import Port, ports_of_load, ports_of_source
@@ -74,10 +75,9 @@ class Transfers:
         number = fleet.new_id()
         transfer = TransferState(number, state.spec.name, coming, ports, members, held, tuple(sources), multicast, again)
         fleet.transfers[number] = transfer
-        for node, blocks in coming.items():
+        for node in coming:
             state.allocations[node].incoming[number] = transfer
-            for block, sender in blocks.items():
-                self._count(transfer, sender, node, state.block_bytes[block])
+        self._count_all(transfer, state.block_bytes, 1)
         for allocation in held:
             allocation.transfers += 1
         for node, tier in sources:
@@ -91,6 +91,15 @@ class Transfers:
         traffic.add(sender, transfer.ports.get(sender, _FORWARDING), size_bytes)
         if sender != receiver:
             traffic.add(receiver, _RECEIVING, size_bytes)
+
+    def _count_all(self, transfer: TransferState, block_bytes: Sequence[int], sign: Literal[1, -1]) -> None:
+        """Add all blocks that a transfer has still to bring to the account, or take them off, an edge at a time."""
+        edges: dict[tuple[NodeId, NodeId], int] = {}
+        for receiver, blocks in transfer.waiting.items():
+            for block, sender in blocks.items():
+                edges[sender, receiver] = edges.get((sender, receiver), 0) + block_bytes[block]
+        for (sender, receiver), size_bytes in edges.items():
+            self._count(transfer, sender, receiver, sign * size_bytes)
 
     def block_arrived(self, allocation: Allocation, block: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
@@ -111,10 +120,7 @@ class Transfers:
         """Free the members of a transfer that is done or given up, and their ports of what it had still to bring."""
         fleet = self._fleet
         del fleet.transfers[transfer.transfer_id]
-        block_bytes = fleet.models[transfer.model].block_bytes
-        for node, blocks in transfer.waiting.items():
-            for block, sender in blocks.items():
-                self._count(transfer, sender, node, -block_bytes[block])
+        self._count_all(transfer, fleet.models[transfer.model].block_bytes, -1)
         for allocation in transfer.held:
             allocation.transfers -= 1
             allocation.incoming.pop(transfer.transfer_id, None)

@@ -9,6 +9,7 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -175,11 +176,11 @@ def _divisions(late: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, tuple[_Cut
     turn for every round that allows it, until each node can have one contiguous stage.
     """
     blocks = len(late[0])
-    alone, contiguous = min(max(rounds) for rounds in late), _earliest(late, blocks)
-    first = max(min(rounds[block] for rounds in late) for block in range(blocks))
-    early = sorted({r for rounds in late for r in rounds if first <= r < min(contiguous, alone)})
-    found: list[tuple[int, tuple[_Cut, ...]]] = [(ready, tuple(_taking_turns(late, blocks, ready))) for ready in early]
-    if contiguous < alone:
+    alone, first = min(max(rounds) for rounds in late), max(map(min, zip(*late, strict=True)))
+    useful = sorted({r for rounds in late for r in rounds if first <= r < alone})
+    early = bisect_left(useful, True, key=partial(_allows_ranges, late))
+    found: list[tuple[int, tuple[_Cut, ...]]] = [(ready, tuple(_taking_turns(late, blocks, ready))) for ready in useful[:early]]
+    for contiguous in useful[early : early + 1]:
         cuts = _balanced_cuts(late, blocks, contiguous)
         found.append((contiguous, tuple((index, cuts[index], cuts[index + 1] - 1) for index in range(len(late)))))
     return tuple(found)
@@ -200,13 +201,21 @@ def _taking_turns(late: Sequence[Sequence[int]], blocks: int, ready: int) -> Ite
     left = [-(-blocks // len(late))] * len(late)
     begin = 0
     while begin < blocks:
-        runs = [next((b for b in range(begin, blocks) if rounds[b] > ready), blocks) - begin for rounds in late]
+        runs = [_run(rounds, begin, ready) for rounds in late]
         within = [min(run, quota) for run, quota in zip(runs, left, strict=True)]
         taken = within if any(within) else runs
         taker = max(range(len(late)), key=lambda i: (taken[i], left[i], -i))
         yield taker, begin, begin + taken[taker] - 1
         left[taker] -= min(taken[taker], left[taker])
         begin += taken[taker]
+
+
+def _run(rounds: Sequence[int], begin: int, ready: int) -> int:
+    """Return how many blocks from ``begin`` on have arrived after round ``ready``."""
+    for block in range(begin, len(rounds)):
+        if rounds[block] > ready:
+            return block - begin
+    return len(rounds) - begin
 
 
 def _late(plan: MulticastPlan, arrivals: _Arrivals) -> _Late:
@@ -226,17 +235,21 @@ def _in_stage_order(sets: Iterable[Sequence[NodeId]], plan: MulticastPlan, arriv
         yield sorted(nodes, key=partial(key, parts=len(nodes)))
 
 
-def _earliest(late: Sequence[Sequence[int]], blocks: int) -> int:
-    """Return the first round after which the nodes, in this order, can serve one contiguous, non-empty range each."""
-    rounds = sorted({r for of_node in late for r in of_node})
-    low, high = 0, len(rounds) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _cuts(late, blocks, rounds[middle], blocks) is not None:
-            high = middle
-        else:
-            low = middle + 1
-    return rounds[low]
+def _allows_ranges(late: Sequence[Sequence[int]], ready: int) -> bool:
+    """True if after round ``ready`` the nodes, in this order, can serve one contiguous, non-empty range each.
+
+    ``reached``: a bit for each boundary at which the stages so far can end. A boundary is within a node's reach if it holds the
+    blocks from an earlier boundary on.
+    """
+    reached = 1
+    for rounds in late:
+        ends, within = 0, False
+        for block, arrival in enumerate(rounds):
+            within = arrival <= ready and (within or bool(reached >> block & 1))
+            if within:
+                ends |= 2 << block
+        reached = ends
+    return bool(reached >> len(late[0]) & 1)
 
 
 def _balanced_cuts(late: Sequence[Sequence[int]], blocks: int, ready: int) -> list[int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from lambdascale.core import Stage
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
+class Costs(Struct, frozen=True, kw_only=True):
     """Predicted times in seconds, of a transfer and of the requests that wait for it. The default counts time in rounds.
 
     ``round_s``: a round of the transfer. ``batch_s[c - 1]``: first pass (prefill) of ``c`` requests over the whole model by one

@@ -238,39 +238,26 @@ class SimInstance:
         Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
         """
         batches, begin = self._batches, self._after_last
-        if len(batches) == 1:
-            batch = batches[0]
-            if not self._begins(batch):
-                return None
-            self._after_last = 1
-        else:
-            order = [*range(begin, len(batches)), *range(min(begin, len(batches)))]
-            index = next((index for index in order if self._begins(batches[index])), None)
-            if index is None:
-                return None
-            self._after_last, batch = index + 1, batches[index]
-            if self._look_for_work():
-                return batch
-        if alone and not batch.fixed:
-            batch.steps = batch.iteration.max_steps
-        return batch
-
-    def _begins(self, batch: _Batch) -> bool:
-        """Form the next iteration of a batch that is between two iterations; False if it has none."""
-        if batch.under_way is not None or batch.blocked:
-            return False
-        iteration = batch.scheduler.schedule()
-        if iteration is None:
-            return False
-        if iteration.preempted:
-            for work in iteration.preempted:
-                self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
-        batch.under_way = layout = self._layout
-        batch.iteration = iteration
-        batch.position = 0
-        batch.steps = 1
-        batch.fixed = not layout.single
-        return True
+        several = len(batches) > 1
+        order = (*range(begin, len(batches)), *range(min(begin, len(batches)))) if several else (0,)
+        for index in order:
+            batch = batches[index]
+            if batch.under_way is not None or batch.blocked:
+                continue
+            iteration = batch.scheduler.schedule()
+            if iteration is None:
+                continue
+            if iteration.preempted:
+                self._report_preempted(iteration.preempted)
+            self._after_last = index + 1
+            batch.under_way = layout = self._layout
+            batch.iteration = iteration
+            batch.position = 0
+            batch.fixed = not layout.single
+            waits = several and self._look_for_work()
+            batch.steps = iteration.max_steps if alone and layout.single and not waits else 1
+            return batch
+        return None
 
     def hop(self, batch: _Batch, end_s: float) -> None:
         """Hand an iteration to its next stage, or its tokens back to the first, the hop's latency after ``end_s``."""
@@ -307,6 +294,10 @@ class SimInstance:
             emit(TokensProduced(now, self.instance_id, work.request_id, 1, mode))
         for work in finished:
             emit(RequestFinished(now, self.instance_id, work.request_id, work.produced))
+
+    def _report_preempted(self, preempted: Sequence[BatchedRequest]) -> None:
+        for work in preempted:
+            self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
 
     # -- moved boundaries --------------------------------------------------------------------------------------------
 

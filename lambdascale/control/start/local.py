@@ -94,13 +94,17 @@ def loads_together(
     """
     if not nodes:
         return (), tuple(builder.pipelines(beside.plan, resident, beside.costs)) if beside else ()
-    plan = _plan_of_loads(fleet, state, nodes, beside)
-    costs = beside.costs if beside else load_costs(fleet, state, nodes)
-    pipelines = tuple(builder.pipelines(plan, resident, costs)) if len(plan.destinations) > 1 else ()
-    plain = tuple(range(state.blocks))
+    orders: Sequence[tuple[int, ...]] = (tuple(range(state.blocks)),) * len(nodes)
+    pipelines: tuple[PipelinePlan, ...] = ()
+    # A single node makes no pipeline, whatever it may cost.
+    if len(nodes) > 1 or beside is not None:
+        plan = _plan_of_loads(fleet, state, nodes, beside)
+        costs = beside.costs if beside else load_costs(fleet, state, nodes)
+        pipelines = tuple(builder.pipelines(plan, resident, costs))
+        if pipelines:
+            orders = plan.orders[-len(nodes) :]
     loads = tuple(
-        LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=order if pipelines else plain)
-        for node, order in zip(nodes, plan.orders[-len(nodes) :], strict=True)
+        LoadOrder(node=node, tier=fleet.own_tier(state, node), blocks=order) for node, order in zip(nodes, orders, strict=True)
     )
     return loads, pipelines
 
