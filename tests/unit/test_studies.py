@@ -124,6 +124,7 @@ class TestScript:
         made = tmp_path / "results" / "raw" / "ablation_order"
         assert len(pd.read_csv(made / "ablation_order.csv")) == 8
         assert (made / "ablation_order.pdf").is_file()
+        assert all("grids" not in path.read_text() for path in made.rglob("config.yaml")), "a run does not repeat its study"
         assert not (tmp_path / "results" / "tables").exists(), "a changed study is not the committed one"
 
     def test_a_missing_trace_is_one_line(self, tmp_path: Path) -> None:
