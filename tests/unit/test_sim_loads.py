@@ -39,7 +39,7 @@ def test_a_load_of_nothing_ends_without_a_delivery(tier: str, loader: str) -> No
     assert rig.engine.active == ()
 
 
-@pytest.mark.parametrize("end", ["cancel", "node_lost"])
+@pytest.mark.parametrize("end", ["cancel", "lost"])
 @pytest.mark.parametrize(("tier", "loader", "until", "before"), [("instant", "pipelined", -1, 0), ("ssd", "sequential", 26, 1)])
 def test_a_load_that_is_cut_off_delivers_nothing_more(end: str, tier: str, loader: str, until: float, before: int) -> None:
     rig = Rig()
