@@ -41,8 +41,8 @@ from lambdascale.sim import SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
-# Of gc.set_threshold during a simulation: a look at the young objects after so many more of them, at the old ones rarely. Measured:
-# 4 % less time than with Python's 700, 10, 10; cycles (an instance and its batches) still do not pile up.
+# For gc.set_threshold: young objects are looked at once there are so many more of them, old ones rarely. Measured: 4 % less time
+# than with Python's 700, 10, 10. Cycles (an instance and its batches) still do not pile up.
 _GARBAGE_THRESHOLDS = (50_000, 20, 100)
 # Share of failed requests beyond which a run says so.
 _FAILED_AT_MOST = 0.01

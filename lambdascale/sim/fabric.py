@@ -14,7 +14,7 @@ class Fabric:
     """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing.
 
     ``nic_shares``: nodes whose NIC has only this share of the cluster's rate, in both directions. ``host_bytes_per_s``: rate of
-    the port ``host``, a way of its own from host memory to the NIC.
+    the port ``host``, a way of its own from host memory to the NIC. ``lost``: the lost nodes.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Fabric:
         self._nic_shares = dict(nic_shares)
         self._host_bytes_per_s = host_bytes_per_s
         self._ports: dict[tuple[str, NodeId], Port] = {}
-        self._lost: set[NodeId] = set()
+        self.lost: set[NodeId] = set()
 
     def port(self, kind: str, node: NodeId) -> Port:
         """Return the ``kind`` (nic_out, nic_in, pcie, ssd, host) port of ``node``."""
@@ -57,7 +57,7 @@ class Fabric:
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
         """True if none of ``nodes`` is lost."""
-        return self._lost.isdisjoint(nodes)
+        return self.lost.isdisjoint(nodes)
 
     def flow(
         self,
@@ -70,7 +70,7 @@ class Fabric:
         weights: tuple[float, ...] | None = None,
     ) -> None:
         """Start a flow of ``group`` that depends on ``nodes``; it never starts if the group is cancelled or one of them lost."""
-        if group.cancelled or (self._lost and not self.alive(nodes)):
+        if group.cancelled or (self.lost and not self.alive(nodes)):
             return
         flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
         group.flows[flow] = nodes
@@ -84,7 +84,7 @@ class Fabric:
 
     def lose(self, node: NodeId, groups: Collection[FlowGroup]) -> None:
         """Stop those flows of ``groups`` that depend on ``node``, now and ever after."""
-        self._lost.add(node)
+        self.lost.add(node)
         for group in groups:
             for flow in [flow for flow, nodes in group.flows.items() if node in nodes]:
                 self.links.cancel(flow)
@@ -92,4 +92,4 @@ class Fabric:
 
     def restore(self, node: NodeId) -> None:
         """Let a lost node move bytes again; what was lost with it stays lost."""
-        self._lost.discard(node)
+        self.lost.discard(node)
