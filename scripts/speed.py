@@ -1,7 +1,7 @@
 """Compare the simulator's speed with another commit's: python scripts/speed.py --against COMMIT [CASE ...] [--rounds N].
 
-Unpacks COMMIT into a temporary folder and drives each case in both trees in alternation, every time in a fresh process. Prints the
-smallest and the median process time, their ratio to COMMIT's, events, microseconds per event, and whether both trees made the
+Unpacks COMMIT into a temporary folder and drives each case in both trees in alternation, every time in a fresh process. Prints
+the smallest and the median process time, their ratio to COMMIT's, events, microseconds per event, and whether both trees made the
 same events and commands. Only the simulation or the planning is timed; a process time is disturbed least by other work on the
 machine, its minimum less than its median. ``azure`` cases need the Azure conversation trace in $LAMBDASCALE_TRACES.
 """

@@ -42,10 +42,8 @@ class Observer(Protocol):
         ...
 
 
-def drive(
-    system: ServingSystem, backend: Backend, observers: Sequence[Observer] = (), *, max_events: int | None = None
-) -> float:
-    """Run until nothing is outstanding; return the time of the last event (seconds of the run). UserError beyond ``max_events``."""
+def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = (), *, max_events: int | None = None) -> float:
+    """Run until nothing is outstanding; return the time of the last event in seconds. UserError beyond ``max_events`` events."""
     at, left = 0.0, -1 if max_events is None else max_events
     saw = [observer.on_event for observer in observers]
     told = [observer.on_command for observer in observers]

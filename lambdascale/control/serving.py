@@ -58,12 +58,12 @@ class Serving:
         if not allocation.blocks:
             allocation.first_at = self._fleet.at
         allocation.blocks.add(block)
-        self._transfers.block_arrived(allocation, block)
-        if allocation.complete:
+        if allocation.incoming:
+            self._transfers.block_arrived(allocation, block)
+        if len(allocation.blocks) == allocation.total:
             self._node_complete(state, allocation)
-        else:
-            if state.pending:
-                self._advance(state, node, block)
+        elif state.pending:
+            self._advance(state, node, block)
         for instance in allocation.instances.values():
             if instance.limited:
                 self._look_ahead(state, instance)

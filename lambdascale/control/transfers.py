@@ -87,8 +87,9 @@ class Transfers:
 
     def _count(self, transfer: TransferState, sender: NodeId, receiver: NodeId, size_bytes: int) -> None:
         """Add a block that is on its way to the account of traffic, or take it off (``size_bytes`` negative)."""
-        traffic = self._fleet.traffic
-        traffic.add(sender, transfer.ports.get(sender, _FORWARDING), size_bytes)
+        traffic, ports = self._fleet.traffic, transfer.ports.get(sender, _FORWARDING)
+        if ports:
+            traffic.add(sender, ports, size_bytes)
         if sender != receiver:
             traffic.add(receiver, _RECEIVING, size_bytes)
 

@@ -49,7 +49,8 @@ def check_requests(experiment: Experiment, requests: Sequence[TracedRequest], mo
     if requests[-1].arrival_s > _LAST_S:
         raise UserError(f"requests arrive up to {requests[-1].arrival_s:g} s: a simulation has at most {_LAST_S:g} s")
     system = experiment.system
-    prompts = sum(-(-each.prompt_tokens // system.batching.max_tokens) for each in requests)
+    chunk = system.batching.max_tokens
+    prompts = sum(-(-each.request.prompt_tokens // chunk) for each in requests)
     interval_s = system.autoscaler.interval_s
     _compare(
         {
@@ -68,8 +69,10 @@ def open_s(experiment: Experiment, requests: Sequence[TracedRequest]) -> float:
         name: min(ComputeModel(kind, model).decode_run_s(1, 0, 1) for kind in experiment.cluster.kinds)
         for name, model in models.items()
     }
-    alone_s = np.array([each.answer_tokens * token_s[each.model] for each in requests])
-    gaps_s = np.diff(np.array([each.arrival_s for each in requests]), append=inf)
+    asked = [each.request for each in requests]
+    answers = np.minimum([each.output_tokens for each in requests], [request.max_tokens for request in asked])
+    alone_s = answers * np.array([token_s[request.model] for request in asked])
+    gaps_s = np.diff(np.array([request.arrival_s for request in asked]), append=inf)
     return float(np.minimum(alone_s, gaps_s).sum())
 
 

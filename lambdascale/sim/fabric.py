@@ -32,7 +32,7 @@ class Fabric:
         self._nic_shares = dict(nic_shares)
         self._host_bytes_per_s = host_bytes_per_s
         self._ports: dict[tuple[str, NodeId], Port] = {}
-        self._lost: set[frozenset[NodeId]] = set()  # nodes, and pairs of living nodes without a connection
+        self.lost: set[frozenset[NodeId]] = set()  # nodes, and pairs of living nodes without a connection
 
     def port(self, kind: str, node: NodeId) -> Port:
         """Return the ``kind`` (nic_out, nic_in, pcie, ssd, host) port of ``node``."""
@@ -57,7 +57,7 @@ class Fabric:
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
         """True if none of ``nodes`` is lost, and no two of them lack a connection."""
-        return not any(lost.issubset(nodes) for lost in self._lost)
+        return not any(lost.issubset(nodes) for lost in self.lost)
 
     def flow(
         self,
@@ -70,7 +70,7 @@ class Fabric:
         weights: tuple[float, ...] | None = None,
     ) -> None:
         """Start a flow of ``group`` that depends on ``nodes``; never if the group is cancelled or they are not alive."""
-        if group.cancelled or (self._lost and not self.alive(nodes)):
+        if group.cancelled or (self.lost and not self.alive(nodes)):
             return
         flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
         group.flows[flow] = nodes
@@ -87,7 +87,7 @@ class Fabric:
 
         None begins until it is restored.
         """
-        self._lost.add(lost)
+        self.lost.add(lost)
         for group in groups:
             for flow in [flow for flow, nodes in group.flows.items() if lost.issubset(nodes)]:
                 self.links.cancel(flow)
@@ -95,4 +95,4 @@ class Fabric:
 
     def restore(self, lost: frozenset[NodeId]) -> None:
         """Let a node, or a pair, move bytes again; what was lost with it stays lost."""
-        self._lost.discard(lost)
+        self.lost.discard(lost)

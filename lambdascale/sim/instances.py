@@ -239,7 +239,7 @@ class SimInstance:
         """
         batches, begin = self._batches, self._after_last
         several = len(batches) > 1
-        order = (*range(begin, len(batches)), *range(min(begin, len(batches)))) if several else (0,)
+        order: Sequence[int] = (*range(begin, len(batches)), *range(min(begin, len(batches)))) if several else (0,)
         for index in order:
             batch = batches[index]
             if batch.under_way is not None or batch.blocked:

@@ -106,5 +106,5 @@ class Load(FlowGroup):
     def _arrived(self, block: int) -> None:
         command = self._command
         self._left.discard(block)
-        if not self.cancelled and self._fabric.alive(self._nodes):
+        if not self.cancelled and self._fabric.alive((command.node,)):
             self._deliver(command.transfer_id, command.node, command.model, block)

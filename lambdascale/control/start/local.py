@@ -15,7 +15,7 @@ from lambdascale.core import MulticastPlan, NodeId, PipelinePlan, Send
 from lambdascale.core.checks import check_types
 from lambdascale.core.commands import Loader, Storage
 from lambdascale.multicast import orders_between
-from lambdascale.pipelines import Costs, PipelineBuilder
+from lambdascale.pipelines import Costs, NoPipelines, PipelineBuilder
 
 # Loads that end so small a part of a round behind its end count as in it (sums of floats).
 _TOLERANCE = 1e-9
@@ -97,7 +97,7 @@ def loads_together(
     orders: Sequence[tuple[int, ...]] = (tuple(range(state.blocks)),) * len(nodes)
     pipelines: tuple[PipelinePlan, ...] = ()
     # A single node makes no pipeline, whatever it may cost.
-    if len(nodes) > 1 or beside is not None:
+    if (len(nodes) > 1 or beside is not None) and not isinstance(builder, NoPipelines):
         plan = _plan_of_loads(fleet, state, nodes, beside)
         costs = beside.costs if beside else load_costs(fleet, state, nodes)
         pipelines = tuple(builder.pipelines(plan, resident, costs))

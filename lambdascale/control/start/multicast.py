@@ -81,8 +81,9 @@ class MulticastStart:
             return StartDecision(nodes=tuple(warm), loads=loads, pipelines=pipelines)
         order = self._order(state, sources, cold)
         resident = [source.node for source in sources if source.tier == "gpu" and state.allocations[source.node].complete]
-        costs = multicast_costs(fleet, state, order.plan.members, order.sources, warm)
-        beside = Beside(order.plan, costs)
+        beside = None
+        if not isinstance(self.pipelines, NoPipelines):
+            beside = Beside(order.plan, multicast_costs(fleet, state, order.plan.members, order.sources, warm))
         loads, pipelines = loads_together(fleet, state, warm, self.pipelines, beside=beside, resident=resident)
         return StartDecision(nodes=tuple(taken), loads=loads, multicasts=self._transfers(order), pipelines=pipelines)
 
