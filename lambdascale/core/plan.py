@@ -64,6 +64,14 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             double_receives=tuple((number, names[n]) for number, n in self.double_receives),
         )
 
+    def longest_path(self) -> int:
+        """Return the hops from a source to the destination farthest from it."""
+        depth = dict.fromkeys(self.sources, 0)
+        for sends in self.rounds:
+            for send in sends:
+                depth[send.dst] = depth.get(send.src, 0) + 1
+        return max(depth.values())
+
     def parts(self) -> tuple[MulticastPlan, ...]:
         """Return one plan for each sub-group: sub-groups exchange nothing, so that each can be carried out by itself."""
         if len(self.groups) < 2:

@@ -15,7 +15,7 @@ from math import inf
 
 import numpy as np
 
-from lambdascale.core import ClusterSpec, MulticastPlan, NodeId
+from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import LoadBlocks, StartMulticast, Tier
 from lambdascale.sim.communicator import draw_setup_s
 from lambdascale.sim.fabric import Fabric
@@ -161,9 +161,7 @@ class TransferEngine:
             if tier == "host":  # its copy is complete, whatever its GPU receives
                 continue
             lacking = {block for other in self._transfers.values() for block in other.coming(command.model, node)}
-            lacking -= self._held.get(
-                (command.model, node), set()
-            )  # a transfer that repeats a failed one may bring them once more
+            lacking -= self._held.get((command.model, node), set())  # what repeats a failed transfer may bring them once more
             if lacking:
                 transfer.members[node].held -= lacking
                 transfer.joined += (node,)
@@ -315,7 +313,7 @@ class TransferEngine:
         pcie = tuple(member.pcie for member in transfer.members.values() if member.pcie is not None)
         ports = pcie + nics
         assert len(set(ports)) == len(ports), "a streaming plan is made of chains: no node forwards to two, or receives from two"
-        hops, goodput = _longest_path(plan), cluster.collective_efficiency
+        hops, goodput = plan.longest_path(), cluster.collective_efficiency
         rate = min(self._nic_rate(plan.members) * goodput, *(port.bytes_per_s for port in pcie), inf)
         fill_s = (hops - 1) * self._options.chunk_bytes / rate + hops * cluster.link_latency_s
         size = sum(transfer.command.block_bytes) / goodput
@@ -396,12 +394,3 @@ class TransferEngine:
         for node in transfer.occupied:
             self._occupy(node, False)
         transfer.occupied = ()
-
-
-def _longest_path(plan: MulticastPlan) -> int:
-    """Hops from a source to the destination farthest from it."""
-    depth = dict.fromkeys(plan.sources, 0)
-    for sends in plan.rounds:
-        for send in sends:
-            depth[send.dst] = depth.get(send.src, 0) + 1
-    return max(depth.values())

@@ -74,7 +74,7 @@ def test_a_sleep_that_is_given_up_brings_nothing(end: str) -> None:
     if end == "cancelled":
         rig.engine.cancel(1)
     else:
-        rig.engine.node_lost(2)
+        rig.engine.lost(2)
     assert rig.run() == []
     with pytest.raises(UserError, match=r"transfers\.broadcast_s takes positive seconds, not \[0\.0\]"):
         TransferOptions(broadcast_s=[0.0])
