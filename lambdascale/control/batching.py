@@ -85,9 +85,9 @@ class Iteration(Struct, gc=False):
     """One iteration, as ``schedule()`` orders it.
 
     ``prefills``: (sequence, tokens of it to prefill now). ``decodes``: how many sequences decode one token each (they are
-    ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``attended_tokens``: query-key pairs of the
-    prefills. ``max_steps``: how often the iteration may be repeated before the batch could change (1 with prefills).
-    ``preempted``: sequences that lost their KV to make room for it; they wait again.
+    ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``max_steps``: how often the iteration may be repeated
+    before the batch could change (1 with prefills). ``preempted``: sequences that lost their KV to make room for it; they wait
+    again. ``prefill_tokens``: sum of the prefills; ``attended_tokens``: their query-key pairs.
     """
 
     prefills: list[tuple[BatchedRequest, int]]
@@ -97,21 +97,6 @@ class Iteration(Struct, gc=False):
     preempted: Sequence[BatchedRequest] = ()
     prefill_tokens: int = 0
     attended_tokens: int = 0
-
-    @classmethod
-    def prefilling(
-        cls,
-        prefills: list[tuple[BatchedRequest, int]],
-        decodes: int,
-        context_tokens: int,
-        preempted: Sequence[BatchedRequest] = (),
-    ) -> Iteration:
-        """Return an iteration with ``prefills``."""
-        tokens = attended = 0
-        for sequence, count in prefills:
-            tokens += count
-            attended += count * sequence.prefilled + count * (count + 1) // 2
-        return cls(prefills, decodes, context_tokens, 1, preempted, tokens, attended)
 
 
 class BatchScheduler:
@@ -202,8 +187,7 @@ class BatchScheduler:
             self._admit()
             decodes, context = len(self.decoding), self._context
         if self._prefilling:
-            prefills = self._prefills(self.limits.max_tokens - decodes)
-            return Iteration.prefilling(prefills, decodes, context, preempted)
+            return self._prefill(decodes, preempted)
         if not decodes:
             return None
         steps, room = self._ends[0][0] - self._step, self.kv_tokens - context
@@ -248,19 +232,22 @@ class BatchScheduler:
                 self._held += tokens
                 self._prefilling.append(sequence)
 
-    def _prefills(self, budget: int) -> list[tuple[BatchedRequest, int]]:
-        if self.limits.mode == "static":
-            budget = _UNBOUNDED
-        prefills = []
+    def _prefill(self, decodes: int, preempted: Sequence[BatchedRequest]) -> Iteration:
+        """Return an iteration that prefills, with the decodes that ride along."""
+        limits = self.limits
+        budget = limits.max_tokens - decodes if limits.mode == "continuous" else _UNBOUNDED
+        prefills, tokens, attended = [], 0, 0
         for sequence in self._prefilling:
-            if budget <= 0:
+            if tokens >= budget:
                 break
-            count = sequence.prompt_tokens + sequence.produced - sequence.prefilled
-            if count > budget:
-                count = budget
+            done = sequence.prefilled
+            count = sequence.prompt_tokens + sequence.produced - done
+            if count > budget - tokens:
+                count = budget - tokens
             prefills.append((sequence, count))
-            budget -= count
-        return prefills
+            tokens += count
+            attended += count * done + count * (count + 1) // 2
+        return Iteration(prefills, decodes, self._context, 1, preempted, tokens, attended)
 
     def _join(self, sequence: BatchedRequest) -> None:
         """Let a sequence whose context is in the KV cache decode from the next iteration on."""

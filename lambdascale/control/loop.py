@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
 from typing import Protocol
 
@@ -46,8 +46,8 @@ class Observer(Protocol):
 def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = (), *, max_events: int | None = None) -> float:
     """Run until nothing is outstanding; return the time of the last event in seconds. UserError beyond ``max_events`` events."""
     at = 0.0
-    saw = [observer.on_event for observer in observers]
-    told = [observer.on_command for observer in observers]
+    see = _each([observer.on_event for observer in observers])
+    tell = _each([observer.on_command for observer in observers])
     next_event, on_event, submit = backend.next_event, system.on_event, backend.submit
     for left in repeat(1) if max_events is None else range(max_events, -1, -1):
         event = next_event()
@@ -59,10 +59,20 @@ def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer]
                 f"the simulation has had max_events={max_events} events at {at:g} s and has not ended: "
                 "make it smaller, or raise max_events"
             )
-        for see in saw:
-            see(event)
+        see(event)
         for command in on_event(event):
-            for tell in told:
-                tell(at, command)
+            tell(at, command)
             submit(command)
     return at
+
+
+def _each(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    """Return what calls them all, in order."""
+    if len(calls) == 1:
+        return calls[0]
+
+    def call(*arguments: object) -> None:
+        for each in calls:
+            each(*arguments)
+
+    return call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
@@ -22,6 +22,10 @@ class Recorder:
     def on_command(self, at: float, command: Command) -> None:
         """Record a command issued at ``at`` (seconds of the run)."""
         self._log.append((at, command))
+
+    def __iter__(self) -> Iterator[tuple[float, Event | Command]]:
+        """Yield the entries without keeping them all in memory a second time."""
+        return ((entry.at, entry) if isinstance(entry, Event) else entry for entry in self._log)
 
     @property
     def entries(self) -> list[tuple[float, Event | Command]]:
