@@ -57,7 +57,7 @@ class Fabric:
 
     def alive(self, nodes: Collection[NodeId]) -> bool:
         """True if none of ``nodes`` is lost, and no two of them lack a connection."""
-        return not self.lost or not any(lost.issubset(nodes) for lost in self.lost)
+        return not any(lost.issubset(nodes) for lost in self.lost)
 
     def flow(
         self,
