@@ -276,7 +276,10 @@ class Compiler:
             if key in self._failed:
                 raise self._failed[key]
             if key not in self._threads:
-                thread = threading.Thread(target=self._compile, args=(key, architecture, dtype, device), name="kernels")
+                # A daemon: a node that is told to leave does not wait for kernels that nobody will use.
+                thread = threading.Thread(
+                    target=self._compile, args=(key, architecture, dtype, device), name="kernels", daemon=True
+                )
                 self._threads[key] = thread
                 thread.start()
         return False

@@ -137,5 +137,6 @@ def test_no_iteration_compiles_anything() -> None:
         for begin in {0, rows // 2, rows - 1}:
             operators.attend(query[begin:], operators.places(places[0, begin:], places[1, begin:]), kv, None)
         operators.add_product(hidden, query.flatten(1), weights.output, None)
-        operators.add_product(hidden, operators.gated(hidden, weights), weights.down, None)
+        operators.gated(hidden, weights)
+        operators.logits(hidden, weights.input_norm, weights.output)
     assert variants() == before
