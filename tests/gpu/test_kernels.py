@@ -130,6 +130,7 @@ def test_no_iteration_compiles_anything() -> None:
     assert before > 0
     _, operators = both(a, dtype)
     weights, kv = layer(a, dtype, biased=False), noise(SLOTS, 2 * a.kv_heads, TOKENS, a.head_dim, dtype=dtype)
+    head = noise(a.vocab, a.hidden, dtype=dtype)
     for rows in (*range(1, 34), 100, 143):
         hidden = noise(rows, a.hidden, dtype=dtype)
         places = torch.zeros(2, rows, dtype=torch.long, device=DEVICE)
@@ -138,5 +139,5 @@ def test_no_iteration_compiles_anything() -> None:
             operators.attend(query[begin:], operators.places(places[0, begin:], places[1, begin:]), kv, None)
         operators.add_product(hidden, query.flatten(1), weights.output, None)
         operators.gated(hidden, weights)
-        operators.logits(hidden, weights.input_norm, weights.output)
+        operators.logits(hidden, weights.input_norm, head)
     assert variants() == before
