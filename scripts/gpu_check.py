@@ -1,9 +1,10 @@
 """Measure the engine, digests and multicasts on this machine's GPUs, each beside its limit, in less than ten minutes.
 
-python scripts/gpu_check.py [--out results/tables] [--only decode,prefill,digest,tokens,multicast] [--models 7B,13B] [--memory /dev/shm]
+python scripts/gpu_check.py [--out results/tables] [--only decode,prefill,digest,tokens,multicast] [--models 7B,13B]
+    [--memory /dev/shm]
 
-Writes gpu_decode.csv, gpu_prefill.csv, gpu_digest.csv and, for the first model, gpu_tokens.csv; with more than one GPU also gpu_multicast.csv, for which it packs a
-random 7B model (14 GB) under --memory.
+Writes gpu_decode.csv, gpu_prefill.csv, gpu_digest.csv and, for the first model, gpu_tokens.csv; with more than one GPU also
+gpu_multicast.csv, for which it packs a random 7B model (14 GB) under --memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Profile this machine and compare the simulator's models with measurements off the profile's grid, in one command.
 
-python scripts/gpu_profile.py --model DIR|NAME [--model DIR|NAME] --out conf/cluster/measured/NAME.yaml [--device cuda] [--errors FILE.csv] [--quick]
+python scripts/gpu_profile.py --model DIR|NAME [--model DIR|NAME] --out conf/cluster/measured/NAME.yaml [--device cuda]
+    [--errors FILE.csv] [--quick]
 
 Writes the profile, with the rate of a copy between two GPUs as its network where the machine has two, and a table of errors in
 per cent: decode steps and prefills of the whole model beside ComputeModel and, unless the machine has just one
@@ -103,7 +104,9 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("."))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    models = [builtin_model(name, arguments.blocks) if name in NAMES else PackedModel.open(Path(name)) for name in arguments.model]
+    models = [
+        builtin_model(name, arguments.blocks) if name in NAMES else PackedModel.open(Path(name)) for name in arguments.model
+    ]
     gpus = torch.cuda.device_count() if arguments.device == "cuda" else 0
     grid, mib = (QUICK, 32) if arguments.quick else (GPU_GRID, 512)
     nodes = max(2, min(gpus, 4))

@@ -97,9 +97,11 @@ def children(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             done = subprocess.run(command, stdout=subprocess.PIPE, timeout=180, check=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             parts = {f"{name}_s": seconds for name, seconds in found["parts"].items()}
-            yield {"model": Path(arguments.model).name, "start": "warm" if warm else "cold", "run": run} | {
-                "first_token_s": found["seconds"]
-            } | parts
+            yield (
+                {"model": Path(arguments.model).name, "start": "warm" if warm else "cold", "run": run}
+                | {"first_token_s": found["seconds"]}
+                | parts
+            )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Greedy answers of the engine's kernels and replays beside those of torch's operators: rounding makes them part sooner or later."""
+"""Greedy answers of the engine's kernels and replays beside those of torch's operators: rounding makes them part."""
 
 from __future__ import annotations
 

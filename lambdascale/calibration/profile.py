@@ -47,7 +47,7 @@ class ProfileRequest:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cluster configuration, and for each model the times of its blocks, or of all together, which its table is the sum of."""
+    """The cluster configuration, and for each model the times of its blocks, or of all together: its table is their sum."""
 
     cluster: dict[str, Any]
     blocks: dict[str, list[BlockTimes]]
@@ -132,9 +132,7 @@ def write(profile: Profile, out: Path) -> None:
     """Write the configuration in full or not at all, with the measurements of each block in comments."""
     lines = ["# @package cluster", f"# Measured by lambdascale profile. {profile.provenance}."]
     for model, blocks in profile.blocks.items():
-        lines.append(
-            f"# {model}, milliseconds: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of"
-        )
+        lines.append(f"# {model}, milliseconds: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of")
         lines.append(f"# {profile.grid.decode_batch}, each at contexts of {profile.grid.contexts} tokens")
         lines += [f"#   {_name(t)}: {_ms(t.prefill_s)}; {' | '.join(_ms(row) for row in t.decode_s)}" for t in blocks]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(profile.cluster, sort_keys=False)

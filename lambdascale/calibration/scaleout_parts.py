@@ -62,11 +62,11 @@ def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def steps(controller: pd.DataFrame) -> pd.DataFrame:
-    """Return the scale-out's steps in order: allocations, instances, each node's last block, switches, first tokens by instance."""
+    """Return a scale-out's steps in order: allocations, instances, nodes' last blocks, switches, first tokens by instance."""
     asked = controller[controller.what.isin(["allocate", "pipeline", "replica", "switch"]) & (controller.at_s >= 0)]
     blocks = controller[(controller.what == "block") & (controller.at_s >= 0)].groupby("first", as_index=False).last()
     tokens = controller[controller.what == "token"].groupby("second", as_index=False).first().assign(what="first token")
-    return pd.concat([asked, blocks.assign(what="last block"), tokens]).sort_values("at_s")[
+    return pd.concat([asked, blocks.assign(what="last block"), tokens]).sort_values("at_s", kind="stable")[
         ["at_s", "what", "first", "second", "detail"]
     ]
 
@@ -78,9 +78,13 @@ def busy(nodes: pd.DataFrame, begin_s: float, end_s: float) -> pd.DataFrame:
     """
     within = nodes[(nodes.at_s >= begin_s) & (nodes.at_s < end_s)].copy()
     runs = within[within.what == "run"]
-    kinds = runs.detail.where(runs.detail == "recorded", (runs.prefilled > 0).map({True: "prefill ", False: "decode "}) + runs.detail)
+    kinds = runs.detail.where(
+        runs.detail == "recorded", (runs.prefilled > 0).map({True: "prefill ", False: "decode "}) + runs.detail
+    )
     within.loc[runs.index, "what"] = kinds
-    totals = within.groupby(["node", "what"]).took_s.agg(ms=lambda took: 1e3 * took.sum(), count="size", most_ms=lambda t: 1e3 * t.max())
+    totals = within.groupby(["node", "what"]).took_s.agg(
+        ms=lambda took: 1e3 * took.sum(), count="size", most_ms=lambda t: 1e3 * t.max()
+    )
     return totals.round(1).reset_index()
 
 

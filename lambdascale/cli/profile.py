@@ -23,7 +23,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "profile",
         help="measure this node and write a cluster configuration",
         description="Measure disk, memory, copies from host to device, a loopback connection, and prefill and decode of each "
-        "block (on a GPU of all together); write a file for conf/cluster/measured, which simulations use with cluster=measured/NAME.",
+        "block (on a GPU of all together); write a file for conf/cluster/measured, which simulations use with "
+        "cluster=measured/NAME.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
     parser.add_argument(

@@ -14,7 +14,7 @@ _PROMPT = 4
 
 
 def warm_up(model: PackedModel, device: str) -> None:
-    """Run a prefill, a part of one and a decode over zero weights shaped as the model's first and last block, then free the memory.
+    """Run a prefill, a part of one and a decode over zero weights shaped as the model's first and last block; free the memory.
 
     A part that does not begin at the first token is attended to under a mask, by other kernels.
     """

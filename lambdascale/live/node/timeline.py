@@ -72,9 +72,7 @@ class RecordedExecutor(TorchExecutor):
 class RecordedRunner(TorchRunner):
     """A TorchRunner that records its passes, the steps it prepares for replay, and KV that is read and written."""
 
-    def __init__(
-        self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int, timeline: Timeline
-    ) -> None:
+    def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int, timeline: Timeline) -> None:
         super().__init__(store, model, blocks, slots, slot_tokens)
         self._timeline = timeline
 
