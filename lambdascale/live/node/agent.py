@@ -255,13 +255,19 @@ class Agent:
             preloaded=config.preloaded,
         )
         executor: Executor
-        if config.executor == "timed":
+        compute: Callable[..., Compute] = Compute
+        if config.timeline is not None:
+            from lambdascale.live.node.timeline import recorded
+
+            compute, make_executor = recorded(config.timeline, config.node, config.slot_tokens)
+            executor = make_executor(self.store)
+        elif config.executor == "timed":
             executor = TimedExecutor(self.store, config.cluster.node(config.node))
         elif config.executor == "paced":
             executor = PacedExecutor(self.store, config.cluster.node(config.node), config.slot_tokens)
         else:
             executor = TorchExecutor(self.store, config.slot_tokens)
-        self.compute = Compute(
+        self.compute = compute(
             config.node,
             executor,
             config.limits,
