@@ -259,8 +259,7 @@ class Agent:
         if config.timeline is not None:
             from lambdascale.live.node.timeline import recorded
 
-            compute, make_executor = recorded(config.timeline, config.node, config.slot_tokens)
-            executor = make_executor(self.store)
+            compute, executor = recorded(config.timeline, config.node, config.slot_tokens, self.store)
         elif config.executor == "timed":
             executor = TimedExecutor(self.store, config.cluster.node(config.node))
         elif config.executor == "paced":
