@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lambdascale.control.calm import Calm
 from lambdascale.control.prospects import Passes
 from lambdascale.control.traffic import Port, Traffic
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage, SwitchRule
@@ -122,7 +123,7 @@ class ModelState:
     ``spared``: number of blocks that its allocations are not to hold. ``kv_tokens``: tokens of KV memory beside the model on each
     node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
     ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
-    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most.
+    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most. ``calm``: see Calm.
     """
 
     spec: ModelSpec
@@ -138,6 +139,7 @@ class ModelState:
     spared: int = 0
     looks: deque[tuple[float, int, int]] = field(default_factory=deque)
     draining: int = 0
+    calm: Calm = field(default_factory=Calm)
     least_kv_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
