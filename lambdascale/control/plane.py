@@ -61,7 +61,7 @@ class ControlPlane:
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             NodeJoined: self._node_joined,
             RequestArrived: self._request_arrived,
-            BlockArrived: self._block_arrived,
+            BlockArrived: self._serving.block_arrived,
             TokensProduced: self._ignore,
             RequestFinished: self._request_finished,
             RequestPreempted: self._ignore,
@@ -80,6 +80,7 @@ class ControlPlane:
         if not fleet.out:
             return ()
         commands, fleet.out = fleet.out, []
+        fleet.costs.clear()
         return commands
 
     def _ignore(self, event: Event) -> None:
@@ -120,6 +121,7 @@ class ControlPlane:
         fleet.out += [PlaceCopy(node, name) for node, name in placed]
 
     def _request_arrived(self, event: RequestArrived) -> None:
+        self.fleet.costs.clear()
         self._router.arrive(event.request)
         self._arm_once()
 
@@ -129,10 +131,8 @@ class ControlPlane:
         instance = fleet.instances.get(moved_to)
         # An answer may still come in from an instance that was given up; its request has been restarted by then.
         if instance is not None and event.request_id in instance.outstanding:
+            fleet.costs.clear()
             self._router.finish(instance, event.request_id)
-
-    def _block_arrived(self, event: BlockArrived) -> None:
-        self._serving.block_arrived(self.fleet.models[event.model], event)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node, returns=event.returns)

@@ -70,10 +70,13 @@ class ComplementaryPipelines:
         self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
     ) -> Sequence[PipelinePlan]:
         """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
+        sets = self._sets(plan)
+        if not sets:
+            return ()
         arrivals = arrival_rounds(plan)
         late, batch = _late(plan, arrivals), costs.batch(len(plan.destinations) or 1)
         found = []
-        for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
+        for nodes in _in_stage_order(sets, plan, arrivals):
             found += self._best(nodes, late, costs, batch)[1]
         return sorted(found, key=lambda p: (p.ready_round, p.nodes))
 
