@@ -2,12 +2,13 @@
 
 python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
     [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1]
-    [--device cuda] [--transport cuda_ipc] [--out results/tables] [--limit-s 540]
+    [--kv recompute,copy] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR] [--limit-s 540]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that needs all nodes. The
 pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
 serves. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
---limit-s is over, no further run begins, and the output says how many were left out.
+--limit-s is over, no further run begins, and the output says how many were left out. With --timelines every run also leaves a
+folder of what the controller and the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lambdascale.calibration.scaleout_parts import ControllerRows
 from lambdascale.cli.guard import run_guarded
 from lambdascale.control import build_system, drive
 from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
@@ -34,12 +36,16 @@ from lambdascale.experiments.compose import compose
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that vary between runs. ``link``: its rate, none for no limit. ``output_tokens``: of each request."""
+    """Settings that vary between runs. ``link``: its rate, none for no limit. ``output_tokens``: of each request.
+
+    ``kv``: what becomes of KV at mode switches.
+    """
 
     link: str
     sources: int
     count: int
     output_tokens: int
+    kv: str
 
 
 class Times:
@@ -108,6 +114,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         f"backend.paced={str(paced).lower()}",
         f"backend.slot_tokens={arguments.prompt + setting.output_tokens}",
         f"system.blocks={arguments.blocks}",
+        f"system.kv={setting.kv}",
         f"cluster.nodes={arguments.nodes}",
         "cluster.pcie_bytes_per_s=50GB/s",
         "cluster.ssd_bytes_per_s=50GB/s",
@@ -126,6 +133,9 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
             "cluster.rdma_efficiency=1.0",
             "cluster.collective_efficiency=1.0",
         ]
+    folder = None if arguments.timelines is None else arguments.timelines / _label(system, pipelines, setting, seed)
+    if folder is not None:
+        overrides.append(f"backend.timeline={folder}")
     if system == "lambdascale" and not pipelines:
         overrides.append("system.start.pipelines._target_=lambdascale.pipelines.NoPipelines")
     experiment = build(compose(overrides))
@@ -135,11 +145,13 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
     backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=seed
     )
-    times = Times()
+    times, rows = Times(), ControllerRows()
     try:
-        drive(plane, backend, [times])
+        drive(plane, backend, [times] if folder is None else [times, rows])
     finally:
         backend.close()
+    if folder is not None:
+        rows.write(folder)
     model = Path(arguments.model).name
     row = {
         "model": model,
@@ -152,9 +164,16 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
     return {**row, **times.row(), "backend": "live"}
 
 
+def _label(system: str, pipelines: bool, setting: Setting, seed: int) -> str:
+    """Return the name of a run's folder."""
+    link = setting.link.replace("/", "")
+    how = "pipelines" if pipelines else "none"
+    return f"{system}-{how}-{link}-{setting.sources}-{setting.count}-{setting.output_tokens}-{setting.kv}-{seed}"
+
+
 def orders(arguments: argparse.Namespace) -> Iterator[tuple[str, bool, Setting, int]]:
     """Yield the runs: seed by seed, pairs of λScale in alternation for each setting; last the other systems, once a setting."""
-    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs)
+    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
     settings = [Setting(*values) for values in product(*axes)]
     systems = arguments.systems.split(",")
     for seed in range(1, arguments.repeat + 1):
@@ -167,7 +186,7 @@ def orders(arguments: argparse.Namespace) -> Iterator[tuple[str, bool, Setting, 
 
 def differences(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, by setting, the median of pipelines minus no pipelines over the pairs, and its range, in seconds."""
-    setting = ["model", "link", "sources", "count", "output_tokens"]
+    setting = ["model", "link", "sources", "count", "output_tokens", "kv"]
     ours = rows[rows.system == "lambdascale"].set_index([*setting, "seed", "pipelines"])
     found = []
     for measure in ("ttft_p50_s", "ttft_p90_s", "ttft_max_s", "all_finished_s"):
@@ -206,6 +225,7 @@ def main() -> None:
     parser.add_argument("--sources", type=numbers, default=[1])
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
+    parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -213,6 +233,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds after which no run begins (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--timelines", type=Path, metavar="DIR", help="keep every run's timeline there")
     arguments = parser.parse_args()
     import torch
 
@@ -222,7 +243,8 @@ def main() -> None:
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     rows: list[dict[str, Any]] = []
     began, left = time.monotonic(), 0
-    one(arguments, "lambdascale", True, Setting("none", arguments.sources[0], arguments.counts[0], arguments.outputs[0]), 0)
+    first = Setting("none", arguments.sources[0], arguments.counts[0], arguments.outputs[0], arguments.kv.split(",")[0])
+    one(arguments, "lambdascale", True, first, 0)
     for order in orders(arguments):
         if time.monotonic() - began > arguments.limit_s:
             left += 1

@@ -1,9 +1,10 @@
 """Measure the engine, digests and multicasts on this machine's GPUs, each beside its limit, in less than ten minutes.
 
-python scripts/gpu_check.py [--out results/tables] [--only decode,prefill,digest,multicast] [--models 7B,13B] [--memory /dev/shm]
+python scripts/gpu_check.py [--out results/tables] [--only decode,prefill,digest,tokens,multicast] [--models 7B,13B]
+    [--memory /dev/shm]
 
-Writes gpu_decode.csv, gpu_prefill.csv and gpu_digest.csv; with more than one GPU also gpu_multicast.csv, for which it packs a
-random 7B model (14 GB) under --memory.
+Writes gpu_decode.csv, gpu_prefill.csv, gpu_digest.csv and, for the first model, gpu_tokens.csv; with more than one GPU also
+gpu_multicast.csv, for which it packs a random 7B model (14 GB) under --memory.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import pandas as pd
 import torch
 
 from lambdascale.calibration import engine_rates, probes
+from lambdascale.calibration.divergence import divergence_rows
 from lambdascale.calibration.engine_rates import Row
 from lambdascale.inference import TransformerStage
 
-ALL = ("decode", "prefill", "digest", "multicast")
+ALL = ("decode", "prefill", "digest", "tokens", "multicast")
 BATCHES, CONTEXT, PROMPTS = (1, 8, 32), 512, (512, 2048)
 COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
 
@@ -78,6 +80,11 @@ def rows(arguments: argparse.Namespace, only: set[str]) -> Iterator[tuple[str, R
         yield from (("digest", row) for row in engine_rates.digest_rows(device, read_rate))
     for model in arguments.models.split(",") if only & {"decode", "prefill"} else ():
         yield from engine(device, model, read_rate, only)
+        torch.cuda.empty_cache()
+    if "tokens" in only:
+        name = arguments.models.split(",")[0]
+        a = engine_rates.architecture(name)
+        yield from (("tokens", row) for row in divergence_rows(name, a, engine_rates.random_weights(a, device)))
         torch.cuda.empty_cache()
     if "multicast" in only and torch.cuda.device_count() > 1:
         yield from multicasts(arguments.memory)

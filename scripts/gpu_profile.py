@@ -1,6 +1,7 @@
 """Profile this machine and compare the simulator's models with measurements off the profile's grid, in one command.
 
-python scripts/gpu_profile.py --model DIR|NAME --out conf/cluster/measured/NAME.yaml [--device cuda] [--errors FILE.csv] [--quick]
+python scripts/gpu_profile.py --model DIR|NAME [--model DIR|NAME] --out conf/cluster/measured/NAME.yaml [--device cuda]
+    [--errors FILE.csv] [--quick]
 
 Writes the profile, with the rate of a copy between two GPUs as its network where the machine has two, and a table of errors in
 per cent: decode steps and prefills of the whole model beside ComputeModel and, unless the machine has just one
@@ -24,7 +25,7 @@ import torch
 from hydra.utils import instantiate
 
 from lambdascale.calibration import probes
-from lambdascale.calibration.iterations import Grid, decode, inputs_of, loaded, prefill
+from lambdascale.calibration.iterations import GPU_GRID, Grid, decode, inputs_of, loaded, prefill
 from lambdascale.calibration.multicast_rates import link_rate
 from lambdascale.calibration.profile import ProfileRequest, measure, write
 from lambdascale.checkpoints import PackedModel
@@ -34,8 +35,8 @@ from lambdascale.inference import StageBatch, TransformerStage
 from lambdascale.live.wire import Pass
 
 COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
-FULL = Grid(prefill_tokens=(16, 128, 512, 2048), decode_batch=(1, 4, 8, 32), contexts=(64, 512, 1024), rounds=3)
 QUICK = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
+_LONGEST = 2048  # of prompts that prefills are compared on
 Row = dict[str, Any]
 
 
@@ -53,14 +54,18 @@ def between(values: tuple[int, ...]) -> list[int]:
 def compute_rows(model: PackedModel, device: str, compute: ComputeModel, grid: Grid) -> Iterator[Row]:
     """Compare decode steps and prefills of the whole model."""
     with loaded(model, device) as weights:
-        slots, tokens = max(grid.decode_batch), max(*grid.prefill_tokens, *grid.contexts) + 1
+        slots, tokens = max(grid.decode_batch), max(grid.contexts) + 1
         stage = TransformerStage(model.architecture, weights, slots, tokens)
         for count in between(grid.decode_batch):
             stage.prepare([count])
             for context in between(grid.contexts):
                 size = f"batch {count} at {context}"
                 yield row("decode", size, simulated(compute, decode(count, context)), timed(stage, decode(count, context)))
-        for count in between(grid.prefill_tokens):
+        lengths = [count for count in between(grid.prefill_tokens) if count <= _LONGEST]
+        del stage
+        stage = TransformerStage(model.architecture, weights, 1, max(lengths))
+        stage.prepare()
+        for count in lengths:
             yield row("prefill", f"{count} tokens", simulated(compute, prefill(count)), timed(stage, prefill(count)))
 
 
@@ -91,7 +96,7 @@ def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Itera
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a packed model or a built-in one's name")
+    parser.add_argument("--model", required=True, action="append", help="a packed model or a built-in one's name; repeatable")
     parser.add_argument("--blocks", type=int, default=16, help="of built-in models")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--errors", type=Path, help="default: results/tables/errors_<name of --out>.csv")
@@ -99,15 +104,15 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("."))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    model = (
-        builtin_model(arguments.model, arguments.blocks) if arguments.model in NAMES else PackedModel.open(Path(arguments.model))
-    )
+    models = [
+        builtin_model(name, arguments.blocks) if name in NAMES else PackedModel.open(Path(name)) for name in arguments.model
+    ]
     gpus = torch.cuda.device_count() if arguments.device == "cuda" else 0
-    grid, mib = (QUICK, 32) if arguments.quick else (FULL, 512)
+    grid, mib = (QUICK, 32) if arguments.quick else (GPU_GRID, 512)
     nodes = max(2, min(gpus, 4))
     request = ProfileRequest(
         name=arguments.out.stem,
-        models=(model,),
+        models=tuple(models),
         device=arguments.device,
         nodes=nodes,
         disk=arguments.disk,
@@ -119,15 +124,18 @@ def main() -> None:
     if gpus > 1:
         profile.cluster["nic_bytes_per_s"] = link_rate("cuda_ipc")
     write(profile, arguments.out)
-    compute = ComputeModel(instantiate(profile.cluster, _convert_="all").node(0), model.spec)
-    rows = list(compute_rows(model, arguments.device, compute, grid))
-    if gpus != 1:  # nodes need the memory of the GPU, which this process's weights would take
-        rows += multicast_rows(arguments.model, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
-    table = pd.DataFrame(rows).assign(model=model.name, measured_on=profile.provenance)
+    rows = []
+    for given, model in zip(arguments.model, models, strict=True):
+        compute = ComputeModel(instantiate(profile.cluster, _convert_="all").node(0), model.spec)
+        found = list(compute_rows(model, arguments.device, compute, grid))
+        if gpus != 1:  # nodes need the memory of the GPU, which this process's weights would take
+            found += multicast_rows(given, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
+        rows += [each | {"model": model.name} for each in found]
+    table = pd.DataFrame(rows).assign(measured_on=profile.provenance)
     errors = arguments.errors or Path("results/tables") / f"errors_{arguments.out.stem}.csv"
     errors.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(errors, index=False, float_format="%.4g")
-    print(table.drop(columns=["model", "measured_on"]).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    print(table.drop(columns="measured_on").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"wrote {arguments.out} and {errors}")
 
 

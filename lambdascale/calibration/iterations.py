@@ -1,11 +1,17 @@
-"""Times of a model's iterations on this machine: prefill by tokens, decode by batch and context, block by block."""
+"""Times of a model's iterations on this machine: prefill by tokens, decode by batch and context.
+
+On a CPU block by block. On a GPU as they are served, by the whole model: launches of a block cost more than its arithmetic, and
+decode steps are replayed.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from statistics import median
 
 import torch
@@ -28,11 +34,23 @@ class Grid:
     rounds: int = 5
 
 
+GPU_GRID = Grid(
+    prefill_tokens=(16, 64, 128, 256, 512, 1024, 2048, 4096), decode_batch=(1, 2, 4, 8, 16, 32), contexts=(64, 1024), rounds=9
+)
+# More tokens are prefilled as several prompts of at most this length.
+_PROMPT = 2048
+# Iterations before the first that counts: of a new shape they prepare kernels and memory, and a host that was idle is slow.
+_WARM_UP, _WARM_UP_S = 3, 0.5
+
+
 @dataclass(frozen=True)
 class BlockTimes:
-    """Seconds of one block: ``prefill_s[i]`` for the grid's i-th prompt length, ``decode_s[i][j]`` for batch i at context j."""
+    """Seconds of one block: ``prefill_s[i]`` for the grid's i-th prompt length, ``decode_s[i][j]`` for batch i at context j.
 
-    block: int
+    ``block`` None: of the whole model.
+    """
+
+    block: int | None
     prefill_s: tuple[float, ...]
     decode_s: tuple[tuple[float, ...], ...]
 
@@ -72,9 +90,51 @@ def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], g
     ]
 
 
+def measure_whole(architecture: Architecture, blocks: Sequence[BlockWeights], grid: Grid) -> BlockTimes:
+    """Time iterations of the whole model as they are served, from token to token on the host.
+
+    Decode steps are replays, prepared beforehand for each number of rows.
+    """
+    longest = min(architecture.max_position, _PROMPT, max(grid.prefill_tokens))
+    stage = TransformerStage(architecture, blocks, -(-max(grid.prefill_tokens) // longest), longest)
+    stage.prepare()
+    prefills = [median(_answered(stage, prompts(tokens, longest), grid.rounds)) for tokens in grid.prefill_tokens]
+    del stage
+    slot = min(architecture.max_position, max(grid.contexts) + 1)
+    stage = TransformerStage(architecture, blocks, max(grid.decode_batch), slot)
+    decodes = []
+    for batch in grid.decode_batch:
+        stage.prepare([batch])
+        decodes.append(tuple(median(_answered(stage, decode(batch, context), grid.rounds)) for context in grid.contexts))
+    return BlockTimes(None, tuple(prefills), tuple(decodes))
+
+
+def _answered(stage: TransformerStage, batch: StageBatch, rounds: int) -> list[float]:
+    """Return the seconds of each iteration up to its tokens on the host, after some that do not count."""
+    inputs = torch.zeros(batch.rows, dtype=torch.long)
+
+    def once_s() -> float:
+        begin = time.perf_counter()
+        stage.run(batch, inputs.to(stage.device)).argmax(dim=-1).tolist()
+        return time.perf_counter() - begin
+
+    until, warm = time.perf_counter() + _WARM_UP_S, 0
+    while warm < _WARM_UP or time.perf_counter() < until:
+        once_s()
+        warm += 1
+    return [once_s() for _ in range(rounds)]
+
+
 def prefill(tokens: int) -> StageBatch:
     """Return a batch of one prompt of ``tokens``."""
-    return StageBatch((Segment(0, 0, tokens),), 0, (tokens - 1,))
+    return prompts(tokens, tokens)
+
+
+def prompts(tokens: int, longest: int) -> StageBatch:
+    """Return a batch of ``tokens`` in as few prompts of at most ``longest`` as possible."""
+    lengths = [min(longest, tokens - begin) for begin in range(0, tokens, longest)]
+    segments = tuple(Segment(slot, 0, length) for slot, length in enumerate(lengths))
+    return StageBatch(segments, 0, tuple(accumulate(lengths, initial=-1))[1:])
 
 
 def decode(batch: int, context: int) -> StageBatch:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lambdascale.calibration import probes
-from lambdascale.calibration.iterations import BlockTimes, Grid, loaded, measure_blocks, table
+from lambdascale.calibration.iterations import BlockTimes, Grid, loaded, measure_blocks, measure_whole, table
 from lambdascale.calibration.sharing import shared_slowdown
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import ComputeTable, UserError
@@ -47,7 +47,7 @@ class ProfileRequest:
 
 @dataclass(frozen=True)
 class Profile:
-    """The cluster configuration, and for each model the times of its blocks, which its table is the sum of."""
+    """The cluster configuration, and for each model the times of its blocks, or of all together: its table is their sum."""
 
     cluster: dict[str, Any]
     blocks: dict[str, list[BlockTimes]]
@@ -121,8 +121,10 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
 
 
 def measure_model(model: PackedModel, device: str, grid: Grid) -> list[BlockTimes]:
-    """Load a model through the block store and time its blocks."""
+    """Load a model through the block store and time its blocks, on a GPU all of them together."""
     with loaded(model, device) as weights:
+        if torch.device(device).type == "cuda":
+            return [measure_whole(model.architecture, weights, grid)]
         return measure_blocks(model.architecture, weights, grid)
 
 
@@ -130,11 +132,9 @@ def write(profile: Profile, out: Path) -> None:
     """Write the configuration in full or not at all, with the measurements of each block in comments."""
     lines = ["# @package cluster", f"# Measured by lambdascale profile. {profile.provenance}."]
     for model, blocks in profile.blocks.items():
-        lines.append(
-            f"# {model}, milliseconds per block: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of"
-        )
+        lines.append(f"# {model}, milliseconds: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of")
         lines.append(f"# {profile.grid.decode_batch}, each at contexts of {profile.grid.contexts} tokens")
-        lines += [f"#   block {t.block}: {_ms(t.prefill_s)}; {' | '.join(_ms(row) for row in t.decode_s)}" for t in blocks]
+        lines += [f"#   {_name(t)}: {_ms(t.prefill_s)}; {' | '.join(_ms(row) for row in t.decode_s)}" for t in blocks]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(profile.cluster, sort_keys=False)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -143,6 +143,10 @@ def write(profile: Profile, out: Path) -> None:
         temporary.replace(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
+
+
+def _name(times: BlockTimes) -> str:
+    return "all blocks" if times.block is None else f"block {times.block}"
 
 
 def _ms(values: Sequence[float]) -> str:

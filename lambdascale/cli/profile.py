@@ -23,7 +23,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "profile",
         help="measure this node and write a cluster configuration",
         description="Measure disk, memory, copies from host to device, a loopback connection, and prefill and decode of each "
-        "block; write a file for conf/cluster/measured, which simulations use with cluster=measured/NAME.",
+        "block (on a GPU of all together); write a file for conf/cluster/measured, which simulations use with "
+        "cluster=measured/NAME.",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. conf/cluster/measured/NAME.yaml")
     parser.add_argument(
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.disk.is_dir():
         raise UserError(f"--disk {arguments.disk} is not a directory")
     # Imported only here: torch takes seconds to import.
-    from lambdascale.calibration.iterations import Grid
+    from lambdascale.calibration.iterations import GPU_GRID, Grid
     from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
 
     console = Console(stderr=True)
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
             memory_mib=32 if arguments.quick else 256,
             threads=arguments.threads,
             sharing=arguments.sharing,
-            grid=quick if arguments.quick else Grid(),
+            grid=quick if arguments.quick else GPU_GRID if arguments.device == "cuda" else Grid(),
         )
         profile = measure(request, lambda what: status.update(f"measuring {what} ..."))
         write(profile, arguments.out)

@@ -132,6 +132,10 @@ class Instances(Messages):
                 self._resume(moves[work.request_id], work, cached=False)
 
     def _hand_over(self, pipeline: SimInstance, works: _Works, moves: dict[int, int], command: SwitchMode) -> None:
+        # Answers that are complete: the word of it may be lost with the head.
+        ended = moves.keys() - {work.request_id for work in works}
+        if ended:
+            self._switching[command.pipeline] = (self._ever[command.pipeline][0], {each: moves[each] for each in sorted(ended)})
         for work in works:
             target = moves.get(work.request_id)
             if target is None:

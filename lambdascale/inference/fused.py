@@ -58,6 +58,17 @@ def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -
     return None
 
 
+def splits_of(rows: int, kv_heads: int) -> int:
+    """Return the parts into which attention of so many rows divides every context, so that the programs keep a GPU busy."""
+    return min(_MOST_SPLITS, _power(max(1, _PROGRAMS // (rows * kv_heads))))
+
+
+def rehearsed_rows(kv_heads: int) -> tuple[int, ...]:
+    """Return numbers of rows that need all variants of the kernels between them: every tile, and every number of splits."""
+    by_splits = {splits_of(rows, kv_heads): rows for rows in range(_PROGRAMS, 0, -1)}
+    return tuple(sorted({1, 2, MOST_ROWS, MOST_ROWS + 1} | set(by_splits.values())))
+
+
 class TritonOperators(TorchOperators):
     """TorchOperators by Triton kernels: the same results except for rounding."""
 
@@ -144,7 +155,7 @@ class TritonOperators(TorchOperators):
     def attend(self, query: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
         """See TorchOperators."""
         a, rows = self.architecture, len(query)
-        splits = min(_MOST_SPLITS, _power(max(1, _PROGRAMS // (rows * a.kv_heads))))
+        splits = splits_of(rows, a.kv_heads)
         parts = self.scratch.take("parts", rows * a.heads * splits, a.head_dim, torch.float32)
         sums = self.scratch.take("sums", rows * a.heads, splits, torch.float32)
         out = self.scratch.take("attended", rows, a.heads * a.head_dim)
@@ -265,7 +276,10 @@ class Compiler:
             if key in self._failed:
                 raise self._failed[key]
             if key not in self._threads:
-                thread = threading.Thread(target=self._compile, args=(key, architecture, dtype, device), name="kernels")
+                # A daemon: a node that is told to leave does not wait for kernels that nobody will use.
+                thread = threading.Thread(
+                    target=self._compile, args=(key, architecture, dtype, device), name="kernels", daemon=True
+                )
                 self._threads[key] = thread
                 thread.start()
         return False
@@ -295,20 +309,24 @@ def _key(architecture: Architecture, dtype: torch.dtype, device: torch.device) -
 
 
 def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of a model's stages, and the digest's, once on few rows and outputs, with the tiles of real iterations."""
+    """Run every kernel of a model's stages, and the digest's, once on few rows and outputs, with the tiles of real iterations.
+
+    No iteration compiles anything afterwards: it would stand still for half a second.
+    """
     a, tokens = architecture, 16
     part_digests(torch.zeros(PART_BYTES, dtype=torch.uint8, device=device))
     tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
     operators = TritonOperators(a, tables, Scratch(dtype, device))
     wide = a.heads + 2 * a.kv_heads
-    for rows in (1, 2, MOST_ROWS, MOST_ROWS + 1):
+    for rows in rehearsed_rows(a.kv_heads):
         hidden = torch.zeros(rows, a.hidden, dtype=dtype, device=device)
         states = torch.zeros(rows, wide, a.head_dim, dtype=dtype, device=device)
         kv = torch.zeros(1, 2 * a.kv_heads, tokens, a.head_dim, dtype=dtype, device=device)
         padding = torch.full((rows,), -1, dtype=torch.long, device=device)
         places = operators.places(torch.zeros(rows, dtype=torch.long, device=device), padding, padded=True)
         query = operators.rotate(states, places, kv)
-        operators.attend(query, places, kv, None)
+        for window in set(a.windows):
+            operators.attend(query, places, kv, window)
         operators.norm(hidden, hidden[0])
         _rehearse_products(operators, rows, dtype, device)
         if rows > MOST_ROWS:
@@ -319,7 +337,7 @@ def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.devic
 
 def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compute a few outputs of every product: a kernel is compiled for types, flags and a tile, not for a number of outputs."""
-    a, few = operators.architecture, 64
+    a = operators.architecture
     normed = dtype is not torch.float16
     states = (a.heads + 2 * a.kv_heads) * a.head_dim
     # Inputs, outputs, added, gated, type of the result, biased.
@@ -334,6 +352,7 @@ def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype
         shape = tile(rows, outputs, added=added, gated=gated)
         if shape is None:
             continue
+        few = 64 if outputs % 16 == 0 else 63  # kernels for multiples of 16 differ from the others
         x = torch.zeros(rows, inputs, dtype=dtype, device=device)
         weight = torch.zeros(few * (2 if gated else 1), inputs, dtype=dtype, device=device)
         out = torch.zeros(rows, few, dtype=result, device=device)

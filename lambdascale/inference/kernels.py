@@ -1,6 +1,9 @@
 """Triton kernels of a decode step: few launches, every weight and key read once.
 
 lambdascale.inference.operators is their reference, in torch. Imported only where Triton is installed and a GPU computes.
+
+Triton compiles a kernel anew for arguments that are multiples of 16 and for those that are not, which takes half a second in the
+middle of serving. Numbers of rows, and slots and positions that begin at any row, are therefore not told apart.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def linear_kernel(
     x: tl.tensor,
     norm: tl.tensor,
@@ -121,7 +124,7 @@ def gate_kernel(both: tl.tensor, out: tl.tensor, columns: tl.tensor, BLOCK: tl.c
     tl.store(out + row * columns + k, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=k < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def rotate_kernel(
     states: tl.tensor,
     cos: tl.tensor,
@@ -165,7 +168,7 @@ def rotate_kernel(
     tl.store(to + HALF, new_high, mask=valid & (head >= HEADS)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions"])
 def attend_kernel(
     query: tl.tensor,
     kv: tl.tensor,

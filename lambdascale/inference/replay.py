@@ -85,6 +85,10 @@ class Replays:
         self._made: dict[int, Replay] = {}
         self._pool: Any = None
 
+    def __len__(self) -> int:
+        """Number of replays made so far."""
+        return len(self._made)
+
     def take(self, rows: int, step: Callable[[], Step], inputs_of: Callable[[int], Tensor]) -> Replay:
         """Return the smallest replay that has room for ``rows`` rows, made if it is missing.
 

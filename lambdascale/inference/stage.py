@@ -83,6 +83,16 @@ class TransformerStage:
         """True if it returns logits."""
         return self.blocks[-1].layout.last_layer == self.architecture.layers - 1
 
+    @property
+    def recordings(self) -> int:
+        """Number of decode steps prepared for replay so far."""
+        return 0 if self._replays is None else len(self._replays)
+
+    @property
+    def operators(self) -> str:
+        """The operators in use: torch's, or kernels."""
+        return "kernels" if self._operators.attends else "torch"
+
     @torch.inference_mode()
     def run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
         """Run one iteration: KV of its tokens is written, then attended to."""

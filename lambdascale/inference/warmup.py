@@ -14,16 +14,20 @@ _PROMPT = 4
 
 
 def warm_up(model: PackedModel, device: str) -> None:
-    """Run a prefill and a decode over zero weights shaped as the model's first and last block, then free the memory."""
+    """Run a prefill, a part of one and a decode over zero weights shaped as the model's first and last block; free the memory.
+
+    A part that does not begin at the first token is attended to under a mask, by other kernels.
+    """
     for layout in {layout.index: layout for layout in (model.layouts[0], model.layouts[-1])}.values():
         buffer = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
-        stage = TransformerStage(model.architecture, [BlockWeights(layout, buffer)], 2, 2 * _PROMPT)
-        mixed = StageBatch((Segment(0, 0, _PROMPT), Segment(1, 0, 1)), 1, (_PROMPT - 1, _PROMPT))
+        stage = TransformerStage(model.architecture, [BlockWeights(layout, buffer)], 3, 2 * _PROMPT)
+        segments = Segment(0, 0, _PROMPT), Segment(1, 1, _PROMPT), Segment(2, 0, 1)
+        mixed = StageBatch(segments, 1, (_PROMPT - 1, 2 * _PROMPT - 1, 2 * _PROMPT))
         rows = mixed.rows
         inputs = torch.zeros(rows, dtype=torch.long)
         hidden = torch.zeros(rows, model.architecture.hidden, dtype=stage.dtype, device=device)
         state = stage.run(mixed, inputs if stage.is_first else hidden)
         if stage.is_last:
-            choose(state, [GREEDY, GREEDY], [0, 0])
+            choose(state, [GREEDY] * 3, [0] * 3)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

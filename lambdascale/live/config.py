@@ -53,6 +53,7 @@ class LiveConfig:
     ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
     never while a trace is replayed, whose failures are part of what is measured.
     ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context made, which restarted nodes take.
+    ``timeline``: folder where every node writes what its compute thread does when, None: nowhere.
     """
 
     checkpoint: str = "smollm2"
@@ -69,6 +70,7 @@ class LiveConfig:
     silence_s: float = 10.0
     restarts: int | None = None
     spares: int = 0
+    timeline: str | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
 
     def __post_init__(self) -> None:
@@ -92,6 +94,10 @@ class LiveConfig:
         require(self.restarts is None or self.restarts >= 0, f"backend.restarts must not be negative, not {self.restarts}")
         require(self.spares >= 0, f"backend.spares must not be negative, not {self.spares}")
         require(self.spares == 0 or self.launcher == "local", "backend.spares needs launcher local")
+        require(
+            self.timeline is None or self.executor == "torch",
+            f"backend.timeline records what the engine does: it needs executor torch, not {self.executor}",
+        )
         require(self.silence_s >= 1, f"backend.silence_s must be at least 1, not {self.silence_s}")
 
     @property
@@ -258,6 +264,7 @@ class LiveConfig:
             collective=collective,
             verify=self.verify,
             place_bytes=self._place_bytes(models, system, cluster.nodes),
+            timeline=self.timeline,
         )
 
     def _place_bytes(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> int:

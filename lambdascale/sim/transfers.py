@@ -363,15 +363,16 @@ class TransferEngine:
     def lost(self, *nodes: NodeId) -> None:
         """Let nothing more move to, from or through a node, or between two that have lost their connection.
 
-        What depended on it stalls until it is cancelled. A collective breaks with its communicator: its sources have their GPUs
-        back, though a control plane that counts it as through never cancels it.
+        What depended on it stalls until it is cancelled. A collective breaks with its communicator, also while that is set up:
+        its sources have their GPUs back, though a control plane that counts it as through never cancels it.
         """
-        for transfer in self._transfers.values():
-            if isinstance(transfer, _Multicast) and all(node in transfer.members for node in nodes):
-                self._release(transfer)
+        for each in [each for each in self._transfers.values() if isinstance(each, _Multicast)]:
+            if each.command.multicast == "collective" and all(node in each.members for node in nodes):
+                self._release(each)
+                self._fabric.cancel(each)
         self._fabric.lose(frozenset(nodes), (*self._transfers.values(), self._copies))
-        for key in [key for key in self._held if len(nodes) == 1 and key[1] in nodes]:
-            del self._held[key]
+        if len(nodes) == 1:
+            self._held = defaultdict(set, {key: held for key, held in self._held.items() if key[1] not in nodes})
 
     def released(self, node: NodeId, model: str) -> None:
         """Take note that a node's GPUs hold nothing of a model any more."""

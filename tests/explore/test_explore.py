@@ -56,6 +56,8 @@ FOUND_AT = {
 FOUND_BEFORE = (
     *(11963, 13043, 14794, 21274, 26866, 45117),  # a moved answer ended before its first token was told
     *(23380, 41964, 41995),  # a source waited for a block that it held, and that a cancelled transfer was to bring once more
+    80877,  # an answer was complete at a pipeline's head that was lost with the word of it, after a mode switch
+    79906,  # a broadcast began anew with a node that had died while its communicator was set up, and had come back
     *(21927, 34730),  # a request whose handover was lost, over a cut connection or with its node, had been moved on meanwhile
 )
 

@@ -13,7 +13,7 @@ import torch
 from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.architecture import parse_architecture
 from lambdascale.checkpoints.synthetic import PRESETS
-from lambdascale.inference.fused import MOST_ROWS, TritonOperators, has_triton
+from lambdascale.inference.fused import MOST_ROWS, TritonOperators, has_triton, rehearse
 from lambdascale.inference.operators import TorchOperators
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.stage import rope_tables
@@ -111,3 +111,33 @@ def test_rotation_and_attention(rows: int, shape: tuple[int, int, int], dtype: t
     untouched = torch.ones(SLOTS, TOKENS, dtype=torch.bool, device=DEVICE)
     untouched[slots[live], positions[live]] = False
     assert torch.equal(results[1][1].transpose(1, 2)[untouched], kv.transpose(1, 2)[untouched])
+
+
+def variants() -> int:
+    """Number of kernels compiled in this process so far."""
+    from lambdascale.inference import kernels
+
+    made = (getattr(kernels, name) for name in dir(kernels) if name.endswith("_kernel"))
+    return sum(len(cache[0]) for kernel in made for cache in kernel.device_caches.values())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_no_iteration_compiles_anything() -> None:
+    """Any number of rows, and places that begin at any row: a kernel that is compiled while serving takes half a second."""
+    a, dtype = architecture(8, 4, 64), torch.bfloat16
+    rehearse(a, dtype, DEVICE)
+    before = variants()
+    assert before > 0
+    _, operators = both(a, dtype)
+    weights, kv = layer(a, dtype, biased=False), noise(SLOTS, 2 * a.kv_heads, TOKENS, a.head_dim, dtype=dtype)
+    head = noise(a.vocab, a.hidden, dtype=dtype)
+    for rows in (*range(1, 34), 100, 143):
+        hidden = noise(rows, a.hidden, dtype=dtype)
+        places = torch.zeros(2, rows, dtype=torch.long, device=DEVICE)
+        query = operators.rotate(operators.project(hidden, weights), operators.places(places[0], places[1]), kv)
+        for begin in {0, rows // 2, rows - 1}:
+            operators.attend(query[begin:], operators.places(places[0, begin:], places[1, begin:]), kv, None)
+        operators.add_product(hidden, query.flatten(1), weights.output, None)
+        operators.gated(hidden, weights)
+        operators.logits(hidden, weights.input_norm, head)
+    assert variants() == before

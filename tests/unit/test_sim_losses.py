@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from lambdascale.core import MulticastPlan, Send
 from tests.unit.transfers_rig import CHAIN, Rig, multicast
@@ -44,6 +45,16 @@ def test_two_nodes_that_lose_their_connection_move_nothing_to_each_other_until_t
     rig.kernel.at(3.0, lambda _: [rig.engine.restored(0, 1), send(5, 0, 1)], None)
     assert rig.run() == [(2.0, 3, 2, 0), (2.0, 4, 1, 0), (4.0, 5, 1, 0)]
     assert rig.engine.active == (1, 2), "they wait to be cancelled"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_collective_does_not_begin_with_a_node_that_died_during_its_set_up_and_came_back(streaming: bool) -> None:
+    """The new process is no member of the communicator that is being made."""
+    rig = Rig()
+    rig.engine.multicast(multicast(replace(CHAIN, streaming=streaming), multicast="collective"))
+    rig.engine.lost(1)
+    rig.engine.restored(1)
+    assert rig.run() == rig.occupied == []
 
 
 @pytest.mark.parametrize(("pair", "breaks"), [((0, 2), True), ((0, 3), False)])
