@@ -8,7 +8,7 @@ from math import inf
 
 @dataclass(slots=True, eq=False)
 class Calm:
-    """What a look at a model that decided nothing (see ScaleIn) tells about those that follow it: most of them need no work.
+    """Findings of a look at a model that decided nothing (see ScaleIn), which spare most of those that follow it.
 
     A look decides nothing until time ``until`` while at most ``queued`` requests wait and ``running`` run, the peak of the last
     ``keep_alive_s`` is at least ``peak_queued`` and ``peak_running``, and the model has ``replicas``, none of them drained. All
