@@ -26,7 +26,7 @@ class ByLocality:
 
     def rank(self, fleet: Fleet, state: ModelState, nodes: Sequence[NodeId]) -> list[NodeId]:
         """See Placement."""
-        return sorted(nodes, key=lambda node: (not fleet.is_warm(state, node), *_idleness(fleet, node)))
+        return _ranked(fleet, state, nodes, warm_first=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class SparingCopies:
         """See Placement."""
         if all(pcie_is_faster(fleet, node) for node in nodes):
             return ByLocality().rank(fleet, state, nodes)
-        return sorted(nodes, key=lambda node: (fleet.is_warm(state, node), *_idleness(fleet, node)))
+        return _ranked(fleet, state, nodes, warm_first=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,5 +63,8 @@ def pcie_is_faster(fleet: Fleet, node: NodeId) -> bool:
     return hardware.pcie_bytes_per_s >= hardware.nic_bytes_per_s * fleet.cluster.rdma_efficiency
 
 
-def _idleness(fleet: Fleet, node: NodeId) -> tuple[float, int, NodeId]:
-    return fleet.traffic.seconds(node, *PORTS), -fleet.gpus_free[node], node
+def _ranked(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], *, warm_first: bool) -> list[NodeId]:
+    """Sort by host copies, then by transfers under way and free GPUs."""
+    has, busy_s, gpus_free, name, at = fleet.host.has, fleet.traffic.seconds, fleet.gpus_free, state.spec.name, fleet.at
+    keys = [(has(node, name, at) is not warm_first, busy_s(node, *PORTS), -gpus_free[node], node) for node in nodes]
+    return [node for *_, node in sorted(keys)]

@@ -54,10 +54,14 @@ class ControlPlane:
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
         self._provisioned = False
+        # Read once: every tick needs them.
+        autoscaler = config.autoscaler
+        self._desired, self._fixed = autoscaler.desired, autoscaler.fixed
+        self._interval_s, self._min_replicas = autoscaler.interval_s, autoscaler.min_replicas
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             NodeJoined: self._node_joined,
             RequestArrived: self._request_arrived,
-            BlockArrived: self._block_arrived,
+            BlockArrived: self._serving.block_arrived,
             TokensProduced: self._ignore,
             RequestFinished: self._request_finished,
             RequestPreempted: self._ignore,
@@ -76,6 +80,7 @@ class ControlPlane:
         if not fleet.out:
             return ()
         commands, fleet.out = fleet.out, []
+        fleet.costs.clear()
         return commands
 
     def _ignore(self, event: Event) -> None:
@@ -116,6 +121,7 @@ class ControlPlane:
         fleet.out += [PlaceCopy(node, name) for node, name in placed]
 
     def _request_arrived(self, event: RequestArrived) -> None:
+        self.fleet.costs.clear()
         self._router.arrive(event.request)
         self._arm_once()
 
@@ -125,10 +131,8 @@ class ControlPlane:
         instance = fleet.instances.get(moved_to)
         # An answer may still come in from an instance that was given up; its request has been restarted by then.
         if instance is not None and event.request_id in instance.outstanding:
+            fleet.costs.clear()
             self._router.finish(instance, event.request_id)
-
-    def _block_arrived(self, event: BlockArrived) -> None:
-        self._serving.block_arrived(self.fleet.models[event.model], event)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node, returns=event.returns)
@@ -158,34 +162,40 @@ class ControlPlane:
 
     def _arm(self, after: bool = False) -> None:
         """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
-        fleet, interval = self.fleet, self.config.autoscaler.interval_s
+        fleet, interval = self.fleet, self._interval_s
         position = fleet.at / interval
         index = floor(position + _TICK_TOLERANCE)
         if after or position - index > _TICK_TOLERANCE:
             index += 1
-        self._tick = fleet.new_id()
-        fleet.out.append(SetTimer(self._tick, max(index * interval, fleet.at)))
+        at = index * interval
+        self._tick = tick = fleet.new_id()
+        fleet.out.append(SetTimer(tick, at if at > fleet.at else fleet.at))
 
     def _timer_fired(self, event: TimerFired) -> None:
         if event.timer_id != self._tick:
             return
         self._tick = 0
-        models, desired_now = self.fleet.models.values(), self.config.autoscaler.desired
+        models, is_calm = self.fleet.models.values(), self._scale_in.is_calm
         for state in models:
-            desired = desired_now(len(state.queue), state.running)
-            more = desired - state.replicas
-            if more <= 0 and state.queue and self.fleet.lacking(state):
-                # On a node with the KV memory that the head of the queue may need, once another is idle and so to spare.
-                more = int(self._scale_in.has_idle(state))
-            if more > 0 and len(models) > 1:
-                self._make_room(state, more)
-            self._scale_in.look(state, desired)
-            if more > 0:
-                self._scaler.scale_out(state, more)
+            if not is_calm(state):
+                self._evaluate(state)
         for state in models:
             if self._unsettled(state):
                 self._arm(after=True)
                 return
+
+    def _evaluate(self, state: ModelState) -> None:
+        """Let the model have as many replicas as its load wants now."""
+        desired = self._desired(len(state.queue), state.running)
+        more = desired - state.replicas
+        if more <= 0 and state.queue and self.fleet.lacking(state):
+            # On a node with the KV memory that the head of the queue may need, once another is idle and so to spare.
+            more = int(self._scale_in.has_idle(state))
+        if more > 0 and len(self.fleet.models) > 1:
+            self._make_room(state, more)
+        self._scale_in.look(state, desired)
+        if more > 0:
+            self._scaler.scale_out(state, more)
 
     def _make_room(self, state: ModelState, replicas: int) -> None:
         """Take surplus replicas from other models when too few nodes are free, and idle ones where requests wait for no other.
@@ -204,9 +214,9 @@ class ControlPlane:
 
     def _unsettled(self, state: ModelState) -> bool:
         """True if a later evaluation could change something for this model without a further event that sets the timer."""
-        autoscaler = self.config.autoscaler
+        least = self._min_replicas
         if state.queue or state.running:
-            return not autoscaler.fixed or state.replicas < autoscaler.min_replicas or self.fleet.lacking(state) > 0
-        if state.replicas < autoscaler.min_replicas:
+            return not self._fixed or state.replicas < least or self.fleet.lacking(state) > 0
+        if state.replicas < least:
             return bool(self.fleet.free_nodes(state))
-        return state.replicas > autoscaler.min_replicas
+        return state.replicas > least

@@ -42,7 +42,7 @@ class Passes:
         self._specs: dict[str, ModelSpec] = {}
         self._models: dict[str, list[ComputeModel]] = {}
         self._rate = cluster.rdma_efficiency * min(node.nic_bytes_per_s for node in cluster.kinds)
-        # Asked for at every block that arrives while a pipeline serves, mostly for the same prompts.
+        # Asked for mostly for the same prompts.
         self._passes = lru_cache(_REMEMBERED)(self._pass_times)
 
     def costs(self, spec: ModelSpec, prompt_tokens: int, *, requests: int, round_s: float) -> Costs:
@@ -102,15 +102,24 @@ def load_costs(fleet: Fleet, state: ModelState, nodes: Iterable[NodeId]) -> Cost
 
 
 def costs_now(fleet: Fleet, state: ModelState) -> Costs:
-    """Predict the first passes of what waits now; ``round_s`` has no meaning."""
-    return _costs(fleet, state, inf)
+    """Predict the first passes of what waits now; ``round_s`` has no meaning.
+
+    Asked for at every block that arrives while a pipeline serves, and kept from one to the next: see Fleet.
+    """
+    if fleet.out:
+        return _costs(fleet, state, inf)
+    costs = fleet.costs.get(state.spec.name)
+    if costs is None:
+        costs = fleet.costs[state.spec.name] = _costs(fleet, state, inf)
+    return costs
 
 
 def left_s(allocation: Allocation, at: float) -> float:
     """Predict the seconds until a node holds the whole model, at the pace at which its blocks came; infinite for a share."""
-    missing, held = allocation.total - len(allocation.blocks), len(allocation.blocks)
-    if allocation.is_share:
+    held, total = len(allocation.blocks), allocation.total
+    if len(allocation.wanted) < total:
         return inf
+    missing = total - held
     if not missing:
         return 0.0
     if held < 2 or allocation.first_at is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, inf
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.autoscaler import AutoscalingPolicy
@@ -32,19 +32,60 @@ class ScaleIn:
         self._allocations = allocations
         self._serving = serving
         self._autoscaler = autoscaler
+        self._keep_alive_s = autoscaler.keep_alive_s
+
+    def is_calm(self, state: ModelState) -> bool:
+        """Take note of the load, and return True if a look is known to decide nothing (see Calm)."""
+        calm, at, looks, queued, running = state.calm, self._fleet.at, state.looks, len(state.queue), state.running
+        begin, load = at - self._keep_alive_s - _TOLERANCE, queued + running
+        # Descending: a look that a later one exceeds can never be the highest again.
+        while looks and looks[-1][1] + looks[-1][2] <= load:
+            looks.pop()
+        looks.append((at, queued, running))
+        while looks[0][0] < begin:
+            looks.popleft()
+        _, peak_queued, peak_running = looks[0]
+        return (
+            running <= calm.running
+            and queued <= calm.queued
+            and peak_running >= calm.peak_running
+            and peak_queued >= calm.peak_queued
+            and at <= calm.until
+            and not state.draining
+            and state.replicas == calm.replicas
+            and (not queued or state.queue[0].kv_tokens <= state.least_kv_tokens)
+        )
 
     def look(self, state: ModelState, desired: int) -> None:
-        """Take instances back into service, drain others and release those that are empty; ``desired`` replicas now."""
-        queued, running = self._peak(state)
+        """Take instances back into service, drain others and release those that are empty; ``desired`` replicas now.
+
+        After ``is_calm``: the peak is the look that saw most queued and running requests in the last ``keep_alive_s``.
+        """
+        _, queued, running = state.looks[0]
         if state.draining:
             self._resume(state, desired)
         copies = state.replicas
         if copies > desired:
-            due = self._fleet.at - self._autoscaler.keep_alive_s + _TOLERANCE
+            due = self._fleet.at - self._keep_alive_s + _TOLERANCE
             while self._drain(state, queued, running, due, copies - state.draining):
                 pass
         if state.draining:
             self._release_empty(state)
+        elif copies >= desired:
+            self._calm_down(state, queued, running, copies)
+
+    def _calm_down(self, state: ModelState, queued: int, running: int, copies: int) -> None:
+        """Note when looks decide nothing, as one did not; ``queued`` and ``running`` at the peak."""
+        calm, until, wanted = state.calm, inf, self._autoscaler.desired(queued, running)
+        if wanted < copies:
+            if not self._keep_alive_s or self._spares(queued, running, copies, copies - 1, copies - 1):
+                return
+            idle = [instance.idle_since for instance in state.instances.values() if not instance.outstanding]
+            until = min([self._fleet.at, *idle]) + self._keep_alive_s - 2 * _TOLERANCE
+        calm.until, calm.peak_queued, calm.peak_running, calm.replicas = until, queued, running, copies
+        if wanted > copies:
+            queued, running = len(state.queue), state.running
+        calm.queued, calm.running = queued, running
 
     def make_room(self, state: ModelState, replicas: int) -> int:
         """Drain up to ``replicas`` instances that the load of the moment can spare, idle ones first, and release empty ones.
@@ -97,30 +138,18 @@ class ScaleIn:
         """True if an instance has no requests and none of its nodes is in a transfer."""
         return any(not instance.outstanding and not _in_transfer(state, instance) for instance in state.instances.values())
 
-    # -- demand --------------------------------------------------------------------------------------------------------
-
-    def _peak(self, state: ModelState) -> tuple[int, int]:
-        """Return the queued and running requests of the look that saw most in the last ``keep_alive_s``, this one included."""
-        at, queued, running, looks = self._fleet.at, len(state.queue), state.running, state.looks
-        begin, load = at - self._autoscaler.keep_alive_s - _TOLERANCE, queued + running
-        # Descending: a look that a later one exceeds can never be the highest again.
-        while looks and looks[-1][1] + looks[-1][2] <= load:
-            looks.pop()
-        looks.append((at, queued, running))
-        while looks[0][0] < begin:
-            looks.popleft()
-        return looks[0][1], looks[0][2]
-
     # -- draining ------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _serving_blocks(state: ModelState) -> int:
         """Number of blocks on nodes that serve in an instance which takes requests."""
-        return sum(
-            len(allocation.wanted)
-            for allocation in state.allocations.values()
-            if any(not instance.draining for instance in allocation.instances.values())
-        )
+        blocks = 0
+        for allocation in state.allocations.values():
+            for instance in allocation.instances.values():
+                if not instance.draining:
+                    blocks += len(allocation.wanted)
+                    break
+        return blocks
 
     def _resume(self, state: ModelState, desired: int) -> None:
         """Take drained instances back, those with most requests first, until as many copies serve as are desired."""
@@ -201,7 +230,10 @@ def _by_load(instance: Instance) -> tuple[float, float, int]:
 
 def _in_transfer(state: ModelState, instance: Instance) -> bool:
     """True if a node of the instance takes part in a transfer."""
-    return any(state.allocations[stage.node].transfers for stage in instance.stages)
+    for node in instance.nodes:  # noqa: SIM110 - asked at most ticks: a generator takes twice as long
+        if state.allocations[node].transfers:
+            return True
+    return False
 
 
 def _blocks(state: ModelState, instance: Instance) -> int:

@@ -46,21 +46,24 @@ class Serving:
             held = {(node, block) for node, block in needed if block in state.allocations[node].blocks}
             state.pending.append(PendingPipeline(plan, needed - held))
 
-    def block_arrived(self, state: ModelState, event: BlockArrived) -> None:
+    def block_arrived(self, event: BlockArrived) -> None:
         """Note a block; form a pipeline or start serving alone when that was the last one missing.
 
         News of a transfer that is older than the allocation is late: the node has released the block since.
         """
-        node, block = event.node, event.block
+        state, node, block = self._fleet.models[event.model], event.node, event.block
         allocation = state.allocations.get(node)
-        if allocation is None or block in allocation.blocks or event.transfer_id <= allocation.since:
+        if allocation is None:
             return
-        if not allocation.blocks:
+        held = allocation.blocks
+        if block in held or event.transfer_id <= allocation.since:
+            return
+        if not held:
             allocation.first_at = self._fleet.at
-        allocation.blocks.add(block)
+        held.add(block)
         if allocation.incoming:
-            self._transfers.block_arrived(allocation, block)
-        if len(allocation.blocks) == allocation.total:
+            self._transfers.block_arrived(allocation, block, state.block_bytes[block])
+        if len(held) == allocation.total:
             self._node_complete(state, allocation)
         elif state.pending:
             self._advance(state, node, block)
@@ -117,13 +120,15 @@ class Serving:
 
     def _left_s(self, state: ModelState, nodes: Iterable[NodeId], switch: SwitchRule) -> float:
         """Predict the seconds until a pipeline on ``nodes`` dissolves or the first of them leaves it."""
-        left = (left_s(state.allocations[node], self._fleet.at) for node in nodes)
+        allocations, at = state.allocations, self._fleet.at
+        left = [left_s(allocations[node], at) for node in nodes]
         return max(left) if switch == "all" else min(left)
 
     def _look_ahead(self, state: ModelState, pipeline: Instance) -> None:
         """Give a pipeline further requests only while one of them would get a token before the mode switch."""
-        costs, left = costs_now(self._fleet, state), self._left_s(state, pipeline.nodes, pipeline.switch)
-        before, pipeline.open = pipeline.open, costs.pass_s(pipeline.stages, 1) <= left
+        pass_s, at = costs_now(self._fleet, state).pass_s(pipeline.stages, 1), self._fleet.at
+        last = (pass_s <= left_s(state.allocations[node], at) for node in pipeline.nodes)
+        before, pipeline.open = pipeline.open, any(last) if pipeline.switch == "all" else all(last)
         if pipeline.open and not before:
             self._router.fill(state)
 

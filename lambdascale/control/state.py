@@ -6,11 +6,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lambdascale.control.calm import Calm
 from lambdascale.control.prospects import Passes
 from lambdascale.control.traffic import Port, Traffic
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId, PipelinePlan, Request, Stage, SwitchRule
 from lambdascale.core.commands import Command, Storage, Tier
 from lambdascale.memory import HostMemoryConfig
+from lambdascale.pipelines import Costs
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +124,7 @@ class ModelState:
     ``spared``: number of blocks that its allocations are not to hold. ``kv_tokens``: tokens of KV memory beside the model on each
     node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
     ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
-    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most.
+    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most. ``calm``: see Calm.
     """
 
     spec: ModelSpec
@@ -138,6 +140,7 @@ class ModelState:
     spared: int = 0
     looks: deque[tuple[float, int, int]] = field(default_factory=deque)
     draining: int = 0
+    calm: Calm = field(default_factory=Calm)
     least_kv_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -179,6 +182,9 @@ class Fleet:
         self.storage = storage
         self.at = 0.0
         self.out: list[Command] = []
+        # First passes of what waits, by model (see costs_now). What waits or runs changes only as a request arrives or ends, and
+        # with a command: so they hold while neither happens, and are not used in an event that has led to a command already.
+        self.costs: dict[str, Costs] = {}
         self.gpus_free: dict[NodeId, int] = {}
         self.returning: set[NodeId] = set()
         self.host = memory.build({node: cluster.node(node).host_memory_bytes for node in range(cluster.nodes)})
@@ -211,10 +217,10 @@ class Fleet:
 
     def can_serve(self, state: ModelState) -> bool:
         """True if a node can serve the model at all: one that lives, or one that will be started again."""
+        if not state.unfit and self.gpus_free and len(state.kv_tokens) == self.cluster.nodes:
+            return True
         if self.returning and not self.returning.isdisjoint(state.kv_tokens):
             return True
-        if not state.unfit and len(state.kv_tokens) == self.cluster.nodes:
-            return bool(self.gpus_free)
         return any(True for _ in self.candidates(state))
 
     def candidates(self, state: ModelState) -> Iterable[NodeId]:
@@ -223,9 +229,15 @@ class Fleet:
 
     def free_nodes(self, state: ModelState) -> list[NodeId]:
         """Nodes that could take an allocation of the model now; if the queue needs larger ones than it has, those only."""
-        gpus, room = state.spec.gpus_per_replica, self.lacking(state)
-        free = [n for n in self.candidates(state) if self.gpus_free[n] >= gpus and n not in state.allocations]
-        return [n for n in free if state.kv_tokens[n] >= room] if room else free
+        gpus, room, fit, unfit, held = (
+            state.spec.gpus_per_replica,
+            self.lacking(state),
+            state.kv_tokens,
+            state.unfit,
+            state.allocations,
+        )
+        free = [n for n, left in self.gpus_free.items() if left >= gpus and n not in held and n in fit and n not in unfit]
+        return [n for n in free if fit[n] >= room] if room else free
 
     def most_kv_tokens(self, state: ModelState) -> int:
         """Return the most KV memory of a node that can serve the model: one that lives, or one that will be started again."""

@@ -38,11 +38,13 @@ class Traffic:
         self._left: defaultdict[NodeId, dict[Port, int]] = defaultdict(lambda: dict.fromkeys(PORTS, 0))
         self._rates: dict[tuple[NodeId, Port], float] = {}
 
-    def add(self, node: NodeId, ports: Sequence[Port], size_bytes: int) -> None:
-        """Count ``size_bytes`` more on ``ports`` of a node; fewer if negative."""
-        left = self._left[node]
+    def add(self, sender: NodeId, ports: Sequence[Port], receiver: NodeId, size_bytes: int) -> None:
+        """Count ``size_bytes`` more on ``ports`` of the sender and on the NIC of a receiver other than it; fewer if negative."""
+        left = self._left[sender]
         for port in ports:
             left[port] += size_bytes
+        if sender != receiver:
+            self._left[receiver]["nic_in"] += size_bytes
 
     def left(self, node: NodeId, port: Port) -> int:
         """Return the bytes that a port has still to move."""
@@ -57,8 +59,8 @@ class Traffic:
         longest, left = 0.0, self._left[node]
         for port in ports:
             size_bytes = left[port] + more
-            if size_bytes:
-                longest = max(longest, size_bytes / self._rate(node, port))
+            if size_bytes and (seconds := size_bytes / self._rate(node, port)) > longest:
+                longest = seconds
         return longest
 
     def _rate(self, node: NodeId, port: Port) -> float:

@@ -11,7 +11,6 @@ from lambdascale.core import MulticastPlan, NodeId
 from lambdascale.core.commands import LoadBlocks, Loader, MulticastKind, StartMulticast, Tier
 
 _FORWARDING: tuple[Port, ...] = ports_of_source("gpu")
-_RECEIVING: tuple[Port, ...] = ("nic_in",)
 
 
 class Transfers:
@@ -85,31 +84,23 @@ class Transfers:
                 fleet.host.pin(node, state.spec.name)
         return number
 
-    def _count(self, transfer: TransferState, sender: NodeId, receiver: NodeId, size_bytes: int) -> None:
-        """Add a block that is on its way to the account of traffic, or take it off (``size_bytes`` negative)."""
-        traffic, ports = self._fleet.traffic, transfer.ports.get(sender, _FORWARDING)
-        if ports:
-            traffic.add(sender, ports, size_bytes)
-        if sender != receiver:
-            traffic.add(receiver, _RECEIVING, size_bytes)
-
     def _count_all(self, transfer: TransferState, block_bytes: Sequence[int], sign: Literal[1, -1]) -> None:
         """Add all blocks that a transfer has still to bring to the account, or take them off, an edge at a time."""
-        edges: dict[tuple[NodeId, NodeId], int] = {}
         for receiver, blocks in transfer.waiting.items():
+            sizes: dict[NodeId, int] = {}
             for block, sender in blocks.items():
-                edges[sender, receiver] = edges.get((sender, receiver), 0) + block_bytes[block]
-        for (sender, receiver), size_bytes in edges.items():
-            self._count(transfer, sender, receiver, sign * size_bytes)
+                sizes[sender] = sizes.get(sender, 0) + block_bytes[block]
+            for sender, size_bytes in sizes.items():
+                self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), receiver, sign * size_bytes)
 
-    def block_arrived(self, allocation: Allocation, block: int) -> None:
+    def block_arrived(self, allocation: Allocation, block: int, size_bytes: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
         node, through = allocation.node, []
         for transfer in allocation.incoming.values():
             left = transfer.waiting[node]
             sender = left.pop(block, None)
             if sender is not None:
-                self._count(transfer, sender, node, -self._fleet.models[transfer.model].block_bytes[block])
+                self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), node, -size_bytes)
             if not left:
                 through.append(transfer)
         for transfer in through:

@@ -69,8 +69,9 @@ class HostCaches:
 
     def has(self, node: NodeId, model: str, now: float) -> bool:
         """True if ``node`` holds a usable host copy of ``model``."""
-        entry = self._nodes[node].get(model) if node in self._nodes else None
-        return entry is not None and (self._pinned(node, model) or not self._expired(entry[1], now))
+        cache = self._nodes.get(node)
+        entry = cache.get(model) if cache else None
+        return entry is not None and (not self._expired(entry[1], now) or self._pinned(node, model))
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:
         """Nodes among ``nodes`` that hold a usable copy of ``model``."""

@@ -15,7 +15,9 @@ def arrival_rounds(plan: MulticastPlan) -> dict[NodeId, dict[int, int]]:
     arrivals: dict[NodeId, dict[int, int]] = {node: {} for node in plan.destinations}
     for number, sends in enumerate(plan.rounds, start=1):
         for send in sends:
-            arrivals.setdefault(send.dst, {})[send.block] = number
+            if send.dst not in arrivals:
+                arrivals[send.dst] = {}
+            arrivals[send.dst][send.block] = number
     return arrivals
 
 

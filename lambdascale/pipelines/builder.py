@@ -9,11 +9,10 @@ two rounds behind. A pipeline of one node per sub-group is therefore ready after
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import zip_longest
+from itertools import islice, repeat, zip_longest
 
 from lambdascale.core import FormRule, MulticastPlan, NodeId, PipelinePlan, PlanError, Stage, SwitchRule
 from lambdascale.core.checks import check_types, require
@@ -23,6 +22,7 @@ from lambdascale.pipelines.costs import IN_ROUNDS, Costs
 _Arrivals = Mapping[NodeId, Mapping[int, int]]
 _Late = Mapping[NodeId, tuple[int, ...]]  # the round of each block
 _Cut = tuple[int, int, int]  # index of a node, first block, last block
+_Way = tuple[int, tuple[_Cut, ...]]  # round in which it is ready, stages
 _NEVER = 1 << 60
 # Halves have to save so much more than one pipeline of all nodes, in which whatever comes is spread evenly. Assumption.
 _WORTH_PARTING = 1.1
@@ -70,10 +70,13 @@ class ComplementaryPipelines:
         self, plan: MulticastPlan, holders: Collection[NodeId] = (), costs: Costs = IN_ROUNDS
     ) -> Sequence[PipelinePlan]:
         """See PipelineBuilder. Holders take no stage: they serve alone (paper, 4.3)."""
+        sets = self._sets(plan)
+        if not sets:
+            return ()
         arrivals = arrival_rounds(plan)
         late, batch = _late(plan, arrivals), costs.batch(len(plan.destinations) or 1)
         found = []
-        for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
+        for nodes in _in_stage_order(sets, plan, arrivals):
             found += self._best(nodes, late, costs, batch)[1]
         return sorted(found, key=lambda p: (p.ready_round, p.nodes))
 
@@ -93,7 +96,9 @@ class ComplementaryPipelines:
         end_s = costs.round_s * (max(complete) if self.switch == "all" else min(complete))
         best, saved = None, 0.0
         for ready, cuts in _divisions(rows):
-            stages = tuple(Stage(nodes[index], first, last) for index, first, last in cuts)
+            if best is not None and costs.most_saved_s(len(nodes), costs.round_s * ready, end_s, batch) <= saved:
+                break
+            stages = tuple([Stage(nodes[index], first, last) for index, first, last in cuts])
             saves = costs.saved_s(stages, costs.round_s * ready, end_s, batch)
             if saves > saved or (best is None and self.form == "always"):
                 best, saved = PipelinePlan(ready, stages, self.form, self.switch), saves
@@ -145,8 +150,7 @@ class FixedLengths:
         late, found = _late(plan, arrivals), []
         for nodes in _in_stage_order(self._sets(plan), plan, arrivals):
             ways = _divisions(tuple(self._executable(late[node]) for node in nodes))
-            if ways:
-                ready, cuts = min(ways, key=lambda way: way[0])
+            for ready, cuts in islice(ways, 1):
                 stages = tuple(Stage(nodes[index], *self._blocks(first, last, plan.blocks)) for index, first, last in cuts)
                 found.append(PipelinePlan(ready, stages, "always", "all"))
         return sorted(found, key=lambda p: (p.ready_round, p.nodes))
@@ -168,22 +172,51 @@ class FixedLengths:
         return first * self.unit, min((last + 1) * self.unit, blocks) - 1
 
 
-@lru_cache(maxsize=1024)
-def _divisions(late: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, tuple[_Cut, ...]], ...]:
-    """Return the ways in which nodes, in this order, can divide the model before one of them holds all of it, by their rounds.
+class _Divisions:
+    """Ways in which nodes, in this order, can divide the model before one of them holds all of it, by their rounds.
 
-    ``late``: by node, the round of each block. A way is the (index of the node, first block, last block) of its stages: stages in
-    turn for every round that allows it, until each node can have one contiguous stage.
+    ``late``: by node, the round of each block. A way is its round and the (index of the node, first block, last block) of its
+    stages: stages in turn for every round that allows it, until each node can have one contiguous stage. Ways are worked out as
+    they are asked for, mostly only the first, and kept: scale-outs of the same shape follow each other.
     """
+
+    def __init__(self, late: tuple[tuple[int, ...], ...]) -> None:
+        self._found: list[_Way] = []
+        self._rest = _ways(late)
+
+    def __iter__(self) -> Iterator[_Way]:
+        """Yield the ways, those that are ready first before others."""
+        position = 0
+        while True:
+            if position == len(self._found):
+                way = next(self._rest, None)
+                if way is None:
+                    return
+                self._found.append(way)
+            yield self._found[position]
+            position += 1
+
+
+_divisions = lru_cache(maxsize=1024)(_Divisions)
+
+
+def _ways(late: Sequence[Sequence[int]]) -> Iterator[_Way]:
+    """Yield the ways of _Divisions: see there."""
     blocks = len(late[0])
-    alone, first = min(max(rounds) for rounds in late), max(map(min, zip(*late, strict=True)))
-    useful = sorted({r for rounds in late for r in rounds if first <= r < alone})
-    early = bisect_left(useful, True, key=partial(_allows_ranges, late))
-    found: list[tuple[int, tuple[_Cut, ...]]] = [(ready, tuple(_taking_turns(late, blocks, ready))) for ready in useful[:early]]
-    for contiguous in useful[early : early + 1]:
-        cuts = _balanced_cuts(late, blocks, contiguous)
-        found.append((contiguous, tuple((index, cuts[index], cuts[index + 1] - 1) for index in range(len(late)))))
-    return tuple(found)
+    alone, ready = min(map(max, late)), max(map(min, *late)) if len(late) > 1 else max(late[0])
+    while ready < alone:
+        held = [_held(rounds, ready) for rounds in late]
+        if _allows_ranges(held, blocks):
+            cuts = _balanced_cuts(late, blocks, ready)
+            yield ready, tuple((index, cuts[index], cuts[index + 1] - 1) for index in range(len(late)))
+            return
+        yield ready, tuple(_taking_turns(held, blocks))
+        ready = min((arrival for rounds in late for arrival in rounds if arrival > ready), default=alone)
+
+
+def _held(rounds: Sequence[int], ready: int) -> int:
+    """Return a bit for each block that has arrived after round ``ready``."""
+    return sum([1 << block for block, arrival in enumerate(rounds) if arrival <= ready])
 
 
 def divide(held: Mapping[NodeId, Collection[int]], blocks: int) -> tuple[Stage, ...] | None:
@@ -193,33 +226,31 @@ def divide(held: Mapping[NodeId, Collection[int]], blocks: int) -> tuple[Stage, 
     return next((tuple(Stage(nodes[index], *cut) for index, *cut in cuts) for ready, cuts in ways if ready == 0), None)
 
 
-def _taking_turns(late: Sequence[Sequence[int]], blocks: int, ready: int) -> Iterator[_Cut]:
-    """Yield stages that cover the model with the blocks the nodes hold after round ``ready``.
+def _taking_turns(held: Sequence[int], blocks: int) -> Iterator[_Cut]:
+    """Yield stages that cover the model with the blocks that the nodes hold, a bit for each block.
 
     Each node takes an even share of the blocks as long as others hold the next one; the longest run goes first.
     """
-    left = [-(-blocks // len(late))] * len(late)
+    left = [-(-blocks // len(held))] * len(held)
     begin = 0
     while begin < blocks:
-        runs = [_run(rounds, begin, ready) for rounds in late]
+        runs = [_run(bits >> begin) for bits in held]
         within = [min(run, quota) for run, quota in zip(runs, left, strict=True)]
         taken = within if any(within) else runs
-        taker = max(range(len(late)), key=lambda i: (taken[i], left[i], -i))
+        taker = max(range(len(held)), key=lambda i: (taken[i], left[i], -i))
         yield taker, begin, begin + taken[taker] - 1
         left[taker] -= min(taken[taker], left[taker])
         begin += taken[taker]
 
 
-def _run(rounds: Sequence[int], begin: int, ready: int) -> int:
-    """Return how many blocks from ``begin`` on have arrived after round ``ready``."""
-    for block in range(begin, len(rounds)):
-        if rounds[block] > ready:
-            return block - begin
-    return len(rounds) - begin
+def _run(bits: int) -> int:
+    """Return the number of ones at the lower end of ``bits``."""
+    return (bits ^ (bits + 1)).bit_length() - 1
 
 
 def _late(plan: MulticastPlan, arrivals: _Arrivals) -> _Late:
-    return {node: tuple(arrivals[node].get(block, _NEVER) for block in range(plan.blocks)) for node in plan.destinations}
+    blocks = range(plan.blocks)
+    return {node: tuple(map(arrivals[node].get, blocks, repeat(_NEVER))) for node in plan.destinations}
 
 
 def _in_stage_order(sets: Iterable[Sequence[NodeId]], plan: MulticastPlan, arrivals: _Arrivals) -> Iterator[list[NodeId]]:
@@ -227,7 +258,8 @@ def _in_stage_order(sets: Iterable[Sequence[NodeId]], plan: MulticastPlan, arriv
     starts = {node: order[0] for group, order in zip(plan.groups, plan.orders, strict=True) for node in group[1:]}
 
     def key(node: NodeId, parts: int) -> tuple[int, float, NodeId]:
-        blocks = sorted(arrivals[node], key=lambda block: (arrivals[node][block], block))
+        came = arrivals[node]
+        blocks = [block for _, block in sorted(zip(came.values(), came, strict=True))]
         early = blocks[: -(-len(blocks) // parts)]
         return starts[node], sum(early) / max(1, len(early)), node
 
@@ -235,21 +267,17 @@ def _in_stage_order(sets: Iterable[Sequence[NodeId]], plan: MulticastPlan, arriv
         yield sorted(nodes, key=partial(key, parts=len(nodes)))
 
 
-def _allows_ranges(late: Sequence[Sequence[int]], ready: int) -> bool:
-    """True if after round ``ready`` the nodes, in this order, can serve one contiguous, non-empty range each.
+def _allows_ranges(held: Sequence[int], blocks: int) -> bool:
+    """True if nodes that hold these blocks, a bit for each, can serve one contiguous, non-empty range each, in this order.
 
     ``reached``: a bit for each boundary at which the stages so far can end. A boundary is within a node's reach if it holds the
-    blocks from an earlier boundary on.
+    blocks from an earlier boundary on: the carry of an addition runs through them.
     """
     reached = 1
-    for rounds in late:
-        ends, within = 0, False
-        for block, arrival in enumerate(rounds):
-            within = arrival <= ready and (within or bool(reached >> block & 1))
-            if within:
-                ends |= 2 << block
-        reached = ends
-    return bool(reached >> len(late[0]) & 1)
+    for bits in held:
+        begins = reached & bits
+        reached = (((begins + bits) ^ bits | begins) & bits) << 1
+    return bool(reached >> blocks & 1)
 
 
 def _balanced_cuts(late: Sequence[Sequence[int]], blocks: int, ready: int) -> list[int]:

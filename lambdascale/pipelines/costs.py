@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 
 from msgspec import Struct
 
@@ -73,6 +74,14 @@ class Costs(Struct, frozen=True, kw_only=True):
         otherwise = end_s + self.alone_s(batch)
         tokens = (first + index * period for index in range(nodes))
         return batch * sum(otherwise - at for at in tokens if at <= end_s)
+
+    def most_saved_s(self, nodes: int, ready_s: float, end_s: float, batch: int) -> float:
+        """Bound ``saved_s`` of every pipeline of ``nodes`` nodes at ``ready_s`` or later: as if one pass brought all tokens.
+
+        No pipeline has fewer than two stages. Rounded as ``saved_s`` is, so that no rounding makes the bound too low.
+        """
+        first = ready_s + (2 * self.overhead_s + self.batch_s[batch - 1] + 2 * self.hop_s[batch - 1])
+        return batch * sum(repeat(end_s + self.alone_s(batch) - first, nodes))
 
 
 IN_ROUNDS = Costs()
