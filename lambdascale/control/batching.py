@@ -74,6 +74,11 @@ class BatchedRequest:
         self._joined = -1
 
     @property
+    def joined(self) -> int:
+        """Decode steps that its batch had done when it began to decode there; -1 before."""
+        return self._joined
+
+    @property
     def context_tokens(self) -> int:
         """Tokens to prefill before the next one can be produced: the prompt and what was produced so far."""
         return self.prompt_tokens + self.produced
@@ -148,6 +153,11 @@ class BatchScheduler:
     def __len__(self) -> int:
         """Sequences inside, waiting ones included."""
         return len(self.waiting) + len(self._admitted)
+
+    @property
+    def steps_done(self) -> int:
+        """Decode steps of the batch so far."""
+        return self._step
 
     @property
     def running(self) -> int:
@@ -240,6 +250,7 @@ class BatchScheduler:
             if sequence.cached:
                 self._join(sequence)
             else:
+                sequence._joined = -1
                 self._held += tokens
                 self._prefilling.append(sequence)
 

@@ -62,6 +62,7 @@ class ComputeModel:
         self._table = next((table for table in reached.measured if table.model == model.name), None)
         if self._table is not None:
             self._kv_token_s = self._table.decode_s_per_context_token
+        self.kv_token_s = self._kv_token_s  # seconds to read a token of KV cache
         self._decodes = _Bases(self)
 
     def iteration_s(self, iteration: IterationSize, share: float = 1.0) -> float:

@@ -120,8 +120,8 @@ def _simulate(config: DictConfig, models: Sequence[Any], requests: Sequence[Trac
     """Drive the simulation of a configuration with the live run's models and requests."""
     experiment: Experiment = replace(build(config), configured=tuple(models))
     recorder = Recorder()
-    drive_experiment(experiment, requests, config.seed, recorder, "simulation", config.max_events)
-    table = requests_table(recorder, experiment.system.name)
+    driven = drive_experiment(experiment, requests, config.seed, recorder, "simulation", config.max_events)
+    table = requests_table(recorder, experiment.system.name, driven.token_gaps)
     summary = summarise(
         recorder, table, system=experiment.system.name, backend="sim", usd_per_gpu_hour=1.0, wall_s=0.0, slo=experiment.slo
     )

@@ -11,6 +11,7 @@ import pyarrow as pa
 from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
 from lambdascale.core.events import RequestArrived, RequestPreempted
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.slo import Slo, attainment
 from lambdascale.metrics.starts import node_starts
@@ -28,12 +29,13 @@ def summarise(
     usd_per_gpu_hour: float,
     wall_s: float,
     slo: Slo | None = None,
+    gaps: TokenGaps | None = None,
 ) -> dict[str, Any]:
     """Summary of a run as in summary.json; percentiles are interpolated linearly, None without values.
 
     ``scale_outs`` counts allocations of a node to a model from the first request on; ``node_starts`` and ``multicast_starts``
     are those by the way the weights came (see the function node_starts). IncompleteRunError unless every submitted request was
-    completed or failed, and every completed one has a first token.
+    completed or failed, and every completed one has a first token. ``gaps``: between the tokens of each request.
     """
     frame = requests.to_pandas()
     counts = {
@@ -58,6 +60,7 @@ def summarise(
         "rates": _rates(frame),
         "ttft_s": distribution(ok.ttft_s.to_numpy()),
         "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),
+        "itl_s": _between_tokens(gaps),
         "e2e_s": distribution(ok.e2e_s.to_numpy()),
         "ntpot_s": distribution((ok.e2e_s / ok.output_tokens).to_numpy()),
         "queue_s": distribution(ok.queue_s.to_numpy()),
@@ -82,6 +85,12 @@ def summarise(
             for model, rows in frame.groupby("model")
         }
     return summary
+
+
+def _between_tokens(gaps: TokenGaps | None) -> dict[str, float | None]:
+    """Distribution of all gaps between tokens in seconds, and ``max``, the longest stall."""
+    seconds = np.empty(0) if gaps is None else gaps.seconds
+    return distribution(seconds) | {"max": float(seconds.max()) if len(seconds) else None}
 
 
 def _duration_s(frame: pd.DataFrame) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 
 from lambdascale.core import Request
@@ -24,6 +25,7 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.metrics.recorder import Recorder
 
 _REQUESTS = pa.schema(
@@ -42,6 +44,8 @@ _REQUESTS = pa.schema(
         ("queue_s", pa.float64()),
         ("ttft_s", pa.float64()),
         ("tpot_s", pa.float64()),
+        ("itl_s", pa.list_(pa.float32())),
+        ("stall_s", pa.float64()),
         ("e2e_s", pa.float64()),
         ("first_token_mode", pa.string()),
         ("restarts", pa.int64()),
@@ -68,6 +72,11 @@ _EVENTS = pa.schema(
 _GPUS = pa.schema([("at_s", pa.float64()), ("model", pa.string()), ("delta", pa.int64()), ("gpus", pa.int64())])
 
 
+# Gaps between tokens beyond which those of a run are rounded to milliseconds: then a table of millions is small.
+MANY_GAPS = 500_000
+_GAP_COLUMNS = ("itl_s", "stall_s")
+
+
 @dataclass(slots=True)
 class _Life:
     """History of one request; times in seconds of the run."""
@@ -82,7 +91,7 @@ class _Life:
     failure: str | None = None
 
     def row(self, system: str) -> tuple[Any, ...]:
-        """Row of requests.parquet, in the order of its columns."""
+        """Row of requests.parquet, in the order of its columns, without those about gaps between tokens."""
         r, first, end = self.request, self.first_token_s, self.finished_s
         dispatched = self.dispatches[0] if self.dispatches else None
         return (
@@ -128,17 +137,37 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
     return lives
 
 
-def requests_table(recorder: Recorder, system: str) -> pa.Table:
+def requests_table(recorder: Recorder, system: str, gaps: TokenGaps | None = None) -> pa.Table:
     """One row per request that arrived, ordered by id; times in seconds of the run.
 
     ``output_tokens`` counts the tokens of the answer, null for a request that did not finish. ``restarts`` counts
     dispatches after the first; a mode switch does not count. ``status`` is ok, failed, or lost for a request that was neither
-    answered nor refused, for which :func:`lambdascale.metrics.summarise` raises an error.
+    answered nor refused, for which :func:`lambdascale.metrics.summarise` raises an error. ``gaps``: between the tokens of each
+    request; null without. More than ``MANY_GAPS`` are rounded to milliseconds, their longest (``stall_s``) is not.
     """
     lives = _lives(recorder)
-    rows = [lives[request_id].row(system) for request_id in sorted(lives)]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_REQUESTS)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, _REQUESTS, strict=True)], schema=_REQUESTS)
+    numbers = sorted(lives)
+    rows = [lives[request_id].row(system) for request_id in numbers]
+    plain = [field for field in _REQUESTS if field.name not in _GAP_COLUMNS]
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(plain)
+    arrays = {field.name: pa.array(column, field.type) for column, field in zip(columns, plain, strict=True)}
+    arrays |= dict(zip(_GAP_COLUMNS, _gap_columns(numbers, gaps), strict=True))
+    return pa.table([arrays[name] for name in _REQUESTS.names], schema=_REQUESTS)
+
+
+def _gap_columns(numbers: Sequence[int], gaps: TokenGaps | None) -> tuple[pa.Array, pa.Array]:
+    """Columns ``itl_s`` and ``stall_s`` of these requests."""
+    if gaps is None:
+        return pa.nulls(len(numbers), _REQUESTS.field("itl_s").type), pa.nulls(len(numbers), pa.float64())
+    known = np.isin(numbers, gaps.request_ids)
+    lengths = np.zeros(len(numbers), dtype=np.int64)
+    lengths[known] = np.diff(gaps.offsets)
+    stalls = np.full(len(numbers), np.nan)
+    stalls[known] = gaps.longest()
+    seconds = gaps.seconds if len(gaps.seconds) <= MANY_GAPS else gaps.seconds.round(3)
+    offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds, pa.float32()))
+    return lists, pa.array(stalls, pa.float64(), from_pandas=True)
 
 
 # -- events.parquet ------------------------------------------------------------------------------------------------------

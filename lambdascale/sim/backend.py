@@ -33,11 +33,13 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
 from lambdascale.core.timing import ComputeModel
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.sim.instances import SimInstance, Surroundings
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.port import ComputePort
 from lambdascale.sim.sharing import SharedCores
+from lambdascale.sim.token_log import TokenLog
 from lambdascale.sim.transfers import TransferEngine
 
 
@@ -111,6 +113,7 @@ class SimBackend:
         self._requests = (each.request for each in requests)
         self._arriving = next(self._requests, None)
         self._instances: dict[int, SimInstance] = {}
+        self._tokens = TokenLog()
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
         self._transfers = TransferEngine(
@@ -159,6 +162,10 @@ class SimBackend:
         self.kernel.now = at = arriving.arrival_s
         return RequestArrived(at, arriving)
 
+    def token_gaps(self) -> TokenGaps:
+        """Gaps between the tokens of each request that was answered."""
+        return self._tokens.gaps()
+
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
@@ -185,6 +192,7 @@ class SimBackend:
             port=partial(self._port, model),
             timing=partial(self._timing, model),
             emit=self._events.append,
+            tokens=self._tokens,
             copy_kv=self._transfers.copy,
             limits=self._limits,
             batches=self._limits.batches(model.gpus_per_replica),

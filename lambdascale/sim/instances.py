@@ -18,6 +18,7 @@ from lambdascale.core.events import Mode, RequestFinished, RequestPreempted, Tok
 from lambdascale.core.timing import ComputeModel
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.port import ComputePort
+from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
 
 _NO_ITERATION = Iteration([], 0, 0, 1)
 Emit = Callable[[TokensProduced | RequestFinished | RequestPreempted], None]
@@ -36,6 +37,7 @@ class Surroundings:
     port: Callable[[NodeId], ComputePort]
     timing: Callable[[NodeId], ComputeModel]
     emit: Emit
+    tokens: TokenLog
     copy_kv: CopyKv
     limits: BatchLimits
     batches: int
@@ -77,6 +79,7 @@ class _Batch:
         "blocked",
         "fixed",
         "iteration",
+        "log",
         "on",
         "position",
         "scheduler",
@@ -87,6 +90,7 @@ class _Batch:
 
     def __init__(self, instance: SimInstance, scheduler: BatchScheduler, on: _Layout) -> None:
         self.scheduler = scheduler
+        self.log: BatchLog = []
         self.on = on
         self.under_way: _Layout | None = None
         self.blocked = False
@@ -149,6 +153,16 @@ class _Batch:
     def end_at(self, end_s: float) -> None:
         """See Run."""
         self._instance.hop(self, end_s)
+
+    def note(self, steps: int, end_s: float) -> None:
+        """Enter an iteration that is over, of ``steps`` steps, in the log."""
+        growth_s = self._pace * self.iteration.decodes * self._timing.kv_token_s if steps > 1 else 0.0
+        self.log.extend((self.scheduler.steps_done, end_s, steps, self._began_s, growth_s))
+
+    def ended_s(self, steps: int) -> float:
+        """Time at which the first ``steps`` steps of the run under way were over."""
+        run_s = self._timing.decode_run_s(self.iteration.decodes, self.iteration.context_tokens, steps)
+        return self._began_s + self._pace * run_s
 
     def lose(self) -> None:
         """Keep the iterations of a drained run that are over; the one under way is lost."""
@@ -228,7 +242,7 @@ class SimInstance:
         layouts = [self._layout, *(batch.under_way for batch in self._batches if batch.under_way is not None)]
         for node in dict.fromkeys(node for layout in layouts for node in layout.nodes):
             self._around.port(node).withdraw(self)
-        return [work for batch in self._batches for work in batch.scheduler.drain()]
+        return [work for batch in self._batches for work in self._around.tokens.drain(batch.scheduler, batch.log)]
 
     # -- iterations --------------------------------------------------------------------------------------------------
 
@@ -246,6 +260,9 @@ class SimInstance:
             if iteration is None:
                 continue
             for work in iteration.preempted:
+                if work.joined >= 0:
+                    stay = Stay(batch.log, work.joined, batch.scheduler.steps_done, work.produced)
+                    self._around.tokens.stay(work.request_id, stay)
                 self._around.emit(RequestPreempted(self.kernel.now, self.instance_id, work.request_id))
             self._after_last = index + 1
             batch.under_way = layout
@@ -278,6 +295,7 @@ class SimInstance:
     def complete(self, batch: _Batch) -> None:
         """Take note that a batch's iteration is over, and look for the next one."""
         first, finished = batch.scheduler.complete(batch.iteration, batch.steps)
+        batch.note(batch.steps, self.kernel.now)
         if first or finished:
             self._report(batch, first, finished)
         batch.under_way = None
@@ -287,14 +305,19 @@ class SimInstance:
 
     def keep(self, batch: _Batch, steps: int) -> None:
         """Take note of the ``steps`` iterations that a lost run has behind it."""
-        self._report(batch, *batch.scheduler.complete(batch.iteration, steps))
+        first, finished = batch.scheduler.complete(batch.iteration, steps)
+        batch.note(steps, batch.ended_s(steps))
+        self._report(batch, first, finished)
 
     def _report(self, batch: _Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
         assert batch.under_way is not None, "the iteration was under way"
         now, emit, mode = self.kernel.now, self._around.emit, batch.under_way.mode
         for work in first:
             emit(TokensProduced(now, self.instance_id, work.request_id, 1, mode))
+        tokens, log, step = self._around.tokens, batch.log, batch.scheduler.steps_done
         for work in finished:
+            alone_s = now if work.joined < 0 else None
+            tokens.finish(work.request_id, Stay(log, work.joined, step, work.produced, alone_s))
             emit(RequestFinished(now, self.instance_id, work.request_id, work.produced))
 
     # -- moved boundaries --------------------------------------------------------------------------------------------
@@ -324,7 +347,7 @@ class SimInstance:
         if not kv_bytes or not moved:
             self._settle(batch)
         elif self._kv == "recompute":
-            for work in batch.scheduler.drain():
+            for work in self._around.tokens.drain(batch.scheduler, batch.log):
                 batch.scheduler.add(_again(work, cached=False))
             self._settle(batch)
         else:
@@ -350,7 +373,7 @@ class SimInstance:
         if len(self._batches) > self._wanted:
             self._batches.remove(batch)
             with_kv = set(batch.scheduler.decoding)
-            works = batch.scheduler.drain()
+            works = self._around.tokens.drain(batch.scheduler, batch.log)
             self.take([_again(work, cached=work.cached or work.request_id in with_kv) for work in works])
 
 
