@@ -58,8 +58,8 @@ def show(found: Calibration) -> None:
         table.add_row(row["metric"], row["statistic"], *values, *errors)
     Console().print(table)
     for constant in found.constants:
-        change = "each value" if constant.value is None else f"{constant.value:.4g} -> {constant.value * constant.factor:.4g}"
-        print(f"{constant.key}: {change} (times {constant.factor:.3g})")
+        change = "each value" if constant.value is None else f"{constant.value:.4g} -> {constant.suggested:.4g}"
+        print(f"{constant.key}: {change}{'' if constant.factor is None else f' (times {constant.factor:.3g})'}")
     if found.startup_s is not None:
         print(f"a new instance's first token comes {found.startup_s:+.3g} s later than simulated, with these constants")
     if found.left_out:

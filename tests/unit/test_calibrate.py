@@ -62,12 +62,21 @@ def test_with_them_the_errors_are_small(found: Calibration) -> None:
     assert abs(table.error_after_percent["GPU-seconds", "total"]) < 10
 
 
+def test_an_overhead_of_iterations_is_told_from_slow_ones(tmp_path: Path) -> None:
+    overhead = "cluster.compute.iteration_overhead_s"
+    folder = run(compose([*COMMON, f"{overhead}=0.03", f"out={tmp_path / 'live'}"])).folder
+    found = calibrate(pretend(folder, [f"{overhead}=0.0"]))
+    suggested = {constant.key: constant.suggested for constant in found.constants}
+    assert suggested[overhead] == pytest.approx(0.03, rel=0.1)
+    assert "cluster.gpu.hbm_bytes_per_s" not in suggested
+
+
 def test_a_run_that_agrees_has_no_error(tmp_path: Path) -> None:
     """Same constants, same requests: the simulation is the run, whatever the workload was."""
     folder = run(compose([*COMMON, f"out={tmp_path / 'live'}"])).folder
     same = calibrate(pretend(folder, []))
     assert (same.errors.error_percent.dropna() == 0).all()
-    assert {round(constant.factor, 9) for constant in same.constants} == {1.0}
+    assert all(constant.suggested == pytest.approx(constant.value) for constant in same.constants)
     assert same.startup_s == 0
     assert same.left_out == 0
 
