@@ -1,4 +1,4 @@
-"""Gaps between the tokens of answers: all of a run in one array, since there are millions."""
+"""Gaps between the tokens of answers: all of a run in one array, which may have millions."""
 
 from __future__ import annotations
 
