@@ -155,7 +155,7 @@ def _warn_of_failures(summary: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Driven:
-    """What a driven run leaves besides its record: gaps between the tokens of its requests, and the parts of a live start."""
+    """Results of a driven run besides its record: gaps between the tokens of its requests, and the parts of a live start."""
 
     token_gaps: TokenGaps
     start_parts_s: Mapping[str, float]
