@@ -139,6 +139,15 @@ class _Batch:
         iteration, elapsed_s = self.iteration, (self._instance.kernel.now - self._began_s) / self._pace
         return self._timing.decode_steps_by(iteration.decodes, iteration.context_tokens, elapsed_s)
 
+    def timed(self, steps: int) -> tuple[float, float, float]:
+        """Begin and end of the first ``steps`` steps of what ran, and by how much each is longer than the one before; seconds."""
+        timing, iteration = self._timing, self.iteration
+        growth_s = self._pace * iteration.decodes * timing.kv_token_s
+        if steps == self.steps:
+            return self._began_s, self._instance.kernel.now, growth_s
+        run_s = timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+        return self._began_s, self._began_s + self._pace * run_s, growth_s
+
     def end(self) -> None:
         """See Run."""
         if self.fixed:
