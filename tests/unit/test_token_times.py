@@ -13,6 +13,7 @@ import pytest
 
 from lambdascale.cli.main import main
 from lambdascale.control.batching import BatchScheduler, Iteration
+from lambdascale.core.commands import Dispatch, KvPolicy, Repartition, SwitchMode
 from lambdascale.core.events import NodeLost, RequestPreempted
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.experiments.build import build
@@ -22,12 +23,16 @@ from lambdascale.experiments.runner import drive_experiment, run
 from lambdascale.metrics import Recorder, events_table, requests_table, summarise, tables
 from lambdascale.sim import instances
 from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
+from tests.unit import test_sim_instances as rig
 
+BURST = ["workload=burst", "workload.count=60", "workload.output_tokens=200", "cluster.nodes=6", "cluster.nic_bytes_per_s=3GB/s"]
 BURSTY = ["workload=bursty", "workload.duration_s=120", "cluster.nodes=6"]
 SCENES = {
     "one replica": ["workload=constant", "workload.rate_rps=3", "workload.duration_s=30", "cluster.nodes=1", "system=ideal"],
-    "pipelines and mode switches": BURSTY,
-    "KV copied": [*BURSTY, "system.kv=copy"],
+    "multicasts": BURSTY,
+    "mode switches": BURST,
+    "mode switches, KV copied": [*BURST, "system.kv=copy"],
+    "mode switches, node by node": [*BURST, "system.kv=copy", "+system.start.pipelines.switch=each"],
     "the prototype's batches": [*BURSTY, "system=lambdascale_prototype"],
     "several GPUs": ["workload=burst", "workload.count=60", "model=llama2_70b", "cluster=testbed2"],
     "KV memory runs out": [
@@ -77,9 +82,11 @@ def test_gaps_lead_from_the_first_token_to_the_last(scene: str) -> None:
     kinds = {type(entry) for _, entry in recorder.entries}
     assert (RequestPreempted in kinds) == (scene == "KV memory runs out")
     assert (NodeLost in kinds) == (scene == "nodes die")
+    moved = any(entry.moves for _, entry in recorder.entries if isinstance(entry, SwitchMode))
+    assert moved or "switches" not in scene
 
 
-@pytest.mark.parametrize("scene", ["one replica", "pipelines and mode switches", "shared cores"])
+@pytest.mark.parametrize("scene", ["one replica", "multicasts", "shared cores"])
 def test_merged_steps_have_their_own_times(scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulator merges decode steps; without that, each step has an event of its own, and the gaps are the same."""
     merged = simulated(SCENES[scene])[2].by_request()
@@ -96,6 +103,34 @@ def test_merged_steps_have_their_own_times(scene: str, monkeypatch: pytest.Monke
     assert set(single) == set(merged)
     for number, own in single.items():
         assert merged[number] == pytest.approx(own, abs=1e-3)
+
+
+@pytest.mark.parametrize(("kv", "moved_s"), [("recompute", 0.1), ("copy", 0.02)])
+def test_moved_boundaries(kv: KvPolicy, moved_s: float) -> None:
+    """After four tokens all blocks go to another node: the fifth waits for a prefill, or for its KV, and the others do not."""
+    cluster = rig.backend(token_times=True)
+    rig.serve(cluster, 1, 0, 1)
+    cluster.submit(Dispatch(1, (rig.request(0, 11),)))
+    rig.later(cluster, 0.15, Repartition(1, rig.stages(2), kv, rig.KV))
+    rig.play(cluster)
+    gaps = cluster.token_gaps()
+    assert gaps is not None
+    assert gaps.by_request()[0] == pytest.approx([0.02] * 3 + [moved_s] + [0.02] * 6, abs=0.004)
+    assert gaps.longest()[0] == gaps.seconds[3] > 0.02
+
+
+def test_steps_of_a_run_that_a_death_ends_early() -> None:
+    """What the client had by then has the times of the lost run; the rest comes from the instance that starts anew."""
+    cluster = rig.backend(failures=((0, 0.17),), token_times=True)
+    rig.serve(cluster, 1, 0)
+    rig.serve(cluster, 2, 1)
+    cluster.submit(Dispatch(1, (rig.request(0, 6),)))
+    rig.later(cluster, 0.5, Dispatch(2, (rig.request(0, 6),)))
+    rig.play(cluster)
+    gaps = cluster.token_gaps()
+    assert gaps is not None
+    # Tokens at 0.1, 0.12, 0.14 and 0.16; the fifth of the other instance at 0.5 + 0.1 + 4 * 0.02.
+    assert gaps.seconds == pytest.approx([0.02, 0.02, 0.02, 0.52, 0.02])
 
 
 def answered(*stays: Stay) -> list[float]:
