@@ -186,7 +186,7 @@ def requests_table(
 
 def answered(requests: pa.Table, gaps: TokenGaps) -> TokenGaps:
     """Gaps of those requests whose status is ok: the end of one may have been too late to count."""
-    return gaps.of_requests(requests.filter(pc.field("status") == "ok")["request_id"].to_numpy())
+    return gaps.of_requests(requests.select(["request_id", "status"]).filter(pc.field("status") == "ok")["request_id"].to_numpy())
 
 
 def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, pa.Array]:
@@ -199,9 +199,11 @@ def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, 
     lengths[known] = np.diff(gaps.offsets)
     stalls = np.full(len(numbers), np.nan)
     stalls[known] = gaps.longest()
-    seconds = gaps.seconds if len(gaps.seconds) <= MANY_GAPS else gaps.seconds.round(3)
+    seconds = gaps.seconds.astype(np.float32)
+    if len(seconds) > MANY_GAPS:
+        seconds = seconds.round(3)
     offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
-    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds, pa.float32()))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds))
     return lists, pa.array(stalls, pa.float64(), from_pandas=True)
 
 
