@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from lambdascale.cli.main import main
-from lambdascale.control.batching import BatchScheduler, Iteration
+from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core.commands import Dispatch, KvPolicy, Repartition, SwitchMode
 from lambdascale.core.events import NodeLost, RequestPreempted
 from lambdascale.core.token_gaps import TokenGaps
@@ -22,6 +22,7 @@ from lambdascale.experiments.compose import compose
 from lambdascale.experiments.runner import drive_experiment, run
 from lambdascale.metrics import Recorder, events_table, requests_table, summarise, tables
 from lambdascale.sim import instances
+from lambdascale.sim.timed_instances import _TimedScheduler
 from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
 from tests.unit import test_sim_instances as rig
 
@@ -102,7 +103,7 @@ def test_merged_steps_have_their_own_times(scene: str, monkeypatch: pytest.Monke
     single = simulated(SCENES[scene])[2].by_request()
     assert set(single) == set(merged)
     for number, own in single.items():
-        assert merged[number] == pytest.approx(own, abs=1e-3)
+        assert merged[number] == pytest.approx(own, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(("kv", "moved_s"), [("recompute", 0.1), ("copy", 0.02)])
@@ -131,6 +132,30 @@ def test_steps_of_a_run_that_a_death_ends_early() -> None:
     assert gaps is not None
     # Tokens at 0.1, 0.12, 0.14 and 0.16; the fifth of the other instance at 0.5 + 0.1 + 4 * 0.02.
     assert gaps.seconds == pytest.approx([0.02, 0.02, 0.02, 0.52, 0.02])
+
+
+@pytest.mark.parametrize(
+    ("limits", "kv_tokens", "second", "gaps"),
+    [
+        # The first has 13 tokens. The second has five when memory runs out, and its sixth and last comes with the second prefill.
+        (BatchLimits(max_batch=2), 17, (4, 6), [1.0] * 4 + [9.0]),
+        # The second's prompt is being prefilled, two tokens beside one of the first's, when memory runs out.
+        (BatchLimits(max_batch=2, max_tokens=3), 40, (36, 3), [1.0] * 2),
+    ],
+)
+def test_preempted_requests(limits: BatchLimits, kv_tokens: int, second: tuple[int, int], gaps: list[float]) -> None:
+    """Every iteration takes a second."""
+    now, tokens = 0.0, TokenLog()
+    scheduler = _TimedScheduler(limits, kv_tokens, tokens, lambda steps: (now - steps, now, 0.0))
+    scheduler.add(BatchedRequest(0, 4, 13 if kv_tokens == 17 else 20))
+    scheduler.add(BatchedRequest(1, *second))
+    while (iteration := scheduler.schedule()) is not None:
+        now += 1.0
+        scheduler.complete(iteration)
+    assert scheduler.preemptions == 1
+    found = tokens.gaps().by_request()
+    assert found[0].tolist() == [1.0] * len(found[0])
+    assert found[1].tolist() == gaps
 
 
 def answered(*stays: Stay) -> list[float]:
