@@ -55,11 +55,9 @@ class _TimedScheduler(BatchScheduler):
         return first, finished
 
     def _make_room(self) -> list[BatchedRequest]:
-        decoding = set(self.decoding)
         preempted = super()._make_room()
-        for work in preempted:
-            if work.request_id in decoding:
-                self._tokens.stay(work.request_id, Stay(self._log, work.joined, self._step, work.produced))
+        for work in preempted:  # also those being prefilled: a stay without new tokens adds none
+            self._tokens.stay(work.request_id, Stay(self._log, work.joined, self._step, work.produced))
         return preempted
 
     def drain(self) -> list[BatchedRequest]:
