@@ -3,8 +3,8 @@
 python scripts/gpu_sim_errors.py [--profile h200] [--card H200] [--tables results/tables] [--map]
 
 Reads gpu_decode.csv, gpu_prefill.csv, gpu_multicast.csv and gpu_bursts.csv, rows of the card alone. Decode steps and prefills
-come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or the paced rate,
-bursts from a simulation of the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it instead simulates such bursts
+come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or the paced
+rate, bursts from a simulation of the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
 over models, links, sources, sizes and answers, with pipelines and without, and writes gpu_map_simulated.csv.
 """
 

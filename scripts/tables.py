@@ -48,7 +48,7 @@ def main() -> None:
     # After the tables: the beliefs read them.
     _fill(arguments.page, blocks)
     believed = beliefs.render(arguments.beliefs.read_text(), texts)
-    _fill(arguments.readme, {beliefs.BLOCK: believed, starts_text.BLOCK: blocks[starts_text.BLOCK]})
+    _fill(arguments.readme, {beliefs.BLOCK: believed})
     for baseline in departures.DEPARTURES.keys() - {departures.OURS}:
         text = departures.markdown(texts["departures"], baseline)
         _fill(arguments.baselines / baseline / "README.md", {departures.BLOCK: text})

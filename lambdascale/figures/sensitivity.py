@@ -36,6 +36,8 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "host_sources": ("host copies as sources", 1.0),
     "nccl_setup": ("NCCL set-up", 1.0),
     "nccl_outliers": ("NCCL set-ups of 18 to 120 s", 1.0),
+    "nccl_chunk_bytes": ("NCCL chunk [MB]", 1e-6),
+    "scale_outs": ("size of scale-outs", 1.0),
 }
 _UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8}
 _MEASURES = {"p90": "P90 TTFT, {} / λScale", "gpu": "GPU time below {} [%]"}
@@ -81,7 +83,7 @@ def _shown(setting: str, value: str) -> str:
     try:
         return f"{float(number) * scale * _LABELS.get(setting, ('', 1.0))[1]:.3g}"
     except ValueError:
-        return value
+        return value.replace("_", " ")
 
 
 def draw(frame: pd.DataFrame) -> Figure:

@@ -51,14 +51,14 @@ def errors(
 
 
 def compute_factor(live: pd.DataFrame, simulated: pd.DataFrame) -> float | None:
-    """Factor by which iterations take longer live: the median ratio of TPOT, request by request; None without pairs."""
+    """Return how many times longer iterations take live: the median ratio of TPOT by request; None without pairs."""
     both = live.merge(simulated, on="request_id", suffixes=("_live", "_sim"))
     ratios = (both.tpot_s_live / both.tpot_s_sim).replace([np.inf, 0.0], np.nan).dropna()
     return float(ratios.median()) if len(ratios) else None
 
 
 def extra_s(live: pd.DataFrame, simulated: pd.DataFrame) -> float:
-    """Seconds by which an iteration takes longer live: the median difference of TPOT, request by request; 0 without pairs."""
+    """By how many seconds an iteration takes longer live: the median difference of TPOT, request by request; 0 without pairs."""
     both = live.merge(simulated, on="request_id", suffixes=("_live", "_sim"))
     extra = (both.tpot_s_live - both.tpot_s_sim).dropna()
     return float(extra.median()) if len(extra) else 0.0

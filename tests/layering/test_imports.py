@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "sim": PURE | {"multicast", "control", "memory"},
     "inference": PURE | {"checkpoints", "control", "memory"},
     "diagnostics": PURE | {"transport"},
-    "calibration": PURE | {"checkpoints", "inference", "diagnostics"},
+    "calibration": PURE | {"checkpoints", "control", "inference", "diagnostics"},
     "live": PURE | {"checkpoints", "control", "inference", "transport"},
     "testing": PURE | {"multicast", "pipelines", "memory", "control", "sim", "metrics", "transport"},
     # The composition root: objects from configuration, runs, studies and their tables.

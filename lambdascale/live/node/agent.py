@@ -242,7 +242,7 @@ class Agent:
             send=self._send,
         )
         self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
-        # One send at a time fills a paced link; without pacing, the next should be under way before the last is through.
+        # One send at a time fills a paced link; without pacing, the next is under way before the last is through.
         self.mover = Mover(
             config.node,
             self.store,
@@ -254,13 +254,12 @@ class Agent:
             collective=self.collective.start,
             preloaded=config.preloaded,
         )
-        executor: Executor
         compute: Callable[..., Compute] = Compute
+        executor: Executor
         if config.timeline is not None:
             from lambdascale.live.node.timeline import recorded
 
-            compute, make_executor = recorded(config.timeline, config.node, config.slot_tokens)
-            executor = make_executor(self.store)
+            compute, executor = recorded(config.timeline, config.node, config.slot_tokens, self.store)
         elif config.executor == "timed":
             executor = TimedExecutor(self.store, config.cluster.node(config.node))
         elif config.executor == "paced":
@@ -373,12 +372,11 @@ class Agent:
 
     def _start_severing(self, message: wire.Sever) -> None:
         """End a connection beside the main loop; its loss is reported as any other."""
+        threading.Thread(target=self._sever, args=(message.peer,), name="connect", daemon=True).start()
 
-        def sever() -> None:
-            with self._connecting:
-                self.endpoint.sever(message.peer)
-
-        threading.Thread(target=sever, name="connect", daemon=True).start()
+    def _sever(self, peer: NodeId) -> None:
+        with self._connecting:
+            self.endpoint.sever(peer)
 
     def _connect(self, directory: wire.Directory) -> None:
         """Connect to the nodes with a lower id that are new, so that every pair has one connection."""

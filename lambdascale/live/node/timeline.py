@@ -1,4 +1,4 @@
-"""What a node's compute thread does, row by row in a file: for measurements of mode switches (setting ``backend.timeline``).
+"""Record of a node's compute thread, row by row in a file: for measurements of mode switches (setting ``backend.timeline``).
 
 Times are those of the host's monotonic clock, which all processes of a host share. They are taken on the host: on a GPU, a pass
 through a stage that is not the last ends when its hidden states have been computed, one through the last with its tokens.
@@ -143,7 +143,7 @@ class RecordedCompute(Compute):
             super()._drop(number)
 
 
-def recorded(folder: str, node: NodeId, slot_tokens: int) -> tuple[Callable[..., Compute], Callable[[BlockStore], TorchExecutor]]:
-    """Return what makes a node's compute and its executor, with one timeline in ``folder``."""
+def recorded(folder: str, node: NodeId, slot_tokens: int, store: BlockStore) -> tuple[Callable[..., Compute], TorchExecutor]:
+    """Return what makes a node's compute, and its executor, with one timeline in ``folder``."""
     timeline = Timeline(Path(folder), node)
-    return partial(RecordedCompute, timeline=timeline), lambda store: RecordedExecutor(store, slot_tokens, timeline)
+    return partial(RecordedCompute, timeline=timeline), RecordedExecutor(store, slot_tokens, timeline)
