@@ -38,7 +38,7 @@ def summarise(
     completed or failed, and every completed one has a first token. ``gaps``: between tokens; without,
     ``itl_s`` is absent.
     """
-    # Of gaps between tokens there may be millions: those come from ``gaps``.
+    # The gaps between tokens, which may be millions, are taken from ``gaps``.
     frame = requests.drop_columns(["itl_s"]).to_pandas()
     counts = {
         "submitted": len(frame),
