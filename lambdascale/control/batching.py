@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import Literal
 
+from msgspec import Struct
+
 from lambdascale.core.checks import check_types, require
 
 # Bound on how far a decode-only batch may be advanced at once when nothing else limits it.
@@ -84,36 +86,22 @@ class BatchedRequest:
         return self.prompt_tokens + self.produced
 
 
-class Iteration:
+class Iteration(Struct, gc=False):
     """One iteration, as ``schedule()`` orders it.
 
     ``prefills``: (sequence, tokens of it to prefill now). ``decodes``: how many sequences decode one token each (they are
-    ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``attended_tokens``: query-key pairs of the
-    prefills. ``max_steps``: how often the iteration may be repeated before the batch could change (1 with prefills).
-    ``preempted``: sequences that lost their KV to make room for it; they wait again.
+    ``scheduler.decoding``), reading ``context_tokens`` of KV altogether. ``max_steps``: how often the iteration may be repeated
+    before the batch could change (1 with prefills). ``preempted``: sequences that lost their KV to make room for it; they wait
+    again. ``prefill_tokens``: sum of the prefills; ``attended_tokens``: their query-key pairs.
     """
 
-    __slots__ = ("attended_tokens", "context_tokens", "decodes", "max_steps", "preempted", "prefill_tokens", "prefills")
-
-    def __init__(
-        self,
-        prefills: list[tuple[BatchedRequest, int]],
-        decodes: int,
-        context_tokens: int,
-        max_steps: int,
-        preempted: Sequence[BatchedRequest] = (),
-    ) -> None:
-        self.prefills = prefills
-        self.decodes = decodes
-        self.context_tokens = context_tokens
-        self.max_steps = max_steps
-        self.preempted = preempted
-        tokens = attended = 0
-        for sequence, count in prefills:
-            tokens += count
-            attended += count * sequence.prefilled + count * (count + 1) // 2
-        self.prefill_tokens = tokens
-        self.attended_tokens = attended
+    prefills: list[tuple[BatchedRequest, int]]
+    decodes: int
+    context_tokens: int
+    max_steps: int
+    preempted: Sequence[BatchedRequest] = ()
+    prefill_tokens: int = 0
+    attended_tokens: int = 0
 
 
 class BatchScheduler:
@@ -195,23 +183,22 @@ class BatchScheduler:
 
     def schedule(self) -> Iteration | None:
         """Return the next iteration, None without anything to run. Sequences join and are preempted here."""
-        decodes = len(self.decoding)
+        decodes, context = len(self.decoding), self._context
         preempted: Sequence[BatchedRequest] = ()
-        if self._context + self._held + decodes > self.kv_tokens:
+        if context + self._held + decodes > self.kv_tokens:
             preempted = self._make_room()
-            decodes = len(self.decoding)
+            decodes, context = len(self.decoding), self._context
         elif self.waiting:
             self._admit()
-            decodes = len(self.decoding)
+            decodes, context = len(self.decoding), self._context
         if self._prefilling:
-            prefills = self._prefills(self.limits.max_tokens - decodes)
-            return Iteration(prefills, decodes, self._context, 1, preempted)
+            return self._prefill(decodes, preempted)
         if not decodes:
             return None
-        steps, room = self._ends[0][0] - self._step, self.kv_tokens - self._context
+        steps, room = self._ends[0][0] - self._step, self.kv_tokens - context
         if steps * decodes > room:
             steps = max(1, room // decodes)
-        return Iteration([], decodes, self._context, steps, preempted)
+        return Iteration([], decodes, context, steps, preempted)
 
     def _make_room(self) -> list[BatchedRequest]:
         """Preempt the sequences admitted last until the next token of every decoding one fits; return them."""
@@ -250,19 +237,22 @@ class BatchScheduler:
                 self._held += tokens
                 self._prefilling.append(sequence)
 
-    def _prefills(self, budget: int) -> list[tuple[BatchedRequest, int]]:
-        if self.limits.mode == "static":
-            budget = _UNBOUNDED
-        prefills = []
+    def _prefill(self, decodes: int, preempted: Sequence[BatchedRequest]) -> Iteration:
+        """Return an iteration that prefills, with the decodes that ride along."""
+        limits = self.limits
+        budget = limits.max_tokens - decodes if limits.mode == "continuous" else _UNBOUNDED
+        prefills, tokens, attended = [], 0, 0
         for sequence in self._prefilling:
-            if budget <= 0:
+            if tokens >= budget:
                 break
-            count = sequence.prompt_tokens + sequence.produced - sequence.prefilled
-            if count > budget:
-                count = budget
+            done = sequence.prefilled
+            count = sequence.prompt_tokens + sequence.produced - done
+            if count > budget - tokens:
+                count = budget - tokens
             prefills.append((sequence, count))
-            budget -= count
-        return prefills
+            tokens += count
+            attended += count * done + count * (count + 1) // 2
+        return Iteration(prefills, decodes, self._context, 1, preempted, tokens, attended)
 
     def _join(self, sequence: BatchedRequest) -> None:
         """Let a sequence whose context is in the KV cache decode from the next iteration on."""
@@ -285,9 +275,8 @@ class BatchScheduler:
         first: list[BatchedRequest] = []
         if iteration.decodes:
             self._step = step = self._step + steps
-            self._context += steps * len(self.decoding)
-            ends = self._ends
-            if (ends and ends[0][0] <= step) or stopped:
+            self._context += steps * iteration.decodes
+            if self._ends[0][0] <= step or stopped:
                 finished = self._end(stopped)
         for sequence, count in iteration.prefills:
             sequence.prefilled = prefilled = sequence.prefilled + count

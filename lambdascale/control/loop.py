@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Protocol
 
 from lambdascale.core import UserError
@@ -44,22 +45,34 @@ class Observer(Protocol):
 
 def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer] = (), *, max_events: int | None = None) -> float:
     """Run until nothing is outstanding; return the time of the last event in seconds. UserError beyond ``max_events`` events."""
-    at, left = 0.0, -1 if max_events is None else max_events
-    saw = [observer.on_event for observer in observers]
-    told = [observer.on_command for observer in observers]
+    at = 0.0
+    see = _each([observer.on_event for observer in observers])
+    tell = _each([observer.on_command for observer in observers])
     next_event, on_event, submit = backend.next_event, system.on_event, backend.submit
-    while (event := next_event()) is not None:
+    for left in repeat(1) if max_events is None else range(max_events, -1, -1):
+        event = next_event()
+        if event is None:
+            break
         at = event.at
-        if left == 0:
+        if not left:
             raise UserError(
                 f"the simulation has had max_events={max_events} events at {at:g} s and has not ended: "
                 "make it smaller, or raise max_events"
             )
-        left -= 1
-        for see in saw:
-            see(event)
+        see(event)
         for command in on_event(event):
-            for tell in told:
-                tell(at, command)
+            tell(at, command)
             submit(command)
     return at
+
+
+def _each(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:
+    """Return what calls them all, in order."""
+    if len(calls) == 1:
+        return calls[0]
+
+    def call(*arguments: object) -> None:
+        for each in calls:
+            each(*arguments)
+
+    return call

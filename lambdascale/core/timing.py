@@ -88,7 +88,7 @@ class ComputeModel:
         growth = batch * self._kv_token_s / 2
         first = self._overhead_s + self._decodes[batch] + context_tokens * self._kv_token_s - growth
         root = elapsed_s / first if growth == 0 else (sqrt(first * first + 4 * growth * elapsed_s) - first) / (2 * growth)
-        steps = max(1, ceil(root))
+        steps = ceil(root) or 1
         # The root is exact up to rounding, so that at most one step has to be added or removed.
         if steps > 1 and (run_s := self.decode_run_s(batch, context_tokens, steps - 1)) >= elapsed_s:
             return steps - 1, run_s

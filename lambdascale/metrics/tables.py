@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -77,52 +76,64 @@ MANY_GAPS = 500_000
 _GPUS = pa.schema([("at_s", pa.float64()), ("model", pa.string()), ("delta", pa.int64()), ("gpus", pa.int64())])
 
 
-@dataclass(slots=True)
-class _Life:
+class _Life(msgspec.Struct, gc=False):
     """History of one request; times in seconds of the run."""
 
     request: Request
     received_s: float
-    dispatches: list[float] = field(default_factory=list)
+    dispatches: int = 0
+    dispatched_s: float | None = None
     first_token_s: float | None = None
     mode: str | None = None
     finished_s: float | None = None
     tokens: int = 0
     failure: str | None = None
 
-    def row(self, system: str, traced: TracedRequest | None) -> tuple[Any, ...]:
-        """Row of requests.parquet, in the order of its columns; ``traced``: what the workload knew of the request, if known."""
-        r, first, end = self.request, self.first_token_s, self.finished_s
-        dispatched = self.dispatches[0] if self.dispatches else None
-        return (
-            r.request_id,
-            r.model,
-            system,
-            r.arrival_s,
-            self.received_s,
-            r.prompt_tokens,
-            self.tokens if end is not None else None,
-            r.max_tokens,
-            dispatched,
-            first,
-            end,
-            None if dispatched is None else dispatched - r.arrival_s,
-            None if first is None else first - r.arrival_s,
-            None if first is None or end is None or self.tokens < 2 else (end - first) / (self.tokens - 1),
-            None if end is None else end - r.arrival_s,
-            self.mode,
-            max(0, len(self.dispatches) - 1),
-            "failed" if self.failure is not None else "ok" if end is not None else "lost",
-            self.failure,
-            None if traced is None else min(traced.output_tokens, r.max_tokens),
-            None if traced is None else traced.session,
-        )
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds between tokens; None without two of them."""
+        first, end, tokens = self.first_token_s, self.finished_s, self.tokens
+        return None if first is None or end is None or tokens < 2 else (end - first) / (tokens - 1)
+
+    @property
+    def status(self) -> str:
+        """State in which the run left the request."""
+        return "failed" if self.failure is not None else "lost" if self.finished_s is None else "ok"
 
 
-def _unserved_row(traced: TracedRequest, system: str) -> tuple[Any, ...]:
+def _columns(lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequest]) -> dict[str, list[Any]]:
+    """Columns of requests.parquet; ``known``: what the workload knew of the requests, by id."""
+    asked = [life.request for life in lives]
+    traced = [known.get(r.request_id) for r in asked]
+    return {
+        "request_id": [r.request_id for r in asked],
+        "model": [r.model for r in asked],
+        "system": [system] * len(asked),
+        "arrival_s": [r.arrival_s for r in asked],
+        "received_s": [life.received_s for life in lives],
+        "prompt_tokens": [r.prompt_tokens for r in asked],
+        "output_tokens": [None if life.finished_s is None else life.tokens for life in lives],
+        "max_tokens": [r.max_tokens for r in asked],
+        "dispatched_s": [life.dispatched_s for life in lives],
+        "first_token_s": [life.first_token_s for life in lives],
+        "finished_s": [life.finished_s for life in lives],
+        "queue_s": [None if (at := life.dispatched_s) is None else at - life.request.arrival_s for life in lives],
+        "ttft_s": [None if (at := life.first_token_s) is None else at - life.request.arrival_s for life in lives],
+        "tpot_s": [life.tpot_s for life in lives],
+        "e2e_s": [None if (at := life.finished_s) is None else at - life.request.arrival_s for life in lives],
+        "first_token_mode": [life.mode for life in lives],
+        "restarts": [max(0, life.dispatches - 1) for life in lives],
+        "status": [life.status for life in lives],
+        "failure": [life.failure for life in lives],
+        "answer_tokens": [None if t is None else min(t.output_tokens, r.max_tokens) for t, r in zip(traced, asked, strict=True)],
+        "session": [None if t is None else t.session for t in traced],
+    }
+
+
+def _unserved_row(traced: TracedRequest, system: str) -> dict[str, Any]:
     """Row of a request that its trace records as failed: nobody was asked to serve it."""
     r = traced.request
-    known = {
+    return {
         "request_id": r.request_id,
         "model": r.model,
         "system": system,
@@ -134,12 +145,11 @@ def _unserved_row(traced: TracedRequest, system: str) -> tuple[Any, ...]:
         "failure": TRACED_FAILURE,
         "session": traced.session,
     }
-    return tuple(known.get(name) for name in _REQUESTS.names)
 
 
 def _lives(recorder: Recorder) -> dict[int, _Life]:
     lives: dict[int, _Life] = {}
-    for at, entry in recorder.entries:
+    for at, entry in recorder:
         if isinstance(entry, TokensProduced):
             life = lives[entry.request_id]
             if life.first_token_s is None:
@@ -149,7 +159,10 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
             life.finished_s, life.tokens = at, entry.tokens
         elif isinstance(entry, Dispatch):
             for request in entry.requests:
-                lives[request.request_id].dispatches.append(at)
+                life = lives[request.request_id]
+                if not life.dispatches:
+                    life.dispatched_s = at
+                life.dispatches += 1
         elif isinstance(entry, RequestArrived):
             lives[entry.request.request_id] = _Life(entry.request, at)
         elif isinstance(entry, FailRequest):
@@ -176,10 +189,11 @@ def requests_table(
     """
     lives = _lives(recorder)
     known = {each.request_id: each for each in traced}
-    rows = [lives[request_id].row(system, known.get(request_id)) for request_id in sorted(lives)]
-    rows += [_unserved_row(each, system) for each in unserved]
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(_REQUESTS)
-    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, _REQUESTS, strict=True)], schema=_REQUESTS)
+    columns = _columns([lives[request_id] for request_id in sorted(lives)], system, known)
+    for row in (_unserved_row(each, system) for each in unserved):
+        for name, column in columns.items():
+            column.append(row.get(name))
+    table = pa.table([pa.array(columns[field.name], field.type) for field in _REQUESTS], schema=_REQUESTS)
     lists, stalls = _gap_columns(table, gaps)
     return table.append_column(_GAPS.field("itl_s"), lists).append_column(_GAPS.field("stall_s"), stalls)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, NodeSpec, TracedRequest
+from lambdascale.core import ClusterSpec, ModelSpec, NodeId, NodeSpec, Request, TracedRequest
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.commands import (
     AllocateNode,
@@ -34,7 +34,8 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
 from lambdascale.core.timing import ComputeModel
 from lambdascale.core.token_gaps import TokenGaps
-from lambdascale.sim.instances import SimInstance, Surroundings
+from lambdascale.sim.batches import Surroundings
+from lambdascale.sim.instances import SimInstance
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.port import ComputePort
@@ -124,6 +125,7 @@ class SimBackend:
         self._answer_tokens = {each.request.request_id: each.answer_tokens for each in requests}
         self._requests = (each.request for each in requests)
         self._arriving = next(self._requests, None)
+        self._arrives_s = inf if self._arriving is None else self._arriving.arrival_s
         self._instances: dict[int, SimInstance] = {}
         self._tokens = TokenLog() if token_times else None
         self._model_of: dict[int, str] = {}
@@ -165,14 +167,17 @@ class SimBackend:
 
     def next_event(self) -> Event | None:
         """Return the next event; requests arrive before anything else that happens at the same time."""
-        events, arriving = self._events, self._arriving
-        if events or self.kernel.advance(inf if arriving is None else arriving.arrival_s, events):
+        events = self._events
+        if events or self.kernel.advance(self._arrives_s, events):
             return events.popleft()
-        if arriving is None:
-            return None
-        self._arriving = next(self._requests, None)
-        self.kernel.now = at = arriving.arrival_s
-        return RequestArrived(at, arriving)
+        arriving = self._arriving
+        return None if arriving is None else self._arrive(arriving)
+
+    def _arrive(self, request: Request) -> RequestArrived:
+        self._arriving = following = next(self._requests, None)
+        self._arrives_s = inf if following is None else following.arrival_s
+        self.kernel.now = at = request.arrival_s
+        return RequestArrived(at, request)
 
     def token_gaps(self) -> TokenGaps | None:
         """Gaps between the tokens of each request that was answered; None unless they were asked for."""

@@ -24,8 +24,8 @@ class Kernel:
     def at(self, when: float, action: Callable[[Any], None], argument: Any = None, priority: int = 0) -> None:
         """Call ``action(argument)`` at ``when``; never before now."""
         assert when >= self.now, f"scheduling into the past: {when} < {self.now}"
-        self._sequence += 1
-        heappush(self._heap, (when, priority, self._sequence, action, argument))
+        self._sequence = sequence = self._sequence + 1
+        heappush(self._heap, (when, priority, sequence, action, argument))
 
     def next_time(self) -> float | None:
         """Return the time of the next action, or None."""

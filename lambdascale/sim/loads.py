@@ -104,7 +104,7 @@ class Load(FlowGroup):
         return set(self._left) if (model, node) == (self._command.model, self._command.node) else set()
 
     def _arrived(self, block: int) -> None:
-        command = self._command
+        command, fabric = self._command, self._fabric
         self._left.discard(block)
-        if not self.cancelled and self._fabric.alive((command.node,)):
+        if not self.cancelled and (not fabric.lost or fabric.alive((command.node,))):
             self._deliver(command.transfer_id, command.node, command.model, block)

@@ -29,8 +29,11 @@ class Run(Protocol):
         """Begin, ``pace`` times slower than alone; return the seconds until the end."""
         ...
 
-    def cut(self) -> float | None:
-        """End with the iteration under way; return the seconds from the begin to that end, None if the end stays where it is."""
+    def cut(self, elapsed_s: float) -> float | None:
+        """End with the iteration under way, ``elapsed_s`` seconds after the begin.
+
+        Return the seconds from the begin to that end, None if the end stays where it is.
+        """
         ...
 
     def last_s(self) -> float:
@@ -45,8 +48,8 @@ class Run(Protocol):
         """Schedule what follows the end, which is not told: the run is fixed, and nothing waits for the port."""
         ...
 
-    def lose(self) -> None:
-        """Take note that the rest is lost."""
+    def lose(self, elapsed_s: float) -> None:
+        """Take note that the rest is lost, ``elapsed_s`` seconds after the begin."""
         ...
 
 
@@ -55,7 +58,7 @@ class Owner(Protocol):
 
     def __hash__(self) -> int: ...
 
-    def next_run(self, *, alone: bool) -> Run | None:
+    def next_run(self, alone: bool) -> Run | None:
         """Return its next iteration here, None if it has none now. ``alone``: nothing else waits for the port or is at it."""
         ...
 
@@ -79,6 +82,7 @@ class ComputePort:
         "_occupied",
         "_owner",
         "_run",
+        "_shared",
         "_ticket",
         "_turns",
         "_until_s",
@@ -89,6 +93,7 @@ class ComputePort:
     def __init__(self, kernel: Kernel, cores: SharedCores | None, gpus: int = 1) -> None:
         self._kernel = kernel
         self._cores = cores
+        self._shared = cores is not None or gpus > 1
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
         self._owner: Owner | None = None
         self._run: Run | None = None
@@ -98,9 +103,9 @@ class ComputePort:
         self._version = 0
         self._woken = False
         self._occupied = 0
-        # Behind the first GPU: when each of the others is free, and the iterations there by version.
+        # Behind the first GPU: when each of the others is free, and the iterations there and their begin by version.
         self._free_s = [0.0] * (gpus - 1)
-        self._line: dict[int, tuple[Owner, Run]] = {}
+        self._line: dict[int, tuple[Owner, Run, float]] = {}
 
     def want(self, owner: Owner) -> None:
         """Queue the start of an iteration of ``owner``; a long run of another instance ends with its iteration under way."""
@@ -115,7 +120,7 @@ class ComputePort:
             self._run = None
             self._turns.add_head(owner)
             self._next()
-        elif (run := owner.next_run(alone=not self._line)) is not None:
+        elif (run := owner.next_run(not self._line)) is not None:
             self._begin(owner, run)
 
     def add_pass(self, owner: Owner, run: Run) -> None:
@@ -145,8 +150,9 @@ class ComputePort:
         """Drop everything of ``owner``, waiting or running: what was running is lost."""
         self._settle()
         self._turns.remove(owner)
-        for version in [version for version, (other, _) in self._line.items() if other is owner]:
-            self._line.pop(version)[1].lose()
+        for version in [version for version, (other, *_) in self._line.items() if other is owner]:
+            _, run, began_s = self._line.pop(version)
+            run.lose(self._kernel.now - began_s)
         if not self._line:
             self._free_s = [0.0] * len(self._free_s)
         if self._run is not None and self._owner is owner:
@@ -165,12 +171,13 @@ class ComputePort:
 
     def cut(self) -> None:
         """Let a long run end with the iteration under way."""
-        if self._run is None or self._until_s < inf:
+        run = self._run
+        if run is None or self._until_s < inf:
             return
-        lasts = self._run.cut()
+        lasts = run.cut(self._kernel.now - self._began_s)
         if lasts is not None:
             self._version += 1
-            self._schedule(self._run, lasts)
+            self._schedule(run, lasts)
 
     def _wake(self) -> None:
         if not self._woken and self._run is None:
@@ -188,26 +195,32 @@ class ComputePort:
                 return
             owner, run = turn
             if run is None:
-                run = owner.next_run(alone=not self._turns.waiting and not self._line)
+                run = owner.next_run(not self._turns.waiting and not self._line)
             if run is not None:
                 self._begin(owner, run)
 
     def _begin(self, owner: Owner, run: Run) -> None:
-        self._owner, self._run = owner, run
-        self._began_s = now = self._kernel.now
+        kernel = self._kernel
+        self._owner = owner
+        self._run = run
+        self._began_s = now = kernel.now
         self._version = version = self._version + 1
+        self._until_s = inf
+        if self._shared:
+            self._begin_shared(run)
+            return
+        end_s = now + run.begin(1.0)
+        if run.fixed and not self._turns.waiting:
+            self._until_s = end_s
+            run.end_at(end_s)
+        else:
+            kernel.at(end_s, self._end, version)
+
+    def _begin_shared(self, run: Run) -> None:
         pace = 1.0
         if self._cores is not None:
             self._ticket, pace = self._cores.enter(self.cut)
-        lasts = run.begin(pace)
-        self._until_s = inf
-        if self._free_s:
-            self._schedule(run, lasts)
-        elif run.fixed and self._cores is None and not self._turns.waiting:
-            self._until_s = now + lasts
-            run.end_at(now + lasts)
-        else:
-            self._kernel.at(now + lasts, self._end, version)
+        self._schedule(run, run.begin(pace))
 
     def _schedule(self, run: Run, lasts: float) -> None:
         """Set the end of what runs, ``lasts`` seconds after its begin if no GPU keeps it waiting."""
@@ -231,15 +244,14 @@ class ComputePort:
             self._cores.leave(self._ticket)
         for gpu, free_s in enumerate(self._free_s):
             at = self._free_s[gpu] = max(at, free_s) + part_s
-        self._line[version] = owner, run
+        self._line[version] = owner, run, self._began_s
         self._kernel.at(max(at, self._kernel.now), self._leave, version)
         if self._turns.waiting:
             self._next()
 
     def _leave(self, version: int) -> None:
         if version in self._line:
-            _, run = self._line.pop(version)
-            run.end()
+            self._line.pop(version)[1].end()
 
     def _end(self, version: int) -> None:
         run = self._run
@@ -261,7 +273,7 @@ class ComputePort:
     def _lose(self) -> None:
         """Drop what is running."""
         assert self._run is not None, "only what runs is lost"
-        self._run.lose()
+        self._run.lose(self._kernel.now - self._began_s)
         self._run, self._until_s = None, inf
         self._version += 1
         if self._cores is not None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import Stage
-from lambdascale.sim.instances import SimInstance, Surroundings
+from lambdascale.sim.batches import Batch, Layout, Surroundings
+from lambdascale.sim.instances import SimInstance
 from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
-
-if TYPE_CHECKING:
-    from lambdascale.sim.instances import _Batch
 
 
 class TimedInstance(SimInstance):
@@ -21,10 +18,34 @@ class TimedInstance(SimInstance):
         self._tokens = tokens  # first: the base class makes batches
         super().__init__(instance_id, stages, around)
 
-    def _new_batch(self) -> _Batch:
-        batch = super()._new_batch()
+    def _new_batch(self) -> Batch:
+        batch = _TimedBatch(self, BatchScheduler(self._around.limits, self._kv_tokens), self.layout)
         batch.scheduler = _TimedScheduler(self._around.limits, self._kv_tokens, self._tokens, batch.timed)
         return batch
+
+
+class _TimedBatch(Batch):
+    """Batch that knows when what runs began."""
+
+    __slots__ = ("_began_s",)
+
+    def __init__(self, instance: SimInstance, scheduler: BatchScheduler, on: Layout) -> None:
+        super().__init__(instance, scheduler, on)
+        self._began_s = 0.0
+
+    def begin(self, pace: float) -> float:
+        """See Run."""
+        self._began_s = self._instance.kernel.now
+        return super().begin(pace)
+
+    def timed(self, steps: int) -> tuple[float, float, float]:
+        """Begin and end of the first ``steps`` steps of what ran, and by how much each is longer than the one before; seconds."""
+        timing, iteration = self.timing, self.iteration
+        growth_s = self._pace * iteration.decodes * timing.kv_token_s
+        if steps == self.steps:
+            return self._began_s, self._instance.kernel.now, growth_s
+        run_s = timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+        return self._began_s, self._began_s + self._pace * run_s, growth_s
 
 
 class _TimedScheduler(BatchScheduler):

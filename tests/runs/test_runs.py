@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.experiments import manifest
+from lambdascale.experiments import manifest, runner
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.runner import RunResult, run
 
@@ -30,6 +31,22 @@ def small_run(tmp_path: Path, *overrides: str) -> RunResult:
 def script(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(RUN), *overrides]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_garbage_collector_spares_what_exists_until_a_simulation_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = []
+
+    def fails(*_: object, **__: object) -> None:
+        frozen.append(gc.get_freeze_count())
+        raise UserError("the simulation fails")
+
+    monkeypatch.setattr(runner, "drive", fails)
+    with pytest.raises(UserError, match="the simulation fails"):
+        small_run(tmp_path)
+    assert frozen[0] > 1000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_folder_is_complete_and_says_what_it_is(tmp_path: Path) -> None:

@@ -40,6 +40,15 @@ def answered(request_id: int, arrival: float, first: float, end: float, tokens: 
     ]
 
 
+def test_a_recorder_can_be_read_while_the_run_goes_on() -> None:
+    joined, allocate, lost = NodeJoined(0.0, 1), AllocateNode(1, "m", 1), NodeLost(2.0, 1)
+    recorder = recorded(joined, (0.5, allocate))
+    assert (recorder.entries, recorder.end_s) == ([(0.0, joined), (0.5, allocate)], 0.5)
+    recorder.on_event(lost)
+    assert recorder.entries == [*recorder] == [(0.0, joined), (0.5, allocate), (2.0, lost)]
+    assert recorder.end_s == 2.0
+
+
 NO_STARTS = {"own_load": 0, "unicast": 0, "multicast": 0}
 
 

@@ -42,7 +42,7 @@ def test_steps_by_is_the_smallest_that_reaches(batch: int, context: int, elapsed
 
 
 def test_stages_add_up_to_the_model() -> None:
-    iteration = Iteration([(BatchedRequest(0, 100, 5), 100)], 3, 300, 1)
+    iteration = Iteration([(BatchedRequest(0, 100, 5), 100)], 3, 300, 1, prefill_tokens=100, attended_tokens=5050)
     whole = MODEL.iteration_s(iteration)
     assert sum(MODEL.iteration_s(iteration, share) for share in (0.25, 0.25, 0.5)) == pytest.approx(whole)
 

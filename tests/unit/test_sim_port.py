@@ -27,11 +27,11 @@ class Pass:
     def end(self) -> None:
         self._note("end")
 
-    def cut(self) -> float | None:
+    def cut(self, elapsed_s: float) -> float | None:
         self._note("cut")
         return None
 
-    def lose(self) -> None:
+    def lose(self, elapsed_s: float) -> None:
         self._note("lose")
 
     def last_s(self) -> float:
@@ -41,7 +41,7 @@ class Pass:
 class Nobody:
     """An owner with passes only."""
 
-    def next_run(self, *, alone: bool) -> None:
+    def next_run(self, alone: bool) -> None:
         return None
 
 

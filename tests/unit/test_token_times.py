@@ -21,7 +21,7 @@ from lambdascale.experiments.collect import ROWS
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.runner import drive_experiment, run
 from lambdascale.metrics import Recorder, events_table, requests_table, summarise, tables
-from lambdascale.sim import instances
+from lambdascale.sim import timed_instances
 from lambdascale.sim.timed_instances import _TimedScheduler
 from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
 from tests.unit import test_sim_instances as rig
@@ -224,7 +224,7 @@ def test_requests_without_an_answer_have_no_gaps() -> None:
 def test_what_is_not_asked_for_costs_nothing_and_changes_nothing(scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the setting or without, the event log is the same, byte by byte, and so are all other columns and the summary."""
     recorder, _, gaps = simulated(SCENES[scene])
-    monkeypatch.setattr(instances._Batch, "timed", None)  # never called
+    monkeypatch.setattr(timed_instances._TimedScheduler, "complete", None)  # never called
     other, without = driven(SCENES[scene])
     assert without is None
     assert events_table(other).equals(events_table(recorder))
