@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     results = load(arguments.run_folder)
     text = FORMATS[arguments.format].text(results)
+    if not results.has_gaps:
+        print("the gaps between tokens are left out: not all are known (runs with token_times=true keep them)", file=sys.stderr)
     if arguments.out is None:
         sys.stdout.write(text)
         return 0

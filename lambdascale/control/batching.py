@@ -76,6 +76,11 @@ class BatchedRequest:
         self._joined = -1
 
     @property
+    def joined(self) -> int:
+        """Decode steps that its batch had done when it began to decode there; -1 if it never did."""
+        return self._joined
+
+    @property
     def context_tokens(self) -> int:
         """Tokens to prefill before the next one can be produced: the prompt and what was produced so far."""
         return self.prompt_tokens + self.produced

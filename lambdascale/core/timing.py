@@ -64,6 +64,11 @@ class ComputeModel:
             self._kv_token_s = self._table.decode_s_per_context_token
         self._decodes = _Bases(self)
 
+    @property
+    def kv_token_s(self) -> float:
+        """Seconds by which a token of KV cache makes a decode longer."""
+        return self._kv_token_s
+
     def iteration_s(self, iteration: IterationSize, share: float = 1.0) -> float:
         """Seconds for one iteration on a node that holds ``share`` of the model."""
         decodes, prefill = iteration.decodes, iteration.prefill_tokens

@@ -48,6 +48,12 @@ class Results:
         return self.requests[self.requests.status == "ok"]
 
     @property
+    def has_gaps(self) -> bool:
+        """True if the gaps between tokens of all answers are known."""
+        ok = self.completed
+        return not any(gaps is None and tokens > 1 for gaps, tokens in zip(ok.itl_s, ok.output_tokens, strict=True))
+
+    @property
     def duration_s(self) -> float:
         """Seconds from the first arrival to the last end of a request; 0 without an answer."""
         ok = self.completed

@@ -86,8 +86,7 @@ def _or_zero(results: Results, column: str) -> list[float]:
 
 def _gaps(results: Results) -> list[list[float]] | None:
     """Gaps between the tokens of each request; None if those of an answer are not known."""
-    ok = results.completed
-    if any(gaps is None and tokens > 1 for gaps, tokens in zip(ok.itl_s, ok.output_tokens, strict=True)):
+    if not results.has_gaps:
         return None
     rows = results.requests
     return [list(gaps or ()) if status == "ok" else [] for gaps, status in zip(rows.itl_s, rows.status, strict=True)]

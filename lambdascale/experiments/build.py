@@ -33,6 +33,7 @@ class Experiment:
     backend: SimConfig | LiveConfig
     logger: Any
     slo: Slo | None = None
+    token_times: bool = False
 
     @cached_property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -54,14 +55,17 @@ def build(config: DictConfig) -> Experiment:
     check_size(cluster, model, system, config.model_count, config.max_events)
     _check_group(config, "logger")
     models = _replicate(model, config.model_count)
+    backend = _backend(config, system)
     return Experiment(
         system=system,
         configured=models,
         cluster=cluster,
         workload=_workload(config),
-        backend=_backend(config, system),
+        backend=backend,
         logger=instantiate(config.logger, _convert_="all"),
         slo=_slo(config, tuple(model.name for model in models)),
+        # Live they cost next to nothing.
+        token_times=not isinstance(backend, SimConfig) if config.token_times is None else config.token_times,
     )
 
 

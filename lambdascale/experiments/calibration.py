@@ -139,7 +139,7 @@ def _config(folder: Path) -> DictConfig:
 
 def _simulate(config: DictConfig, models: Sequence[Any], requests: Sequence[TracedRequest]) -> _Outcome:
     """Drive the simulation of a configuration with the live run's models and requests."""
-    experiment: Experiment = replace(build(config), configured=tuple(models))
+    experiment: Experiment = replace(build(config), configured=tuple(models), token_times=False)
     recorder = Recorder()
     drive_experiment(experiment, requests, config.seed, recorder, "simulation", config.max_events)
     table = requests_table(recorder, experiment.system.name)

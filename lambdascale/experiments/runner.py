@@ -6,7 +6,7 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -15,9 +15,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.control import Backend, Observer, build_system, drive
+from lambdascale.control import Observer, build_system, drive
 from lambdascale.core import TracedRequest
 from lambdascale.core.checks import require, shown
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.finished import finished_run
 from lambdascale.experiments.folder import (
@@ -37,7 +38,7 @@ from lambdascale.experiments.setups import simulated_setup
 from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_requests
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
-from lambdascale.sim import SimConfig
+from lambdascale.sim import SimBackend, SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
@@ -107,9 +108,9 @@ def _execute(
     started = datetime.now(UTC).isoformat(timespec="seconds")
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
-    start_parts = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
+    driven = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
     wall_s = time.perf_counter() - begin
-    requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed)
+    requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed, driven.token_gaps)
     summary = summarise(
         recorder,
         requests,
@@ -118,6 +119,7 @@ def _execute(
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
         wall_s=wall_s,
         slo=experiment.slo,
+        gaps=driven.token_gaps,
     )
     summary["communicator_setup"] = simulated_setup(experiment.backend, recorder)
     _warn_of_failures(summary)
@@ -131,7 +133,7 @@ def _execute(
         "workload": asdict(trace.provenance),
         "started": started,
         "wall_s": wall_s,
-        "start_parts_s": start_parts,
+        "start_parts_s": driven.start_parts_s,
         **environment(),
     }
     with new_run_folder(folder, replace=bool(settings["force"])) as temporary:
@@ -152,6 +154,14 @@ def _warn_of_failures(summary: dict[str, Any]) -> None:
         print(f"{failed} of {submitted} requests failed; times are those of the others", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class Driven:
+    """Results of a run besides its record: gaps between tokens, if asked for, and seconds of each part of a live start."""
+
+    token_gaps: TokenGaps | None
+    start_parts_s: Mapping[str, float]
+
+
 def drive_experiment(
     experiment: Experiment,
     requests: Sequence[TracedRequest],
@@ -159,10 +169,10 @@ def drive_experiment(
     recorder: Recorder,
     title: str = "",
     max_events: int = MAX_EVENTS,
-) -> dict[str, float]:
+) -> Driven:
     """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal.
 
-    Return the seconds of each part of a live cluster's start. UserError for a simulation of more than ``max_events``.
+    UserError for a simulation of more than ``max_events``.
     """
     if isinstance(experiment.backend, SimConfig):
         check_requests(experiment, requests, max_events)
@@ -180,7 +190,7 @@ def drive_experiment(
         # Only now: a run that ends with an error says nothing else.
         if cut:
             print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
-        return backend.start_parts if isinstance(backend, LiveBackend) else {}
+        return Driven(backend.token_gaps(), backend.start_parts if isinstance(backend, LiveBackend) else {})
 
 
 @contextmanager
@@ -206,10 +216,13 @@ def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> tuple
     return bounded(requests, room)
 
 
-def _backend(experiment: Experiment, requests: Sequence[TracedRequest], seed: int, stack: ExitStack) -> Backend:
+def _backend(experiment: Experiment, requests: Sequence[TracedRequest], seed: int, stack: ExitStack) -> SimBackend | LiveBackend:
     config, system, cluster, models = experiment.backend, experiment.system, experiment.cluster, experiment.models
+    kept = experiment.token_times
     if isinstance(config, SimConfig):
-        return config.build(cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed)
-    backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed)
+        return config.build(
+            cluster=cluster, models=models, requests=requests, batching=system.batching, seed=seed, token_times=kept
+        )
+    backend = config.build(cluster=cluster, models=models, requests=requests, system=system, seed=seed, token_times=kept)
     stack.callback(backend.close)
     return backend

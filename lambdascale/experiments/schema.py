@@ -31,6 +31,7 @@ class RunConfig:
     seed: int = 1
     max_events: int = MAX_EVENTS
     slo: Any = None
+    token_times: bool | None = None
     replay: str | None = None
     out: str | None = None
     force: bool = False

@@ -156,8 +156,9 @@ class LiveConfig:
         requests: Sequence[TracedRequest],
         system: SystemConfig,
         seed: int,
+        token_times: bool = False,
     ) -> LiveBackend:
-        """Return a started cluster that replays ``requests``; the caller closes it."""
+        """Return a started cluster that replays ``requests``, and keeps ``token_times`` if asked to; the caller closes it."""
         packed = self.packed(system.blocks)
         longest = max((each.prompt_tokens + each.answer_tokens for each in requests), default=0)
         if longest > self.slot_tokens:
@@ -171,6 +172,7 @@ class LiveConfig:
             system=system,
             trace=requests,
             ticket_of=trace_tickets(packed, seed),
+            token_times=token_times,
         )
 
     def start(
@@ -182,6 +184,7 @@ class LiveConfig:
         trace: Sequence[TracedRequest] = (),
         ticket_of: Callable[[TracedRequest], Ticket] | None = None,
         open_ended: bool = False,
+        token_times: bool = False,
     ) -> LiveBackend:
         """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
         for name, model in models:
@@ -205,6 +208,7 @@ class LiveConfig:
             restarts=self.restart_limit(open_ended=open_ended),
             mends=self.transport in ("shm", "tcp"),  # elsewhere a write under way may outlive its connection
             open_ended=open_ended,
+            token_times=token_times,
         )
         configs = [self._node(node, hub, cluster, models, system, collective or "gloo") for node in range(cluster.nodes)]
         try:

@@ -11,10 +11,11 @@ import pyarrow as pa
 from lambdascale.core import IncompleteRunError
 from lambdascale.core.commands import AllocateNode
 from lambdascale.core.events import RequestArrived, RequestPreempted
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.slo import Slo, attainment
 from lambdascale.metrics.starts import node_starts
-from lambdascale.metrics.tables import gpu_seconds, gpu_usage
+from lambdascale.metrics.tables import answered, gpu_seconds, gpu_usage
 
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
@@ -28,14 +29,17 @@ def summarise(
     usd_per_gpu_hour: float,
     wall_s: float,
     slo: Slo | None = None,
+    gaps: TokenGaps | None = None,
 ) -> dict[str, Any]:
     """Summary of a run as in summary.json; percentiles are interpolated linearly, None without values.
 
     ``scale_outs`` counts allocations of a node to a model from the first request on; ``node_starts`` and ``multicast_starts``
     are those by the way the weights came (see the function node_starts). IncompleteRunError unless every submitted request was
-    completed or failed, and every completed one has a first token.
+    completed or failed, and every completed one has a first token. ``gaps``: between tokens; without,
+    ``itl_s`` is absent.
     """
-    frame = requests.to_pandas()
+    # The gaps between tokens, which may be millions, are taken from ``gaps``.
+    frame = requests.drop_columns(["itl_s"]).to_pandas()
     counts = {
         "submitted": len(frame),
         "completed": int((frame.status == "ok").sum()),
@@ -72,6 +76,8 @@ def summarise(
         "simulated_s": recorder.end_s if backend == "sim" else None,
         "wall_s": wall_s,
     }
+    if gaps is not None:
+        summary["itl_s"] = _between_tokens(requests, gaps)
     if slo is not None:
         summary["slo"] = attainment(
             frame, slo, duration_s=_duration_s(frame), gpu_seconds=used, usd_per_gpu_hour=usd_per_gpu_hour
@@ -82,6 +88,12 @@ def summarise(
             for model, rows in frame.groupby("model")
         }
     return summary
+
+
+def _between_tokens(requests: pa.Table, gaps: TokenGaps) -> dict[str, float | None]:
+    """Distribution of all gaps between tokens of completed requests in seconds, and ``max``, the longest stall."""
+    seconds = answered(requests, gaps).seconds
+    return distribution(seconds) | {"max": float(seconds.max()) if len(seconds) else None}
 
 
 def _duration_s(frame: pd.DataFrame) -> float:

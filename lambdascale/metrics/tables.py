@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lambdascale.core import TRACED_FAILURE, Request, TracedRequest
 from lambdascale.core.commands import (
@@ -23,6 +25,7 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.metrics.recorder import Recorder
 
 _REQUESTS = pa.schema(
@@ -66,6 +69,10 @@ _EVENTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
+# Of gaps between tokens, behind the others.
+_GAPS = pa.schema([("itl_s", pa.list_(pa.float32())), ("stall_s", pa.float64())])
+# Gaps beyond which those of a run are rounded to milliseconds: then a table of millions is small.
+MANY_GAPS = 500_000
 _GPUS = pa.schema([("at_s", pa.float64()), ("model", pa.string()), ("delta", pa.int64()), ("gpus", pa.int64())])
 
 
@@ -164,12 +171,17 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
 
 
 def requests_table(
-    recorder: Recorder, system: str, traced: Iterable[TracedRequest] = (), unserved: Iterable[TracedRequest] = ()
+    recorder: Recorder,
+    system: str,
+    traced: Iterable[TracedRequest] = (),
+    unserved: Iterable[TracedRequest] = (),
+    gaps: TokenGaps | None = None,
 ) -> pa.Table:
     """One row per request that arrived, ordered by id, and one for each of ``unserved``; times in seconds of the run.
 
     ``traced``: the requests of the workload, from which ``answer_tokens`` and ``session`` are taken. ``unserved``: those that
-    the workload's trace records as failed.
+    the workload's trace records as failed. ``gaps``: between the tokens of each request; null without. More than ``MANY_GAPS``
+    are rounded to milliseconds, their longest (``stall_s``) is not.
 
     ``output_tokens`` counts the tokens of the answer, null for a request that did not finish. ``restarts`` counts
     dispatches after the first; a mode switch does not count. ``status`` is ok, failed, or lost for a request that was neither
@@ -181,7 +193,32 @@ def requests_table(
     for row in (_unserved_row(each, system) for each in unserved):
         for name, column in columns.items():
             column.append(row.get(name))
-    return pa.table([pa.array(columns[field.name], field.type) for field in _REQUESTS], schema=_REQUESTS)
+    table = pa.table([pa.array(columns[field.name], field.type) for field in _REQUESTS], schema=_REQUESTS)
+    lists, stalls = _gap_columns(table, gaps)
+    return table.append_column(_GAPS.field("itl_s"), lists).append_column(_GAPS.field("stall_s"), stalls)
+
+
+def answered(requests: pa.Table, gaps: TokenGaps) -> TokenGaps:
+    """Gaps of those requests whose status is ok: the end of one may have been too late to count."""
+    return gaps.of_requests(requests.select(["request_id", "status"]).filter(pc.field("status") == "ok")["request_id"].to_numpy())
+
+
+def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, pa.Array]:
+    """Columns ``itl_s`` and ``stall_s`` of requests."""
+    if gaps is None:
+        return pa.nulls(len(requests), _GAPS.field("itl_s").type), pa.nulls(len(requests), pa.float64())
+    numbers, gaps = requests["request_id"].to_numpy(), answered(requests, gaps)
+    known = np.isin(numbers, gaps.request_ids)
+    lengths = np.zeros(len(numbers), dtype=np.int64)
+    lengths[known] = np.diff(gaps.offsets)
+    stalls = np.full(len(numbers), np.nan)
+    stalls[known] = gaps.longest()
+    seconds = gaps.seconds.astype(np.float32)
+    if len(seconds) > MANY_GAPS:
+        seconds = seconds.round(3)
+    offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds))
+    return lists, pa.array(stalls, pa.float64(), from_pandas=True)
 
 
 # -- events.parquet ------------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class WandbLogger:
                 settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True),
             )
             _log_curves(active, run, requests)
-            active.log({"requests": wandb.Table(dataframe=sample)})
+            # Lists of gaps between tokens make no column of a table; the artifact has them.
+            active.log({"requests": wandb.Table(dataframe=sample.drop(columns="itl_s", errors="ignore"))})
             with tempfile.TemporaryDirectory() as scratch:
                 for path in run.draw(Path(scratch)):
                     active.log({path.stem: wandb.Image(str(path))})

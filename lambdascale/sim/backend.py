@@ -33,12 +33,15 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
 from lambdascale.core.timing import ComputeModel
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.sim.batches import Surroundings
 from lambdascale.sim.instances import SimInstance
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.port import ComputePort
 from lambdascale.sim.sharing import SharedCores
+from lambdascale.sim.timed_instances import TimedInstance
+from lambdascale.sim.token_log import TokenLog
 from lambdascale.sim.transfers import TransferEngine
 
 
@@ -76,12 +79,21 @@ class SimConfig:
         requests: Sequence[TracedRequest],
         batching: BatchLimits,
         seed: int,
+        token_times: bool = False,
     ) -> SimBackend:
-        """Return the backend of one run."""
+        """Return the backend of one run; ``token_times``: it keeps what the gaps between tokens follow from."""
         for name in ("node_failures", "slow_nodes"):
             for node, _ in getattr(self, name):
                 require(0 <= node < cluster.nodes, f"backend.{name} names node {node}, the cluster has 0 to {cluster.nodes - 1}")
-        return SimBackend(config=self, cluster=cluster, models=models, requests=requests, batching=batching, seed=seed)
+        return SimBackend(
+            config=self,
+            cluster=cluster,
+            models=models,
+            requests=requests,
+            batching=batching,
+            seed=seed,
+            token_times=token_times,
+        )
 
 
 class SimBackend:
@@ -96,6 +108,7 @@ class SimBackend:
         requests: Sequence[TracedRequest],
         batching: BatchLimits,
         seed: int,
+        token_times: bool = False,
     ) -> None:
         self._cluster = cluster
         self._limits = batching
@@ -114,6 +127,7 @@ class SimBackend:
         self._arriving = next(self._requests, None)
         self._arrives_s = inf if self._arriving is None else self._arriving.arrival_s
         self._instances: dict[int, SimInstance] = {}
+        self._tokens = TokenLog() if token_times else None
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
         self._transfers = TransferEngine(
@@ -165,6 +179,10 @@ class SimBackend:
         self.kernel.now = at = request.arrival_s
         return RequestArrived(at, request)
 
+    def token_gaps(self) -> TokenGaps | None:
+        """Gaps between the tokens of each request that was answered; None unless they were asked for."""
+        return None if self._tokens is None else self._tokens.gaps()
+
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def _nothing(self, command: Command) -> None:
@@ -181,8 +199,14 @@ class SimBackend:
 
     def _serve(self, command: Serve) -> None:
         if self._lost.isdisjoint(stage.node for stage in command.stages):
-            self._instances[command.instance] = SimInstance(command.instance, command.stages, self._surroundings(command))
+            self._instances[command.instance] = self._instance(command)
             self._model_of[command.instance] = command.model
+
+    def _instance(self, command: Serve) -> SimInstance:
+        around = self._surroundings(command)
+        if self._tokens is None:
+            return SimInstance(command.instance, command.stages, around)
+        return TimedInstance(command.instance, command.stages, around, self._tokens)
 
     def _surroundings(self, command: Serve) -> Surroundings:
         model = self._models[command.model]

@@ -81,7 +81,7 @@ def read_all(results: Path) -> dict[str, Logged]:
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wandb")
-    overrides = [*SMALL, "logger=wandb", f"logger.request_rows={ROWS}", "logger.tags=[mine]", "tags=[theirs]"]
+    overrides = [*SMALL, "token_times=true", "logger=wandb", f"logger.request_rows={ROWS}", "logger.tags=[mine]", "tags=[theirs]"]
     command = [sys.executable, str(SCRIPTS / "run.py"), *overrides, "system=ideal,lambdascale", "-m"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -132,6 +132,7 @@ def test_summary(one: Logged, folder: Path) -> None:
     ours = json.loads((folder / "summary.json").read_text())
     assert {name: one.summary[f"ttft_{name}_s"] for name in ours["ttft_s"]} == ours["ttft_s"]
     assert {name: one.summary[f"tpot_{name}_s"] for name in ours["tpot_s"]} == ours["tpot_s"]
+    assert {name: one.summary[f"itl_{name}_s"] for name in ours["itl_s"]} == ours["itl_s"]
     assert {name: one.summary[f"requests_{name}"] for name in ours["requests"]} == ours["requests"]
     for name in ("gpu_seconds", "cost_usd", "scale_outs", "backend", "simulated_s"):
         assert one.summary[name] == ours[name]
@@ -146,6 +147,8 @@ def test_the_request_table_is_a_sample_and_says_so(one: Logged, folder: Path) ->
     expected = ours.sample(ROWS, random_state=1).sort_index()
     assert table.request_id.tolist() == expected.request_id.tolist(), "the run's seed decides which"
     assert table.ttft_s.tolist() == expected.ttft_s.tolist()
+    assert table.stall_s.tolist() == expected.stall_s.tolist()
+    assert set(ours.columns) - set(table.columns) == {"itl_s"}, "a list is no cell"
 
 
 def test_the_figure(one: Logged) -> None:

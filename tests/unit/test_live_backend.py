@@ -64,6 +64,24 @@ def rig() -> Rig:
     return rig
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_token_times_of_a_trace(kept: bool) -> None:
+    """Gaps are those of the tokens' arrival; a request that fails has none, nor has one without token_times."""
+    rig = Rig(trace=[REQUEST, traced(2, 0.0, "m", 2, 4)], token_times=kept)
+    assert ids(rig.events(), RequestArrived) == [1, 2]
+    serve(rig)
+    dispatch(rig, 1, 2)
+    for index, wait_s in enumerate((0.5, 0.25, 0.0, 1.0)):
+        rig.now_s += wait_s
+        rig.say(0, wire.Tokens(5, "local", (wire.Token(1, index, 7, index == 3), *([wire.Token(2, 0, 7, False)] * (index == 0)))))
+        rig.events()
+    rig.backend.submit(FailRequest(2, "no node"))
+    gaps = rig.backend.token_gaps()
+    assert (gaps is not None) == kept
+    if gaps is not None:
+        assert {number: own.tolist() for number, own in gaps.by_request().items()} == {1: [0.25, 0.0, 1.0]}
+
+
 class TestCalls:
     """Calls of other threads."""
 

@@ -23,13 +23,14 @@ SIZES = (1_000_000_000 // BLOCKS,) * BLOCKS
 KV = 79_345
 
 
-def backend(cluster: object = CLUSTER, failures: tuple[tuple[int, float], ...] = ()) -> SimBackend:
+def backend(cluster: object = CLUSTER, failures: tuple[tuple[int, float], ...] = (), *, token_times: bool = False) -> SimBackend:
     built = SimConfig(node_failures=failures).build(
         cluster=cluster,
         models=[small_model()],
         requests=[],
         batching=BatchLimits(max_batch=8),
         seed=0,
+        token_times=token_times,
     )
     return built
 

@@ -32,6 +32,23 @@ class Sink(Protocol):
         ...
 
 
+class TokenTimes:
+    """A sink that keeps the times of an answer's tokens (seconds of the run), by a clock."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self.at_s: list[float] = []
+        self.finished = False
+
+    def tokens(self, tokens: Sequence[int], finished: bool) -> None:
+        """See Sink."""
+        self.at_s += [self._now()] * len(tokens)
+        self.finished = finished
+
+    def failed(self, reason: str) -> None:
+        """See Sink."""
+
+
 @dataclass
 class _Answer:
     """A request in the cluster: its contents, and the instances whose tokens count.

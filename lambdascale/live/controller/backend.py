@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from lambdascale.core import NodeId, Request, TracedRequest, UserError
 from lambdascale.core.commands import (
@@ -44,9 +45,10 @@ from lambdascale.core.events import (
     RequestFinished,
     TimerFired,
 )
+from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
-from lambdascale.live.controller.answers import Answers, Sink
+from lambdascale.live.controller.answers import Answers, Sink, TokenTimes
 from lambdascale.live.controller.calls import Abort, Calls, End, Offer
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
@@ -79,6 +81,7 @@ class LiveBackend:
         restarts: int = 0,
         mends: bool = True,
         open_ended: bool = False,
+        token_times: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.launcher = launcher
@@ -101,6 +104,7 @@ class LiveBackend:
         self._joined = 0.0  # when all nodes had joined
         self._started: float | None = None
         self._at = 0.0
+        self._token_times: dict[int, TokenTimes] | None = {} if token_times else None  # of a trace's requests
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
             AllocateNode: self._nothing,
             ReleaseNode: self._tell_node,
@@ -155,6 +159,12 @@ class LiveBackend:
         """Seconds of each part of the start: see Roster; ``loaded``: from then until the initial replicas were in place."""
         parts = self._roster.start_parts
         return parts if self._started is None else parts | {"loaded": self._started - self._joined}
+
+    def token_gaps(self) -> TokenGaps | None:
+        """Gaps between the tokens of each answered request of the trace, as they came here; None unless they were asked for."""
+        if self._token_times is None:
+            return None
+        return TokenGaps.of({number: np.diff(times.at_s) for number, times in self._token_times.items() if times.finished})
 
     def fail_all(self, reason: str) -> None:
         """Fail all requests, present and future, with ``reason``. For the control thread, or after its end."""
@@ -234,6 +244,8 @@ class LiveBackend:
         return None
 
     def _arrive(self, at: float, request: Request, ticket: Ticket, sink: Sink | None) -> Event:
+        if sink is None and self._token_times is not None:
+            sink = self._token_times.setdefault(request.request_id, TokenTimes(self.now))
         self._answers.begin(request.request_id, ticket, sink)
         return RequestArrived(at, request)
 
