@@ -25,7 +25,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 # Files that take longest, longest first: two workers (.ci/run) begin with these, so that neither is left with one at the end.
 LONGEST = (
-    "rdma/test_softroce.py",
     "conf/test_configurations.py",
     "conformance/test_systems.py",
     "inference/test_real_model.py",

@@ -37,7 +37,6 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "nccl_setup": ("NCCL set-up", 1.0),
     "nccl_outliers": ("NCCL set-ups of 18 to 120 s", 1.0),
     "nccl_chunk_bytes": ("NCCL chunk [MB]", 1e-6),
-    "host_memory_bytes": ("host memory", 1.0),
     "scale_outs": ("size of scale-outs", 1.0),
 }
 _UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8}
