@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -144,17 +145,12 @@ class TestScript:
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     def test_an_ended_command_leaves_no_process(self, number: signal.Signals, tmp_path: Path) -> None:
-        command = [sys.executable, str(ROOT / "scripts" / "run.py"), "experiment=azure_trace", "model=llama2_7b", "-m"]
+        run = [sys.executable, str(ROOT / "scripts" / "run.py"), "experiment=azure_trace", "model=llama2_7b", "-m"]
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+        pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # Its processes hold the pipe open: the end of the pipe is the end of all.
-        ended = subprocess.Popen(
-            [*command, "workload=bursty", "workload.duration_s=7200"],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            # A shell's background job ignores Ctrl-C, and so would its children.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
+        given = ["workload=bursty", "workload.duration_s=7200"]
+        ended = subprocess.Popen([*run, *given], cwd=tmp_path, process_group=0, preexec_fn=heard, **pipe)
         while not list(tmp_path.glob("results/raw/**/summary.json")):
             assert ended.poll() is None, ended.communicate()
             time.sleep(0.05)
