@@ -1,4 +1,4 @@
-"""What takes bytes of whoever reaches a port, in process: frames, handshakes, HTTP."""
+"""Parts that take bytes of strangers at a port, in process: frames, handshakes, HTTP."""
 
 from __future__ import annotations
 

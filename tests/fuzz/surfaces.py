@@ -1,4 +1,4 @@
-"""What takes messages of nodes and of the controller, in process: each says whether it took or refused the bytes."""
+"""Parts that take messages of nodes and of the controller, in process: each says that it took or refused the bytes."""
 
 from __future__ import annotations
 

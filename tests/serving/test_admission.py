@@ -1,4 +1,4 @@
-"""Who waits, in what order, and who is refused: decisions without a server."""
+"""Requests that wait, their order, and those refused: decisions without a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom the server answers: hosts, origins, keys, queries, clients, TLS."""
+"""Clients that the server answers: hosts, origins, keys, queries, clients, TLS."""
 
 from __future__ import annotations
 

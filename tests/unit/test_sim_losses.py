@@ -1,4 +1,4 @@
-"""What moves in the simulated data plane after nodes, connections and whole transfers were lost."""
+"""Transfers in the simulated data plane after nodes, connections and whole transfers were lost."""
 
 from __future__ import annotations
 

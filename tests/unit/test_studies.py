@@ -334,7 +334,7 @@ def test_a_difference_is_worth_the_best_of_its_causes_and_shows_all() -> None:
 
 
 def test_other_measures_and_models_may_stand_for_a_row() -> None:
-    """What figure 8 shows may be the time until all nodes hold the model, or the burst of a smaller model."""
+    """Figure 8 may show the time until all nodes hold the model, or the burst of a smaller model."""
     tables = load_tables(TABLES)
     runs = tables["explanations"]
     row = paper_table(tables).set_index("what").loc["50 requests: until all are served"]

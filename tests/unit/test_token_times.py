@@ -121,7 +121,7 @@ def test_moved_boundaries(kv: KvPolicy, moved_s: float) -> None:
 
 
 def test_steps_of_a_run_that_a_death_ends_early() -> None:
-    """What the client had by then has the times of the lost run; the rest comes from the instance that starts anew."""
+    """Tokens that the client had by then have the times of the lost run; the rest comes from the instance that starts anew."""
     cluster = rig.backend(failures=((0, 0.17),), token_times=True)
     rig.serve(cluster, 1, 0)
     rig.serve(cluster, 2, 1)
