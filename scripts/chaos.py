@@ -7,14 +7,15 @@ A cluster with the tiny model answers greedy requests of clients that come in bu
 fault comes every second or so: a node's process is killed (SIGKILL), stopped for a while (SIGSTOP, SIGCONT), longer than the
 cluster waits for a silent node, or the connection of two living nodes is cut (their socket is shut down, by pidfd_getfd); now and
 then this process, the controller, stops for three seconds. The run ends after so many faults, or so many minutes. Restarts of a
-node come at most a second apart here, and without a limit, so that the faults find nodes. Adds a row to reliability.csv; status 1
-if a request was lost, answered twice or wrongly, or if anything stays behind. Linux only; the same seed gives the same faults, at
-other moments of the cluster's life.
+node come at most a second apart here, and without a limit, so that the faults find nodes. With ``--faults 0`` nothing is struck:
+bursts alone, for as many minutes. Adds a row to reliability.csv; status 1 if a request was lost, answered twice or wrongly, or if
+anything stays behind. Linux only; the same seed gives the same faults, at other moments of the cluster's life.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shlex
@@ -163,6 +164,7 @@ class Watch:
         self._tally = tally
         self.members: set[int] = set()
         self._lost: dict[int, float] = {}
+        self.commands: Counter[str] = Counter()
         self.cuts: dict[frozenset[int], float] = {}
 
     def on_event(self, event: Event) -> None:
@@ -181,7 +183,8 @@ class Watch:
                 self._tally().mends_s.append(now - cut)
 
     def on_command(self, at: float, command: Command) -> None:
-        """Ignore commands."""
+        """Count a command."""
+        self.commands[type(command).__name__] += 1
 
 
 # -- the run -------------------------------------------------------------------------------------------------------------
@@ -230,7 +233,12 @@ def cluster(model: PackedModel, directory: Path, options: argparse.Namespace, wa
         backend.close()
 
 
-EAGER = ("system.autoscaler.keep_alive_s=1", "system.kv=copy", "+system.start.pipelines.form=always")
+EAGER = (
+    "system.autoscaler.keep_alive_s=1",
+    "system.memory.keep_alive_s=1",
+    "system.kv=copy",
+    "+system.start.pipelines.form=always",
+)
 
 
 def trouble(
@@ -240,8 +248,8 @@ def trouble(
     samples = defaultdict[int, list[Sample]](list)
     pauses = random.Random(options.seed + 1)
     begun = time.monotonic()
-    next_fault, next_sample = begun + 3.0, begun
-    while time.monotonic() - begun < options.minutes * 60 and faults.done.total() < options.faults:
+    next_fault, next_sample = (begun + 3.0 if options.faults else math.inf), begun
+    while time.monotonic() - begun < options.minutes * 60 and (not options.faults or faults.done.total() < options.faults):
         load.step()
         now = time.monotonic()
         if now >= next_fault:
@@ -286,15 +294,21 @@ def growth(samples: dict[int, list[Sample]]) -> str:
     return "; ".join(parts)
 
 
-def report(tally: Tally, faults: Faults, growth: str, left: list[str], seconds: float, options: argparse.Namespace) -> bool:
+def report(
+    watch: Watch, tally: Tally, faults: Faults, growth: str, left: list[str], seconds: float, options: argparse.Namespace
+) -> bool:
     """Print the outcome and add its row; True if nothing went wrong."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.done.items()))
+    commands = (("multicasts", "StartMulticast"), ("loads", "LoadBlocks"), ("scale-ins of a node", "ReleaseNode"))
+    scaled = ", ".join(f"{watch.commands[command]} {name}" for name, command in commands)
+    load = "random faults under load" if options.faults else "bursts without faults"
     detail = (
-        f"{kinds}; {faults.missed} missed; node back s: {spread(tally.returns_s)}; connection back s: {spread(tally.mends_s)}; "
-        f"answers s: {spread(tally.answers_s)}; growth a minute: {growth}; left behind: {len(left)}; {seconds:.0f} s"
+        f"{kinds or 'no faults'}; {faults.missed} missed; {scaled}; node back s: {spread(tally.returns_s)}; "
+        f"connection back s: {spread(tally.mends_s)}; answers s: {spread(tally.answers_s)}; "
+        f"growth a minute: {growth}; left behind: {len(left)}; {seconds:.0f} s"
     )
     row = Row(
-        what=f"random faults under load, {options.transport}, {options.nodes} nodes, {options.device}",
+        what=f"{load}, {options.transport}, {options.nodes} nodes, {options.device}",
         tried=f"{faults.done.total()} faults",
         requests=tally.requests,
         lost=tally.lost,
@@ -304,7 +318,7 @@ def report(tally: Tally, faults: Faults, growth: str, left: list[str], seconds: 
         command=shlex.join(["python", *sys.argv]),
     )
     print("\n".join(f"{key}: {value}" for key, value in asdict(row).items()))
-    for reason, count in tally.reasons.items():
+    for reason, count in (+tally.reasons).items():
         print(f"lost {count}: {reason}", file=sys.stderr)
     print(*left, sep="\n", file=sys.stderr)
     add_row(row, options.out)
@@ -333,14 +347,14 @@ def chaos(options: argparse.Namespace) -> int:
             samples = trouble(loads[0], faults, watch, launcher, options)
             loads[0].drain()
     seconds, left = time.monotonic() - begun, left_behind(before)
-    return 0 if report(loads[0].tally, faults, growth(samples), left, seconds, options) else 1
+    return 0 if report(watch, loads[0].tally, faults, growth(samples), left, seconds, options) else 1
 
 
 def main() -> int:
     """Run the script; return the exit status."""
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument("--faults", type=int, default=1000, help="end after so many; 0: bursts alone (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", choices=["shm", "tcp"], default="shm")
