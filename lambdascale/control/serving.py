@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from msgspec import structs
-
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.batching import BatchLimits
 from lambdascale.control.prospects import costs_now, left_s
@@ -118,12 +116,9 @@ class Serving:
             instance.capacity = min(instance.capacity, room)
         return instance
 
-    def _room(self, state: ModelState, stages: tuple[Stage, ...], switch: SwitchRule, running: int = 0) -> int:
-        """Number of requests that a pipeline brings to tokens before its mode switch, ``running`` ones among them."""
-        costs = costs_now(self._fleet, state)
-        if running:
-            costs = structs.replace(costs, requests=len(state.queue) + running)
-        return costs.room(stages, self._left_s(state, (stage.node for stage in stages), switch))
+    def _room(self, state: ModelState, stages: tuple[Stage, ...], switch: SwitchRule) -> int:
+        """Number of requests that a pipeline brings to first tokens before its mode switch."""
+        return costs_now(self._fleet, state).room(stages, self._left_s(state, (stage.node for stage in stages), switch))
 
     def _left_s(self, state: ModelState, nodes: Iterable[NodeId], switch: SwitchRule) -> float:
         """Predict the seconds until a pipeline on ``nodes`` dissolves or the first of them leaves it."""
@@ -216,15 +211,13 @@ class Serving:
             stages = divide(held, state.blocks) if len(held) > 1 else None
             running = len(pipeline.outstanding)
             kept = -(-running * len(held) // len(pipeline.nodes))
-            room = None if stages is None or not pipeline.limited else self._room(state, stages, "each", kept)
+            room = None if stages is None or not pipeline.limited else self._room(state, stages, "each")
             if stages is not None and (room is None or room >= max(1, kept)):
                 self._switch_mode(state, pipeline, stages, room)
             elif running <= self._places(state, len(pipeline.nodes) - len(held)):
                 self._switch_mode(state, pipeline)
 
-    def _switch_mode(
-        self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = (), room: int | None = None
-    ) -> None:
+    def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = (), room: int | None = None) -> None:
         """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4).
 
         ``room``: number of requests that the smaller pipeline takes at most, as the one before was limited; None: as many as it
