@@ -52,7 +52,9 @@ class ComplementaryPipelines:
 
     ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
-    when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
+    when "all" its nodes hold the whole model, or "each" leaves when it does, if the others can go on without it: they hold the
+    model together and bring the running requests that they keep to a token before the next of them is complete. Otherwise it
+    leaves when the complete nodes have places for all running requests.
     """
 
     max_stages: int = 8
