@@ -115,7 +115,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int) -> str:
-        """Per cent by which pipelines lower P90 on GPUs, the median of paired runs since all kernels are rehearsed."""
+        """Percentage by which pipelines lower P90 on GPUs, the median of paired runs since all kernels are rehearsed."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
         p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")

@@ -166,7 +166,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_thread_and_lock_is_described() -> None:
-    """By its name, and by its file, on the architecture page."""
+    """Threads stand on the architecture page by their names, locks by their files."""
     page, lacking = (ROOT / "docs" / "architecture.md").read_text(), []
     for path in (path for part in ("live", "transport", "inference") for path in (ROOT / "lambdascale" / part).rglob("*.py")):
         code, file = path.read_text(), path.relative_to(ROOT).as_posix()
@@ -184,7 +184,7 @@ def test_every_key_has_a_meaning() -> None:
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
-    """Without a warning, and without anything loaded from elsewhere."""
+    """The build gives no warning, and its pages load nothing from elsewhere."""
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
