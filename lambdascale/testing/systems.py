@@ -46,8 +46,9 @@ def with_kv_tokens(
 ) -> ClusterSpec:
     """The cluster with memory for so many tokens of KV cache beside a model (None: a small one) on ``nodes`` (None: on all)."""
     model = model or small_model()
-    needed = model.size_bytes + (tokens + 0.5) * model.kv_bytes_per_token
-    gpu = replace(cluster.gpu, memory_bytes=round(needed / 0.9))
+    gpus = model.gpus_per_replica
+    needed = model.size_bytes + gpus * (tokens + 0.5) * model.kv_bytes_per_token
+    gpu = replace(cluster.gpu, memory_bytes=round(needed / gpus / 0.9))
     if nodes is None:
         return replace(cluster, gpu=gpu)
     return replace(cluster, overrides=(NodeOverride(nodes=tuple(nodes), gpu=gpu),))

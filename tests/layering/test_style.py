@@ -25,25 +25,11 @@ METHODS = {
 QUESTIONS = {"Whether", "Who", "Whom", "Whose", "What", "Which", "How", "When", "Where", "Why"}
 # Words that lean on what stands before them: neither a thing nor a verb.
 LEANING = {
-    *("Also", "Always", "And", "As", "At", "Because", "Before", "Both", "But", "By", "Either", "Even", "For", "From", "Here"),
-    *("However", "If", "In", "It", "Like", "Neither", "Never", "Nor", "Not", "Of", "On", "Once", "Only", "Or", "Over", "Since"),
-    *("So", "Such", "Than", "That", "Then", "There", "These", "They", "This", "Those", "Though", "To", "Under", "Unless"),
-    *(
-        "Its",
-        "Into",
-        "Up",
-        "Until",
-        "Whatever",
-        "Whenever",
-        "Wherever",
-        "Whichever",
-        "While",
-        "Whoever",
-        "With",
-        "Without",
-        "After",
-        "Although",
-    ),
+    *("After", "Also", "Although", "Always", "And", "As", "At", "Because", "Before", "Both", "But", "By", "Either", "Even"),
+    *("For", "From", "Here", "However", "If", "In", "Into", "It", "Its", "Like", "Neither", "Never", "Nor", "Not", "Of", "On"),
+    *("Once", "Only", "Or", "Over", "Since", "So", "Such", "Than", "That", "Then", "There", "These", "They", "This", "Those"),
+    *("Though", "To", "Under", "Unless", "Until", "Up", "Whatever", "Whenever", "Wherever", "Whichever", "While", "Whoever"),
+    *("With", "Without"),
 }
 
 
