@@ -31,7 +31,9 @@ RUN = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-
 PATH = re.compile(r"`((?:lambdascale|baselines|conf|docs|scripts|tests|results)/[\w./-]*\w/?)`")
 MADE = re.compile(r"^(results/(raw|wandb|\.submitit)|docs/site)|NAME|EXPERIMENT|mine")
 # How code makes threads and locks, and what it calls them.
-THREAD = re.compile(r"""(?:Thread\(.*name=f?|thread_name_prefix=|ThreadPoolExecutor\(1, )"([\w-]+)""")
+THREAD = re.compile(r"""(?:Thread\([^"]*name=f?|thread_name_prefix=|ThreadPoolExecutor\([^"=]+, )"([\w-]+)""")
+MAKES_THREADS = re.compile(r"\b(?:Thread|ThreadPoolExecutor)\((?=\S|\n)")
+NAMES_THREADS = re.compile(r"""Thread\([^"]*?name=|thread_name_prefix=|ThreadPoolExecutor\([^"=]+, \"""")
 LOCK = re.compile(r"(\w+) = threading\.(?:R?Lock|Condition)\(")
 
 
@@ -171,6 +173,7 @@ def test_every_thread_and_lock_is_described() -> None:
     for path in (path for part in ("live", "transport", "inference") for path in (ROOT / "lambdascale" / part).rglob("*.py")):
         code, file = path.read_text(), path.relative_to(ROOT).as_posix()
         lacking += [f"{file}: {name}" for name in THREAD.findall(code) if f"`{name}" not in page and f"-{name}" not in page]
+        lacking += [f"{file}: a thread without a name"] * (len(MAKES_THREADS.findall(code)) - len(NAMES_THREADS.findall(code)))
         lacking += [f"{file}: {lock}" for lock in LOCK.findall(code) if f"`{lock}`" not in page]
     assert not lacking
 
