@@ -36,7 +36,7 @@ BLOCK = "beliefs"
 LINES = 25
 _WIDTH = 119
 _AUTHORS = "lambdascale.workload.ArrivalsTrace"
-# Numbers that are names: of models, of the interval, of hardware.
+# Names that have numbers in them: of models, hardware, percentiles and the interval.
 _NAMES_WITH_NUMBERS = re.compile(r"\b(?:7B|13B|70B|H\d00s?|P90|P50)\b|\b95 %")
 _CODE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +20,7 @@ def ends() -> Iterator[tuple[Hub, Line]]:
     """A hub and the line of node 3, which have heard of each other."""
     hub = Hub("127.0.0.1")
     line = Line(cast(Any, SimpleNamespace(node=3, generation=0, access=hub.access)))
+    line._socket.sndtimeo = 10_000  # a line that waits for the controller fails its test: zmq.Again
     line.say(wire.Beat())
     heard: list[Any] = []
     while not heard:
@@ -36,10 +36,7 @@ def test_a_controller_that_does_not_read_makes_no_node_wait(ends: tuple[Hub, Lin
     hub, line = ends
     for number in range(MANY):
         line.say(wire.Fault(3, f"{number:300}", users=False))
-    sending = threading.Thread(target=line.poll, args=(0.0,), daemon=True)
-    sending.start()
-    sending.join(60)
-    assert not sending.is_alive(), "it waits for the controller"
+    line.poll(0.0)
     heard: list[int] = []
     while len(heard) < MANY:
         heard += [int(message.reason) for _, message in hub.poll(1)[0] if isinstance(message, wire.Fault)]
