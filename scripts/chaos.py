@@ -358,7 +358,7 @@ def main() -> int:
         "--faults",
         type=int,
         default=1000,
-        help="number of faults after which the run ends; 0: bursts without faults (default: %(default)s)",
+        help="end after so many faults; 0: bursts without faults (default: %(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
