@@ -108,7 +108,7 @@ def test_division_of_what_nodes_hold() -> None:
 
 
 def test_nodes_are_ordered_by_what_they_hold_so_that_each_has_one_stage() -> None:
-    """In the order of their ids the nodes could only take turns: 2:0-1, 1:2-4, 1:5-5."""
+    """Nodes in the order of their ids could only take turns: 2:0-1, 1:2-4, 1:5-5."""
     assert divide({1: {2, 3, 4, 5}, 2: {0, 1}}, 6) == (Stage(2, 0, 1), Stage(1, 2, 5))
 
 
