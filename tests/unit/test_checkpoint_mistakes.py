@@ -251,9 +251,9 @@ class TestDescriptions:
         with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
             Text(packed)
 
-    @pytest.mark.parametrize("content", ["", "[]", DEEP])
+    @pytest.mark.parametrize("content", ["", "[]", DEEP, '{"eos_token": "\\uD800"}', '{"eos_token": "\ud800"}'])
     def test_tokenizer_config_json(self, packed: Path, content: str) -> None:
-        (packed / "tokenizer_config.json").write_text(content)
+        (packed / "tokenizer_config.json").write_bytes(content.encode(errors="surrogatepass"))
         with pytest.raises(UserError, match=r"cannot read .*tokenizer_config\.json"):
             Text(packed)
 
