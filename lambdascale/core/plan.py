@@ -57,7 +57,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             members=tuple(nodes),
             sources=tuple(names[n] for n in self.sources),
             blocks=self.blocks,
-            rounds=tuple(tuple(Send(names[t.src], names[t.dst], t.block) for t in r) for r in self.rounds),
+            rounds=tuple(tuple(Send(names[s.src], names[s.dst], s.block) for s in sends) for sends in self.rounds),
             groups=tuple(tuple(names[n] for n in g) for g in self.groups),
             orders=self.orders,
             streaming=self.streaming,

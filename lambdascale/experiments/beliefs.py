@@ -38,7 +38,7 @@ BLOCK = "beliefs"
 LINES = 25
 _WIDTH = 119
 _AUTHORS = "lambdascale.workload.ArrivalsTrace"
-# Numbers that are names: of models, of the interval, of hardware.
+# Names that have numbers in them: of models, hardware, percentiles and the interval.
 _NAMES_WITH_NUMBERS = re.compile(r"\b(?:7B|13B|70B|H\d00s?|P90|P50)\b|\b95 %")
 _CODE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 
@@ -117,7 +117,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int) -> str:
-        """Per cent by which pipelines lower P90 on GPUs, median and range of paired runs since all kernels are rehearsed."""
+        """Percentage by which pipelines lower P90 on GPUs: median and range of paired runs since all kernels are rehearsed."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
         p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
