@@ -37,7 +37,7 @@ from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.guard import run_guarded
 from lambdascale.control import BatchLimits, build_system, drive
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Command
 from lambdascale.core.events import ConnectionLost, Event, NodeJoined, NodeLost
 from lambdascale.experiments.compose import compose
@@ -108,10 +108,10 @@ class Client:
         if finished:
             self._end(right=self._tokens == self._want)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, failure: Failure) -> None:
         """See Sink."""
         self._load.tally.lost += 1
-        self._load.tally.reasons[reason] += 1
+        self._load.tally.reasons[failure.text] += 1
         self._over = True
 
     def _end(self, *, right: bool) -> None:

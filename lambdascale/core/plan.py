@@ -106,7 +106,7 @@ class PipelinePlan(Struct, frozen=True, gc=False):
     """Stages in execution order that cover the model once; ready after ``ready_round`` rounds of its multicast.
 
     ``form``: it serves "always" from then on, or if "useful" before its mode switch. ``switch``: it dissolves when "all" nodes
-    hold the whole model, or "each" node leaves when it does.
+    hold the whole model, or "each" node leaves when it does and the others, or the complete ones alone, can go on.
     """
 
     ready_round: int

@@ -55,6 +55,7 @@ MISTAKES = {
     "a budget beyond the host's memory": (["system.memory.budget=100TB"], "budget"),
     "bytes with an unknown unit": (["cluster.nic_bytes_per_s=5 bananas"], "bananas"),
     "a folder that holds something else": (["out=OUT"], "out="),
+    "a path that no system has": (['out="a\0b"'], "out must not contain a null byte"),
 }
 
 

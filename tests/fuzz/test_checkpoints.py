@@ -48,7 +48,8 @@ CONFIG = PRESETS["tiny"] | {
 }
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 16, 0.5, -0.5, 1e300, nan, inf, -inf, 2**63, 10**30, 10**9),
-    *("", "x", "F32", "F8_E4M3", "../x", "/etc/passwd", "model.safetensors", "ü\n\u2028", "\ud800", "x" * 3000),
+    *("", "x", "F32", "F8_E4M3", "../x", "/etc/passwd", "model.safetensors", "x" * 3000),
+    *("ü\n\u2028", "\x1b[2J\u202e\x00", "\ud800"),
     *([], [1], [0, 4], [4, 0], [None], [[]], {}, {"x": 1}, {"quant_method": "gptq"}),
 )
 FILES = ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "blocks.json")

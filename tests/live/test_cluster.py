@@ -17,7 +17,7 @@ from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.live.faults import Break, Damage, Hold, check_damage, inject
-from tests.live.harness import Outcome, Watcher, burst, expected, of, run, system_of
+from tests.live.harness import Outcome, Watcher, burst, expected, listening, of, run, system_of
 
 pytestmark = pytest.mark.live
 REQUESTS = burst(32)
@@ -124,17 +124,21 @@ def test_nothing_to_do(tiny: Path) -> None:
 
 
 def test_nothing_is_left_behind(tiny: Path) -> None:
-    """No process, no shared memory."""
+    """No process, no shared memory. And nobody listens beyond loopback meanwhile."""
     pids: list[int] = []
+    addresses: set[str] = set()
 
     def note(backend: LiveBackend) -> None:
         launcher = backend.launcher
         assert isinstance(launcher, LocalLauncher)
         pids.extend(launcher.pid(node) for node in range(2))
+        addresses.update(*(listening(pid) for pid in (os.getpid(), *pids)))
 
     watcher = Watcher(lambda entry: isinstance(entry, RequestFinished), note)
     run(tiny, burst(3), system=system_of("lambdascale"), nodes=2, watchers=[watcher])
     assert len(pids) == 2
+    assert len(addresses) >= 4, "two of the controller, one of each node"
+    assert all(address.startswith("0100007F:") for address in addresses), addresses
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     # Other programs may use shared memory meanwhile; ours would be under these names, torch's or multiprocessing's.
     ours = ("lambdascale", "torch_", "psm_", "gloo")

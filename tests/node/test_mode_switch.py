@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Dispatch, KvPolicy, Serve, SwitchMode
 from lambdascale.core.events import Event, RequestFinished, TokensProduced
 from lambdascale.inference.batch import Ticket
@@ -29,8 +29,8 @@ class Client:
         self.got += tokens
         self.finished = finished
 
-    def failed(self, reason: str) -> None:
-        raise AssertionError(reason)
+    def failed(self, failure: Failure) -> None:
+        raise AssertionError(failure)
 
 
 HALVES = stages((0, 0, 1), (1, 2, 3))

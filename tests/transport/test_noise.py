@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lambdascale.live import wire
+from lambdascale.live.controller import hub
 from lambdascale.live.controller.hub import Hub
 from lambdascale.testing.transports import Heard
 from lambdascale.transport import TcpEndpoint
@@ -142,6 +143,19 @@ def test_bytes_at_the_controllers_ports(controller: Controller, said: bytes, whi
     greeting = b"\xff\0\0\0\0\0\0\0\1\x7f\3\0CURVE".ljust(64, b"\0")
     with socket.create_connection((host, int(number)), timeout=10) as stranger, suppress(OSError):
         stranger.sendall((greeting if polite else b"") + said)
+    controller.hears_a_beat()
+
+
+def test_a_node_that_never_stops_talking_holds_nobody_up(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control thread gets back to its other work after so many messages, and hears the rest next."""
+    monkeypatch.setattr(hub, "_AT_A_TIME", 10)
+    for _ in range(50):
+        controller.node.send(wire.encode(wire.Placed(3, "m")))
+    heard = []
+    while len(heard) < 50:
+        now, _ = controller.hub.poll(1)
+        assert 0 < len(now) <= 10
+        heard += now
     controller.hears_a_beat()
 
 

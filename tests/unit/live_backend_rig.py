@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from lambdascale.core import Request, TracedRequest
+from lambdascale.core import Failure, Request, TracedRequest
 from lambdascale.core.events import Event
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
@@ -119,14 +119,14 @@ class HeardAnswer:
 
     tokens_: list[int] = field(default_factory=list)
     finished: bool = False
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def tokens(self, tokens: Sequence[int], finished: bool) -> None:
         self.tokens_ += tokens
         self.finished = self.finished or finished
 
-    def failed(self, reason: str) -> None:
-        self.failures.append(reason)
+    def failed(self, failure: Failure) -> None:
+        self.failures.append(failure)
 
 
 class Rig:

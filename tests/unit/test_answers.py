@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Dispatch, FailRequest, KvPolicy, Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.core.events import CommandFailed, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
@@ -22,15 +22,15 @@ class Client:
 
     got: list[int] = field(default_factory=list)
     finished: bool = False
-    reason: str | None = None
+    failure: Failure | None = None
 
     def tokens(self, tokens: Any, finished: bool) -> None:
         assert not self.finished
         self.got += tokens
         self.finished = finished
 
-    def failed(self, reason: str) -> None:
-        self.reason = reason
+    def failed(self, failure: Failure) -> None:
+        self.failure = failure
 
 
 class Table(Answers):
@@ -140,9 +140,9 @@ def test_an_aborted_request_is_told_to_its_head_and_ends_at_its_next_dispatch() 
 def test_a_request_given_up_tells_its_client_why() -> None:
     answers = table(serve(1, 0))
     client = answers.request(7, 1)
-    answers.fail(FailRequest(7, "no node is left"))
-    answers.fail(FailRequest(7, "again"))
-    assert client.reason == "no node is left"
+    answers.fail(FailRequest(7, Failure("no_node", "no node is left")))
+    answers.fail(FailRequest(7, Failure("too_large", "again")))
+    assert client.failure == Failure("no_node", "no node is left")
     assert not answers.outstanding
     assert answers.sinks == []
 
@@ -217,7 +217,7 @@ def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
     elif end == "finished":
         answers.say(1, 7, (1, 11), finished=True)
     elif end == "failed":
-        answers.fail(FailRequest(7, "given up"))
+        answers.fail(FailRequest(7, Failure("no_node", "given up")))
     elif end == "stopped":
         answers._answers[7].owners.discard(1)
         answers.stop(StopInstance(2))

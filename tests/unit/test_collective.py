@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lambdascale.core.commands import StartMulticast
 from lambdascale.core.plan import Send
 from lambdascale.live.node.collective import Collective, Outlet
 from lambdascale.live.wire import Rendezvous
+from tests.live.harness import listening
 
 
 def test_losses_of_a_broadcast() -> None:
@@ -34,6 +36,16 @@ def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
         collective.rendezvous(Rendezvous(number, "host:1"))
     assert len(collective._meetings) <= 64
     assert collective._meeting(999).addresses.get_nowait() == "host:1"
+
+
+def test_nothing_listens_beyond_the_nodes_address() -> None:
+    """The rendezvous took callers at all of the machine's addresses, and so did gloo's pairs at that of its name."""
+    before = listening(os.getpid())
+    collective = Collective(0, "127.0.0.2", None, None, None)
+    with collective._communicator(StartMulticast(4, "m", MulticastPlan((0,), (0,), 1, ()), (8,), ("gpu",), "collective")):
+        new = listening(os.getpid()) - before
+    assert len(new) == 2
+    assert {address.partition(":")[0] for address in new} == {"0200007F"}
 
 
 class TestBroadcasts:
