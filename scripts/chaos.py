@@ -123,7 +123,7 @@ class Client:
 
 
 class Load:
-    """Clients in bursts; ``step`` lets those ask again that have their answer, as many as the moment has."""
+    """Clients that ask in bursts: ``step`` lets those with an answer ask again, many in a burst and few between two."""
 
     def __init__(self, backend: LiveBackend, answers: list[tuple[list[int], list[int]]], seed: int) -> None:
         self.backend, self.tally = backend, Tally()
@@ -354,7 +354,12 @@ def main() -> int:
     """Run the script; return the exit status."""
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=1000, help="end after so many; 0: bursts alone (default: %(default)s)")
+    parser.add_argument(
+        "--faults",
+        type=int,
+        default=1000,
+        help="end after so many faults; 0: bursts without faults (default: %(default)s)",
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", choices=["shm", "tcp"], default="shm")

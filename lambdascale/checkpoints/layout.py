@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 # Element types the engine computes in.
 WEIGHT_TYPES = ("F32", "F16", "BF16")
-SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as people write them
+SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # by the names of command lines
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resume
 
 
 class Ready(Message, frozen=True, tag=True):
-    """It is a block's turn at a destination of a multicast: write it to ``offset``, or skip it (None): it is resident already."""
+    """A destination's request for a block whose turn it is: write it to ``offset``, or skip it (None: it is resident already)."""
 
     transfer_id: int
     block: int

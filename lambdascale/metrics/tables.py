@@ -71,7 +71,7 @@ _EVENTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
-# Of gaps between tokens, behind the others.
+# Columns of gaps between tokens, behind the others.
 _GAPS = pa.schema([("itl_s", pa.list_(pa.float32())), ("stall_s", pa.float64())])
 # Gaps beyond which those of a run are rounded to milliseconds: then a table of millions is small.
 MANY_GAPS = 500_000

@@ -137,7 +137,7 @@ def test_a_changed_header(whole: Path, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(list(places(document))))
     value = data.draw(st.sampled_from(VALUES) | st.integers(-3, 5000))
     text = json.dumps(put(document, path, value)).encode()
-    # As long as it was where that is possible, so that the shard keeps the size that blocks.json has for it.
+    # Keep the length where possible, so that the shard has the size that blocks.json states.
     text = text.ljust(length)
     after = struct.pack("<Q", len(text)) + text + before[8 + length :]
     changed(whole, name, lambda _: after, f"header {path} {value!r:.100}")

@@ -88,7 +88,7 @@ def test_the_survivors_of_a_killed_receiver(make: Callable[[NodeId, Handlers], E
 
 @pytest.mark.parametrize("ordinal", [0, pytest.param(1, marks=two_gpus)])
 def test_torch_sees_the_same_memory(ordinal: int) -> None:
-    """Neither a copy nor another device; and the thread's device is torch's as before."""
+    """The tensor is no copy and on no other device; the thread's device is torch's as before."""
     before = torch.cuda.current_device()
     memory = gpu_of(ordinal).allocate(5_000_001)
     tensor = torch.as_tensor(memory, device=f"cuda:{ordinal}")

@@ -28,7 +28,7 @@ from lambdascale.testing.invariants import InvariantChecker
 
 SLOT_TOKENS = 160
 # With the paced executor an iteration takes at least so long: else a fast machine's only replica would answer everything before a
-# pipeline is there.
+# pipeline forms.
 ITERATION_S = 0.006
 PATIENCE_S = 90.0
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def of(outcome: Outcome, kind: type[T]) -> list[T]:
-    """Its events or commands of a kind."""
+    """Events or commands of a kind."""
     return [entry for _, entry in outcome.recorder.entries if isinstance(entry, kind)]
 
 

@@ -281,7 +281,7 @@ def failures(world: World) -> list[Failure]:
 
 
 def test_a_request_that_was_on_three_failed_instances_is_failed() -> None:
-    """And only such a request: the others start anew, oldest first."""
+    """No other request is failed: the others start anew, oldest first."""
     world = World(nodes=4, min_replicas=3)
     world.arrive(1)
     assert without(world.fail(instance="i1"), "timer") == ["stop i1", "serve i4 0", "dispatch i2 0"]

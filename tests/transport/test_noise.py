@@ -71,7 +71,7 @@ def test_it_works_all_the_same(port: tuple[TcpEndpoint, Heard]) -> None:
 @FUZZ
 @given(st.lists(FRAME | st.binary(max_size=40), min_size=1, max_size=6))
 def test_frames_of_a_node_with_the_key(port: tuple[TcpEndpoint, Heard], frames: list[bytes]) -> None:
-    """Its connection may end; what it announces and does not send takes no memory."""
+    """The connection may end; what the node announces and does not send takes no memory."""
     endpoint, heard = port
     heard.lost.clear()
     node = TcpEndpoint(1, Heard().handlers(), KEY)
@@ -160,6 +160,6 @@ def test_a_node_that_never_stops_talking_holds_nobody_up(controller: Controller,
 
 
 def test_a_message_that_is_too_large_is_not_taken(controller: Controller) -> None:
-    """Its sender is cut off; it may connect again."""
+    """The sender is cut off; it may connect again."""
     controller.node.send(bytes(wire.MOST_BYTES + 1))
     controller.hears_a_beat()

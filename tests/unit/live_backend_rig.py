@@ -75,7 +75,7 @@ class FakeHub:
 
 
 class FakeLauncher:
-    """Its processes say hello at once, until they are in ``ended``."""
+    """A launcher whose processes say hello at once, until they are in ``ended``."""
 
     host = "127.0.0.1"
     stillborn = False  # new processes end before they say anything

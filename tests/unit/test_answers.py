@@ -162,7 +162,7 @@ def switching(kv: KvPolicy = "copy") -> tuple[Table, Client]:
 
 @pytest.mark.parametrize("kv", ["copy", "recompute"])
 def test_a_switch_is_told_to_the_head(kv: KvPolicy) -> None:
-    """With KV to copy, the other nodes hear from the head when to forget the pipeline."""
+    """The other nodes hear from the head when to forget the pipeline, if KV is to be copied."""
     answers, _ = switching(kv)
     stopped = [node for node, message in answers.told if message == wire.Do(StopInstance(1))]
     assert answers.take(wire.Switch) == [(0, wire.Switch(SwitchMode(1, ((7, 2),), kv), {2: 1}))]
@@ -190,7 +190,7 @@ def test_the_pipelines_tokens_come_behind_those_of_the_new_instance() -> None:
 
 
 def test_the_pipelines_head_dies_with_its_last_tokens_untold() -> None:
-    """It had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
+    """The head had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
     answers, client = switching()
     answers.take(wire.Do)
     answers.alive = {1, 2, 3}
@@ -210,7 +210,7 @@ def test_an_instance_that_does_not_own_a_request_brings_no_tokens_of_it() -> Non
 
 @pytest.mark.parametrize("end", ["resumed", "finished", "failed", "stopped", "dispatched"])
 def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
-    """And the death of its head means nothing then."""
+    """The death of its head means nothing afterwards."""
     answers, _ = switching()
     if end == "resumed":
         answers.resumed(wire.Resumed(2, {7: (), 99: (1,)}))

@@ -77,6 +77,14 @@ def test_all_figures_are_of_one_moment(state: ClusterState) -> None:
         thread.join()
 
 
+def test_readings_stay_what_they_were(state: ClusterState) -> None:
+    """Mutation: the counters themselves handed out, which go on changing while they are formatted."""
+    readings = state.readings()
+    arrive(state, 1)
+    state.on_event(TokensProduced(1.0, 1, 1, 1, "pipeline"))
+    assert (readings.counts.arrived, readings.counts.from_pipelines, sum(readings.ttft_counts)) == (0, 0, 0)
+
+
 def sizes(state: ClusterState) -> dict[str, int]:
     found = {key: len(value) for key, value in vars(state).items() if hasattr(value, "__len__")}
     return found | {f"running {number}": len(instance.running) for number, instance in state._instances.items()}

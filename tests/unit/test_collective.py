@@ -20,7 +20,7 @@ from tests.live.harness import listening
 
 
 def test_losses_of_a_broadcast() -> None:
-    """Those of its members, while it is expected or under way."""
+    """Losses of its members count while it is expected or under way."""
     collective = Collective(0, "127.0.0.1", None, None, None)
     collective.lost(1)
     meeting = collective._meeting(5)
@@ -94,14 +94,14 @@ class TestBroadcasts:
         assert (told.written, told.ended) == ([0, 1, 2], [(4, "")])
 
     def test_a_source_without_its_blocks(self) -> None:
-        """It broadcasts nothing instead of whatever lies in its memory."""
+        """The source broadcasts nothing instead of whatever lies in its memory."""
         told = self.run(0, {"host": {0}}, set())
         assert told.tensors == ["host 0"]
         assert told.ended == [(4, "the broadcast broke: node 0 does not hold block 1 of m, which it is to broadcast")]
 
     @pytest.mark.parametrize("error", [RuntimeError("a\nb"), ZeroDivisionError("a")])
     def test_every_end_is_told(self, error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-        """Also one by a fault of ours, which is printed."""
+        """The end is told even after a fault of ours, which is printed."""
         told = self.run(1, {"host": {0, 1, 2}}, set(), error)
         ((number, reason),) = told.ended
         assert number == 4

@@ -132,7 +132,7 @@ class TestBounds:
     """Bounds of a body."""
 
     def test_a_declared_length_is_refused_unread(self, served: Served) -> None:
-        """Not a byte of it is taken, where the client asks first."""
+        """The body is not taken, not a byte of it, if the client asks first."""
         taken: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
@@ -172,7 +172,7 @@ class TestBounds:
         assert given <= served.limits.body_bytes + limits.DROPPED_BYTES + len(piece)
 
     def test_a_client_that_sends_all_first_hears_why_it_is_refused(self, served: Served) -> None:
-        """It is not cut off while it sends."""
+        """The client is not cut off while it sends."""
         answer = served.ask(prompt="a" * (served.limits.body_bytes + 1))
         assert answer.status_code == 413
         assert "bytes at most" in message(answer)
@@ -267,7 +267,7 @@ class TestFailures:
         assert error(answer) == self.ERROR
 
     def test_a_stream_that_has_not_begun(self, served: Served) -> None:
-        """It has a status of its own: clients and proxies may ask again."""
+        """An error before the first event has a status of its own: clients and proxies may ask again."""
         served.cluster.failure = self.FAILURE
         answer = served.ask(prompt="a", stream=True)
         assert answer.status_code == 503

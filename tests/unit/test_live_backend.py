@@ -195,7 +195,7 @@ class TestCalls:
         assert sink.failures == [failure]
 
     def test_a_request_given_up_before_its_end_is_heard_of_counts_once(self, rig: Rig) -> None:
-        """It ended while the failure of its instance was on its way to the control plane, which then gave it up."""
+        """The request ended while the failure of its instance was on its way to the control plane, which then gave it up."""
         rig.offer(1)
         rig.events()
         serve(rig)
@@ -313,7 +313,7 @@ class TestTables:
         assert self.sizes(rig) == before
 
     def test_many_losses(self) -> None:
-        """Of one node, which is given up in between and comes back in the next window."""
+        """A node is lost often, given up in between, and comes back in the next window."""
         rig = Rig(restarts=100)
         rig.events()
 
@@ -344,7 +344,7 @@ def test_a_transfer_that_ends_early_is_forgotten(rig: Rig, how: str) -> None:
 
 
 def test_a_cancelled_transfer_is_cancelled_everywhere(rig: Rig) -> None:
-    """Also on a node that has no part in it any more by what has arrived: it may wait for a lost one."""
+    """A node that has no part in it any more hears of it, too: it may wait for a lost one."""
     rig.backend.submit(CancelTransfer(7))
     assert rig.sent() == [wire.Do(CancelTransfer(7))] * 2
 

@@ -43,7 +43,7 @@ FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(Heal
 @FUZZ
 @given(said=st.lists(st.tuples(st.integers(0, 2), MESSAGE), max_size=12))
 def test_no_message_of_a_node_ends_the_controller(said: list[tuple[int, Any]], capsys: pytest.CaptureFixture[str]) -> None:
-    """Before and while the model is loaded, with a request waiting: it goes on, and takes the next request.
+    """The controller goes on and takes the next request, before and while the model is loaded and with a request waiting.
 
     What it prints, and tells clients, are short lines of printable characters, whatever nodes say.
     """
@@ -98,7 +98,7 @@ def test_mutated_bytes_are_a_message_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("level", [b"\x91", b"\x81\xa1a"], ids=["arrays", "maps"])
 def test_a_field_that_nobody_knows_may_be_nested_without_end(level: bytes) -> None:
-    """It ended the thread of the controller: msgspec's own error for it is a RecursionError."""
+    """The thread of the controller lives on: msgspec's own error for such a message is a RecursionError."""
     message = wire.encode(wire.Placed(1, "m"))
     assert message[0] == 0x83, "a map of three"
     with pytest.raises(wire.Garbled):

@@ -48,6 +48,7 @@ class Hub:
         self._socket.curve_secretkey, self._socket.curve_publickey = server_secret, server_public
         self._socket.linger = 500
         self._socket.router_handover = True
+        self._socket.sndhwm = 0  # no bound: a full queue would drop what is sent to a node that stands still for a while
         self._socket.maxmsgsize = wire.MOST_BYTES
         self._socket.handshake_ivl = _HANDSHAKE_MS
         port = self._socket.bind_to_random_port(f"tcp://{host}")

@@ -85,7 +85,7 @@ class Gloo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Its sockets close with the last reference."""
+        """Do nothing: sockets close with the last reference."""
 
 
 class Nccl:

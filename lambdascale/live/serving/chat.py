@@ -21,7 +21,7 @@ from lambdascale.core import UserError
 from lambdascale.core.checks import shown
 from lambdascale.core.text import one_line
 
-# Of a model without a template.
+# The template of a model that comes without one.
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 # The template's name that is used unless a request has tools, which this server does not take.
 _DEFAULT = "default"
