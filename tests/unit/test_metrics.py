@@ -123,7 +123,7 @@ class TestSummary:
         assert summary["ttft_s"]["p99"] == 0.5
 
     def test_failures_by_reason(self) -> None:
-        """Not by their words, in which numbers differ."""
+        """Words of equal failures differ by their numbers."""
         failures = (TOO_LARGE, Failure("no_node", "no node is left"), Failure("too_large", "needs up to 8 tokens"))
         failed = [
             entry
