@@ -167,7 +167,7 @@ class TransportConformance:
         assert bytes(two.memory[4096:]) == data
 
     def test_placing_outside_the_memory_ends_the_connection(self, nodes: Callable[..., list[Node]]) -> None:
-        """Placing is refused as a write there is."""
+        """Placing outside the memory is refused like a write outside it."""
         one, two = self.pair(nodes, 1000)
         if not one.endpoint.can_place:
             return

@@ -279,14 +279,14 @@ def test_the_smaller_pipeline_is_limited_by_the_time_until_its_own_mode_switch()
 
 
 def test_a_node_stays_while_the_others_would_bring_requests_to_no_token() -> None:
-    """In 0.25 s node 2 is complete. Mutation: all requests moved to the one complete node, which has places for two."""
+    """Node 2 is complete in 0.25 s. Mutation: all requests moved to the one complete node, which has places for two."""
     world, lines = leaving(0.5, running=3)
     assert lines == []
     assert world.block(2, 1) == ["serve i2 1", "serve i3 2", "switch i1 6>i2,7>i3,8>i2 recompute"], "two nodes can take them all"
 
 
 def test_a_node_stays_while_the_others_would_keep_more_than_they_bring_to_a_token() -> None:
-    """They would keep four of six, and bring two to a token. Mutation: what runs is not counted."""
+    """The other nodes would keep four of six requests, and bring two to a token. Mutation: what runs is not counted."""
     world, lines = leaving(0.9)
     assert lines == []
     assert world.finish(0) == ["dispatch i1 6"], "and takes further requests: the node that is complete does not leave soon"

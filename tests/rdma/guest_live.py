@@ -68,7 +68,7 @@ def test_a_queue_pair_fails(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_node_is_killed_in_a_multicast(serve: Serve) -> None:
-    """A destination that hands blocks on dies; the other gets what is missing over rdma, by a new plan."""
+    """The killed node receives blocks and forwards them; the other destination gets what is missing over rdma, by a new plan."""
     killer = harness.Watcher(
         lambda entry: isinstance(entry, BlockArrived) and entry.node == 1 and entry.transfer_id > 0,
         lambda backend: backend.launcher.kill(1),

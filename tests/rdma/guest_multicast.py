@@ -35,7 +35,7 @@ def test_connections_are_used_again() -> None:
 
 @pytest.mark.parametrize(("sources", "victim"), [(1, 2), (2, 0)], ids=["a receiver", "a source"])
 def test_a_node_is_killed(sources: int, victim: int) -> None:
-    """A death with writes under way is reported to the others, and what they hold suffices to plan the rest."""
+    """Other nodes learn of the death while writes from and to the node are under way; their blocks suffice to plan the rest."""
     nodes = sources + 3
     with Carriers(make, nodes=nodes, sources=sources, blocks=BLOCKS, block_bytes=BLOCK_BYTES) as carriers:
         plan = BinomialPipeline().plan(sources=sources, destinations=3, blocks=BLOCKS)

@@ -195,7 +195,7 @@ class TestQuantised:
 
     @pytest.mark.parametrize("kind", ["F8_E4M3", "\x1b[2J"])
     def test_by_the_type_of_the_whole(self, tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-        """The embedding's type counts for the whole; the command asks for sizes before it packs."""
+        """The embedding's type is not ours; the command asks for sizes before it packs."""
         (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
         tensors = tensors_of(tiny)
         name = "model.embed_tokens.weight"

@@ -123,7 +123,7 @@ class TestSummary:
         assert summary["ttft_s"]["p99"] == 0.5
 
     def test_failures_by_reason(self) -> None:
-        """Words of equal failures differ by their numbers."""
+        """Failures are counted by reason, not by their words, in which numbers differ."""
         failures = (TOO_LARGE, Failure("no_node", "no node is left"), Failure("too_large", "needs up to 8 tokens"))
         failed = [
             entry
