@@ -284,10 +284,10 @@ class Compiler:
                 thread.start()
         return False
 
-    def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Wait until the kernels are compiled: for tests and measurements. Raises the error if compilation failed."""
+    def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device, timeout_s: float | None = None) -> None:
+        """Wait until the kernels are compiled, or ``timeout_s`` have passed. Raises the error if compilation failed."""
         if not self.ready(architecture, dtype, device):
-            self._threads[_key(architecture, dtype, device)].join()
+            self._threads[_key(architecture, dtype, device)].join(timeout_s)
             self.ready(architecture, dtype, device)
 
     def _compile(self, key: Any, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:

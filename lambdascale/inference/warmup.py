@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.inference.batch import Segment, StageBatch
-from lambdascale.inference.sampling import GREEDY, choose
+from lambdascale.inference.choosing import choose
+from lambdascale.inference.fused import COMPILER, has_triton
+from lambdascale.inference.sampling import GREEDY
 from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.weights import BlockWeights
 
 _PROMPT = 4
 
 
-def warm_up(model: PackedModel, device: str) -> None:
+def warm_up(model: PackedModel, device: str, patience_s: float | None = 0.0) -> None:
     """Run a prefill, a part of one and a decode over zero weights shaped as the model's first and last block; free the memory.
 
-    A part that does not begin at the first token is attended to under a mask, by other kernels.
+    A part that does not begin at the first token is attended to under a mask, by other kernels. On a GPU, then wait up to
+    ``patience_s`` (None: as long as it takes) for the kernels that replace torch's operators: long enough if they only have to
+    be read from the disk, where they were compiled before.
     """
     for layout in {layout.index: layout for layout in (model.layouts[0], model.layouts[-1])}.values():
         buffer = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
@@ -31,3 +36,5 @@ def warm_up(model: PackedModel, device: str) -> None:
             choose(state, [GREEDY] * 3, [0] * 3)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+        if has_triton():
+            COMPILER.wait(model.architecture, TORCH_TYPES[model.dtype], torch.device(device), patience_s)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +64,12 @@ def _node(config: Any, launched: float) -> None:
     )
 
 
-def _spare(gpu: int | None, connection: Connection) -> None:
+def _spare(gpu: int | None, models: Sequence[tuple[str, str]], connection: Connection) -> None:
     try:
         config, launched = connection.recv()
     except EOFError:
         return
-    config.gpu = gpu
+    config.gpu, config.models = gpu, models
     _node(config, launched)
 
 

@@ -212,7 +212,7 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     composed = compose(["cluster=desk", f"cluster.remote_bytes_per_s={rate}"])
     cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
     live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
-    model.architecture, model.dtype = SimpleNamespace(hidden=64), "BF16"
+    model.row_bytes = 128
     hub = SimpleNamespace(access=None)
     told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu
+from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
+# A node waits so long for its kernels before it joins: they are read from the disk in half of that. To compile them takes seconds,
+# and goes on in the background.
+_KERNELS_S = 1.5
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
 _SWITCH_S = 0.0005
@@ -105,13 +108,15 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[Blo
     return store, landing[first:], first
 
 
-def wait_and_run(gpu: int | None, connection: Connection) -> None:
-    """Be a spare process: make the context of a GPU, wait for a node's configuration, and run the node.
+def wait_and_run(gpu: int | None, models: Sequence[tuple[str, str]], connection: Connection) -> None:
+    """Be a spare process: make the context of a GPU, with the kernels of ``models`` (names and directories) in it.
 
-    Ends at once when the other end of ``connection`` is closed instead.
+    Then wait for a node's configuration, and run the node; or end when the other end of ``connection`` is closed instead.
     """
     bind()
     make_context(gpu)
+    if gpu is not None:
+        warm([PackedModel.open(Path(directory), name) for name, directory in models], gpu, None)
     try:
         with connection:
             config, launched = connection.recv()
@@ -173,11 +178,9 @@ class Agent:
 
             import lambdascale.live.node.preload  # noqa: F401  imported for its effect
 
-        from lambdascale.inference import warm_up
         from lambdascale.live.node.collective import Collective, Outlet
         from lambdascale.live.node.compute import Compute
         from lambdascale.live.node.loads import Links
-        from lambdascale.live.node.memory import row_bytes
         from lambdascale.live.node.mover import Mover
         from lambdascale.live.node.multicasts import BLOCK_BITS
         from lambdascale.live.node.parcels import Parcels
@@ -206,16 +209,13 @@ class Agent:
             self.endpoint = make_endpoint(config, handlers, link, gpu)
         models = [PackedModel.open(Path(directory), name) for name, directory in config.models]
 
-        def warm() -> None:
-            if gpu is not None:
-                torch.cuda.set_device(gpu)
+        def warm_up(gpu: int) -> None:
             with parts.part("warm-up"):
-                for model in models:
-                    warm_up(model, device)
+                warm(models, gpu, _KERNELS_S)
 
         # Memory is populated, which takes seconds for a large arena, while the engine's first kernels are loaded.
         with ThreadPoolExecutor(1, "warm-up") as beside:
-            warmed = beside.submit(warm) if gpu is not None and config.executor != "timed" else None
+            warmed = beside.submit(warm_up, gpu) if gpu is not None and config.executor != "timed" else None
             with parts.part("memory"):
                 self.store, area, first = make_store(config, self.endpoint, device)
             if warmed is not None:
@@ -280,7 +280,7 @@ class Agent:
                 self.endpoint,
                 area,
                 first,
-                lambda model: config.limits.max_tokens * row_bytes(self.store.model(model)),
+                lambda model: config.limits.max_tokens * self.store.model(model).row_bytes,
                 tell,
             ),
         )

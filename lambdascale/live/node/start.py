@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from lambdascale.checkpoints import PackedModel
 from lambdascale.core.checks import require
 from lambdascale.live.node_config import NodeConfig
 
@@ -47,6 +48,17 @@ def pick_gpu(config: NodeConfig) -> int | None:
     count = torch.cuda.device_count()
     require(count > 0, "device cuda is asked for, but torch finds no GPU")
     return config.node % count
+
+
+def warm(models: Iterable[PackedModel], gpu: int, patience_s: float | None) -> None:
+    """Load libraries and kernels for models on a GPU; see warm_up. For the calling thread, that is its GPU from then on."""
+    import torch
+
+    from lambdascale.inference import warm_up
+
+    torch.cuda.set_device(gpu)
+    for model in models:
+        warm_up(model, f"cuda:{gpu}", patience_s)
 
 
 def make_context(gpu: int | None) -> None:
