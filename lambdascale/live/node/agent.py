@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-# A node waits so long for its kernels before it joins: they are read from the disk in half of that. To compile them takes seconds,
-# and goes on in the background.
+# A node waits so long for its kernels before it joins: they are read from the disk in half of that. Their first compilation takes
+# longer, and goes on in the background.
 _KERNELS_S = 1.5
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
