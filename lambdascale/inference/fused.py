@@ -267,6 +267,10 @@ class Compiler:
         self._ready: set[Any] = set()
         self._failed: dict[Any, BaseException] = {}
 
+    def done(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+        """Return True if the kernels are compiled. Begin nothing."""
+        return _key(architecture, dtype, device) in self._ready
+
     def ready(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
         """Return True if the kernels are compiled; else start compiling them. Raises the error if compilation failed."""
         key = _key(architecture, dtype, device)
@@ -284,10 +288,10 @@ class Compiler:
                 thread.start()
         return False
 
-    def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device, timeout_s: float | None = None) -> None:
-        """Wait until the kernels are compiled, or ``timeout_s`` have passed. Raises the error if compilation failed."""
+    def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+        """Wait until the kernels are compiled. Raises the error if compilation failed."""
         if not self.ready(architecture, dtype, device):
-            self._threads[_key(architecture, dtype, device)].join(timeout_s)
+            self._threads[_key(architecture, dtype, device)].join()
             self.ready(architecture, dtype, device)
 
     def _compile(self, key: Any, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:

@@ -148,6 +148,11 @@ class Loader:
             self._staging = Staging(device, self._stream, 2 * reader.threads, reader.chunk_bytes)
         self._loads: set[Load] = set()
 
+    @property
+    def busy(self) -> bool:
+        """True while loads are under way."""
+        return bool(self._loads)
+
     def close(self) -> None:
         """Cancel loads and wait for their ends."""
         loads = list(self._loads)

@@ -144,6 +144,16 @@ class BlockStore:
                 f"two models are called {model.name}: {known.directory} and {model.directory}",
             )
 
+    @property
+    def models(self) -> tuple[PackedModel, ...]:
+        """The registered models."""
+        return tuple(self._models.values())
+
+    @property
+    def loading(self) -> bool:
+        """True while loads are under way."""
+        return self._loader.busy
+
     def model(self, name: str) -> PackedModel:
         """Return a registered model. UserError for any other name."""
         require(name in self._models, f"the store does not know the model {name}")

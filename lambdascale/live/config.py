@@ -53,6 +53,8 @@ class LiveConfig:
     never while a trace is replayed, whose failures are part of what is measured.
     ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context and kernels, which restarted
     nodes take.
+    ``kernels``: nodes with GPUs join when their kernels are compiled ("first", as measurements want it), or at once, and compile
+    them behind the first tokens or while they have nothing to do ("behind").
     ``timeline``: folder where every node writes what its compute thread does when, None: nowhere.
     """
 
@@ -70,6 +72,7 @@ class LiveConfig:
     silence_s: float = 10.0
     restarts: int | None = None
     spares: int = 0
+    kernels: Literal["first", "behind"] = "behind"
     timeline: str | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
 
@@ -273,6 +276,7 @@ class LiveConfig:
             collective=collective,
             verify=self.verify,
             place_bytes=self._place_bytes(models, system, cluster.nodes),
+            kernels=self.kernels,
             timeline=self.timeline,
         )
 

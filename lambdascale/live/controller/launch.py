@@ -57,7 +57,8 @@ class LocalLauncher:
     """Processes on this host, forked from a server that has loaded torch once. They die with the controller.
 
     ``spares``: processes kept ready for each GPU (with ``gpus`` 0: for all nodes), with its context and the kernels of ``models``
-    (names and directories) in it; a node that is started takes one, and another is started. ``main`` and ``spare_main`` run in the processes.
+    (names and directories) in it; a node that is started takes one, and another is started. ``main`` and ``spare_main`` run in
+    the processes.
     """
 
     host = "127.0.0.1"

@@ -36,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm
+from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm, warm_when_quiet
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -56,9 +56,6 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-# A node waits so long for its kernels before it joins: they are read from the disk in half of that. Their first compilation takes
-# longer, and goes on in the background.
-_KERNELS_S = 1.5
 # Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
 # and a block takes several threads' turns.
 _SWITCH_S = 0.0005
@@ -116,7 +113,7 @@ def wait_and_run(gpu: int | None, models: Sequence[tuple[str, str]], connection:
     bind()
     make_context(gpu)
     if gpu is not None:
-        warm([PackedModel.open(Path(directory), name) for name, directory in models], gpu, None)
+        warm([PackedModel.open(Path(directory), name) for name, directory in models], gpu, kernels=True)
     try:
         with connection:
             config, launched = connection.recv()
@@ -211,21 +208,22 @@ class Agent:
 
         def warm_up(gpu: int) -> None:
             with parts.part("warm-up"):
-                warm(models, gpu, _KERNELS_S)
+                warm(models, gpu, kernels=config.kernels == "first")
 
         # Memory is populated, which takes seconds for a large arena, while the engine's first kernels are loaded.
         with ThreadPoolExecutor(1, "warm-up") as beside:
             warmed = beside.submit(warm_up, gpu) if gpu is not None and config.executor != "timed" else None
             with parts.part("memory"):
                 self.store, area, first = make_store(config, self.endpoint, device)
+                self.store.rehearse()
             if warmed is not None:
                 warmed.result()
         if config.transport == "rdma" and self.endpoint.on_device:
             print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
         for model in models:
             self.store.add(model)
-        if config.executor == "timed":
-            self.store.rehearse()  # the engine's warm-up does it otherwise
+        if gpu is not None and warmed is not None:
+            threading.Thread(target=warm_when_quiet, args=(self.store, gpu, self._leaving), name="kernels", daemon=True).start()
         if config.preloaded:
             with parts.part("preload"):
                 for model in models:
