@@ -51,7 +51,7 @@ class Staging:
 
     @contextmanager
     def piece(self) -> Iterator[Piece]:
-        """Lend a piece that may be overwritten; wait until there is one."""
+        """Lend a piece that may be overwritten; wait until one is free."""
         piece = self._free.get()
         try:
             if piece.copied is not None:

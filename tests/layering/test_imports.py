@@ -100,7 +100,7 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["lambdascale.cli.main", "lambdascale.live.config"])
 def test_the_command_and_a_live_controller_start_without_torch(module: str) -> None:
-    """It takes seconds to import, in which nodes are not asked for yet."""
+    """Nodes are not asked for yet in the seconds that its import takes."""
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"

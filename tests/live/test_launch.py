@@ -84,7 +84,7 @@ class TestSpares:
         return {node: notes.joinpath(str(node)).read_text().split() for node in nodes}
 
     def test_a_node_takes_the_spare_of_its_gpu(self, tmp_path: Path) -> None:
-        launcher = LocalLauncher(spares=1, gpus=2, models=("m",), main=_node, spare_main=_spare)  # type: ignore[arg-type]
+        launcher = LocalLauncher(spares=1, gpus=2, models=("m",), main=_node, spare_main=_spare)  # type: ignore[arg-type]  # a name
         first = self.start(launcher, tmp_path, 0, 1)
         assert [found[1:] for found in first.values()] == [["-", "True"]] * 2, "no spare is ready at first"
         spares = {spare.gpu: spare.process.pid for spare in launcher._spares}

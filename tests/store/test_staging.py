@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> PackedModel:
 def test_blocks_are_right_and_leave_nothing_in_host_memory(
     make: Callable[..., BlockStore], model: PackedModel, chunk: int
 ) -> None:
-    """More pieces pass than the ring has, with chunks shorter and longer than parts; there is no host arena at all."""
+    """Chunks are shorter and longer than parts, more of them than the ring has pieces; the host arena has no room at all."""
     store = make(host=0, gpu=3, chunk_bytes=chunk, readers=2, staged=True)
     store.add(model)
     landed: list[int] = []
@@ -51,13 +51,13 @@ def test_blocks_are_right_and_leave_nothing_in_host_memory(
 
 @pytest.mark.parametrize("at", [5 * PART, -1])
 def test_a_flipped_bit(make: Callable[..., BlockStore], model: PackedModel, at: int) -> None:
-    """What came before stays, and the memory of the rest is free again."""
+    """Blocks before it stay, and the memory of the others is free again."""
     flip(model, 3, at)
     store = make(host=0, gpu=3, staged=True)
     store.add(model)
     free = store.free_bytes("gpu")
     load = store.load("c", range(BLOCKS), keep_host=False)
-    with pytest.raises(BlockError, match="is damaged: (its digest|checksum)") as failure:
+    with pytest.raises(BlockError, match=r"is damaged: (its digest|checksum)") as failure:
         load.wait(30)
     assert (failure.value.block, load.landed) == (3, [0, 1, 2])
     store.evict("c", "gpu")
@@ -74,7 +74,7 @@ def test_without_verification_a_flipped_bit_goes_unnoticed(make: Callable[..., B
 
 
 def test_host_memory_is_kept_where_asked(make: Callable[..., BlockStore], two: dict[str, PackedModel]) -> None:
-    """Such blocks do not pass the ring."""
+    """Blocks for both tiers do not pass the ring."""
     store = make(staged=True)
     store.load("a", range(BLOCKS), keep_host=True).wait(30)
     assert store.resident("a", "gpu") == store.resident("a", "host") == set(range(BLOCKS))
