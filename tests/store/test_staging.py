@@ -27,7 +27,7 @@ def flip(model: PackedModel, block: int, at: int) -> None:
 
 @pytest.fixture(params=["digests", "hashes"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> PackedModel:
-    """A packed model; one of before there were digests is compared by the hashes of its parts, on the way."""
+    """A packed model. Without digests, as older ones are, it is compared by the hashes of its parts on the way."""
     found = packed(tmp_path, "c", 9)
     if request.param == "digests":
         return found
