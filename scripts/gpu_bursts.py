@@ -112,6 +112,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         f"transport={arguments.transport}",
         f"backend.checkpoint={arguments.model}",
         f"backend.paced={str(paced).lower()}",
+        "backend.kernels=first",
         f"backend.slot_tokens={arguments.prompt + setting.output_tokens}",
         f"system.blocks={arguments.blocks}",
         f"system.kv={setting.kv}",

@@ -30,7 +30,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     prepare()
     from lambdascale.control import build_system, drive
     from lambdascale.core import traced
-    from lambdascale.core.events import Event, TokensProduced
+    from lambdascale.core.events import BlockArrived, Event, TokensProduced
     from lambdascale.experiments.build import build
     from lambdascale.experiments.compose import compose
 
@@ -56,11 +56,12 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     requests = [traced(0, 0.0, name, _PROMPT, _OUTPUT)]
     if arguments.warm:
         requests.append(traced(1, _SPARE_S, name, _PROMPT, _OUTPUT))
+    imported = time.monotonic()
     plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
     backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=0
     )
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"up": time.monotonic()}
 
     def kill() -> None:
         found["killed"] = time.monotonic()
@@ -68,6 +69,8 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
 
     class Watch:
         def on_event(self, event: Event) -> None:
+            if isinstance(event, BlockArrived):
+                found["loaded"] = time.monotonic()
             if isinstance(event, TokensProduced):
                 found[f"token {event.request_id}"] = time.monotonic()
                 if event.request_id == 0 and arguments.warm:
@@ -84,7 +87,9 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
         backend.close()
     begin, end = ("killed", "token 1") if arguments.warm else ("", "token 0")
     since = found[begin] if begin else arguments.since
-    return {"seconds": found[end] - since, "parts": backend.start_parts}
+    until = {} if arguments.warm else {"until_asked": imported, "until_up": found["up"]}
+    until |= {"until_loaded": found["loaded"]}
+    return {"seconds": found[end] - since, "parts": backend.start_parts | {name: at - since for name, at in until.items()}}
 
 
 def children(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

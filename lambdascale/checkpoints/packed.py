@@ -13,7 +13,7 @@ from lambdascale.checkpoints.architecture import Architecture, load_architecture
 from lambdascale.checkpoints.checksums import combined
 from lambdascale.checkpoints.documents import inside
 from lambdascale.checkpoints.layout import WEIGHT_TYPES, BlockLayout, block_layout, model_spec
-from lambdascale.checkpoints.safetensors_file import ALIGNMENT
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT, ITEM_BYTES
 from lambdascale.core import ModelSpec, UserError
 
 MANIFEST = "blocks.json"
@@ -102,6 +102,11 @@ class PackedModel:
     def block_bytes(self) -> tuple[int, ...]:
         """Bytes of each block."""
         return tuple(block.size_bytes for block in self.blocks)
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a token's hidden states."""
+        return self.architecture.hidden * ITEM_BYTES[self.dtype]
 
     @property
     def spec(self) -> ModelSpec:

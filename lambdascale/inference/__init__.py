@@ -1,18 +1,46 @@
 """The engine of one node (torch): blocks as packed weights, stages of a transformer, KV slots, batches and sampling.
 
 It knows no transport and no cluster. The control plane's batch scheduler, the class that the simulator uses too, decides which
-sequences form an iteration.
+sequences form an iteration. Modules are imported when a name of theirs is first used: the controller needs those without torch,
+which takes seconds to import.
 """
 
-from lambdascale.inference.batch import Batch, BatchPlan, Produced, Segment, StageBatch, Ticket
-from lambdascale.inference.engine import Engine
-from lambdascale.inference.kv_cache import KvCache
-from lambdascale.inference.loading import BlockError, Load
-from lambdascale.inference.sampling import Sampling
-from lambdascale.inference.stage import TransformerStage
-from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
-from lambdascale.inference.warmup import warm_up
-from lambdascale.inference.weights import BlockWeights, load_blocks
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lambdascale.inference.batch import Batch, BatchPlan, Produced, Segment, StageBatch, Ticket
+    from lambdascale.inference.engine import Engine
+    from lambdascale.inference.kv_cache import KvCache
+    from lambdascale.inference.loading import BlockError, Load
+    from lambdascale.inference.sampling import Sampling
+    from lambdascale.inference.stage import TransformerStage
+    from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
+    from lambdascale.inference.warmup import warm_up
+    from lambdascale.inference.weights import BlockWeights, load_blocks
+
+_MODULES = {
+    "Batch": "batch",
+    "BatchPlan": "batch",
+    "BlockError": "loading",
+    "BlockInUseError": "store",
+    "BlockStore": "store",
+    "BlockWeights": "weights",
+    "Engine": "engine",
+    "KvCache": "kv_cache",
+    "Load": "loading",
+    "Produced": "batch",
+    "Sampling": "sampling",
+    "Segment": "batch",
+    "StageBatch": "batch",
+    "StoreConfig": "store",
+    "Ticket": "batch",
+    "TransformerStage": "stage",
+    "load_blocks": "weights",
+    "warm_up": "warmup",
+}
 
 __all__ = [
     "Batch",
@@ -34,3 +62,11 @@ __all__ = [
     "load_blocks",
     "warm_up",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name, and keep the name here."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value

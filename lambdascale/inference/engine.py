@@ -10,7 +10,7 @@ import torch
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core.checks import require
 from lambdascale.inference.batch import Batch, Produced, Ticket
-from lambdascale.inference.sampling import choose
+from lambdascale.inference.choosing import choose
 from lambdascale.inference.stage import TransformerStage
 
 Tensor = torch.Tensor

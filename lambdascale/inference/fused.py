@@ -267,6 +267,10 @@ class Compiler:
         self._ready: set[Any] = set()
         self._failed: dict[Any, BaseException] = {}
 
+    def done(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+        """Return True if the kernels are compiled. Begin nothing."""
+        return _key(architecture, dtype, device) in self._ready
+
     def ready(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
         """Return True if the kernels are compiled; else start compiling them. Raises the error if compilation failed."""
         key = _key(architecture, dtype, device)
@@ -285,7 +289,7 @@ class Compiler:
         return False
 
     def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Wait until the kernels are compiled: for tests and measurements. Raises the error if compilation failed."""
+        """Wait until the kernels are compiled. Raises the error if compilation failed."""
         if not self.ready(architecture, dtype, device):
             self._threads[_key(architecture, dtype, device)].join()
             self.ready(architecture, dtype, device)

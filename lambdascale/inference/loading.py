@@ -21,6 +21,7 @@ from lambdascale.core import UserError
 from lambdascale.inference import devices
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
+from lambdascale.inference.staging import Staging
 from lambdascale.inference.verification import Verify, is_verified
 
 OnBlock = Callable[[str, int], None]
@@ -104,11 +105,12 @@ class _Job:
 
 @dataclass
 class _Move:
-    """A block under way: its chunks in order and its open file."""
+    """A block under way: its chunks in order, its open file and, if it is compared once it is on the device, its digest."""
 
     block: int
     path: Path
     failure: str = ""
+    digest: int | None = None
     chunks: list[Future[None]] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
 
@@ -123,7 +125,9 @@ class _Move:
 class Loader:
     """Loads into ``tiers``, which ``lock`` guards; the threads of ``reader`` do the reading and copying.
 
-    ``device``: of the tier "gpu". ``verify``: the blocks whose checksums are compared when they are read (see ``is_verified``).
+    ``device``: of the tier "gpu". ``verify``: the blocks whose checksums are compared when they are read (see ``is_verified``):
+    those read straight to a GPU by ``digest(bytes, part bytes)`` where they are then, if the model has digests. ``staged``:
+    blocks that host memory is not to keep go through a ring of two pieces for each reader (None: if the device is a GPU).
     """
 
     def __init__(
@@ -134,10 +138,21 @@ class Loader:
         reader: ChunkReader,
         *,
         verify: Verify,
+        digest: Callable[[torch.Tensor, int], int],
+        staged: bool | None = None,
     ) -> None:
         self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
+        self._digest = digest
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
+        self._staging = None
+        if device.type != "cpu" if staged is None else staged:
+            self._staging = Staging(device, self._stream, 2 * reader.threads, reader.chunk_bytes)
         self._loads: set[Load] = set()
+
+    @property
+    def busy(self) -> bool:
+        """True while loads are under way."""
+        return bool(self._loads)
 
     def close(self) -> None:
         """Cancel loads and wait for their ends."""
@@ -146,6 +161,8 @@ class Loader:
             load.cancel()
         for load in loads:
             load.join()
+        if self._staging is not None:
+            self._staging.close()
 
     def begin(self, model: PackedModel, load: Load, to: StoreTier, *, keep_host: bool, on_block: OnBlock | None) -> None:
         """Start a load; see ``BlockStore.load``. Nothing has begun if it raises."""
@@ -156,8 +173,8 @@ class Loader:
 
     def _reserve(self, model: PackedModel, load: Load, to: StoreTier, keep_host: bool) -> _Job:
         """Reserve memory for every block that needs it, all or nothing, and hold blocks that are resident already."""
-        # A stand-in device is host memory itself: a block that is not to be kept twice is read straight into it.
-        via_host = keep_host or to == "host" or self._device.type != "cpu"
+        # Other blocks are read into the device's memory: straight where that is a stand-in in host memory, else through the ring.
+        via_host = keep_host or to == "host"
         job = _Job(model, load, to, keep_host)
         try:
             for key in [(model.name, block) for block in load.blocks]:
@@ -184,6 +201,8 @@ class Loader:
         except Exception as failure:  # passed on to those who wait for the load, also if on_block raised it
             error = failure
         finally:
+            if self._stream is not None:
+                self._stream.synchronize()  # after a failure, copies may still write to memory that is freed now
             with self._lock:
                 self._settle(job)
                 self._loads.discard(job.load)
@@ -227,9 +246,6 @@ class Loader:
             return move
         through_host = key in self._tiers["host"].offsets
         target = self._tiers["host" if through_host else "gpu"]
-        # Whole pages are read, and the extent has room for them.
-        memory = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
-        after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
         try:
             descriptor = move.files.enter_context(self._reader.open(path))
         except (OSError, UserError) as error:
@@ -238,7 +254,17 @@ class Loader:
             return move
         verified = is_verified(self._verify, block, len(job.model.blocks))
         parts = Parts(job.model.part_bytes, described.parts) if verified else None
-        move.chunks = self._reader.read(descriptor, described.data_offset, memory, size, after, parts)
+        begin = described.data_offset
+        if self._staging is not None and not through_host:
+            memory = target.arena.view(target.offsets[key], size)
+            if verified and described.digests:
+                move.digest, parts = described.digest, None
+            move.chunks = self._reader.read_staged(descriptor, begin, memory, size, self._staging, parts)
+            return move
+        # Whole pages are read, and the extent has room for them.
+        pages = target.arena.view(target.offsets[key], -(-size // ALIGNMENT) * ALIGNMENT).numpy().data
+        after = self._copier(key, size) if through_host and job.to == "gpu" else _nothing
+        move.chunks = self._reader.read(descriptor, begin, pages, size, after, parts)
         return move
 
     def _copier(self, key: Key, size: int) -> Callable[[int, int], None]:
@@ -269,6 +295,7 @@ class Loader:
             move.abandon()
         if self._stream is not None:
             self._stream.synchronize()
+        self._compare(job, move)
         with self._lock:
             for tier in _ON_THE_WAY[job.to]:
                 residency = self._tiers[tier]
@@ -277,6 +304,17 @@ class Loader:
                 elif (tier, key) in job.taken:
                     residency.drop(key)
         job.load.landed.append(move.block)
+
+    def _compare(self, job: _Job, move: _Move) -> None:
+        """Compare the digest of a block that has been copied to the device, if it is to be; BlockError if it is another."""
+        if move.digest is None:
+            return
+        key, residency = (job.model.name, move.block), self._tiers["gpu"]
+        data = residency.arena.view(residency.offsets[key], job.model.block_bytes[move.block])
+        found = self._digest(data, job.model.part_bytes)
+        if found != move.digest:
+            reason = f"is damaged: its digest is {found:016x}, the manifest says {move.digest:016x}"
+            raise BlockError(*key, move.path, reason)
 
 
 # The tiers a block passes on its way up from the disk.

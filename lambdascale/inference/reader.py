@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import xxhash
+from torch import Tensor
 
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
+from lambdascale.inference.staging import Staging
 
 Direct = Literal["auto", "always", "never"]
 # Bytes read at a time through the page cache when they are to be hashed: few enough to be still in a core's cache then. Where
@@ -49,7 +51,8 @@ class ChunkReader:
 
     def __init__(self, threads: int, chunk_bytes: int, direct: Direct) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="block-reader")
-        self._chunk_bytes = max(ALIGNMENT, chunk_bytes // ALIGNMENT * ALIGNMENT)
+        self.threads = threads
+        self.chunk_bytes = max(ALIGNMENT, chunk_bytes // ALIGNMENT * ALIGNMENT)
         self._direct = direct
         self.used_direct: bool | None = None
 
@@ -96,7 +99,7 @@ class ChunkReader:
         as a chunk has arrived. The futures raise OSError, EOFError and ChecksumError.
         """
         # Past the page cache the disk is the bottleneck, and long reads are faster.
-        hot = self._chunk_bytes if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else _HOT_BYTES
+        hot = self.chunk_bytes if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else _HOT_BYTES
 
         def chunk(begin: int, end: int) -> None:
             if parts is None:
@@ -108,9 +111,21 @@ class ChunkReader:
 
         return self.each_chunk(size, chunk, 1 if parts is None else parts.size)
 
+    def read_staged(
+        self, descriptor: int, offset: int, target: Tensor, size: int, staging: Staging, parts: Parts | None = None
+    ) -> list[Future[None]]:
+        """Read as ``read`` does, into memory of a GPU by way of ``staging``; the last copies may still be under way."""
+
+        def chunk(begin: int, end: int) -> None:
+            unit = end - begin if parts is None else parts.size
+            for part in range(begin, end, unit):
+                _stage_part(descriptor, offset, target, part, min(part + unit, end), staging, parts)
+
+        return self.each_chunk(size, chunk, 1 if parts is None else parts.size)
+
     def each_chunk(self, size: int, work: Callable[[int, int], None], unit: int = 1) -> list[Future[None]]:
         """Call ``work(begin, end)`` in the readers' threads for each chunk, of whole units; return the futures in order."""
-        step = max(unit, self._chunk_bytes // unit * unit)
+        step = max(unit, self.chunk_bytes // unit * unit)
         return [self._pool.submit(work, begin, min(begin + step, size)) for begin in range(0, size, step)]
 
 
@@ -153,6 +168,27 @@ def _read_part(descriptor: int, offset: int, target: memoryview, begin: int, end
         until = min(at + hot, end)
         _read(descriptor, offset, target, at, until)
         checksum.update(target[at:until])
+    _compare(checksum, begin, end, parts)
+
+
+def _stage_part(
+    descriptor: int, offset: int, target: Tensor, begin: int, end: int, staging: Staging, parts: Parts | None
+) -> None:
+    """Read a part by way of ``staging``, one piece at a time. A part that turns out damaged has been copied all the same."""
+    checksum = None if parts is None else xxhash.xxh3_64()
+    for at in range(begin, end, staging.piece_bytes):
+        size = min(staging.piece_bytes, end - at)
+        with staging.piece() as piece:
+            memory = piece.memory.numpy().data
+            _read(descriptor, offset + at, memory, 0, size)
+            if checksum is not None:
+                checksum.update(memory[:size])
+            staging.send(piece, target[at : at + size])
+    if checksum is not None and parts is not None:
+        _compare(checksum, begin, end, parts)
+
+
+def _compare(checksum: xxhash.xxh3_64, begin: int, end: int, parts: Parts) -> None:
     found, wanted = checksum.hexdigest(), parts.checksums[begin // parts.size]
     if found != wanted:
         raise ChecksumError(f"checksum of bytes {begin} to {end - 1} is {found}, the manifest says {wanted}")

@@ -1,16 +1,12 @@
-"""Reproducible choice of the next token: greedy, or by temperature and nucleus (top-p)."""
+"""Rules of the choice of the next token: greedy, or by temperature and nucleus (top-p). ``choosing`` applies them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from lambdascale.core.checks import check_types, require
 
-Tensor = torch.Tensor
 # A smaller temperature overflows when logits are divided by it; vLLM's bound.
 LOWEST_TEMPERATURE = 0.01
 _SEEDS = range(-(1 << 63), 1 << 63)
@@ -44,26 +40,3 @@ class Sampling:
 
 
 GREEDY = Sampling()
-# Spreads seeds and positions over the generator's 64-bit seeds (Knuth's multiplicative constants).
-_SEED_STEP, _POSITION_STEP = 6364136223846793005, 1442695040888963407
-
-
-def choose(logits: Tensor, rules: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """Return the next token of each row of ``logits`` [rows, vocabulary]; answers have ``positions`` tokens already."""
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
-    return [
-        token if rule.temperature == 0 else _draw(row, rule, position)
-        for token, row, rule, position in zip(greedy, logits, rules, positions, strict=True)
-    ]
-
-
-def _draw(logits: Tensor, rule: Sampling, position: int) -> int:
-    probabilities = torch.softmax(logits.float() / rule.temperature, dim=-1).cpu()
-    likely, tokens = probabilities.sort(descending=True, stable=True)
-    # A token stays if those before it do not reach top_p yet; the first always does.
-    kept = likely.cumsum(0) - likely < rule.top_p
-    kept[0] = True
-    seed = (rule.seed * _SEED_STEP + position * _POSITION_STEP) % (1 << 63)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.multinomial(likely * kept, 1, generator=generator)
-    return int(tokens[chosen])

@@ -33,7 +33,8 @@ class TransformerStage:
     [wanted rows, vocabulary] (float32) if it has the last block. The weights stay where their buffers are.
 
     On a GPU, iterations that only decode are replayed as CUDA graphs as soon as the kernels are compiled, which happens in the
-    background; until then torch's operators serve. ``replays``: pad and replay decodes on a CPU too (without graphs, for tests).
+    background after the first iteration; until then torch's operators serve. ``replays``: pad and replay decodes on a CPU too
+    (without graphs, for tests).
     """
 
     def __init__(
@@ -97,10 +98,31 @@ class TransformerStage:
     def run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
         """Run one iteration: KV of its tokens is written, then attended to."""
         devices.use(self.device)
-        if self.device.type == "cuda" and self._replays is None:
-            self._use_kernels()
+        if self.device.type == "cuda" and self._replays is None and has_triton():
+            return self._run_and_compile(batch, inputs)
+        return self._run(batch, inputs)
+
+    def _run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
         if self._replays is not None and 0 < batch.decodes == len(batch.segments):
             return self._replay(batch, inputs)
+        return self._iterate(batch, inputs)
+
+    def _run_and_compile(self, batch: StageBatch, inputs: Tensor) -> Tensor:
+        """Run an iteration, by the kernels if they are compiled; else begin to compile them once it has been launched.
+
+        The first token of a replica does not share the interpreter with a compilation that it does not need.
+        """
+        key = self.architecture, self.dtype, self.device
+        if COMPILER.done(*key):
+            self._use_kernels()
+        output = self._run(batch, inputs)
+        COMPILER.ready(*key)
+        return output
+
+    @torch.inference_mode()
+    def rehearse(self, batch: StageBatch, inputs: Tensor) -> Tensor:
+        """Run one iteration by torch's operators, which loads their libraries and compiles nothing."""
+        devices.use(self.device)
         return self._iterate(batch, inputs)
 
     def prepare(self, rows: Sequence[int] = ()) -> None:
@@ -114,10 +136,9 @@ class TransformerStage:
                     self._replays.take(count, self._step, self._inputs)
 
     def _use_kernels(self) -> None:
-        """Use the kernels from now on if they are compiled."""
-        if has_triton() and COMPILER.ready(self.architecture, self.dtype, self.device):
-            self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
-            self._replays = Replays()
+        """Use the kernels, which are compiled, from now on."""
+        self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
+        self._replays = Replays()
 
     # -- decodes alone -----------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ The control plane decides what to keep; the store carries that out.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,7 +39,8 @@ class StoreConfig:
     """Sizes and rules of a block store.
 
     ``host_bytes`` and ``device_bytes`` are the sizes of the arenas. With ``device`` "cpu" the device arena is a stand-in in host
-    memory. ``readers`` threads read ``chunk_bytes`` at a time; ``direct``: see ChunkReader. ``verify``: the blocks whose
+    memory. ``readers`` threads (None: 4, and up to 12 for a GPU) read ``chunk_bytes`` at a time; ``direct``: see
+    ChunkReader, ``staged``: see Loader. ``verify``: the blocks whose
     checksums are compared, when they are loaded and when they arrive (see ``is_verified``). ``land_on_device``: other nodes
     write blocks straight into the device arena; otherwise they write them into the host arena, from where the store copies
     them to the device.
@@ -47,19 +49,25 @@ class StoreConfig:
     host_bytes: int | str
     device_bytes: int | str
     device: str = "cpu"
-    readers: int = 4
-    chunk_bytes: int | str = "8MiB"
+    readers: int | None = None
+    chunk_bytes: int | str = "16MiB"
     direct: Direct = "auto"
     verify: Verify = "full"
     land_on_device: bool = False
+    staged: bool | None = None
 
     def __post_init__(self) -> None:
         """Normalise sizes and validate. UserError for a value out of range."""
         check_types(self)
         for name in ("host_bytes", "device_bytes", "chunk_bytes"):
             object.__setattr__(self, name, parse_size(getattr(self, name)))
-        require(self.readers >= 1, f"readers must be at least 1, not {self.readers}")
+        require(self.readers is None or self.readers >= 1, f"readers must be at least 1, not {self.readers}")
         require(int(self.chunk_bytes) >= 4096, f"chunk_bytes must be at least 4096, not {self.chunk_bytes}")
+
+    @property
+    def reader_threads(self) -> int:
+        """Number of threads that read."""
+        return self.readers or (4 if self.device == "cpu" else min(12, max(4, (os.cpu_count() or 4) - 4)))
 
 
 class BlockStore:
@@ -79,13 +87,21 @@ class BlockStore:
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"
         self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
         # A stream of their own, so that digests do not wait for what the default stream computes.
-        self._digests = torch.cuda.Stream(self.device) if self._lands_on_gpu else None
+        self._digests = torch.cuda.Stream(self.device) if self.device.type != "cpu" else None
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
         self._tiers: dict[StoreTier, Residency] = {"host": Residency("host", host), "gpu": Residency("gpu", device)}
-        self.reader = ChunkReader(config.readers, int(config.chunk_bytes), config.direct)
-        self._loader = Loader(self._tiers, self._lock, self.device, self.reader, verify=config.verify)
+        self.reader = ChunkReader(config.reader_threads, int(config.chunk_bytes), config.direct)
+        self._loader = Loader(
+            self._tiers,
+            self._lock,
+            self.device,
+            self.reader,
+            verify=config.verify,
+            digest=self._digest,
+            staged=config.staged,
+        )
         self._receptions = Receptions(self._lock, self._tiers[self.landing_tier], self._tiers["gpu"], self._check, self._lift)
 
     def close(self) -> None:
@@ -111,7 +127,7 @@ class BlockStore:
 
     def rehearse(self) -> None:
         """Compile the kernel that verifies blocks in a GPU's memory, before the first block arrives. Do nothing elsewhere."""
-        if self._lands_on_gpu and self.config.verify != "off":
+        if self.device.type != "cpu" and self.config.verify != "off":
             self._digest(torch.zeros(1 << 20, dtype=torch.uint8, device=self.device), 1 << 20)
 
     # -- what is where -----------------------------------------------------------------------------------------------
@@ -128,6 +144,16 @@ class BlockStore:
                 known.directory.resolve() == model.directory.resolve(),
                 f"two models are called {model.name}: {known.directory} and {model.directory}",
             )
+
+    @property
+    def models(self) -> tuple[PackedModel, ...]:
+        """The registered models."""
+        return tuple(self._models.values())
+
+    @property
+    def loading(self) -> bool:
+        """True while loads are under way."""
+        return self._loader.busy
 
     def model(self, name: str) -> PackedModel:
         """Return a registered model. UserError for any other name."""

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 
 from lambdascale.checkpoints import PackedModel
+from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.inference.batch import Segment, StageBatch
-from lambdascale.inference.sampling import GREEDY, choose
+from lambdascale.inference.choosing import choose
+from lambdascale.inference.fused import COMPILER, has_triton
+from lambdascale.inference.sampling import GREEDY
 from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.weights import BlockWeights
 
 _PROMPT = 4
 
 
-def warm_up(model: PackedModel, device: str) -> None:
+def warm_up(model: PackedModel, device: str, *, kernels: bool = False) -> None:
     """Run a prefill, a part of one and a decode over zero weights shaped as the model's first and last block; free the memory.
 
-    A part that does not begin at the first token is attended to under a mask, by other kernels.
+    A part that does not begin at the first token is attended to under a mask, by other kernels. ``kernels``: on a GPU, also wait
+    for the kernels that replace torch's operators there: a second if they were compiled before, else several.
     """
     for layout in {layout.index: layout for layout in (model.layouts[0], model.layouts[-1])}.values():
         buffer = torch.zeros(layout.size_bytes, dtype=torch.uint8, device=device)
@@ -26,8 +30,10 @@ def warm_up(model: PackedModel, device: str) -> None:
         rows = mixed.rows
         inputs = torch.zeros(rows, dtype=torch.long)
         hidden = torch.zeros(rows, model.architecture.hidden, dtype=stage.dtype, device=device)
-        state = stage.run(mixed, inputs if stage.is_first else hidden)
+        state = stage.rehearse(mixed, inputs if stage.is_first else hidden)
         if stage.is_last:
             choose(state, [GREEDY] * 3, [0] * 3)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+        if kernels and has_triton():
+            COMPILER.wait(model.architecture, TORCH_TYPES[model.dtype], torch.device(device))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
@@ -20,13 +19,13 @@ from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
+from lambdascale.live.communicator_choice import Kind, choose
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
 from lambdascale.live.controller.pulse import PATIENCE_S
-from lambdascale.live.node.communicators import Kind, choose, has_nccl
-from lambdascale.live.node.memory import row_bytes
 from lambdascale.live.node_config import NodeConfig
+from lambdascale.transport.cuda import count_gpus
 from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
@@ -52,7 +51,10 @@ class LiveConfig:
     a controller that replays a trace, and 1.5 s for a server's.
     ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
     never while a trace is replayed, whose failures are part of what is measured.
-    ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context made, which restarted nodes take.
+    ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context and kernels, which restarted
+    nodes take.
+    ``kernels``: nodes with GPUs join when their kernels are compiled ("first", as measurements want it), or at once, and compile
+    them behind the first tokens or while they have nothing to do ("behind").
     ``timeline``: folder where every node writes what its compute thread does when, None: nowhere.
     """
 
@@ -70,6 +72,7 @@ class LiveConfig:
     silence_s: float = 10.0
     restarts: int | None = None
     spares: int = 0
+    kernels: Literal["first", "behind"] = "behind"
     timeline: str | None = None
     rdma: RdmaOptions = field(default_factory=RdmaOptions)
 
@@ -118,8 +121,10 @@ class LiveConfig:
         """
         if system.start.multicast != "collective":
             return None, ""
+        from lambdascale.live.node.communicators import has_nccl  # torch takes seconds to import; only this needs it
+
         # Ray gives every node a GPU.
-        gpus = nodes if self.launcher == "ray" else torch.cuda.device_count() if self.device == "cuda" else 0
+        gpus = nodes if self.launcher == "ray" else count_gpus() if self.device == "cuda" else 0
         return choose(self.collective, device=self.device, nodes=nodes, gpus=gpus, nccl=has_nccl())
 
     def packed(self, blocks: int) -> PackedModel:
@@ -196,7 +201,7 @@ class LiveConfig:
         collective, why = self.communicator(system, cluster.nodes)
         if why:
             print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
-        launcher = self._launcher()
+        launcher = self._launcher(models)
         # Nodes that replay a trace are not replaced, and their machine may be overloaded: they are as patient as the controller.
         hub = Hub(launcher.host, PATIENCE_S if open_ended else max(PATIENCE_S, self.silence_s))
         backend = LiveBackend(
@@ -218,12 +223,13 @@ class LiveConfig:
             raise
         return backend
 
-    def _launcher(self) -> Launcher:
+    def _launcher(self, models: Sequence[tuple[str, PackedModel]]) -> Launcher:
         if self.launcher == "ray":
             from lambdascale.live.controller.ray_launcher import RayLauncher
 
             return RayLauncher(gpus_per_node=1 if self.device == "cuda" else 0)
-        return LocalLauncher(spares=self.spares, gpus=torch.cuda.device_count() if self.device == "cuda" else 0)
+        kernels = models if self.executor != "timed" else ()
+        return LocalLauncher(spares=self.spares, gpus=count_gpus() if self.device == "cuda" else 0, models=_places(kernels))
 
     def _node(
         self,
@@ -242,20 +248,22 @@ class LiveConfig:
         device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
         room = system.memory.room_bytes(cluster.node(node).host_memory_bytes)
         wanted = (sum(sizes) if room else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
-        through_host = sizes[0] if self.device != "cpu" else 0
+        lands_on_host = self.device != "cpu" and self.transport != "cuda_ipc" and collective != "nccl"
+        # Loads of a GPU's node need no room in host memory, what others send it does.
+        landing = sizes[0] if lands_on_host and cluster.nodes > 1 and system.start.multicast is not None else 0
         hardware = cluster.node(node)
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
             access=hub.access,
-            models=tuple((name, str(model.directory.resolve())) for name, model in models),
+            models=_places(models),
             cluster=cluster,
             limits=system.batching,
             transport=self.transport,
             executor=self.executor,
             device=self.device,
             slot_tokens=self.slot_tokens,
-            host_bytes=max(min(wanted, room + sizes[0]), through_host),
+            host_bytes=max(min(wanted, room + sizes[0]), landing),
             device_bytes=device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,
@@ -268,6 +276,7 @@ class LiveConfig:
             collective=collective,
             verify=self.verify,
             place_bytes=self._place_bytes(models, system, cluster.nodes),
+            kernels=self.kernels,
             timeline=self.timeline,
         )
 
@@ -275,8 +284,13 @@ class LiveConfig:
         """Return the memory of a node for the hidden states that others send it: for two pipelines, as far as that is little."""
         if nodes == 1 or self.transport == "rdma":
             return 0
-        one = system.batching.max_tokens * max((row_bytes(model) for _, model in models), default=0)
+        one = system.batching.max_tokens * max((model.row_bytes for _, model in models), default=0)
         return min(2 * min(nodes, _PIPELINE) * (one + ALIGNMENT), _MOST_PLACES[self.device])
+
+
+def _places(models: Sequence[tuple[str, PackedModel]]) -> tuple[tuple[str, str], ...]:
+    """Names and directories of models."""
+    return tuple((name, str(model.directory.resolve())) for name, model in models)
 
 
 def _room(model: PackedModel) -> int:

@@ -32,7 +32,8 @@ class NodeConfig(Struct, frozen=True):
 
     Rates in bytes/s, None: as fast as it goes; ``remote`` None: no remote store. ``verify``: see StoreConfig.
     ``place_bytes``: registered memory for hidden states, 0: they travel in messages. ``generation`` is the number of processes
-    that the node has had before this one. ``timeline``: folder for the compute thread's timeline, None: it keeps none.
+    that the node has had before this one. ``kernels``: see LiveConfig.
+    ``timeline``: folder for the compute thread's timeline, None: it keeps none.
     """
 
     node: NodeId
@@ -58,4 +59,5 @@ class NodeConfig(Struct, frozen=True):
     collective: Literal["nccl", "gloo"] = "gloo"
     verify: Verify = "full"
     place_bytes: int = 0
+    kernels: Literal["first", "behind"] = "behind"
     timeline: str | None = None

@@ -45,6 +45,17 @@ class IpcHandle(ctypes.Structure):
     _fields_ = (("reserved", c_ubyte * HANDLE_BYTES),)
 
 
+def count_gpus() -> int:
+    """Number of GPUs that CUDA lets this process use, 0 without CUDA. Needs no torch, which takes seconds to import."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = c_int()
+    found = library.cuInit(c_uint(0)) == 0 and library.cuDeviceGetCount(byref(count)) == 0
+    return count.value if found else 0
+
+
 @cache
 def gpu_of(ordinal: int) -> Gpu:
     """GPU of this process, numbered as torch does. UserError without CUDA or without that GPU."""

@@ -13,7 +13,8 @@ from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.control import BatchLimits
 from lambdascale.core import CapacityError, UserError
 from lambdascale.inference import Engine, Sampling, Ticket, TransformerStage, load_blocks
-from lambdascale.inference.sampling import choose, usable_temperature
+from lambdascale.inference.choosing import choose
+from lambdascale.inference.sampling import usable_temperature
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 

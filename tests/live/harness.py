@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from hydra.utils import instantiate
 
 from lambdascale.checkpoints import PackedModel, pack
@@ -100,7 +101,8 @@ def prompts(requests: Sequence[TracedRequest], vocab: int = 256) -> dict[int, li
 
 
 def expected(model: PackedModel, requests: Sequence[TracedRequest]) -> dict[int, list[int]]:
-    """The engine's answers, one after the other on one node."""
+    """The engine's answers, one after the other on one node, in one thread: many would wait for each other, for a minute."""
+    torch.set_num_threads(1)
     stage = TransformerStage(model.architecture, load_blocks(model), 1, SLOT_TOKENS)
     answers = {}
     for request in requests:

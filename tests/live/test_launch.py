@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,16 +60,16 @@ def test_nodes_copy_past_the_caches_and_nobody_else_does(
 def _node(config: Any, launched: float) -> None:
     """Stand in for a node: note the process and the GPU of the spare it was, if any."""
     config.notes.joinpath(str(config.node)).write_text(
-        f"{os.getpid()} {getattr(config, 'gpu', '-')} {launched <= time.monotonic()}"
+        f"{os.getpid()} {getattr(config, 'gpu', '-')} {launched <= time.monotonic()} {getattr(config, 'models', '')}"
     )
 
 
-def _spare(gpu: int | None, connection: Connection) -> None:
+def _spare(gpu: int | None, models: Sequence[tuple[str, str]], connection: Connection) -> None:
     try:
         config, launched = connection.recv()
     except EOFError:
         return
-    config.gpu = gpu
+    config.gpu, config.models = gpu, models
     _node(config, launched)
 
 
@@ -83,12 +84,12 @@ class TestSpares:
         return {node: notes.joinpath(str(node)).read_text().split() for node in nodes}
 
     def test_a_node_takes_the_spare_of_its_gpu(self, tmp_path: Path) -> None:
-        launcher = LocalLauncher(spares=1, gpus=2, main=_node, spare_main=_spare)
+        launcher = LocalLauncher(spares=1, gpus=2, models=("m",), main=_node, spare_main=_spare)  # type: ignore[arg-type]  # a name
         first = self.start(launcher, tmp_path, 0, 1)
         assert [found[1:] for found in first.values()] == [["-", "True"]] * 2, "no spare is ready at first"
         spares = {spare.gpu: spare.process.pid for spare in launcher._spares}
         second = self.start(launcher, tmp_path, 1, 3)
-        assert second[1] == [str(spares[1]), "1", "True"]
+        assert second[1] == [str(spares[1]), "1", "True", "('m',)"], "its kernels are those of the models"
         assert second[3][1:] == ["-", "True"], "GPU 1 has no second spare"
         assert sorted(str(spare.gpu) for spare in launcher._spares) == ["0", "1"], "the one taken has a successor"
         left = [spare.process for spare in launcher._spares]

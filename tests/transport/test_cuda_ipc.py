@@ -157,6 +157,13 @@ class TestDriver:
         with pytest.raises(UserError, match="no GPU 2: CUDA finds 2"):
             Gpu(2, FakeCuda(devices=2))
 
+    def test_gpus_are_counted_without_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        driver = FakeCuda(devices=3)
+        monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
+        assert cuda.count_gpus() == 3
+        driver.failing["cuInit"] = 100
+        assert cuda.count_gpus() == 0
+
     def test_no_room(self) -> None:
         gpu = Gpu(0, FakeCuda(capacity=4 << 20))
         first = gpu.allocate(1)

@@ -19,6 +19,7 @@ from lambdascale.experiments.compose import compose
 from lambdascale.live import wire
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.node import agent as module
+from lambdascale.live.node import start
 from lambdascale.live.node.agent import Agent, make_endpoint, make_store, pick_gpu
 from lambdascale.live.node.start import StartParts
 from lambdascale.transport import Handlers, TransportError
@@ -212,7 +213,7 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     composed = compose(["cluster=desk", f"cluster.remote_bytes_per_s={rate}"])
     cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
     live, model = LiveConfig(verify="sampled", paced=False), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
-    model.architecture, model.dtype = SimpleNamespace(hidden=64), "BF16"
+    model.row_bytes = 128
     hub = SimpleNamespace(access=None)
     told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)
@@ -220,3 +221,47 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")
     alone = live._node(0, hub, replace(cluster, nodes=1), [("m", model)], system, "gloo")
     assert (over_rdma.place_bytes, alone.place_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("transport", "name", "nodes", "collective", "landing"),
+    [
+        ("shm", "lambdascale", 2, "gloo", True),
+        ("cuda_ipc", "lambdascale", 2, "gloo", False),
+        ("shm", "lambdascale", 1, "gloo", False),
+        ("shm", "serverlessllm", 2, "gloo", False),
+        ("shm", "nccl_broadcast", 2, "nccl", False),
+        ("shm", "nccl_broadcast", 2, "gloo", True),
+    ],
+)
+def test_host_memory_of_a_gpu_node_is_for_what_others_write_there(
+    transport: Any, name: str, nodes: int, collective: Any, landing: bool
+) -> None:
+    """Loads need none of it: they go through a small ring."""
+    composed = compose(["cluster=desk", f"system={name}", "system.memory.enabled=false"])
+    cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
+    live, model = LiveConfig(device="cuda", transport=transport), SimpleNamespace(block_bytes=(4096,), directory=Path("."))
+    model.row_bytes = 128
+    told = live._node(0, SimpleNamespace(access=None), replace(cluster, nodes=nodes), [("m", model)], system, collective)
+    assert told.host_bytes == (4096 if landing else 0)
+
+
+def test_kernels_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile them once nothing is being loaded, and not at all in a node that leaves before."""
+    loading, warmed = [True, True, False], []
+    monkeypatch.setattr(start, "_QUIET_S", 0.001)
+    monkeypatch.setattr(start, "warm", lambda models, gpu, *, kernels: warmed.append((models, gpu, kernels)))
+
+    class Store:
+        models = ("m",)
+
+        @property
+        def loading(self) -> bool:
+            return loading.pop(0)
+
+    leaving: Any = threading.Event()
+    start.warm_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
+    assert (warmed, loading) == ([(("m",), 1, True)], [])
+    leaving.set()
+    start.warm_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
+    assert len(warmed) == 1

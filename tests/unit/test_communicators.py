@@ -9,16 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hydra.utils import instantiate
 
 from lambdascale.control import SystemConfig
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import compose
 from lambdascale.live import config
+from lambdascale.live.communicator_choice import choose
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.node import communicators
-from lambdascale.live.node.communicators import Nccl, choose
+from lambdascale.live.node.communicators import Nccl
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_what_cannot_be_is_an_error(device: str, gpus: int, nccl: bool, says: st
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(config, "has_nccl", lambda: True)
+    monkeypatch.setattr(config, "count_gpus", lambda: 2)
+    monkeypatch.setattr(communicators, "has_nccl", lambda: True)
 
 
 def system(name: str) -> SystemConfig:

@@ -56,8 +56,9 @@ class _Spare:
 class LocalLauncher:
     """Processes on this host, forked from a server that has loaded torch once. They die with the controller.
 
-    ``spares``: processes kept ready for each GPU (with ``gpus`` 0: for all nodes), with its context made; a node that is started
-    takes one, and another is started. ``main`` and ``spare_main`` run in the processes.
+    ``spares``: processes kept ready for each GPU (with ``gpus`` 0: for all nodes), with its context and the kernels of ``models``
+    (names and directories) in it; a node that is started takes one, and another is started. ``main`` and ``spare_main`` run in
+    the processes.
     """
 
     host = "127.0.0.1"
@@ -67,11 +68,12 @@ class LocalLauncher:
         *,
         spares: int = 0,
         gpus: int = 0,
+        models: Sequence[tuple[str, str]] = (),
         main: Callable[[NodeConfig, float], None] = run,
-        spare_main: Callable[[int | None, Connection], None] = wait_and_run,
+        spare_main: Callable[[int | None, Sequence[tuple[str, str]], Connection], None] = wait_and_run,
     ) -> None:
         self._context = prepare()
-        self._main, self._spare_main = main, spare_main
+        self._main, self._spare_main, self._models = main, spare_main, models
         self._processes: dict[NodeId, BaseProcess] = {}
         self._wanted = {gpu: spares for gpu in (range(gpus) if gpus else (None,)) if spares}
         self._spares: list[_Spare] = []
@@ -112,7 +114,9 @@ class LocalLauncher:
         for gpu, wanted in self._wanted.items():
             for _ in range(wanted - sum(spare.gpu == gpu for spare in self._spares)):
                 theirs, ours = self._context.Pipe(duplex=False)
-                process = self._context.Process(target=self._spare_main, args=(gpu, theirs), name="spare", daemon=True)
+                process = self._context.Process(
+                    target=self._spare_main, args=(gpu, self._models, theirs), name="spare", daemon=True
+                )
                 process.start()
                 theirs.close()
                 self._spares.append(_Spare(gpu, process, ours))

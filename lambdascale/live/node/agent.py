@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
-from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu
+from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm, warm_when_quiet
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -105,13 +105,15 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[Blo
     return store, landing[first:], first
 
 
-def wait_and_run(gpu: int | None, connection: Connection) -> None:
-    """Be a spare process: make the context of a GPU, wait for a node's configuration, and run the node.
+def wait_and_run(gpu: int | None, models: Sequence[tuple[str, str]], connection: Connection) -> None:
+    """Be a spare process: make the context of a GPU, with the kernels of ``models`` (names and directories) in it.
 
-    Ends at once when the other end of ``connection`` is closed instead.
+    Then wait for a node's configuration, and run the node; or end when the other end of ``connection`` is closed instead.
     """
     bind()
     make_context(gpu)
+    if gpu is not None:
+        warm([PackedModel.open(Path(directory), name) for name, directory in models], gpu, kernels=True)
     try:
         with connection:
             config, launched = connection.recv()
@@ -173,11 +175,9 @@ class Agent:
 
             import lambdascale.live.node.preload  # noqa: F401  imported for its effect
 
-        from lambdascale.inference import warm_up
         from lambdascale.live.node.collective import Collective, Outlet
         from lambdascale.live.node.compute import Compute
         from lambdascale.live.node.loads import Links
-        from lambdascale.live.node.memory import row_bytes
         from lambdascale.live.node.mover import Mover
         from lambdascale.live.node.multicasts import BLOCK_BITS
         from lambdascale.live.node.parcels import Parcels
@@ -206,26 +206,24 @@ class Agent:
             self.endpoint = make_endpoint(config, handlers, link, gpu)
         models = [PackedModel.open(Path(directory), name) for name, directory in config.models]
 
-        def warm() -> None:
-            if gpu is not None:
-                torch.cuda.set_device(gpu)
+        def warm_up(gpu: int) -> None:
             with parts.part("warm-up"):
-                for model in models:
-                    warm_up(model, device)
+                warm(models, gpu, kernels=config.kernels == "first")
 
         # Memory is populated, which takes seconds for a large arena, while the engine's first kernels are loaded.
         with ThreadPoolExecutor(1, "warm-up") as beside:
-            warmed = beside.submit(warm) if gpu is not None and config.executor != "timed" else None
+            warmed = beside.submit(warm_up, gpu) if gpu is not None and config.executor != "timed" else None
             with parts.part("memory"):
                 self.store, area, first = make_store(config, self.endpoint, device)
+                self.store.rehearse()
             if warmed is not None:
                 warmed.result()
         if config.transport == "rdma" and self.endpoint.on_device:
             print(f"node {config.node}: NICs write to the memory of GPU {gpu}, by {config.rdma.gpudirect}", file=sys.stderr)
         for model in models:
             self.store.add(model)
-        if config.executor == "timed":
-            self.store.rehearse()  # the engine's warm-up does it otherwise
+        if gpu is not None and warmed is not None:
+            threading.Thread(target=warm_when_quiet, args=(self.store, gpu, self._leaving), name="kernels", daemon=True).start()
         if config.preloaded:
             with parts.part("preload"):
                 for model in models:
@@ -280,7 +278,7 @@ class Agent:
                 self.endpoint,
                 area,
                 first,
-                lambda model: config.limits.max_tokens * row_bytes(self.store.model(model)),
+                lambda model: config.limits.max_tokens * self.store.model(model).row_bytes,
                 tell,
             ),
         )

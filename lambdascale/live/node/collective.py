@@ -25,7 +25,8 @@ from lambdascale.core import NodeId
 from lambdascale.core.commands import StartMulticast
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
-from lambdascale.live.node.communicators import TIMEOUT_S, Communicator, Gloo, Kind, Nccl
+from lambdascale.live.communicator_choice import Kind
+from lambdascale.live.node.communicators import TIMEOUT_S, Communicator, Gloo, Nccl
 from lambdascale.live.wire import Peer, Rendezvous
 from lambdascale.transport import TokenBucket
 

@@ -1,6 +1,6 @@
 """Communicators of broadcasts: NCCL from GPU to GPU, or gloo through the memory of hosts. A communicator serves one broadcast.
 
-Which of them is decided once for a cluster, before its nodes start, and never changed on the way.
+Which of them is decided once for a cluster (lambdascale.live.communicator_choice).
 """
 
 from __future__ import annotations
@@ -10,38 +10,17 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import distributed
 
-from lambdascale.core import UserError
 from lambdascale.inference import devices
 
-Kind = Literal["nccl", "gloo"]
-Choice = Literal["auto", "nccl", "gloo"]
 TIMEOUT_S = 20.0
 _POLL_S = 0.0002
 # A broken broadcast is this module's business. torch's own watchdog would end the process, with all that it serves.
 _WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-
-
-def choose(wanted: Choice, *, device: str, nodes: int, gpus: int, nccl: bool) -> tuple[Kind, str]:
-    """Return the communicator for ``nodes`` nodes with ``gpus`` GPUs in total, and the reason for not using NCCL.
-
-    ``nccl``: true if torch has it. UserError where it is asked for and not possible.
-    """
-    if device == "cpu":
-        why = "it moves the memory of GPUs, and device is cpu"
-    elif not nccl:
-        why = "this PyTorch build has no NCCL"
-    elif gpus < nodes:
-        why = f"it refuses two nodes on one GPU, and {nodes} nodes have {gpus}"
-    else:
-        return ("gloo", "") if wanted == "gloo" else ("nccl", "")
-    if wanted == "nccl":
-        raise UserError(f"backend.collective=nccl is not possible: {why}")
-    return "gloo", "" if wanted == "gloo" or device == "cpu" else why
 
 
 def has_nccl() -> bool:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from lambdascale.checkpoints import PackedModel
-from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.transport import DeviceMemory, Memory, gpu_of
 
 
@@ -21,8 +19,3 @@ def tensor_of(data: bytes | Memory, device: torch.device) -> torch.Tensor:
     if isinstance(data, DeviceMemory):
         return torch.as_tensor(data, device=device)
     return torch.frombuffer(bytearray(data) if isinstance(data, bytes) else data, dtype=torch.uint8)
-
-
-def row_bytes(packed: PackedModel) -> int:
-    """Return the size of a token's hidden states."""
-    return packed.architecture.hidden * TORCH_TYPES[packed.dtype].itemsize

@@ -15,8 +15,8 @@ from lambdascale.core import NodeSpec
 from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
-from lambdascale.inference.sampling import choose
-from lambdascale.live.node.memory import row_bytes, tensor_of
+from lambdascale.inference.choosing import choose
+from lambdascale.live.node.memory import tensor_of
 from lambdascale.live.wire import Pass
 from lambdascale.transport import Memory
 
@@ -209,7 +209,7 @@ class TimedExecutor:
             layers=_layers(packed, first_block, last_block),
             slots=slots,
             is_last=last_block == len(packed.layouts) - 1,
-            row_bytes=row_bytes(packed),
+            row_bytes=packed.row_bytes,
             layer_kv_bytes=packed.spec.kv_bytes_per_token // packed.architecture.layers,
             sleep=self._sleep,
         )

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from lambdascale.checkpoints import PackedModel
 from lambdascale.core.checks import require
 from lambdascale.live.node_config import NodeConfig
 
+if TYPE_CHECKING:
+    from lambdascale.inference import BlockStore
+
 _PDEATHSIG = 1
+# A node that has just joined may have to load at once, and the first token waits for nothing: kernels are compiled later.
+_QUIET_S = 0.5
 
 
 class StartParts:
@@ -47,6 +55,28 @@ def pick_gpu(config: NodeConfig) -> int | None:
     count = torch.cuda.device_count()
     require(count > 0, "device cuda is asked for, but torch finds no GPU")
     return config.node % count
+
+
+def warm(models: Iterable[PackedModel], gpu: int, *, kernels: bool) -> None:
+    """Load libraries, and ``kernels`` if asked, for models on a GPU; see warm_up.
+
+    The GPU is that of the calling thread from then on.
+    """
+    import torch
+
+    from lambdascale.inference import warm_up
+
+    torch.cuda.set_device(gpu)
+    for model in models:
+        warm_up(model, f"cuda:{gpu}", kernels=kernels)
+
+
+def warm_when_quiet(store: BlockStore, gpu: int, leaving: threading.Event) -> None:
+    """Compile the kernels of a store's models once nothing has to be loaded, unless the node is ``leaving`` before."""
+    while not leaving.wait(_QUIET_S):
+        if not store.loading:
+            warm(store.models, gpu, kernels=True)
+            break
 
 
 def make_context(gpu: int | None) -> None:
