@@ -67,9 +67,10 @@ class Serving:
             self._node_complete(state, allocation)
         elif state.pending:
             self._advance(state, node, block)
-        for instance in allocation.instances.values():
-            if instance.limited:
-                self._look_ahead(state, instance)
+        if allocation.instances:
+            for instance in allocation.instances.values():
+                if instance.limited:
+                    self._look_ahead(state, instance)
         if self._gradual is not None:
             for change in self._gradual.advance(self._fleet, state, allocation):
                 self._apply(state, change)
