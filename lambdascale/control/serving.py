@@ -77,10 +77,12 @@ class Serving:
 
     def _advance(self, state: ModelState, node: NodeId, block: int) -> None:
         """Form the pipelines that only waited for this block."""
-        ready = []
+        ready, arrived = [], (node, block)
         for pending in state.pending:
-            pending.missing.discard((node, block))
-            if not pending.missing:
+            missing = pending.missing
+            if arrived in missing:
+                missing.remove(arrived)
+            if not missing:
                 ready.append(pending)
         for pending in ready:
             self._form(state, pending)

@@ -98,8 +98,9 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
         assert allowed is None or inside.parts[0] in allowed or inside.as_posix() in allowed, f"{inside} imports {name}"
 
 
-def test_the_command_starts_without_torch() -> None:
-    code = "import sys, lambdascale.cli.main; print('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["lambdascale.cli.main", "lambdascale.experiments.runner"])
+def test_the_command_and_simulations_start_without_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
 
