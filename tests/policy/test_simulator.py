@@ -11,6 +11,7 @@ from lambdascale.control import BatchLimits
 from lambdascale.core import (
     ClusterSpec,
     ComputeTable,
+    Failure,
     ModelSpec,
     MulticastPlan,
     Request,
@@ -168,6 +169,14 @@ def test_kv_is_copied_from_the_stages_that_ran_the_layers_to_the_target(target: 
     assert (finished.instance, finished.tokens) == (target, 5)
 
 
+def test_kv_of_a_moved_boundary_goes_from_the_old_node_to_the_new_one() -> None:
+    """Mutation: the KV copied the wrong way."""
+    cluster = Cluster().at(0.0, serve(1, 0), Dispatch(1, (request(0, 5, prompt=3000),)))
+    cluster.at(0.11, Repartition(1, (Stage(1, 0, 3),), "copy", KV)).events()
+    (grant,) = cluster.grants()
+    assert grant.ports == ("nic_out:0", "nic_in:1")
+
+
 def test_a_target_outside_the_pipeline_fetches_from_all_its_stages() -> None:
     cluster = switched("copy", ((0, 2),), nodes=(2, 3))
     (finished,) = [e for e in cluster.events() if isinstance(e, RequestFinished)]
@@ -235,7 +244,7 @@ def test_a_switch_of_an_unknown_pipeline_is_ignored() -> None:
 
 def test_bookkeeping_takes_no_time() -> None:
     commands = [AllocateNode(0, "small", 1), ReleaseNode(0, "small", 1), PlaceCopy(0, "small"), EvictBlocks(0, "small", "host")]
-    assert Cluster().at(0.0, *commands, FailRequest(0, "no")).events() == []
+    assert Cluster().at(0.0, *commands, FailRequest(0, Failure("no_node", "no"))).events() == []
 
 
 def test_nodes_join_first_and_requests_come_before_what_else_happens_then() -> None:
