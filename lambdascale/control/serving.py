@@ -68,20 +68,24 @@ class Serving:
         else:
             if state.pending:
                 self._advance(state, node, block)
-            self._let_go(state, allocation)
-        for instance in allocation.instances.values():
-            if instance.limited:
-                self._look_ahead(state, instance)
+            if allocation.instances:
+                self._let_go(state, allocation)
+        if allocation.instances:
+            for instance in allocation.instances.values():
+                if instance.limited:
+                    self._look_ahead(state, instance)
         if self._gradual is not None:
             for change in self._gradual.advance(self._fleet, state, allocation):
                 self._apply(state, change)
 
     def _advance(self, state: ModelState, node: NodeId, block: int) -> None:
         """Form the pipelines that only waited for this block."""
-        ready = []
+        ready, arrived = [], (node, block)
         for pending in state.pending:
-            pending.missing.discard((node, block))
-            if not pending.missing:
+            missing = pending.missing
+            if arrived in missing:
+                missing.remove(arrived)
+            if not missing:
                 ready.append(pending)
         for pending in ready:
             self._form(state, pending)

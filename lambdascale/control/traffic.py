@@ -57,6 +57,8 @@ class Traffic:
     def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:
         """Return the time until the busiest of ``ports`` has moved what is under way and ``more`` bytes; 0 if all are idle."""
         longest, left = 0.0, self._left[node]
+        if not (more or any(left.values())):
+            return 0.0
         for port in ports:
             size_bytes = left[port] + more
             if size_bytes and (seconds := size_bytes / self._rate(node, port)) > longest:

@@ -88,22 +88,31 @@ class Transfers:
         """Add all blocks that a transfer has still to bring to the account, or take them off, an edge at a time."""
         for receiver, blocks in transfer.waiting.items():
             sizes: dict[NodeId, int] = {}
-            for block, sender in blocks.items():
-                sizes[sender] = sizes.get(sender, 0) + block_bytes[block]
+            if transfer.multicast:
+                for block, sender in blocks.items():
+                    sizes[sender] = sizes.get(sender, 0) + block_bytes[block]
+            elif transfer.ports[receiver]:
+                sizes[receiver] = sum(block_bytes[block] for block in blocks)
             for sender, size_bytes in sizes.items():
                 self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), receiver, sign * size_bytes)
 
     def block_arrived(self, allocation: Allocation, block: int, size_bytes: int) -> None:
         """Note a block, whichever transfer brought it; end the transfers that have nothing left to bring."""
-        node, through = allocation.node, []
+        node, through = allocation.node, False
         for transfer in allocation.incoming.values():
             left = transfer.waiting[node]
             sender = left.pop(block, None)
-            if sender is not None:
-                self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), node, -size_bytes)
+            if sender is not None and ((ports := transfer.ports.get(sender, _FORWARDING)) or sender != node):
+                self._fleet.traffic.add(sender, ports, node, -size_bytes)
             if not left:
-                through.append(transfer)
-        for transfer in through:
+                through = True
+        if through:
+            self._end_through(allocation)
+
+    def _end_through(self, allocation: Allocation) -> None:
+        """Take a node out of the transfers that have brought it everything; end those that have nothing left to bring."""
+        node = allocation.node
+        for transfer in [transfer for transfer in allocation.incoming.values() if not transfer.waiting[node]]:
             del transfer.waiting[node], allocation.incoming[transfer.transfer_id]
             if not transfer.waiting:
                 self.end(transfer)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -36,10 +36,12 @@ from lambdascale.experiments.manifest import environment, run_digest
 from lambdascale.experiments.progress import Progress
 from lambdascale.experiments.setups import simulated_setup
 from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_requests
-from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.sim import SimBackend, SimConfig
 from lambdascale.workload import LoadedTrace, bounded
+
+if TYPE_CHECKING:
+    from lambdascale.live.controller.backend import LiveBackend  # with torch, which simulations do without
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
 # Share of failed requests beyond which a run says so.
@@ -190,7 +192,7 @@ def drive_experiment(
         # Said last: a run that ends with an error says nothing else.
         if cut:
             print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
-        return Driven(backend.token_gaps(), backend.start_parts if isinstance(backend, LiveBackend) else {})
+        return Driven(backend.token_gaps(), {} if isinstance(backend, SimBackend) else backend.start_parts)
 
 
 @contextmanager

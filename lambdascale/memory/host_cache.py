@@ -57,7 +57,7 @@ class HostCaches:
         least = min(host_memory_bytes.values())
         if config.budget is not None and int(config.budget) > least:
             raise UserError(f"memory.budget {config.budget} exceeds a node's host memory of {least} bytes")
-        self._config = config
+        self._keep_alive_s = config.keep_alive_s
         self._budgets = {node: config.room_bytes(size) for node, size in host_memory_bytes.items()}
         self._nodes: dict[NodeId, OrderedDict[str, tuple[int, float]]] = {}
         self._used: dict[NodeId, int] = {}
@@ -71,7 +71,9 @@ class HostCaches:
         """True if ``node`` holds a usable host copy of ``model``."""
         cache = self._nodes.get(node)
         entry = cache.get(model) if cache else None
-        return entry is not None and (not self._expired(entry[1], now) or self._pinned(node, model))
+        if entry is None:
+            return False
+        return self._keep_alive_s is None or now - entry[1] <= self._keep_alive_s or (node, model) in self._pins
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:
         """Nodes among ``nodes`` that hold a usable copy of ``model``."""
@@ -133,8 +135,7 @@ class HostCaches:
         self._pins = {key: count for key, count in self._pins.items() if key[0] != node}
 
     def _expired(self, used: float, now: float) -> bool:
-        keep = self._config.keep_alive_s
-        return keep is not None and now - used > keep
+        return self._keep_alive_s is not None and now - used > self._keep_alive_s
 
     def _pinned(self, node: NodeId, model: str) -> bool:
         return (node, model) in self._pins

@@ -127,6 +127,7 @@ class SimBackend:
         self._arriving = next(self._requests, None)
         self._arrives_s = inf if self._arriving is None else self._arriving.arrival_s
         self._instances: dict[int, SimInstance] = {}
+        self._surroundings: dict[tuple[str, tuple[int, ...]], Surroundings] = {}  # of a model cut into such blocks
         self._tokens = TokenLog() if token_times else None
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
@@ -203,12 +204,14 @@ class SimBackend:
             self._model_of[command.instance] = command.model
 
     def _instance(self, command: Serve) -> SimInstance:
-        around = self._surroundings(command)
+        around = self._surroundings.get((command.model, command.block_bytes))
+        if around is None:
+            around = self._surroundings[command.model, command.block_bytes] = self._around(command)
         if self._tokens is None:
-            return SimInstance(command.instance, command.stages, around)
-        return TimedInstance(command.instance, command.stages, around, self._tokens)
+            return SimInstance(command.instance, command.stages, command.kv_tokens, around)
+        return TimedInstance(command.instance, command.stages, command.kv_tokens, around, self._tokens)
 
-    def _surroundings(self, command: Serve) -> Surroundings:
+    def _around(self, command: Serve) -> Surroundings:
         model = self._models[command.model]
         return Surroundings(
             kernel=self.kernel,
@@ -218,7 +221,6 @@ class SimBackend:
             copy_kv=self._transfers.copy,
             limits=self._limits,
             batches=self._limits.batches(model.gpus_per_replica),
-            kv_tokens=command.kv_tokens,
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lambdascale.control.batching import BatchLimits, BatchScheduler, Iteration
@@ -24,9 +24,10 @@ CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 
 @dataclass(slots=True, kw_only=True)
 class Surroundings:
-    """The cluster as an instance sees it. ``timing``: the compute model of each node for the instance's model.
+    """The cluster as the instances of a model see it. ``timing``: the compute model of each node for the model.
 
-    ``batches``: batches in flight for each node (see BatchLimits.batches).
+    ``batches``: batches in flight for each node (see BatchLimits.batches). ``replicas``: the layouts of one stage asked for so
+    far; a layout is never changed, and neither are the ports and compute models of nodes.
     """
 
     kernel: Kernel
@@ -36,10 +37,19 @@ class Surroundings:
     copy_kv: CopyKv
     limits: BatchLimits
     batches: int
-    kv_tokens: int
     kv_bytes_per_token: int
     hop_s: float
     block_bytes: tuple[int, ...]
+    replicas: dict[Stage, Layout] = field(default_factory=dict)
+
+    def layout(self, stages: tuple[Stage, ...]) -> Layout:
+        """Return the layout of a new instance's ``stages``."""
+        if len(stages) > 1:
+            return Layout(stages, self)
+        layout = self.replicas.get(stages[0])
+        if layout is None:
+            layout = self.replicas[stages[0]] = Layout(stages, self)
+        return layout
 
 
 class Layout:
@@ -67,7 +77,7 @@ class Batch:
 
     ``under_way``: the layout its iteration runs on, None between iterations. ``on``: the one with its KV. ``blocked``: KV is
     moving, from ``sources``. ``timing``: the replica's compute model. A decode batch runs ``iteration`` ``steps`` times.
-    ``stages``: what occupies the ports of a pipeline instead.
+    ``stages``: what occupies the ports of a pipeline instead, from its first iteration on.
     """
 
     __slots__ = (
@@ -95,7 +105,7 @@ class Batch:
         self.iteration = _NO_ITERATION
         self.steps = 1
         self.timing = on.timing
-        self.stages = Stages(instance, self)
+        self.stages: Stages | None = None
         self._instance = instance
         self._pace = 1.0
 
@@ -160,13 +170,15 @@ class Batch:
 class Stages:
     """A pipeline's batch at stage ``position``: it occupies one port after another (see Run)."""
 
-    __slots__ = ("_batch", "_instance", "_lasts_s", "position")
+    __slots__ = ("_batch", "_hop_s", "_instance", "_kernel", "_lasts_s", "position")
 
     fixed = True
 
     def __init__(self, instance: SimInstance, batch: Batch) -> None:
         self._instance = instance
         self._batch = batch
+        self._kernel = instance.kernel
+        self._hop_s = instance.hop_s
         self._lasts_s = 0.0
         self.position = 0
 
@@ -187,11 +199,11 @@ class Stages:
 
     def end(self) -> None:
         """See Run."""
-        self._instance.hop(self, self._instance.kernel.now)
+        self.end_at(self._kernel.now)
 
     def end_at(self, end_s: float) -> None:
-        """See Run."""
-        self._instance.hop(self, end_s)
+        """Hand the iteration to the next stage, or its tokens back to the first, the hop's latency after ``end_s`` (see Run)."""
+        self._kernel.at(end_s + self._hop_s, self.go_on)
 
     def lose(self, elapsed_s: float) -> None:
         """Lose the iteration."""

@@ -19,15 +19,16 @@ from lambdascale.sim.batches import Batch, Layout, Stages, Surroundings
 class SimInstance:
     """Serves requests by its stages until it is drained."""
 
-    def __init__(self, instance_id: int, stages: tuple[Stage, ...], around: Surroundings) -> None:
+    def __init__(self, instance_id: int, stages: tuple[Stage, ...], kv_tokens: int, around: Surroundings) -> None:
         self.instance_id = instance_id
         self.kernel = around.kernel
+        self.hop_s = around.hop_s
         self._around = around
         self.stopped = False
         self._after_last = 0  # index of the batch behind the one that had the last turn
         self._kv: KvPolicy = "copy"
-        self._kv_tokens = around.kv_tokens
-        self.layout = Layout(stages, around)
+        self._kv_tokens = kv_tokens
+        self.layout = around.layout(stages)
         self._batches = [self._new_batch() for _ in range(self._wanted)]
 
     @property
@@ -107,8 +108,11 @@ class SimInstance:
             batch.timing = layout.timing
             batch.steps = iteration.max_steps if alone and not waits else 1
             return batch
-        batch.steps, batch.stages.position = 1, 0
-        return batch.stages
+        batch.steps, run = 1, batch.stages
+        if run is None:
+            run = batch.stages = Stages(self, batch)
+        run.position = 0
+        return run
 
     def _next_in_turn(self) -> Batch:
         """Return the batch that has the next turn; one that is not due if none is.
@@ -122,10 +126,6 @@ class SimInstance:
                 self._after_last = index + 1
                 return batches[index]
         return batches[0]
-
-    def hop(self, stages: Stages, end_s: float) -> None:
-        """Hand an iteration to its next stage, or its tokens back to the first, the hop's latency after ``end_s``."""
-        self.kernel.at(end_s + self._around.hop_s, stages.go_on)
 
     def report(self, batch: Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
         """Tell of first tokens and ended requests of the iteration under way."""

@@ -108,19 +108,19 @@ class LinkNetwork:
         self._next_id = flow_id = self._next_id + 1
         flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights)
         flow.settled_s = self._kernel.now
-        alone = True
+        alone, rate = True, cap
         for port in ports:
             if port.flows:
                 alone = False
             port.flows[flow_id] = flow
-        if alone:
-            rate = cap
-            for port, weight in _weights(flow):
-                if port.bytes_per_s / weight < rate:
-                    rate = port.bytes_per_s / weight
+            if port.bytes_per_s < rate:
+                rate = port.bytes_per_s
+        if not alone:
+            self._share(ports)
+        elif weights is None:
             self._grant(flow, rate)
         else:
-            self._share(ports)
+            self._grant(flow, min(cap, *(port.bytes_per_s / weight for port, weight in _weights(flow))))
         return flow
 
     def cancel(self, flow: Flow) -> None:

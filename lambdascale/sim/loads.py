@@ -82,9 +82,7 @@ class Load(FlowGroup):
             self._next()
             return
         kernel = self._fabric.kernel
-        for block in self._command.blocks:
-            kernel.at(kernel.now, self._arrived, block)
-        kernel.at(kernel.now, lambda _: self._on_end(self._command.transfer_id))
+        kernel.at(kernel.now, self._all_arrived)
 
     def _next(self) -> None:
         if self._steps:
@@ -98,6 +96,11 @@ class Load(FlowGroup):
         if step.block is not None:
             self._arrived(step.block)
         self._next()
+
+    def _all_arrived(self, _: object) -> None:
+        for block in self._command.blocks:
+            self._arrived(block)
+        self._on_end(self._command.transfer_id)
 
     def coming(self, model: str, node: NodeId) -> set[int]:
         """Return the blocks of ``model`` that this load has still to bring to ``node``."""

@@ -14,9 +14,11 @@ from lambdascale.sim.token_log import BatchLog, Stay, TokenLog
 class TimedInstance(SimInstance):
     """Serves as any instance does, and enters the times of its iterations and the stays of its requests in ``tokens``."""
 
-    def __init__(self, instance_id: int, stages: tuple[Stage, ...], around: Surroundings, tokens: TokenLog) -> None:
+    def __init__(
+        self, instance_id: int, stages: tuple[Stage, ...], kv_tokens: int, around: Surroundings, tokens: TokenLog
+    ) -> None:
         self._tokens = tokens  # first: the base class makes batches
-        super().__init__(instance_id, stages, around)
+        super().__init__(instance_id, stages, kv_tokens, around)
 
     def _new_batch(self) -> Batch:
         batch = _TimedBatch(self, BatchScheduler(self._around.limits, self._kv_tokens), self.layout)

@@ -98,9 +98,9 @@ def test_heavy_libraries_stay_where_they_belong(path: Path) -> None:
         assert allowed is None or inside.parts[0] in allowed or inside.as_posix() in allowed, f"{inside} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["lambdascale.cli.main", "lambdascale.live.config"])
-def test_the_command_and_a_live_controller_start_without_torch(module: str) -> None:
-    """Nodes are not asked for yet in the seconds that its import takes."""
+@pytest.mark.parametrize("module", ["lambdascale.cli.main", "lambdascale.experiments.runner", "lambdascale.live.config"])
+def test_commands_simulations_and_a_live_controller_start_without_torch(module: str) -> None:
+    """The import of torch takes seconds, in which a controller has not asked for nodes."""
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
