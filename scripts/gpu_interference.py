@@ -3,9 +3,9 @@
 python scripts/gpu_interference.py [--layers 32] [--out results/tables/gpu_interference.csv]
 
 An iteration is the matrix products of a Llama-2-7B (random weights, 16 bits), recorded as a CUDA graph: a decode step of a batch,
-bound by memory, or a prefill, bound by arithmetic. One-sided writes are stood for by copies between GPU and pinned host memory: the
-GPU's copy engines read and write its memory over PCIe as a NIC does, at about the rate of a 400 Gb/s port. Broadcasts are
-NCCL's between two GPUs, if the machine has two: over NVLink, and with that closed through host memory, nearer to a port's rate.
+bound by memory, or a prefill, bound by arithmetic. Copies between GPU and pinned host memory stand for one-sided writes: the GPU's
+copy engines read and write its memory over PCIe as a NIC does, at about the rate of a 400 Gb/s port. Broadcasts are NCCL's
+between two GPUs, if the machine has two: over NVLink, and with that closed through host memory, nearer to a port's rate.
 """
 
 from __future__ import annotations
@@ -34,11 +34,17 @@ _CLOSED = {"broadcast, NVLink": {}, "broadcast, host memory": {"NCCL_P2P_DISABLE
 Traffic = Callable[[int], None]
 
 
-def iteration(layers: int, rows: int) -> torch.cuda.CUDAGraph:
-    """Record the matrix products of ``layers`` layers for ``rows`` tokens."""
+Weights = list[list[torch.Tensor]]
+
+
+def random_weights(layers: int) -> Weights:
+    """Return the matrices of ``layers`` layers."""
     shapes = [(3 * _HIDDEN, _HIDDEN), (_HIDDEN, _HIDDEN), (2 * _FFN, _HIDDEN), (_HIDDEN, _FFN)]
-    weights = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for shape in shapes] for _ in range(layers)]
-    entered = torch.randn(rows, _HIDDEN, device="cuda", dtype=torch.bfloat16)
+    return [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for shape in shapes] for _ in range(layers)]
+
+
+def iteration(weights: Weights, entered: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """Record the matrix products of all layers for the tokens ``entered``."""
 
     def run() -> None:
         hidden = entered
@@ -47,7 +53,7 @@ def iteration(layers: int, rows: int) -> torch.cuda.CUDAGraph:
             hidden = torch.nn.functional.linear(attended, out)
             hidden = torch.nn.functional.linear(torch.nn.functional.linear(hidden, up)[:, :_FFN], down)
 
-    for _ in range(3):
+    for _ in range(3):  # libraries choose their kernels before the recording
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -128,8 +134,10 @@ def alone(traffic: Traffic) -> float:
 def rows_of(layers: int, traffics: Iterator[tuple[str, Traffic, float]], sizes: list[str]) -> list[dict[str, Any]]:
     """Time every size of iteration alone and beside each kind of traffic."""
     kinds, rows = list(traffics), []
+    weights = random_weights(layers)
     for size in sizes:
-        graph = iteration(layers, _SIZES[size])
+        entered = torch.randn(_SIZES[size], _HIDDEN, device="cuda", dtype=torch.bfloat16)
+        graph = iteration(weights, entered)
         timed(graph, _ROUNDS)
         for name, traffic, rate in kinds:
             alone_s = timed(graph, _ROUNDS)
@@ -145,8 +153,7 @@ def rows_of(layers: int, traffics: Iterator[tuple[str, Traffic, float]], sizes: 
                     "gb_per_s_alone": rate / 1e9,
                 }
             )
-        del graph
-        torch.cuda.empty_cache()
+        del graph, entered
     return rows
 
 
