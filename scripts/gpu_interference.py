@@ -3,8 +3,8 @@
 python scripts/gpu_interference.py [--layers 32] [--out results/tables/gpu_interference.csv]
 
 An iteration is the matrix products of a Llama-2-7B (random weights, 16 bits), recorded as a CUDA graph: a decode step of a batch,
-bound by memory, or a prefill, bound by arithmetic. Copies between GPU and pinned host memory stand for one-sided writes: the GPU's
-copy engines read and write its memory over PCIe as a NIC does, at about the rate of a 400 Gb/s port. Broadcasts are NCCL's
+bound by memory, or a prefill, bound by arithmetic. Copies between GPU and pinned host memory stand for one-sided writes: the
+GPU's copy engines read and write its memory over PCIe as a NIC does, at about the rate of a 400 Gb/s port. Broadcasts are NCCL's
 between two GPUs, if the machine has two: over NVLink, and with that closed through host memory, nearer to a port's rate.
 """
 
