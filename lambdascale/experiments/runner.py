@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import Observer, build_system, drive
@@ -38,6 +39,8 @@ from lambdascale.experiments.setups import simulated_setup
 from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_requests
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+from lambdascale.metrics.scaleouts import host_byte_seconds
+from lambdascale.metrics.summary import HostMemoryUse
 from lambdascale.sim import SimBackend, SimConfig
 from lambdascale.workload import LoadedTrace, bounded
 
@@ -110,6 +113,7 @@ def _execute(
     title = f"{experiment.system.name} {experiment.models[0].name}"
     driven = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
     wall_s = time.perf_counter() - begin
+    events = events_table(recorder)
     requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed, driven.token_gaps)
     summary = summarise(
         recorder,
@@ -117,6 +121,7 @@ def _execute(
         system=experiment.system.name,
         backend=experiment.backend.label,
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
+        host=_host_memory(experiment, events),
         wall_s=wall_s,
         slo=experiment.slo,
         gaps=driven.token_gaps,
@@ -140,11 +145,19 @@ def _execute(
         # Without the study that the run is part of: its grids are longer than all the rest, and say nothing about the run.
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings | {"study": None})))
         write_table(temporary / "requests.parquet", requests)
-        write_table(temporary / "events.parquet", events_table(recorder))
+        write_table(temporary / "events.parquet", events)
         write_table(temporary / "gpus.parquet", gpu_usage(recorder))
         write_json(temporary / SUMMARY, summary)
         write_json(temporary / MANIFEST, manifest | {FILES: fingerprints(temporary)})
     return summary
+
+
+def _host_memory(experiment: Experiment, events: pa.Table) -> HostMemoryUse:
+    """What copies of models took of host memory."""
+    sizes = {model.name: model.size_bytes for model in experiment.models}
+    # Host memories without a keep-alive keep their copies.
+    keep_alive_s = getattr(experiment.system.memory, "keep_alive_s", None)
+    return HostMemoryUse(host_byte_seconds(events, keep_alive_s, sizes), experiment.cluster.usd_per_host_gb_hour)
 
 
 def _warn_of_failures(summary: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, NodeLost, RequestFinished
+from lambdascale.core.events import BlockArrived, RequestFinished
 from lambdascale.metrics.recorder import Recorder
 
 Span = tuple[float, float]
@@ -137,15 +137,7 @@ def _served(recorder: Recorder) -> dict[int, list[tuple[int, float, float]]]:
         elif isinstance(entry, SwitchMode):
             for number, instance in entry.moves:
                 enter(number, instance, at)
-        elif isinstance(entry, StopInstance | NodeLost) and present:
-            gone = _stopped(entry, present)
-            for number in gone:
+        elif isinstance(entry, StopInstance):
+            for number in [number for number, (instance, _) in present.items() if instance == entry.instance]:
                 leave(number, at)
     return stays
-
-
-def _stopped(entry: StopInstance | NodeLost, present: dict[int, tuple[int, float]]) -> list[int]:
-    """Requests that leave with an instance; those of a lost node's leave when they are dispatched anew."""
-    if isinstance(entry, NodeLost):
-        return []
-    return [number for number, (instance, _) in present.items() if instance == entry.instance]
