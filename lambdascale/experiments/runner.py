@@ -17,7 +17,7 @@ import pyarrow as pa
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import Observer, build_system, drive
-from lambdascale.core import TracedRequest
+from lambdascale.core import TracedRequest, UserError
 from lambdascale.core.checks import require, shown
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.experiments.build import Experiment, build
@@ -40,9 +40,10 @@ from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_r
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
 from lambdascale.metrics.scaleouts import host_byte_seconds
+from lambdascale.metrics.session import SessionRecorder
 from lambdascale.metrics.summary import HostMemoryUse
 from lambdascale.sim import SimBackend, SimConfig
-from lambdascale.workload import LoadedTrace, bounded
+from lambdascale.workload import LoadedTrace, Provenance, bounded
 
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
 # Share of failed requests beyond which a run says so.
@@ -112,7 +113,38 @@ def _execute(
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
     driven = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
-    wall_s = time.perf_counter() - begin
+    ended = Ended(recorder, trace, driven, started, time.perf_counter() - begin)
+    return write_run(settings, experiment, ended, digest, folder)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over: its record, requests and times. ``wall_s``: seconds that it took."""
+
+    recorder: Recorder
+    trace: LoadedTrace
+    driven: Driven
+    started: str
+    wall_s: float
+
+
+def write_session(config: DictConfig, session: SessionRecorder, folder: Path, *, started: str, wall_s: float) -> dict[str, Any]:
+    """Write a served session as the run of ``config`` in ``folder``; return its summary. UserError if it served no request.
+
+    Requests that were under way at its end have failed.
+    """
+    if not session.taken:
+        raise UserError(f"no request was served: {folder} is not written")
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    recorder = session.finish("the server was stopped")
+    served = LoadedTrace(requests=(), provenance=Provenance(rows=session.taken))
+    ended = Ended(recorder, served, Driven(None, {}), started, wall_s)
+    return write_run(settings, build(config), ended, run_digest(settings, started), folder)
+
+
+def write_run(settings: dict[str, Any], experiment: Experiment, ended: Ended, digest: str, folder: Path) -> dict[str, Any]:
+    """Derive tables and summary of a run and write its folder; return the summary."""
+    recorder, trace, driven, wall_s = ended.recorder, ended.trace, ended.driven, ended.wall_s
     events = events_table(recorder)
     requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed, driven.token_gaps)
     summary = summarise(
@@ -136,7 +168,7 @@ def _execute(
         "communicator": _communicator(experiment),
         "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": experiment.cluster.provenance},
         "workload": asdict(trace.provenance),
-        "started": started,
+        "started": ended.started,
         "wall_s": wall_s,
         "start_parts_s": driven.start_parts_s,
         **environment(),
