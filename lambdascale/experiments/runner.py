@@ -185,7 +185,7 @@ def write_run(settings: dict[str, Any], experiment: Experiment, ended: Ended, di
 
 
 def _host_memory(experiment: Experiment, events: pa.Table) -> HostMemoryUse:
-    """What copies of models took of host memory."""
+    """Host memory that copies of models took, and its price."""
     sizes = {model.name: model.size_bytes for model in experiment.models}
     # Host memories without a keep-alive keep their copies.
     keep_alive_s = getattr(experiment.system.memory, "keep_alive_s", None)

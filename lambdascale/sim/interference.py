@@ -1,4 +1,4 @@
-"""What multicasts under way do to the GPUs of their members: they slow iterations there, or keep them from beginning."""
+"""Multicasts under way and the GPUs of their members: they slow iterations there, or keep them from beginning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What slows the iterations of a simulated node: cores that it shares with others, as the processes of a live cluster on one host
+"""Slowdowns of a simulated node's iterations: cores that it shares with others, as the processes of a live cluster on one host
 do, and multicasts that read and write its GPUs' memory.
 """
 

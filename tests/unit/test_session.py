@@ -87,7 +87,7 @@ def config(folder: Path) -> list[str]:
 
 
 def test_a_session_becomes_a_run(tmp_path: Path) -> None:
-    """What is under way at the end has failed; the run exports, and replays itself."""
+    """Requests under way at the end have failed; the run exports, and replays itself."""
     session = started(10)
     served(session, 0, 1.0)
     served(session, 1, 2.0)

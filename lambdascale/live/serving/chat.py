@@ -103,4 +103,4 @@ def _to_json(
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())
+    return " ".join(f"{str(error) or type(error).__name__}".split())
