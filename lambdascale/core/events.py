@@ -100,31 +100,3 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
     transfer_id: int = -1
     instance: int = -1
     model: str = ""
-
-
-AnyEvent = (
-    NodeJoined
-    | RequestArrived
-    | BlockArrived
-    | TokensProduced
-    | RequestFinished
-    | RequestPreempted
-    | TimerFired
-    | NodeLost
-    | NodeGivenUp
-    | ConnectionLost
-    | CommandFailed
-)
-EVENT_TYPES: tuple[type[Event], ...] = (
-    NodeJoined,
-    RequestArrived,
-    BlockArrived,
-    TokensProduced,
-    RequestFinished,
-    RequestPreempted,
-    TimerFired,
-    NodeLost,
-    NodeGivenUp,
-    ConnectionLost,
-    CommandFailed,
-)

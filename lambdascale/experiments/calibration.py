@@ -12,7 +12,7 @@ import pandas as pd
 from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.core import TRACED_FAILURE, TracedRequest, UserError
+from lambdascale.core import TracedRequest, UserError
 from lambdascale.core.units import parse_rate
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
@@ -122,8 +122,7 @@ def recorded(folder: Path, models: Sequence[str], most: float) -> tuple[TracedRe
     trace = RecordedRun(path=str(folder), failures="count").load(models=models, seed=0, max_requests=most)
     rows = pd.read_parquet(folder / "requests.parquet").sort_values("arrival_s", kind="stable")
     known = rows.answer_tokens.fillna(rows.output_tokens) if "answer_tokens" in rows else rows.output_tokens
-    traced = rows.failure == TRACED_FAILURE if "failure" in rows else False
-    numbers = rows.request_id[(known.fillna(0) > 0) & (rows.prompt_tokens > 0) & ~traced]
+    numbers = rows.request_id[(known.fillna(0) > 0) & (rows.prompt_tokens > 0)]
     return tuple(
         structs.replace(each, request=structs.replace(each.request, request_id=int(number)))
         for number, each in zip(numbers, trace.requests, strict=True)

@@ -136,7 +136,7 @@ def write_session(config: DictConfig, session: SessionRecorder, folder: Path, *,
     if not session.taken:
         raise UserError(f"no request was served: {folder} is not written")
     settings: Any = OmegaConf.to_container(config, resolve=True)
-    recorder = session.finish("the server was stopped")
+    recorder = session.finish()
     served = LoadedTrace(requests=(), provenance=Provenance(rows=session.taken))
     ended = Ended(recorder, served, Driven(None, {}), started, wall_s)
     return write_run(settings, build(config), ended, run_digest(settings, started), folder)
@@ -232,7 +232,7 @@ def drive_experiment(
         if progress.visible:
             observers.append(progress)
         drive(system, backend, observers, max_events=max_events if isinstance(experiment.backend, SimConfig) else None)
-        # Only now: a run that ends with an error says nothing else.
+        # Said last: a run that ends with an error says nothing else.
         if cut:
             print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
         return Driven(backend.token_gaps(), backend.start_parts if isinstance(backend, LiveBackend) else {})

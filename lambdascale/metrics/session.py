@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lambdascale.core import Failure
 from lambdascale.core.commands import Command, Dispatch, FailRequest, SetTimer, SwitchMode
 from lambdascale.core.events import Event, RequestArrived, RequestFinished, RequestPreempted, TimerFired, TokensProduced
 from lambdascale.metrics.recorder import Recorder
@@ -77,10 +78,10 @@ class SessionRecorder:
             self._entries -= 1
             self.recorder.on_command(at, kept)
 
-    def finish(self, reason: str) -> Recorder:
-        """Return the record; requests that have not ended by now fail for ``reason``."""
+    def finish(self) -> Recorder:
+        """Return the record; requests that have not ended by now fail, since the server was stopped."""
         at = self.recorder.end_s
         for number in sorted(self._open):
-            self.recorder.on_command(at, FailRequest(number, reason))
+            self.recorder.on_command(at, FailRequest(number, Failure("stopping", "the server was stopped")))
         self._open.clear()
         return self.recorder

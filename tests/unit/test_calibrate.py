@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lambdascale.cli.main import main
-from lambdascale.core import TRACED_FAILURE, UserError
+from lambdascale.core import UserError
 from lambdascale.experiments.calibration import Calibration, calibrate, recorded
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.folder import fingerprints
@@ -82,7 +82,7 @@ def test_a_run_that_agrees_has_no_error(tmp_path: Path) -> None:
 
 
 def test_failed_requests_are_served_again_under_their_ids(tmp_path: Path) -> None:
-    """Not those that the trace records as failed, and those of which no answer is known (5 and 6)."""
+    """Those of which no answer is known (5 and 6) are left out: they failed in the run's own trace, or while being served."""
     rows = pd.DataFrame(
         {
             "request_id": [4, 2, 3, 5, 6],
@@ -91,9 +91,8 @@ def test_failed_requests_are_served_again_under_their_ids(tmp_path: Path) -> Non
             "prompt_tokens": 10,
             "max_tokens": 20,
             "output_tokens": [5, 6, None, None, None],
-            "answer_tokens": [5, 6, 7, None, 8],
+            "answer_tokens": [5, 6, 7, None, None],
             "status": ["ok", "ok", "failed", "failed", "failed"],
-            "failure": [None, None, "node lost", "node lost", TRACED_FAILURE],
         }
     )
     rows.to_parquet(tmp_path / "requests.parquet")
@@ -147,7 +146,7 @@ def test_startup_counts_from_the_later_of_nodes_and_request() -> None:
 
 
 class TestCommand:
-    """As a user runs it."""
+    """The command as a user runs it."""
 
     def test_prints_and_writes(self, live: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["calibrate", str(live), "--out", str(tmp_path / "errors.csv")]) == 0

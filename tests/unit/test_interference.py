@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import MulticastPlan, Request, Stage, UserError
+from lambdascale.core import Failure, MulticastPlan, Request, Stage, UserError
 from lambdascale.core.commands import (
     CancelTransfer,
     Command,
@@ -200,7 +200,7 @@ def test_requests_that_move() -> None:
         (0.0, serve(1, 9, 1)),
         (0.0, serve(2, 9)),
         (1.0, dispatch(1, 7, 8, 6)),
-        (2.0, FailRequest(8, "no")),
+        (2.0, FailRequest(8, Failure("no_node", "no"))),
         (3.0, SwitchMode(1, ((7, 2),), "recompute")),
         (3.5, StopInstance(1)),
         *arrivals,

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.cli.main import main
-from lambdascale.core import Request, Stage, UserError
+from lambdascale.core import Failure, Request, Stage, UserError
 from lambdascale.core.commands import AllocateNode, Dispatch, FailRequest, Serve, SetTimer
 from lambdascale.core.events import NodeJoined, RequestArrived, RequestFinished, TimerFired, TokensProduced
 from lambdascale.experiments.compose import compose
@@ -66,7 +66,7 @@ def test_the_first_requests_are_recorded_whole() -> None:
     before = kinds(session)
     session.on_command(4.0, AllocateNode(2, MODEL, 1))
     session.on_event(NodeJoined(5.0, 3))
-    session.on_command(6.0, FailRequest(2, "late"))
+    session.on_command(6.0, FailRequest(2, Failure("no_node", "late")))
     assert kinds(session) == before
     assert (session.taken, session.left_out, session.recorder.end_s) == (2, 1, 3.0)
     dispatched = [entry for _, entry in session.recorder.entries if isinstance(entry, Dispatch)]
@@ -95,7 +95,7 @@ def test_a_session_becomes_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "served"
     summary = write_session(compose(config(folder)), session, folder, started="now", wall_s=5.0)
     assert summary["requests"] == {"submitted": 3, "completed": 2, "failed": 1}
-    assert summary["failures"] == {"the server was stopped": 1}
+    assert summary["failures"] == {"stopping": 1}
     assert summary["ttft_s"]["p50"] == pytest.approx(0.0)
     assert main(["export", str(folder), "--format", "csv", "--out", str(tmp_path / "requests.csv")]) == 0
     assert len(pd.read_csv(tmp_path / "requests.csv")) == 3
