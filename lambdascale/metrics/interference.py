@@ -75,8 +75,8 @@ def _multicasts(recorder: Recorder) -> list[tuple[tuple[NodeId, ...], Span]]:
     nodes: dict[int, tuple[NodeId, ...]] = {}
     spans: dict[int, Span] = {}
     open_: set[int] = set()
-    for at, entry in recorder:
-        if isinstance(entry, BlockArrived):
+    for at, entry in recorder.entries:
+        if type(entry) is BlockArrived:  # most entries are such
             if entry.transfer_id in open_:
                 spans[entry.transfer_id] = spans[entry.transfer_id][0], at
         elif isinstance(entry, StartMulticast):
@@ -94,7 +94,9 @@ def _multicasts(recorder: Recorder) -> list[tuple[tuple[NodeId, ...], Span]]:
 def _instances(recorder: Recorder) -> dict[int, list[tuple[frozenset[NodeId], Span]]]:
     """Nodes of each instance over time."""
     found: dict[int, list[tuple[frozenset[NodeId], Span]]] = {}
-    for at, entry in recorder:
+    for at, entry in recorder.entries:
+        if type(entry) is BlockArrived:
+            continue
         if isinstance(entry, Serve | Repartition):
             spans = found.setdefault(entry.instance, [])
             if spans:
@@ -128,7 +130,9 @@ def _served(recorder: Recorder) -> dict[int, list[tuple[int, float, float]]]:
         stays.setdefault(request, [])
         present[request] = instance, at
 
-    for at, entry in recorder:
+    for at, entry in recorder.entries:
+        if type(entry) is BlockArrived:
+            continue
         if isinstance(entry, RequestFinished | FailRequest):
             leave(entry.request_id, at)
         elif isinstance(entry, Dispatch):
