@@ -63,4 +63,6 @@ def show(found: Calibration) -> None:
     if found.startup_s is not None:
         print(f"a new instance's first token comes {found.startup_s:+.3g} s later than simulated, with these constants")
     if found.left_out:
-        print(f"{found.left_out} requests that the live run did not answer are left out of the simulation")
+        print(f"{found.left_out} requests without a known answer are left out of the simulation")
+    if found.failed:
+        print(f"{found.failed} requests that the live run failed are served in the simulation; times are of those both answered")

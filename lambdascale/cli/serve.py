@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -18,9 +21,14 @@ from lambdascale.live.serving.options import KEY_VARIABLE, HttpOptions, bind, re
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from omegaconf import DictConfig
+
     from lambdascale.checkpoints import PackedModel
     from lambdascale.control import SystemConfig
     from lambdascale.live.config import LiveConfig
+
+# Rates and memory that limit nothing.
+_FAST, _PLENTY = "1TB/s", "1TiB"
 
 
 def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -101,6 +109,19 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         default=0,
         metavar="N",
         help="number of processes kept ready for each GPU, with a CUDA context, for restarted nodes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="when the server is stopped, write what it served as a run, which export, calibrate and workload=run read",
+    )
+    parser.add_argument(
+        "--record-requests",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="requests to record, the first ones: each takes about 1 kB of memory until the end (default: %(default)s)",
     )
     _add_http(parser)
     parser.add_argument("--no-view", action="store_true", help="do not draw the cluster on the terminal")
@@ -202,7 +223,9 @@ def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.so
     with console.status("starting the nodes ..."):
         model = _model(config, arguments)
         cluster, system = _cluster(arguments), _system(arguments, len(model.blocks))
-        service = Service(config=config, model=model, cluster=cluster, system=system, options=options)
+        record = None if arguments.record is None else Record(arguments, config, model, len(model.blocks))
+        observers = [] if record is None else [record.session]
+        service = Service(config=config, model=model, cluster=cluster, system=system, options=options, observers=observers)
     ready = f"ready: {model.name} on {arguments.nodes} nodes at {options.url}/v1 (Ctrl-C stops)"
     if options.open_to_strangers:
         console.print(
@@ -212,7 +235,54 @@ def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.so
     def announce() -> None:
         console.print(ready, highlight=False)
 
-    return serve(service, options, bound, view=not arguments.no_view, on_ready=announce)
+    status = serve(service, options, bound, view=not arguments.no_view, on_ready=announce)
+    if record is not None:
+        if status:
+            raise UserError(f"the server has failed: {arguments.record} is not written")
+        console.print(record.write(), highlight=False)
+    return status
+
+
+class Record:
+    """The record of a session for ``--record``, and the configuration that the run has in place of the command's options."""
+
+    def __init__(self, arguments: argparse.Namespace, config: LiveConfig, model: PackedModel, blocks: int) -> None:
+        from lambdascale.metrics.session import SessionRecorder
+
+        self.session = SessionRecorder(arguments.record_requests)
+        self._folder: Path = arguments.record
+        self._config = _as_run(arguments, config, model.name, blocks)
+        self._started, self._begin = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+
+    def write(self) -> str:
+        """Write the run; return what to say of it. UserError without a request, or if the folder exists meanwhile."""
+        from lambdascale.experiments.runner import write_session
+
+        wall_s = time.perf_counter() - self._begin
+        write_session(self._config, self.session, self._folder, started=self._started, wall_s=wall_s)
+        more = f"; {self.session.left_out} later ones are not in it" if self.session.left_out else ""
+        return f"wrote {self._folder}: {self.session.taken} requests{more}"
+
+
+def _as_run(arguments: argparse.Namespace, config: LiveConfig, model: str, blocks: int) -> DictConfig:
+    """Return the configuration of a run on the same cluster, system and backend."""
+    from omegaconf import OmegaConf, open_dict
+
+    from lambdascale.experiments.compose import choosing, compose
+
+    with choosing("system", arguments.system) as chosen:
+        run = compose([*chosen, "backend=live", "name=serve", *_settings(arguments), *arguments.overrides])
+    with open_dict(run):
+        run.model.name, run.system.blocks, run.out = model, blocks, str(arguments.record)
+        for group, changes in (("cluster", _rates(arguments)), ("cluster.gpu", {"memory_bytes": _PLENTY})):
+            for name, value in changes.items():
+                OmegaConf.update(run, f"{group}.{name}", value)
+        for field in fields(config):
+            if field.name != "rdma":
+                run.backend[field.name] = getattr(config, field.name)
+        for field in fields(config.rdma):
+            run.backend.rdma[field.name] = getattr(config.rdma, field.name)
+    return run
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -222,11 +292,27 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--min-nodes must be between 0 and {arguments.nodes}, not {arguments.min_nodes}")
     if arguments.restarts < 0:
         raise UserError(f"--restarts must not be negative, not {arguments.restarts}")
+    if arguments.record is not None:
+        _check_place(arguments.record)
+    if arguments.record_requests < 1:
+        raise UserError(f"--record-requests must be at least 1, not {arguments.record_requests}")
     if arguments.keep_alive < 0:
         raise UserError(f"--keep-alive must not be negative, not {arguments.keep_alive}")
     for rate in (arguments.link, arguments.disk):
         if rate is not None and parse_rate(rate) <= 0:
             raise UserError(f"a rate must be positive, not {rate}")
+
+
+def _check_place(folder: Path) -> None:
+    """Raise UserError unless a run can be written to ``folder``: now, and not when a session has been served."""
+    if folder.exists():
+        raise UserError(f"--record: {folder} exists; choose another folder or remove it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--record: cannot write {folder}: {error.strerror}") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise UserError(f"--record: cannot write {folder}: no permission")
 
 
 def _model(config: LiveConfig, arguments: argparse.Namespace) -> PackedModel:
@@ -243,19 +329,24 @@ def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
     from lambdascale.experiments.compose import compose
 
     cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
-    fast = "1TB/s"
-    link, disk = arguments.link or fast, arguments.disk or fast
-    gpu = replace(cluster.gpu, memory_bytes="1TiB")
-    changed: ClusterSpec = replace(
-        cluster,
-        nodes=arguments.nodes,
-        nic_bytes_per_s=link,
-        ssd_bytes_per_s=disk,
-        pcie_bytes_per_s=fast,
-        host_memory_bytes="1TiB",
-        gpu=gpu,
-    )
+    changed: ClusterSpec = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=_PLENTY), **_rates(arguments))
     return changed
+
+
+def _rates(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what differs from the cluster «desk» besides the memory of its GPUs."""
+    return {
+        "nodes": arguments.nodes,
+        "nic_bytes_per_s": arguments.link or _FAST,
+        "ssd_bytes_per_s": arguments.disk or _FAST,
+        "pcie_bytes_per_s": _FAST,
+        "host_memory_bytes": _PLENTY,
+    }
+
+
+def _settings(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides of a system that options stand for."""
+    return [f"system.autoscaler.min_replicas={arguments.min_nodes}", f"system.autoscaler.keep_alive_s={arguments.keep_alive}"]
 
 
 def _system(arguments: argparse.Namespace, blocks: int) -> SystemConfig:
@@ -263,11 +354,10 @@ def _system(arguments: argparse.Namespace, blocks: int) -> SystemConfig:
     from lambdascale.experiments.build import build
     from lambdascale.experiments.compose import choosing, compose
 
-    given = (f"system.autoscaler.min_replicas={arguments.min_nodes}", f"system.autoscaler.keep_alive_s={arguments.keep_alive}")
     with choosing("system", arguments.system) as chosen:
         missing = [key for key in ("_target_", "autoscaler") if key not in compose(chosen).system]
         if missing:
             raise UserError(f"{arguments.system} is not a system: it has no {missing[0]}")
-        system = build(compose([*chosen, *given, *arguments.overrides])).system
+        system = build(compose([*chosen, *_settings(arguments), *arguments.overrides])).system
     assert isinstance(system, SystemConfig), "what is composed is a system"
     return replace(system, blocks=blocks)

@@ -271,7 +271,8 @@ class ClusterSpec:
     ``rdma_efficiency`` and ``collective_efficiency`` are the shares of the line rate that one-sided writes and a collective's
     ring achieve. ``link_latency_s`` is the start-up time of one send, ``hop_latency_s`` the time for activations to reach the
     next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
-    ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store.
+    ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store. ``usd_per_host_gb_hour``: price of host
+    memory that copies of models take, per 10^9 bytes.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -290,6 +291,7 @@ class ClusterSpec:
     host_memory_bytes: int | str
     usd_per_gpu_hour: float
     remote_bytes_per_s: float | str = 0.0
+    usd_per_host_gb_hour: float = 0.0
     nics_per_node: int = 1
     overrides: tuple[NodeOverride, ...] = ()
     provenance: str = "configured: conf/cluster and overrides"
@@ -304,7 +306,8 @@ class ClusterSpec:
         for name in ("rdma_efficiency", "collective_efficiency"):
             value = getattr(self, name)
             require(0 < value <= 1, f"ClusterSpec.{name} must be in (0, 1], not {value!r}")
-        for name in ("link_latency_s", "hop_latency_s", "remote_bytes_per_s", "host_memory_bytes", "usd_per_gpu_hour"):
+        prices = ("usd_per_gpu_hour", "usd_per_host_gb_hour")
+        for name in ("link_latency_s", "hop_latency_s", "remote_bytes_per_s", "host_memory_bytes", *prices):
             value = getattr(self, name)
             require(value >= 0, f"ClusterSpec.{name} must not be negative, not {value!r}")
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from msgspec import structs
 from omegaconf import DictConfig, OmegaConf
 
-from lambdascale.core import Request, TracedRequest, UserError
+from lambdascale.core import TracedRequest, UserError
 from lambdascale.core.units import parse_rate
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.folder import MANIFEST, SUMMARY, check_whole, read_json
 from lambdascale.experiments.runner import drive_experiment
+from lambdascale.experiments.work import EVENTS_PER_REQUEST
 from lambdascale.metrics import Recorder, events_table, requests_table, summarise
 from lambdascale.metrics.fidelity import compute_factor, errors, extra_s, rate_factors, startup_s
+from lambdascale.workload import RecordedRun
 
 _GPU = ("hbm_bytes_per_s", "peak_flops")
 _OVERHEAD = "cluster.compute.iteration_overhead_s"
@@ -46,7 +49,8 @@ class Calibration:
     """Outcome: a row per metric with ``error_percent`` and ``error_after_percent``, with the constants as suggested.
 
     ``startup_s``: by how much longer than simulated a new instance takes to its first token, beyond its iterations; None if none
-    is to be seen. ``left_out``: requests that the live run did not answer.
+    is to be seen. ``left_out``: requests that are not simulated (see recorded); ``failed``: those that the live run failed and
+    the simulation served.
     """
 
     backend: str
@@ -54,6 +58,7 @@ class Calibration:
     constants: tuple[Constant, ...]
     startup_s: float | None
     left_out: int
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,10 @@ def calibrate(folder: Path) -> Calibration:
     """
     live = _finished(folder)
     config = _config(folder)
-    requests = recorded(live.requests)
-    if not requests:
+    if not (live.requests.status == "ok").any():
         raise UserError(f"the run in {folder} answered no request")
     models = build(config).models
+    requests = recorded(folder, [model.name for model in models], config.max_events // EVENTS_PER_REQUEST)
     config.backend = compose(["backend=sim"]).backend
     before = _simulate(config, models, requests)
     rates = _rates(config, live, before)
@@ -92,6 +97,7 @@ def calibrate(folder: Path) -> Calibration:
         constants=constants,
         startup_s=None if starts[0] is None or starts[1] is None else starts[0] - starts[1],
         left_out=len(live.requests) - len(requests),
+        failed=len(requests) - int((live.requests.status == "ok").sum()),
     )
 
 
@@ -107,15 +113,19 @@ def _mean_error(table: pd.DataFrame) -> float:
     return float(table.error_percent[table.statistic == "MAPE"].mean())
 
 
-def recorded(rows: pd.DataFrame) -> tuple[TracedRequest, ...]:
-    """The answered requests of requests.parquet as a workload: same ids, arrivals, limits and lengths."""
-    columns = ["request_id", "arrival_s", "model", "prompt_tokens", "max_tokens", "output_tokens"]
-    if missing := [name for name in columns if name not in rows]:
-        raise UserError(f"requests.parquet lacks {', '.join(missing)}: the run was made by an older version")
-    answered = rows[rows.status == "ok"].sort_values(["arrival_s", "request_id"])[columns]
+def recorded(folder: Path, models: Sequence[str], most: float) -> tuple[TracedRequest, ...]:
+    """Requests of a run as ``workload=run`` replays them, at most ``most``, under the ids that they have in requests.parquet.
+
+    Those that failed are served again, except the ones that the run's own trace records as failed, and those of which no answer
+    is known: older runs, and live runs whose end nobody knew.
+    """
+    trace = RecordedRun(path=str(folder), failures="count").load(models=models, seed=0, max_requests=most)
+    rows = pd.read_parquet(folder / "requests.parquet").sort_values("arrival_s", kind="stable")
+    known = rows.answer_tokens.fillna(rows.output_tokens) if "answer_tokens" in rows else rows.output_tokens
+    numbers = rows.request_id[(known.fillna(0) > 0) & (rows.prompt_tokens > 0)]
     return tuple(
-        TracedRequest(Request(int(number), float(at), str(model), int(prompt), int(limit)), int(tokens))
-        for number, at, model, prompt, limit, tokens in answered.itertuples(index=False, name=None)
+        structs.replace(each, request=structs.replace(each.request, request_id=int(number)))
+        for number, each in zip(numbers, trace.requests, strict=True)
     )
 
 

@@ -128,13 +128,15 @@ def _gpus(folder: Path) -> pd.DataFrame:
 def _summary(folder: Path) -> pd.DataFrame:
     summary = read_json(folder / SUMMARY)
     row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p95", "p99", "p999")}
-    row |= {"tpot_mean_s": summary["tpot_s"]["mean"]}
+    row |= {f"e2e_{name}_s": value for name, value in summary["e2e_s"].items()}
+    row |= {f"{name}_mean_s": summary[f"{name}_s"]["mean"] for name in ("tpot", "ntpot", "queue")}
     row |= {f"itl_{name}_s": value for name, value in summary.get("itl_s", {}).items()}
     row |= {f"requests_{name}": summary["requests"][name] for name in ("submitted", "completed", "failed")}
     row |= {name: summary[name] for name in ("gpu_seconds", "cost_usd", "scale_outs", "pipeline_first_tokens")}
-    row |= {name: summary[name] for name in ("restarts", "preemptions")}
+    row |= {name: summary[name] for name in ("restarts", "preemptions", "host_gb_seconds", "host_cost_usd", "total_cost_usd")}
     row |= {f"starts_{way}": count for way, count in summary["node_starts"].items()}
-    row |= {"requested_per_s": summary["rates"]["requested_per_s"], **summary.get("slo", {})}
+    row |= {"failures": "; ".join(f"{reason}: {count}" for reason, count in summary["failures"].items())}
+    row |= {**summary["rates"], **summary.get("slo", {})}
     return pd.DataFrame([row])
 
 

@@ -13,10 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from omegaconf import DictConfig, OmegaConf
 
 from lambdascale.control import Observer, build_system, drive
-from lambdascale.core import TracedRequest
+from lambdascale.core import TracedRequest, UserError
 from lambdascale.core.checks import require, shown
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.experiments.build import Experiment, build
@@ -37,8 +38,11 @@ from lambdascale.experiments.progress import Progress
 from lambdascale.experiments.setups import simulated_setup
 from lambdascale.experiments.work import EVENTS_PER_REQUEST, MAX_EVENTS, check_requests
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise, write_json, write_table
+from lambdascale.metrics.scaleouts import host_byte_seconds
+from lambdascale.metrics.session import SessionRecorder
+from lambdascale.metrics.summary import HostMemoryUse
 from lambdascale.sim import SimBackend, SimConfig
-from lambdascale.workload import LoadedTrace, bounded
+from lambdascale.workload import LoadedTrace, Provenance, bounded
 
 if TYPE_CHECKING:
     from lambdascale.live.controller.backend import LiveBackend  # with torch, which simulations do without
@@ -111,7 +115,39 @@ def _execute(
     recorder = Recorder()
     title = f"{experiment.system.name} {experiment.models[0].name}"
     driven = drive_experiment(experiment, trace.requests, settings["seed"], recorder, title, settings["max_events"])
-    wall_s = time.perf_counter() - begin
+    ended = Ended(recorder, trace, driven, started, time.perf_counter() - begin)
+    return write_run(settings, experiment, ended, digest, folder)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over: its record, requests and times. ``wall_s``: seconds that it took."""
+
+    recorder: Recorder
+    trace: LoadedTrace
+    driven: Driven
+    started: str
+    wall_s: float
+
+
+def write_session(config: DictConfig, session: SessionRecorder, folder: Path, *, started: str, wall_s: float) -> dict[str, Any]:
+    """Write a served session as the run of ``config`` in ``folder``; return its summary. UserError if it served no request.
+
+    Requests that were under way at its end have failed.
+    """
+    if not session.taken:
+        raise UserError(f"no request was served: {folder} is not written")
+    settings: Any = OmegaConf.to_container(config, resolve=True)
+    recorder = session.finish()
+    served = LoadedTrace(requests=(), provenance=Provenance(rows=session.taken))
+    ended = Ended(recorder, served, Driven(None, {}), started, wall_s)
+    return write_run(settings, build(config), ended, run_digest(settings, started), folder)
+
+
+def write_run(settings: dict[str, Any], experiment: Experiment, ended: Ended, digest: str, folder: Path) -> dict[str, Any]:
+    """Derive tables and summary of a run and write its folder; return the summary."""
+    recorder, trace, driven, wall_s = ended.recorder, ended.trace, ended.driven, ended.wall_s
+    events = events_table(recorder)
     requests = requests_table(recorder, experiment.system.name, trace.requests, trace.failed, driven.token_gaps)
     summary = summarise(
         recorder,
@@ -119,6 +155,7 @@ def _execute(
         system=experiment.system.name,
         backend=experiment.backend.label,
         usd_per_gpu_hour=experiment.cluster.usd_per_gpu_hour,
+        host=_host_memory(experiment, events),
         wall_s=wall_s,
         slo=experiment.slo,
         gaps=driven.token_gaps,
@@ -133,7 +170,7 @@ def _execute(
         "communicator": _communicator(experiment),
         "hardware_profile": {"cluster": asdict(experiment.cluster), "provenance": experiment.cluster.provenance},
         "workload": asdict(trace.provenance),
-        "started": started,
+        "started": ended.started,
         "wall_s": wall_s,
         "start_parts_s": driven.start_parts_s,
         **environment(),
@@ -142,11 +179,19 @@ def _execute(
         # Without the study that the run is part of: its grids are longer than all the rest, and say nothing about the run.
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(settings | {"study": None})))
         write_table(temporary / "requests.parquet", requests)
-        write_table(temporary / "events.parquet", events_table(recorder))
+        write_table(temporary / "events.parquet", events)
         write_table(temporary / "gpus.parquet", gpu_usage(recorder))
         write_json(temporary / SUMMARY, summary)
         write_json(temporary / MANIFEST, manifest | {FILES: fingerprints(temporary)})
     return summary
+
+
+def _host_memory(experiment: Experiment, events: pa.Table) -> HostMemoryUse:
+    """Host memory that copies of models took, and its price."""
+    sizes = {model.name: model.size_bytes for model in experiment.models}
+    # Host memories without a keep-alive keep their copies.
+    keep_alive_s = getattr(experiment.system.memory, "keep_alive_s", None)
+    return HostMemoryUse(host_byte_seconds(events, keep_alive_s, sizes), experiment.cluster.usd_per_host_gb_hour)
 
 
 def _warn_of_failures(summary: dict[str, Any]) -> None:

@@ -30,8 +30,10 @@ from lambdascale.figures import (
     fig09_sources,
     fig10_ttft,
     fig11_gpus,
+    interference,
     sensitivity,
     slo_capacity,
+    token_gaps,
 )
 from lambdascale.figures.style import mark_setups, styled
 
@@ -70,6 +72,8 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_faults": beyond_faults,
     "sensitivity": sensitivity,
     "slo_capacity": slo_capacity,
+    "interference": interference,
+    "token_gaps": token_gaps,
 }
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_ABOUT_COPIES = ("PlaceCopy", "ReleaseNode", "LoadBlocks", "StartMulticast", "BlockArrived", "EvictBlocks", "NodeLost")
 
 
 def scale_out_times(events: pd.DataFrame) -> dict[str, float | int | None]:
@@ -61,11 +66,12 @@ class _Copy:
     used_s: float
 
 
-def host_copies(events: pd.DataFrame, keep_alive_s: float | None) -> pd.DataFrame:
+def host_copies(events: pd.DataFrame, keep_alive_s: float | None, end_s: float | None = None) -> pd.DataFrame:
     """One row per host copy of the run: node, model, ``begin_s`` and ``end_s``.
 
     A copy begins when it is placed or kept on a release. Another release and every block read from it renew it. It ends when
-    it is evicted, ``keep_alive_s`` after its last use (None: never), when its node is lost, or with the run.
+    it is evicted, ``keep_alive_s`` after its last use (None: never), when its node is lost, or with the run, at ``end_s`` (None:
+    the time of the last row).
     """
     keep_s = inf if keep_alive_s is None else keep_alive_s
     copies: dict[tuple[int, str], _Copy] = {}
@@ -101,15 +107,23 @@ def host_copies(events: pd.DataFrame, keep_alive_s: float | None) -> pd.DataFram
         elif kind == "NodeLost":
             for key in [key for key in copies if key[0] == row.node]:
                 end(key, at_s)
-    last_s = float(events.at_s.iloc[-1]) if len(events) else 0.0
+    last_s = end_s if end_s is not None else float(events.at_s.iloc[-1]) if len(events) else 0.0
     for key in list(copies):
         end(key, last_s)
     return pd.DataFrame(ended, columns=["node", "model", "begin_s", "end_s"])
 
 
+def host_byte_seconds(events: pa.Table, keep_alive_s: float | None, sizes: Mapping[str, int]) -> float:
+    """Bytes of host memory that copies of models take, times seconds, over the whole run. ``sizes``: bytes of each model."""
+    rows = events.filter(pc.is_in(events["kind"], pa.array(_ABOUT_COPIES))).to_pandas()
+    if rows.empty:
+        return 0.0
+    copies = host_copies(rows, keep_alive_s, events["at_s"][-1].as_py())
+    return math.fsum((copies.end_s - copies.begin_s) * copies.model.map(sizes))
+
+
 def _rows_about_copies(events: pd.DataFrame) -> Iterator[Any]:
-    kinds = ("PlaceCopy", "ReleaseNode", "LoadBlocks", "StartMulticast", "BlockArrived", "EvictBlocks", "NodeLost")
-    yield from events[events.kind.isin(kinds)].itertuples()
+    yield from events[events.kind.isin(_ABOUT_COPIES)].itertuples()
 
 
 def _host_readers(row: Any) -> list[int]:

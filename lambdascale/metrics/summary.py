@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,21 @@ from lambdascale.metrics.slo import Slo, attainment
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import answered, gpu_seconds, gpu_usage
 
+
+@dataclass(frozen=True)
+class HostMemoryUse:
+    """Host memory taken by copies of models, in bytes times seconds, and its price for 10^9 bytes and an hour."""
+
+    byte_seconds: float
+    usd_per_gb_hour: float
+
+    def costs(self, gpus_usd: float) -> dict[str, float]:
+        """Keys of summary.json about it: its amount and cost, and the cost of the run with that of GPUs."""
+        gb_seconds = self.byte_seconds / 1e9
+        usd = gb_seconds / 3600 * self.usd_per_gb_hour
+        return {"host_gb_seconds": gb_seconds, "host_cost_usd": usd, "total_cost_usd": gpus_usd + usd}
+
+
 _PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p999": 99.9}
 
 
@@ -27,6 +43,7 @@ def summarise(
     system: str,
     backend: str,
     usd_per_gpu_hour: float,
+    host: HostMemoryUse | None = None,
     wall_s: float,
     slo: Slo | None = None,
     gaps: TokenGaps | None = None,
@@ -35,8 +52,8 @@ def summarise(
 
     ``scale_outs`` counts allocations of a node to a model from the first request on; ``node_starts`` and ``multicast_starts``
     are those by the way the weights came (see the function node_starts). IncompleteRunError unless every submitted request was
-    completed or failed, and every completed one has a first token. ``gaps``: between tokens; without,
-    ``itl_s`` is absent.
+    completed or failed, and every completed one has a first token. ``host``: what copies of models took of host memory, and its
+    price; ``gaps``: between tokens; without them their keys are absent.
     """
     # The gaps between tokens, which may be millions, are taken from ``gaps``.
     frame = requests.drop_columns(["itl_s"]).to_pandas()
@@ -65,8 +82,10 @@ def summarise(
         "e2e_s": distribution(ok.e2e_s.to_numpy()),
         "ntpot_s": distribution((ok.e2e_s / ok.output_tokens).to_numpy()),
         "queue_s": distribution(ok.queue_s.to_numpy()),
+        "beside_multicast_s": distribution(ok.beside_multicast_s.to_numpy()) | {"sum": float(ok.beside_multicast_s.sum())},
         "gpu_seconds": used,
         "cost_usd": used / 3600 * usd_per_gpu_hour,
+        **({} if host is None else host.costs(used / 3600 * usd_per_gpu_hour)),
         "scale_outs": _scale_outs(recorder),
         "node_starts": ways,
         "multicast_starts": sizes,

@@ -26,6 +26,7 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.core.token_gaps import TokenGaps
+from lambdascale.metrics.interference import beside_multicasts
 from lambdascale.metrics.recorder import Recorder
 
 _REQUESTS = pa.schema(
@@ -52,6 +53,7 @@ _REQUESTS = pa.schema(
         ("failure", pa.string()),
         ("answer_tokens", pa.int64()),
         ("session", pa.string()),
+        ("beside_multicast_s", pa.float64()),
     ]
 )
 _TRACED = Failure("traced", "failed in the trace")
@@ -103,8 +105,10 @@ class _Life(msgspec.Struct, gc=False):
         return "failed" if self.failure is not None else "lost" if self.finished_s is None else "ok"
 
 
-def _columns(lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequest]) -> dict[str, list[Any]]:
-    """Columns of requests.parquet; ``known``: what the workload knew of the requests, by id."""
+def _columns(
+    lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequest], beside: Mapping[int, float]
+) -> dict[str, list[Any]]:
+    """Columns of requests.parquet; by id, ``known``: what the workload knew of requests, ``beside``: see beside_multicasts."""
     asked = [life.request for life in lives]
     traced = [known.get(r.request_id) for r in asked]
     return {
@@ -130,6 +134,7 @@ def _columns(lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequ
         "failure": [None if life.failure is None else life.failure.text for life in lives],
         "answer_tokens": [None if t is None else min(t.output_tokens, r.max_tokens) for t, r in zip(traced, asked, strict=True)],
         "session": [None if t is None else t.session for t in traced],
+        "beside_multicast_s": [beside.get(r.request_id) for r in asked],
     }
 
 
@@ -193,7 +198,7 @@ def requests_table(
     """
     lives = _lives(recorder)
     known = {each.request_id: each for each in traced}
-    columns = _columns([lives[request_id] for request_id in sorted(lives)], system, known)
+    columns = _columns([lives[request_id] for request_id in sorted(lives)], system, known, beside_multicasts(recorder))
     for row in (_unserved_row(each, system) for each in unserved):
         for name, column in columns.items():
             column.append(row.get(name))

@@ -39,7 +39,7 @@ from lambdascale.sim.instances import SimInstance
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.port import ComputePort
-from lambdascale.sim.sharing import SharedCores
+from lambdascale.sim.sharing import DisturbedPace, SharedCores
 from lambdascale.sim.timed_instances import TimedInstance
 from lambdascale.sim.token_log import TokenLog
 from lambdascale.sim.transfers import TransferEngine
@@ -120,6 +120,9 @@ class SimBackend:
         self.kernel = Kernel()
         slowdown = cluster.compute.shared_slowdown
         self._cores = SharedCores(slowdown) if slowdown else None
+        # Of nodes whose iterations multicasts may slow: only there if the options say that they do.
+        paces = {node: DisturbedPace(self._cores) for node in range(cluster.nodes)} if config.transfers.slows else None
+        self._paces = paces
         self._events: deque[Event] = deque(NodeJoined(0.0, node) for node in range(cluster.nodes))
         # Where answers end: known here and nowhere in the control plane.
         self._answer_tokens = {each.request.request_id: each.answer_tokens for each in requests}
@@ -140,6 +143,7 @@ class SimBackend:
             self._occupy,
             layers={model.name: model.layers for model in models},
             nic_shares=dict(config.slow_nodes),
+            disturb=None if paces is None else lambda node, slowdown, begins: paces[node].disturb(slowdown, begins),
         )
         for node, at in config.node_failures:
             self.kernel.at(at, self._lose_node, node)
@@ -231,7 +235,8 @@ class SimBackend:
         name = model.name if self._cluster.node(node).gpus > 1 else ""
         ports = self._ports[node]
         if name not in ports:
-            ports[name] = ComputePort(self.kernel, self._cores, self._limits.batches(model.gpus_per_replica))
+            pace = self._cores if self._paces is None else self._paces[node]
+            ports[name] = ComputePort(self.kernel, pace, self._limits.batches(model.gpus_per_replica))
             for _ in range(self._taken[node]):
                 ports[name].occupy(True)
         return ports[name]

@@ -25,6 +25,11 @@ class TransferOptions:
     ``host_source_bytes_per_s``: rate at which a NIC reads host memory, of a source that sends from there, by a way that the
     node's own loads do not use; None: by the PCIe of the GPU, which they share.
 
+    ``one_sided_slowdown``: factor by which iterations take longer on a node while it has a part in a one-sided multicast with its
+    GPU's memory, which NICs read and write meanwhile (sources in host memory have none). ``collective_slowdown``: the same for
+    the sources of a collective, whose kernels hold some of the GPU's multiprocessors; None: they compute nothing meanwhile, as
+    in the prototype.
+
     ``broadcast_s``: seconds that a collective takes from start to end with 2, 3, ... ranks (more ranks take as long as the last),
     without set-up, traffic or occupied GPUs: the sleeps of the prototype's script; empty: it is transferred.
     """
@@ -41,6 +46,8 @@ class TransferOptions:
     allocation_s: float = 0.3e-3
     registration_bytes_per_s: float = 30e9
     host_source_bytes_per_s: float | str | None = None
+    one_sided_slowdown: float = 1.0
+    collective_slowdown: float | None = None
     broadcast_s: tuple[float, ...] = ()
     record_grants: bool = False
 
@@ -63,8 +70,16 @@ class TransferOptions:
             all(seconds > 0 for seconds in self.broadcast_s),
             f"transfers.broadcast_s takes positive seconds, not {list(self.broadcast_s)}",
         )
+        for name in ("one_sided_slowdown", "collective_slowdown"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"transfers.{name} must be at least 1, not {value}")
         probability = self.communicator_outlier_probability
         require(0 <= probability <= 1, f"transfers.communicator_outlier_probability must be in [0, 1], not {probability}")
+
+    @property
+    def slows(self) -> bool:
+        """True if iterations may take longer because of a multicast."""
+        return self.one_sided_slowdown > 1 or self.collective_slowdown is not None
 
     def slept_s(self, ranks: int) -> float | None:
         """Seconds that a collective of so many ranks takes as a sleep; None if it is a transfer."""

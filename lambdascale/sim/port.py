@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lambdascale.control.turns import ComputeTurns
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.sharing import SharedCores
+from lambdascale.sim.sharing import Pace
 
 # Ports look for work after everything else that happens at the same time, so that simultaneous requests share a batch.
 _LAST = 1
@@ -66,7 +66,7 @@ class Owner(Protocol):
 class ComputePort:
     """One stage's iteration at a time; passes of iterations under way first, then instances in turn (see ComputeTurns).
 
-    ``cores``: the cores that the node shares with others, if it does. ``gpus``: the length of the line. An iteration is what runs
+    ``pace``: of iterations that others slow, None if none ever does. ``gpus``: the length of the line. An iteration is what runs
     until it leaves the first GPU; then it is in the line, and nothing but its owner's withdrawal changes its end.
 
     A fixed run that nothing waits for ends without an event of the port's: it is over once its time, ``_until_s``, has come.
@@ -75,12 +75,12 @@ class ComputePort:
 
     __slots__ = (
         "_began_s",
-        "_cores",
         "_free_s",
         "_kernel",
         "_line",
         "_occupied",
         "_owner",
+        "_pace",
         "_run",
         "_shared",
         "_ticket",
@@ -90,10 +90,10 @@ class ComputePort:
         "_woken",
     )
 
-    def __init__(self, kernel: Kernel, cores: SharedCores | None, gpus: int = 1) -> None:
+    def __init__(self, kernel: Kernel, pace: Pace | None, gpus: int = 1) -> None:
         self._kernel = kernel
-        self._cores = cores
-        self._shared = cores is not None or gpus > 1
+        self._pace = pace
+        self._shared = pace is not None or gpus > 1
         self._turns: ComputeTurns[Owner, Run] = ComputeTurns()
         self._owner: Owner | None = None
         self._run: Run | None = None
@@ -218,8 +218,8 @@ class ComputePort:
 
     def _begin_shared(self, run: Run) -> None:
         pace = 1.0
-        if self._cores is not None:
-            self._ticket, pace = self._cores.enter(self.cut)
+        if self._pace is not None:
+            self._ticket, pace = self._pace.enter(self.cut)
         self._schedule(run, run.begin(pace))
 
     def _schedule(self, run: Run, lasts: float) -> None:
@@ -240,8 +240,8 @@ class ComputePort:
         if version != self._version or run is None or owner is None:
             return
         self._run = None
-        if self._cores is not None:
-            self._cores.leave(self._ticket)
+        if self._pace is not None:
+            self._pace.leave(self._ticket)
         for gpu, free_s in enumerate(self._free_s):
             at = self._free_s[gpu] = max(at, free_s) + part_s
         self._line[version] = owner, run, self._began_s
@@ -258,8 +258,8 @@ class ComputePort:
         if version != self._version or run is None:
             return
         self._run = None
-        if self._cores is not None:
-            self._cores.leave(self._ticket)
+        if self._pace is not None:
+            self._pace.leave(self._ticket)
         run.end()
         if self._turns.waiting and self._run is None:
             self._next()
@@ -276,5 +276,5 @@ class ComputePort:
         self._run.lose(self._kernel.now - self._began_s)
         self._run, self._until_s = None, inf
         self._version += 1
-        if self._cores is not None:
-            self._cores.leave(self._ticket)
+        if self._pace is not None:
+            self._pace.leave(self._ticket)

@@ -19,12 +19,11 @@ from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import LoadBlocks, StartMulticast, Tier
 from lambdascale.sim.communicator import draw_setup_s
 from lambdascale.sim.fabric import Fabric
+from lambdascale.sim.interference import Disturb, Interference, Occupy
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.links import FlowGroup
 from lambdascale.sim.loads import Deliver, Load
 from lambdascale.sim.options import TransferOptions
-
-Occupy = Callable[[NodeId, bool], None]
 
 
 class _Member:
@@ -54,7 +53,6 @@ class _Multicast(FlowGroup):
         self.command = command
         self.sizes = sizes
         self.begun = False  # not while a collective sets its communicator up
-        self.occupied: tuple[NodeId, ...] = ()
         tiers = dict(zip(command.plan.sources, command.source_tiers, strict=True))
         self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu"), host_port) for node in command.plan.members}
         received: dict[NodeId, set[int]] = {node: set() for node in members}
@@ -85,7 +83,7 @@ class _Multicast(FlowGroup):
 class TransferEngine:
     """Moves blocks in simulated time. ``deliver`` is called for every block that arrives in a node's GPU memory.
 
-    ``occupy(node, busy)``: a collective takes the node's GPU, or gives it back. ``setup_s``: the communicator set-ups drawn,
+    ``occupy``, ``disturb``: see Interference. ``setup_s``: the communicator set-ups drawn,
     by transfer id. ``links.grants``: the recorded grants, if asked for. ``layers`` of each model (one a block, if not given) and
     ``nic_shares`` of nodes whose NIC is slower than the others'.
     """
@@ -101,13 +99,14 @@ class TransferEngine:
         *,
         layers: Mapping[str, int] | None = None,
         nic_shares: Mapping[NodeId, float] | None = None,
+        disturb: Disturb | None = None,
     ) -> None:
         self._kernel = kernel
         self._cluster = cluster
         self._options = options
         self._rng = rng
         self._deliver = deliver
-        self._occupy = occupy
+        self._interference = Interference(options, occupy, disturb)
         self._layers = layers or {}
         self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
         host_bytes_per_s = options.host_source_bytes_per_s
@@ -141,6 +140,8 @@ class TransferEngine:
         self._join(transfer)
         self._transfers[command.transfer_id] = transfer
         if command.multicast == "one_sided":
+            on_gpus = [node for node, member in transfer.members.items() if member.pcie is None]
+            self._interference.one_sided(command.transfer_id, on_gpus)
             self._begin_multicast(transfer)
             return
         slept_s = self._options.slept_s(len(command.plan.members))
@@ -190,9 +191,7 @@ class TransferEngine:
         plan = transfer.command.plan
         if transfer.cancelled or not self._fabric.alive(plan.members):
             return
-        transfer.occupied = plan.sources
-        for node in transfer.occupied:
-            self._occupy(node, True)
+        self._interference.collective(transfer.command.transfer_id, plan.sources)
         self._begin_multicast(transfer)
 
     def _begin_multicast(self, transfer: _Multicast) -> None:
@@ -239,7 +238,7 @@ class TransferEngine:
         transfer.left -= 1
         command = transfer.command
         if transfer.left == 0:
-            self._release(transfer)
+            self._interference.release(command.transfer_id)
             self._ended(command.transfer_id)
         self._arrived(command.transfer_id, node.node, command.model, block)
 
@@ -358,7 +357,7 @@ class TransferEngine:
         self._fabric.cancel(transfer)
         if isinstance(transfer, _Multicast):
             self._joins.pop(transfer, None)
-            self._release(transfer)
+            self._interference.release(transfer_id)
 
     def lost(self, *nodes: NodeId) -> None:
         """Let nothing more move to, from or through a node, or between two that have lost their connection.
@@ -368,7 +367,7 @@ class TransferEngine:
         """
         for each in [each for each in self._transfers.values() if isinstance(each, _Multicast)]:
             if each.command.multicast == "collective" and all(node in each.members for node in nodes):
-                self._release(each)
+                self._interference.release(each.command.transfer_id)
                 self._fabric.cancel(each)
         self._fabric.lose(frozenset(nodes), (*self._transfers.values(), self._copies))
         if len(nodes) == 1:
@@ -390,8 +389,3 @@ class TransferEngine:
         transfer = self._transfers.pop(transfer_id, None)
         if isinstance(transfer, _Multicast):
             self._joins.pop(transfer, None)
-
-    def _release(self, transfer: _Multicast) -> None:
-        for node in transfer.occupied:
-            self._occupy(node, False)
-        transfer.occupied = ()

@@ -125,6 +125,7 @@ REFUSING = {
     "{{ '\\ud800' }}": "surrogates not allowed",
     "{{ messages | tojson(indent=messages) }}": "refuses the messages: ",
     "{% include 'other' %}": "no loader",
+    "{{ 'a' * 10 ** 18 }}": "refuses the messages: (MemoryError|OverflowError)",  # an error without a text
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "recursion",
 }
 

@@ -81,22 +81,39 @@ def test_a_run_that_agrees_has_no_error(tmp_path: Path) -> None:
     assert same.left_out == 0
 
 
-def test_only_answered_requests_are_recorded() -> None:
+def test_failed_requests_are_served_again_under_their_ids(tmp_path: Path) -> None:
+    """Those of which no answer is known (5 and 6) are left out: they failed in the run's own trace, or while being served."""
     rows = pd.DataFrame(
         {
-            "request_id": [4, 2, 3],
-            "arrival_s": [2.0, 1.0, 1.5],
+            "request_id": [4, 2, 3, 5, 6],
+            "arrival_s": [2.0, 1.0, 1.5, 1.1, 1.2],
             "model": "m",
             "prompt_tokens": 10,
             "max_tokens": 20,
-            "output_tokens": [5, 6, None],
-            "status": ["ok", "ok", "failed"],
+            "output_tokens": [5, 6, None, None, None],
+            "answer_tokens": [5, 6, 7, None, None],
+            "status": ["ok", "ok", "failed", "failed", "failed"],
         }
     )
-    requests = recorded(rows)
-    assert [(each.request_id, each.arrival_s, each.output_tokens) for each in requests] == [(2, 1.0, 6), (4, 2.0, 5)]
-    with pytest.raises(UserError, match="lacks max_tokens"):
-        recorded(rows.drop(columns="max_tokens"))
+    rows.to_parquet(tmp_path / "requests.parquet")
+    requests = recorded(tmp_path, ["m"], 10)
+    assert [(each.request_id, each.arrival_s, each.output_tokens) for each in requests] == [(2, 1.0, 6), (3, 1.5, 7), (4, 2.0, 5)]
+    with pytest.raises(UserError, match="the run served 'm', this one has n"):
+        recorded(tmp_path, ["n"], 10)
+
+
+def test_a_run_with_failures_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request that failed live loaded the cluster too: it is simulated, and is in none of the errors."""
+    folder = pretend(run(compose([*COMMON, f"out={tmp_path / 'live'}"])).folder, [])
+    rows = pd.read_parquet(folder / "requests.parquet")
+    rows.loc[3, ["status", "failure", "ttft_s", "finished_s", "output_tokens"]] = ["failed", "node 1 is lost", None, None, None]
+    rows.to_parquet(folder / "requests.parquet")
+    change(folder, "manifest.json", files=fingerprints(folder))
+    assert main(["calibrate", str(folder)]) == 0
+    found = calibrate(folder)
+    assert (found.left_out, found.failed) == (0, 1)
+    assert (found.errors.error_percent.dropna() == 0).all()
+    assert "1 requests that the live run failed are served" in capsys.readouterr().out
 
 
 def test_errors_are_of_requests_that_both_answered() -> None:

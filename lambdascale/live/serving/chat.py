@@ -106,4 +106,4 @@ def _to_json(
 
 
 def _line(error: Exception) -> str:
-    return one_line(f"{error or type(error).__name__}")
+    return one_line(str(error) or type(error).__name__)

@@ -7,14 +7,14 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
 
 from lambdascale.checkpoints import PackedModel
-from lambdascale.control import SystemConfig, build_system, drive
+from lambdascale.control import Observer, SystemConfig, build_system, drive
 from lambdascale.core import ClusterSpec, Failure, UserError
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller.backend import LiveBackend
@@ -35,10 +35,19 @@ _NO_NODE = "no node is alive"
 
 
 class Service:
-    """A cluster that serves one model. ``backend`` runs already; ``close()`` ends everything."""
+    """A cluster that serves one model. ``backend`` runs already; ``close()`` ends everything. ``observers`` belong to the control
+    thread until then.
+    """
 
     def __init__(
-        self, *, config: LiveConfig, model: PackedModel, cluster: ClusterSpec, system: SystemConfig, options: HttpOptions
+        self,
+        *,
+        config: LiveConfig,
+        model: PackedModel,
+        cluster: ClusterSpec,
+        system: SystemConfig,
+        options: HttpOptions,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.text = Text(model.directory)
         plane = build_system(system, cluster=cluster, models=[model.spec])
@@ -52,7 +61,7 @@ class Service:
 
         def run() -> None:
             try:
-                drive(plane, self.backend, [self.state])
+                drive(plane, self.backend, [self.state, *observers])
             except BaseException as error:
                 self.fault = error
                 if not isinstance(error, UserError):
