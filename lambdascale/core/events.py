@@ -36,6 +36,16 @@ class BlockArrived(Event, frozen=True, gc=False, tag=True):
     block: int
 
 
+class SetUpDone(Event, frozen=True, gc=False, tag=True):
+    """Bytes of the transfer can come to ``node`` from now on: its communicator is built, and its process runs.
+
+    Only of transfers that had to wait for either.
+    """
+
+    transfer_id: int
+    node: NodeId
+
+
 class TokensProduced(Event, frozen=True, gc=False, tag=True):
     """A request has ``tokens`` output tokens so far. At least the first token of a request is reported."""
 
@@ -102,10 +112,13 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
     model: str = ""
 
 
+# What nodes report to the controller of a live cluster.
+NodeEvent = BlockArrived | SetUpDone | CommandFailed
 AnyEvent = (
     NodeJoined
     | RequestArrived
     | BlockArrived
+    | SetUpDone
     | TokensProduced
     | RequestFinished
     | RequestPreempted
@@ -119,6 +132,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     NodeJoined,
     RequestArrived,
     BlockArrived,
+    SetUpDone,
     TokensProduced,
     RequestFinished,
     RequestPreempted,

@@ -12,7 +12,7 @@ from typing import TypeVar
 from msgspec import MsgspecError, Struct, msgpack
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
-from lambdascale.core.events import BlockArrived, CommandFailed, Mode
+from lambdascale.core.events import Mode, NodeEvent
 from lambdascale.core.plan import NodeId, Stage
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
@@ -112,7 +112,7 @@ class Connected(Message, frozen=True, tag=True):
 class Happened(Message, frozen=True, tag=True):
     """An event; the controller gives it its time."""
 
-    event: BlockArrived | CommandFailed
+    event: NodeEvent
 
 
 class Placed(Message, frozen=True, tag=True):

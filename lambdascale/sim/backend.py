@@ -31,7 +31,16 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
+from lambdascale.core.events import (
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    SetUpDone,
+    TimerFired,
+)
 from lambdascale.core.timing import ComputeModel
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.sim.batches import Surroundings
@@ -137,6 +146,7 @@ class SimBackend:
             np.random.default_rng(seed),
             self._block_arrived,
             self._occupy,
+            set_up=self._set_up,
             layers={model.name: model.layers for model in models},
             nic_shares=dict(config.slow_nodes),
         )
@@ -305,6 +315,9 @@ class SimBackend:
 
     def _block_arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         self._events.append(BlockArrived(self.kernel.now, transfer_id, node, model, block))
+
+    def _set_up(self, transfer_id: int, node: NodeId) -> None:
+        self._events.append(SetUpDone(self.kernel.now, transfer_id, node))
 
     def _occupy(self, node: NodeId, busy: bool) -> None:
         """A collective takes the node's GPUs or gives them back."""
