@@ -22,6 +22,7 @@ from lambdascale.figures import (
     beyond_models,
     beyond_scale,
     beyond_waves,
+    cold_starts,
     fig01_burstiness,
     fig02_host_cache,
     fig07_multicast,
@@ -68,6 +69,7 @@ FIGURES: dict[str, FigureModule] = {
     "beyond_faults": beyond_faults,
     "sensitivity": sensitivity,
     "slo_capacity": slo_capacity,
+    "cold_starts": cold_starts,
 }
 
 

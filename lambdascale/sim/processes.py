@@ -15,6 +15,9 @@ from lambdascale.sim.links import FlowGroup
 from lambdascale.sim.loads import Load
 from lambdascale.sim.transfers import TransferEngine
 
+# In front of a member's receives: no send is in its round, so that none begins.
+_CLOSED = (-1, None)
+
 
 @runtime_checkable
 class Pool(Protocol):
@@ -106,7 +109,10 @@ class Processes:
 
 
 class PatientTransfers(TransferEngine):
-    """A data plane whose transfers begin once the ``processes`` of all their destinations run; communicators are built then."""
+    """A data plane whose destinations receive once their ``processes`` run.
+
+    Under a barrier, and in a collective, all wait for the last of them; then the communicator is built.
+    """
 
     def __init__(self, processes: Processes, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -121,13 +127,27 @@ class PatientTransfers(TransferEngine):
         self._await(load, command, (command.node,), load.start)
 
     def _launch(self, transfer: Any) -> None:
-        plan, collective = transfer.command.plan, transfer.command.multicast == "collective"
-        if self._processes.ready_s(transfer.command.model, plan.destinations) <= self._kernel.now:
+        command, nodes = transfer.command, transfer.command.plan.destinations
+        starting = [node for node in nodes if self._processes.ready_s(command.model, (node,)) > self._kernel.now]
+        collective = command.multicast == "collective"
+        if not starting:
             super()._launch(transfer)
-            return
-        # A collective has its communicator to build yet.
-        told = () if collective else plan.destinations
-        self._await(transfer, transfer.command, plan.destinations, partial(super()._launch, transfer), told)
+        elif collective or command.plan.streaming or self._barrier_s(command) is not None:
+            # A collective has its communicator to build yet.
+            self._await(transfer, command, nodes, partial(super()._launch, transfer), () if collective else nodes)
+        else:
+            for node in starting:
+                member = transfer.members[node]
+                member.receives.appendleft(_CLOSED)
+                self._await(transfer, command, (node,), partial(self._open, transfer, member))
+            super()._launch(transfer)
+
+    def _open(self, transfer: Any, member: Any) -> None:
+        """Let a destination of one-sided writes receive the blocks of its first round."""
+        member.receives.popleft()
+        due = member.receives[0][0]
+        for source in [source for number, source in member.receives if number == due]:
+            self._send_next(transfer, source)
 
     def _await(
         self,
@@ -137,14 +157,13 @@ class PatientTransfers(TransferEngine):
         launch: Callable[[], None],
         told: Sequence[NodeId] | None = None,
     ) -> None:
-        """Launch a transfer when the processes of ``nodes`` run; the set-up of those in ``told`` (None: all) is over then."""
+        """Go on when the processes of ``nodes`` run, none of which was lost; the set-up of ``told`` (None: all) is over then."""
 
         def ready(_: None) -> None:
-            if transfer.cancelled:
+            if transfer.cancelled or not self._fabric.alive(nodes):
                 return
             for node in nodes if told is None else told:
-                if self._fabric.alive((node,)):
-                    self._set_up(command.transfer_id, node)
+                self._set_up(command.transfer_id, node)
             launch()
 
         self._kernel.at(self._processes.ready_s(command.model, nodes), ready)
