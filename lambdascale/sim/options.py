@@ -70,7 +70,7 @@ class TransferOptions:
         require(0 <= probability <= 1, f"transfers.communicator_outlier_probability must be in [0, 1], not {probability}")
 
     def draw_setup_s(self, ranks: int, rng: np.random.Generator) -> float:
-        """Draw the seconds that it takes to build a communicator of so many ranks; 0 if it is there."""
+        """Draw the seconds that it takes to build a communicator of so many ranks; 0 without set-ups."""
         return draw_setup_s(ranks, rng, self.communicator_outlier_probability) if self.communicator_setup else 0.0
 
     def slept_s(self, ranks: int) -> float | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lambdascale.control import build_system, drive
-from lambdascale.core import ClusterSpec, ProcessStart, TracedRequest, UserError
-from lambdascale.core.commands import AllocateNode, Command, LoadBlocks
+from lambdascale.core import ClusterSpec, MulticastPlan, ProcessStart, Send, TracedRequest, UserError
+from lambdascale.core.commands import AllocateNode, Command, LoadBlocks, StartMulticast
 from lambdascale.core.events import BlockArrived, Event, SetUpDone
 from lambdascale.experiments.cold_starts import ratios
 from lambdascale.experiments.compose import conf_dir
@@ -19,10 +21,12 @@ from lambdascale.figures.registry import render
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
 from lambdascale.metrics.ttft_parts import PARTS
-from lambdascale.sim import NewProcesses, SimConfig, WarmPool
-from lambdascale.sim.processes import Pool, Processes
+from lambdascale.sim import NewProcesses, SimConfig, TransferOptions, WarmPool
+from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.processes import PatientTransfers, Pool, Processes
 from lambdascale.testing.systems import burst, small_cluster, small_model
 from tests.property.test_ttft_parts_properties import check, system_of
+from tests.unit.transfers_rig import CLUSTER
 
 # Of a 1 GB model: 1 + 0.5 + max(2, 1 / 0.4) = 4 s.
 START = ProcessStart(process_s=1.0, context_s=0.5, kernels_s=2.0, registration_bytes_per_s="0.4GB/s", first_iteration_s=0.25)
@@ -158,13 +162,12 @@ class TestRuns:
         warm, new = (table.to_pandas()[["ttft_s", "e2e_s", "restarts"]] for table in tables)
         pd.testing.assert_frame_equal(warm, new, atol=1e-6)
 
-    def test_a_node_that_runs_already_does_not_wait_for_the_others(self) -> None:
-        """Of two destinations, one has kept its process: its replica is complete before the other's can begin."""
-        waves = [*burst(2, 1.0), *burst(12, 40.0, 100)]
+    def test_a_process_that_is_kept_for_ever_starts_once(self) -> None:
+        waves = [*burst(12, 1.0), *burst(12, 40.0, 100)]
         recorder = run("faasnet", NewProcesses(keep_alive_s=None), waves, "system.memory.initial_copies=0")
         ups = [event.node for _, event in entries(recorder, SetUpDone)]
         assert ups
-        assert len(ups) == len(set(ups)), "a process that was kept for ever starts once"
+        assert len(ups) == len(set(ups)) < len([at for at, _ in entries(recorder, AllocateNode) if at >= 1.0])
 
     def test_the_first_iteration_takes_longer(self) -> None:
         """Of a load: the dispatch follows its last block at once."""
@@ -183,6 +186,54 @@ class TestRuns:
         for system in ("lambdascale", "nccl_broadcast", "lambdascale_prototype"):
             recorder = run(system, NewProcesses(), burst(24, 1.0), failures=((2, 2.0), (1, 6.0)))
             assert len(check(recorder)) == 24
+
+
+class TestTransfers:
+    """Four nodes; a block takes a second on a link, and node 1 has a process from 5 s on."""
+
+    def arrivals(self, plan: MulticastPlan, ends: Sequence[tuple[float, str]] = (), **command: Any) -> Any:
+        kernel = Kernel()
+        processes = Processes(START, {"m": 10**9}, 0.0)
+        for node in plan.destinations:
+            processes.allocate(1.0 if node == 1 else 0.0, node, "m", running=node != 1)
+        found: dict[str, list[Any]] = {"blocks": [], "set up": []}
+        engine = PatientTransfers(
+            processes,
+            kernel,
+            CLUSTER,
+            TransferOptions(communicator_setup=False),
+            np.random.default_rng(0),
+            lambda number, node, model, block: found["blocks"].append((round(kernel.now, 6), node, block)),
+            lambda node, busy: None,
+            set_up=lambda number, node: found["set up"].append((kernel.now, node)),
+        )
+        tiers = ("gpu",) * len(plan.sources)
+        engine.multicast(StartMulticast(1, "m", plan, (50, 50), tiers, **({"multicast": "one_sided"} | command)))
+        for at_s, what in ends:
+            kernel.at(at_s, lambda _, what=what: engine.cancel(1) if what == "cancel" else engine.lost(1))
+        while kernel.step():
+            pass
+        return found
+
+    @pytest.mark.parametrize("command", [{}, {"barrier_s": 0.0}, {"multicast": "collective"}])
+    def test_a_destination_that_is_not_up(self, command: dict[str, Any]) -> None:
+        """The other one has its blocks meanwhile, unless the plan goes round by round, or needs all members from its start."""
+        rounds = tuple((Send(0, 1, block), Send(2, 3, block)) for block in (0, 1))
+        found = self.arrivals(MulticastPlan((0, 2, 1, 3), (0, 2), 2, rounds), **command)
+        waits = 5.0 if command else 0.0
+        assert sorted(found["blocks"]) == sorted([(6.0, 1, 0), (7.0, 1, 1), (waits + 1, 3, 0), (waits + 2, 3, 1)])
+        told = {1, 3} if command else {1}
+        assert sorted(found["set up"]) == [(5.0, node) for node in sorted(told)]
+
+    def test_what_depends_on_it_waits_too(self) -> None:
+        plan = MulticastPlan((0, 1, 2), (0,), 2, ((Send(0, 1, 0),), (Send(0, 1, 1), Send(1, 2, 0)), (Send(1, 2, 1),)))
+        assert self.arrivals(plan)["blocks"] == [(6.0, 1, 0), (7.0, 1, 1), (7.0, 2, 0), (8.0, 2, 1)]
+
+    @pytest.mark.parametrize("what", ["cancel", "lose"])
+    def test_it_never_comes_up(self, what: str) -> None:
+        rounds = tuple((Send(0, 1, block), Send(2, 3, block)) for block in (0, 1))
+        found = self.arrivals(MulticastPlan((0, 2, 1, 3), (0, 2), 2, rounds), [(3.0, what)])
+        assert found == {"blocks": [(1.0, 3, 0), (2.0, 3, 1)], "set up": []}
 
 
 class TestRatios:
