@@ -37,7 +37,7 @@ from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.guard import run_guarded
 from lambdascale.control import BatchLimits, build_system, drive
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Command
 from lambdascale.core.events import ConnectionLost, Event, NodeJoined, NodeLost
 from lambdascale.experiments.compose import compose
@@ -108,10 +108,10 @@ class Client:
         if finished:
             self._end(right=self._tokens == self._want)
 
-    def failed(self, reason: str) -> None:
+    def failed(self, failure: Failure) -> None:
         """See Sink."""
         self._load.tally.lost += 1
-        self._load.tally.reasons[reason] += 1
+        self._load.tally.reasons[failure.text] += 1
         self._over = True
 
     def _end(self, *, right: bool) -> None:
@@ -123,7 +123,7 @@ class Client:
 
 
 class Load:
-    """Clients in bursts; ``step`` lets those ask again that have their answer, as many as the moment has."""
+    """Clients that ask in bursts: ``step`` lets those with an answer ask again, many in a burst and few between two."""
 
     def __init__(self, backend: LiveBackend, answers: list[tuple[list[int], list[int]]], seed: int) -> None:
         self.backend, self.tally = backend, Tally()
@@ -354,7 +354,12 @@ def main() -> int:
     """Run the script; return the exit status."""
     summary, _, more = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=1000, help="end after so many; 0: bursts alone (default: %(default)s)")
+    parser.add_argument(
+        "--faults",
+        type=int,
+        default=1000,
+        help="end after so many faults; 0: bursts without faults (default: %(default)s)",
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", choices=["shm", "tcp"], default="shm")

@@ -1,6 +1,7 @@
 """A crowd of streams at once, and another client beside it: TTFT of those that are accepted, and how the other fares.
 
 Needs a server with two API keys, ``crowd`` and ``other`` in a file: ``lambdascale serve --model tiny --api-key @FILE``.
+With ``--out`` a row is added to ``FOLDER/reliability.csv``. Status 1 if a stream broke, or had another answer than 200 or 429.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from lambdascale.testing.reliability import Row, add_row
+
 _EVERY_S = 0.25
+_QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
 
 
 @dataclass
@@ -25,6 +32,19 @@ class Outcome:
     ttft_s: list[float] = field(default_factory=list)
     retry_after_s: list[int] = field(default_factory=list)
     broken: int = 0
+
+    @property
+    def asked(self) -> int:
+        return self.statuses.total()
+
+    @property
+    def unforeseen(self) -> int:
+        """Streams that broke, or were neither answered nor refused."""
+        return self.broken + sum(count for status, count in self.statuses.items() if status not in (200, 429))
+
+    def detail(self, name: str) -> str:
+        ttft = " ".join(f"{label}={np.quantile(self.ttft_s, q):.2f}" for label, q in _QUANTILES) if self.ttft_s else "none"
+        return f"{name}: {self.statuses[200]} answered, {self.statuses[429]} refused, TTFT s {ttft}"
 
     def row(self, name: str) -> str:
         ttft = [f"{np.quantile(self.ttft_s, q):8.3f}" for q in (0.5, 0.9, 0.99, 1.0)] if self.ttft_s else ["-"] * 4
@@ -56,12 +76,13 @@ async def ask(host: str, port: int, key: str, tokens: int, number: int, outcome:
         writer.close()
 
 
-async def main() -> None:
+async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--streams", type=int, default=300)
     parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--out", type=Path, metavar="FOLDER")
     given = parser.parse_args()
     crowd, other = Outcome(), Outcome()
     began = time.monotonic()
@@ -75,10 +96,24 @@ async def main() -> None:
         await ask(given.host, given.port, "other", given.max_tokens, 0, other)
         await asyncio.sleep(_EVERY_S)
     await gathered
-    print(f"{given.streams} streams of {given.max_tokens} tokens in {time.monotonic() - began:.1f} s; TTFT in s")
+    seconds = time.monotonic() - began
+    print(f"{given.streams} streams of {given.max_tokens} tokens in {seconds:.1f} s; TTFT in s")
     print("client   answered  refused  broken       P50      P90      P99      max  Retry-After")
     print(crowd.row("crowd"))
     print(other.row("other"))
+    unforeseen = crowd.unforeseen + other.unforeseen
+    if given.out is not None:
+        row = Row(
+            what="a crowd of streams beside another client, queue bounded",
+            tried=f"{given.streams} streams at once",
+            requests=crowd.asked + other.asked,
+            lost=crowd.broken + other.broken,
+            wrong=unforeseen,
+            detail=f"{crowd.detail('crowd')}; {other.detail('other')}; {seconds:.0f} s",
+            command=shlex.join(["python", *sys.argv]),
+        )
+        add_row(row, given.out)
+    return int(unforeseen > 0)
 
 
-asyncio.run(main())
+sys.exit(asyncio.run(main()))

@@ -97,7 +97,7 @@ def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, action="append", help="a packed model or a built-in one's name; repeatable")
-    parser.add_argument("--blocks", type=int, default=16, help="of built-in models")
+    parser.add_argument("--blocks", type=int, default=16, help="number of blocks of a built-in model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--errors", type=Path, help="default: results/tables/errors_<name of --out>.csv")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -66,7 +66,7 @@ def _plan(sources: int, destinations: int, blocks: int, tree: Callable[[int], _C
         for number, sends in enumerate(_tree_rounds(tree(len(group)), blocks)):
             if number == len(rounds):
                 rounds.append([])
-            rounds[number] += [Send(group[t.src], group[t.dst], t.block) for t in sends]
+            rounds[number] += [Send(group[s.src], group[s.dst], s.block) for s in sends]
     return MulticastPlan(
         members=tuple(range(sources + destinations)),
         sources=tuple(range(sources)),

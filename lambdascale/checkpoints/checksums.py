@@ -65,7 +65,7 @@ class Checksums:
 
 
 class _Part:
-    """Both checksums of a part."""
+    """The two checksums of a part."""
 
     def __init__(self) -> None:
         self.xxh3_64 = xxhash.xxh3_64()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,8 @@ from lambdascale.core.checks import shown
 
 # Far more than any description has (a tokenizer's vocabulary included); the reference limit of a safetensors header.
 LARGEST_BYTES = 100_000_000
+# How half of a character may be written that needs two UTF-16 units.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -28,9 +31,15 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_document(content: bytes, where: object) -> dict[str, Any]:
-    """JSON object in ``content``, which errors call ``where``; UserError for anything else, or for a key that stands twice."""
+    """JSON object in ``content``, which errors call ``where``.
+
+    UserError for anything else, for a key that stands twice, or for halves of characters, which no text may have.
+    """
     try:
-        document = json.loads(content, object_pairs_hook=_once, parse_constant=_no_number)
+        text = content.decode()
+        document = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        if _HALF.search(text):
+            json.dumps(document, ensure_ascii=False).encode()
     except RecursionError:
         raise UserError(f"cannot read {where}: it is nested too deeply") from None
     except ValueError as error:

@@ -19,7 +19,7 @@ NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 # Element types the engine computes in.
 WEIGHT_TYPES = ("F32", "F16", "BF16")
-SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # as people write them
+SHORT_NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # by the names of command lines
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,12 @@ def model_tensors(architecture: Architecture, layers: Sequence[int]) -> Iterator
 
 
 def model_spec(architecture: Architecture, dtype: str, name: str) -> ModelSpec:
-    """Sizes of the model for the control plane; ``weight_bytes`` is the total size of its blocks, head included."""
+    """Sizes of the model for the control plane; ``weight_bytes`` is the total size of its blocks, head included.
+
+    UserError for a ``dtype`` that the engine cannot compute with.
+    """
+    if dtype not in WEIGHT_TYPES:
+        raise UserError(f"the engine does not compute with weights of type {dtype}, only {', '.join(WEIGHT_TYPES)}")
     a, item = architecture, ITEM_BYTES[dtype]
     layers = sum(prod(shape) for layer in range(a.layers) for _, shape in layer_tensors(a, layer))
     return ModelSpec(
@@ -108,8 +113,6 @@ def block_layouts(architecture: Architecture, dtype: str, blocks: int, name: str
 
     UserError for more blocks than layers, or for a ``dtype`` that the engine cannot compute with.
     """
-    if dtype not in WEIGHT_TYPES:
-        raise UserError(f"the engine does not compute with weights of type {dtype}, only {', '.join(WEIGHT_TYPES)}")
     cuts = model_spec(architecture, dtype, name).partition(blocks)
     return tuple(block_layout(architecture, dtype, cut.index, range(cut.first_layer, cut.last_layer + 1)) for cut in cuts)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lambdascale.exchange import Results
 
-# As in lambdascale.exchange, which is imported when it is needed: pandas takes half a second.
+# The same as in lambdascale.exchange, which is imported when it is needed: pandas takes half a second.
 _FORMATS = ("vllm-bench", "aiperf", "csv")
 
 

@@ -7,7 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from lambdascale.experiments.mistakes import one_line, user_message
+from lambdascale.core.text import one_line
+from lambdascale.experiments.mistakes import user_message
 
 
 def run_guarded(fn: Callable[[], int | None]) -> int:

@@ -83,7 +83,7 @@ class Autoscaler:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedAutoscaler(Autoscaler):
-    """As Autoscaler, but while requests wait, at least ``burst_replicas`` replicas, whatever their number.
+    """An Autoscaler that wants at least ``burst_replicas`` replicas while requests wait, whatever their number.
 
     The prototype overrides its rule with fixed plans for each model and rate (reference, section 4); they are not known.
     """

@@ -35,11 +35,11 @@ class Observer(Protocol):
     """Watches a run; never influences it."""
 
     def on_event(self, event: Event) -> None:
-        """Called before the system sees the event."""
+        """Take note of an event, before the system sees it."""
         ...
 
     def on_command(self, at: float, command: Command) -> None:
-        """Called before the backend gets the command."""
+        """Take note of a command, before the backend gets it."""
         ...
 
 

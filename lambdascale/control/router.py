@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lambdascale.control.state import Fleet, Instance, ModelState
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Dispatch, FailRequest
 
-_NO_NODE = "no node is left to serve it"
+_NO_NODE = Failure("no_node", "no node is left to serve it")
 # A request that was on so many failed instances is given up: it may be what makes them fail.
 _TRIES = 3
 
@@ -42,22 +42,23 @@ class Router:
         serves, room = fleet.can_serve(state), fleet.most_kv_tokens(state)
         failed = [request for request in state.queue if not serves or request.kv_tokens > room]
         for request in failed:
-            reason = self._too_large(state, request) if serves else self._why(state)
-            fleet.out.append(FailRequest(request.request_id, reason))
+            failure = self._too_large(state, request) if serves else self._why(state)
+            fleet.out.append(FailRequest(request.request_id, failure))
             fleet.failures.pop(request.request_id, None)
             state.queue.remove(request)
         if failed:
             self.fill(state)
 
     @staticmethod
-    def _why(state: ModelState) -> str:
-        return f"{state.spec.name} fails on every node: {state.reason}" if state.unfit else _NO_NODE
+    def _why(state: ModelState) -> Failure:
+        return Failure("unfit_nodes", f"{state.spec.name} fails on every node: {state.reason}") if state.unfit else _NO_NODE
 
-    def _too_large(self, state: ModelState, request: Request) -> str:
+    def _too_large(self, state: ModelState, request: Request) -> Failure:
         room = self._fleet.most_kv_tokens(state)
-        return (
+        return Failure(
+            "too_large",
             f"needs up to {request.kv_tokens} tokens of KV cache ({request.prompt_tokens} for its prompt, {request.max_tokens} "
-            f"for its answer), a replica of {request.model} has {room}"
+            f"for its answer), a replica of {request.model} has {room}",
         )
 
     def finish(self, instance: Instance, request_id: int) -> None:
@@ -94,8 +95,8 @@ class Router:
         for request in lost:
             self._fleet.moved.pop(request.request_id, None)
             if failed and self._failed_too_often(request.request_id):
-                reason = f"its instance failed {_TRIES} times: {state.reason}"
-                self._fleet.out.append(FailRequest(request.request_id, reason))
+                failure = Failure("instance_failed", f"its instance failed {_TRIES} times: {state.reason}")
+                self._fleet.out.append(FailRequest(request.request_id, failure))
             else:
                 state.queue.appendleft(request)
 

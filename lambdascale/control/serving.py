@@ -65,8 +65,10 @@ class Serving:
             self._transfers.block_arrived(allocation, block, state.block_bytes[block])
         if len(held) == allocation.total:
             self._node_complete(state, allocation)
-        elif state.pending:
-            self._advance(state, node, block)
+        else:
+            if state.pending:
+                self._advance(state, node, block)
+            self._let_go(state, allocation)
         for instance in allocation.instances.values():
             if instance.limited:
                 self._look_ahead(state, instance)
@@ -127,7 +129,8 @@ class Serving:
     def _look_ahead(self, state: ModelState, pipeline: Instance) -> None:
         """Give a pipeline further requests only while one of them would get a token before the mode switch."""
         pass_s, at = costs_now(self._fleet, state).pass_s(pipeline.stages, 1), self._fleet.at
-        last = (pass_s <= left_s(state.allocations[node], at) for node in pipeline.nodes)
+        loading = (a for node in pipeline.nodes if not (a := state.allocations[node]).complete)
+        last = (pass_s <= left_s(allocation, at) for allocation in loading)
         before, pipeline.open = pipeline.open, any(last) if pipeline.switch == "all" else all(last)
         if pipeline.open and not before:
             self._router.fill(state)
@@ -142,6 +145,12 @@ class Serving:
         for instance in list(allocation.instances.values()):
             if instance.is_pipeline:
                 self._leave(state, instance)
+
+    def _let_go(self, state: ModelState, allocation: Allocation) -> None:
+        """Let complete nodes leave their pipelines if this one's new block has made up for theirs."""
+        for pipeline in list(allocation.instances.values()):
+            if pipeline.switch == "each" and any(state.allocations[node].complete for node in pipeline.nodes):
+                self._leave(state, pipeline)
 
     def _serve_alone(self, state: ModelState, allocation: Allocation) -> Instance:
         return self._serve(state, (Stage(allocation.node, 0, state.blocks - 1),))
@@ -159,11 +168,14 @@ class Serving:
         for node in instance.nodes:
             state.allocations[node].instances.pop(instance.instance_id, None)
         instance.set_stages(stages)
-        batches = len(instance.nodes) * self._batching.batches(state.spec.gpus_per_replica)
-        instance.capacity = batches * self._batching.max_batch
+        instance.capacity = self._places(state, len(instance.nodes))
         instance.kv_tokens = self._kv_tokens(state, stages)
         for node in instance.nodes:
             state.allocations[node].instances[instance.instance_id] = instance
+
+    def _places(self, state: ModelState, nodes: int) -> int:
+        """Number of requests that instances on so many nodes take at once."""
+        return nodes * self._batching.batches(state.spec.gpus_per_replica) * self._batching.max_batch
 
     @staticmethod
     def _kv_tokens(state: ModelState, stages: Sequence[Stage]) -> int:
@@ -188,22 +200,32 @@ class Serving:
         self._router.fill(state)
 
     def _leave(self, state: ModelState, pipeline: Instance) -> None:
-        """Dissolve a pipeline whose nodes are complete; with ``switch`` "each" also one whose others can go on without those."""
+        """Dissolve a pipeline whose nodes are complete; with ``switch`` "each" also one whose requests can do without its others.
+
+        They can if the others can go on by themselves, or if the complete nodes have places for all of them.
+        """
         held = {node: a.blocks for node in pipeline.nodes if not (a := state.allocations[node]).complete}
         if not held:
             self._switch_mode(state, pipeline)
-        elif pipeline.switch == "each" and len(held) > 1 and (stages := divide(held, state.blocks)) is not None:
-            self._switch_mode(state, pipeline, stages)
+        elif pipeline.switch == "each":
+            stages = divide(held, state.blocks) if len(held) > 1 else None
+            running = len(pipeline.outstanding)
+            kept = -(-running * len(held) // len(pipeline.nodes))
+            room = None if stages is None or not pipeline.limited else self._room(state, stages, "each")
+            if stages is not None and (room is None or room >= max(1, kept)):
+                self._switch_mode(state, pipeline, stages, room)
+            elif running <= self._places(state, len(pipeline.nodes) - len(held)):
+                self._switch_mode(state, pipeline)
 
-    def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = ()) -> None:
+    def _switch_mode(self, state: ModelState, pipeline: Instance, rest: tuple[Stage, ...] = (), room: int | None = None) -> None:
         """Let complete nodes serve alone, the others on the stages ``rest``; they share the running requests (paper, 4.4).
 
-        The smaller pipeline is limited as the one before was, by the time until its own mode switch, or left out.
+        ``room``: number of requests that the smaller pipeline takes at most, as the one before was limited; None: as many as it
+        has places for.
         """
         self.drop(state, pipeline)
         targets = [self._replica_on(state, a) for node in pipeline.nodes if (a := state.allocations[node]).complete]
-        room = self._room(state, rest, pipeline.switch) if rest and pipeline.limited else None
-        if rest and room != 0:
+        if rest:
             smaller = self._serve_pipeline(state, rest, pipeline.switch, room)
             targets += [smaller] * len(smaller.nodes)
         loads = {instance.instance_id: len(instance.outstanding) for instance in targets}

@@ -9,6 +9,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from lambdascale.core.failures import Failure
 from lambdascale.core.plan import MulticastPlan, NodeId, Stage
 from lambdascale.core.request import Request
 
@@ -163,10 +164,10 @@ class SetTimer(Command, frozen=True, gc=False, tag=True):
 
 
 class FailRequest(Command, frozen=True, gc=False, tag=True):
-    """Give a request up: its client gets ``reason`` as an error."""
+    """Give a request up: its client gets ``failure`` as an error."""
 
     request_id: int
-    reason: str
+    failure: Failure
 
 
 AnyCommand = (

@@ -114,31 +114,3 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
 
 # What nodes report to the controller of a live cluster.
 NodeEvent = BlockArrived | SetUpDone | CommandFailed
-AnyEvent = (
-    NodeJoined
-    | RequestArrived
-    | BlockArrived
-    | SetUpDone
-    | TokensProduced
-    | RequestFinished
-    | RequestPreempted
-    | TimerFired
-    | NodeLost
-    | NodeGivenUp
-    | ConnectionLost
-    | CommandFailed
-)
-EVENT_TYPES: tuple[type[Event], ...] = (
-    NodeJoined,
-    RequestArrived,
-    BlockArrived,
-    SetUpDone,
-    TokensProduced,
-    RequestFinished,
-    RequestPreempted,
-    TimerFired,
-    NodeLost,
-    NodeGivenUp,
-    ConnectionLost,
-    CommandFailed,
-)

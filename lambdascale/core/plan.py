@@ -57,7 +57,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             members=tuple(nodes),
             sources=tuple(names[n] for n in self.sources),
             blocks=self.blocks,
-            rounds=tuple(tuple(Send(names[t.src], names[t.dst], t.block) for t in r) for r in self.rounds),
+            rounds=tuple(tuple(Send(names[s.src], names[s.dst], s.block) for s in sends) for sends in self.rounds),
             groups=tuple(tuple(names[n] for n in g) for g in self.groups),
             orders=self.orders,
             streaming=self.streaming,
@@ -106,7 +106,7 @@ class PipelinePlan(Struct, frozen=True, gc=False):
     """Stages in execution order that cover the model once; ready after ``ready_round`` rounds of its multicast.
 
     ``form``: it serves "always" from then on, or if "useful" before its mode switch. ``switch``: it dissolves when "all" nodes
-    hold the whole model, or "each" node leaves when it does.
+    hold the whole model, or "each" node leaves when it does and the others, or the complete ones alone, can go on.
     """
 
     ready_round: int

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-# Failure of a request that its trace records as failed: it counts as failed, and no system is asked to serve it.
-TRACED_FAILURE = "failed in the trace"
-
 
 class Request(Struct, frozen=True, gc=False):
     """One inference request as a serving system sees it.

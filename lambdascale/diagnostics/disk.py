@@ -133,7 +133,7 @@ def _read(descriptor: int, size: int, buffer: mmap.mmap) -> float:
 
 
 def _read_direct(descriptor: int | None, size: int, buffer: mmap.mmap) -> float | None:
-    """As ``_read``; None if O_DIRECT is not supported, which some file systems report only when reading."""
+    """Do what ``_read`` does; return None if O_DIRECT is not supported, which some file systems report only when reading."""
     try:
         return None if descriptor is None else _read(descriptor, size, buffer)
     except OSError as error:

@@ -24,6 +24,7 @@ COLUMNS = (
     "e2e_s",
     "itl_s",
     "status",
+    "failure_reason",
     "failure",
 )
 _NUMBERS = ("arrival_s", "prompt_tokens", "output_tokens", "ttft_s", "tpot_s", "e2e_s")
@@ -77,7 +78,7 @@ def tidy(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     frame = frame.reindex(columns=list(dict.fromkeys((*COLUMNS, *frame.columns))))
     for name in _NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="raise").astype("float64")
-    for name in ("model", "failure", "itl_s"):
+    for name in ("model", "failure_reason", "failure", "itl_s"):
         frame[name] = pd.Series([_present(value) for value in frame[name]], index=frame.index, dtype=object)
     return frame
 

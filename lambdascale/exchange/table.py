@@ -26,7 +26,7 @@ def text(results: Results) -> str:
 def read(path: Path) -> Results:
     """Read a table that ``text`` wrote; UserError for anything else."""
     try:
-        frame = pd.read_csv(path, dtype={"itl_s": str, "failure": str, "model": str})
+        frame = pd.read_csv(path, dtype={"itl_s": str, "failure_reason": str, "failure": str, "model": str})
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if missing := [name for name in _NEEDED if name not in frame]:

@@ -1,1 +1,1 @@
-"""From configuration to finished runs: schema, composition, building the parts, run folders. The only user of DictConfig."""
+"""The way from configuration to finished runs: schema, composition, parts, run folders. The only user of DictConfig."""

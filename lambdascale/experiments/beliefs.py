@@ -10,6 +10,8 @@
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
 - ``starts(model)``: λScale's node starts from a source with more than one destination, of all, on the authors' trace;
+- ``with_memory(system, memory)``: P90 TTFT in seconds with twelve models and so much host memory, median and range of seeds;
+- ``on_gpus(model, link, sources)``: per cent by which pipelines lower P90 TTFT in bursts on GPUs, median and range of pairs;
 - ``count(verdict)``: rows of the comparison with the paper with that verdict, of ``count()`` rows;
 - ``cell(table, column, key=value, ...)``: any number of any table; UserError unless the keys choose one row.
 """
@@ -36,7 +38,7 @@ BLOCK = "beliefs"
 LINES = 25
 _WIDTH = 119
 _AUTHORS = "lambdascale.workload.ArrivalsTrace"
-# Numbers that are names: of models, of the interval, of hardware.
+# Names that have numbers in them: of models, hardware, percentiles and the interval.
 _NAMES_WITH_NUMBERS = re.compile(r"\b(?:7B|13B|70B|H\d00s?|P90|P50)\b|\b95 %")
 _CODE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 
@@ -115,11 +117,19 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int) -> str:
-        """Per cent by which pipelines lower P90 on GPUs, the median of paired runs since all kernels are rehearsed."""
+        """Percentage by which pipelines lower P90 on GPUs: median and range of paired runs since all kernels are rehearsed."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
         p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
-        return f"{100 * (1 - (p90[True] / p90[False]).median()):.0f} %"
+        lower = 100 * (1 - p90[True] / p90[False]).dropna()
+        return f"{lower.median():.0f} % ({lower.min():.0f} to {lower.max():.0f})"
+
+    def with_memory(system: str, memory: str) -> str:
+        runs = tables["beyond_host_memory"]
+        p90 = runs[(runs.system == system) & (runs.host_memory == memory)].ttft_p90_s
+        if p90.empty:
+            raise UserError(f"{TEMPLATE}: no rows of beyond_host_memory for {system}, {memory}")
+        return _with_interval(p90.median(), p90.min(), p90.max())
 
     def count(verdict: str | None = None) -> int:
         verdicts = tables["paper_vs_ours"].verdict
@@ -136,6 +146,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "under": under,
         "removed": removed,
         "on_gpus": on_gpus,
+        "with_memory": with_memory,
         "starts": lambda model: by_multicast(tables["paper_trace"], "lambdascale", model),
         "step": lambda system, model: cell("attribution", "ttft_p90_s", trace=_AUTHORS, system=system, model=model),
         "seeds": seeds,

@@ -45,6 +45,7 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group; UserError for values their classes refuse."""
+    _check_texts(OmegaConf.to_container(config, resolve=True))
     for name in ("model_count", "max_events"):
         if config[name] < 1:
             raise UserError(f"{name} must be at least 1, not {shown(config[name])}")
@@ -67,6 +68,15 @@ def build(config: DictConfig) -> Experiment:
         # Live they cost next to nothing.
         token_times=not isinstance(backend, SimConfig) if config.token_times is None else config.token_times,
     )
+
+
+def _check_texts(value: Any, key: str = "") -> None:
+    """Refuse texts with null bytes, wherever they stand: no path may have one."""
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{key} must not contain a null byte, unlike {shown(value)}")
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, each in entries:
+        _check_texts(each, f"{key}.{name}" if key else f"{name}")
 
 
 def _workload(config: DictConfig) -> ShapedWorkload:

@@ -84,7 +84,7 @@ def write_study(experiment: str, table: pd.DataFrame, results: Path, *, publishe
     tables.mkdir(parents=True, exist_ok=True)
     paths = [write_frame(table, tables / experiment)]
     if experiment in FIGURES:
-        # As scripts/figures.py draws it: from what is written, whose numbers are rounded.
+        # Draw from what is written, whose numbers are rounded, as scripts/figures.py does.
         paths += render(experiment, load_table(tables, experiment), results / "figures" if published else tables)
     return paths
 

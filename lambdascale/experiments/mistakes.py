@@ -8,8 +8,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from lambdascale.core import UserError
+from lambdascale.core.text import one_line
 
-_LONGEST = 600  # characters of a message
 # Settings of earlier versions, and what they are now.
 _FORMER = {
     "drop_failures": "workload.failures=drop, count or refuse",
@@ -30,12 +30,6 @@ def user_message(error: BaseException) -> str | None:
         message += " (settings of an experiment for its own workload: replay=FOLDER takes their place, workload=run does not)"
     now = next((f" ({name} is now {setting})" for name, setting in _FORMER.items() if name in message), "")
     return f"{message}{now}" if message else None
-
-
-def one_line(text: str) -> str:
-    """Return ``text`` in one line; of a very long one, whatever value made it so, the beginning and the end."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

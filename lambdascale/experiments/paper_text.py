@@ -14,7 +14,7 @@ from lambdascale.core import UserError
 _WIDTH = 119
 #: Between the entries of a cell about several causes.
 SEPARATOR = " | "
-# Not shown beside a value: of runs in which nothing is drawn, and of a run that is never idle long enough.
+# Values beside which no interval is shown: of runs in which nothing is drawn, and of one that is never idle long enough.
 _NO_INTERVAL = ("exact", "none")
 _ALL = "All that was tried, for rows with more than one cause:"
 _MARK = "†: NCCL's set-up is measured for 2 to 8 ranks; broadcasts of this row have up to 12, of which a single sample is known."

@@ -187,7 +187,7 @@ def drive_experiment(
         if progress.visible:
             observers.append(progress)
         drive(system, backend, observers, max_events=max_events if isinstance(experiment.backend, SimConfig) else None)
-        # Only now: a run that ends with an error says nothing else.
+        # Said last: a run that ends with an error says nothing else.
         if cut:
             print(f"{cut} answers are cut to what the KV memory of the nodes holds beside the prompt", file=sys.stderr)
         return Driven(backend.token_gaps(), backend.start_parts if isinstance(backend, LiveBackend) else {})

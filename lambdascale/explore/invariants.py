@@ -79,7 +79,6 @@ class Watched:
         self.plane = plane
         self.recorder = Recorder()
         self._cluster = cluster
-        self._scenario = scenario
         autoscaler = system.autoscaler
         assert isinstance(autoscaler, Autoscaler), "every explored system has it"
         self._minimum = autoscaler.min_replicas

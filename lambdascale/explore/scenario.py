@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lambdascale.control import Autoscaler, BatchLimits, SystemConfig
 from lambdascale.control.start import MulticastStart
-from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, ModelSpec, NodeOverride, TracedRequest, traced
+from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, traced
 from lambdascale.core.plan import FormRule, SwitchRule
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose, names
@@ -31,6 +31,7 @@ from lambdascale.explore.faults import (
 )
 from lambdascale.memory import HostCacheConfig
 from lambdascale.pipelines import ComplementaryPipelines
+from lambdascale.testing.systems import small_cluster, small_model, with_kv_tokens
 
 # Larger clusters, in which more happens, are drawn more often, and so are the systems with pipelines.
 _NODES = (1, 2, 3, 4, 4, 8, 8, 8)
@@ -160,47 +161,20 @@ def draw(seed: int, system: str | None = None) -> Scenario:
 
 def _models(rng: Random, gpus: int) -> tuple[ModelSpec, ...]:
     count = rng.choice((1, 1, 1, 2, 2, 3, 4))
-    size = ModelSpec(
-        name="m0", layers=16, hidden=1024, heads=16, kv_heads=8, vocab=8000, weight_bytes="1GB", gpus_per_replica=gpus
-    )
-    return tuple(replace(size, name=f"m{index}") for index in range(count))
+    return tuple(replace(small_model(f"m{index}"), gpus_per_replica=gpus) for index in range(count))
 
 
 def _cluster(rng: Random, nodes: int, gpus: int, model: ModelSpec) -> ClusterSpec:
-    """A cluster on which a 1 GB model takes tenths of a second to move and hundredths to run."""
-    roomy = GpuSpec(name="test", memory_bytes="4GB", hbm_bytes_per_s="100GB/s", peak_flops=1e13)
-    scarce = replace(roomy, memory_bytes=_memory(model, rng.choice((130, 200, 400))))
-    overrides: tuple[NodeOverride, ...] = ()
-    gpu = roomy
-    kind = rng.random()
+    """A small cluster, with scarce KV memory on no node, on some or on all."""
+    cluster = small_cluster(nodes, gpus)
+    tokens, kind = rng.choice((130, 200, 400)), rng.random()
     if kind < 0.25:
-        gpu = scarce
+        cluster = with_kv_tokens(cluster, tokens, model=model)
     elif kind < 0.5 and nodes > 1:
-        some = tuple(sorted(rng.sample(range(nodes), rng.randint(1, nodes - 1))))
-        overrides = (NodeOverride(nodes=some, gpu=scarce),)
-    return ClusterSpec(
-        name="explored",
-        nodes=nodes,
-        gpus_per_node=gpus,
-        gpu=gpu,
-        compute=ComputeSpec(flops_efficiency=0.5, bandwidth_efficiency=0.5),
-        nic_bytes_per_s="4GB/s",
-        rdma_efficiency=0.8,
-        collective_efficiency=0.9,
-        link_latency_s=1e-5,
-        hop_latency_s=1e-4,
-        pcie_bytes_per_s=rng.choice(("2GB/s", "8GB/s")),
-        ssd_bytes_per_s="0.5GB/s",
-        host_memory_bytes=rng.choice(("3GB", "1GB", "0.5GB")),
-        usd_per_gpu_hour=1.0,
-        overrides=overrides,
-    )
-
-
-def _memory(model: ModelSpec, tokens: int) -> int:
-    """Bytes of a GPU that leave so many tokens of KV beside the model."""
-    gpus = model.gpus_per_replica
-    return round((model.size_bytes + gpus * (tokens + 0.5) * model.kv_bytes_per_token) / gpus / 0.9)
+        some = sorted(rng.sample(range(nodes), rng.randint(1, nodes - 1)))
+        cluster = with_kv_tokens(cluster, tokens, some, model)
+    pcie, memory = rng.choice(("2GB/s", "8GB/s")), rng.choice(("3GB", "1GB", "0.5GB"))
+    return replace(cluster, name="explored", pcie_bytes_per_s=pcie, host_memory_bytes=memory)
 
 
 def _system(rng: Random, config: SystemConfig, most: int) -> SystemConfig:

@@ -111,7 +111,7 @@ def show_command(command: Command) -> str:
         case CancelTransfer():
             return f"cancel transfer {command.transfer_id}"
         case FailRequest():
-            return f"fail request {command.request_id}: {command.reason}"
+            return f"fail request {command.request_id}: {command.failure.text}"
     return _show_serving(command)
 
 

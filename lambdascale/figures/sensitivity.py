@@ -37,9 +37,10 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "nccl_setup": ("NCCL set-up", 1.0),
     "nccl_outliers": ("NCCL set-ups of 18 to 120 s", 1.0),
     "nccl_chunk_bytes": ("NCCL chunk [MB]", 1e-6),
+    "host_memory_bytes": ("host memory [GiB]", 2.0**-30),
     "scale_outs": ("size of scale-outs", 1.0),
 }
-_UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8}
+_UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8, "GiB": 2.0**30}
 _MEASURES = {"p90": "P90 TTFT, {} / λScale", "gpu": "GPU time below {} [%]"}
 # Look of the value at the left (-1) and right (1) end of a bar.
 _BESIDE: Mapping[int, Mapping[str, Any]] = {

@@ -18,8 +18,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from lambdascale.core import UserError
 
-COLUMN_IN = 3.4  # width of a column of a two-column paper
-PAGE_IN = 7.0
+PAGE_IN = 7.0  # width of a page of a two-column paper
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ class Compiler:
     """Compiles the kernels that a model's stages need, each set once, on a thread of its own."""
 
     def __init__(self) -> None:
-        # Guards both: a set is begun once and listed in _ready only when every kernel of it has run.
+        # Guards all three: a set is begun once and listed in _ready only when every kernel of it has run.
         self._lock = threading.Lock()
         self._threads: dict[Any, threading.Thread] = {}
         self._ready: set[Any] = set()

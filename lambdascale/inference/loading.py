@@ -41,6 +41,7 @@ class Load:
         self.model = model
         self.blocks = tuple(blocks)
         self.landed: list[int] = []
+        # Guards _callbacks and the setting of _ended: each callback is called once, whenever it was added.
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[Exception | None], None]] = []
         self._cancelled = threading.Event()

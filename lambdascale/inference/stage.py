@@ -169,7 +169,7 @@ class TransformerStage:
         for index, layer in enumerate(self._layers):
             query = operators.rotate(operators.project(hidden, layer), places, self.kv.both[index])
             if pruned is not None and index == len(self._layers) - 1:
-                # Of the other rows only keys and values are needed, and those are written.
+                # Keys and values are all that is needed of the other rows, and those are written.
                 hidden, query = hidden[wanted], query[wanted]
                 batch, parts = pruned, last_parts or Parts((), None)
                 places = Places(places.slots[wanted], places.positions[wanted], places.cos, places.sin)

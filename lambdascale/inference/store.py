@@ -73,6 +73,7 @@ class BlockStore:
         self.device = torch.device(config.device)
         require(self.device.type in ("cpu", "cuda"), f"device must be cpu or cuda, not {config.device}")
         require(self.device.type == "cpu" or torch.cuda.is_available(), "device is cuda, but PyTorch finds no GPU")
+        # Guards the models and all tiers: memory is taken, given back and evicted, and blocks become complete, in a hold only.
         self._lock = threading.RLock()
         self._models: dict[str, PackedModel] = {}
         self.landing_tier: StoreTier = "gpu" if config.land_on_device else "host"

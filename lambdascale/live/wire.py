@@ -7,19 +7,22 @@ states.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from msgspec import MsgspecError, Struct, msgpack
+from msgspec import Meta, MsgspecError, Struct, msgpack, structs
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
-from lambdascale.core.events import Mode, NodeEvent
+from lambdascale.core.events import CommandFailed, Mode, NodeEvent
 from lambdascale.core.plan import NodeId, Stage
+from lambdascale.core.text import one_line
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
 
 T = TypeVar("T")
 # No message between controller and agents is larger: a prompt for every slot of an instance takes a hundredth.
 MOST_BYTES = 64 << 20
+_MOST_PARTS = 32  # of a start; it has some ten
+Address = Annotated[str, Meta(max_length=300, pattern="^[!-~]*$")]
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -97,7 +100,7 @@ class Hello(Message, frozen=True, tag=True):
     """An agent is up; ``address`` is its endpoint's, ``parts`` says how many seconds each part of its start took."""
 
     node: NodeId
-    address: str
+    address: Address
     pid: int
     parts: dict[str, float] = {}
 
@@ -193,7 +196,7 @@ ToController = Hello | Connected | Happened | Placed | Tokens | Aborted | Resume
 
 
 class Ready(Message, frozen=True, tag=True):
-    """It is a block's turn at a destination of a multicast: write it to ``offset``, or skip it (None): it is resident already."""
+    """A destination's request for a block whose turn it is: write it to ``offset``, or skip it (None: it is resident already)."""
 
     transfer_id: int
     block: int
@@ -342,7 +345,7 @@ class Rendezvous(Message, frozen=True, tag=True):
     """Address at which the members of a broadcast meet to make their communicator."""
 
     transfer_id: int
-    address: str
+    address: Address
 
 
 ForInstance = Assign | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
@@ -364,8 +367,17 @@ def to_agent(data: bytes) -> ToAgent:
 
 
 def to_controller(data: bytes) -> ToController:
-    """Return a message to the controller; Garbled if it is none."""
-    return _decoded(_controllers.decode, data)
+    """Return a message to the controller; Garbled if it is none. What a node says in its own words is made fit to be printed."""
+    message = _decoded(_controllers.decode, data)
+    if isinstance(message, Fault | Severed | Unreached):
+        return structs.replace(message, reason=one_line(message.reason))
+    if isinstance(message, Happened) and isinstance(message.event, CommandFailed):
+        event = message.event
+        return Happened(structs.replace(event, command=one_line(event.command, 60), reason=one_line(event.reason)))
+    if isinstance(message, Hello):
+        parts = list(message.parts.items())[:_MOST_PARTS]
+        return structs.replace(message, parts={one_line(name, 60): seconds for name, seconds in parts})
+    return message
 
 
 def to_peer(data: bytes) -> Peer:
@@ -377,4 +389,4 @@ def _decoded(decode: Callable[[bytes], T], data: bytes) -> T:
     try:
         return decode(data)
     except (MsgspecError, ValueError, RecursionError) as error:  # the last: fields that nobody knows, nested without end
-        raise Garbled(f"{len(data)} bytes that are no message: {error}") from error
+        raise Garbled(f"{len(data)} bytes that are no message: {one_line(str(error), 200)}") from error

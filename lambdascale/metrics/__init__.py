@@ -1,4 +1,4 @@
-"""From the raw events of a run to tables and numbers. Watches runs, never influences them; drawing is in figures/."""
+"""Tables and numbers from the raw events of a run. Watches runs, never influences them; drawing is in figures/."""
 
 from lambdascale.metrics.compare import comparison, print_comparison
 from lambdascale.metrics.files import read_table, write_json, write_table, write_whole

@@ -58,7 +58,7 @@ def compute_factor(live: pd.DataFrame, simulated: pd.DataFrame) -> float | None:
 
 
 def extra_s(live: pd.DataFrame, simulated: pd.DataFrame) -> float:
-    """By how many seconds an iteration takes longer live: the median difference of TPOT, request by request; 0 without pairs."""
+    """Seconds that an iteration takes longer live: the median difference of TPOT, request by request; 0 without pairs."""
     both = live.merge(simulated, on="request_id", suffixes=("_live", "_sim"))
     extra = (both.tpot_s_live - both.tpot_s_sim).dropna()
     return float(extra.median()) if len(extra) else 0.0

@@ -34,7 +34,6 @@ class Saturation:
     verdict: Verdict
     growth: float
     wait_share: float | None
-    failed_share: float
 
 
 def saturation(requests: pd.DataFrame) -> Saturation:
@@ -53,7 +52,7 @@ def saturation(requests: pd.DataFrame) -> Saturation:
     waited_s = ended.dispatched_s - ended.arrival_s
     served_s = float((ended.e2e_s - waited_s).median()) if len(ended) else 0.0
     wait_share = float(waited_s.median()) / served_s if served_s else None
-    return Saturation(_verdict(growth, wait_share, failed), growth, wait_share, failed)
+    return Saturation(_verdict(growth, wait_share, failed), growth, wait_share)
 
 
 def _verdict(growth: float, wait_share: float | None, failed: float) -> Verdict:

@@ -59,7 +59,7 @@ def summarise(
         "system": system,
         "backend": backend,
         "requests": counts,
-        "failures": {str(reason): int(count) for reason, count in frame.failure.value_counts().sort_index().items()},
+        "failures": {str(reason): int(count) for reason, count in frame.failure_reason.value_counts().sort_index().items()},
         "rates": _rates(frame),
         "ttft_s": distribution(ok.ttft_s.to_numpy()),
         "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),

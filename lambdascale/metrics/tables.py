@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lambdascale.core import TRACED_FAILURE, Request, TracedRequest
+from lambdascale.core import Failure, Request, TracedRequest
 from lambdascale.core.commands import (
     AllocateNode,
     Command,
@@ -49,11 +49,13 @@ _REQUESTS = pa.schema(
         ("first_token_mode", pa.string()),
         ("restarts", pa.int64()),
         ("status", pa.string()),
+        ("failure_reason", pa.string()),
         ("failure", pa.string()),
         ("answer_tokens", pa.int64()),
         ("session", pa.string()),
     ]
 )
+_TRACED = Failure("traced", "failed in the trace")
 _EVENTS = pa.schema(
     [
         ("seq", pa.int64()),
@@ -70,7 +72,7 @@ _EVENTS = pa.schema(
         ("detail", pa.string()),
     ]
 )
-# Of gaps between tokens, behind the others.
+# Columns of gaps between tokens, behind the others.
 _GAPS = pa.schema([("itl_s", pa.list_(pa.float32())), ("stall_s", pa.float64())])
 # Gaps beyond which those of a run are rounded to milliseconds: then a table of millions is small.
 MANY_GAPS = 500_000
@@ -90,7 +92,7 @@ class _Life(msgspec.Struct, gc=False):
     mode: str | None = None
     finished_s: float | None = None
     tokens: int = 0
-    failure: str | None = None
+    failure: Failure | None = None
 
     @property
     def tpot_s(self) -> float | None:
@@ -127,7 +129,8 @@ def _columns(lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequ
         "first_token_mode": [life.mode for life in lives],
         "restarts": [max(0, life.dispatches - 1) for life in lives],
         "status": [life.status for life in lives],
-        "failure": [life.failure for life in lives],
+        "failure_reason": [None if life.failure is None else life.failure.reason for life in lives],
+        "failure": [None if life.failure is None else life.failure.text for life in lives],
         "answer_tokens": [None if t is None else min(t.output_tokens, r.max_tokens) for t, r in zip(traced, asked, strict=True)],
         "session": [None if t is None else t.session for t in traced],
     }
@@ -145,7 +148,8 @@ def _unserved_row(traced: TracedRequest, system: str) -> dict[str, Any]:
         "max_tokens": r.max_tokens,
         "restarts": 0,
         "status": "failed",
-        "failure": TRACED_FAILURE,
+        "failure_reason": _TRACED.reason,
+        "failure": _TRACED.text,
         "session": traced.session,
     }
 
@@ -175,7 +179,7 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
         elif isinstance(entry, RequestArrived):
             lives[entry.request.request_id] = _Life(entry.request, at)
         elif isinstance(entry, FailRequest):
-            lives[entry.request_id].failure = entry.reason
+            lives[entry.request_id].failure = entry.failure
         else:
             starts.take(at, entry)
     return lives
@@ -263,7 +267,7 @@ _DETAILS: dict[type, Callable[[Any], Any]] = {
     EvictBlocks: lambda c: {"tier": c.tier},
     AllocateNode: lambda c: {"gpus": c.gpus},
     ReleaseNode: lambda c: {"gpus": c.gpus, "keep_host": c.keep_host},
-    FailRequest: lambda c: {"reason": c.reason},
+    FailRequest: lambda c: {"reason": c.failure.reason, "text": c.failure.text},
     CommandFailed: lambda e: {"command": e.command, "reason": e.reason},
 }
 

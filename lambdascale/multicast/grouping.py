@@ -30,7 +30,7 @@ def chunk_blocks(blocks: int, count: int, chunks: Chunks = "contiguous") -> tupl
 def injection_orders(
     blocks: int, groups: int, order: Order = "shift", chunks: Chunks = "contiguous"
 ) -> tuple[tuple[int, ...], ...]:
-    """For each sub-group, the order in which its source sends the blocks.
+    """Order in which the source of each sub-group sends the blocks.
 
     "shift": sub-group i starts with chunk i and goes round; "half": every odd sub-group starts half-way; "none": all alike.
     """

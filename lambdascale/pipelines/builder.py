@@ -24,8 +24,6 @@ _Late = Mapping[NodeId, tuple[int, ...]]  # the round of each block
 _Cut = tuple[int, int, int]  # index of a node, first block, last block
 _Way = tuple[int, tuple[_Cut, ...]]  # round in which it is ready, stages
 _NEVER = 1 << 60
-# Halves have to save so much more than one pipeline of all nodes, in which whatever comes is spread evenly. Assumption.
-_WORTH_PARTING = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,9 @@ class ComplementaryPipelines:
 
     ``form``: "always" when the blocks have arrived, or if "useful": where the time until the mode switch allows a first pass;
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
-    when "all" its nodes hold the whole model, or "each" leaves when it does, as long as the others hold the model together.
+    when "all" its nodes hold the whole model, or "each" leaves when it does, if the others can go on without it: they hold the
+    model together and bring the running requests that they keep to a token before the next of them is complete. Otherwise it
+    leaves when the complete nodes have places for all running requests.
     """
 
     max_stages: int = 8
@@ -87,7 +87,7 @@ class ComplementaryPipelines:
         halves = [self._best(nodes[side::2], late, costs, batch) for side in (0, 1)]
         apart = sum(saved for saved, _ in halves), [plan for _, plans in halves for plan in plans]
         joint = self._joint(nodes, late, costs, batch)
-        return apart if apart[0] > _WORTH_PARTING * joint[0] or not joint[1] else joint
+        return apart if apart[0] > joint[0] or not joint[1] else joint
 
     def _joint(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
         """Return the seconds saved by the best pipeline of all ``nodes``, and that pipeline, if any is useful."""

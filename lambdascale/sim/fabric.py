@@ -11,7 +11,7 @@ from lambdascale.sim.links import FlowGroup, LinkNetwork, Port
 
 
 class Fabric:
-    """Per node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing.
+    """Ports of each node: NIC out and NIC in (full duplex), PCIe and SSD; made when first used. Lost nodes move nothing.
 
     ``nic_shares``: nodes whose NIC has only this share of the cluster's rate, in both directions. ``host_bytes_per_s``: rate of
     the port ``host``, a way of its own from host memory to the NIC.

@@ -27,10 +27,6 @@ class Kernel:
         self._sequence = sequence = self._sequence + 1
         heappush(self._heap, (when, priority, sequence, action, argument))
 
-    def next_time(self) -> float | None:
-        """Return the time of the next action, or None."""
-        return self._heap[0][0] if self._heap else None
-
     def advance(self, before: float, queue: Sized) -> bool:
         """Run actions due earlier than ``before`` until one puts something into ``queue``; False if none did."""
         heap = self._heap

@@ -311,7 +311,7 @@ class TransferEngine:
     def _stream(self, transfer: _Multicast) -> None:
         """One flow over all hops at once; the last node is done when the pipe of chunks has drained."""
         plan, cluster = transfer.command.plan, self._cluster
-        edges = dict.fromkeys((t.src, t.dst) for sends in plan.rounds for t in sends)
+        edges = dict.fromkeys((send.src, send.dst) for sends in plan.rounds for send in sends)
         nics = tuple(port for src, dst in edges for port in self._fabric.hop(src, dst))
         pcie = tuple(member.pcie for member in transfer.members.values() if member.pcie is not None)
         ports = pcie + nics

@@ -174,13 +174,16 @@ class Carriers:
         self.held = {node: set(words[1]) for node, words in self.collect("idle").items()}
         return time.monotonic() - began
 
-    def carry_and_kill(self, plan: MulticastPlan, victim: NodeId, after: int) -> None:
-        """Carry out a plan and kill ``victim`` once it has ``after`` blocks; wait until all others report its loss and idle."""
+    def carry_and_kill(self, plan: MulticastPlan, victim: NodeId, after: int, at: NodeId) -> None:
+        """Carry out a plan and kill ``victim`` once ``after`` blocks have come to ``at``.
+
+        Waits until all others report its loss and idle.
+        """
         self.say("carry", plan)
         blocks = 0
         while blocks < after:
             node, words = self._hear()
-            blocks += node == victim and words[0] == "block"
+            blocks += node == at and words[0] == "block"
         pid = self._processes[victim].pid
         assert pid is not None, "it was started"
         os.kill(pid, signal.SIGKILL)

@@ -48,7 +48,7 @@ class PlannerConformance:
             self.make_planner().plan(sources=sources, destinations=destinations, blocks=blocks)
 
     def test_a_plan_can_be_put_on_real_nodes(self) -> None:
-        """Only names change."""
+        """Names change, and nothing else."""
         plan = self.make_planner().plan(sources=1, destinations=4, blocks=3)
         names = [30, 11, 5, 99, 7]
         real = plan.on(names)

@@ -46,8 +46,9 @@ def with_kv_tokens(
 ) -> ClusterSpec:
     """The cluster with memory for so many tokens of KV cache beside a model (None: a small one) on ``nodes`` (None: on all)."""
     model = model or small_model()
-    needed = model.size_bytes + (tokens + 0.5) * model.kv_bytes_per_token
-    gpu = replace(cluster.gpu, memory_bytes=round(needed / 0.9))
+    gpus = model.gpus_per_replica
+    needed = model.size_bytes + gpus * (tokens + 0.5) * model.kv_bytes_per_token
+    gpu = replace(cluster.gpu, memory_bytes=round(needed / gpus / 0.9))
     if nodes is None:
         return replace(cluster, gpu=gpu)
     return replace(cluster, overrides=(NodeOverride(nodes=tuple(nodes), gpu=gpu),))
@@ -149,7 +150,7 @@ class SystemConformance:
 
     @pytest.mark.parametrize("min_replicas", [0, 1, 3])
     def test_a_burst_scales_out_and_back(self, min_replicas: int) -> None:
-        """From zero, one or several replicas, and to them again afterwards."""
+        """The burst begins and ends with zero, one or several replicas."""
         _, recorder = self.run(burst(60) + burst(5, 30.0, 60), min_replicas=min_replicas, keep_alive_s=0.5)
         assert "AllocateNode" in {type(entry).__name__ for _, entry in recorder.entries}
 
@@ -194,7 +195,7 @@ class SystemConformance:
         self.run(burst(30), failures=[(node, 0.1 + 0.12 * node) for node in range(5)])
 
     def test_when_all_nodes_are_lost_requests_fail(self) -> None:
-        """Those that wait and those that come later: a run without nodes ends."""
+        """Requests that wait fail, and so do later ones: a run without nodes ends."""
         config, cluster = self.make_system(), small_cluster(3)
         requests = burst(30) + burst(2, 5.0, 30)
         backend = SimConfig(node_failures=((0, 0.1), (1, 0.1), (2, 0.15))).build(
@@ -223,7 +224,7 @@ class SystemConformance:
         self.run(burst(60), transfers={"barrier": True})
 
     def test_a_request_that_cannot_fit_is_refused_at_once(self) -> None:
-        """It fails alone; the others are served."""
+        """The others are served."""
         config, cluster = self.make_system(), small_cluster()
         requests = [traced(0, 0.0, "small", 10_000_000, 5), traced(1, 0.0, "small", 10, 5)]
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
@@ -234,7 +235,7 @@ class SystemConformance:
 
     @pytest.mark.parametrize("kv_tokens", [600, 79_345])
     def test_no_decision_depends_on_where_answers_end(self, kv_tokens: int) -> None:
-        """Until the first one ends, a run is the same when the ends are dealt out anew; also when KV memory runs out before."""
+        """Dealing the ends out anew changes nothing until the first answer ends, even if KV memory runs out before."""
         ends = [60 + 37 * i % 240 for i in range(60)]
         logs = []
         for dealt in (ends, ends[23:] + ends[:23]):

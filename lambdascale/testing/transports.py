@@ -167,7 +167,7 @@ class TransportConformance:
         assert bytes(two.memory[4096:]) == data
 
     def test_placing_outside_the_memory_ends_the_connection(self, nodes: Callable[..., list[Node]]) -> None:
-        """As a write there does."""
+        """Placing outside the memory is refused like a write outside it."""
         one, two = self.pair(nodes, 1000)
         if not one.endpoint.can_place:
             return
@@ -177,7 +177,7 @@ class TransportConformance:
         assert not any(bytes(two.memory))
 
     def test_both_directions_at_once(self, nodes: Callable[..., list[Node]]) -> None:
-        """Both ends of a connection may write at the same time."""
+        """Two ends of a connection may write at the same time."""
         one, two = self.pair(nodes, 1 << 22)
         data = random.Random(3).randbytes(1 << 21)
         one.endpoint.send(0, b"hello")
@@ -289,7 +289,7 @@ class TransportConformance:
         two.heard.wait(lambda heard: bool(heard.lost))
 
     def test_a_replaced_process(self, nodes: Callable[..., list[Node]]) -> None:
-        """Once the directory names a later generation, the earlier process is not the expected one: connecting fails."""
+        """Connecting to an earlier process fails once the directory names a later generation."""
         two, one = nodes(2)
         one.endpoint.connect(0, two.endpoint.address)
         assert one.endpoint.expect({0: 1, 1: 0}) == [0]

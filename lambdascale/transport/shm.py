@@ -164,7 +164,7 @@ def populate(memory: mmap.mmap) -> bool:
     begin = np.frombuffer(memory, dtype=np.uint8).ctypes.data
     step = max(_LEAST_BYTES, -(-len(memory) // _threads() // _PAGE_BYTES) * _PAGE_BYTES)
     pieces = [(begin + at, min(step, len(memory) - at)) for at in range(0, len(memory), step)]
-    with ThreadPoolExecutor(len(pieces)) as pool:
+    with ThreadPoolExecutor(len(pieces), "populate") as pool:
         errors = set(pool.map(lambda piece: _advise(*piece), pieces)) - {0}
     if errors - {errno.EINVAL}:
         raise OSError(max(errors), f"{len(memory)} bytes of memory: {os.strerror(max(errors))}")

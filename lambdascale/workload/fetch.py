@@ -14,6 +14,7 @@ import pooch
 import requests
 
 from lambdascale.core import UserError
+from lambdascale.core.text import one_line
 
 LOCK_NAME = "traces.lock.json"
 _TIMEOUT_S = 60
@@ -180,7 +181,7 @@ def _retrieve(source: TraceSource, expected: str | None, out: Path) -> Path:
         )
     except OSError as error:
         _close_response(error)
-        raise UserError(f"cannot download {source.url}: {_one_line(error)}") from error
+        raise UserError(f"cannot download {source.url}: {one_line(str(error)) or type(error).__name__}") from error
     except ValueError as error:
         raise UserError(f"{source.url} does not have the expected SHA-256 {expected}; the download was discarded") from error
     return Path(found)
@@ -190,10 +191,6 @@ def _close_response(error: Exception) -> None:
     # pooch streams downloads and leaves the connection of a refused request open.
     if isinstance(error, requests.RequestException) and error.response is not None:
         error.response.close()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_pins(lock: Path) -> dict[str, str]:

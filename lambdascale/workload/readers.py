@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
@@ -29,6 +30,8 @@ _COLUMNS = (
     "hash_column",
     "rows_column",
 )
+
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f"\\]')  # msgspec takes no such names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,8 @@ class TimedTrace(TokenTrace):
         name = type(self).__name__
         named = [value for column in _COLUMNS if (value := getattr(self, column)) is not None]
         require(all(named) and len(set(named)) == len(named), f"{name} needs different names of columns, not {shown(named, 200)}")
+        odd = [value for value in named if self.format == "jsonl" and _NOT_IN_NAMES.search(value)]
+        require(not odd, f"{name}: names of JSON fields have no quotes, backslashes or control characters here, not {shown(odd)}")
         self._within("block_tokens", low=1)
         self._within("session_gap_s", low=0.0)
         for only in ("parent_column", "hash_column", "rows_column"):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lambdascale.core import TRACED_FAILURE, TraceError
+from lambdascale.core import TraceError
 from lambdascale.core.checks import LARGEST, require, shown
 from lambdascale.workload.base import Provenance
 from lambdascale.workload.columns import Bools, Columns, Floats, Ints, Streams, natural_period_s
@@ -21,7 +21,7 @@ from lambdascale.workload.shaping import check_count
 from lambdascale.workload.tracefile import Failures, WindowedWorkload
 
 _REQUIRED = ("model", "prompt_tokens", "output_tokens", "status")
-_OPTIONAL = ("max_tokens", "answer_tokens", "session", "failure")
+_OPTIONAL = ("max_tokens", "answer_tokens", "session")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +80,10 @@ class RecordedRun(WindowedWorkload):
 
     def _columns(self, table: pa.Table, file: str) -> tuple[Columns, Bools]:
         """Requests in the order of the file, and True for those that are not to be served."""
-        traced = np.zeros(table.num_rows, dtype=bool)
-        if "failure" in table.column_names:
-            traced = np.asarray(pc.equal(table["failure"], TRACED_FAILURE).fill_null(False).to_numpy(), dtype=bool)
-        if self.arrivals == "received" and traced.any():
-            # The front end never had them.
-            table = table.filter(pa.array(~traced))
-            traced = traced[~traced]
+        if self.arrivals == "received":
+            # The front end never had the requests that the run's own trace records as failed.
+            failed = pc.equal(table["status"], "failed").fill_null(False)
+            table = table.filter(pc.invert(pc.and_(failed, pc.is_null(table["received_s"]))))
         times = _numbers(table, self._time, file, LARGEST).astype(np.float64)
         answers = _answers(table, file)
         if table["model"].null_count:
@@ -95,7 +92,7 @@ class RecordedRun(WindowedWorkload):
         columns = Columns(
             arrival_s=times,
             prompt_tokens=_numbers(table, "prompt_tokens", file, 1e9).astype(np.int64),
-            output_tokens=np.where(traced, 0, answers),
+            output_tokens=answers,
             period_s=float(times.min(initial=np.inf) + natural_period_s(times)) if len(times) else 0.0,
             trace_model=np.asarray(pc.index_in(table["model"], pa.array(names, pa.string())).to_numpy(), dtype=np.int64),
             trace_models=tuple(names),

@@ -1,4 +1,4 @@
-"""Loading against the floor: a plain read of the same bytes into memory that is there and touched; and against safetensors.
+"""Loading against the floor: a plain read of the same bytes into memory that is mapped and touched; and against safetensors.
 
 Each test prints and records the percentage of the floor's rate: that of as many threads as the store has, which keep a small
 machine's cores busy, and that of one thread. A load to a GPU has the same floor: copies go on while the next piece is read.
@@ -119,7 +119,7 @@ def test_load(benchmark: BenchmarkFixture, model: PackedModel, device: str, cold
 
 
 def test_safetensors_cold(benchmark: BenchmarkFixture, model: PackedModel) -> None:
-    """For comparison: the usual loader, with every page touched."""
+    """The usual loader, for comparison, with every page touched."""
     safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors as the reader")
 
     def load() -> None:

@@ -55,6 +55,7 @@ MISTAKES = {
     "a budget beyond the host's memory": (["system.memory.budget=100TB"], "budget"),
     "bytes with an unknown unit": (["cluster.nic_bytes_per_s=5 bananas"], "bananas"),
     "a folder that holds something else": (["out=OUT"], "out="),
+    "a path that no system has": (['out="a\0b"'], "out must not contain a null byte"),
 }
 
 
@@ -104,7 +105,7 @@ def test_plan(arguments: list[str], about: str, capsys: pytest.CaptureFixture[st
 
 
 def test_a_simulation_that_does_not_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The count of events ends what no estimate sees: here, more decisions than requests that do not wait would need."""
+    """The count of events ends a run whose estimate was too low: requests wait here, and need more decisions."""
     arguments = ["workload=burst", "system.autoscaler.interval_s=0.01", "max_events=700", f"results={tmp_path}"]
     assert run_guarded(lambda: run_main(arguments)) == 2
     complaint = capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_a_cold_start_over_four_nodes_consolidates_onto_one() -> None:
 
 
 def test_a_source_serves_in_two_instances() -> None:
-    """As a replica, and as the second stage of a pipeline with its destination, until that one is complete."""
+    """The source is a replica, and the second stage of a pipeline with its destination until that one is complete."""
     _, recorder = Suite(with_holders()).run(burst(40), cluster=small_cluster(3), target_per_replica=8)
     entries = [entry for _, entry in recorder.entries]
     pipelines = [e for e in entries if isinstance(e, Serve) and e.is_pipeline]
@@ -116,7 +116,7 @@ def test_a_share_counts_as_a_part_of_a_replica() -> None:
 @pytest.mark.parametrize("at_s", [0.1, 0.6, 1.2, 1.7, 2.0, 2.3, 3.0])
 @pytest.mark.parametrize("node", [0, 1, 3])
 def test_a_node_of_a_spread_replica_dies(node: int, at_s: float) -> None:
-    """While its share loads, while the pipeline serves, while the first node loads the rest: the others load what they lack."""
+    """The others load what they lack, whether it dies while its share loads, while the pipeline serves, or later."""
     Suite(spread()).run(burst(12), failures=[(node, at_s)], min_replicas=0)
 
 

@@ -40,7 +40,7 @@ def test_a_replay_that_finds_nothing(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_row_of_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of what was found: requests lost and doubled count by themselves."""
+    """A row counts what was found, too: lost and doubled requests have columns of their own."""
     assert main(["explore", "--seeds", "0:10", "--system", "serverlessllm", "--out", str(tmp_path / "tables")]) == 0
     PLANTED["a_lost_nodes_requests_are_forgotten"](monkeypatch)
     assert main(["explore", "--seeds", "0:10", "--out", str(tmp_path / "tables")]) == 1

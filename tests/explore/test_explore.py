@@ -84,7 +84,7 @@ def test_a_seed_that_found_something_once_finds_nothing_now(seed: int) -> None:
 
 @pytest.mark.parametrize("name", FOUND_AT)
 def test_a_planted_bug_is_found(name: str) -> None:
-    """At the seed noted here, or, once scenarios are drawn otherwise, at another one of the first 1,000."""
+    """The seed noted here finds it or, once scenarios are drawn otherwise, another one of the first 1,000."""
     found = first_found(PLANTED[name], (FOUND_AT[name], *range(1000)))
     assert found is not None
     assert found[1].broken in INVARIANTS

@@ -18,7 +18,7 @@ def ends_well(command: Callable[[], int | None], what: object) -> int:
     assert status in (0, 2), f"{what}: status {status}: {complaint}"
     if status == 2:
         assert complaint.startswith("error: "), f"{what}: {complaint}"
-        assert len(complaint.splitlines()) == 1, f"{what}: {complaint}"
         assert complaint.endswith("\n"), f"{what}: {complaint}"
+        assert complaint[:-1].isprintable(), f"{what}: {complaint!r}"  # one line, and nothing that a terminal obeys
         assert len(complaint) < 1000, f"{what}: {complaint}"
     return status

@@ -80,6 +80,7 @@ VALUES: tuple[Any, ...] = (
         "64GiB",
         "1e400GB",
         "zeile\nzwei\u2028drei \u00fc\U0001f600",
+        "\x1b[2J\u202e\x00x",
         "x" * 3000,
         "../..",
         "null",

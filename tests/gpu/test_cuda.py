@@ -1,4 +1,4 @@
-"""On a CUDA device: loading through pinned memory, and the engine's tokens. Skipped where torch finds no GPU."""
+"""Loading through pinned memory, and the engine's tokens, on a CUDA device. Skipped where torch finds no GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
 BLOCKS = 4
-# Prints the state of GPU 0's primary context (1: there is one) after work on GPU 1, all of it in threads that set no device.
+# Prints the state of GPU 0's primary context (1: it exists) after work on GPU 1, all of it in threads that set no device.
 ONLY_GPU_1 = """
 import ctypes, threading
 from pathlib import Path
@@ -79,7 +79,7 @@ def store_for(model: PackedModel) -> BlockStore:
 
 
 def test_digests_of_what_is_on_the_device() -> None:
-    """Of any size, also while the device computes something else: the CPU's."""
+    """Digests of any size are the CPU's, even while the device computes something else."""
     data = torch.randint(0, 256, ((9 << 20) + 3,), dtype=torch.uint8, device="cuda:0")
     torch.cuda.synchronize()
     work = torch.ones(4096, 4096, device="cuda:0")
@@ -176,7 +176,7 @@ def test_a_replica_answers_while_its_kernels_are_compiled(model: PackedModel) ->
 
 
 def test_a_dropped_stage_is_freed_at_once(model: PackedModel) -> None:
-    """Its KV memory and recordings do not wait for garbage collection."""
+    """KV memory and recordings do not wait for garbage collection."""
     blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
     stage = TransformerStage(model.architecture, blocks, 4, 64)
     stage.prepare([1, 4])

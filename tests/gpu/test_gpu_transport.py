@@ -80,7 +80,7 @@ def test_everybody_gets_everything(make: Callable[[NodeId, Handlers], Endpoint])
 def test_the_survivors_of_a_killed_receiver(make: Callable[[NodeId, Handlers], Endpoint]) -> None:
     """A process dies with its memory open elsewhere, and with others' memory open: theirs stays what it was."""
     with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=64 << 20, start_method="spawn") as carriers:
-        carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2)
+        carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2, at=2)
         assert set(carriers.held) == {0, 1, 3}
         carriers.carry(plan_from_holdings(carriers.held, [1, 3], BLOCKS))
         assert all(held == set(range(BLOCKS)) for held in carriers.held.values())
@@ -88,7 +88,7 @@ def test_the_survivors_of_a_killed_receiver(make: Callable[[NodeId, Handlers], E
 
 @pytest.mark.parametrize("ordinal", [0, pytest.param(1, marks=two_gpus)])
 def test_torch_sees_the_same_memory(ordinal: int) -> None:
-    """Neither a copy nor another device; and the thread's device is torch's as before."""
+    """The tensor is no copy and on no other device; the thread's device is torch's as before."""
     before = torch.cuda.current_device()
     memory = gpu_of(ordinal).allocate(5_000_001)
     tensor = torch.as_tensor(memory, device=f"cuda:{ordinal}")

@@ -61,7 +61,7 @@ def test_load_from_host_memory_and_back(tiny: Path, transport: str) -> None:
 
 @pytest.mark.parametrize("node", [0, 2])
 def test_a_killed_node_loses_no_request(tiny: Path, node: int) -> None:
-    """Its GPU memory was open in all the others, and theirs in it."""
+    """The GPU memory of the killed node was open in all the others, and theirs in it."""
     watcher = Watcher(
         lambda entry: isinstance(entry, BlockArrived) and (entry.node, entry.block) == (2, 3),
         lambda backend: backend.launcher.kill(node),

@@ -111,8 +111,8 @@ def test_a_member_that_dies(members: Members) -> None:
     members.pipes[1].send("die")
     members.processes[1].join(PATIENCE_S)
     members.pipes[0].send("live")
-    members.pipes[0].send("node 1 is gone")
-    assert "node 1 is gone" in members.hear(0)
+    members.pipes[0].send("node 1 is lost")
+    assert "node 1 is lost" in members.hear(0)
 
 
 REQUESTS = burst(32)

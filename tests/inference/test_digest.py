@@ -72,7 +72,7 @@ def test_exchanged_words_parts_and_lengths_are_found() -> None:
 
 
 def test_two_flips_of_the_highest_bit_do_not_cancel() -> None:
-    """As they would in a plain sum of products."""
+    """The flips would cancel in a plain sum of products."""
     data = np.random.default_rng(3).integers(0, 1 << 63, 8, dtype=np.uint64)
     damaged = data.copy()
     damaged[[2, 5]] ^= np.uint64(1 << 63)

@@ -41,14 +41,14 @@ def test_a_kernel_that_cannot_say(file: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not cached(file)
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_auto_reads_cached_files_through_the_cache(there: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "cached", lambda path: there)
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_auto_reads_cached_files_through_the_cache(in_cache: bool, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "cached", lambda path: in_cache)
     chunks = ChunkReader(1, PAGE, "auto")
     try:
         direct = _can_read_past_the_cache(file)
         with chunks.open(file):
-            assert chunks.used_direct == (direct and not there)
+            assert chunks.used_direct == (direct and not in_cache)
     finally:
         chunks.close()
 
@@ -63,7 +63,7 @@ def _can_read_past_the_cache(path: Path) -> bool:
 
 @pytest.mark.parametrize("size", [1, PAGE, 10 * PAGE + 5, 1000 * PAGE])
 def test_every_page_of_shared_memory_is_there(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By several threads, none of which has a round share."""
+    """Several threads populate it, none of which has a round share."""
     monkeypatch.setattr(shm, "_LEAST_BYTES", 3 * PAGE)
     monkeypatch.setattr(shm, "_threads", lambda: 7)
     descriptor = os.memfd_create("test")

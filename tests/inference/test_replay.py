@@ -46,7 +46,7 @@ def test_answers_are_transformers(variant: str, models: Callable[[str], Path], a
 
 
 def test_padding_changes_nothing(models: Callable[[str], Path]) -> None:
-    """Neither the logits of others nor any KV, that of slot 0, where padding points, included."""
+    """Padding changes no logits of others and no KV, that of slot 0 included, to which it points."""
     padded, plain = stage(models("llama")), stage(models("llama"), replays=False)
     for each in (padded, plain):
         each.kv.both.normal_(generator=torch.Generator().manual_seed(3))
@@ -75,7 +75,7 @@ def test_results_outlive_the_next_step(models: Callable[[str], Path]) -> None:
 
 
 def test_a_dropped_stage_is_freed_at_once(models: Callable[[str], Path]) -> None:
-    """Its KV memory does not wait for garbage collection."""
+    """KV memory does not wait for garbage collection."""
     padded = stage(models("llama"))
     padded.run(decode({0: 0}), torch.tensor([1]))
     dropped = weakref.ref(padded)

@@ -126,7 +126,7 @@ def test_temperatures_that_cannot_be_divided_by(temperature: float) -> None:
 
 @pytest.mark.parametrize(("asked", "used"), [(0.0, 0.0), (1e-300, 0.01), (0.01, 0.01), (1.0, 1.0)])
 def test_usable_temperatures(asked: float, used: float) -> None:
-    """As vLLM's: too small a one is raised, and 0 stays greedy."""
+    """A temperature that is too small is raised, as vLLM does; 0 stays greedy."""
     assert usable_temperature(asked) == used
 
 

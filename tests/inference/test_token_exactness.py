@@ -137,7 +137,7 @@ def test_any_mixture(data: st.DataObject, models: Callable[[str], Path], answers
 @pytest.mark.parametrize("copied", [False, True], ids=["recomputed", "copied"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2_window"])
 def test_a_move_at_any_token(variant: str, copied: bool, models: Callable[[str], Path], answers: Answer) -> None:
-    """From a pipeline of four stages to a single node, after every possible number of tokens."""
+    """Requests move from a pipeline of four stages to a single node after every possible number of tokens."""
     asked = prompts(12)[-1:] + prompts(5)[-1:]
     wanted = answers(models(variant), asked, TOKENS)
     source = HfCheckpoint(models(variant))

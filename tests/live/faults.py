@@ -143,7 +143,7 @@ def run_with(fault: Fault, config: NodeConfig, launched: float) -> None:
 
 
 def inject(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Into the live clusters of this test."""
+    """Inject faults into the live clusters of this test."""
     monkeypatch.setattr(config, "LocalLauncher", partial(LocalLauncher, main=partial(run_with, fault)))
 
 

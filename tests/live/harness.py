@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from lambdascale.testing.invariants import InvariantChecker
 
 SLOT_TOKENS = 160
 # With the paced executor an iteration takes at least so long: else a fast machine's only replica would answer everything before a
-# pipeline is there.
+# pipeline forms.
 ITERATION_S = 0.006
 PATIENCE_S = 90.0
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def of(outcome: Outcome, kind: type[T]) -> list[T]:
-    """Its events or commands of a kind."""
+    """Events or commands of a kind."""
     return [entry for _, entry in outcome.recorder.entries if isinstance(entry, kind)]
 
 
@@ -163,3 +164,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.02)
+
+
+def listening(pid: int) -> set[str]:
+    """TCP addresses at which a process listens, as the kernel writes them (in hexadecimal, with the port)."""
+    own = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own}

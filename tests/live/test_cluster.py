@@ -17,7 +17,7 @@ from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.live.faults import Break, Damage, Hold, check_damage, inject
-from tests.live.harness import Outcome, Watcher, burst, expected, of, run, system_of
+from tests.live.harness import Outcome, Watcher, burst, expected, listening, of, run, system_of
 
 pytestmark = pytest.mark.live
 REQUESTS = burst(32)
@@ -124,17 +124,21 @@ def test_nothing_to_do(tiny: Path) -> None:
 
 
 def test_nothing_is_left_behind(tiny: Path) -> None:
-    """No process, no shared memory."""
+    """No process, no shared memory. And nobody listens beyond loopback meanwhile."""
     pids: list[int] = []
+    addresses: set[str] = set()
 
     def note(backend: LiveBackend) -> None:
         launcher = backend.launcher
         assert isinstance(launcher, LocalLauncher)
         pids.extend(launcher.pid(node) for node in range(2))
+        addresses.update(*(listening(pid) for pid in (os.getpid(), *pids)))
 
     watcher = Watcher(lambda entry: isinstance(entry, RequestFinished), note)
     run(tiny, burst(3), system=system_of("lambdascale"), nodes=2, watchers=[watcher])
     assert len(pids) == 2
+    assert len(addresses) >= 4, "two of the controller, one of each node"
+    assert all(address.startswith("0100007F:") for address in addresses), addresses
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     # Other programs may use shared memory meanwhile; ours would be under these names, torch's or multiprocessing's.
     ours = ("lambdascale", "torch_", "psm_", "gloo")
@@ -220,7 +224,7 @@ def test_lost_nodes_come_back(tiny: Path, transport: str) -> None:
 
 
 def test_requests_wait_for_the_only_node(tiny: Path) -> None:
-    """It dies while it serves; its requests go on where they were once it is back."""
+    """The node dies while it serves; its requests go on where they were once it is back."""
     watchers = [Watcher(first(TokensProduced), kill(0))]
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
     check(outcome, tiny)
@@ -229,7 +233,7 @@ def test_requests_wait_for_the_only_node(tiny: Path) -> None:
 
 
 def test_requests_fail_when_the_only_node_is_given_up(tiny: Path) -> None:
-    """It dies once more than it may be started again."""
+    """The node dies once more often than it may be started again."""
     again = Watcher(lambda entry: isinstance(entry, NodeJoined) and entry.at > 0, kill(0))
     watchers = [Watcher(first(TokensProduced), kill(0)), again]
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), nodes=1, watchers=watchers, restarts=1)
@@ -253,7 +257,7 @@ def test_a_damaged_block_is_brought_again(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_block_that_is_damaged_every_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the second time, nodes that lack it load from their own disks."""
+    """Nodes that lack it after the second time load from their own disks."""
     inject(Damage(block=3, times=1000, node=None), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="tcp")
     check(outcome, tiny)
@@ -263,7 +267,7 @@ def test_a_block_that_is_damaged_every_time(tiny: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_broken_connection(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of its ends live on: it is made again, nobody is given up, and what was under way over it begins anew."""
+    """The connection is made again, nobody is given up, and what was under way over it begins anew."""
     inject(Break(node=0, peer=2, after=2), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport=transport)
     check(outcome, tiny)
@@ -273,7 +277,7 @@ def test_a_broken_connection(tiny: Path, transport: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_a_connection_that_breaks_all_the_time(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a few times one of its ends is given up, and everything is answered."""
+    """One of its ends is given up after a few times, and everything is answered."""
     inject(Break(node=0, peer=2, after=1, always=True), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport=transport)
     check(outcome, tiny)

@@ -41,7 +41,7 @@ def ask(server: Server) -> str:
 
 
 def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
-    """Its clients' connections are reset, its processes end, and a new one serves at the same port."""
+    """Connections of clients are reset, processes end, and a new one serves at the same port."""
     server = start(tiny, "--nodes", "3", "--spares", "1")
     everything = server.children()
     with ThreadPoolExecutor(32) as pool:
@@ -64,7 +64,7 @@ def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
 
 
 def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
-    """Its nodes end while it is stopped; once it goes on, new ones finish the answers that were under way."""
+    """Nodes end while it is stopped; once it goes on, new ones finish the answers that were under way."""
     server = start(tiny, "--nodes", "2", "--spares", "1")
     whole, nodes = ask(server), nodes_of(server)[:2]
     with ThreadPoolExecutor(1) as pool:
@@ -83,7 +83,7 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
 
 
 def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
-    """Its nodes wait for it."""
+    """Nodes wait for it."""
     server = start(tiny, "--nodes", "2")
     nodes = nodes_of(server)
     for _ in range(3):

@@ -31,7 +31,7 @@ def folders(experiment: str, results: Path, keep: Sequence[str], *overrides: str
 
 
 def test_execute_while_load_of_the_simulator(tmp_path: Path) -> None:
-    """With pipelines all is served earlier, where any is formed; without, nothing is served by one."""
+    """Pipelines serve earlier wherever one is formed; without them, none serves."""
     study = load_study(["experiment=live_while_load"])
     assert study is not None
     rows = study_table(study, folders("live_while_load", tmp_path, ["backend=sim", "seed=1"]))

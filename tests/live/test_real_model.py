@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -20,6 +18,7 @@ from lambdascale.live.config import LiveConfig
 from lambdascale.live.serving.text import Text
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.testing.invariants import InvariantChecker
+from tests.inference.greedy import is_greedy
 
 pytestmark = [pytest.mark.live, pytest.mark.slow]
 
@@ -44,14 +43,6 @@ TASKS = (
 )
 PROMPTS = tuple(task.format(who) for task in TASKS for who in PEOPLE)
 TOKENS = 24
-
-
-def is_greedy(model: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> bool:
-    """Return True if ``generate`` without sampling would answer so: each token is the most likely one after all before it."""
-    ids = torch.tensor([[*prompt, *answer]])
-    with torch.inference_mode():
-        logits = model(ids).logits[0]
-    return bool((logits[len(prompt) - 1 : -1].argmax(-1) == ids[0, len(prompt) :]).all())
 
 
 @pytest.fixture(scope="module")

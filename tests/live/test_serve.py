@@ -161,14 +161,14 @@ def test_mistakes(server: Server, body: dict[str, Any], status: int, says: str) 
 
 
 def test_the_smallest_temperature(server: Server) -> None:
-    """It is answered by a node, which no logit overflows."""
+    """A node answers, and no logit overflows."""
     answer = server.client.completions.create(model="tiny", prompt="a", max_tokens=5, temperature=1e-300)
     assert answer.usage is not None
     assert server.cluster()["requests"]["restarts"] == 0
 
 
 def test_it_grows_under_load_and_shrinks_again(server: Server) -> None:
-    """More nodes serve while there is work; afterwards one is left."""
+    """More nodes serve while requests come; afterwards one is left."""
 
     def ask(number: int) -> str:
         answer = server.client.completions.create(model="tiny", prompt=f"{number}", max_tokens=200, temperature=0)

@@ -14,7 +14,7 @@ ALL = list(range(BLOCKS))
 
 @pytest.mark.parametrize("held", ["host", "gpu", ""])
 def test_a_broadcast_to_a_node_that_holds_a_copy(make: Callable[..., Node], held: str) -> None:
-    """It takes part, and reports every block, those that it holds at once."""
+    """The node takes part and reports every block, those that it holds at once."""
     node = make(1, lands="host", held=held)
     command = multicast(1, chain(0, 1), kind="collective")
     start(command, node)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lambdascale.core.commands import EvictBlocks, LoadBlocks, ReleaseNode
-from lambdascale.core.events import AnyEvent, BlockArrived
+from lambdascale.core.events import BlockArrived, CommandFailed
 from lambdascale.live.node.jobs import About
 from lambdascale.live.node.loads import Links
 from lambdascale.live.node.order import Order
@@ -125,7 +125,7 @@ class TestLoads:
         assert [failed.transfer_id for failed in node.failed] == [7]
 
     def test_a_command_waits_for_the_end_of_a_cancelled_load(self, make: Callable[..., Node], network: Network) -> None:
-        """Its block under way still lands: no multicast may find it half there."""
+        """The block under way still lands: no multicast may find half of it."""
         source, node = make(0, held="gpu"), make(5)
         node.mover.load(load(7))
         node.run()
@@ -159,7 +159,7 @@ class TestRelease:
 
     @pytest.mark.parametrize("lands", ["gpu", "host"])
     def test_host_memory_that_blocks_came_through(self, make: Callable[..., Node], lands: str) -> None:
-        """It is freed with the device; a host copy that was made on purpose is not."""
+        """The memory is freed with the device; a host copy that was made on purpose is not."""
         node = make(lands=lands, held="gpu")
         node.store.mirror("tiny")
         release(node)
@@ -167,7 +167,7 @@ class TestRelease:
         assert node.store.resident("tiny", "host") == (frozenset() if lands == "host" else set(ALL))
 
     def test_only_when_what_used_it_has_stopped(self, make: Callable[..., Node]) -> None:
-        """And nothing waits for that meanwhile: other jobs go on."""
+        """Other jobs go on meanwhile."""
         node, after = make(held="gpu"), Future[None]()
         release(node, after=after)
         node.mover.lost(9)
@@ -247,7 +247,7 @@ class TestRelease:
         assert node.arrived == ALL
 
     def test_an_eviction_that_is_never_possible(self, make: Callable[..., Node], monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is given up with a failure that names the model, and later commands go on."""
+        """The eviction is given up with a failure that names the model, and later commands go on."""
         monkeypatch.setattr("lambdascale.live.node.loads._RETRIES", 2)
         node = make(held="gpu")
         with node.store.using("tiny", [3]):
@@ -263,7 +263,7 @@ class TestRelease:
 
 class TestReports:
     def test_a_block_is_told_of_once_until_its_model_leaves(self) -> None:
-        events = list[AnyEvent]()
+        events = list[BlockArrived | CommandFailed]()
         reports = Reports(5, events.append, lambda reason: None)
         for number in (1, 2):
             reports.arrived(number, "m", 3)

@@ -44,7 +44,7 @@ def test_resident_blocks_count_as_arrived(network: Network, make: Callable[..., 
 
 
 def test_blocks_on_the_device_count_as_arrived(network: Network, make: Callable[..., Node]) -> None:
-    """Also where blocks land on the device, and where only some are there."""
+    """Blocks count wherever others land, and where only some of them are resident."""
     nodes = [make(0, held="gpu"), make(1)]
     nodes[1].store.load("tiny", [2, 5], keep_host=False).wait(30)
     start(multicast(1, chain(0, 1)), *nodes)
@@ -54,7 +54,7 @@ def test_blocks_on_the_device_count_as_arrived(network: Network, make: Callable[
 
 
 def test_a_resident_block_without_room_on_the_device(network: Network, make: Callable[..., Node]) -> None:
-    """It is not passed over in silence: the transfer has failed."""
+    """The transfer fails: the block is not passed over in silence."""
     node = make(1, lands="host", held="host")
     for key in [("other", block) for block in ALL]:
         node.store._tiers["gpu"].take(node.model, key)
@@ -129,7 +129,7 @@ def test_a_block_is_reported_once(network: Network, make: Callable[..., Node]) -
 
 
 def test_what_one_multicast_has_brought_another_need_not(network: Network, make: Callable[..., Node]) -> None:
-    """But the write that it has under way is waited for."""
+    """A write that is under way is waited for all the same."""
     sources, node = [make(0, held="gpu"), make(1, held="gpu")], make(2)
     start(multicast(1, chain(0, 2)), sources[0], node)
     start(multicast(2, chain(1, 2)), sources[1], node)
@@ -197,7 +197,7 @@ class TestCancelled:
         assert node.store.free_bytes("gpu") == before
 
     def test_a_sender_that_never_began_sends_a_fence(self, network: Network, make: Callable[..., Node]) -> None:
-        """Its command waits, or has failed; those that ask it for blocks must not keep memory for it for ever."""
+        """The sender's command waits, or has failed; receivers that ask it for blocks must not keep memory for it for ever."""
         source, node = make(0), make(1)
         start(multicast(1, chain(0, 1)), node)
         network.run()
@@ -313,7 +313,7 @@ class TestFailures:
 
 
 def test_one_send_at_a_time(network: Network, make: Callable[..., Node]) -> None:
-    """Both receivers have asked; a paced link carries one block after the other."""
+    """Two receivers have asked; a paced link carries one block after the other."""
     source, one, two = make(0, held="gpu"), make(1), make(2)
     plan = MulticastPlan((0, 1, 2), (0,), 1, ((Send(0, 1, 0),), (Send(0, 2, 0),)))
     start(multicast(1, plan), source, one, two)

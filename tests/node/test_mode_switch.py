@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Dispatch, KvPolicy, Serve, SwitchMode
 from lambdascale.core.events import Event, RequestFinished, TokensProduced
 from lambdascale.inference.batch import Ticket
@@ -29,8 +29,8 @@ class Client:
         self.got += tokens
         self.finished = finished
 
-    def failed(self, reason: str) -> None:
-        raise AssertionError(reason)
+    def failed(self, failure: Failure) -> None:
+        raise AssertionError(failure)
 
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
@@ -57,7 +57,7 @@ def switched(kv: KvPolicy, moment: int, rng: random.Random | None = None, *, res
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["copy", "recompute"]), st.integers(0, 80), st.booleans(), st.randoms(use_true_random=False))
 def test_a_mode_switch_in_any_order(kv: KvPolicy, moment: int, reshape: bool, rng: random.Random) -> None:
-    """Also of a pipeline whose boundaries are just moving. Nothing is left of it."""
+    """A pipeline whose boundaries are just moving may be switched, too. Nothing is left of it."""
     cluster = switched(kv, moment, rng, reshape=reshape)
     cluster.run(rng)
     cluster.check()
@@ -98,7 +98,7 @@ def test_answers_are_complete_and_in_order_however_late_a_nodes_word_is(kv: KvPo
 
 
 def test_kv_goes_along_and_replicas_prefill_nothing() -> None:
-    """With "copy", each node of the pipeline sends exactly its own layers, and the replicas go on decoding."""
+    """Each node of the pipeline sends exactly its own layers with "copy", and the replicas go on decoding."""
     cluster = FakeCluster(2)
     cluster.serve(1, *HALVES)
     cluster.assign(1, 0, 1)
@@ -107,7 +107,7 @@ def test_kv_goes_along_and_replicas_prefill_nothing() -> None:
     cluster.switch(1, 0, [(1, 2)], {2: 1}, "copy")
     sent = cluster.run_noting()
     cluster.check()
-    assert [(m.first_layer, m.layers) for m in sent if isinstance(m, wire.KvPart)] == [(0, 4)], "the other half is there already"
+    assert [(m.first_layer, m.layers) for m in sent if isinstance(m, wire.KvPart)] == [(0, 4)], "the other half has come already"
     before = sum(len(m.tokens) for m in cluster.said if isinstance(m, wire.Tokens) and m.instance == 1)
     passes = cluster.executors[1].log.count("run 0-8")
     assert before + passes == len(expected_answer(cluster.tickets[1])), "one iteration for each token that was left"
@@ -244,7 +244,7 @@ def test_parts_of_a_pipeline_that_was_stopped_are_dropped() -> None:
 
 @pytest.mark.parametrize("with_kv", [True, False])
 def test_a_request_that_is_handed_over_twice_is_added_once(with_kv: bool) -> None:
-    """By the pipeline and by the controller, in either order, with KV on its way or without."""
+    """The pipeline and the controller hand it over, in either order, with KV on its way or without."""
     for first in (0, 1):
         cluster, ticket = waiting_replica()
         handed = handover(ticket) if with_kv else wire.Handover(5, (copy(ticket),), 4)

@@ -35,7 +35,7 @@ def deliver_all(cluster: FakeCluster, src: int, dst: int) -> None:
 
 
 def test_hidden_states_go_where_they_are_read() -> None:
-    """With offers there before the first iteration, no hidden states travel in a message."""
+    """No hidden states travel in a message when offers come before the first iteration."""
     cluster = pipeline(*THIRDS, nodes=3)
     cluster.assign(1, 0, 1, 2, 3, 4)
     sent = cluster.run_noting()
@@ -141,7 +141,7 @@ def test_nothing_is_offered_to_a_lost_writer() -> None:
 
 
 def test_offers_of_a_lost_reader_are_void() -> None:
-    """They came before the instance; by the time it starts, the places belong to nobody."""
+    """The offers came before the instance; by the time it starts, the places belong to nobody."""
     cluster = FakeCluster(2)
     cluster.serve(1, *HALVES)
     cluster.obey(1)

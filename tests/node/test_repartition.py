@@ -66,7 +66,7 @@ def layer_ranges(cluster: FakeCluster, node: int) -> list[range]:
     [(ALONE, SOURCE_FIRST), (ALONE, DESTINATION_FIRST), (ALONE, stages((1, 0, 3))), (FOUR, ALONE), (FOUR, stages((2, 0, 3)))],
 )
 def test_a_boundary_moves_while_requests_run(before: tuple[Stage, ...], after: tuple[Stage, ...], kv: KvPolicy) -> None:
-    """After every possible number of steps: the tokens are the model's, and old runners end."""
+    """The tokens are the model's after every possible number of steps, and old runners end."""
     for moment in range(0, 60, 3):
         cluster = FakeCluster(4)
         story = Story(cluster, before)
@@ -81,7 +81,7 @@ def test_a_boundary_moves_while_requests_run(before: tuple[Stage, ...], after: t
 
 
 def test_kv_travels_and_nothing_is_prefilled_again() -> None:
-    """With "copy", a running request goes on decoding on its new stages."""
+    """A running request goes on decoding on its new stages with "copy"."""
     cluster = FakeCluster(2)
     story = Story(cluster, ALONE)
     story.assign(1)
@@ -195,7 +195,7 @@ def test_moves_of_a_batch_keep_their_order() -> None:
 
 
 def test_batches_take_turns() -> None:
-    """In a circle: a batch whose iterations end at once is not served alone."""
+    """Batches run in a circle: one whose iterations end at once is not served alone."""
     head = Head(lambda index: Batch(BatchLimits(max_batch=1), range(index, index + 1), 20, 50))
     head.resize(3, 20)
     for request_id in range(3):
@@ -206,7 +206,7 @@ def test_batches_take_turns() -> None:
 
 
 def test_kv_memory_changes_with_the_stages() -> None:
-    """For the batches there are, and for new ones."""
+    """Batches that exist and new ones have the new memory."""
     cluster = FakeCluster(2, kv_tokens=30)
     story = Story(cluster, ALONE)
     cluster.run()
@@ -233,7 +233,7 @@ def consolidated(max_batch: int) -> tuple[FakeCluster, int]:
 
 
 def test_batches_that_are_too_many_are_merged() -> None:
-    """With room, the requests of both decode in the same iterations."""
+    """Requests of both batches decode in the same iterations where slots allow it."""
     cluster, on_pipeline = consolidated(max_batch=2)
     left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
     assert cluster.executors[0].log.count("run 0-8") < left
@@ -241,7 +241,7 @@ def test_batches_that_are_too_many_are_merged() -> None:
 
 
 def test_merged_requests_wait_with_their_kv() -> None:
-    """Without room, one waits for the other, and decodes then without a prefill."""
+    """A request without a slot waits for the other, and decodes then without a prefill."""
     cluster, on_pipeline = consolidated(max_batch=1)
     left = sum(len(expected_answer(ticket)) for ticket in cluster.tickets.values()) - on_pipeline
     assert cluster.executors[0].log.count("run 0-8") == left

@@ -253,7 +253,7 @@ def test_a_batch_prefills_within_its_token_budget() -> None:
 
 @pytest.mark.parametrize("end", ["one token", "stopped", "last token", "stopped later", "removed", "drained"])
 def test_whoever_leaves_frees_exactly_its_memory(end: str) -> None:
-    """20 of 59 tokens each: with one of two gone, one more fits and not two."""
+    """20 of 59 tokens each: once one of two has ended, one more fits and not two."""
     batch = scheduler(59, ((29 if end == "one token" else 20, 1 if end == "one token" else 10), (20, 10)), max_batch=4)
     if end == "stopped":
         assert run(batch, 1, (0,)) == ([0, 1], [0])

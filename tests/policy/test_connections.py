@@ -8,7 +8,7 @@ from tests.policy.world import pipelined
 
 
 def test_a_lost_connection_of_two_members_of_a_multicast_replans_it() -> None:
-    """From what nodes hold by then; the replica that feeds it is on one of them only, and serves on."""
+    """The new plan starts from what nodes hold by then; the replica that feeds it serves on."""
     world = multicasting()
     world.deliver("t2", 4)
     assert world.play(ConnectionLost(world.at, 0, 2)) == ["cancel t2", "multicast t3 0:gpu>1,2,3"]

@@ -24,7 +24,7 @@ from tests.policy.world import World, without
     ],
 )
 def test_new_nodes_take_the_next_places_of_a_standing_tree(replicas: int, requests: int, expected: list[str]) -> None:
-    """Of nodes 0, 1, 2, node 0 has its two children, 1 and 2; 3 and 4 are children of 1, 5 is one of 2.
+    """Node 0 of 0, 1 and 2 has its two children, 1 and 2; 3 and 4 are children of 1, 5 is one of 2.
 
     Mutations: the root at work as long as it is idle; a parent too many or too few.
     """

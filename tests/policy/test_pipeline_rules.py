@@ -108,7 +108,7 @@ def test_division_of_what_nodes_hold() -> None:
 
 
 def test_nodes_are_ordered_by_what_they_hold_so_that_each_has_one_stage() -> None:
-    """In the order of their ids the nodes could only take turns: 2:0-1, 1:2-4, 1:5-5."""
+    """Nodes in the order of their ids could only take turns: 2:0-1, 1:2-4, 1:5-5."""
     assert divide({1: {2, 3, 4, 5}, 2: {0, 1}}, 6) == (Stage(2, 0, 1), Stage(1, 2, 5))
 
 
@@ -238,18 +238,18 @@ def test_each_node_leaves_when_it_is_complete_and_the_others_go_on() -> None:
     assert world.block(2, 0, 1) == ["serve i4 0", "serve i5 2", "switch i3 1>i4,2>i5,4>i4,5>i5 recompute"]
 
 
-def test_a_node_stays_while_the_others_need_its_blocks() -> None:
+def test_a_node_stays_until_the_others_can_do_without_its_blocks() -> None:
+    """Mutation: looked at only when a node is complete, so that it stays until the next one is."""
     world = trio(switch="each")
     assert world.block(1, 3, 0) == [], "nodes 0 and 2 lack block 1"
-    assert world.block(0, 1, 2, 3) == []
-    assert world.block(2, 0, 1)[-1].startswith("switch i1 ")
+    assert world.block(0, 1) == ["serve i2 1", "serve i3 0:0-1,2:2-3", "switch i1 0>i2,1>i3,2>i3,3>i2,4>i3,5>i3 recompute"]
 
 
-def leaving(last_s: float) -> tuple[World, list[str]]:
+def leaving(last_s: float, running: int | None = None) -> tuple[World, list[str]]:
     """Node 1 of three is complete, ``last_s`` after node 2's first block; node 2 lacks one, due in ``last_s`` / 2, node 0 two.
 
     Nine requests of 900 tokens: a first pass of two takes 0.37 s, of one half of that, and half as long behind another.
-    Returns the commands then.
+    All that have come end before, but ``running``. Returns the commands then.
     """
     world = World(nodes=3, min_replicas=0, form="useful", switch="each")
     world.arrive(9, prompt=900, output=100)
@@ -264,19 +264,34 @@ def leaving(last_s: float) -> tuple[World, list[str]]:
     world.block(1, 3)
     world.at += last_s / 2
     assert world.block(2, 0) + world.block(0, 1) == []
+    if running is not None:
+        for request in range(9 - running):
+            world.finish(request)
     return world, world.block(1, 0)
 
 
 def test_the_smaller_pipeline_is_limited_by_the_time_until_its_own_mode_switch() -> None:
     """0.45 s are left: enough for a request on each of its nodes. Mutation: as many as it has places for, four."""
+    world, lines = leaving(0.9, running=3)
+    assert lines == ["serve i2 1", "serve i3 0:0-1,2:2-3", "switch i1 6>i2,7>i3,8>i3 recompute"]
+    assert world.arrive(2, prompt=900) == ["dispatch i2 9"], "it has the two it can bring to their tokens"
+    assert world.finish(7) == ["dispatch i3 10"]
+
+
+def test_a_node_stays_while_the_others_would_bring_requests_to_no_token() -> None:
+    """Node 2 is complete in 0.25 s. Mutation: all requests moved to the one complete node, which has places for two."""
+    world, lines = leaving(0.5, running=3)
+    assert lines == []
+    assert world.block(2, 1) == ["serve i2 1", "serve i3 2", "switch i1 6>i2,7>i3,8>i2 recompute"], "two nodes can take them all"
+
+
+def test_a_node_stays_while_the_others_would_keep_more_than_they_bring_to_a_token() -> None:
+    """The other nodes would keep four of six requests, and bring two to a token. Mutation: what runs is not counted."""
     world, lines = leaving(0.9)
-    assert lines == ["serve i2 1", "serve i3 0:0-1,2:2-3", "switch i1 0>i2,1>i3,2>i3,3>i2,4>i3,5>i3 recompute"]
-    assert world.finish(1, 2) == [], "it has the two it can bring to their tokens"
-    assert world.finish(4) == ["dispatch i3 6"]
+    assert lines == []
+    assert world.finish(0) == ["dispatch i1 6"], "and takes further requests: the node that is complete does not leave soon"
 
 
-def test_no_smaller_pipeline_is_formed_that_would_bring_no_token() -> None:
-    """0.25 s are left: less than a first pass of what waits. The last two nodes serve alone once they are complete."""
-    world, lines = leaving(0.5)
-    assert lines == ["serve i2 1", "switch i1 0>i2,1>i2,2>i2 recompute"]
-    assert world.block(2, 1) == ["serve i3 2", "dispatch i3 3,4"]
+def test_a_complete_node_takes_what_it_has_places_for() -> None:
+    """Paper, 4.4: running requests move to local nodes. Mutation: it stays, since the others would bring no token."""
+    assert leaving(0.5, running=2)[1] == ["serve i2 1", "switch i1 7>i2,8>i2 recompute"]

@@ -31,7 +31,7 @@ from lambdascale.multicast.elbow import elbow, multicast_s
 
 def shown(plan: MulticastPlan) -> list[str]:
     """Rounds like 0>1:0 1>2:3."""
-    return [" ".join(f"{t.src}>{t.dst}:{t.block}" for t in sends) for sends in plan.rounds]
+    return [" ".join(f"{s.src}>{s.dst}:{s.block}" for s in sends) for sends in plan.rounds]
 
 
 # -- repair ----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_the_node_that_lacks_most_takes_first_and_the_sender_is_the_one_that_sen
     holdings = {1: {0, 1, 2, 3}, 2: {0, 1, 2, 3}, 5: {0}, 6: set[int]()}
     plan = plan_from_holdings(holdings, [5, 6], 4)
     assert shown(plan)[0] == "1>6:1 2>5:1", "6 lacks more; 1 and 2 have sent nothing; blocks 1 to 3 are equally rare"
-    assert max(sum(t.src == node for sends in plan.rounds for t in sends) for node in (1, 2)) <= 4
+    assert max(sum(s.src == node for sends in plan.rounds for s in sends) for node in (1, 2)) <= 4
     assert len(plan.rounds) == 4
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from lambdascale.core import MulticastPlan
+from lambdascale.core import Failure, MulticastPlan
 from lambdascale.core.commands import FailRequest, StartMulticast
 from lambdascale.core.events import CommandFailed
 from tests.policy.world import World, pipelined, without
@@ -272,12 +272,16 @@ def test_a_failure_that_names_nothing_ends_the_run() -> None:
         World(nodes=1).fail()
 
 
-def reasons(world: World) -> list[str]:
-    return [command.reason for command in world.commands if isinstance(command, FailRequest)]
+THREE_TIMES = Failure("instance_failed", "its instance failed 3 times: broken")
+UNFIT = Failure("unfit_nodes", "a fails on every node: broken")
+
+
+def failures(world: World) -> list[Failure]:
+    return [command.failure for command in world.commands if isinstance(command, FailRequest)]
 
 
 def test_a_request_that_was_on_three_failed_instances_is_failed() -> None:
-    """And only such a request: the others start anew, oldest first."""
+    """No other request is failed: the others start anew, oldest first."""
     world = World(nodes=4, min_replicas=3)
     world.arrive(1)
     assert without(world.fail(instance="i1"), "timer") == ["stop i1", "serve i4 0", "dispatch i2 0"]
@@ -285,7 +289,7 @@ def test_a_request_that_was_on_three_failed_instances_is_failed() -> None:
     world.arrive(5)
     assert {world.at_instance[r] for r in (0, 3)} == {world.at_instance[0]}, "1 to 5 fill the three replicas"
     assert world.fail(instance="i3") == ["stop i3", "fail 0", "serve i6 2", "dispatch i6 3"]
-    assert reasons(world) == ["its instance failed 3 times: broken"]
+    assert failures(world) == [THREE_TIMES]
 
 
 def test_failures_of_lost_nodes_are_not_the_requests() -> None:
@@ -317,7 +321,7 @@ def test_a_node_is_given_up_for_a_model_after_three_failures_in_a_row() -> None:
         last = world.fail(instance=instance)
     assert last == ["stop i7", "release 1"]
     assert world.arrive(1, "a") == ["fail 0"]
-    assert reasons(world) == ["a fails on every node: broken"]
+    assert failures(world) == [UNFIT]
     assert world.arrive(1, "b") == ["dispatch i2 1"], "only for that model"
 
 
@@ -339,7 +343,7 @@ def test_what_is_queued_is_failed_when_no_node_is_left_that_could_serve_it() -> 
     world.fail(instance="i2")
     lines = world.fail(instance="i3")
     assert lines == ["stop i3", "fail 1", "fail 0", "release 0", "fail 2", "fail 3"]
-    assert reasons(world) == ["its instance failed 3 times: broken"] * 2 + ["a fails on every node: broken"] * 2
+    assert failures(world) == [THREE_TIMES] * 2 + [UNFIT] * 2
 
 
 def test_a_node_that_feeds_a_transfer_is_not_given_up_before_it_ends() -> None:

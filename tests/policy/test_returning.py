@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lambdascale.core import GpuSpec, NodeOverride
+from lambdascale.core import Failure, GpuSpec, NodeOverride
 from lambdascale.core.commands import FailRequest
 from lambdascale.core.events import NodeGivenUp, NodeJoined
 from tests.policy.world import World, without
@@ -69,7 +69,9 @@ def test_requests_fail_once_every_node_is_given_up() -> None:
     world.lose(1, returns=True)
     assert world.play(NodeGivenUp(world.at, 1)) == [], "node 0 may still return"
     assert world.play(NodeGivenUp(world.at, 0)) == ["fail 0", "fail 1"]
-    assert {c.reason for c in world.commands if isinstance(c, FailRequest)} == {"no node is left to serve it"}
+    assert {c.failure for c in world.commands if isinstance(c, FailRequest)} == {
+        Failure("no_node", "no node is left to serve it")
+    }
     assert world.arrive() == ["fail 2"]
 
 

@@ -28,7 +28,7 @@ def test_the_least_loaded_instance_takes_the_request_and_the_older_one_in_a_tie(
 def test_load_is_relative_to_capacity() -> None:
     """A pipeline of two nodes with two requests is as loaded as a replica with one."""
     world = pipelined()
-    world.finish(0, 4, 5, 6)  # 8 has gone to i1
+    world.finish(0, 4, 5, 6)  # 8 goes to i1
     assert world.at_instance[8] == world.at_instance[0]
     world.finish(2)
     assert world.arrive(4) == ["dispatch i3 9", "dispatch i1 10", "dispatch i3 11", "dispatch i3 12"]
@@ -60,7 +60,7 @@ def test_a_request_whose_cache_never_fits_is_refused(prompt: int, output: int, r
     assert world.arrive(prompt=prompt, output=output)[0] == ("fail 0" if refused else "dispatch i1 0")
     assert world.arrive()[0] == f"dispatch i1 {1}"
     if refused:
-        (reason,) = [command.reason for command in world.commands if hasattr(command, "reason")]
+        (reason,) = [command.failure.text for command in world.commands if isinstance(command, FailRequest)]
         needed = f"{prompt + output} tokens of KV cache ({prompt} for its prompt, {output} for its answer)"
         assert reason == f"needs up to {needed}, a replica of a has 79345"
 
@@ -155,15 +155,13 @@ def test_only_what_fits_no_node_is_refused() -> None:
     assert world.lose(2) == ["fail 1"]
     assert world.arrive(prompt=290, output=11)[0] == "fail 2"
     assert world.arrive(prompt=290, output=10)[0] == "dispatch i1 3"
-    assert [command.reason.rsplit(" ", 1)[1] for command in world.commands if isinstance(command, FailRequest)] == [
-        "79345",
-        "300",
-        "300",
-    ]
+    failures = [command.failure for command in world.commands if isinstance(command, FailRequest)]
+    assert [failure.text.rsplit(" ", 1)[1] for failure in failures] == ["79345", "300", "300"]
+    assert {failure.reason for failure in failures} == {"too_large"}
 
 
 def test_a_request_that_fits_no_replica_gets_a_node_that_it_fits() -> None:
-    """One replica would do for one request, so that another is added once the one there is idle, and that one is surplus then."""
+    """One replica would do for one request, so that another is added once the first is idle, and that one is surplus then."""
     world = mixed((0, 1), min_replicas=1)
     world.arrive(prompt=10, output=10)
     assert world.arrive(prompt=290, output=11) == []

@@ -139,7 +139,7 @@ def test_replicas_that_were_not_in_use_need_no_look_ahead() -> None:
 
 
 def test_the_least_loaded_is_drained() -> None:
-    """Of idle ones, the longest idle goes first: test_autoscaling."""
+    """The longest idle of several idle ones goes first: test_autoscaling."""
     world, _ = loaded(2, 1, 2)
     world.tick()
     assert drained(world) == [2]

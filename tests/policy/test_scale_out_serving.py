@@ -35,7 +35,7 @@ def test_the_kv_policy_of_a_mode_switch_is_the_systems() -> None:
 
 def test_a_mode_switch_makes_room_for_the_queue() -> None:
     world = pipelined()
-    world.finish(4, 5)  # 8 has gone to the pipeline
+    world.finish(4, 5)  # 8 goes to the pipeline
     world.arrive(2)
     assert world.deliver("t3")[-1] == "switch i3 6>i4,7>i5,8>i4,9>i5 recompute"
     assert world.finish(6, 7, 8) == ["dispatch i4 10"]

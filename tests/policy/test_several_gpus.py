@@ -40,7 +40,7 @@ def test_two_batches_are_on_the_two_gpus_of_a_node_at_once() -> None:
 
 
 def test_two_long_answers_take_as_long_as_one() -> None:
-    """In the steady state a step of each batch takes 0.02 s: 100 more steps are 2 s for both."""
+    """A step of each batch takes 0.02 s in the steady state: 100 more steps are 2 s for both."""
     events = pairs().at(0.0, serve(1, 0), Dispatch(1, (request(0, 103), request(1, 103)))).events()
     assert shown(events)[2:] == [(2.18, "RequestFinished", 0), (2.19, "RequestFinished", 1)]
 
@@ -84,7 +84,7 @@ def test_models_on_different_gpus_of_a_node_do_not_wait_for_each_other() -> None
 
 
 def test_a_stopped_instance_leaves_the_gpus_free() -> None:
-    """At 0.06 s request 0 is on the second GPU, request 1 on the first."""
+    """Request 0 is on the second GPU at 0.06 s, request 1 on the first."""
     cluster = pairs().at(0.0, serve(1, 0), Dispatch(1, (request(0, 3), request(1, 3))))
     cluster.at(0.06, StopInstance(1), serve(2, 0), Dispatch(2, (request(2, 1),)))
     assert shown(cluster.events()) == [(0.16, "TokensProduced", 2), (0.16, "RequestFinished", 2)]

@@ -11,6 +11,7 @@ from lambdascale.control import BatchLimits
 from lambdascale.core import (
     ClusterSpec,
     ComputeTable,
+    Failure,
     ModelSpec,
     MulticastPlan,
     Request,
@@ -235,7 +236,7 @@ def test_a_switch_of_an_unknown_pipeline_is_ignored() -> None:
 
 def test_bookkeeping_takes_no_time() -> None:
     commands = [AllocateNode(0, "small", 1), ReleaseNode(0, "small", 1), PlaceCopy(0, "small"), EvictBlocks(0, "small", "host")]
-    assert Cluster().at(0.0, *commands, FailRequest(0, "no")).events() == []
+    assert Cluster().at(0.0, *commands, FailRequest(0, Failure("no_node", "no"))).events() == []
 
 
 def test_nodes_join_first_and_requests_come_before_what_else_happens_then() -> None:

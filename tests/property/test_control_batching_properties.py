@@ -114,7 +114,7 @@ def test_every_sequence_gets_exactly_its_tokens_within_the_limits(
 @settings(max_examples=200, deadline=None)
 @given(scripts())
 def test_merged_steps_change_nothing(script: tuple[BatchLimits, Arrivals]) -> None:
-    """With all requests there from the beginning, every one ends at the same step."""
+    """Every request ends at the same step if all are present from the beginning."""
     limits, arrivals = script
     arrivals = [(0, request) for _, request in arrivals]
     apart, merged = Run(limits, arrivals, one), Run(limits, arrivals, most)

@@ -1,4 +1,4 @@
-"""Under constant load the number of replicas settles, for every system."""
+"""The number of replicas settles under constant load, for every system."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.live import harness
 from tests.live.faults import Break, Damage, check_damage, inject
 
 REQUESTS = harness.burst(12, prompt=10, output=8)
-Serve = Callable[[], harness.Outcome]
+Serve = Callable[..., harness.Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def serve(tiny: Path, expected: dict[int, list[int]], monkeypatch: pytest.Monkey
     monkeypatch.setattr(harness, "PATIENCE_S", 400.0)
     system = harness.system_of("lambdascale")
 
-    def run() -> harness.Outcome:
+    def run(*watchers: harness.Watcher) -> harness.Outcome:
         options = {"link": "1MB/s", "transport": "rdma", "executor": "torch", "silence_s": 120.0}
-        outcome = harness.run(tiny, REQUESTS, system=system, nodes=3, **options)
+        outcome = harness.run(tiny, REQUESTS, system=system, nodes=3, watchers=watchers, **options)
         assert outcome.answers == expected
         assert (outcome.rows.status == "ok").all()
         return outcome
@@ -65,6 +65,23 @@ def test_a_queue_pair_fails(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> No
     """A queue pair fails during a multicast while both nodes live: the cluster gives up one of them."""
     inject(Break(node=1, peer=2, after=2), monkeypatch)
     assert [event.node for event in harness.of(serve(), NodeLost)] == [2]
+
+
+def test_a_node_is_killed_in_a_multicast(serve: Serve) -> None:
+    """The killed node receives blocks and forwards them; the other destination gets what is missing over rdma, by a new plan."""
+    killer = harness.Watcher(
+        lambda entry: isinstance(entry, BlockArrived) and entry.node == 1 and entry.transfer_id > 0,
+        lambda backend: backend.launcher.kill(1),
+    )
+    outcome = serve(killer)
+    assert [event.node for event in harness.of(outcome, NodeLost)] == [1]
+    arrived = [event.block for event in harness.of(outcome, BlockArrived) if event.node == 2]
+    assert sorted(arrived) == list(range(8)), "each once"
+    first, *later = harness.of(outcome, StartMulticast)
+    assert first.plan.destinations == (1, 2)
+    assert later, "the death came before the end"
+    assert {command.plan.destinations for command in later} == {(2,)}
+    assert not [load for load in harness.of(outcome, LoadBlocks) if load.tier != "instant"]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,13 @@ def test_connections_are_used_again() -> None:
         assert carriers.held[2] == ALL
 
 
-def test_a_receiver_is_killed() -> None:
-    """A receiver's death is reported to the others, and the blocks they hold suffice to plan the rest."""
-    with Carriers(make, nodes=4, sources=1, blocks=BLOCKS, block_bytes=BLOCK_BYTES) as carriers:
-        carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2)
-        carriers.carry(plan_from_holdings(carriers.held, [1, 3], BLOCKS))
-        assert carriers.held == dict.fromkeys((0, 1, 3), ALL)
+@pytest.mark.parametrize(("sources", "victim"), [(1, 2), (2, 0)], ids=["a receiver", "a source"])
+def test_a_node_is_killed(sources: int, victim: int) -> None:
+    """Other nodes learn of the death while writes from and to the node are under way; their blocks suffice to plan the rest."""
+    nodes = sources + 3
+    with Carriers(make, nodes=nodes, sources=sources, blocks=BLOCKS, block_bytes=BLOCK_BYTES) as carriers:
+        plan = BinomialPipeline().plan(sources=sources, destinations=3, blocks=BLOCKS)
+        carriers.carry_and_kill(plan, victim=victim, after=2, at=2)
+        survivors = [node for node in range(nodes) if node != victim]
+        carriers.carry(plan_from_holdings(carriers.held, [node for node in survivors if node >= sources], BLOCKS))
+        assert carriers.held == dict.fromkeys(survivors, ALL)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from lambdascale.core import TRACED_FAILURE, TraceError
+from lambdascale.core import TraceError
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.runner import run
@@ -74,7 +74,7 @@ def test_failures_of_the_trace_and_sessions(tmp_path: Path) -> None:
     first = made(tmp_path, "first", *settings)
     found = summary(first)
     assert found["requests"] == {"submitted": 90, "completed": 60, "failed": 30}
-    assert found["failures"] == {TRACED_FAILURE: 30}
+    assert found["failures"] == {"traced": 30}
     rows = pd.read_parquet(first / "requests.parquet")
     assert rows[rows.status == "failed"].arrival_s.tolist() == list(range(0, 90, 3))
     assert rows.session[rows.arrival_s == 7].tolist() == ["s1"]

@@ -180,11 +180,11 @@ def test_a_killed_run_looks_unfinished_and_can_be_repeated(tmp_path: Path) -> No
     assert all(path.name.startswith(".") for path in kept.iterdir()), "only a temporary folder is left"
     again = small_run(tmp_path)
     assert not again.reused
-    assert [path.name for path in kept.iterdir()] == [again.folder.name], "what the killed run left is gone"
+    assert [path.name for path in kept.iterdir()] == [again.folder.name], "what the killed run left is removed"
 
 
 def test_sigkill_at_any_moment(tmp_path: Path) -> None:
-    """After a SIGKILL at any moment, the folder is complete or does not exist."""
+    """The folder is complete or does not exist after a SIGKILL, whenever it comes."""
     for delay_s in (1.5, 2.5, 3.0):
         process = subprocess.Popen([sys.executable, str(RUN), "seed=7"], cwd=tmp_path, stdout=subprocess.DEVNULL)
         time.sleep(delay_s)

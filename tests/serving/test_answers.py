@@ -170,7 +170,7 @@ class TestFull:
 
 class TestStreams:
     def test_every_token_has_its_event(self, start: Start) -> None:
-        """Also one that is half a character, with an empty text."""
+        """A token that is half a character has an event, too, with an empty text."""
         running = start()
         with running.client() as client:
             asked = body(stream=True, max_tokens=5, stream_options={"include_usage": True, "continuous_usage_stats": True})
@@ -181,7 +181,7 @@ class TestStreams:
         assert [len(chunk["choices"]) for chunk in chunks] == [1] * 5 + [0]
 
     def test_several_prompts(self, start: Start) -> None:
-        """Only the last event of a choice has its reason."""
+        """The last event of a choice has its reason, and no other has."""
         running = start()
         with running.client() as client:
             answer = client.post("/v1/completions", json=body(stream=True, prompt=["a", "b", "c"]))

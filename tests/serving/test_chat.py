@@ -122,6 +122,7 @@ REFUSING = {
     "{{ ''.__class__.__mro__ }}": "is unsafe|unsafe",
     "{% for i in range(10 ** 9) %}{% endfor %}": "Range too big",
     "{{ messages.append(1) }}": "unsafe",
+    "{{ '\\ud800' }}": "surrogates not allowed",
     "{{ messages | tojson(indent=messages) }}": "refuses the messages: ",
     "{% include 'other' %}": "no loader",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "recursion",

@@ -27,7 +27,7 @@ COMMAND = str(Path(sys.executable).with_name("lambdascale"))
         pytest.param(
             ["--model", "tiny", "--blocks", "8", "--transport", "cuda_ipc", "--device", "cuda"],
             "finds no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it is there"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one"),
         ),
         (["--model", "tiny", "--blocks", "99"], "blocks"),
         (["--model", "tiny", "--port", "99999"], "99999"),
@@ -57,7 +57,7 @@ def test_mistakes(
 
 
 def test_a_mistake_of_the_command_itself() -> None:
-    """As a user runs it, with nothing imported before."""
+    """The command is run as a user runs it, with nothing imported before."""
     done = subprocess.run([COMMAND, "serve", "--model", "/nowhere"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1

@@ -124,7 +124,7 @@ class TestMalformed:
         assert b"HTTP/1.1 400" in answer
 
     def test_rubbish_in_a_stream(self, start: Start) -> None:
-        """It ends the connection, and the request with it."""
+        """Rubbish ends the connection, and the request with it."""
         running = start()
         running.cluster.held = True
         with running.connect() as connection:
@@ -163,7 +163,7 @@ class TestMany:
             assert status_of(connection.recv(65536)) == 200
 
     def test_idle_connections_make_room(self, start: Start, sockets: ExitStack) -> None:
-        """Whoever opens connections and says nothing keeps nobody out."""
+        """Clients that open connections and say nothing keep nobody out."""
         running = start(connections=4)
         for _ in range(4):
             sockets.enter_context(running.connect())
@@ -174,7 +174,7 @@ class TestMany:
         assert running.refusals(0, "displaced") >= 1
 
     def test_a_flood(self, start: Start, sockets: ExitStack) -> None:
-        """Neither descriptors nor answers run out."""
+        """A flood uses up neither descriptors nor answers."""
         running = start(connections=16)
         for _ in range(400):
             sockets.enter_context(running.connect())
@@ -184,7 +184,7 @@ class TestMany:
 
 
 def test_bodies_have_a_bound_together(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many connections there are; the bytes are free again when a client has left."""
+    """The bound holds for any number of connections; bytes are free again when a client has left."""
     monkeypatch.setattr(limits, "BODIES_BYTES", 0)
     running = start()
     half = b" " * (running.front_end._limits.body_bytes * 6 // 10)
@@ -203,7 +203,7 @@ class TestReaders:
     LONG = b'{"model": "tiny", "prompt": "a", "max_tokens": 60000, "stream": true, "ignore_eos": true}'
 
     def test_one_that_does_not_read_is_cut_off(self, start: Start) -> None:
-        """Its memory is bounded by what it asked for, its time by ``send_timeout_s``."""
+        """The client's memory is bounded by what it asked for, its time by ``send_timeout_s``."""
         running = start(slot_tokens=65536, send_timeout_s=0.5)
         with running.connect() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -214,7 +214,7 @@ class TestReaders:
         assert running.metrics()['lambdascale_failures_total{reason="client_left"}'] == 1
 
     def test_one_that_does_not_read_keeps_nobody_waiting(self, start: Start) -> None:
-        """Its place is free as soon as the cluster has answered."""
+        """The client's place is free as soon as the cluster has answered."""
         running = start(slot_tokens=65536, window=1)
         with running.connect() as connection, running.client() as client:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

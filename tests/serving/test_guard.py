@@ -58,7 +58,7 @@ class TestHosts:
 class TestOrigins:
     @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1", "localhost"])
     def test_pages_of_other_sites_are_refused(self, shared: Running, origin: str) -> None:
-        """Not only is the answer hidden from them: it costs nothing."""
+        """A refused page does not only get no answer: its request reaches no node."""
         before = len(shared.cluster.order)
         with shared.client() as client:
             answer = client.post("/v1/completions", json=BODY, headers={"Origin": origin})
@@ -212,7 +212,7 @@ class TestTls:
             options.tls()
 
     def test_a_key_with_a_password(self, certificate: tuple[str, str], tmp_path: Path) -> None:
-        """It is not asked for: nobody may be at the terminal."""
+        """The password is not asked for: nobody may be at the terminal."""
         locked = str(tmp_path / "locked.pem")
         command = ["openssl", "rsa", "-aes128", "-passout", "pass:x", "-in", certificate[1], "-out", locked]
         subprocess.run(command, check=True, capture_output=True)

@@ -92,7 +92,7 @@ def test_no_request_is_an_internal_error(
 
 
 def test_a_described_request_is_answered(keyed: Running, schema: Any, headers: dict[str, str]) -> None:
-    """Whatever the description allows, if the tokens fit: the rest of the sentence is no schema's."""
+    """Anything that the description allows is answered if its tokens fit."""
     body = {"model": "tiny", "prompt": "a", "max_tokens": 3, "n": 1, "user": "x", "top_k": 0, "logit_bias": {}, "stop": ["x"]}
     with keyed.client(headers=headers) as client:
         assert client.post("/v1/completions", json=body).status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def grown(text: Text, tokens: list[int], stops: list[str], pieces: list[int]) ->
 @settings(deadline=None)
 @given(PICKS, st.lists(st.sampled_from(["a", "b ", "ab", "aba", "€", "c"]), max_size=3), st.lists(st.integers(1, 3)))
 def test_it_is_the_text_of_the_whole(text: Text, picks: list[int], stops: list[str], pieces: list[int]) -> None:
-    """Up to the first stop string, however the tokens come."""
+    """The text ends at the first stop string, however the tokens come."""
     alphabet = [*text.encode(LETTERS), NO_TEXT]
     tokens = [alphabet[pick % len(alphabet)] for pick in picks]
     whole = text.decode(tokens)
@@ -36,6 +37,17 @@ def test_it_is_the_text_of_the_whole(text: Text, picks: list[int], stops: list[s
     shown, stopped = grown(text, tokens, stops, pieces)
     assert "".join(shown) == (whole[: min(ends)] if ends else whole)
     assert stopped == bool(ends)
+
+
+def test_other_threads_go_on_while_a_prompt_is_cut(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: the tokenizer's method for one text, which holds the interpreter's lock for all of it."""
+
+    class BatchesOnly:
+        def encode_batch_fast(self, texts: list[str], *, add_special_tokens: bool) -> list[Any]:
+            return [SimpleNamespace(ids=list(map(ord, each))) for each in texts]
+
+    monkeypatch.setattr(text, "_tokenizer", BatchesOnly())
+    assert text.encode("ab") == [97, 98]
 
 
 def test_text_is_shown_as_soon_as_it_is_certain(text: Text) -> None:

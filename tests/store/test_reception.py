@@ -32,7 +32,7 @@ def landing(request: pytest.FixtureRequest, make: Callable[..., BlockStore]) -> 
 
 class TestReception:
     def test_from_expected_to_usable(self, landing: BlockStore) -> None:
-        """On the device, right, and with no memory left reserved."""
+        """The block ends on the device, unchanged, with no memory left reserved."""
         reception = landing.expect("a", [3, 1])
         assert list(reception.offsets) == [3, 1]
         assert reception.resident == ()
@@ -103,7 +103,7 @@ class TestReception:
         assert landing.free_bytes(landing.landing_tier) == free
 
     def test_a_block_that_others_may_write_is_not_evicted(self, landing: BlockStore) -> None:
-        """It has arrived by one transfer, and the sender of another is writing it still."""
+        """The block has arrived by one transfer, and the sender of another still writes it."""
         one, two = landing.expect("a", [2]), landing.expect("a", [2])
         write(landing, "a", [2])
         one.arrived(2)
@@ -162,7 +162,7 @@ def test_sampled_loads_and_arrivals(make: Callable[..., BlockStore], monkeypatch
 
 
 def test_a_mirror_of_what_is_there(make: Callable[..., BlockStore]) -> None:
-    """Only what is missing is copied; without room, nothing is."""
+    """A mirror copies what is missing and no more; nothing without room."""
     store = make(host=1)
     store.load("a", [1, 2], keep_host=False).wait(30)
     store.load("a", [3]).wait(30)

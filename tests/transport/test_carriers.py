@@ -32,7 +32,7 @@ def test_everybody_gets_everything(make: Callable[[NodeId, Handlers], Endpoint])
 
 def test_the_survivors_of_a_killed_receiver() -> None:
     with Carriers(tcp, nodes=4, sources=1, blocks=BLOCKS, block_bytes=1 << 20) as carriers:
-        carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2)
+        carriers.carry_and_kill(BinomialPipeline().plan(sources=1, destinations=3, blocks=BLOCKS), victim=2, after=2, at=2)
         assert set(carriers.held) == {0, 1, 3}
         carriers.carry(plan_from_holdings(carriers.held, [1, 3], BLOCKS))
         assert all(held == set(range(BLOCKS)) for held in carriers.held.values())

@@ -119,7 +119,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("which", [0, 1])
     def test_memory_that_cannot_be_opened(self, pair: tuple[CudaIpcEndpoint, CudaIpcEndpoint], which: int) -> None:
-        """If either end fails to open the other's memory, the connecting end raises the reason and leaves nothing open."""
+        """The connecting end raises the reason if either end fails to open the other's memory, and leaves nothing open."""
         one, two = pair
         self.drivers[which].failing["cuIpcOpenMemHandle_v2"] = 217
         with pytest.raises(TransportError, match=rf"node {which} \(GPU 0\) cannot open .* of node {1 - which}: .*\(217\)"):

@@ -38,7 +38,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 @pytest.mark.parametrize("by", [0, 1])
 def test_a_severed_connection_is_made_again(pair: Pair, by: int) -> None:
-    """Both ends have heard of the loss, once, before the new one carries anything."""
+    """Each end hears of the loss, once, before the new connection carries anything."""
     one, zero, heard_one, heard_zero = pair()
     for count in (1, 2, 3):
         (zero, one)[by].sever(1 - by)
@@ -118,7 +118,7 @@ def test_a_loss_is_told_when_the_writer_has_let_go(monkeypatch: pytest.MonkeyPat
 
 
 def test_leases() -> None:
-    """They end when they are given up; each number stands for itself."""
+    """Leases end when they are given up; each number stands for itself."""
     file = os.memfd_create("lease")
     first, second = (Lease(os.open(f"/proc/self/fd/{file}", os.O_RDWR), number) for number in (5, 6))
     assert (is_held(file, 5), is_held(file, 6), is_held(file, 7)) == (True, True, False)

@@ -133,7 +133,7 @@ def test_a_handler_that_fails(kind: type[TcpEndpoint], capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("kind", [TcpEndpoint, ShmEndpoint])
 def test_nothing_is_hashed_for_those_that_do_not_verify(kind: type[TcpEndpoint], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a handler for hashes, writes come without them, and no end computes any."""
+    """Writes come without hashes where no handler takes them, and no end computes any."""
     monkeypatch.setattr("xxhash.xxh3_64", lambda: pytest.fail("it is hashed"))
     written, ended = list[tuple[int, int, int, int]](), threading.Event()
 
@@ -255,7 +255,7 @@ class TestPacing:
             assert bucket.grant(10_000_000) == (20_000, pytest.approx(0.002))
 
     def test_time_without_work_is_not_made_up(self) -> None:
-        """Work that comes after a pause has the burst only, also where there was work before."""
+        """Work that comes after a pause has the burst only, also after earlier work."""
         bucket, now = self.bucket(1e7)
         with bucket.busy():
             bucket.take(10_000)

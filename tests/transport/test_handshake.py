@@ -196,7 +196,7 @@ def test_a_storm_of_hang_ups_costs_nobody_a_connection(make: Make) -> None:
 
 
 def test_a_living_peer_keeps_its_connection_against_its_double(make: Make) -> None:
-    """Even with the key: only a later process of the peer takes the place of the one that is connected."""
+    """The key alone takes nobody's place: only a later process of the connected peer does."""
     zero, one, double = make(0), make(1), make(1)
     one.endpoint.connect(0, zero.endpoint.address)
     one.endpoint.send(0, b"before").result(10)
@@ -234,7 +234,7 @@ def test_a_listener_that_closes_while_it_is_called(make: Make, monkeypatch: pyte
 
 
 def test_two_processes_of_a_peer_that_prove_themselves_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both were let in before either was connected: the second is refused all the same."""
+    """Two were let in before either was connected: the second is refused all the same."""
     zero, one, double = make(0), make(1), make(1)
     monkeypatch.setattr(zero.endpoint, "_check_caller", lambda caller: None)
     one.endpoint.connect(0, zero.endpoint.address)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lambdascale.live import wire
+from lambdascale.live.controller import hub
 from lambdascale.live.controller.hub import Hub
 from lambdascale.testing.transports import Heard
 from lambdascale.transport import TcpEndpoint
@@ -70,7 +71,7 @@ def test_it_works_all_the_same(port: tuple[TcpEndpoint, Heard]) -> None:
 @FUZZ
 @given(st.lists(FRAME | st.binary(max_size=40), min_size=1, max_size=6))
 def test_frames_of_a_node_with_the_key(port: tuple[TcpEndpoint, Heard], frames: list[bytes]) -> None:
-    """Its connection may end; what it announces and does not send takes no memory."""
+    """The connection may end; what the node announces and does not send takes no memory."""
     endpoint, heard = port
     heard.lost.clear()
     node = TcpEndpoint(1, Heard().handlers(), KEY)
@@ -145,7 +146,20 @@ def test_bytes_at_the_controllers_ports(controller: Controller, said: bytes, whi
     controller.hears_a_beat()
 
 
+def test_a_node_that_never_stops_talking_holds_nobody_up(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control thread gets back to its other work after so many messages, and hears the rest next."""
+    monkeypatch.setattr(hub, "_AT_A_TIME", 10)
+    for _ in range(50):
+        controller.node.send(wire.encode(wire.Placed(3, "m")))
+    heard = []
+    while len(heard) < 50:
+        now, _ = controller.hub.poll(1)
+        assert 0 < len(now) <= 10
+        heard += now
+    controller.hears_a_beat()
+
+
 def test_a_message_that_is_too_large_is_not_taken(controller: Controller) -> None:
-    """Its sender is cut off; it may connect again."""
+    """The sender is cut off; it may connect again."""
     controller.node.send(bytes(wire.MOST_BYTES + 1))
     controller.hears_a_beat()

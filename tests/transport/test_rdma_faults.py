@@ -63,7 +63,7 @@ def watch() -> Iterator[Watch]:
 
 class TestWatch:
     def test_a_callback_that_fails(self, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
-        """Its owner is told, it is called no more, and others are."""
+        """The owner is told, and the callback is called no more; others are."""
         bad, good, told, called = Pipe(), Pipe(), list[str](), threading.Event()
 
         def fail() -> None:
@@ -84,7 +84,7 @@ class TestWatch:
             pipe.close()
 
     def test_a_job_that_fails(self, watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
-        """Also where whoever is told fails, too."""
+        """The watch goes on even if the callback that is told fails, too."""
         told: list[str] = []
 
         def fail(error: Exception | None = None) -> None:
@@ -112,7 +112,7 @@ class TestWatch:
 
 
 def made(connection: Any, **parts: Any) -> Any:
-    """A connection to node 3 of which the given parts are there; what it tells is in ``lost`` and ``jobs``."""
+    """A connection to node 3 made of the given parts; what it tells is in ``lost`` and ``jobs``."""
     it = connection.RdmaConnection.__new__(connection.RdmaConnection)
     lock, lost, jobs = threading.RLock(), list[tuple[int, str]](), list[Any]()
     endpoint = SimpleNamespace(

@@ -79,7 +79,7 @@ class TestChoice:
 
 
 def test_without_pyverbs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without pyverbs, the error names what to install."""
+    """The error names what to install."""
     monkeypatch.setitem(__import__("sys").modules, "pyverbs", None)
     monkeypatch.delitem(__import__("sys").modules, "lambdascale.transport.rdma.endpoint", raising=False)
     with pytest.raises(UserError, match=r"lambdascale\[rdma\]"):

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from lambdascale.core import Request, TracedRequest
+from lambdascale.core import Failure, Request, TracedRequest
 from lambdascale.core.events import Event
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.sampling import Sampling
@@ -75,7 +75,7 @@ class FakeHub:
 
 
 class FakeLauncher:
-    """Its processes say hello at once, until they are in ``ended``."""
+    """A launcher whose processes say hello at once, until they are in ``ended``."""
 
     host = "127.0.0.1"
     stillborn = False  # new processes end before they say anything
@@ -119,14 +119,14 @@ class HeardAnswer:
 
     tokens_: list[int] = field(default_factory=list)
     finished: bool = False
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
     def tokens(self, tokens: Sequence[int], finished: bool) -> None:
         self.tokens_ += tokens
         self.finished = self.finished or finished
 
-    def failed(self, reason: str) -> None:
-        self.failures.append(reason)
+    def failed(self, failure: Failure) -> None:
+        self.failures.append(failure)
 
 
 class Rig:

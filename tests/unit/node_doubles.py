@@ -34,7 +34,7 @@ class Network:
         self.writes: deque[tuple[int, int, bytes, int, int, Future[None]]] = deque()
 
     def deliver(self, damage: bool = False) -> bool:
-        """Let the oldest write arrive, perhaps with a byte changed; False if there is none."""
+        """Let the oldest write arrive, perhaps with a byte changed; False without any."""
         if not self.writes:
             return False
         source, target, data, offset, immediate, future = self.writes.popleft()
@@ -126,7 +126,7 @@ class Node:
         network.nodes[number] = self
 
     def step(self) -> bool:
-        """Run one job of each thread; False if there is none."""
+        """Run one job of each thread; False if none waits."""
         return any([self.thread.step(), self.worker.step()])
 
     def run(self) -> None:

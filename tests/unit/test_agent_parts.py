@@ -54,7 +54,7 @@ def test_cuda_ipc_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", wire.encode(wire.Beat())])
 def test_a_peers_message_that_makes_no_sense_costs_the_connection(data: bytes) -> None:
-    """As a connection's end: a transport takes other exceptions for faults of this node, and prints where they came from."""
+    """The message ends the connection: a transport takes other exceptions for faults of this node, and prints a traceback."""
     with pytest.raises(EOFError, match=r"node 3 sends [0-9]+ bytes that are no message"):
         Agent._on_message(cast(Agent, None), 3, data)
 
@@ -109,7 +109,7 @@ class Line:
 
 
 def bare_agent(line: Line, **parts: Any) -> Agent:
-    """An agent of which only the main loop is there."""
+    """An agent that has a main loop and no parts."""
     agent = Agent.__new__(Agent)
     known = {"_connecting": threading.Lock(), "_newest": 0, "_leaving": threading.Event(), "_parts": StartParts(None)}
     agent.__dict__.update(_config=config(node=1), _line=line, **known, **parts)
@@ -158,7 +158,7 @@ def test_a_main_loop_that_fails(monkeypatch: pytest.MonkeyPatch, exits: list[int
 
 
 def test_a_thread_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whichever it is, the controller hears of it."""
+    """The controller hears of it, whichever thread it is."""
     line, error = Line(), ZeroDivisionError("mine")
     failure = threading.ExceptHookArgs((type(error), error, None, threading.Thread(name="some")))
     module._report_thread(1, line, failure)

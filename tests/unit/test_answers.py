@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Dispatch, FailRequest, KvPolicy, Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.core.events import CommandFailed, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
@@ -22,15 +22,15 @@ class Client:
 
     got: list[int] = field(default_factory=list)
     finished: bool = False
-    reason: str | None = None
+    failure: Failure | None = None
 
     def tokens(self, tokens: Any, finished: bool) -> None:
         assert not self.finished
         self.got += tokens
         self.finished = finished
 
-    def failed(self, reason: str) -> None:
-        self.reason = reason
+    def failed(self, failure: Failure) -> None:
+        self.failure = failure
 
 
 class Table(Answers):
@@ -140,9 +140,9 @@ def test_an_aborted_request_is_told_to_its_head_and_ends_at_its_next_dispatch() 
 def test_a_request_given_up_tells_its_client_why() -> None:
     answers = table(serve(1, 0))
     client = answers.request(7, 1)
-    answers.fail(FailRequest(7, "no node is left"))
-    answers.fail(FailRequest(7, "again"))
-    assert client.reason == "no node is left"
+    answers.fail(FailRequest(7, Failure("no_node", "no node is left")))
+    answers.fail(FailRequest(7, Failure("too_large", "again")))
+    assert client.failure == Failure("no_node", "no node is left")
     assert not answers.outstanding
     assert answers.sinks == []
 
@@ -162,7 +162,7 @@ def switching(kv: KvPolicy = "copy") -> tuple[Table, Client]:
 
 @pytest.mark.parametrize("kv", ["copy", "recompute"])
 def test_a_switch_is_told_to_the_head(kv: KvPolicy) -> None:
-    """With KV to copy, the other nodes hear from the head when to forget the pipeline."""
+    """The other nodes hear from the head when to forget the pipeline, if KV is to be copied."""
     answers, _ = switching(kv)
     stopped = [node for node, message in answers.told if message == wire.Do(StopInstance(1))]
     assert answers.take(wire.Switch) == [(0, wire.Switch(SwitchMode(1, ((7, 2),), kv), {2: 1}))]
@@ -190,7 +190,7 @@ def test_the_pipelines_tokens_come_behind_those_of_the_new_instance() -> None:
 
 
 def test_the_pipelines_head_dies_with_its_last_tokens_untold() -> None:
-    """It had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
+    """The head had handed the request over: the new instance has the tokens, whatever the controller gives it once more."""
     answers, client = switching()
     answers.take(wire.Do)
     answers.alive = {1, 2, 3}
@@ -210,14 +210,14 @@ def test_an_instance_that_does_not_own_a_request_brings_no_tokens_of_it() -> Non
 
 @pytest.mark.parametrize("end", ["resumed", "finished", "failed", "stopped", "dispatched"])
 def test_a_switch_is_forgotten_with_its_last_request(end: str) -> None:
-    """And the death of its head means nothing then."""
+    """The death of its head means nothing afterwards."""
     answers, _ = switching()
     if end == "resumed":
         answers.resumed(wire.Resumed(2, {7: (), 99: (1,)}))
     elif end == "finished":
         answers.say(1, 7, (1, 11), finished=True)
     elif end == "failed":
-        answers.fail(FailRequest(7, "given up"))
+        answers.fail(FailRequest(7, Failure("no_node", "given up")))
     elif end == "stopped":
         answers._answers[7].owners.discard(1)
         answers.stop(StopInstance(2))

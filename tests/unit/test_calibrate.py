@@ -129,7 +129,7 @@ def test_startup_counts_from_the_later_of_nodes_and_request() -> None:
 
 
 class TestCommand:
-    """As a user runs it."""
+    """The command as a user runs it."""
 
     def test_prints_and_writes(self, live: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["calibrate", str(live), "--out", str(tmp_path / "errors.csv")]) == 0

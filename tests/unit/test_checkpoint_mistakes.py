@@ -193,6 +193,19 @@ class TestQuantised:
             pack(tmp_path, tmp_path / "p", 2)
         assert not (tmp_path / "p").exists()
 
+    @pytest.mark.parametrize("kind", ["F8_E4M3", "\x1b[2J"])
+    def test_by_the_type_of_the_whole(self, tiny: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """The embedding's type is not ours; the command asks for sizes before it packs."""
+        (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+        tensors = tensors_of(tiny)
+        name = "model.embed_tokens.weight"
+        shape = tensors[name][1]
+        write_shard(tmp_path / SINGLE, tensors | {name: (kind, shape, bytes(shape[0] * shape[1]))})
+        assert main(["pack", str(tmp_path), str(tmp_path / "p"), "--blocks", "2"]) == 2
+        complaint = capsys.readouterr().err
+        assert "does not compute with weights of type" in complaint
+        assert complaint.removesuffix("\n").isprintable()
+
 
 class TestDescriptions:
     """Files of a packed model, as ``serve`` and live runs read them."""
@@ -238,9 +251,9 @@ class TestDescriptions:
         with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
             Text(packed)
 
-    @pytest.mark.parametrize("content", ["", "[]", DEEP])
+    @pytest.mark.parametrize("content", ["", "[]", DEEP, '{"eos_token": "\\uD800"}', '{"eos_token": "\ud800"}'])
     def test_tokenizer_config_json(self, packed: Path, content: str) -> None:
-        (packed / "tokenizer_config.json").write_text(content)
+        (packed / "tokenizer_config.json").write_bytes(content.encode(errors="surrogatepass"))
         with pytest.raises(UserError, match=r"cannot read .*tokenizer_config\.json"):
             Text(packed)
 

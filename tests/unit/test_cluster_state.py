@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lambdascale.core import MulticastPlan, Request, Send
+from lambdascale.core import Failure, MulticastPlan, Request, Send
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -77,6 +77,14 @@ def test_all_figures_are_of_one_moment(state: ClusterState) -> None:
         thread.join()
 
 
+def test_readings_stay_what_they_were(state: ClusterState) -> None:
+    """Mutation: the counters themselves handed out, which go on changing while they are formatted."""
+    readings = state.readings()
+    arrive(state, 1)
+    state.on_event(TokensProduced(1.0, 1, 1, 1, "pipeline"))
+    assert (readings.counts.arrived, readings.counts.from_pipelines, sum(readings.ttft_counts)) == (0, 0, 0)
+
+
 def sizes(state: ClusterState) -> dict[str, int]:
     found = {key: len(value) for key, value in vars(state).items() if hasattr(value, "__len__")}
     return found | {f"running {number}": len(instance.running) for number, instance in state._instances.items()}
@@ -99,7 +107,7 @@ def test_nothing_is_kept_of_what_has_ended(state: ClusterState) -> None:
         state.on_command(1.0, Dispatch(base + 1, (requests[0],)))  # of one that has ended
         state.on_command(1.0, StopInstance(base + 1))
         state.on_event(RequestFinished(1.0, base + 1, base + 2, 4))
-        state.on_command(1.0, FailRequest(base + 3, "no"))
+        state.on_command(1.0, FailRequest(base + 3, Failure("no_node", "no")))
         state.on_command(1.0, StartMulticast(base, "m", plan, (1, 1), ("gpu",), "one_sided"))
         state.on_command(1.0, StartMulticast(base + 1, "m", plan, (1, 1), ("gpu",), "one_sided"))
         state.on_command(1.0, CancelTransfer(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -16,10 +17,11 @@ from lambdascale.core.events import SetUpDone
 from lambdascale.core.plan import Send
 from lambdascale.live.node.collective import Collective, Outlet
 from lambdascale.live.wire import Rendezvous
+from tests.live.harness import listening
 
 
 def test_losses_of_a_broadcast() -> None:
-    """Those of its members, while it is expected or under way."""
+    """Losses of its members count while it is expected or under way."""
     collective = Collective(0, "127.0.0.1", None, None, None)
     collective.lost(1)
     meeting = collective._meeting(5)
@@ -35,6 +37,16 @@ def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
         collective.rendezvous(Rendezvous(number, "host:1"))
     assert len(collective._meetings) <= 64
     assert collective._meeting(999).addresses.get_nowait() == "host:1"
+
+
+def test_nothing_listens_beyond_the_nodes_address() -> None:
+    """The rendezvous took callers at all of the machine's addresses, and so did gloo's pairs at that of its name."""
+    before = listening(os.getpid())
+    collective = Collective(0, "127.0.0.2", None, None, None)
+    with collective._communicator(StartMulticast(4, "m", MulticastPlan((0,), (0,), 1, ()), (8,), ("gpu",), "collective")):
+        new = listening(os.getpid()) - before
+    assert len(new) == 2
+    assert {address.partition(":")[0] for address in new} == {"0200007F"}
 
 
 class TestBroadcasts:
@@ -84,14 +96,14 @@ class TestBroadcasts:
         assert (told.written, told.ended) == ([SetUpDone(0.0, 4, 1), 0, 1, 2], [(4, "")])
 
     def test_a_source_without_its_blocks(self) -> None:
-        """It broadcasts nothing instead of whatever lies in its memory."""
+        """The source broadcasts nothing instead of whatever lies in its memory."""
         told = self.run(0, {"host": {0}}, set())
         assert (told.tensors, told.written) == (["host 0"], [])
         assert told.ended == [(4, "the broadcast broke: node 0 does not hold block 1 of m, which it is to broadcast")]
 
     @pytest.mark.parametrize("error", [RuntimeError("a\nb"), ZeroDivisionError("a")])
     def test_every_end_is_told(self, error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-        """Also one by a fault of ours, which is printed."""
+        """The end is told even after a fault of ours, which is printed."""
         told = self.run(1, {"host": {0, 1, 2}}, set(), error)
         ((number, reason),) = told.ended
         assert number == 4

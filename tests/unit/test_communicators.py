@@ -88,16 +88,16 @@ class Never:
         return False
 
 
-def waiting(gone: str = "") -> Nccl:
+def waiting(lost: str = "") -> Nccl:
     made = Nccl.__new__(Nccl)
-    made._lost = lambda: gone
+    made._lost = lambda: lost
     return made
 
 
 def test_a_lost_member_ends_the_wait_at_once() -> None:
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match="node 2 is gone"):
-        waiting("node 2 is gone")._until(Never())
+    with pytest.raises(RuntimeError, match="node 2 is lost"):
+        waiting("node 2 is lost")._until(Never())
     assert time.monotonic() - began < communicators.TIMEOUT_S / 4
 
 

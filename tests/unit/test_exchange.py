@@ -122,7 +122,7 @@ def test_failed_requests_of_aiperf_and_chunks_of_several_tokens() -> None:
 
 
 def test_our_records_have_the_structure_of_aiperfs() -> None:
-    """Every key of ours is one of AIPerf's, with its unit; what AIPerf requires of a record is there."""
+    """Every key of ours is one of AIPerf's, with its unit; no key that AIPerf requires of a record is missing."""
     theirs = [json.loads(line) for file in sorted(DATA.glob("aiperf_*.jsonl")) for line in file.read_text().splitlines()]
     units = {name: metric["unit"] for record in theirs for name, metric in record["metrics"].items()}
     metadata = {key for record in theirs for key in record["metadata"]}
@@ -163,7 +163,7 @@ def test_a_file_of_another_form_is_one_line(name: str, tmp_path: Path) -> None:
 
 
 class TestCommand:
-    """As a user runs it."""
+    """The command as a user runs it."""
 
     def test_of_a_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "bench.json"

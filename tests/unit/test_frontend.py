@@ -7,12 +7,12 @@ import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.core.events import NodeJoined
 from lambdascale.inference.batch import Ticket
 from lambdascale.live.controller.answers import Sink
@@ -33,7 +33,7 @@ class Cluster:
     def __init__(self) -> None:
         self.offered: list[Ticket] = []
         self.aborted: list[int] = []
-        self.reason = ""
+        self.failure: Failure | None = None
         self.begun = False  # fail after a token
 
     def now(self) -> float:
@@ -43,8 +43,8 @@ class Cluster:
         self.offered.append(ticket)
         if self.begun:
             sink.tokens([65], False)
-        if self.reason:
-            sink.failed(self.reason)
+        if self.failure is not None:
+            sink.failed(self.failure)
         else:
             sink.tokens([65, 66], True)
 
@@ -100,9 +100,13 @@ def served(text: Text) -> Iterator[Served]:
     made.front_end._tokenizers.shutdown()
 
 
-def message(answer: httpx.Response) -> str:
-    said: str = answer.json()["error"]["message"]
+def error(answer: httpx.Response) -> dict[str, Any]:
+    said: dict[str, Any] = answer.json()["error"]
     return said
+
+
+def message(answer: httpx.Response) -> str:
+    return str(error(answer)["message"])
 
 
 class TestSampling:
@@ -128,7 +132,7 @@ class TestBounds:
     """Bounds of a body."""
 
     def test_a_declared_length_is_refused_unread(self, served: Served) -> None:
-        """Not a byte of it is taken, where the client asks first."""
+        """The body is not taken, not a byte of it, if the client asks first."""
         taken: list[int] = []
 
         async def body() -> AsyncIterator[bytes]:
@@ -168,7 +172,7 @@ class TestBounds:
         assert given <= served.limits.body_bytes + limits.DROPPED_BYTES + len(piece)
 
     def test_a_client_that_sends_all_first_hears_why_it_is_refused(self, served: Served) -> None:
-        """It is not cut off while it sends."""
+        """The client is not cut off while it sends."""
         answer = served.ask(prompt="a" * (served.limits.body_bytes + 1))
         assert answer.status_code == 413
         assert "bytes at most" in message(answer)
@@ -251,27 +255,30 @@ class TestConditions:
 
 
 class TestFailures:
-    """A request that the cluster gives up reaches its client as an error."""
+    """A request that the cluster gives up reaches its client as an error, by its reason, whatever the words."""
+
+    FAILURE = Failure("instance_failed", "no node is left: the server is stopping")
+    ERROR: ClassVar = {"message": FAILURE.text, "type": "server_error", "param": None, "code": "instance_failed"}
 
     def test_a_whole_answer(self, served: Served) -> None:
-        served.cluster.reason = "its instance failed 3 times: x"
+        served.cluster.failure = self.FAILURE
         answer = served.ask(prompt="a")
         assert answer.status_code == 503
-        assert message(answer) == "its instance failed 3 times: x"
+        assert error(answer) == self.ERROR
 
     def test_a_stream_that_has_not_begun(self, served: Served) -> None:
-        """It has a status of its own: clients and proxies may ask again."""
-        served.cluster.reason = "its instance failed 3 times: x"
+        """An error before the first event has a status of its own: clients and proxies may ask again."""
+        served.cluster.failure = self.FAILURE
         answer = served.ask(prompt="a", stream=True)
         assert answer.status_code == 503
-        assert message(answer) == "its instance failed 3 times: x"
+        assert error(answer) == self.ERROR
 
     def test_a_stream_that_has_begun(self, served: Served) -> None:
-        served.cluster.reason, served.cluster.begun = "its instance failed 3 times: x", True
+        served.cluster.failure, served.cluster.begun = self.FAILURE, True
         answer = served.ask(prompt="a", stream=True)
         assert answer.status_code == 200
         _, event = answer.text.strip().split("\n\n")
-        assert json.loads(event.removeprefix("data: "))["error"]["message"] == "its instance failed 3 times: x"
+        assert json.loads(event.removeprefix("data: "))["error"] == self.ERROR
         assert 'lambdascale_failures_total{reason="instance_failed"} 1.0' in served.get("/metrics").text
 
     def test_refusals_are_counted(self, served: Served) -> None:

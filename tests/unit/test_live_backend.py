@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.core import MulticastPlan, Request, Send, UserError, traced
+from lambdascale.core import Failure, MulticastPlan, Request, Send, UserError, traced
 from lambdascale.core.commands import (
     CancelTransfer,
     Dispatch,
@@ -76,7 +76,7 @@ def test_token_times_of_a_trace(kept: bool) -> None:
         rig.now_s += wait_s
         rig.say(0, wire.Tokens(5, "local", (wire.Token(1, index, 7, index == 3), *([wire.Token(2, 0, 7, False)] * (index == 0)))))
         rig.events()
-    rig.backend.submit(FailRequest(2, "no node"))
+    rig.backend.submit(FailRequest(2, Failure("no_node", "no node")))
     gaps = rig.backend.token_gaps()
     assert (gaps is not None) == kept
     if gaps is not None:
@@ -143,7 +143,7 @@ class TestCalls:
         """A token that msgpack cannot hold: an OverflowError in the control thread would end the server."""
         bad, good = rig.offer(1, prompt=[1 << 70, 2]), rig.offer(2)
         assert ids(rig.events(), RequestArrived) == [2]
-        assert [reason for reason in bad.failures if "cannot be sent" in reason]
+        assert [failure.reason for failure in bad.failures] == ["unsendable"]
         serve(rig)
         dispatch(rig, 2)
         answer(rig, 2)
@@ -171,13 +171,14 @@ class TestCalls:
 
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
         """The request under way, the one not heard of, and one that comes later; each once."""
+        stopping = Failure("stopping", "the server is stopping")
         first = rig.offer(1)
         rig.events()
         second = rig.offer(2)
-        rig.backend.end("the server is stopping")
+        rig.backend.end(stopping)
         assert rig.backend.next_event() is None
         third = rig.offer(3)
-        assert [sink.failures for sink in (first, second, third)] == [["the server is stopping"]] * 3
+        assert [sink.failures for sink in (first, second, third)] == [[stopping]] * 3
         assert rig.backend.next_event() is None
 
     def test_an_end_while_the_initial_load_is_under_way(self, rig: Rig) -> None:
@@ -190,11 +191,12 @@ class TestCalls:
     def test_a_request_given_up_reaches_its_client(self, rig: Rig) -> None:
         sink = rig.offer(1)
         rig.events()
-        rig.backend.submit(FailRequest(1, "its instances failed 3 times"))
-        assert sink.failures == ["its instances failed 3 times"]
+        failure = Failure("instance_failed", "its instance failed 3 times")
+        rig.backend.submit(FailRequest(1, failure))
+        assert sink.failures == [failure]
 
     def test_a_request_given_up_before_its_end_is_heard_of_counts_once(self, rig: Rig) -> None:
-        """It ended while the failure of its instance was on its way to the control plane, which then gave it up."""
+        """The request ended while the failure of its instance was on its way to the control plane, which then gave it up."""
         rig.offer(1)
         rig.events()
         serve(rig)
@@ -204,7 +206,7 @@ class TestCalls:
         answer(rig, 1)
         rig.backend._listen(0)
         assert rig.backend.next_event() == failure
-        rig.backend.submit(FailRequest(1, "its instance failed 3 times"))
+        rig.backend.submit(FailRequest(1, Failure("instance_failed", "3 times")))
         assert ids(rig.events(), RequestFinished) == []
 
 
@@ -302,7 +304,7 @@ class TestTables:
             serve(rig, instance=base)
             dispatch(rig, base + 1, base + 2, instance=base)
             answer(rig, base + 2, instance=base)
-            rig.backend.submit(FailRequest(base + 3, "no"))
+            rig.backend.submit(FailRequest(base + 3, Failure("no_node", "no")))
             plan = MulticastPlan(members=(0, 1), sources=(0,), blocks=2, rounds=((Send(0, 1, 0),), (Send(0, 1, 1),)))
             for transfer in range(base, base + 3):
                 rig.backend.submit(StartMulticast(transfer, "m", plan, (10, 10), ("gpu",), "one_sided"))
@@ -323,7 +325,7 @@ class TestTables:
         assert self.sizes(rig) == before
 
     def test_many_losses(self) -> None:
-        """Of one node, which is given up in between and comes back in the next window."""
+        """A node is lost often, given up in between, and comes back in the next window."""
         rig = Rig(restarts=100)
         rig.events()
 
@@ -354,7 +356,7 @@ def test_a_transfer_that_ends_early_is_forgotten(rig: Rig, how: str) -> None:
 
 
 def test_a_cancelled_transfer_is_cancelled_everywhere(rig: Rig) -> None:
-    """Also on a node that has no part in it any more by what has arrived: it may wait for a lost one."""
+    """A node that has no part in it any more hears of it, too: it may wait for a lost one."""
     rig.backend.submit(CancelTransfer(7))
     assert rig.sent() == [wire.Do(CancelTransfer(7))] * 2
 

@@ -49,39 +49,39 @@ def members(cluster: Cluster) -> Membership:
     return members
 
 
-def gone(members: Membership, *, ended: bool) -> set[int]:
+def dead(members: Membership, *, ended: bool) -> set[int]:
     return set(members.lost(ended=ended))
 
 
 def test_a_silent_node_is_taken_for_dead_and_those_heard_of_are_not(cluster: Cluster, members: Membership) -> None:
     for _ in range(3):
         cluster.now += 0.9
-        assert gone(members, ended=False) == set()
+        assert dead(members, ended=False) == set()
         assert all(members.hear(node) for node in (1, 2, 4))
     cluster.now += 1.0
-    assert gone(members, ended=False) == {3}
+    assert dead(members, ended=False) == {3}
     members.remove(3)
     assert cluster.killed == [3]
     assert not members.hear(3)
-    assert gone(members, ended=False) == set()
+    assert dead(members, ended=False) == set()
 
 
 def test_a_pause_of_the_controller_is_no_silence_of_its_nodes(cluster: Cluster, members: Membership) -> None:
-    """They are given their time again; one that ended meanwhile is found at once, and one that stays silent later."""
-    assert gone(members, ended=False) == set()
+    """Members are given their time again; one that ended meanwhile is found at once, and one that stays silent later."""
+    assert dead(members, ended=False) == set()
     cluster.ended = [2]
     cluster.now += 25.0
-    assert gone(members, ended=False) == {2}
+    assert dead(members, ended=False) == {2}
     members.remove(2)
     for _ in range(3):
         cluster.now += 0.9
         assert all(members.hear(node) for node in (1, 4))
-        assert gone(members, ended=False) == set()
+        assert dead(members, ended=False) == set()
     cluster.now += 0.9
-    assert gone(members, ended=False) == {3}
+    assert dead(members, ended=False) == {3}
 
 
 def test_a_process_that_ended_is_dead_at_once(cluster: Cluster, members: Membership) -> None:
-    assert gone(members, ended=False) == set()
+    assert dead(members, ended=False) == set()
     cluster.ended = [4]
-    assert gone(members, ended=True) == {4}
+    assert dead(members, ended=True) == {4}

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from lambdascale.core import IncompleteRunError, MulticastPlan, Request
+from lambdascale.core import Failure, IncompleteRunError, MulticastPlan, Request
 from lambdascale.core.commands import AllocateNode, Command, Dispatch, FailRequest, LoadBlocks, ReleaseNode, StartMulticast
 from lambdascale.core.events import Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TimerFired, TokensProduced
 from lambdascale.metrics import Recorder, comparison, events_table, gpu_usage, print_comparison, requests_table, summarise
@@ -18,6 +18,9 @@ from lambdascale.metrics.tables import gpu_seconds
 
 def request(request_id: int, at: float = 0.0, model: str = "m") -> Request:
     return Request(request_id, at, model, 10, 5)
+
+
+TOO_LARGE = Failure("too_large", "needs up to 7 tokens")
 
 
 def recorded(*entries: Event | tuple[float, Command]) -> Recorder:
@@ -88,8 +91,9 @@ class TestRequests:
         assert row["output_tokens"] == 1
 
     def test_an_answer_that_was_not_given_has_no_length(self) -> None:
-        (row,) = rows(recorded(RequestArrived(1.0, request(7, 1.0)), (1.0, FailRequest(7, "no"))))
+        (row,) = rows(recorded(RequestArrived(1.0, request(7, 1.0)), (1.0, FailRequest(7, TOO_LARGE))))
         assert (row["prompt_tokens"], row["output_tokens"], row["status"]) == (10, None, "failed")
+        assert (row["failure_reason"], row["failure"]) == ("too_large", "needs up to 7 tokens")
 
     def test_a_restart_keeps_the_first_first_token(self) -> None:
         begin, end = answered(0, 0.0, 0.5, 3.0)[:3], RequestFinished(3.0, 2, 0, 5)
@@ -113,17 +117,20 @@ class TestSummary:
             summary_of(recorded(RequestArrived(0.0, request(0)), RequestFinished(1.0, 1, 0, 5)))
 
     def test_failed_requests_count_but_have_no_ttft(self) -> None:
-        failed = [RequestArrived(1.0, request(1, 1.0)), (1.0, FailRequest(1, "too long"))]
+        failed = [RequestArrived(1.0, request(1, 1.0)), (1.0, FailRequest(1, TOO_LARGE))]
         summary = summary_of(recorded(*answered(0, 0.0, 0.5, 1.0), *failed))
         assert summary["requests"] == {"submitted": 2, "completed": 1, "failed": 1}
         assert summary["ttft_s"]["p99"] == 0.5
 
     def test_failures_by_reason(self) -> None:
-        reasons = ("too long", "no room", "too long")
+        """Failures are counted by reason, not by their words, in which numbers differ."""
+        failures = (TOO_LARGE, Failure("no_node", "no node is left"), Failure("too_large", "needs up to 8 tokens"))
         failed = [
-            entry for i, why in enumerate(reasons) for entry in (RequestArrived(1.0, request(i, 1.0)), (1.0, FailRequest(i, why)))
+            entry
+            for number, failure in enumerate(failures)
+            for entry in (RequestArrived(1.0, request(number, 1.0)), (1.0, FailRequest(number, failure)))
         ]
-        assert summary_of(recorded(*failed))["failures"] == {"no room": 1, "too long": 2}
+        assert summary_of(recorded(*failed))["failures"] == {"no_node": 1, "too_large": 2}
 
     def test_times_of_whole_answers(self) -> None:
         """An answer of 5 tokens, dispatched at once, and one that waited a second: from arrival to end 1.5 and 4 s."""
@@ -142,7 +149,7 @@ class TestSummary:
 
     def test_a_run_without_answers_has_no_rates(self) -> None:
         assert summary_of(Recorder())["rates"] == {"requested_per_s": None, "achieved_per_s": None, "drift_s": None}
-        failed = recorded(RequestArrived(0.0, request(0)), (0.0, FailRequest(0, "no room")))
+        failed = recorded(RequestArrived(0.0, request(0)), (0.0, FailRequest(0, TOO_LARGE)))
         assert summary_of(failed)["rates"] == {"requested_per_s": None, "achieved_per_s": None, "drift_s": 0.0}
 
     def test_cost_is_gpu_time_times_price(self) -> None:

@@ -64,7 +64,7 @@ class TestRestarts:
         assert [type(event) for event in rig.events()] == [NodeJoined]
 
     def test_a_newcomer_that_cannot_be_reached_is_tried_again(self) -> None:
-        """And the living node that could not reach it lives on."""
+        """The member that could not reach it lives on."""
         rig = Rig(restarts=5)
         rig.events()
         rig.hub.answering = False
@@ -79,7 +79,7 @@ class TestRestarts:
         assert rig.backend._roster.alive == {0, 1}
 
     def test_a_node_that_keeps_dying_is_given_up(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """After as many restarts as allowed, with twice the delay each time, and with one line."""
+        """The node is given up after as many restarts as allowed, with twice the delay each time, and with one line."""
         rig = Rig(restarts=3)
         rig.events()
         rig.launcher.stillborn = True

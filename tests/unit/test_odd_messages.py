@@ -18,7 +18,8 @@ from tests.unit.live_backend_rig import Rig
 
 SYSTEM = system_of("lambdascale")
 SMALL = st.integers(-2, 12) | st.sampled_from([-(1 << 63), 1 << 40, (1 << 63) - 1])
-NAMES = st.sampled_from(["m", "other", ""])
+# A terminal's commands, lines that the controller has not written, text that runs backwards, and very much of it.
+NAMES = st.sampled_from(["m", "other", "", "\x1b]0;\a\x1b[2J", "cut\nFORGED", "\u202e\x00\x7f", "x y " * 50_000])
 TOKEN = st.builds(wire.Token, SMALL, SMALL, SMALL, st.booleans())
 EVENT = st.one_of(
     st.builds(BlockArrived, st.just(0.0), SMALL, SMALL, NAMES, SMALL),
@@ -26,7 +27,7 @@ EVENT = st.one_of(
     st.builds(CommandFailed, st.just(0.0), NAMES, NAMES, SMALL, SMALL, NAMES),
 )
 MESSAGE = st.one_of(
-    st.builds(wire.Hello, SMALL, NAMES, SMALL),
+    st.builds(wire.Hello, SMALL, st.just("127.0.0.1:5"), SMALL, st.dictionaries(NAMES, st.floats(), max_size=2)),
     st.builds(wire.Connected, SMALL, SMALL),
     st.builds(wire.Happened, EVENT),
     st.builds(wire.Placed, SMALL, NAMES),
@@ -42,19 +43,28 @@ FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(Heal
 
 
 @FUZZ
-@given(st.lists(st.tuples(st.integers(0, 2), MESSAGE), max_size=12))
-def test_no_message_of_a_node_ends_the_controller(said: list[tuple[int, Any]]) -> None:
-    """Before and while the model is loaded, with a request waiting: it goes on, and takes the next request."""
+@given(said=st.lists(st.tuples(st.integers(0, 2), MESSAGE), max_size=12))
+def test_no_message_of_a_node_ends_the_controller(said: list[tuple[int, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The controller goes on and takes the next request, before and while the model is loaded and with a request waiting.
+
+    What it prints, and tells clients, are short lines of printable characters, whatever nodes say.
+    """
+    capsys.readouterr()
     rig = Rig(nodes=3, restarts=3)
     plane = build_system(SYSTEM, cluster=small_cluster(nodes=3), models=[small_model("m")])
     play(rig, plane)
-    rig.offer(1)
+    first = rig.offer(1)
     play(rig, plane)
     for node, message in said:
-        rig.say(node, message)
+        rig.say(node, wire.to_controller(wire.encode(message)))
         play(rig, plane)
-    rig.offer(2)
+    second = rig.offer(2)
     play(rig, plane)
+    rig.backend.close()
+    printed = capsys.readouterr().err
+    lines = printed.removesuffix("\n").split("\n") if printed else []
+    lines += [failure.text for sink in (first, second) for failure in sink.failures]
+    assert all(line.isprintable() and len(line) < 1000 and not line.startswith("FORGED") for line in lines), lines
 
 
 def play(rig: Rig, plane: ControlPlane) -> None:
@@ -90,7 +100,7 @@ def test_mutated_bytes_are_a_message_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("level", [b"\x91", b"\x81\xa1a"], ids=["arrays", "maps"])
 def test_a_field_that_nobody_knows_may_be_nested_without_end(level: bytes) -> None:
-    """It ended the thread of the controller: msgspec's own error for it is a RecursionError."""
+    """The thread of the controller lives on: msgspec's own error for such a message is a RecursionError."""
     message = wire.encode(wire.Placed(1, "m"))
     assert message[0] == 0x83, "a map of three"
     with pytest.raises(wire.Garbled):

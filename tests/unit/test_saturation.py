@@ -60,7 +60,7 @@ def test_no_verdict(rows: pd.DataFrame, says: str) -> None:
 
 
 def point(factor: float, overloaded: bool) -> Point:
-    return Point(factor, Path(), {}, Saturation("OVERLOADED" if overloaded else "STABLE", 0, 0, 0))
+    return Point(factor, Path(), {}, Saturation("OVERLOADED" if overloaded else "STABLE", 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_refinements_halve_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class TestCommand:
-    """As a user runs it."""
+    """The command as a user runs it."""
 
     def test_until_overloaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         monkeypatch.chdir(tmp_path)

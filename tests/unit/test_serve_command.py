@@ -34,7 +34,7 @@ class TestSystem:
         assert system(name).name == name
 
     def test_a_file_is_composed_like_those_of_conf(self, tmp_path: Path) -> None:
-        """With its defaults, the command's values and overrides."""
+        """The file has its defaults, the command's values and overrides."""
         path = tmp_path / "my system.yaml"
         path.write_text("defaults:\n  - lambdascale\n  - _self_\nname: mine\nkv: copy\n")
         built = system(path, "system.blocks=4")
@@ -140,8 +140,8 @@ def test_the_window(nodes: int, overrides: tuple[str, ...], window: int) -> None
 
 
 def test_ready_is_told_once() -> None:
-    """And not before: the server's tick looks again and again."""
-    problems = ["being loaded", "being loaded", "", "", "gone"]
+    """The line comes no earlier: the server's tick looks again and again."""
+    problems = ["being loaded", "being loaded", "", "", "lost"]
     told: list[int] = []
     service: Any = SimpleNamespace(ill=lambda: "", unready=lambda: problems[0])
     service.front_end = SimpleNamespace(app=lambda: None)

@@ -215,7 +215,7 @@ def test_kv_memory_that_runs_out_costs_a_prefill() -> None:
 
 
 def test_kv_memory_changes_with_the_stages() -> None:
-    """For the batches there are, and for new ones."""
+    """Batches that exist and new ones have the new memory."""
     cluster = backend()
     serve(cluster, 1, 0)
     cluster.submit(Repartition(1, stages(0, 1), "copy", 50))

@@ -79,7 +79,7 @@ def test_passes_that_wait_begin_when_the_run_before_ends() -> None:
 
 
 def test_a_run_that_is_over_is_not_cut() -> None:
-    """Its batch may be in another port by then, in a run that can be cut."""
+    """The batch may be in another port by then, in a run that can be cut."""
     world = World()
     world.add(0.0, "first")
     world.kernel.at(1.5, lambda _: world.port.cut())

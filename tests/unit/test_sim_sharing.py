@@ -13,7 +13,7 @@ from lambdascale.sim.sharing import SharedCores
 
 
 def quiet() -> None:
-    """Not interested."""
+    """Ignore the call."""
 
 
 def test_the_pace_follows_how_many_compute() -> None:

@@ -60,7 +60,7 @@ def test_a_collective_on_its_own_takes_its_set_up_and_its_stream() -> None:
 
 @pytest.mark.parametrize(("seconds", "at"), [([0.5, 0.75], 0.75), ([0.5], 0.5), ([0.5, 0.75, 1.0], 0.75)])
 def test_a_collective_may_be_a_sleep(seconds: list[float], at: float) -> None:
-    """Of three ranks. It costs neither set-up nor traffic nor a GPU; more ranks than times take the last."""
+    """A broadcast of three ranks sleeps: no set-up, no traffic, no GPU; more ranks than were measured take the last time."""
     rig = Rig(broadcast_s=seconds, record_grants=True)
     rig.engine.multicast(multicast(CHAIN, multicast="collective"))
     assert rig.run() == [(at, 1, node, block) for node in (1, 2) for block in (0, 1)]
@@ -173,7 +173,7 @@ def test_a_node_lost_in_the_last_round_receives_nothing_and_the_rest_stalls() ->
     rig.engine.lost(1)
     assert len(rig.run()) == 3
     rig.engine.multicast(multicast(transfer_id=2))
-    assert [entry[2] for entry in rig.run()[3:]] == [], "node 1 is first in line at node 0 and is gone"
+    assert [entry[2] for entry in rig.run()[3:]] == [], "node 1 is first in line at node 0 and is lost"
 
 
 def test_a_survivor_sends_what_it_holds_from_a_broken_multicast() -> None:
@@ -199,7 +199,7 @@ def test_cancelling_a_collective_gives_the_gpu_back() -> None:
 
 
 def test_the_medians_line_is_that_of_weighted_least_squares() -> None:
-    """Called here too, since the module's own call is over before a mutation run switches a fault on."""
+    """Call it here, too: the module's own call is over before a mutation run switches a fault on."""
     points = [(_Measured(4, 0.4, 2.0, 2), 0.5), (_Measured(8, 0.7, 4.4, 2), 0.6), (_Measured(16, 1.0, 9.0, 1), 0.7)]
     weights = [measured.values**0.5 / sigma for measured, sigma in points]  # numpy squares them
     slope, intercept = np.polyfit([0.0, 1.0, 2.0], [0.5 * np.log(m.low_s * m.high_s) for m, _ in points], 1, w=weights)

@@ -201,7 +201,7 @@ def test_times_of_the_first_scale_out() -> None:
 
 
 def test_durations_of_scale_outs() -> None:
-    """From the command to the last block; what a run starts with does not count, nor what never arrived."""
+    """A duration lasts from the command to the last block; what a run starts with does not count, nor what never arrived."""
     frame = events(
         (0.0, "LoadBlocks", 0, 1, None, {"tier": "instant"}),
         (0.0, "BlockArrived", 0, 1, 0, None),
@@ -255,7 +255,7 @@ def committed() -> pd.DataFrame:
 
 
 def test_every_difference_has_a_reason_that_was_tried() -> None:
-    """Or one that says why no run can remove it; and every ratio says how sure it is."""
+    """Each ratio says how sure it is; a reason may say why no run can remove it."""
     rows = committed()
     large = rows[rows.error.str.contains(r"[1-9]\d+ %|[1-9]\d+\.\d points")]
     assert len(large) > 10

@@ -201,6 +201,8 @@ class TestTimedTrace:
             ({"rows_column": "requests", "session_gap_s": 1.0, "time_unit": "ms"}, "needs time_unit=s"),
             ({"prompt_column": "output_length"}, "different names of columns"),
             ({"model_column": ""}, "different names of columns"),
+            ({"session_column": "a\nb"}, "control characters"),
+            ({"time_column": '"when"'}, "quotes"),
             ({"time_unit": "h"}, "time_unit"),
             ({"max_output_tokens": None}, "does not record the limits"),
         ],

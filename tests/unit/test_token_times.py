@@ -69,7 +69,7 @@ def simulated(overrides: list[str]) -> tuple[Recorder, pd.DataFrame, TokenGaps]:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_gaps_lead_from_the_first_token_to_the_last(scene: str) -> None:
-    """As many as the answer's tokens less one, none below 0, and their sum is the time between the two events."""
+    """An answer has one gap less than tokens, none below 0, and their sum is the time between the two events."""
     recorder, rows, found = simulated(SCENES[scene])
     gaps = found.by_request()
     ok = rows[rows.status == "ok"]
@@ -108,7 +108,7 @@ def test_merged_steps_have_their_own_times(scene: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("kv", "moved_s"), [("recompute", 0.1), ("copy", 0.02)])
 def test_moved_boundaries(kv: KvPolicy, moved_s: float) -> None:
-    """After four tokens all blocks go to another node: the fifth waits for a prefill, or for its KV, and the others do not."""
+    """All blocks go to another node after four tokens: the fifth waits for a prefill, or for its KV, and the others do not."""
     cluster = rig.backend(token_times=True)
     rig.serve(cluster, 1, 0, 1)
     cluster.submit(Dispatch(1, (rig.request(0, 11),)))
@@ -190,7 +190,7 @@ def test_several_stays(second: Stay, gaps: list[float]) -> None:
 
 
 def test_a_token_that_comes_again_counts_when_it_first_came() -> None:
-    """After a loss the answer begins anew: what the client had is not new to it."""
+    """The answer begins anew after a loss: what the client had is not new to it."""
     lost: BatchLog = [0, 1.0, 1, 0.0, 0.0, 2, 3.0, 2, 1.0, 0.0]
     other: BatchLog = [0, 10.0, 1, 9.0, 0.0, 3, 13.0, 3, 10.0, 0.0]
     assert answered(Stay(lost, 0, 2, 3), Stay(other, 0, 3, 4)) == [1.0, 1.0, 10.0]
@@ -211,7 +211,7 @@ def test_summary_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_without_an_answer_have_no_gaps() -> None:
-    """Nor has one that ended too late to count; an answer of one token has none, which is known."""
+    """An answer that ended too late to count has none either; one of a single token has none, which is known."""
     gaps = TokenGaps.of({4: [0.5, 0.25], 2: [], 3: [9.0]})
     table = pa.table({"request_id": [1, 2, 3, 4], "status": ["failed", "ok", "failed", "ok"]})
     lists, stalls = tables._gap_columns(table, gaps)
@@ -222,7 +222,7 @@ def test_requests_without_an_answer_have_no_gaps() -> None:
 
 @pytest.mark.parametrize("scene", SCENES)
 def test_what_is_not_asked_for_costs_nothing_and_changes_nothing(scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the setting or without, the event log is the same, byte by byte, and so are all other columns and the summary."""
+    """The event log, all other columns and the summary are the same with the setting and without, byte by byte."""
     recorder, _, gaps = simulated(SCENES[scene])
     monkeypatch.setattr(timed_instances._TimedScheduler, "complete", None)  # never called
     other, without = driven(SCENES[scene])
@@ -250,7 +250,7 @@ def test_what_is_not_asked_for_costs_nothing_and_changes_nothing(scene: str, mon
     ],
 )
 def test_the_setting(overrides: list[str], kept: bool) -> None:
-    """By default, live runs keep token times, and simulations do not."""
+    """Live runs keep token times by default, and simulations do not."""
     assert build(compose(overrides)).token_times == kept
 
 

@@ -187,7 +187,7 @@ LINES = st.lists(st.tuples(st.tuples(TIMES, ZONES).map("".join), CELLS, CELLS, L
 @example(lines=["2024-05-10 00:00:00Z,1,1,x"], unit="date")
 @given(lines=LINES, unit=st.sampled_from(("s", "date")))
 def test_both_ways_of_decoding_agree(lines: list[str], unit: Any) -> None:
-    """By columns, a block has the rows that it has line by line; a block with a mistake is left to the latter."""
+    """A block has the same rows by columns and line by line; one with a mistake is left to the latter."""
     names = Names(time="t", prompt="p", output="o", model="k", keep={"k": "x"})
     decoder = CsvDecoder("file", unit, names)
     decoder.by_line(b"t,p,o,k\n", 1, skip=False)

@@ -126,8 +126,8 @@ def _plan_of_loads(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], bes
             sends.setdefault(ceil(position * pace - _TOLERANCE), []).append(Send(store, node, block))
     if multicast is not None:
         stand_in = {group[0]: -1 - i for i, group in enumerate(multicast.groups)}
-        for number, transfers in enumerate(multicast.rounds, start=1):
-            sends.setdefault(number, []).extend(Send(stand_in.get(t.src, t.src), t.dst, t.block) for t in transfers)
+        for number, round_ in enumerate(multicast.rounds, start=1):
+            sends.setdefault(number, []).extend(Send(stand_in.get(s.src, s.src), s.dst, s.block) for s in round_)
     sources = (*(group[0] for group in groups), *stores)
     return MulticastPlan(
         members=(*sources, *(() if multicast is None else multicast.destinations), *nodes),

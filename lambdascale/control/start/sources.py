@@ -81,7 +81,7 @@ class GpuAndHostSources:
 
 @dataclass(frozen=True, kw_only=True)
 class JoiningSources:
-    """As GpuAndHostSources; while no holder is idle, new nodes join the trees under way (FaaSNet, USENIX ATC'21).
+    """The sources of GpuAndHostSources; while none is idle, new nodes join the trees under way (FaaSNet, USENIX ATC'21).
 
     They become children of nodes that receive the model and have nothing to send, which pass every block on as it comes in.
     Nodes that load from storage are not joined: every new node has storage of its own.

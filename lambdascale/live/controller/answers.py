@@ -12,7 +12,7 @@ from typing import Protocol
 
 from msgspec import structs
 
-from lambdascale.core import NodeId
+from lambdascale.core import Failure, NodeId
 from lambdascale.core.commands import Dispatch, FailRequest, Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.core.events import CommandFailed, Event, Mode, RequestFinished, RequestPreempted, TokensProduced
 from lambdascale.core.plan import Stage
@@ -27,7 +27,7 @@ class Sink(Protocol):
         """Take the next tokens of the answer; ``finished`` with the last."""
         ...
 
-    def failed(self, reason: str) -> None:
+    def failed(self, failure: Failure) -> None:
         """Take note that the answer ends here with an error."""
         ...
 
@@ -45,7 +45,7 @@ class TokenTimes:
         self.at_s += [self._now()] * len(tokens)
         self.finished = finished
 
-    def failed(self, reason: str) -> None:
+    def failed(self, failure: Failure) -> None:
         """See Sink."""
 
 
@@ -244,7 +244,7 @@ class Answers:
             return
         self._end_moves(command.request_id, answer)
         if answer.sink is not None:
-            answer.sink.failed(command.reason)
+            answer.sink.failed(command.failure)
 
     def serve(self, command: Serve) -> None:
         """Start an instance on the nodes of its stages."""

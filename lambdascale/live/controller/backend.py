@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from lambdascale.core import NodeId, Request, TracedRequest, UserError
+from lambdascale.core import Failure, NodeId, Request, TracedRequest, UserError
+from lambdascale.core.checks import shown
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -60,6 +61,8 @@ from lambdascale.live.controller.transfers import Transfers
 from lambdascale.live.node_config import NodeConfig
 
 _LISTEN_S = 0.25
+_ENDED = Failure("stopping", "the run was ended")
+_STOPPING = Failure("stopping", "the server is stopping")
 
 
 class LiveBackend:
@@ -144,9 +147,9 @@ class LiveBackend:
         """End a request whose client has hung up."""
         self._calls.put(Abort(request_id))
 
-    def end(self, reason: str = "the run was ended") -> None:
-        """Let ``next_event`` return None, whatever is under way. Those who wait for answers hear ``reason``."""
-        self._calls.put(End(reason))
+    def end(self, failure: Failure = _ENDED) -> None:
+        """Let ``next_event`` return None, whatever is under way. Those who wait for answers hear ``failure``."""
+        self._calls.put(End(failure))
 
     # -- start and end -----------------------------------------------------------------------------------------------
 
@@ -167,16 +170,16 @@ class LiveBackend:
             return None
         return TokenGaps.of({number: np.diff(times.at_s) for number, times in self._token_times.items() if times.finished})
 
-    def fail_all(self, reason: str) -> None:
-        """Fail all requests, present and future, with ``reason``. For the control thread, or after its end."""
-        self._calls.close(reason)
+    def fail_all(self, failure: Failure) -> None:
+        """Fail all requests, present and future. For the control thread, or after its end."""
+        self._calls.close(failure)
         offered, self._offered = self._offered, {}
         for sink in (*self._answers.sinks, *(offer.sink for offer in offered.values())):
-            sink.failed(reason)
+            sink.failed(failure)
 
     def close(self) -> None:
         """End all agents; no process, port or memory stays behind."""
-        self.fail_all("the server is stopping")
+        self.fail_all(_STOPPING)
         self._roster.close()
         self._hub.close()
         self._log.flush(all_of_them=True)
@@ -212,7 +215,7 @@ class LiveBackend:
                     self._answers.abort(call.request_id)
             else:
                 self._ending = True
-                self.fail_all(call.reason)
+                self.fail_all(call.failure)
 
     def _ready(self) -> Event | None:
         """Return what has happened or is due, with its time, or None."""
@@ -312,7 +315,7 @@ class LiveBackend:
             return
         if event.node != node or not self._transfers.was_asked(node, event.model, event.block):
             self._roster.doom(
-                node, f"it reports block {event.block} of {event.model!r} at node {event.node}, which was not asked"
+                node, f"it reports block {event.block} of {shown(event.model)} at node {event.node}, which was not asked"
             )
             return
         self._transfers.arrived(node, event.model, event.block)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.controller.answers import Sink
@@ -31,9 +31,9 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The run ends; those who wait for answers hear ``reason``."""
+    """The run ends; those who wait for answers hear ``failure``."""
 
-    reason: str
+    failure: Failure
 
 
 Call = Offer | Abort | End
@@ -48,16 +48,16 @@ class Calls:
         # while its thread puts another: the lock can be taken again.
         self._lock = threading.RLock()
         self._waiting: deque[Call] = deque()
-        self._closed = ""
+        self._closed: Failure | None = None
 
     def put(self, call: Call) -> None:
         """Queue a call. An offer that cannot be sent to a node, or comes after ``close``, fails at once."""
-        problem = _problem(call.ticket) if isinstance(call, Offer) else ""
+        problem = _problem(call.ticket) if isinstance(call, Offer) else None
         with self._lock:
             problem = self._closed or problem
-            if not problem:
+            if problem is None:
                 self._waiting.append(call)
-        if not problem:
+        if problem is None:
             self._wake()
         elif isinstance(call, Offer):
             call.sink.failed(problem)
@@ -71,19 +71,19 @@ class Calls:
             self._waiting.clear()
         return taken
 
-    def close(self, reason: str) -> None:
-        """Take no more calls; offers that nobody has taken fail with ``reason``, as do later ones."""
+    def close(self, failure: Failure) -> None:
+        """Take no more calls; offers that nobody has taken fail with ``failure``, as do later ones."""
         with self._lock:
-            self._closed = self._closed or reason
+            self._closed = self._closed or failure
         for call in self.take():
             if isinstance(call, Offer):
-                call.sink.failed(reason)
+                call.sink.failed(failure)
 
 
-def _problem(ticket: Ticket) -> str:
-    """Return the reason a request cannot be sent to a node, "" if it can: raised later, it would end the control thread."""
+def _problem(ticket: Ticket) -> Failure | None:
+    """Return the failure of a request that cannot be sent to a node: raised later, it would end the control thread."""
     try:
         wire.encode(ticket)
     except (OverflowError, TypeError, ValueError) as error:
-        return f"the request cannot be sent to a node: {error}"
-    return ""
+        return Failure("unsendable", f"the request cannot be sent to a node: {error}")
+    return None

@@ -15,6 +15,7 @@ from lambdascale.live.controller.pulse import PATIENCE_S, Pulse
 from lambdascale.live.node_config import Access
 
 _HANDSHAKE_MS = 5000
+_AT_A_TIME = 4096  # messages: the controller has other work than to listen to one that never stops
 
 
 class _OnlyOurs:
@@ -47,6 +48,7 @@ class Hub:
         self._socket.curve_secretkey, self._socket.curve_publickey = server_secret, server_public
         self._socket.linger = 500
         self._socket.router_handover = True
+        self._socket.sndhwm = 0  # no bound: a full queue would drop what is sent to a node that stands still for a while
         self._socket.maxmsgsize = wire.MOST_BYTES
         self._socket.handshake_ivl = _HANDSHAKE_MS
         port = self._socket.bind_to_random_port(f"tcp://{host}")
@@ -92,13 +94,18 @@ class Hub:
             return  # it is awake, or closed
 
     def poll(self, timeout_s: float) -> tuple[list[tuple[NodeId, wire.ToController]], set[int]]:
-        """Return the messages of agents, in order, and the watched descriptors that are readable. Garbage is left out."""
+        """Return the messages of agents, in order, and the watched descriptors that are readable. Garbage is left out.
+
+        What comes beyond some thousand messages is left for the next time.
+        """
         self._pulse.allow()
         ready = dict(self._poller.poll(max(0, int(timeout_s * 1000 + 0.999))))
         if self._woken.fileno() in ready:
             self._woken.recv(4096)
         messages = []
-        while self._socket.poll(0, zmq.POLLIN):
+        for _ in range(_AT_A_TIME):
+            if not self._socket.poll(0, zmq.POLLIN):
+                break
             try:
                 identity, data = self._socket.recv_multipart()
                 node, message = int(identity.partition(b".")[0]), wire.to_controller(data)

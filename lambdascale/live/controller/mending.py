@@ -107,7 +107,7 @@ class Mending:
         self._mended = [pair for pair in self._mended if node not in pair]
 
     def cut_off(self) -> set[NodeId]:
-        """Of two members whose connection was not made again, return the one that has lost more connections.
+        """Return, of two members whose connection was not made again, the one that has lost more connections.
 
         Blocks and hidden states may take any connection, and nobody knows which end has failed: such a node is taken for dead.
         """

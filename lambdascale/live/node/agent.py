@@ -187,7 +187,7 @@ class Agent:
         self._line = line
         self._parts = parts
         self._leaving = threading.Event()
-        self._connecting = threading.Lock()  # one directory at a time
+        self._connecting = threading.Lock()  # held by `connect` threads alone: no two of them connect to the same node
         self._newest = 0  # number of the last directory; the main thread writes it
         link = None if config.link is None else TokenBucket(config.link)
         handlers = Handlers(

@@ -8,6 +8,7 @@ all. NCCL writes blocks straight to the device arena, gloo to where blocks land.
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import traceback
 from collections import OrderedDict
@@ -139,14 +140,18 @@ class Collective:
         rank, size = members.index(self._node), len(members)
         tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]  # missing from the stubs
         if rank == 0:
-            store = tcp_store(self._host, 0, size, True, timeout, wait_for_workers=False)
+            # By itself, the store listens on all interfaces.
+            with socket.create_server((self._host, 0)) as listening:
+                port = listening.getsockname()[1]
+                given = {"wait_for_workers": False, "master_listen_fd": listening.detach()}
+            store = tcp_store(self._host, port, size, True, timeout, **given)
             for other in members[1:]:
                 self._outlet.send(other, Rendezvous(command.transfer_id, f"{self._host}:{store.port}"))
         else:
             host, _, port = meeting.addresses.get(timeout=TIMEOUT_S).rpartition(":")
             store = tcp_store(host, int(port), size, False, timeout)
         if self._kind == "gloo":
-            return Gloo(store, rank, size)
+            return Gloo(store, rank, size, self._host)
         return Nccl(store, rank, size, self._store.device, lambda: self._losses(meeting, members))
 
     def _losses(self, meeting: _Meeting, members: Sequence[NodeId]) -> str:

@@ -62,10 +62,17 @@ class Communicator(Protocol):
 
 
 class Gloo:
-    """Gloo, over TCP and through host memory. A GPU's tensors are staged there by gloo."""
+    """Gloo, over TCP and through host memory. A GPU's tensors are staged there by gloo. ``host``: this node's address.
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._group: Any = distributed.ProcessGroupGloo(store, rank, size, timedelta(seconds=TIMEOUT_S))
+    By itself, it would listen at whatever address the machine's name has.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, host: str) -> None:
+        gloo: Any = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=host)]
+        options._timeout = timedelta(seconds=TIMEOUT_S)
+        self._group = gloo(store, rank, size, options)
 
     def broadcast(self, data: torch.Tensor, root: int) -> None:
         """See Communicator."""
@@ -78,7 +85,7 @@ class Gloo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Its sockets close with the last reference."""
+        """Do nothing: sockets close with the last reference."""
 
 
 class Nccl:

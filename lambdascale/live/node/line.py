@@ -23,6 +23,7 @@ class Line:
         self._socket.curve_serverkey = access.server_public
         self._socket.curve_publickey, self._socket.curve_secretkey = access.client_public, access.client_secret
         self._socket.linger = 1000
+        self._socket.sndhwm = 0  # no bound: a full queue would make send() wait for a controller that does not read
         self._socket.maxmsgsize = wire.MOST_BYTES
         self._socket.connect(access.controller)
         self._out: deque[wire.ToController] = deque()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Reason = Literal["queue_requests", "queue_tokens", "client_share"]
+Full = Literal["queue_requests", "queue_tokens", "client_share"]
 _RECENT = 256  # ends of requests that the pace is taken over
 _RECENT_S = 60.0
 _UNKNOWN_S = 10  # Retry-After before any request has ended
@@ -36,7 +36,7 @@ class Bounds:
 class Refused(Exception):
     """The queue has no room for a request; room is expected after ``retry_after_s``."""
 
-    def __init__(self, reason: Reason, message: str, retry_after_s: int) -> None:
+    def __init__(self, reason: Full, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after_s = retry_after_s

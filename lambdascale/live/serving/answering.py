@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from lambdascale.core import Request
+from lambdascale.core import Failure, Request
 from lambdascale.inference.batch import Ticket
 from lambdascale.live.controller.answers import Sink
 from lambdascale.live.serving.admission import Admission, Place, Refused
 from lambdascale.live.serving.openai_api import Answer, ApiError
-from lambdascale.live.serving.tally import Tally, failure_of
+from lambdascale.live.serving.reasons import Unanswered
+from lambdascale.live.serving.tally import Tally
 from lambdascale.live.serving.text import Growing, Text
 
 
@@ -41,7 +42,15 @@ class Piece:
     index: int
     tokens: Sequence[int] = ()
     finished: bool = False
-    failure: str | None = None
+    failure: Failure | None = None
+
+
+class NoAnswer(ApiError):
+    """The error for a prompt that was accepted and has no whole answer."""
+
+    def __init__(self, status: int, message: str, why: Unanswered) -> None:
+        super().__init__(status, message, "server_error", reason=why)
+        self.why = why
 
 
 class _Waiting:
@@ -56,9 +65,9 @@ class _Waiting:
         """See Sink."""
         self._put(Piece(self._index, tokens, finished))
 
-    def failed(self, reason: str) -> None:
+    def failed(self, failure: Failure) -> None:
         """See Sink."""
-        self._put(Piece(self._index, failure=reason))
+        self._put(Piece(self._index, failure=failure))
 
     def _put(self, piece: Piece) -> None:
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
@@ -133,7 +142,7 @@ class Answering:
     async def stream(self) -> AsyncIterator[tuple[str, Answer]]:
         """Yield, for every piece of an answer, its new text and its state by then.
 
-        ApiError if the cluster gives a prompt up, or a token does not come in time. The rest is given up then, and when the
+        NoAnswer if the cluster gives a prompt up, or a token does not come in time. The rest is given up then, and when the
         iteration is closed.
         """
         try:
@@ -142,8 +151,8 @@ class Answering:
                 part = self._open.get(piece.index)
                 if part is not None:
                     yield self._take(part, piece)
-        except ApiError as error:
-            self.close(error.reason)
+        except NoAnswer as error:
+            self.close(error.why)
             raise
         finally:
             self.close()
@@ -164,12 +173,12 @@ class Answering:
                 return await self._pieces.get()
         except TimeoutError as error:
             message = f"the request was given up: no token came for {self._timeout_s:g} s"
-            raise ApiError(504, message, "server_error", reason="deadline") from error
+            raise NoAnswer(504, message, "deadline") from error
 
     def _take(self, part: _Part, piece: Piece) -> tuple[str, Answer]:
-        """Add a piece to its answer; ApiError if it is the reason for having none."""
+        """Add a piece to its answer; NoAnswer if it is the reason for having none."""
         if piece.failure is not None:
-            raise ApiError(503, piece.failure, "server_error", reason=failure_of(piece.failure))
+            raise NoAnswer(503, piece.failure.text, piece.failure.reason)
         answer, stops = part.answer, part.ticket.stop_tokens
         part.due = self._loop.time() + self._timeout_s
         answer.completion_tokens += len(piece.tokens)
@@ -181,7 +190,7 @@ class Answering:
             self._end(answer.index)
         return new, replace(answer)
 
-    def close(self, reason: str = "client_left") -> None:
+    def close(self, reason: Unanswered = "client_left") -> None:
         """Give up all prompts that have no whole answer yet: those that wait first, so that none of them is started now."""
         if self._open:
             self._tally.failed(reason, len(self._open))

@@ -19,8 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lambdascale.core import UserError
 from lambdascale.core.checks import shown
+from lambdascale.core.text import one_line
 
-# Of a model without a template.
+# The template of a model that comes without one.
 _PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 # The template's name that is used unless a request has tools, which this server does not take.
 _DEFAULT = "default"
@@ -62,9 +63,11 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return a conversation as text, up to where the assistant's answer begins. UserError if the template refuses it."""
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=True, **self._tokens
             )
+            text.encode()  # it may have made halves of characters
+            return text
         except Exception as error:  # it may raise anything
             raise UserError(f"the model's chat template refuses the messages: {_line(error)}") from error
 
@@ -103,4 +106,4 @@ def _to_json(
 
 
 def _line(error: Exception) -> str:
-    return " ".join(f"{error or type(error).__name__}".split())
+    return one_line(f"{error or type(error).__name__}")

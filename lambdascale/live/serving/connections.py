@@ -20,11 +20,12 @@ from uvicorn.server import ServerState
 
 from lambdascale.live.serving.openai_api import ApiError
 from lambdascale.live.serving.options import HEAD_BYTES
+from lambdascale.live.serving.reasons import Reason
 
 _LINGER_S = 2.0  # a refused client has so long to read why
 _MOST_REFUSED = 128  # connections that read why they are refused, at a time
 _PIECE_BYTES = 4096
-_REASONS = {400: "malformed", 431: "head_too_large", 501: "transfer_encoding"}
+_REASONS: dict[int, Reason] = {400: "malformed", 431: "head_too_large", 501: "transfer_encoding"}
 _MESSAGES = {
     400: "the request is not valid HTTP",
     431: f"the first line and the headers of a request have {HEAD_BYTES} bytes at most here",
@@ -35,7 +36,7 @@ _MESSAGES = {
 class Refusals(Protocol):
     """Counts refusals: see Tally."""
 
-    def refused(self, status: int, reason: str) -> None:
+    def refused(self, status: int, reason: Reason) -> None:
         """Count one."""
         ...
 
@@ -147,7 +148,7 @@ class Connection(H11Protocol):
         status = hint if hint in _MESSAGES else 400
         self._refuse(status, _REASONS[status], _MESSAGES[status])
 
-    def _refuse(self, status: int, reason: str, message: str, retry_after_s: int | None = None) -> None:
+    def _refuse(self, status: int, reason: Reason, message: str, retry_after_s: int | None = None) -> None:
         """Answer with an error unless an answer has begun, and end the connection."""
         self._tally.refused(status, reason)
         begun = self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)

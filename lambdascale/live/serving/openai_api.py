@@ -13,6 +13,8 @@ import msgspec
 from msgspec import Meta, Struct
 from starlette.responses import JSONResponse, Response
 
+from lambdascale.live.serving.reasons import Reason
+
 _LONGEST_STOP = 1024
 Tokens = Annotated[int, Meta(ge=1, description="Longest answer, in tokens.")]
 Stop = Annotated[str, Meta(min_length=1, max_length=_LONGEST_STOP)]
@@ -142,7 +144,7 @@ def check_neutral(body: CommonBody) -> None:
 
 
 class ApiError(Exception):
-    """An error in OpenAI's form. ``reason``: its name in the metrics; ``retry_after_s``: when to ask again."""
+    """An error in OpenAI's form. ``reason``: its code, and its name in the metrics; ``retry_after_s``: when to ask again."""
 
     def __init__(
         self,
@@ -151,14 +153,14 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         *,
-        reason: str = "bad_request",
+        reason: Reason = "bad_request",
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.reason = reason
+        self.reason: Reason = reason
         self.headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": None}}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": reason}}
 
     def response(self) -> Response:
         """Return the error as an HTTP response."""

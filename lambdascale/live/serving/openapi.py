@@ -8,6 +8,7 @@ import msgspec
 
 from lambdascale import __version__
 from lambdascale.live.serving.openai_api import ChatBody, CompletionBody
+from lambdascale.live.serving.reasons import REASONS
 
 _REFS = "#/components/schemas/{name}"
 _JSON = "application/json"
@@ -38,7 +39,7 @@ _PIECES: dict[str, Any] = {
                     "message": {"type": "string"},
                     "type": {"type": "string"},
                     "param": {"type": ["string", "null"]},
-                    "code": {"type": "null"},
+                    "code": {"enum": list(REASONS)},
                 },
             }
         },

@@ -15,7 +15,7 @@ import uvicorn
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.control import SystemConfig, build_system, drive
-from lambdascale.core import ClusterSpec, UserError
+from lambdascale.core import ClusterSpec, Failure, UserError
 from lambdascale.live.config import LiveConfig
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.serving.connections import Connection, ConnectionLimits
@@ -29,7 +29,8 @@ _LINGER_S = 5
 _BACKLOG = 1024
 _HANDSHAKE_S = 10.0  # of TLS
 _MOST_LOAD = 1 << 20  # requests with which no policy wants more replicas
-_STOPPING = "the server is stopping"
+_STOPPING = Failure("stopping", "the server is stopping")
+_FAILED = Failure("server_failed", "the server has failed")
 _NO_NODE = "no node is alive"
 
 
@@ -56,7 +57,7 @@ class Service:
                 self.fault = error
                 if not isinstance(error, UserError):
                     traceback.print_exc()
-                self.backend.fail_all("the server has failed")
+                self.backend.fail_all(_FAILED)
                 self.on_fault()
 
         self._thread = threading.Thread(target=run, name="control", daemon=True)
@@ -84,8 +85,8 @@ class Service:
 
     def _ended(self) -> str:
         if self.fault is not None:
-            return "the server has failed"
-        return _STOPPING if self._stopping or not self._thread.is_alive() else ""
+            return _FAILED.text
+        return _STOPPING.text if self._stopping or not self._thread.is_alive() else ""
 
     def unready(self) -> str:
         """Return why no request would be answered right now, "" if one would.

@@ -12,7 +12,7 @@ from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
 from lambdascale.core.checks import shown
 
-# As transformers names them; a template may use any.
+# Transformers' names for them; a template may use any.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

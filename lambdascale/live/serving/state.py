@@ -112,7 +112,7 @@ class ClusterState:
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards all below: what is read in one hold is of one moment
         self._at = 0.0
         self._gpus = 0
         self._nodes: dict[NodeId, _Node] = {}

@@ -5,18 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from lambdascale.live.serving.admission import Admission
-
-# Parts of the cluster's reasons for failures, and their names in the metrics: the reasons themselves have numbers.
-_FAILURES = (
-    ("the server is stopping", "stopping"),
-    ("the server has failed", "server_failed"),
-    ("the run was ended", "stopping"),
-    ("no node is left", "no_node"),
-    ("needs up to", "too_large"),
-    ("fails on every node", "no_node"),
-    ("its instance failed", "instance_failed"),
-    ("cannot be sent to a node", "unsendable"),
-)
+from lambdascale.live.serving.reasons import UNANSWERED, Reason, Unanswered
 
 
 class Tally:
@@ -36,16 +25,13 @@ class Tally:
         self._failures = Counter(
             "lambdascale_failures", "accepted prompts that had no whole answer", ["reason"], registry=registry
         )
+        for reason in UNANSWERED:
+            self._failures.labels(reason)  # from now on it is shown, with 0
 
-    def refused(self, status: int, reason: str) -> None:
+    def refused(self, status: int, reason: Reason) -> None:
         """Count a refusal."""
         self._refusals.labels(str(status), reason).inc()
 
-    def failed(self, reason: str, prompts: int = 1) -> None:
+    def failed(self, reason: Unanswered, prompts: int = 1) -> None:
         """Count prompts that were accepted and not answered."""
         self._failures.labels(reason).inc(prompts)
-
-
-def failure_of(message: str) -> str:
-    """Return the metrics' name for the cluster's reason why a request has failed."""
-    return next((name for part, name in _FAILURES if part in message), "other")

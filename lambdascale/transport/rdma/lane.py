@@ -40,6 +40,7 @@ _REASONS = {
     "IBV_WC_WR_FLUSH_ERR": "its queue pair has failed (flushed)",
     "IBV_WC_RNR_RETRY_EXC_ERR": "it posts no receives (retries exceeded)",
 }
+# Held while a completion channel is opened: its descriptor is the one that did not exist before.
 _opening = threading.Lock()
 
 

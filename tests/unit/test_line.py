@@ -1,0 +1,56 @@
+"""The control channel when one of its ends does not read for a while: nobody waits, and nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from lambdascale.live import wire
+from lambdascale.live.controller.hub import Hub
+from lambdascale.live.node.line import Line
+
+MANY = 30_000  # messages: more than ZeroMQ's own bounds and the kernel's buffers hold
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Hub, Line]]:
+    """A hub and the line of node 3, which have heard of each other."""
+    hub = Hub("127.0.0.1")
+    line = Line(cast(Any, SimpleNamespace(node=3, generation=0, access=hub.access)))
+    line._socket.sndtimeo = 10_000  # a line that waits for the controller fails its test: zmq.Again
+    line.say(wire.Beat())
+    heard: list[Any] = []
+    while not heard:
+        line.poll(0.01)
+        heard, _ = hub.poll(0.1)
+    yield hub, line
+    line.close()
+    hub.close()
+
+
+def test_a_controller_that_does_not_read_makes_no_node_wait(ends: tuple[Hub, Line]) -> None:
+    """A main loop that waits in send() sends no heartbeat, and never notices that the controller has ended."""
+    hub, line = ends
+    for number in range(MANY):
+        line.say(wire.Fault(3, f"{number:300}", users=False))
+    line.poll(0.0)
+    heard: list[int] = []
+    while len(heard) < MANY:
+        heard += [int(message.reason) for _, message in hub.poll(1)[0] if isinstance(message, wire.Fault)]
+    assert heard == list(range(MANY))
+
+
+def test_a_node_that_does_not_read_misses_nothing(ends: tuple[Hub, Line]) -> None:
+    hub, line = ends
+    for number in range(MANY):
+        hub.send(3, wire.Abort(number))
+    heard: list[int] = []
+    idle = 0
+    while len(heard) < MANY and idle < 50:
+        messages = line.poll(0.2)
+        idle = 0 if messages else idle + 1
+        heard += [message.request_id for message in messages if isinstance(message, wire.Abort)]
+    assert heard == list(range(MANY))
