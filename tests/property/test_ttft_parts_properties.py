@@ -73,7 +73,7 @@ def test_they_add_up(
 
 
 def test_through_pipelines_mode_switches_preemption_and_a_lost_node() -> None:
-    """In one run, so that none of them is left out by what examples happen to be drawn."""
+    """One run with all of them, so that none is left out by what examples happen to be drawn."""
     system = system_of("lambdascale", "+system.start.pipelines.form=always", "system.memory.initial_copies=0")
     cluster = with_kv_tokens(small_cluster(5), 3 * LIMIT)
     requests = [traced(i, 0.0, "small", 60 + 7 * (i % 5), 80, LIMIT) for i in range(40)]

@@ -126,7 +126,7 @@ class TestRuns:
         "system", ["lambdascale", "faasnet", "nccl_broadcast", "serverlessllm", "ideal", "lambdascale_prototype"]
     )
     def test_blocks_come_to_processes_that_run(self, system: str) -> None:
-        """Not a block before, whatever brings it; GPU time counts from the allocation on."""
+        """No block comes before, whatever brings it; GPU time counts from the allocation on."""
         recorder = run(system, NewProcesses(), burst(24, 1.0))
         began: dict[int, float] = {}
         late = 0
@@ -153,7 +153,7 @@ class TestRuns:
 
     @pytest.mark.parametrize("system", ["lambdascale", "nccl_broadcast", "ideal"])
     def test_processes_of_no_cost_change_nothing(self, system: str) -> None:
-        """But for the events that say that they are up."""
+        """Times are the same; only the events of their set-ups are more."""
         free = ProcessStart(process_s=0.0, context_s=0.0, kernels_s=0.0, registration_bytes_per_s=1e18, first_iteration_s=0.0)
         cluster = replace(small_cluster(4), start=free)
         tables = [
@@ -170,7 +170,7 @@ class TestRuns:
         assert len(ups) == len(set(ups)) < len([at for at, _ in entries(recorder, AllocateNode) if at >= 1.0])
 
     def test_the_first_iteration_takes_longer(self) -> None:
-        """Of a load: the dispatch follows its last block at once."""
+        """Replicas that load: the dispatch follows its last block at once."""
         firsts = {}
         for extra_s in (0.0, 0.25):
             cluster = replace(cluster_of(1), start=replace(START, first_iteration_s=extra_s))
@@ -182,7 +182,7 @@ class TestRuns:
         assert firsts[0.25] - firsts[0.0] == pytest.approx(0.25)
 
     def test_a_node_that_dies_while_its_process_starts(self) -> None:
-        """Before anything can come to it, and with the transfer of the others under way."""
+        """Deaths before anything can come to the node, and with the transfer of the others under way."""
         for system in ("lambdascale", "nccl_broadcast", "lambdascale_prototype"):
             recorder = run(system, NewProcesses(), burst(24, 1.0), failures=((2, 2.0), (1, 6.0)))
             assert len(check(recorder)) == 24

@@ -211,7 +211,7 @@ class TestCalls:
 
 
 def test_the_end_of_a_set_up_is_passed_on_while_its_transfer_waits(rig: Rig) -> None:
-    """Not another node's, nor that of a transfer which has ended."""
+    """News of another node is dropped, as is that of a transfer which has ended."""
     plan = MulticastPlan((0, 1), (0,), 2, ((Send(0, 1, 0),), (Send(0, 1, 1),)))
     rig.backend.submit(StartMulticast(3, "m", plan, (8, 8), ("gpu",), "collective"))
     for node, told in ((1, SetUpDone(0.0, 3, 1)), (1, SetUpDone(0.0, 3, 0)), (0, SetUpDone(0.0, 3, 0))):

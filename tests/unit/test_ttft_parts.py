@@ -63,7 +63,7 @@ def test_without_a_scale_out() -> None:
 
 
 def test_a_scale_out_that_began_before_the_request() -> None:
-    """Only what was left of the transfer counts, and none of it after the last block."""
+    """The part that was left of the transfer counts, and none of it after the last block."""
     asked = request(0, 3.0)
     begun = [(1.0, AllocateNode(1, "m", 1)), (1.0, load(7, 1)), RequestArrived(3.0, asked), *blocks(7, 1, 2.0, 4.0)]
     assert parts(*begun, served(4.0, 1, 1), *answer(4.5, asked, 1, 5.0)) == {
@@ -110,7 +110,7 @@ def test_an_idle_source_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("end", [(1.5, CancelTransfer(7)), CommandFailed(1.5, "StartMulticast", "damaged", transfer_id=7)])
 def test_a_transfer_that_failed(end: Any) -> None:
-    """Its time counts as transfer, and the gap until the next one as a wait for a source."""
+    """Time of the failed transfer counts as transfer, and the gap until the next one as a wait for a source."""
     asked = request(0, 1.0)
     begun = [RequestArrived(1.0, asked), (1.0, AllocateNode(1, "m", 1)), (1.0, multicast(7, 0, 1)), end]
     again = [(1.8, multicast(8, 0, 1)), *blocks(8, 1, 2.0, 2.3), served(2.3, 1, 1), *answer(2.3, asked, 1, 2.4)]
@@ -127,7 +127,7 @@ def test_a_pipeline_waits_for_the_node_that_is_last() -> None:
 
 
 def test_a_lost_instance_counts_as_queue() -> None:
-    """Up to the second dispatch; a scale-out that had begun before the first one is not waited for meanwhile."""
+    """Time up to the second dispatch is queue; a scale-out that had begun before the first one is not waited for meanwhile."""
     asked = request(0, 0.0)
     begun = [served(0.0, 1, 0), RequestArrived(0.0, asked), (0.1, AllocateNode(1, "m", 1)), (0.1, load(7, 1))]
     begun += [(0.4, Dispatch(1, (asked,))), NodeLost(0.6, 0), *blocks(7, 1, 0.7, 1.0), served(1.0, 2, 1)]
