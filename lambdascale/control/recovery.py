@@ -68,7 +68,6 @@ class Recovery:
             self._serve_on(state, instance.nodes)
         for state in fleet.models.values():
             self._router.fill(state)
-            self._router.give_up(state)
 
     def transfer_failed(self, transfer_id: int) -> None:
         """Handle a transfer that failed on living nodes: a damaged block, no room.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lambdascale.core.events import ConnectionLost
 from tests.policy.test_recovery import multicasting
-from tests.policy.world import pipelined
+from tests.policy.world import pipelined, without
 
 
 def test_a_lost_connection_of_two_members_of_a_multicast_replans_it() -> None:
@@ -22,3 +22,11 @@ def test_a_lost_connection_within_a_pipeline_restarts_its_requests() -> None:
     assert lines[:3] == ["cancel t3", "multicast t4 0:gpu,1:gpu>2,3", "stop i3"]
     assert not [line for line in lines if line.startswith("fail")]
     assert [line for line in world.deliver("t4") if line.startswith("dispatch")]
+
+
+def test_requests_of_a_pipeline_go_to_free_slots_when_its_connection_is_lost() -> None:
+    """Mutation: they wait until something else happens."""
+    world = pipelined()
+    world.finish(0, 1, 2)  # 8 goes to i1
+    lines = without(world.play(ConnectionLost(world.at, 2, 3)), "timer")
+    assert lines[2:] == ["stop i3", "dispatch i1 4", "dispatch i2 5"]

@@ -58,6 +58,21 @@ def test_a_minimum_that_no_node_is_left_for_needs_no_further_looks() -> None:
     assert without(world.tick(), "timer") == ["allocate 1", "multicast t3 0:gpu>1"]
 
 
+def test_a_replica_that_feeds_others_does_not_give_way() -> None:
+    """Mutation: an idle one released in the middle of a transfer."""
+    world = World(nodes=2, models="ab", min_replicas=0, keep_alive_s=100.0)
+    world.arrive()
+    world.tick()
+    world.deliver("t1")
+    world.arrive(3)
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
+    world.finish(0, 1, 2, 3)
+    world.arrive(model="b")
+    assert without(world.tick(), "timer") == []
+    assert world.deliver("t2") == ["serve i2 1"]
+    assert "allocate 0b" in world.tick()
+
+
 # -- queues that go on -------------------------------------------------------------------------------------------------------
 
 

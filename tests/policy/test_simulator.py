@@ -169,6 +169,14 @@ def test_kv_is_copied_from_the_stages_that_ran_the_layers_to_the_target(target: 
     assert (finished.instance, finished.tokens) == (target, 5)
 
 
+def test_kv_of_a_moved_boundary_goes_from_the_old_node_to_the_new_one() -> None:
+    """Mutation: the KV copied the wrong way."""
+    cluster = Cluster().at(0.0, serve(1, 0), Dispatch(1, (request(0, 5, prompt=3000),)))
+    cluster.at(0.11, Repartition(1, (Stage(1, 0, 3),), "copy", KV)).events()
+    (grant,) = cluster.grants()
+    assert grant.ports == ("nic_out:0", "nic_in:1")
+
+
 def test_a_target_outside_the_pipeline_fetches_from_all_its_stages() -> None:
     cluster = switched("copy", ((0, 2),), nodes=(2, 3))
     (finished,) = [e for e in cluster.events() if isinstance(e, RequestFinished)]

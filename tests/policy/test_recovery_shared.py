@@ -1,0 +1,40 @@
+"""Recovery: failures on a node that serves in two instances, and lost connections in a second try."""
+
+from __future__ import annotations
+
+import pytest
+
+from lambdascale.control.start import MulticastStart
+from lambdascale.core.events import ConnectionLost
+from lambdascale.multicast import BinomialPipeline
+from lambdascale.testing.starts import WithHolders
+from tests.policy.world import World, without
+
+
+def test_a_node_is_not_given_up_while_it_serves_in_another_instance() -> None:
+    """Node 0 has failed twice as a replica, and now fails as the second stage of a pipeline. Mutation: it is released."""
+    world = World(nodes=2, start=MulticastStart(planner=BinomialPipeline(), pipelines=WithHolders()))
+    world.arrive(4)
+    for instance in ("i1", "i2"):
+        world.fail(instance=instance)
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
+    assert world.block(1, 0, 1) == ["serve i4 1:0-1,0:2-3", "dispatch i4 2,3"]
+    for transfer in ("t2", "t3"):
+        last = world.fail(transfer=transfer)
+    assert last == ["cancel t3", "load t4 1 ssd 23"], "node 0 feeds nobody any more"
+    assert world.fail(instance="i4") == ["stop i4"], "replica i3 goes on"
+    assert world.deliver("t4") == ["serve i5 1", "dispatch i5 2,3"]
+
+
+@pytest.mark.parametrize("tries", [0, 1])
+def test_a_lost_connection_neither_uses_up_the_second_try_nor_gives_another(tries: int) -> None:
+    """Mutation: a multicast that is planned anew for it thought to be a first try, or a second."""
+    world = World(nodes=4)
+    world.arrive(8)
+    assert world.tick()[-2] == "multicast t2 0:gpu>1,2,3"
+    for transfer in ("t2",)[:tries]:
+        world.fail(transfer=transfer)
+    lines = without(world.play(ConnectionLost(world.at, 0, 1)), "timer")
+    assert lines == [f"cancel t{2 + tries}", f"multicast t{3 + tries} 0:gpu>1,2,3"]
+    kinds = [line.split()[0] for line in world.fail(transfer=f"t{3 + tries}")]
+    assert kinds == ["cancel", *(["load"] * 3 if tries else ["multicast"])]
