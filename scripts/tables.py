@@ -1,9 +1,9 @@
 """Make the tables of comparison: python scripts/tables.py [--tables DIR] [--page FILE] [--readme FILE] [--beliefs FILE]
 [--baselines DIR].
 
-From the tables of the studies: paper_vs_ours.csv and sensitivity_flips.csv, also as blocks of docs/paper.md; node starts, beside
-figure 10; the section «What we believe, and how sure we are» of README.md; the effects of departures in baselines/*/README.md.
-Simulated on the spot: multicast_vs_reference.csv.
+From the tables of the studies: paper_vs_ours.csv and sensitivity_flips.csv, also as blocks of docs/paper.md;
+cold_start_ratios.csv; node starts, beside figure 10; the section «What we believe, and how sure we are» of README.md; the effects
+of departures in baselines/*/README.md. Simulated on the spot: multicast_vs_reference.csv.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from lambdascale.cli.guard import run_guarded
-from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
+from lambdascale.experiments import beliefs, cold_starts, departures, sensitivity, starts_text
 from lambdascale.experiments.multicast_study import reference_table
 from lambdascale.experiments.paper_table import load_tables, paper_table
 from lambdascale.experiments.paper_text import markdown, with_block
@@ -42,6 +42,7 @@ def main() -> None:
         "paper_vs_ours": compared,
         "sensitivity_flips": sensitivity.flips(varied),
         "multicast_vs_reference": reference_table(),
+        "cold_start_ratios": cold_starts.ratios(texts["cold_starts"]),
     }
     for name, table in written.items():
         _write(table, tables / f"{name}.csv")

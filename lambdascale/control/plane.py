@@ -28,6 +28,7 @@ from lambdascale.core.events import (
     RequestArrived,
     RequestFinished,
     RequestPreempted,
+    SetUpDone,
     TimerFired,
     TokensProduced,
 )
@@ -62,6 +63,7 @@ class ControlPlane:
             NodeJoined: self._node_joined,
             RequestArrived: self._request_arrived,
             BlockArrived: self._serving.block_arrived,
+            SetUpDone: self._ignore,
             TokensProduced: self._ignore,
             RequestFinished: self._request_finished,
             RequestPreempted: self._ignore,
@@ -84,7 +86,7 @@ class ControlPlane:
         return commands
 
     def _ignore(self, event: Event) -> None:
-        """Progress of a request that the control plane has no decision about."""
+        """Progress of a request or a transfer that the control plane has no decision about."""
 
     def _node_joined(self, event: NodeJoined) -> None:
         """Take a node in. One that comes back is empty; what it held before is lost, whether or not its loss was noticed."""

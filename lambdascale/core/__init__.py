@@ -3,6 +3,7 @@
 from lambdascale.core.errors import CapacityError, IncompleteRunError, PlanError, TraceError, UserError
 from lambdascale.core.failures import FAILURE_REASONS, Failure, FailureReason
 from lambdascale.core.plan import FormRule, MulticastPlan, NodeId, PipelinePlan, Send, Stage, SwitchRule
+from lambdascale.core.process_start import ProcessStart
 from lambdascale.core.request import Request, TracedRequest, traced
 from lambdascale.core.specs import BlockSpec, ClusterSpec, ComputeSpec, ComputeTable, GpuSpec, ModelSpec, NodeOverride, NodeSpec
 from lambdascale.core.units import parse_rate, parse_size
@@ -26,6 +27,7 @@ __all__ = [
     "NodeSpec",
     "PipelinePlan",
     "PlanError",
+    "ProcessStart",
     "Request",
     "Send",
     "Stage",

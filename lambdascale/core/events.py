@@ -36,6 +36,16 @@ class BlockArrived(Event, frozen=True, gc=False, tag=True):
     block: int
 
 
+class SetUpDone(Event, frozen=True, gc=False, tag=True):
+    """Bytes of the transfer can come to ``node`` from now on: its communicator is built, and its process runs.
+
+    Only of transfers that had to wait for either.
+    """
+
+    transfer_id: int
+    node: NodeId
+
+
 class TokensProduced(Event, frozen=True, gc=False, tag=True):
     """A request has ``tokens`` output tokens so far. At least the first token of a request is reported."""
 
@@ -100,3 +110,7 @@ class CommandFailed(Event, frozen=True, gc=False, tag=True):
     transfer_id: int = -1
     instance: int = -1
     model: str = ""
+
+
+# What nodes report to the controller of a live cluster.
+NodeEvent = BlockArrived | SetUpDone | CommandFailed

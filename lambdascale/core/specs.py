@@ -10,6 +10,7 @@ from typing import Any
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
+from lambdascale.core.process_start import ProcessStart
 from lambdascale.core.units import parse_rate, parse_size
 
 
@@ -272,7 +273,7 @@ class ClusterSpec:
     ring achieve. ``link_latency_s`` is the start-up time of one send, ``hop_latency_s`` the time for activations to reach the
     next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
     ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store. ``usd_per_host_gb_hour``: price of host
-    memory that copies of models take, per 10^9 bytes.
+    memory that copies of models take, per 10^9 bytes. ``start``: the start of a process on a node, where that is simulated.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -294,6 +295,7 @@ class ClusterSpec:
     usd_per_host_gb_hour: float = 0.0
     nics_per_node: int = 1
     overrides: tuple[NodeOverride, ...] = ()
+    start: ProcessStart | None = None
     provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:

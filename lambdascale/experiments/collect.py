@@ -17,6 +17,7 @@ from lambdascale.experiments.pairs import pair_table, with_intervals
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import OUTCOME, PAIRS, Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
+from lambdascale.metrics.ttft_parts import PARTS
 
 # Larger tables are written as parquet, smaller ones as CSV, which people can read and diffs can show.
 _CSV_ROWS = 1500
@@ -140,6 +141,14 @@ def _summary(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([row])
 
 
+def _parts(folder: Path) -> pd.DataFrame:
+    """One row: TTFT, its parts (mean, P50 and P95, in seconds) and GPU time."""
+    summary = read_json(folder / SUMMARY)
+    row = {f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90")}
+    row |= {f"{part}_{name}_s": summary[f"{part}_s"][name] for part in PARTS for name in ("mean", "p50", "p95")}
+    return pd.DataFrame([row | {"gpu_seconds": summary["gpu_seconds"], "scale_outs": summary["scale_outs"]}])
+
+
 def _measures(folder: Path) -> pd.DataFrame:
     """One row: the summary's, the longest TTFT, and the mean duration of scale-outs (0 without one), in seconds."""
     durations = scale_out_durations(pd.read_parquet(folder / "events.parquet"))
@@ -192,6 +201,7 @@ ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "requests": _requests,
     "gpus": _gpus,
     "summary": _summary,
+    "parts": _parts,
     "measures": _measures,
     "scale_out": _scale_out,
     OUTCOME: _outcome,

@@ -32,6 +32,7 @@ _GROUPS = {
     "cluster": "cluster",
     "workload": "workload",
     "backend": "backend",
+    "pool": "backend.pool",
     "logger": "logger",
 }
 _HEAD = """# Configuration keys

@@ -32,6 +32,7 @@ from lambdascale.core.events import (
     NodeLost,
     RequestArrived,
     RequestFinished,
+    SetUpDone,
     TokensProduced,
 )
 
@@ -65,6 +66,8 @@ def show_event(event: Event) -> str:
             return f"request {r.request_id} of {r.model} arrives: {r.prompt_tokens} tokens, at most {r.max_tokens} more"
         case BlockArrived():
             return f"block {event.block} of {event.model} is on node {event.node} (transfer {event.transfer_id})"
+        case SetUpDone():
+            return f"transfer {event.transfer_id} is set up on node {event.node}"
         case TokensProduced():
             return f"request {event.request_id} has its first token from instance {event.instance}, {event.mode}"
         case RequestFinished():

@@ -23,6 +23,7 @@ from lambdascale.figures import (
     beyond_models,
     beyond_scale,
     beyond_waves,
+    cold_starts,
     fig01_burstiness,
     fig02_host_cache,
     fig07_multicast,
@@ -74,6 +75,7 @@ FIGURES: dict[str, FigureModule] = {
     "slo_capacity": slo_capacity,
     "interference": interference,
     "token_gaps": token_gaps,
+    "cold_starts": cold_starts,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 from msgspec import Meta, MsgspecError, Struct, msgpack, structs
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
-from lambdascale.core.events import BlockArrived, CommandFailed, Mode
+from lambdascale.core.events import CommandFailed, Mode, NodeEvent
 from lambdascale.core.plan import NodeId, Stage
 from lambdascale.core.text import one_line
 from lambdascale.inference.batch import StageBatch, Ticket
@@ -115,7 +115,7 @@ class Connected(Message, frozen=True, tag=True):
 class Happened(Message, frozen=True, tag=True):
     """An event; the controller gives it its time."""
 
-    event: BlockArrived | CommandFailed
+    event: NodeEvent
 
 
 class Placed(Message, frozen=True, tag=True):

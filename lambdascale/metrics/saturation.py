@@ -49,8 +49,9 @@ def saturation(requests: pd.DataFrame) -> Saturation:
     growth = _growth(requests, (begin_s + end_s) / 2, end_s)
     failed = float((requests.status == "failed").mean())
     ended = late[late.status == "ok"]
-    served_s = float((ended.e2e_s - ended.queue_s).median()) if len(ended) else 0.0
-    wait_share = float(ended.queue_s.median()) / served_s if served_s else None
+    waited_s = ended.dispatched_s - ended.arrival_s
+    served_s = float((ended.e2e_s - waited_s).median()) if len(ended) else 0.0
+    wait_share = float(waited_s.median()) / served_s if served_s else None
     return Saturation(_verdict(growth, wait_share, failed), growth, wait_share)
 
 

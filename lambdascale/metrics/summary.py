@@ -17,6 +17,7 @@ from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.slo import Slo, attainment
 from lambdascale.metrics.starts import node_starts
 from lambdascale.metrics.tables import answered, gpu_seconds, gpu_usage
+from lambdascale.metrics.ttft_parts import PARTS
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def summarise(
         "tpot_s": distribution(ok.tpot_s.dropna().to_numpy()),
         "e2e_s": distribution(ok.e2e_s.to_numpy()),
         "ntpot_s": distribution((ok.e2e_s / ok.output_tokens).to_numpy()),
-        "queue_s": distribution(ok.queue_s.to_numpy()),
+        **{f"{part}_s": distribution(ok[f"{part}_s"].to_numpy()) for part in PARTS},
         "beside_multicast_s": distribution(ok.beside_multicast_s.to_numpy()) | {"sum": float(ok.beside_multicast_s.sum())},
         "gpu_seconds": used,
         "cost_usd": used / 3600 * usd_per_gpu_hour,

@@ -28,6 +28,7 @@ from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, 
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.metrics.interference import beside_multicasts
 from lambdascale.metrics.recorder import Recorder
+from lambdascale.metrics.ttft_parts import PARTS, Dispatched, Part, Starts
 
 _REQUESTS = pa.schema(
     [
@@ -42,7 +43,7 @@ _REQUESTS = pa.schema(
         ("dispatched_s", pa.float64()),
         ("first_token_s", pa.float64()),
         ("finished_s", pa.float64()),
-        ("queue_s", pa.float64()),
+        *((f"{part}_s", pa.float64()) for part in PARTS),
         ("ttft_s", pa.float64()),
         ("tpot_s", pa.float64()),
         ("e2e_s", pa.float64()),
@@ -87,6 +88,8 @@ class _Life(msgspec.Struct, gc=False):
     received_s: float
     dispatches: int = 0
     dispatched_s: float | None = None
+    dispatched: Dispatched | None = None  # the last time before the first token
+    parts: Mapping[Part, float] | None = None
     first_token_s: float | None = None
     mode: str | None = None
     finished_s: float | None = None
@@ -123,7 +126,7 @@ def _columns(
         "dispatched_s": [life.dispatched_s for life in lives],
         "first_token_s": [life.first_token_s for life in lives],
         "finished_s": [life.finished_s for life in lives],
-        "queue_s": [None if (at := life.dispatched_s) is None else at - life.request.arrival_s for life in lives],
+        **{f"{part}_s": [None if life.parts is None else life.parts[part] for life in lives] for part in PARTS},
         "ttft_s": [None if (at := life.first_token_s) is None else at - life.request.arrival_s for life in lives],
         "tpot_s": [life.tpot_s for life in lives],
         "e2e_s": [None if (at := life.finished_s) is None else at - life.request.arrival_s for life in lives],
@@ -158,17 +161,23 @@ def _unserved_row(traced: TracedRequest, system: str) -> dict[str, Any]:
 
 def _lives(recorder: Recorder) -> dict[int, _Life]:
     lives: dict[int, _Life] = {}
+    starts = Starts()
     for at, entry in recorder:
         if isinstance(entry, TokensProduced):
             life = lives[entry.request_id]
             if life.first_token_s is None:
                 life.first_token_s, life.mode = at, entry.mode
+                if life.dispatched is not None:
+                    life.parts = starts.parts(life.request.arrival_s, life.dispatched, at)
         elif isinstance(entry, RequestFinished):
             life = lives[entry.request_id]
             life.finished_s, life.tokens = at, entry.tokens
         elif isinstance(entry, Dispatch):
             for request in entry.requests:
                 life = lives[request.request_id]
+                since_s = life.request.arrival_s if life.dispatched is None else life.dispatched.at_s
+                if life.first_token_s is None:
+                    life.dispatched = Dispatched(at, entry.instance, since_s)
                 if not life.dispatches:
                     life.dispatched_s = at
                 life.dispatches += 1
@@ -176,6 +185,8 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
             lives[entry.request.request_id] = _Life(entry.request, at)
         elif isinstance(entry, FailRequest):
             lives[entry.request_id].failure = entry.failure
+        else:
+            starts.take(at, entry)
     return lives
 
 

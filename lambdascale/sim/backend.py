@@ -31,7 +31,16 @@ from lambdascale.core.commands import (
     StopInstance,
     SwitchMode,
 )
-from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, TimerFired
+from lambdascale.core.events import (
+    BlockArrived,
+    CommandFailed,
+    Event,
+    NodeJoined,
+    NodeLost,
+    RequestArrived,
+    SetUpDone,
+    TimerFired,
+)
 from lambdascale.core.timing import ComputeModel
 from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.sim.batches import Surroundings
@@ -39,6 +48,7 @@ from lambdascale.sim.instances import SimInstance
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.options import TransferOptions
 from lambdascale.sim.port import ComputePort
+from lambdascale.sim.processes import PatientTransfers, Pool, Processes, WarmPool
 from lambdascale.sim.sharing import DisturbedPace, SharedCores
 from lambdascale.sim.timed_instances import TimedInstance
 from lambdascale.sim.token_log import TokenLog
@@ -47,12 +57,15 @@ from lambdascale.sim.transfers import TransferEngine
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
-    """The simulated cluster. ``transfers``: how data moves. ``node_failures``: (node, time in seconds) pairs.
+    """The simulated cluster. ``transfers``: how data moves. ``pool``: which allocations find a process that runs.
+
+    ``node_failures``: (node, time in seconds) pairs.
 
     ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, unknown to the control plane.
     """
 
     transfers: TransferOptions = field(default_factory=TransferOptions)
+    pool: Pool = field(default_factory=WarmPool)
     node_failures: tuple[tuple[int, float], ...] = ()
     slow_nodes: tuple[tuple[int, float], ...] = ()
 
@@ -127,20 +140,23 @@ class SimBackend:
         # Where answers end: known here and nowhere in the control plane.
         self._answer_tokens = {each.request.request_id: each.answer_tokens for each in requests}
         self._requests = (each.request for each in requests)
-        self._arriving = next(self._requests, None)
+        self._arriving = self._first = next(self._requests, None)
         self._arrives_s = inf if self._arriving is None else self._arriving.arrival_s
         self._instances: dict[int, SimInstance] = {}
         self._surroundings: dict[tuple[str, tuple[int, ...]], Surroundings] = {}  # of a model cut into such blocks
         self._tokens = TokenLog() if token_times else None
         self._model_of: dict[int, str] = {}
         self._lost: set[NodeId] = set()
-        self._transfers = TransferEngine(
+        self._processes = config.pool.build(cluster, models)
+        engine = TransferEngine if self._processes is None else partial(PatientTransfers, self._processes)
+        self._transfers = engine(
             self.kernel,
             cluster,
             config.transfers,
             np.random.default_rng(seed),
             self._block_arrived,
             self._occupy,
+            set_up=self._set_up,
             layers={model.name: model.layers for model in models},
             nic_shares=dict(config.slow_nodes),
             disturb=None if paces is None else lambda node, slowdown, begins: paces[node].disturb(slowdown, begins),
@@ -148,7 +164,7 @@ class SimBackend:
         for node, at in config.node_failures:
             self.kernel.at(at, self._lose_node, node)
         self._handlers: dict[type[Command], Callable[[Any], None]] = {
-            AllocateNode: self._nothing,
+            AllocateNode: self._nothing if self._processes is None else self._allocate,
             ReleaseNode: self._release,
             PlaceCopy: self._nothing,
             EvictBlocks: self._nothing,
@@ -193,8 +209,16 @@ class SimBackend:
     def _nothing(self, command: Command) -> None:
         """Ignore bookkeeping of the control plane: it takes no time and changes nothing here."""
 
+    def _allocate(self, command: AllocateNode) -> None:
+        """Start a process; what a run begins with, before the first request, runs already."""
+        assert self._processes is not None, "the handler of runs with a pool that starts processes"
+        running = self._arriving is self._first
+        self._processes.allocate(self.kernel.now, command.node, command.model, running=running)
+
     def _release(self, command: ReleaseNode) -> None:
         self._transfers.released(command.node, command.model)
+        if self._processes is not None:
+            self._processes.release(self.kernel.now, command.node, command.model)
 
     def _cancel(self, command: CancelTransfer) -> None:
         self._transfers.cancel(command.transfer_id)
@@ -206,6 +230,16 @@ class SimBackend:
         if self._lost.isdisjoint(stage.node for stage in command.stages):
             self._instances[command.instance] = self._instance(command)
             self._model_of[command.instance] = command.model
+            if self._processes is not None:
+                self._use(self._processes, command)
+
+    def _use(self, processes: Processes, command: Serve) -> None:
+        """Let the first iteration in a new process take longer: the node computes nothing else meanwhile."""
+        for node in {stage.node: None for stage in command.stages}:
+            if processes.first_use(node, command.model):
+                port = self._port(self._models[command.model], node)
+                port.occupy(True)
+                self.kernel.at(self.kernel.now + processes.first_iteration_s, port.occupy, False)
 
     def _instance(self, command: Serve) -> SimInstance:
         around = self._surroundings.get((command.model, command.block_bytes))
@@ -313,6 +347,9 @@ class SimBackend:
     def _block_arrived(self, transfer_id: int, node: NodeId, model: str, block: int) -> None:
         self._events.append(BlockArrived(self.kernel.now, transfer_id, node, model, block))
 
+    def _set_up(self, transfer_id: int, node: NodeId) -> None:
+        self._events.append(SetUpDone(self.kernel.now, transfer_id, node))
+
     def _occupy(self, node: NodeId, busy: bool) -> None:
         """A collective takes the node's GPUs or gives them back."""
         self._taken[node] += 1 if busy else -1
@@ -322,6 +359,8 @@ class SimBackend:
     def _lose_node(self, node: NodeId) -> None:
         self._lost.add(node)
         self._transfers.lost(node)
+        if self._processes is not None:
+            self._processes.lost(node)
         self._events.append(NodeLost(self.kernel.now, node))
         for number, instance in list(self._instances.items()):
             if instance.involves(node):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.units import parse_rate
+from lambdascale.sim.communicator import draw_setup_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,10 @@ class TransferOptions:
     def slows(self) -> bool:
         """True if iterations may take longer because of a multicast."""
         return self.one_sided_slowdown > 1 or self.collective_slowdown is not None
+
+    def draw_setup_s(self, ranks: int, rng: np.random.Generator) -> float:
+        """Draw the seconds that it takes to build a communicator of so many ranks; 0 without set-ups."""
+        return draw_setup_s(ranks, rng, self.communicator_outlier_probability) if self.communicator_setup else 0.0
 
     def slept_s(self, ranks: int) -> float | None:
         """Seconds that a collective of so many ranks takes as a sleep; None if it is a transfer."""

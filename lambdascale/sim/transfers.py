@@ -17,7 +17,6 @@ import numpy as np
 
 from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import LoadBlocks, StartMulticast, Tier
-from lambdascale.sim.communicator import draw_setup_s
 from lambdascale.sim.fabric import Fabric
 from lambdascale.sim.interference import Disturb, Interference, Occupy
 from lambdascale.sim.kernel import Kernel
@@ -83,9 +82,9 @@ class _Multicast(FlowGroup):
 class TransferEngine:
     """Moves blocks in simulated time. ``deliver`` is called for every block that arrives in a node's GPU memory.
 
-    ``occupy``, ``disturb``: see Interference. ``setup_s``: the communicator set-ups drawn,
-    by transfer id. ``links.grants``: the recorded grants, if asked for. ``layers`` of each model (one a block, if not given) and
-    ``nic_shares`` of nodes whose NIC is slower than the others'.
+    ``occupy``, ``disturb``: see Interference. ``set_up(transfer, node)``: see SetUpDone. ``setup_s``: the communicator set-ups
+    drawn, by transfer id. ``links.grants``: the recorded grants, if asked for. ``layers`` of each model (one a block, if not
+    given) and ``nic_shares`` of nodes whose NIC is slower than the others'.
     """
 
     def __init__(
@@ -97,6 +96,7 @@ class TransferEngine:
         deliver: Deliver,
         occupy: Occupy,
         *,
+        set_up: Callable[[int, NodeId], None] = lambda transfer_id, node: None,
         layers: Mapping[str, int] | None = None,
         nic_shares: Mapping[NodeId, float] | None = None,
         disturb: Disturb | None = None,
@@ -107,6 +107,7 @@ class TransferEngine:
         self._rng = rng
         self._deliver = deliver
         self._interference = Interference(options, occupy, disturb)
+        self._set_up = set_up
         self._layers = layers or {}
         self._rate = None if cluster.overrides else cluster.node(0).nic_bytes_per_s  # of all NICs, if they are alike
         host_bytes_per_s = options.host_source_bytes_per_s
@@ -139,6 +140,10 @@ class TransferEngine:
             return
         self._join(transfer)
         self._transfers[command.transfer_id] = transfer
+        self._launch(transfer)
+
+    def _launch(self, transfer: _Multicast) -> None:
+        command = transfer.command
         if command.multicast == "one_sided":
             on_gpus = [node for node, member in transfer.members.items() if member.pcie is None]
             self._interference.one_sided(command.transfer_id, on_gpus)
@@ -148,11 +153,7 @@ class TransferEngine:
         if slept_s is not None:
             self._kernel.at(self._kernel.now + slept_s, self._stream_done, transfer)
             return
-        setup_s = 0.0
-        if self._options.communicator_setup:
-            ranks = len(command.plan.members)
-            setup_s = draw_setup_s(ranks, self._rng, self._options.communicator_outlier_probability)
-        self.setup_s[command.transfer_id] = setup_s
+        self.setup_s[command.transfer_id] = setup_s = self._options.draw_setup_s(len(command.plan.members), self._rng)
         self._kernel.at(self._kernel.now + setup_s, self._begin_collective, transfer)
 
     def _join(self, transfer: _Multicast) -> None:
@@ -191,6 +192,8 @@ class TransferEngine:
         plan = transfer.command.plan
         if transfer.cancelled or not self._fabric.alive(plan.members):
             return
+        for node in plan.destinations:
+            self._set_up(transfer.command.transfer_id, node)
         self._interference.collective(transfer.command.transfer_id, plan.sources)
         self._begin_multicast(transfer)
 

@@ -15,6 +15,7 @@ from lambdascale.experiments.compose import conf_dir
 EXCEPTIONS = {
     # Chosen by a group of conf/, and so by a file's list of defaults.
     "lambdascale.control.SystemConfig": {"batching"},
+    "lambdascale.sim.SimConfig": {"pool"},
     # Left out so that NoPipelines can take its place by the target alone, as the ablations do.
     "lambdascale.pipelines.ComplementaryPipelines": {"form", "max_stages", "switch"},
 }

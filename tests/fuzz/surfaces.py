@@ -8,7 +8,7 @@ from typing import Protocol, cast
 
 from lambdascale.control import build_system
 from lambdascale.core.commands import CancelTransfer, LoadBlocks, Serve, StopInstance, SwitchMode
-from lambdascale.core.events import BlockArrived, CommandFailed
+from lambdascale.core.events import BlockArrived, CommandFailed, SetUpDone
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -88,6 +88,7 @@ class Controller(Packed):
         for number in range(1, 9):
             said += [
                 wire.Happened(BlockArrived(0.0, number, number % 3, "m", number % 4)),
+                wire.Happened(SetUpDone(0.0, number, number % 3)),
                 wire.Happened(CommandFailed(0.0, "LoadBlocks", "damaged", transfer_id=number)),
                 wire.Happened(CommandFailed(0.0, "Serve", "broken", instance=number)),
                 wire.Tokens(number, "local", (wire.Token(1, 0, 65, finished=False), wire.Token(2, 0, 66, finished=True)), (3,)),

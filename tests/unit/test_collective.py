@@ -13,6 +13,7 @@ import torch
 
 from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import StartMulticast
+from lambdascale.core.events import SetUpDone
 from lambdascale.core.plan import Send
 from lambdascale.live.node.collective import Collective, Outlet
 from lambdascale.live.wire import Rendezvous
@@ -58,6 +59,7 @@ class TestBroadcasts:
             ended=lambda number, reason: told.ended.append((number, reason)),
             occupy=lambda busy: None,
             send=lambda node, message: None,
+            report=lambda event: told.written.append(event),
         )
 
         @contextmanager
@@ -91,12 +93,12 @@ class TestBroadcasts:
         told = self.run(1, {"host": {0}}, {1})
         assert told.tensors[:2] == ["host 0", "landing 1"]
         assert told.tensors[2].numel() == 8
-        assert (told.written, told.ended) == ([0, 1, 2], [(4, "")])
+        assert (told.written, told.ended) == ([SetUpDone(0.0, 4, 1), 0, 1, 2], [(4, "")])
 
     def test_a_source_without_its_blocks(self) -> None:
         """The source broadcasts nothing instead of whatever lies in its memory."""
         told = self.run(0, {"host": {0}}, set())
-        assert told.tensors == ["host 0"]
+        assert (told.tensors, told.written) == (["host 0"], [])
         assert told.ended == [(4, "the broadcast broke: node 0 does not hold block 1 of m, which it is to broadcast")]
 
     @pytest.mark.parametrize("error", [RuntimeError("a\nb"), ZeroDivisionError("a")])

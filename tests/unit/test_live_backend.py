@@ -26,6 +26,7 @@ from lambdascale.core.events import (
     NodeLost,
     RequestArrived,
     RequestFinished,
+    SetUpDone,
     TokensProduced,
 )
 from lambdascale.core.plan import Stage
@@ -207,6 +208,17 @@ class TestCalls:
         assert rig.backend.next_event() == failure
         rig.backend.submit(FailRequest(1, Failure("instance_failed", "3 times")))
         assert ids(rig.events(), RequestFinished) == []
+
+
+def test_the_end_of_a_set_up_is_passed_on_while_its_transfer_waits(rig: Rig) -> None:
+    """News of another node is dropped, as is that of a transfer which has ended."""
+    plan = MulticastPlan((0, 1), (0,), 2, ((Send(0, 1, 0),), (Send(0, 1, 1),)))
+    rig.backend.submit(StartMulticast(3, "m", plan, (8, 8), ("gpu",), "collective"))
+    for node, told in ((1, SetUpDone(0.0, 3, 1)), (1, SetUpDone(0.0, 3, 0)), (0, SetUpDone(0.0, 3, 0))):
+        rig.say(node, wire.Happened(told))
+    rig.say(1, *(wire.Happened(BlockArrived(0.0, 3, 1, "m", block)) for block in (0, 1)))
+    rig.say(1, wire.Happened(SetUpDone(0.0, 3, 1)))
+    assert [type(event) for event in rig.events()] == [SetUpDone, BlockArrived, BlockArrived]
 
 
 class TestLosses:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lambdascale.control import ControlPlane, build_system
 from lambdascale.core.commands import LoadBlocks, PlaceCopy
-from lambdascale.core.events import BlockArrived, CommandFailed
+from lambdascale.core.events import BlockArrived, CommandFailed, SetUpDone
 from lambdascale.live import wire
 from lambdascale.testing.systems import small_cluster, small_model
 from tests.live.harness import system_of
@@ -21,8 +21,10 @@ SMALL = st.integers(-2, 12) | st.sampled_from([-(1 << 63), 1 << 40, (1 << 63) - 
 # A terminal's commands, lines that the controller has not written, text that runs backwards, and very much of it.
 NAMES = st.sampled_from(["m", "other", "", "\x1b]0;\a\x1b[2J", "cut\nFORGED", "\u202e\x00\x7f", "x y " * 50_000])
 TOKEN = st.builds(wire.Token, SMALL, SMALL, SMALL, st.booleans())
-EVENT = st.builds(BlockArrived, st.just(0.0), SMALL, SMALL, NAMES, SMALL) | st.builds(
-    CommandFailed, st.just(0.0), NAMES, NAMES, SMALL, SMALL, NAMES
+EVENT = st.one_of(
+    st.builds(BlockArrived, st.just(0.0), SMALL, SMALL, NAMES, SMALL),
+    st.builds(SetUpDone, st.just(0.0), SMALL, SMALL),
+    st.builds(CommandFailed, st.just(0.0), NAMES, NAMES, SMALL, SMALL, NAMES),
 )
 MESSAGE = st.one_of(
     st.builds(wire.Hello, SMALL, st.just("127.0.0.1:5"), SMALL, st.dictionaries(NAMES, st.floats(), max_size=2)),

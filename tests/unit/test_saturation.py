@@ -22,8 +22,10 @@ def load(wait: Callable[[float], float], serve: float = 1.0, count: int = 400, f
     """Arrivals at 4/s; each waits ``wait(arrival)`` for a place and is served for ``serve`` seconds; the last ones fail."""
     arrival = np.arange(count) / 4
     queue = np.array([wait(at) for at in arrival])
-    frame = pd.DataFrame({"arrival_s": arrival, "queue_s": queue, "finished_s": arrival + queue + serve, "status": "ok"})
-    frame.loc[count - failed :, ["queue_s", "finished_s"]] = None
+    frame = pd.DataFrame(
+        {"arrival_s": arrival, "dispatched_s": arrival + queue, "finished_s": arrival + queue + serve, "status": "ok"}
+    )
+    frame.loc[count - failed :, ["dispatched_s", "finished_s"]] = None
     frame.loc[count - failed :, "status"] = "failed"
     return frame.assign(e2e_s=frame.finished_s - frame.arrival_s)
 

@@ -35,15 +35,16 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import (
-    BlockArrived,
     CommandFailed,
     ConnectionLost,
     Event,
+    NodeEvent,
     NodeGivenUp,
     NodeJoined,
     NodeLost,
     RequestArrived,
     RequestFinished,
+    SetUpDone,
     TimerFired,
 )
 from lambdascale.core.token_gaps import TokenGaps
@@ -303,9 +304,14 @@ class LiveBackend:
 
     # -- messages of agents ------------------------------------------------------------------------------------------
 
-    def _happened(self, node: NodeId, event: BlockArrived | CommandFailed) -> None:
+    def _happened(self, node: NodeId, event: NodeEvent) -> None:
         if isinstance(event, CommandFailed):
             self._failed(node, event)
+            return
+        if isinstance(event, SetUpDone):
+            # Of a transfer that has ended meanwhile, or of another node's: nothing waits for it.
+            if self._transfers.awaits(event.transfer_id, node) and event.node == node:
+                self._events.append(event)
             return
         if event.node != node or not self._transfers.was_asked(node, event.model, event.block):
             self._roster.doom(

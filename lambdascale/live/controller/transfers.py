@@ -63,6 +63,11 @@ class Transfers:
         """Return True if some transfer, perhaps a cancelled one, was to bring the block to the node."""
         return (node, model, block) in self._asked
 
+    def awaits(self, number: int, node: NodeId) -> bool:
+        """Return True if the transfer has still to bring blocks to the node."""
+        transfer = self._transfers.get(number)
+        return transfer is not None and any(to == node for to, _ in transfer.waiting)
+
     def arrived(self, node: NodeId, model: str, block: int) -> None:
         """Note that a block has arrived. It counts for all transfers of the model: it may come under a cancelled one's number."""
         for number, transfer in list(self._transfers.items()):

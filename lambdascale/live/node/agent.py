@@ -33,7 +33,7 @@ from lambdascale.core.commands import (
     StartMulticast,
     StopInstance,
 )
-from lambdascale.core.events import BlockArrived, CommandFailed
+from lambdascale.core.events import NodeEvent
 from lambdascale.live import wire
 from lambdascale.live.node.line import Line
 from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm, warm_when_quiet
@@ -56,8 +56,7 @@ if TYPE_CHECKING:
     from lambdascale.inference import BlockStore
 
 _BEAT_S = 0.25
-# Seconds after which a computing thread lets another have the interpreter's lock. Python's 5 ms are a tenth of a block's send,
-# and a block takes several threads' turns.
+# A thread lets others have the interpreter's lock: Python's 5 ms are a tenth of a block's send, which takes several turns.
 _SWITCH_S = 0.0005
 _SOCKETS: dict[str, type[TcpEndpoint]] = {"shm": ShmEndpoint, "tcp": TcpEndpoint}
 
@@ -238,6 +237,7 @@ class Agent:
             ended=lambda number, error: self.mover.broadcast_ended(number, error),
             occupy=lambda busy: self.compute.occupy(busy).result(),
             send=self._send,
+            report=self._report,
         )
         self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
         # One send at a time fills a paced link; without pacing, the next is under way before the last is through.
@@ -329,7 +329,7 @@ class Agent:
 
     # -- what the parts tell each other ------------------------------------------------------------------------------
 
-    def _report(self, event: BlockArrived | CommandFailed) -> None:
+    def _report(self, event: NodeEvent) -> None:
         self._line.say(wire.Happened(event))
 
     def _fault(self, reason: str) -> None:

@@ -23,6 +23,7 @@ from torch import distributed
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import StartMulticast
+from lambdascale.core.events import SetUpDone
 from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
 from lambdascale.live.communicator_choice import Kind
@@ -39,13 +40,14 @@ class Outlet:
     """Callbacks through which a broadcast reports progress, from its own thread.
 
     ``written(transfer, block)``; ``ended(transfer, error)`` with "" for success; ``occupy(busy)``: the device is taken or free
-    again; ``send`` a message to another node.
+    again; ``send`` a message to another node; ``report`` an event to the controller.
     """
 
     written: Callable[[int, int], None]
     ended: Callable[[int, str], None]
     occupy: Callable[[bool], None]
     send: Callable[[NodeId, Peer], object]
+    report: Callable[[SetUpDone], None]
 
 
 @dataclass
@@ -113,6 +115,8 @@ class Collective:
 
     def _broadcast(self, command: StartMulticast, tier: StoreTier) -> None:
         with self._communicator(command) as group, self._occupied(command):
+            if self._node in command.plan.destinations:
+                self._outlet.report(SetUpDone(0.0, command.transfer_id, self._node))
             for block, root in roots(command):
                 with ExitStack() as stack:
                     self._one(command, block, root, group, self._tensor(command, block, tier, stack))
