@@ -63,7 +63,7 @@ def test_table(ended: RunResult) -> None:
 
 
 def test_wandb(ended: RunResult) -> None:
-    """Its summary is flat, with the names that tables have."""
+    """The summary in W&B is flat, with the names that tables have."""
     flat = flat_summary(ended.summary)
     shown = {f"{stem}_{level}_s" for stem in ("ttft", "tpot", "e2e", "ntpot", "itl") for level in LEVELS} | {"itl_max_s"}
     assert shown | {"rates_requested_per_s", "rates_drift_s", "host_cost_usd", "requests_failed"} <= set(flat)

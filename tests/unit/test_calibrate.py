@@ -82,7 +82,7 @@ def test_a_run_that_agrees_has_no_error(tmp_path: Path) -> None:
 
 
 def test_failed_requests_are_served_again_under_their_ids(tmp_path: Path) -> None:
-    """Those of which no answer is known (5 and 6) are left out: they failed in the run's own trace, or while being served."""
+    """Requests without a known answer (5 and 6) are left out: they failed in the run's own trace, or while being served."""
     rows = pd.DataFrame(
         {
             "request_id": [4, 2, 3, 5, 6],

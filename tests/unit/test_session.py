@@ -45,7 +45,7 @@ def kinds(session: SessionRecorder) -> list[str]:
 
 
 def test_no_timers_and_one_token_of_each_request() -> None:
-    """Neither time nor long answers take memory."""
+    """Memory grows with neither time nor the length of answers."""
     session = started(10)
     for at in range(1000):
         session.on_event(TimerFired(float(at), at))
