@@ -13,28 +13,30 @@ class ProcessStart:
     """Seconds of the parts of a process's start, in their order (as a live node starts, lambdascale/live/node/agent.py).
 
     ``process_s``: a new process, its interpreter and libraries. ``context_s``: the context of its GPU. Then, beside each other,
-    ``kernels_s``, until kernels are loaded and graphs captured, and memory for the model's weights, which is populated and
-    registered at ``registration_bytes_per_s``. Weights come only then. ``first_iteration_s``: what the first iteration of the
+    ``kernels_s``, until kernels are loaded and buffers made, and memory for the model's weights, which is populated and registered
+    at ``registration_bytes_per_s`` (None: weights need no memory of their own on the host). Weights come only then. ``first_iteration_s``: what the first iteration of the
     process takes longer than later ones.
     """
 
     process_s: float
     context_s: float
     kernels_s: float
-    registration_bytes_per_s: float | str
+    registration_bytes_per_s: float | str | None
     first_iteration_s: float
 
     def __post_init__(self) -> None:
         """Normalise the rate and validate."""
         check_types(self)
-        object.__setattr__(self, "registration_bytes_per_s", parse_rate(self.registration_bytes_per_s))
         for name in ("process_s", "context_s", "kernels_s", "first_iteration_s"):
             value = getattr(self, name)
             require(value >= 0, f"cluster.start.{name} must not be negative, not {value!r}")
-        rate = self.registration_bytes_per_s
-        require(float(rate) > 0, f"cluster.start.registration_bytes_per_s must be positive, not {rate!r}")
+        if self.registration_bytes_per_s is not None:
+            rate = parse_rate(self.registration_bytes_per_s)
+            require(rate > 0, f"cluster.start.registration_bytes_per_s must be positive, not {rate!r}")
+            object.__setattr__(self, "registration_bytes_per_s", rate)
 
     def ready_s(self, weight_bytes: int) -> float:
         """Return the seconds until a process for a model of so many bytes can take its weights."""
-        registration_s = weight_bytes / float(self.registration_bytes_per_s)
+        rate = self.registration_bytes_per_s
+        registration_s = 0.0 if rate is None else weight_bytes / float(rate)
         return self.process_s + self.context_s + max(self.kernels_s, registration_s)

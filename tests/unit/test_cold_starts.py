@@ -63,6 +63,7 @@ class TestConstants:
     def test_kernels_beside_the_registration(self) -> None:
         assert START.ready_s(10**9) == pytest.approx(READY_S)
         assert START.ready_s(10**8) == pytest.approx(1.0 + 0.5 + 2.0)
+        assert replace(START, registration_bytes_per_s=None).ready_s(10**10) == pytest.approx(1.0 + 0.5 + 2.0)
 
     @pytest.mark.parametrize(
         "wrong", [{"process_s": -1.0}, {"first_iteration_s": -0.1}, {"registration_bytes_per_s": 0.0}, {"kernels_s": "two"}]
@@ -154,7 +155,7 @@ class TestRuns:
     @pytest.mark.parametrize("system", ["lambdascale", "nccl_broadcast", "ideal"])
     def test_processes_of_no_cost_change_nothing(self, system: str) -> None:
         """Times are the same; only the events of their set-ups are more."""
-        free = ProcessStart(process_s=0.0, context_s=0.0, kernels_s=0.0, registration_bytes_per_s=1e18, first_iteration_s=0.0)
+        free = ProcessStart(process_s=0.0, context_s=0.0, kernels_s=0.0, registration_bytes_per_s=None, first_iteration_s=0.0)
         cluster = replace(small_cluster(4), start=free)
         tables = [
             requests_table(run(system, pool, burst(24, 1.0), cluster=cluster), "s") for pool in (WarmPool(), NewProcesses())
