@@ -193,7 +193,7 @@ def test_a_cancelled_multicast_ends_there() -> None:
 
 
 def test_requests_that_move() -> None:
-    """Requests move by a switch from a pipeline with a node in the multicast to a replica without, fail or lose their instance."""
+    """Requests switch from a pipeline with a node in the multicast to a replica without, fail, or lose their instance."""
     start, *arrivals = transfer(0.0, 8.0)
     found = beside(
         start,
