@@ -167,6 +167,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not [target for target in targets if not (page.parent / target).exists()]
 
 
+def test_rows_about_other_harnesses_are_those_of_the_documentation() -> None:
+    """The README has a choice of them, word for word."""
+    shown = (ROOT / "README.md").read_text().split("## Beside other harnesses")[1].split("## ")[0]
+    rows = [line.replace("](docs/", "](") for line in shown.splitlines() if line.startswith("|")]
+    assert len(rows) > 8
+    assert not set(rows) - set((ROOT / "docs/exchange.md").read_text().splitlines())
+
+
 def test_every_thread_and_lock_is_described() -> None:
     """Threads stand on the architecture page by their names, locks by their files."""
     page, lacking = (ROOT / "docs" / "architecture.md").read_text(), []

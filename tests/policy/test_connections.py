@@ -30,3 +30,12 @@ def test_requests_of_a_pipeline_go_to_free_slots_when_its_connection_is_lost() -
     world.finish(0, 1, 2)  # 8 goes to i1
     lines = without(world.play(ConnectionLost(world.at, 2, 3)), "timer")
     assert lines[2:] == ["stop i3", "dispatch i1 4", "dispatch i2 5"]
+
+
+def test_a_lost_connection_does_not_count_among_the_failures_of_a_request() -> None:
+    """Requests 0 and 2 have failed twice with their replica. Mutation: the lost connection is their third failure."""
+    world = pipelined()
+    assert [world.fail(instance=instance)[-1] for instance in ("i1", "i4")] == ["dispatch i4 0,2", "dispatch i5 0,2"]
+    world.finish(4, 5, 6, 7)
+    assert "dispatch i3 0,2" in world.lose(0)
+    assert not [line for line in world.play(ConnectionLost(world.at, 2, 3)) if line.startswith("fail")]

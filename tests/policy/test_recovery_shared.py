@@ -1,4 +1,4 @@
-"""Recovery: failures on a node that serves in two instances, and lost connections in a second try."""
+"""Recovery: nodes that serve in two instances, or load and feed at once, and lost connections in a second try."""
 
 from __future__ import annotations
 
@@ -38,3 +38,23 @@ def test_a_lost_connection_neither_uses_up_the_second_try_nor_gives_another(trie
     assert lines == [f"cancel t{2 + tries}", f"multicast t{3 + tries} 0:gpu>1,2,3"]
     kinds = [line.split()[0] for line in world.fail(transfer=f"t{3 + tries}")]
     assert kinds == ["cancel", *(["load"] * 3 if tries else ["multicast"])]
+
+
+def loading_and_feeding() -> World:
+    """Node 0 loads its host copy (t1) and feeds node 1 from it (t2)."""
+    world = World("lambdascale", nodes=4, copies=1, min_replicas=0, cluster={"pcie_bytes_per_s": 6.4e9})
+    world.arrive(4)
+    assert without(world.tick(), "timer")[2:] == ["load t1 0 host 2301", "multicast t2 0:host>1"]
+    return world
+
+
+def test_a_host_copy_goes_on_feeding_when_its_nodes_own_load_is_given_up() -> None:
+    """Mutation: the multicast is cancelled as if it needed the node's GPU memory."""
+    assert loading_and_feeding().fail(transfer="t1") == ["cancel t1", "release 0"]
+
+
+def test_blocks_of_an_unfinished_load_are_no_source_of_a_new_plan() -> None:
+    """The host copy feeds again. Mutation: node 0 counts with the one block on its GPU, and node 1 loads from its SSD."""
+    world = loading_and_feeding()
+    world.block(0, 2)
+    assert world.play(ConnectionLost(world.at, 0, 1)) == ["cancel t2", "multicast t3 0:host>1"]
