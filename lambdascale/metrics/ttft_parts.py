@@ -125,9 +125,10 @@ class Starts:
     def _multicast(self, at_s: float, command: StartMulticast) -> None:
         senders = {(send.dst, send.block): send.src for sends in command.plan.rounds for send in sends}
         busy = [self._ports.get(node, _Ports()) for node in command.plan.sources]
-        # All sources were busy, each with what it had to send or to receive before.
-        since_s = max(ports.since_s for ports in busy)
-        until_s = min(at_s if ports.open else ports.until_s for ports in busy)
+        # All sources were busy, each with what it had to send or to receive before. A plan of destinations alone, which hold the
+        # model together, waits for nobody.
+        since_s = max((ports.since_s for ports in busy), default=at_s)
+        until_s = min((at_s if ports.open else ports.until_s for ports in busy), default=at_s)
         for node in command.plan.destinations:
             start = self._starts.get((node, command.model))
             if start is not None and since_s < until_s and len(start.marks) == 1:

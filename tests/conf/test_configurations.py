@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lambdascale.core import UserError
 from lambdascale.experiments.build import build
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
@@ -27,6 +28,7 @@ GROUPS = {
     "autoscaler": "autoscaler@system.autoscaler",
     "batching": "batching@system.batching",
     "memory": "memory@system.memory",
+    "pool": "pool@backend.pool",
 }
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
@@ -128,12 +130,24 @@ def test_every_study_makes_its_table(experiment: str, tmp_path: Path) -> None:
     assert set(committed.backend) == {"sim"}
 
 
-@pytest.mark.parametrize("experiment", [name for name in STUDIES if "live" in written(name)])
+@pytest.mark.parametrize("experiment", [name for name in STUDIES if written(name).get("live")])
 def test_live_grids_compose(experiment: str) -> None:
     lines = command_lines(study(experiment), [f"experiment={experiment}", "backend=live"])
     config = compose(expand(lines[0])[0])
     assert config.backend._target_.endswith("LiveConfig")
     assert config.cluster.name == "desk"
+
+
+@pytest.mark.parametrize("experiment", [name for name in STUDIES if written(name).get("live") == []])
+def test_a_study_without_live_runs_says_so(experiment: str) -> None:
+    with pytest.raises(UserError, match=f"experiment {experiment} has no runs for backend=live"):
+        command_lines(study(experiment), [f"experiment={experiment}", "backend=live"])
+
+
+@pytest.mark.parametrize("experiment", STUDIES)
+def test_live_runs_are_inherited_by_figures_only(experiment: str) -> None:
+    """Another study of the same load has live runs of its own, or none."""
+    assert experiment.startswith("fig") or not study(experiment).live or "live" in written(experiment)
 
 
 @pytest.mark.parametrize("experiment", BOTH)

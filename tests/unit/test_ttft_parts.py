@@ -98,6 +98,16 @@ def test_a_source_that_was_busy() -> None:
     }
 
 
+def test_destinations_that_bring_each_other_the_rest() -> None:
+    """The source has died: nodes 1 and 2 hold a block each."""
+    asked = request(0, 1.0)
+    repair = MulticastPlan((1, 2), (), 2, ((Send(1, 2, 0), Send(2, 1, 1)),))
+    begun = [RequestArrived(1.0, asked), *((1.0, AllocateNode(node, "m", 1)) for node in (1, 2))]
+    again = (2.0, StartMulticast(8, "m", repair, BYTES, (), "one_sided"))
+    ends = [again, BlockArrived(3.0, 8, 1, "m", 1), served(3.0, 1, 1), *answer(3.0, asked, 1, 3.5)]
+    assert parts(*begun, *ends) == {"source_wait": 1.0, "transfer": 1.0, "first_iteration": 0.5}
+
+
 def test_an_idle_source_is_not_waited_for() -> None:
     """One of the two was idle all the time."""
     asked = request(0, 1.2)
