@@ -55,9 +55,10 @@ def beside_multicasts(recorder: Recorder) -> dict[int, float]:
     arrival, a communicator's set-up included. Requests that were never dispatched are not in the result.
     """
     transfers = _multicasts(recorder)
-    served = _served(recorder)
     if not transfers:
-        return dict.fromkeys(served, 0.0)
+        dispatches = (entry for _, entry in recorder.entries if type(entry) is Dispatch)
+        return {request.request_id: 0.0 for dispatch in dispatches for request in dispatch.requests}
+    served = _served(recorder)
     by_node: defaultdict[NodeId, list[Span]] = defaultdict(list)
     for nodes, span in transfers:
         for node in nodes:
@@ -76,16 +77,16 @@ def _multicasts(recorder: Recorder) -> list[tuple[tuple[NodeId, ...], Span]]:
     spans: dict[int, Span] = {}
     open_: set[int] = set()
     for at, entry in recorder.entries:
-        if type(entry) is BlockArrived:  # most entries are such
+        if type(entry) is BlockArrived:
             if entry.transfer_id in open_:
                 spans[entry.transfer_id] = spans[entry.transfer_id][0], at
-        elif isinstance(entry, StartMulticast):
+        elif type(entry) is StartMulticast:
             plan = entry.plan
             tiers = dict(zip(plan.sources, entry.source_tiers, strict=True))
             nodes[entry.transfer_id] = tuple(node for node in plan.members if tiers.get(node) != "host")
             spans[entry.transfer_id] = at, at
             open_.add(entry.transfer_id)
-        elif isinstance(entry, CancelTransfer) and entry.transfer_id in open_:
+        elif type(entry) is CancelTransfer and entry.transfer_id in open_:
             open_.remove(entry.transfer_id)
             spans[entry.transfer_id] = spans[entry.transfer_id][0], at
     return [(nodes[number], spans[number]) for number in nodes]
@@ -95,9 +96,7 @@ def _instances(recorder: Recorder) -> dict[int, list[tuple[frozenset[NodeId], Sp
     """Nodes of each instance over time."""
     found: dict[int, list[tuple[frozenset[NodeId], Span]]] = {}
     for at, entry in recorder.entries:
-        if type(entry) is BlockArrived:
-            continue
-        if isinstance(entry, Serve | Repartition):
+        if type(entry) is Serve or type(entry) is Repartition:
             spans = found.setdefault(entry.instance, [])
             if spans:
                 spans[-1] = spans[-1][0], (spans[-1][1][0], at)
@@ -131,17 +130,15 @@ def _served(recorder: Recorder) -> dict[int, list[tuple[int, float, float]]]:
         present[request] = instance, at
 
     for at, entry in recorder.entries:
-        if type(entry) is BlockArrived:
-            continue
-        if isinstance(entry, RequestFinished | FailRequest):
+        if type(entry) is RequestFinished or type(entry) is FailRequest:
             leave(entry.request_id, at)
-        elif isinstance(entry, Dispatch):
+        elif type(entry) is Dispatch:
             for request in entry.requests:
                 enter(request.request_id, entry.instance, at)
-        elif isinstance(entry, SwitchMode):
+        elif type(entry) is SwitchMode:
             for number, instance in entry.moves:
                 enter(number, instance, at)
-        elif isinstance(entry, StopInstance):
+        elif type(entry) is StopInstance:
             for number in [number for number, (instance, _) in present.items() if instance == entry.instance]:
                 leave(number, at)
     return stays

@@ -163,16 +163,16 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
     lives: dict[int, _Life] = {}
     starts = Starts()
     for at, entry in recorder:
-        if isinstance(entry, TokensProduced):
+        if type(entry) is TokensProduced:
             life = lives[entry.request_id]
             if life.first_token_s is None:
                 life.first_token_s, life.mode = at, entry.mode
                 if life.dispatched is not None:
                     life.parts = starts.parts(life.request.arrival_s, life.dispatched, at)
-        elif isinstance(entry, RequestFinished):
+        elif type(entry) is RequestFinished:
             life = lives[entry.request_id]
             life.finished_s, life.tokens = at, entry.tokens
-        elif isinstance(entry, Dispatch):
+        elif type(entry) is Dispatch:
             for request in entry.requests:
                 life = lives[request.request_id]
                 since_s = life.request.arrival_s if life.dispatched is None else life.dispatched.at_s
@@ -181,9 +181,9 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
                 if not life.dispatches:
                     life.dispatched_s = at
                 life.dispatches += 1
-        elif isinstance(entry, RequestArrived):
+        elif type(entry) is RequestArrived:
             lives[entry.request.request_id] = _Life(entry.request, at)
-        elif isinstance(entry, FailRequest):
+        elif type(entry) is FailRequest:
             lives[entry.request_id].failure = entry.failure
         else:
             starts.take(at, entry)

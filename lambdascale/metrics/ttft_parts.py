@@ -103,8 +103,12 @@ class Starts:
         found: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         found["queue"] = dispatched.since_s - arrival_s
         found["first_iteration"] = first_token_s - dispatched.at_s
-        for part, seconds in between(self._instances.get(dispatched.instance, ()), dispatched.since_s, dispatched.at_s):
-            found[part] += seconds
+        marks = self._instances.get(dispatched.instance, ())
+        if marks and marks[-1][0] > dispatched.since_s:
+            for part, seconds in between(marks, dispatched.since_s, dispatched.at_s):
+                found[part] += seconds
+        else:  # the common case: the instance was complete before, and marks end with the queue
+            found["queue"] += dispatched.at_s - dispatched.since_s
         return found
 
     # -- allocations -------------------------------------------------------------------------------------------------
