@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lambdascale.control.start import MulticastStart
 from lambdascale.core import GpuSpec, NodeOverride
 from lambdascale.core.events import BlockArrived, NodeGivenUp, NodeJoined
+from lambdascale.multicast import BinomialPipeline
+from lambdascale.testing.starts import WithHolders
 from lambdascale.testing.systems import small_cluster, small_model, with_kv_tokens
 from tests.policy.world import World, without
 
@@ -71,6 +74,22 @@ def test_a_replica_that_feeds_others_does_not_give_way() -> None:
     assert without(world.tick(), "timer") == []
     assert world.deliver("t2") == ["serve i2 1"]
     assert "allocate 0b" in world.tick()
+
+
+def test_an_idle_replica_does_not_give_way_on_a_node_that_a_pipeline_uses_too() -> None:
+    """Replica i1 is idle on node 0, the second stage of pipeline i3. Mutation: i1 is stopped, and no node is freed."""
+    start = MulticastStart(planner=BinomialPipeline(), pipelines=WithHolders())
+    world = World(nodes=3, models="ab", min_replicas=1, keep_alive_s=100, start=start)
+    world.lose(1)
+    world.arrive(6)
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
+    assert world.block(2, 0, 1) == ["serve i3 2:0-1,0:2-3", "dispatch i3 2,3,4,5"]
+    for transfer in ("t3", "t4"):
+        last = world.fail(transfer=transfer)
+    assert last == ["cancel t4", "load t5 2 ssd 23"], "node 0 feeds nobody any more"
+    world.finish(0, 1)
+    world.arrive(model="b")
+    assert without(world.tick(), "timer") == []
 
 
 # -- queues that go on -------------------------------------------------------------------------------------------------------
