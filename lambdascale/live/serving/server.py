@@ -221,6 +221,8 @@ def serve(
         server.should_exit = True
 
     service.on_fault = stop
+    if service.fault is not None:  # the control thread ended before it could call
+        stop()
     try:
         if view:
             with View(service.state, options.url):
