@@ -48,7 +48,7 @@ class LiveConfig:
     ``verify``: the blocks whose checksums nodes compare, when they load them and when they receive them: all ("full"), none
     ("off"), or the first, the last and every eighth ("sampled").
     ``silence_s``: a node not heard of for so long is given up (a local one that dies is noticed at once). Nodes wait as long for
-    a controller that replays a trace, and 1.5 s for a server's.
+    a controller that replays a trace, or while they start, and 1.5 s for a server's.
     ``restarts``: how often the process of a lost node is started again within ten minutes, at most. None: 5 times for a server,
     never while a trace is replayed, whose failures are part of what is measured.
     ``spares``: processes kept ready for each GPU (without GPUs: for all nodes) with its context and kernels, which restarted
@@ -202,8 +202,10 @@ class LiveConfig:
         if why:
             print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
         launcher = self._launcher(models)
-        # Nodes that replay a trace are not replaced, and their machine may be overloaded: they are as patient as the controller.
-        hub = Hub(launcher.host, PATIENCE_S if open_ended else max(PATIENCE_S, self.silence_s))
+        # Nodes that replay a trace are not replaced, nor are those that start with a cluster, and their machine may be overloaded:
+        # they are as patient as the controller.
+        patience_s = max(PATIENCE_S, self.silence_s)
+        hub = Hub(launcher.host, PATIENCE_S if open_ended else patience_s, start_patience_s=patience_s)
         backend = LiveBackend(
             launcher=launcher,
             hub=hub,

@@ -15,7 +15,7 @@ from lambdascale.transport import rdma
 class Access(Struct, frozen=True):
     """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes.
 
-    ``patience_s``: a node that has seen no sign of life for so long ends.
+    ``patience_s``: a node that has seen no sign of life for so long ends; ``start_patience_s``: before it has met the others.
     """
 
     controller: str
@@ -25,6 +25,7 @@ class Access(Struct, frozen=True):
     client_secret: bytes
     nodes_key: bytes
     patience_s: float
+    start_patience_s: float
 
 
 class NodeConfig(Struct, frozen=True):

@@ -202,7 +202,7 @@ def test_a_silent_node_is_given_up(tiny: Path) -> None:
         os.kill(launcher.pid(2), 19)
 
     watcher = Watcher(first(BlockArrived, node=2, block=2), stop)
-    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher], silence_s=2.0)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), watchers=[watcher], silence_s=5.0)
     check(outcome, tiny)
     assert [entry.node for _, entry in outcome.recorder.entries if isinstance(entry, NodeLost)] == [2]
 

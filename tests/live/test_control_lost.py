@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.live.harness import wait_for
-from tests.live.test_serve import Server, start, stop
+from tests.live.harness import PATIENCE_S, wait_for
+from tests.live.test_serve import Server, launch, start, stop
 
 pytestmark = pytest.mark.live
 
@@ -49,10 +49,10 @@ def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
         server.process.kill()
         wait_for(lambda: not left(everything))
-        errors = [each.exception(10) for each in asked]
+        errors = [each.exception(PATIENCE_S) for each in asked]
     assert any(errors)
     assert all(error is None or isinstance(error, openai.APIConnectionError) for error in errors)
-    server.process.wait(5)
+    server.process.wait(PATIENCE_S)
     if server.process.stderr is not None:
         server.process.stderr.close()
     assert not [name for name in os.listdir("/dev/shm") if name.startswith(("lambdascale", "torch_", "psm_", "gloo"))]
@@ -75,8 +75,8 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
             wait_for(lambda: not left(nodes))
         finally:
             server.process.send_signal(signal.SIGCONT)
-        assert waiting.result(20) == whole
-    wait_for(lambda: all(node["alive"] for node in server.cluster()["nodes"]), 20)
+        assert waiting.result(PATIENCE_S) == whole
+    wait_for(lambda: all(node["alive"] for node in server.cluster()["nodes"]))
     assert server.cluster()["requests"]["failed"] == 0
     server.client.close()
     assert stop(server) == 0
@@ -88,10 +88,29 @@ def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
     nodes = nodes_of(server)
     for _ in range(3):
         server.process.send_signal(signal.SIGSTOP)
-        time.sleep(0.6)
+        time.sleep(0.4)
         server.process.send_signal(signal.SIGCONT)
         assert ask(server)
     assert left(nodes) == nodes
     assert server.cluster()["node_restarts"] == 0
     server.client.close()
     assert stop(server) == 0
+
+
+@pytest.mark.parametrize(
+    ("hit", "number", "status", "says"),
+    [
+        ("a node", signal.SIGKILL, 2, "error: the cluster did not start: node 0: it was killed (SIGKILL)\n"),
+        ("the controller", signal.SIGINT, 130, "interrupted\n"),
+    ],
+    ids=["a node is killed", "Ctrl-C"],
+)
+def test_a_start_that_ends_early(tiny: Path, hit: str, number: int, status: int, says: str) -> None:
+    """One line says why, and nothing is left."""
+    server = launch(tiny, "--nodes", "2")
+    wait_for(lambda: len(nodes_of(server)) >= 1)
+    everything = server.children()
+    os.kill(nodes_of(server)[0] if hit == "a node" else server.process.pid, number)
+    _, errors = server.process.communicate(timeout=PATIENCE_S)
+    assert (server.process.returncode, errors) == (status, says)
+    wait_for(lambda: not left(everything))

@@ -101,7 +101,7 @@ def test_nodes_placed_by_ray(ray_cluster: None, tmp_path: Path) -> None:
         f"out={tmp_path / 'run'}",
     ]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["requests"]["completed"] == 24
 
@@ -109,6 +109,6 @@ def test_nodes_placed_by_ray(ray_cluster: None, tmp_path: Path) -> None:
 def test_without_a_ray_cluster(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/run.py", *LIVE, "backend.launcher=ray", f"out={tmp_path / 'run'}"]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "ray start --head" in done.stderr or "lambdascale[ray]" in done.stderr

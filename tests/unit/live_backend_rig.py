@@ -23,7 +23,7 @@ from lambdascale.inference.sampling import Sampling
 from lambdascale.live import wire
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
-from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.launch import End, Launcher
 from lambdascale.live.node_config import NodeConfig
 
 
@@ -79,6 +79,7 @@ class FakeLauncher:
 
     host = "127.0.0.1"
     stillborn = False  # new processes end before they say anything
+    status: int | None = None  # with which processes end
 
     def __init__(self, hub: FakeHub) -> None:
         self._hub = hub
@@ -103,8 +104,8 @@ class FakeLauncher:
     def sentinels(self) -> dict[int, int]:
         return {}
 
-    def dead(self) -> list[int]:
-        return sorted(self.ended)
+    def dead(self) -> dict[int, End]:
+        return {node: End.of(self.status) for node in sorted(self.ended)}
 
     def kill(self, node: int) -> None:
         self.killed.append(node)

@@ -18,7 +18,7 @@ MANY = 30_000  # messages: more than ZeroMQ's own bounds and the kernel's buffer
 @pytest.fixture
 def ends() -> Iterator[tuple[Hub, Line]]:
     """A hub and the line of node 3, which have heard of each other."""
-    hub = Hub("127.0.0.1")
+    hub = Hub("127.0.0.1", patience_s=0.0, start_patience_s=3600.0)
     line = Line(cast(Any, SimpleNamespace(node=3, generation=0, access=hub.access)))
     line._socket.sndtimeo = 10_000  # a line that waits for the controller fails its test: zmq.Again
     line.say(wire.Beat())
@@ -54,3 +54,19 @@ def test_a_node_that_does_not_read_misses_nothing(ends: tuple[Hub, Line]) -> Non
         idle = 0 if messages else idle + 1
         heard += [message.request_id for message in messages if isinstance(message, wire.Abort)]
     assert heard == list(range(MANY))
+
+
+def test_a_node_has_started_when_it_hears_of_the_others(ends: tuple[Hub, Line]) -> None:
+    """From then on its patience with the controller is the shorter one."""
+    hub, line = ends
+    for _ in range(3):
+        line.poll(0.01)
+        assert not line.lost
+    hub.send(3, wire.Directory(1, {}, {}))
+    while not line.poll(0.1):
+        pass
+    for _ in range(100):
+        line.poll(0.01)
+        if line.lost:
+            return
+    pytest.fail("it waits for the controller as while it started")

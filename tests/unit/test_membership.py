@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from lambdascale.live.controller.hub import Hub
-from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.launch import End, Launcher
 from lambdascale.live.controller.membership import Membership
 
 
@@ -29,8 +29,8 @@ class Cluster:
     def sentinels(self) -> dict[int, int]:
         return {-node: node for node in range(1, 5) if node not in self.killed}
 
-    def dead(self) -> list[int]:
-        return self.ended
+    def dead(self) -> dict[int, End]:
+        return {node: End.of(1) for node in self.ended}
 
     def kill(self, node: int) -> None:
         self.killed.append(node)

@@ -17,6 +17,7 @@ from lambdascale.core.events import (
 )
 from lambdascale.live import wire
 from lambdascale.live.controller.supervisor import Supervisor
+from lambdascale.live.node.line import LEFT
 from tests.unit.live_backend_rig import FakeLauncher, Rig
 
 REQUEST = traced(1, 0.0, "m", 2, 4)
@@ -120,10 +121,38 @@ class TestRestarts:
         assert [type(event) for event in rig.events()] == [NodeJoined, NodeLost, RequestArrived]
         assert rig.backend._idle() is ends
 
-    def test_a_start_fails_when_a_node_does(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("status", "kind", "says"),
+        [
+            (LEFT, UserError, "nodes 0, 1: it has not heard from the controller for too long, and left"),
+            (-9, UserError, r"nodes 0, 1: it was killed \(SIGKILL\)"),
+            (-11, RuntimeError, r"nodes 0, 1: it was ended by a fault \(SIGSEGV\)"),
+            (1, RuntimeError, "nodes 0, 1: its process has ended with status 1"),
+            (None, UserError, "nodes 0, 1: its process has ended$"),
+        ],
+    )
+    def test_a_start_fails_when_a_node_does(
+        self, status: int | None, kind: type[Exception], says: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One line says which and why; it is an internal error only if the end may be a fault of ours."""
         monkeypatch.setattr(FakeLauncher, "stillborn", True)
-        with pytest.raises(RuntimeError, match="node 0: it ended while it was starting; node 1: "):
+        monkeypatch.setattr(FakeLauncher, "status", status)
+        with pytest.raises(kind, match=f"^the cluster did not start: {says}") as caught:
             Rig()
+        assert caught.type is kind
+
+    def test_an_end_does_not_wait_for_nodes_that_are_starting(self, rig: Rig) -> None:
+        """They may not listen for seconds. The others are told, and leave in good order."""
+        rig = Rig(restarts=1)
+        rig.hub.answering = False
+        rig.launcher.ended.add(1)
+        rig.after(2.0, [0])
+        assert rig.launcher.started[-1] == (1, 1)
+        rig.launcher.killed.clear()
+        rig.sent()
+        rig.backend.close()
+        assert rig.launcher.killed == [1]
+        assert [type(message) for message in rig.sent(0)] == [wire.Shutdown]
 
     @pytest.mark.parametrize(
         ("message", "kind"),

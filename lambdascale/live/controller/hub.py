@@ -30,13 +30,13 @@ class _OnlyOurs:
 
 
 class Hub:
-    """``wake`` may be called from any thread; all else belongs to one. ``patience_s``: see Access.
+    """``wake`` may be called from any thread; all else belongs to one. ``patience_s``, ``start_patience_s``: see Access.
 
     Each process of a node has an identity of its own, ``node.generation``: the hub talks with the one expected and hears no
     other.
     """
 
-    def __init__(self, host: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, host: str, patience_s: float = PATIENCE_S, start_patience_s: float = PATIENCE_S) -> None:
         server_public, server_secret = zmq.curve_keypair()
         client_public, client_secret = zmq.curve_keypair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -69,6 +69,7 @@ class Hub:
             client_secret=client_secret,
             nodes_key=secrets.token_bytes(32),
             patience_s=patience_s,
+            start_patience_s=start_patience_s,
         )
 
     def expect(self, node: NodeId, generation: int) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
 from lambdascale.live.controller.hub import Hub
-from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.launch import End, Launcher
 from lambdascale.live.node_config import NodeConfig
 
 START_S = 120.0
@@ -120,8 +120,9 @@ class Joining:
     def _has_joined(self, number: int) -> bool:
         return all(listed.answered >= number for listed in self._directory.values() if listed.since <= number)
 
-    def failed(self, dead: Collection[NodeId]) -> dict[NodeId, str]:
+    def failed(self, dead: Mapping[NodeId, End]) -> dict[NodeId, End]:
         """Return the nodes that will not join, and why: their process is among the ``dead``, or takes too long."""
         now = self._clock()
-        late = {node: f"it did not come up within {START_S:.0f} s" for node, at in self._deadlines.items() if now > at}
-        return late | {node: "it ended while it was starting" for node in dead if node in self._deadlines}
+        late = End(f"it did not come up within {START_S:.0f} s", ours=True)
+        found = {node: late for node, at in self._deadlines.items() if now > at}
+        return found | {node: end for node, end in dead.items() if node in self._deadlines}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,30 @@ from typing import Protocol
 from lambdascale.core import NodeId
 from lambdascale.live.forkserver import prepare
 from lambdascale.live.node.agent import run, wait_and_run
+from lambdascale.live.node.line import LEFT
 from lambdascale.live.node_config import NodeConfig
 
 _JOIN_S = 10.0
 _REAP_S = 1.0  # a killed process has long ended when its successor is started
+
+
+@dataclass(frozen=True)
+class End:
+    """End of an agent's process: the reason, with the process as «it»; ``ours``: a fault in this package may have caused it."""
+
+    reason: str
+    ours: bool
+
+    @classmethod
+    def of(cls, status: int | None) -> End:
+        """Tell the end from the process's exit status; negative: the signal that ended it, None: not known."""
+        if status == LEFT:
+            return cls("it has not heard from the controller for too long, and left", ours=False)
+        if status in (-signal.SIGKILL, -signal.SIGTERM):
+            return cls(f"it was killed ({signal.Signals(-status).name})", ours=False)
+        if status is not None and status < 0:
+            return cls(f"it was ended by a fault ({signal.Signals(-status).name})", ours=True)
+        return cls("its process has ended" + ("" if status is None else f" with status {status}"), ours=status is not None)
 
 
 class Launcher(Protocol):
@@ -31,7 +52,7 @@ class Launcher(Protocol):
         """Return file descriptors that become readable when an agent dies, as far as the launcher has them."""
         ...
 
-    def dead(self) -> list[NodeId]:
+    def dead(self) -> dict[NodeId, End]:
         """Return the nodes whose agents are known to have died."""
         ...
 
@@ -125,9 +146,9 @@ class LocalLauncher:
         """See Launcher."""
         return {process.sentinel: node for node, process in self._processes.items() if process.is_alive()}
 
-    def dead(self) -> list[NodeId]:
+    def dead(self) -> dict[NodeId, End]:
         """See Launcher."""
-        return [node for node, process in self._processes.items() if not process.is_alive()]
+        return {node: End.of(process.exitcode) for node, process in self._processes.items() if not process.is_alive()}
 
     def pid(self, node: NodeId) -> int:
         """Return the id of a node's process."""

@@ -50,7 +50,7 @@ class Membership:
             self._searched = now
         found = {node: f"silent for {now - at:.0f} s" for node, at in self._heard.items() if now - at > self._silence_s}
         if searching:
-            found |= dict.fromkeys(self._launcher.dead(), "its process has ended")
+            found |= {node: end.reason for node, end in self._launcher.dead().items()}
         return {node: reason for node, reason in found.items() if node in self.alive}
 
     def _forgive_pause(self, now: float) -> None:

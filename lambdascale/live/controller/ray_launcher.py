@@ -14,6 +14,7 @@ from typing import Any
 from msgspec import msgpack, structs
 
 from lambdascale.core import NodeId, UserError
+from lambdascale.live.controller.launch import End
 from lambdascale.live.node.agent import run
 from lambdascale.live.node_config import NodeConfig
 
@@ -64,12 +65,12 @@ class RayLauncher:
         """See Launcher. None with Ray: deaths are found by asking, and by silence."""
         return {}
 
-    def dead(self) -> list[NodeId]:
+    def dead(self) -> dict[NodeId, End]:
         """See Launcher."""
         if not self._tasks:
-            return []
+            return {}
         done, _ = self._ray.wait(list(self._tasks.values()), num_returns=len(self._tasks), timeout=0)
-        return [node for node, task in self._tasks.items() if task in done]
+        return {node: End.of(None) for node, task in self._tasks.items() if task in done}
 
     def kill(self, node: NodeId) -> None:
         """See Launcher."""

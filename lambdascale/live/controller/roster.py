@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from msgspec import structs
@@ -12,7 +12,7 @@ from lambdascale.core import NodeId, UserError
 from lambdascale.live import wire
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.joining import Joining
-from lambdascale.live.controller.launch import Launcher
+from lambdascale.live.controller.launch import End, Launcher
 from lambdascale.live.controller.log import Log
 from lambdascale.live.controller.membership import Membership
 from lambdascale.live.controller.mending import Mending, Pair
@@ -98,7 +98,7 @@ class Roster:
                     raise (UserError if users else RuntimeError)(f"node {node}: {self._doomed[node]}")
             failed = {} if messages else self._joining.failed(self._launcher.dead())
             if failed:
-                raise RuntimeError("; ".join(f"node {node}: {reason}" for node, reason in sorted(failed.items())))
+                raise _start_failed(failed)
             for node in self._joining.take_joined():
                 self._membership.admit(node)
         return sorted(self.alive)
@@ -162,7 +162,7 @@ class Roster:
             self._log.say(f"node {node} is back (seconds: {took})")
         doomed, self._doomed = self._doomed, {}
         coming = set(self._joining.coming)
-        failed = self._joining.failed(self._launcher.dead() if coming else ())
+        failed = {node: end.reason for node, end in self._joining.failed(self._launcher.dead() if coming else {}).items()}
         cut_off = dict.fromkeys(self._mending.cut_off(), "it has lost its connections to others")
         lost = cut_off | self._membership.lost(ended=ended) | failed | doomed
         members = set(self.alive)
@@ -197,6 +197,17 @@ class Roster:
 
     def close(self) -> None:
         """End all processes."""
-        for node in self.alive | set(self._joining.coming):
+        for node in self.alive:
             self._hub.send(node, wire.Shutdown())
+        for node in self._joining.coming:  # it may not listen before its GPU is set up, and has nothing to put in order
+            self._launcher.kill(node)
         self._launcher.close()
+
+
+def _start_failed(ends: Mapping[NodeId, End]) -> Exception:
+    """Return the error for nodes that ended while the cluster started: UserError, unless one had a fault of ours."""
+    by_reason: dict[str, list[str]] = {}
+    for node, end in sorted(ends.items()):
+        by_reason.setdefault(end.reason, []).append(str(node))
+    reasons = "; ".join(f"node{'s' * (len(nodes) > 1)} {', '.join(nodes)}: {reason}" for reason, nodes in by_reason.items())
+    return (RuntimeError if any(end.ours for end in ends.values()) else UserError)(f"the cluster did not start: {reasons}")

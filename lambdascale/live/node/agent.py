@@ -35,7 +35,7 @@ from lambdascale.core.commands import (
 )
 from lambdascale.core.events import NodeEvent
 from lambdascale.live import wire
-from lambdascale.live.node.line import Line
+from lambdascale.live.node.line import LEFT, Line
 from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm, warm_when_quiet
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
@@ -152,7 +152,7 @@ def run(config: NodeConfig, launched: float | None = None, *, local: bool = True
         os._exit(1)  # in no good order: a thread that would have to be waited for may be part of the failure
     if line.lost:
         print(f"node {config.node}: {line.lost}, leaving", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: nobody waits for a good order, and the system frees all memory
+        os._exit(LEFT)  # at once: nobody waits for a good order, and the system frees all memory
     agent.close()
     line.close()
 

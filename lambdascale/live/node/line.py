@@ -11,6 +11,8 @@ from lambdascale.live import wire
 from lambdascale.live.node.vigil import Vigil
 from lambdascale.live.node_config import NodeConfig
 
+LEFT = 3  # exit status of a node that has lost the controller
+
 
 class Line:
     """The socket to the controller. ``say`` may be called from any thread; the rest belongs to the main one."""
@@ -35,6 +37,7 @@ class Line:
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._vigil = Vigil(self._context, access)
         self._vigil.watch(self._poller)
+        self._settled = False  # the node knows the others: it has started
 
     @property
     def lost(self) -> str:
@@ -62,6 +65,9 @@ class Line:
         messages = []
         while self._socket.poll(0, zmq.POLLIN):
             messages.append(wire.to_agent(self._socket.recv()))
+        if not self._settled and any(isinstance(message, wire.Directory) for message in messages):
+            self._settled = True
+            self._vigil.settle()
         return messages
 
     def _flush(self) -> None:

@@ -31,7 +31,7 @@ class Vigil:
         self._socket.connect(access.pulse)
         launcher = parent_process()  # the controller, on its own host
         self._launcher = None if launcher is None else launcher.sentinel
-        self._patience_s = access.patience_s
+        self._patience_s, self._settled_s = access.start_patience_s, access.patience_s
         self._clock = clock
         self._looked = clock()
         self._silent_s = 0.0
@@ -42,6 +42,10 @@ class Vigil:
         poller.register(self._socket, zmq.POLLIN)
         if self._launcher is not None:
             poller.register(self._launcher, zmq.POLLIN)
+
+    def settle(self) -> None:
+        """Lose patience sooner from now on: the node has started, and may be replaced without ending the cluster's start."""
+        self._patience_s, self._silent_s = self._settled_s, 0.0
 
     def look(self, ready: dict[object, int]) -> None:
         """Take the news that a poller has found, or note that time has passed without any."""
