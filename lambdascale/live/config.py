@@ -202,8 +202,8 @@ class LiveConfig:
         if why:
             print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
         launcher = self._launcher(models)
-        # Nodes that replay a trace are not replaced, nor are those that start with a cluster, and their machine may be overloaded:
-        # they are as patient as the controller.
+        # Nodes that replay a trace, or start with a cluster, are not replaced, and their machine may be overloaded: they are as
+        # patient as the controller.
         patience_s = max(PATIENCE_S, self.silence_s)
         hub = Hub(launcher.host, PATIENCE_S if open_ended else patience_s, start_patience_s=patience_s)
         backend = LiveBackend(
@@ -213,7 +213,6 @@ class LiveConfig:
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
             restarts=self.restart_limit(open_ended=open_ended),
-            mends=self.transport in ("shm", "tcp"),  # elsewhere a write under way may outlive its connection
             open_ended=open_ended,
             token_times=token_times,
         )

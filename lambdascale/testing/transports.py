@@ -220,6 +220,46 @@ class TransportConformance:
         with pytest.raises(TransportError):
             one.endpoint.write(0, self.source(b"x"), 0, 0).result(_WAIT_S)
 
+    @pytest.mark.parametrize("by", [0, 1])
+    def test_a_severed_connection_is_made_again(self, nodes: Callable[..., list[Node]], by: int) -> None:
+        """Each end hears of the loss, once, before the new connection carries anything, in both directions."""
+        one, two = self.pair(nodes)
+        for count in (1, 2, 3):
+            (two, one)[by].endpoint.sever(1 - by)
+            assert len((two, one)[by].heard.lost) == count, "told when sever returns"
+            for node in (one, two):
+                node.heard.wait(lambda heard: len(heard.lost) == count)  # noqa: B023 (called at once)
+            one.endpoint.connect(0, two.endpoint.address)
+            for node, peer in ((one, 0), (two, 1)):
+                node.endpoint.send(peer, b"again").result(_WAIT_S)
+                node.endpoint.write(peer, self.source(bytes([count]) * 1000), 0, count).result(_WAIT_S)
+            for node in (one, two):
+                node.heard.wait(lambda heard: len(heard.messages) == len(heard.writes) == count)  # noqa: B023 (called at once)
+                assert bytes(node.memory[:1001]) == bytes([count]) * 1000 + b"\0"
+        assert [len(node.heard.lost) for node in (one, two)] == [3, 3]
+
+    def test_severing_nothing(self, nodes: Callable[..., list[Node]]) -> None:
+        """Without a connection to end, nothing happens to others."""
+        one, _ = self.pair(nodes)
+        one.endpoint.sever(7)
+        one.endpoint.send(0, b"still").result(_WAIT_S)
+        assert not one.heard.lost
+
+    def test_nothing_is_written_after_a_loss_was_told(self, nodes: Callable[..., list[Node]]) -> None:
+        """The receiver may use its memory anew from then on, and the sender its own: no write waits for a peer that has left."""
+        size = 1 << 24
+        one, two = self.pair(nodes, size)
+        writes = [one.endpoint.write(0, self.source(bytes([number]) * size), 0, number) for number in range(1, 5)]
+        two.endpoint.sever(1)
+        assert two.heard.lost, "told when sever returns"
+        then, reported = bytes(two.memory), list(two.heard.writes)
+        for write in writes:
+            error = write.exception(_WAIT_S)
+            assert error is None or isinstance(error, TransportError)
+        one.heard.wait(lambda heard: bool(heard.lost))
+        assert bytes(two.memory) == then
+        assert two.heard.writes == reported
+
     def test_a_goodbye_is_no_loss(self, nodes: Callable[..., list[Node]]) -> None:
         """A goodbye arrives after everything sent before it, and is not reported as a loss."""
         one, two = self.pair(nodes, 1 << 23)

@@ -19,11 +19,12 @@ from lambdascale.core import NodeId
 from lambdascale.core.checks import require
 from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.cuda import HANDLE_BYTES, Copies, CudaError, DeviceMemory, Gpu, address_of
+from lambdascale.transport.leases import Lease, TheirLease, make_file, new_number, open_file
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
-# Boot id of the host, process, address, size, handle.
-_CARD = struct.Struct(f"!16s20sQQ{HANDLE_BYTES}s")
+# Boot id of the host, process, its number, descriptor of its file of leases, number of this end's lease, address, size, handle.
+_CARD = struct.Struct(f"!16s20sQQQQQ{HANDLE_BYTES}s")
 _PROCESS = struct.Struct("!16sI")
 _TOKEN = secrets.token_bytes(16)
 _LENGTH = struct.Struct("!H")
@@ -33,12 +34,13 @@ _STEP_BYTES = 64 << 20
 
 
 class _Opened:
-    """The peer's memory in this GPU's address space. See Reachable."""
+    """The peer's memory in this GPU's address space, written to while ``lease`` is held. See Reachable."""
 
     step_bytes = _STEP_BYTES
 
-    def __init__(self, gpu: Gpu, address: int, nbytes: int, *, foreign: bool) -> None:
+    def __init__(self, gpu: Gpu, address: int, nbytes: int, lease: Lease, theirs: TheirLease, *, foreign: bool) -> None:
         self.nbytes = nbytes
+        self._lease, self._theirs = lease, theirs
         self._gpu, self._address, self._foreign = gpu, address, foreign
         self._copies, self._ahead = Copies(gpu), Copies(gpu)
 
@@ -54,14 +56,17 @@ class _Opened:
         self._ahead.wait()
 
     def wait_for_peer(self) -> None:
-        """Do nothing: a peer that lives stops after the piece under way. Nobody mends connections here (see LiveConfig)."""
+        self._theirs.wait()
 
     def close(self) -> None:
-        with suppress(CudaError):  # a broken context refuses to free anything
+        with suppress(CudaError):  # a broken context refuses to free anything, and copies nothing any more
+            self._copies.wait()
+            self._ahead.wait()
             self._copies.close()
             self._ahead.close()
             if self._foreign:
                 self._gpu.shut(self._address)
+        self._lease.close()
 
 
 class CudaIpcEndpoint(TcpEndpoint):
@@ -74,6 +79,7 @@ class CudaIpcEndpoint(TcpEndpoint):
         self.host_id = UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
         self.process_id = _PROCESS.pack(_TOKEN, os.getpid())
         self._arena: DeviceMemory | None = None
+        self._leases = make_file()
         super().__init__(node, handlers, key, **options)
 
     def allocate(self, size: int) -> DeviceMemory:
@@ -89,11 +95,12 @@ class CudaIpcEndpoint(TcpEndpoint):
 
     def introduce(self, peer: NodeId, sock: socket.socket) -> _Opened:
         """Exchange handles and open the peer's; TransportError at both ends if either fails to open the other's."""
-        sock.sendall(self._card())
+        mine = new_number()
+        sock.sendall(self._card(mine))
         answer = bytearray(_CARD.size)
         fill(sock, memoryview(answer))
         try:
-            opened = self._open(peer, *_CARD.unpack(answer))
+            opened = self._open(peer, mine, *_CARD.unpack(answer))
         except TransportError as error:
             with suppress(OSError, EOFError):
                 _compare(sock, str(error))
@@ -106,20 +113,29 @@ class CudaIpcEndpoint(TcpEndpoint):
             undo.pop_all()
         return opened
 
-    def _card(self) -> bytes:
+    def _card(self, number: int) -> bytes:
         arena = self._arena
         where = (0, 0, b"") if arena is None else (arena.address, arena.nbytes, self.gpu.share(arena))
-        return _CARD.pack(self.host_id, self.process_id, *where)
+        return _CARD.pack(self.host_id, self.process_id, os.getpid(), self._leases, number, *where)
 
-    def _open(self, peer: NodeId, host: bytes, process: bytes, address: int, size: int, handle: bytes) -> _Opened:
-        """Open the peer's memory; TransportError on failure."""
+    def _open(
+        self, peer: NodeId, mine: int, host: bytes, process: bytes, pid: int, leases: int, number: int, *where: Any
+    ) -> _Opened:
+        """Open the peer's memory, with a lease on it; TransportError on failure."""
+        address, size, handle = where
         if host != self.host_id:
             raise TransportError(f"nodes {self.node} and {peer} are on different hosts: cuda_ipc is for the GPUs of one host")
         # CUDA refuses to open a handle in the process that made it, which can use the address itself.
         foreign = size > 0 and process != self.process_id
         try:
-            return _Opened(self.gpu, self.gpu.open(handle) if foreign else address, size, foreign=foreign)
-        except CudaError as error:
+            with ExitStack() as undo:
+                lease = Lease(open_file(pid, leases), mine)
+                undo.callback(lease.close)
+                reached = self.gpu.open(handle) if foreign else address
+                opened = _Opened(self.gpu, reached, size, lease, TheirLease(self._leases, number), foreign=foreign)
+                undo.pop_all()
+                return opened
+        except OSError as error:  # also CUDA's
             raise TransportError(
                 f"node {self.node} (GPU {self.gpu.ordinal}) cannot open the GPU memory of node {peer}: {error}"
             ) from error
@@ -131,6 +147,9 @@ class CudaIpcEndpoint(TcpEndpoint):
             with suppress(CudaError):
                 self.gpu.free(self._arena)
             self._arena = None
+        if self._leases >= 0:
+            os.close(self._leases)
+            self._leases = -1
 
 
 def _compare(sock: socket.socket, problem: str) -> str:

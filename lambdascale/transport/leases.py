@@ -11,14 +11,44 @@ import fcntl
 import os
 import secrets
 import struct
+import time
+from dataclasses import dataclass
 
+_NAME = "lambdascale"
+_LOOK_S = 0.001
 _FLOCK = struct.Struct("@hhqqi4x")  # type, whence, start, length, process (0)
 _NUMBERS = 1 << 62
+
+
+def make_file() -> int:
+    """Return the descriptor of a new file in memory, which only processes of this user can open, and without a name on disk."""
+    return os.memfd_create(_NAME)
+
+
+def open_file(process: int, descriptor: int) -> int:
+    """Open the file in memory that another process has made; OSError if that is another file, or another user's or host's."""
+    path = f"/proc/{process}/fd/{descriptor}"
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        raise OSError(f"{path} is not the memory of a node")
+    return os.open(path, os.O_RDWR)
 
 
 def new_number() -> int:
     """Return the number of a lease that no other connection has."""
     return secrets.randbelow(_NUMBERS)
+
+
+@dataclass(frozen=True)
+class TheirLease:
+    """A peer's lease on this node's memory, without which it writes nothing. ``descriptor``: of this node's file, -1 for none."""
+
+    descriptor: int
+    number: int
+
+    def wait(self) -> None:
+        """Return when the peer has let go."""
+        while self.descriptor >= 0 and is_held(self.descriptor, self.number):
+            time.sleep(_LOOK_S)
 
 
 class Lease:

@@ -12,10 +12,8 @@ import mmap
 import os
 import socket
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -23,7 +21,7 @@ import xxhash
 from lambdascale.core import NodeId
 from lambdascale.core.checks import require
 from lambdascale.transport.base import Memory
-from lambdascale.transport.leases import Lease, is_held, new_number
+from lambdascale.transport.leases import Lease, TheirLease, make_file, new_number, open_file
 from lambdascale.transport.sockets import fill
 from lambdascale.transport.tcp import TcpEndpoint
 
@@ -33,20 +31,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MOST_THREADS = 16
 _LEAST_BYTES = 64 << 20
 _PAGE_BYTES = 4096
-_NAME = "lambdascale"
-_LEASE_S = 0.001
 _WHERE = struct.Struct("!QQQQ")  # process, descriptor, size, number of the lease
-
-
-@dataclass(frozen=True)
-class _TheirLease:
-    """The peer's lease on this node's memory, without which it writes nothing."""
-
-    descriptor: int
-    number: int
-
-    def is_held(self) -> bool:
-        return self.descriptor >= 0 and is_held(self.descriptor, self.number)
 
 
 class _Mapped:
@@ -59,7 +44,7 @@ class _Mapped:
 
     step_bytes = 1 << 20
 
-    def __init__(self, memory: memoryview, lease: Lease | None, theirs: _TheirLease, *, hashes: bool) -> None:
+    def __init__(self, memory: memoryview, lease: Lease | None, theirs: TheirLease, *, hashes: bool) -> None:
         self._lease, self._theirs = lease, theirs
         self.nbytes = memory.nbytes
         self._memory = np.frombuffer(memory, dtype=np.uint8)
@@ -90,8 +75,7 @@ class _Mapped:
             self._lease = None
 
     def wait_for_peer(self) -> None:
-        while self._theirs.is_held():
-            time.sleep(_LEASE_S)
+        self._theirs.wait()
 
 
 class ShmEndpoint(TcpEndpoint):
@@ -103,7 +87,7 @@ class ShmEndpoint(TcpEndpoint):
     def allocate(self, size: int) -> memoryview:
         """See Endpoint. UserError for a second call."""
         require(self._descriptor < 0, "an endpoint's shared memory is allocated once")
-        self._descriptor, self._size = os.memfd_create(_NAME), size
+        self._descriptor, self._size = make_file(), size
         os.ftruncate(self._descriptor, max(1, size))
         return memoryview(_mapped(self._descriptor, max(1, size)))[:size]
 
@@ -120,17 +104,14 @@ class ShmEndpoint(TcpEndpoint):
         answer = bytearray(_WHERE.size)
         fill(sock, memoryview(answer))
         process, descriptor, size, number = _WHERE.unpack(answer)
-        theirs = _TheirLease(self._descriptor, number)
+        theirs = TheirLease(self._descriptor, number)
         if size == 0:
             return _Mapped(memoryview(b""), None, theirs, hashes=False)
-        path = f"/proc/{process}/fd/{descriptor}"
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
-            raise OSError(f"{path} is not the memory of a node")
         with ExitStack() as undo:
-            lease = Lease(os.open(path, os.O_RDWR), mine)
+            lease = Lease(open_file(process, descriptor), mine)
             undo.callback(lease.close)
             if os.fstat(lease.descriptor).st_size < size:
-                raise OSError(f"{path} has fewer than {size} bytes")
+                raise OSError(f"the memory of node {peer} has fewer than {size} bytes")
             memory, hashes = memoryview(_mapped(lease.descriptor, size)), self.handlers.on_checked is not None
             undo.pop_all()
             return _Mapped(memory, lease, theirs, hashes=hashes)

@@ -208,6 +208,9 @@ class _Connection:
             self._write(job) if job.kind == _WRITTEN else self._send(job)
         except Exception as error:
             _print_unforeseen(error)
+            if self._theirs is not None:
+                with suppress(OSError):
+                    self._theirs.complete()  # the memory that a copy under way reads may be changed afterwards
             job.done.set_exception(TransportError(f"node {self.peer}: {error}"))
             self._break(str(error))
         else:

@@ -231,6 +231,36 @@ class TestCancelled:
         network.settle()
         assert len(node.endpoint.asked) == asked
 
+    def test_a_new_connection_is_admitted_by_new_plans_alone(self, network: Network, three: tuple[Node, Node]) -> None:
+        """The old plan ends later, with a block that was being verified when its connection was lost: it closes nothing."""
+        _, node = three
+        network.deliver()
+        node.thread.run()
+        node.mover.lost(0)
+        node.mover.cancel(1)
+        node.thread.run()
+        assert node.arrived == []
+        node.endpoint.admitted.clear()  # with the connection
+        start(multicast(2, chain(0, 1)), node)
+        node.thread.run()
+        network.settle()
+        assert node.arrived == [0]
+        assert node.endpoint.admitted == [0]
+
+    def test_a_plan_that_began_without_a_connection(self, network: Network, make: Callable[..., Node]) -> None:
+        """It was never admitted: its end closes nothing that a later plan needs."""
+        node = make(1)
+        node.endpoint.lost.add(0)
+        start(multicast(1, chain(0, 1)), node)
+        node.run()
+        assert node.endpoint.admitted == []
+        node.endpoint.lost.clear()
+        start(multicast(2, chain(0, 1)), node)
+        node.run()
+        node.mover.cancel(1)
+        node.run()
+        assert node.endpoint.admitted == [0]
+
     def test_what_has_ended_is_not_remembered_for_ever(self, network: Network, make: Callable[..., Node]) -> None:
         source = make(0)
         for number in range(3000):

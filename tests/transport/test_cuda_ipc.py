@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +90,82 @@ class TestForeign(TestCudaIpc):
             one.endpoint.write(0, data, 0, 2).result(10)
         one.heard.wait(lambda heard: bool(heard.lost))
         assert [write[1] for write in two.heard.writes] == [1, 1]
+
+
+class SlowCuda(FakeCuda):
+    """Copies are complete when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        self.failing["cuEventQuery"] = 600  # not ready
+
+    def _cuEventSynchronize(self, event: object) -> None:
+        self.inside.set()
+        self.go_on.wait(10)
+
+
+class TestCuts:
+    """Connections that break while the driver copies."""
+
+    @staticmethod
+    def ends(driver: FakeCuda) -> tuple[Node, Node]:
+        heard = [Heard(), Heard()]
+        two, one = (
+            Node(CudaIpcEndpoint(node, each.handlers(), KEY, gpu=Gpu(0, driver)), each, 1000) for node, each in enumerate(heard)
+        )
+        one.endpoint.connect(0, two.endpoint.address)
+        return one, two
+
+    def test_a_loss_is_told_when_the_copy_is_complete(self) -> None:
+        """The node may use its GPU's memory anew from then on."""
+        driver = SlowCuda()
+        one, two = self.ends(driver)
+        write = one.endpoint.write(0, memoryview(b"x" * 100), 0, 1)
+        assert driver.inside.wait(10)
+        severing = threading.Thread(target=two.endpoint.sever, args=(1,))
+        severing.start()
+        severing.join(0.2)
+        assert severing.is_alive()
+        assert not two.heard.lost
+        driver.go_on.set()
+        severing.join(10)
+        assert two.heard.lost
+        with pytest.raises(TransportError):
+            write.result(10)
+        for node in (one, two):
+            node.endpoint.close()
+
+    def test_a_source_is_given_back_when_the_copy_is_complete(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A write that fails between two pieces: the first may still be read."""
+        driver = FakeCuda()
+        one, two = self.ends(driver)
+        assert isinstance(one.endpoint, CudaIpcEndpoint)
+        connection = one.endpoint._connections[0]
+        monkeypatch.setattr("lambdascale.transport.cuda_ipc._Opened.step_bytes", 100)
+        monkeypatch.setattr(connection, "_send_messages", lambda: connection._break("it breaks"))
+        write = one.endpoint.write(0, memoryview(b"x" * 1000), 0, 1)
+        write.add_done_callback(lambda _: driver.calls.append("done"))
+        one.heard.wait(lambda heard: bool(heard.lost))
+        with pytest.raises(TransportError, match="it breaks"):
+            write.result(10)
+        for node in (one, two):
+            node.endpoint.close()
+        calls = driver.calls[driver.calls.index("cuMemcpyAsync") : driver.calls.index("done")]
+        assert [name for name in calls if not name.startswith("cuCtx")] == [
+            "cuMemcpyAsync", "cuEventRecord", "cuEventQuery", "cuEventQuery",
+        ]  # fmt: skip
+
+    def test_a_peer_whose_file_of_leases_is_not_one(self) -> None:
+        """Nobody writes to a node that could not wait for it."""
+        driver = FakeCuda()
+        one, two = (CudaIpcEndpoint(node, Heard().handlers(), KEY, gpu=Gpu(0, driver)) for node in (1, 0))
+        two._leases, before = os.open("/dev/null", os.O_RDWR), two._leases
+        with pytest.raises(TransportError, match="is not the memory of a node"):
+            one.connect(0, two.address)
+        os.close(before)
+        for endpoint in (one, two):
+            endpoint.close()
 
 
 class TestPaced(TestCudaIpc):

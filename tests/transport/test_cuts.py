@@ -36,30 +36,6 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         yield make
 
 
-@pytest.mark.parametrize("by", [0, 1])
-def test_a_severed_connection_is_made_again(pair: Pair, by: int) -> None:
-    """Each end hears of the loss, once, before the new connection carries anything."""
-    one, zero, heard_one, heard_zero = pair()
-    for count in (1, 2, 3):
-        (zero, one)[by].sever(1 - by)
-        assert len((heard_zero, heard_one)[by].lost) == count, "told when sever returns"
-        for heard in (heard_one, heard_zero):
-            heard.wait(lambda heard: len(heard.lost) == count)  # noqa: B023 (called at once)
-        one.connect(0, zero.address)
-        one.send(0, b"again").result(10)
-        zero.send(1, b"again").result(10)
-        for heard in (heard_one, heard_zero):
-            heard.wait(lambda heard: len(heard.messages) == count)  # noqa: B023 (called at once)
-    assert [len(heard.lost) for heard in (heard_one, heard_zero)] == [3, 3]
-
-
-def test_severing_nothing(pair: Pair) -> None:
-    one, _, heard_one, _ = pair()
-    one.sever(7)
-    one.send(0, b"still").result(10)
-    assert not heard_one.lost
-
-
 def test_a_receiver_that_leaves_frees_its_source(pair: Pair) -> None:
     """Writes that wait for a slow link fail at once, those behind them too."""
     one, zero, _, heard = pair(TokenBucket(1e6))

@@ -125,11 +125,21 @@ def made(connection: Any, **parts: Any) -> Any:
     usual = {
         "peer": 3, "sock": MagicMock(), "lanes": [], "lost": lost, "jobs": jobs, "_endpoint": endpoint, "_lock": lock,
         "_changed": threading.Condition(lock), "_outbox": outbox, "_gate": MagicMock(), "_slots": MagicMock(),
-        "_inbox": SimpleNamespace(peer_has_left=False), "_ending": False, "_reason": "", "_freed": False,
+        "_inbox": SimpleNamespace(peer_has_left=False), "_ending": False, "_reason": "", "_tells": False, "_freed": False,
         "_left": threading.Event(),
     }  # fmt: skip
     it.__dict__.update(usual | parts)
     return it
+
+
+def told(it: Any) -> list[tuple[int, str]]:
+    """Losses that are told when the watch thread has done what it was asked to; none before."""
+    assert not it.lost
+    for job in it.jobs:
+        if job == it._free:
+            job()
+    lost: list[tuple[int, str]] = it.lost
+    return lost
 
 
 def test_a_completion_queue_that_fails(connection: Any) -> None:
@@ -138,21 +148,20 @@ def test_a_completion_queue_that_fails(connection: Any) -> None:
     lane._cq = SimpleNamespace(poll=MagicMock(side_effect=PyverbsError("device removed")))
     it = made(connection)
     it._completed(0, lane, acknowledge=False)
-    assert it.lost == [(3, "its completions cannot be read: device removed")]
+    assert told(it) == [(3, "its completions cannot be read: device removed")]
 
 
 def test_an_exception_that_nothing_foresaw(connection: Any) -> None:
     it = made(connection)
     guarded(MagicMock(side_effect=ZeroDivisionError("mine")), it.failed)
-    assert it.lost == [(3, "ZeroDivisionError: mine")]
-    assert it.jobs == [it._free]
+    assert told(it) == [(3, "ZeroDivisionError: mine")]
 
 
 def test_a_sending_thread_that_fails(connection: Any, capsys: pytest.CaptureFixture[str]) -> None:
     it = made(connection, _next=MagicMock(side_effect=KeyError("mine")))
     it.sock.recv_into.side_effect = lambda view: 1
     it._send_all()
-    assert it.lost == [(3, "KeyError: 'mine'")]
+    assert told(it) == [(3, "KeyError: 'mine'")]
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -163,10 +172,35 @@ def test_memory_that_cannot_be_freed(connection: Any) -> None:
     it = made(connection, lanes=[lane], _outbox=SimpleNamespace(fail=lambda: [future]))
     it._gate.close.side_effect = PyverbsError("mine")
     it._slots.close.side_effect = PyverbsError("mine")
-    it._free()
+    it.failed(ValueError("first"))
+    assert told(it) == [(3, "ValueError: first")]
     assert lane.close.called
     assert it.sock.close.called
     assert future.set_exception.called
+
+
+def test_writes_that_cannot_be_given_up(connection: Any) -> None:
+    """The loss is told all the same."""
+    it = made(connection, _outbox=SimpleNamespace(fail=MagicMock(side_effect=PyverbsError("mine"))))
+    it.failed(ValueError("first"))
+    assert told(it) == [(3, "ValueError: first")]
+
+
+@pytest.mark.parametrize("how", ["cut", "failed"])
+def test_a_loss_is_told_when_nothing_can_arrive_any_more(connection: Any, how: str) -> None:
+    """A write of the peer may be under way, and the node uses its memory anew: the queue pair is closed before."""
+    done: list[str] = []
+    it = made(connection, lanes=[MagicMock(fd=5, close=lambda: done.append("closed"))])
+    it._endpoint.forget = lambda one, reason="": done.append(f"told: {reason}")
+    it._endpoint.watch.call_and_wait = lambda job, timeout: [each() for each in (*it.jobs, job)]
+    if how == "cut":
+        it.cut("severed")
+        assert done == ["closed", "told: severed"], "when it returns"
+    else:
+        it.failed(ValueError("mine"))
+        assert done == []
+        it._endpoint.watch.call_and_wait(it._free, 1.0)
+        assert done == ["closed", "told: ValueError: mine"]
 
 
 def test_whether_a_write_is_shut_out_is_looked_up_under_the_lock(connection: Any) -> None:

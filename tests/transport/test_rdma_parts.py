@@ -327,3 +327,10 @@ def test_a_write_waits_until_it_is_admitted() -> None:
     assert one.write(0, 0, 2).done() is False
     settle()
     assert two.written == [(1, 0, 50), (2, 0, 0)]
+    gate.dismiss()  # for a plan that an earlier connection admitted
+    gate.admit()
+    settle()
+    assert len(windows) == 6
+    gate.dismiss()
+    settle()
+    assert all(w.closed for w in windows)

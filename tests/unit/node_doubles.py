@@ -83,6 +83,7 @@ class FakeEndpoint:
         return future
 
     def admit(self, peer: int) -> None:
+        self._check(peer)
         self.admitted.append(peer)
 
     def dismiss(self, peer: int) -> None:

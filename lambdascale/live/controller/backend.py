@@ -70,7 +70,7 @@ class LiveBackend:
 
     ``trace`` is replayed by the clock, which starts when the initial replicas are in place. ``ticket_of`` makes its prompts.
     ``open_ended``: go on without anything to do, until ``end()``; requests may be offered all the time. A lost node's
-    process is started again, ``restarts`` times within ten minutes at most; ``mends``: so are lost connections between nodes.
+    process is started again, ``restarts`` times within ten minutes at most.
     ``clock`` gives seconds and never goes back.
     """
 
@@ -83,7 +83,6 @@ class LiveBackend:
         ticket_of: Callable[[TracedRequest], Ticket],
         silence_s: float,
         restarts: int = 0,
-        mends: bool = True,
         open_ended: bool = False,
         token_times: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -101,7 +100,7 @@ class LiveBackend:
         self._timers: list[tuple[float, int]] = []
         self._transfers = Transfers()
         self._log = Log(clock=clock)
-        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, mends=mends, clock=clock)
+        self._roster = Roster(launcher, hub, self._log, silence_s=silence_s, restarts=restarts, clock=clock)
         self._answers = Answers(self._tell, lambda: self._roster.alive, self._events.append)
         self._clock = clock
         self._listened = clock()

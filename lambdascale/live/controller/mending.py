@@ -11,7 +11,8 @@ from lambdascale.core import NodeId
 
 Pair = frozenset[NodeId]
 
-PATIENCE_S = 3.0  # from the loss to the new connection
+PATIENCE_S = 3.0  # from the loss to the new connection, at least
+_OF_SILENCE = 0.3  # and this part of the time for which a silent node is waited for
 _TRIES = 4  # within the window
 _WINDOW_S = 60.0
 _DEAD_S = 1.0  # a peer that died is known to be dead by then
@@ -29,8 +30,10 @@ class _Case:
 class Mending:
     """``sever(node, peer)`` has a node end its connection; ``announce()`` has all connect, and returns the directory's number.
 
+    ``silence_s``: see LiveConfig; whoever waits longer for silent nodes waits longer for connections.
+
     A connection is made again when both ends have reported its loss: then nothing of it is under way any more. Its node with the
-    higher id connects. With ``tries`` 0 no connection is made again. Belongs to the control thread.
+    higher id connects. Belongs to the control thread.
     """
 
     def __init__(
@@ -39,10 +42,12 @@ class Mending:
         announce: Callable[[], int],
         *,
         tries: int = _TRIES,
+        silence_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sever, self._announce = sever, announce
         self._tries = tries
+        self._patience = max(PATIENCE_S, _OF_SILENCE * silence_s)
         self._clock = clock
         self._cases: dict[Pair, _Case] = {}
         self._tried: dict[Pair, list[float]] = {}
@@ -118,4 +123,4 @@ class Mending:
         return {max(losses, key=lambda node: (losses[node], node))}
 
     def _patience_s(self, pair: Pair) -> float:
-        return PATIENCE_S if len(self._tried.get(pair, ())) < self._tries else _DEAD_S
+        return self._patience if len(self._tried.get(pair, ())) < self._tries else _DEAD_S

@@ -37,10 +37,7 @@ class Changes:
 
 
 class Roster:
-    """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread.
-
-    ``mends``: lost connections between members are made again (see Mending).
-    """
+    """``restarts``: how often a node's process is started again within ten minutes, at most. Belongs to the control thread."""
 
     def __init__(
         self,
@@ -50,7 +47,6 @@ class Roster:
         *,
         silence_s: float,
         restarts: int,
-        mends: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._launcher = launcher
@@ -58,10 +54,7 @@ class Roster:
         self._log = log
         self._joining = Joining(launcher, hub, clock)
         self._membership = Membership(launcher, hub, silence_s, clock)
-        options = {} if mends else {"tries": 0}
-        self._mending = Mending(
-            lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, clock=clock, **options
-        )
+        self._mending = Mending(lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, clock=clock)
         self._supervisor = Supervisor(restarts, log.say, clock)
         self._configs: dict[NodeId, NodeConfig] = {}
         self._doomed: dict[NodeId, str] = {}  # to be removed at the next look, and why

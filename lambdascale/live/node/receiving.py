@@ -36,11 +36,17 @@ class _Incoming:
     granted: dict[int, NodeId] = field(default_factory=dict)  # blocks that are being written, and by whom
     landing: set[int] = field(default_factory=set)  # blocks whose bytes are being verified and brought to the device
     cancelled: bool = False
-    admitted: tuple[NodeId, ...] = ()  # senders that this node's endpoint lets write for it
+    admitted: set[NodeId] = field(default_factory=set)  # senders that this node's endpoint lets write for it
 
     def forget(self, sender: NodeId) -> None:
         """Expect no write of this sender any more."""
         self.granted = {block: node for block, node in self.granted.items() if node != sender}
+
+    def lost(self, sender: NodeId) -> None:
+        """Expect nothing of this sender any more. A new connection to it has not been admitted."""
+        self.forget(sender)
+        self.turns = deque(send for send in self.turns if send.src != sender)
+        self.admitted.discard(sender)
 
     @property
     def is_over(self) -> bool:
@@ -76,10 +82,10 @@ class Receiving:
         """Begin a multicast's receives. CapacityError, and nothing begun, without room for the blocks."""
         incoming = self._expect(command, [send.block for send in receives])
         incoming.turns = deque(receives)
-        incoming.admitted = tuple(dict.fromkeys(send.src for send in receives))
-        for sender in incoming.admitted:
+        for sender in dict.fromkeys(send.src for send in receives):
             with suppress(TransportError):  # it is lost: the controller plans anew
                 self._endpoint.admit(sender)
+                incoming.admitted.add(sender)
         self._begin(incoming)
 
     def join(self, command: StartMulticast, blocks: list[int]) -> None:
@@ -157,7 +163,7 @@ class Receiving:
             return
         del self._incoming[number]
         incoming.reception.close()
-        for peer in incoming.admitted:
+        for peer in sorted(incoming.admitted):
             self._endpoint.dismiss(peer)
         self._freed(incoming.about.model)
 
@@ -203,7 +209,6 @@ class Receiving:
     def lost(self, peer: NodeId) -> None:
         """Expect nothing of a lost node any more; the controller will say what follows."""
         for incoming in list(self._incoming.values()):
-            incoming.forget(peer)
-            incoming.turns = deque(send for send in incoming.turns if send.src != peer)
+            incoming.lost(peer)
             self._take_turns(incoming)
             self._settle(incoming)

@@ -90,6 +90,7 @@ class RdmaConnection:
         self._inbox = Inbox(partial(handlers.on_write, peer), partial(handlers.on_message, peer), self._credited, self._new_keys)
         self._ending = False  # this end says goodbye once everything is through
         self._reason = ""  # the reason why nothing is accepted any more
+        self._tells = False  # the node is to hear of it
         self._left = threading.Event()  # the peer has left
         self._freed = False
         self._thread = threading.Thread(target=self._send_all, name=f"rdma-send-{peer}", daemon=True)
@@ -290,33 +291,38 @@ class RdmaConnection:
         self._break(f"{type(error).__name__}: {error}")
 
     def _break(self, reason: str, *, tell: bool = True) -> None:
-        """End the connection: nothing is accepted any more, and what waits has failed."""
+        """End the connection: nothing is accepted any more. The watch thread tells the node, once nothing can arrive any more."""
         with self._changed:
             if self._reason:
                 return
-            self._reason = reason
+            self._reason, self._tells = reason, tell and not self._ending
             self._changed.notify()
         with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self._endpoint.watch.call(self._free)
-        self._endpoint.forget(self, reason if tell and not self._ending else "")
 
     def cut(self, reason: str) -> None:
         """See Connection."""
         self._break(reason)
+        self._endpoint.watch.call_and_wait(self._free, TIMEOUT_S)
 
     def _free(self) -> None:
-        """Close queue pairs, memory and socket; on the watch thread, or before the connection has been started."""
+        """Close queue pairs, memory and socket, and tell who waits; on the watch thread, or before the connection was started.
+
+        A queue pair that is closed takes no write any more: the peer's may be under way, and the node uses its memory anew.
+        """
         with self._changed:
             if self._freed:
                 return
             self._freed = True
             for step in self._closing_steps():
                 guarded(step)  # one that fails leaves nothing else open, and nobody waiting
-            futures = self._outbox.fail()
+            futures: list[Future[None]] = []
+            guarded(lambda: futures.extend(self._outbox.fail()))
         self._endpoint.freed(self)
         for future in futures:
             future.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
+        self._endpoint.forget(self, self._reason if self._tells else "")
 
     def _closing_steps(self) -> Iterator[Callable[[], None]]:
         watch = self._endpoint.watch

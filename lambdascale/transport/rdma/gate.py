@@ -61,8 +61,11 @@ class Gate:
             self._outbox.bind(rail, window, lambda: self._bound(opening))
 
     def dismiss(self) -> None:
-        """Close the window for one plan. Everything that the peer had to write for it has arrived."""
-        self._plans -= 1
+        """Close the window for one plan. Everything that the peer had to write for it has arrived.
+
+        A plan that an earlier connection admitted does not count here.
+        """
+        self._plans = max(0, self._plans - 1)
         if self._plans or not self._openings:
             return
         opening = self._openings[-1]
