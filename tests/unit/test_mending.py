@@ -12,9 +12,9 @@ PAIR = frozenset((1, 3))
 class Cluster:
     """Notes what the ends are asked to do; directories are numbered from 11 on."""
 
-    def __init__(self, tries: int = 2) -> None:
+    def __init__(self, tries: int = 2, silence_s: float = 10.0) -> None:
         self.now, self.asked, self.number = 100.0, list[tuple[str, int, int]](), 10
-        self.mending = Mending(self._sever, self._announce, tries=tries, clock=lambda: self.now)
+        self.mending = Mending(self._sever, self._announce, tries=tries, silence_s=silence_s, clock=lambda: self.now)
 
     def _sever(self, node: int, peer: int) -> None:
         self.asked.append(("sever", node, peer))
@@ -114,10 +114,11 @@ def test_a_peer_that_cannot_be_reached_is_tried_again(cluster: Cluster) -> None:
     assert mending.cut_off() == {3}
 
 
-def test_without_tries_nothing_is_asked_of_anybody() -> None:
-    cluster = Cluster(tries=0)
+def test_patience_grows_with_that_for_silent_nodes() -> None:
+    """Where nodes may be silent for minutes, connections take longer as well."""
+    cluster = Cluster(silence_s=120.0)
     cluster.mending.severed(1, 3)
-    cluster.mending.severed(3, 1)
-    cluster.now += 1.0
-    assert cluster.took() == []
+    cluster.now += 10 * PATIENCE_S
+    assert cluster.mending.cut_off() == set()
+    cluster.now += 2 * PATIENCE_S
     assert cluster.mending.cut_off() == {3}

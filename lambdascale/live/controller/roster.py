@@ -54,7 +54,9 @@ class Roster:
         self._log = log
         self._joining = Joining(launcher, hub, clock)
         self._membership = Membership(launcher, hub, silence_s, clock)
-        self._mending = Mending(lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, clock=clock)
+        self._mending = Mending(
+            lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, silence_s=silence_s, clock=clock
+        )
         self._supervisor = Supervisor(restarts, log.say, clock)
         self._configs: dict[NodeId, NodeConfig] = {}
         self._doomed: dict[NodeId, str] = {}  # to be removed at the next look, and why
