@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -40,18 +41,26 @@ def ask(server: Server) -> str:
     return server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0).choices[0].text
 
 
+def listen(server: Server) -> str:
+    """An answer as it comes."""
+    stream = server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0, stream=True)
+    return "".join(chunk.choices[0].text for chunk in stream)
+
+
 def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
-    """Connections of clients are reset, processes end, and a new one serves at the same port."""
+    """Connections of clients are reset, streams too; processes end, and a new one serves at the same port."""
     server = start(tiny, "--nodes", "3", "--spares", "1")
     everything = server.children()
-    with ThreadPoolExecutor(32) as pool:
-        asked = [pool.submit(ask, server) for _ in range(32)]
+    with ThreadPoolExecutor(64) as pool:
+        asked = [[pool.submit(each, server) for _ in range(32)] for each in (ask, listen)]
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
         server.process.kill()
         wait_for(lambda: not left(everything))
-        errors = [each.exception(PATIENCE_S) for each in asked]
-    assert any(errors)
-    assert all(error is None or isinstance(error, openai.APIConnectionError) for error in errors)
+        errors = [[each.exception(PATIENCE_S) for each in kind] for kind in asked]
+    assert all(any(of_kind) for of_kind in errors)
+    for error in (*errors[0], *errors[1]):
+        assert error is None or isinstance(error, openai.APIConnectionError | httpx.TransportError)
+        assert not isinstance(error, openai.APITimeoutError | httpx.TimeoutException)
     server.process.wait(PATIENCE_S)
     if server.process.stderr is not None:
         server.process.stderr.close()
@@ -82,6 +91,29 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
     assert stop(server) == 0
 
 
+def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None:
+    """Once it goes on, open streams get an error, with the reason; and so does whoever comes later."""
+    server = start(tiny, "--nodes", "2", "--restarts", "0")
+    nodes = nodes_of(server)[:2]
+    with ThreadPoolExecutor(64) as pool:
+        listening = [pool.submit(listen, server) for _ in range(64)]
+        wait_for(lambda: bool(server.cluster()["requests"]["running"]))
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            wait_for(lambda: not left(nodes))
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        errors = [each.exception(PATIENCE_S) for each in listening]
+    assert any(errors)
+    for error in filter(None, errors):
+        assert isinstance(error, openai.APIError)
+        assert error.code in ("no_node", "closed"), error
+    with pytest.raises(openai.InternalServerError, match="no node is alive"):
+        ask(server)
+    server.client.close()
+    assert stop(server) == 0
+
+
 def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
     """Nodes wait for it."""
     server = start(tiny, "--nodes", "2")
@@ -102,11 +134,12 @@ def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
     [
         ("a node", signal.SIGKILL, 2, "error: the cluster did not start: node 0: it was killed (SIGKILL)\n"),
         ("the controller", signal.SIGINT, 130, "interrupted\n"),
+        ("the controller", signal.SIGTERM, -signal.SIGTERM, ""),
     ],
-    ids=["a node is killed", "Ctrl-C"],
+    ids=["a node is killed", "Ctrl-C", "SIGTERM"],
 )
 def test_a_start_that_ends_early(tiny: Path, hit: str, number: int, status: int, says: str) -> None:
-    """One line says why, and nothing is left."""
+    """One line says why, unless it was told to end without a word; and nothing is left."""
     server = launch(tiny, "--nodes", "2")
     wait_for(lambda: len(nodes_of(server)) >= 1)
     everything = server.children()

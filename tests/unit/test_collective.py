@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -47,6 +48,26 @@ def test_nothing_listens_beyond_the_nodes_address() -> None:
         new = listening(os.getpid()) - before
     assert len(new) == 2
     assert {address.partition(":")[0] for address in new} == {"0200007F"}
+
+
+def test_a_reader_that_leaves_ends_its_sources_wait() -> None:
+    """Gloo: the source's broadcast breaks with the reader's connection, and not when its time is up."""
+    command = StartMulticast(4, "m", MulticastPlan((0, 1), (0,), 1, ((Send(0, 1, 0),),)), (8,), ("gpu",), "collective")
+    reader = Collective(1, "127.0.0.1", None, None, None)
+    outlet: Any = SimpleNamespace(send=lambda node, message: reader.rendezvous(message))
+    source = Collective(0, "127.0.0.1", None, None, outlet)
+
+    def read_once() -> None:
+        with reader._communicator(command) as group:
+            group.broadcast(torch.empty(1 << 16, dtype=torch.uint8), 0)
+
+    reading = threading.Thread(target=read_once)
+    reading.start()
+    with source._communicator(command) as group:
+        group.broadcast(torch.zeros(1 << 16, dtype=torch.uint8), 0)
+        reading.join(60)
+        with pytest.raises(RuntimeError, match=r"closed|reset"):
+            group.broadcast(torch.zeros(64 << 20, dtype=torch.uint8), 0)
 
 
 class TestBroadcasts:
