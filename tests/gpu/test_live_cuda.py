@@ -10,7 +10,8 @@ import torch
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import traced
 from lambdascale.core.commands import SwitchMode
-from lambdascale.core.events import BlockArrived, NodeLost
+from lambdascale.core.events import BlockArrived, ConnectionLost, NodeLost
+from tests.live.faults import Break, inject
 from tests.live.harness import Watcher, burst, expected, pack_tiny, run, system_of
 
 pytestmark = [
@@ -72,3 +73,13 @@ def test_a_killed_node_loses_no_request(tiny: Path, node: int) -> None:
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), REQUESTS)
     assert (outcome.rows.status == "ok").all()
     assert any(isinstance(entry, NodeLost) for _, entry in outcome.recorder.entries)
+
+
+def test_a_broken_connection(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made again once both ends have let go of each other's memory; nobody is given up."""
+    inject(Break(node=0, peer=2, after=2), monkeypatch)
+    outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="cuda_ipc", device="cuda")
+    assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), REQUESTS)
+    assert not any(isinstance(entry, NodeLost) for _, entry in outcome.recorder.entries)
+    lost = [entry for _, entry in outcome.recorder.entries if isinstance(entry, ConnectionLost)]
+    assert {(entry.node, entry.peer) for entry in lost} == {(0, 2)}
