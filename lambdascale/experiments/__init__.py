@@ -1,1 +1,1 @@
-"""From configuration to finished runs: schema, composition, parts, run folders. No other package uses DictConfig."""
+"""Path from configuration to finished runs: schema, composition, parts, run folders. No other package uses DictConfig."""
