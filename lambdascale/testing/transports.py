@@ -239,7 +239,7 @@ class TransportConformance:
         assert [len(node.heard.lost) for node in (one, two)] == [3, 3]
 
     def test_severing_nothing(self, nodes: Callable[..., list[Node]]) -> None:
-        """Without a connection to end, nothing happens to others."""
+        """Severing a peer that is not connected changes nothing for others."""
         one, _ = self.pair(nodes)
         one.endpoint.sever(7)
         one.endpoint.send(0, b"still").result(_WAIT_S)

@@ -76,7 +76,7 @@ def test_a_killed_node_loses_no_request(tiny: Path, node: int) -> None:
 
 
 def test_a_broken_connection(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made again once both ends have let go of each other's memory; nobody is given up."""
+    """A new connection is made once both ends have let go of each other's memory; nobody is given up."""
     inject(Break(node=0, peer=2, after=2), monkeypatch)
     outcome = run(tiny, REQUESTS, system=system_of("lambdascale"), transport="cuda_ipc", device="cuda")
     assert outcome.answers == expected(PackedModel.open(tiny, "tiny"), REQUESTS)

@@ -92,7 +92,7 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
 
 
 def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None:
-    """Once it goes on, open streams get an error, with the reason; and so does whoever comes later."""
+    """Open streams get an error with the reason once it goes on, and so does whoever comes later."""
     server = start(tiny, "--nodes", "2", "--restarts", "0")
     nodes = nodes_of(server)[:2]
     with ThreadPoolExecutor(64) as pool:

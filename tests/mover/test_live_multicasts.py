@@ -248,7 +248,7 @@ class TestCancelled:
         assert node.endpoint.admitted == [0]
 
     def test_a_plan_that_began_without_a_connection(self, network: Network, make: Callable[..., Node]) -> None:
-        """It was never admitted: its end closes nothing that a later plan needs."""
+        """A plan that was never admitted closes nothing at its end that a later plan needs."""
         node = make(1)
         node.endpoint.lost.add(0)
         start(multicast(1, chain(0, 1)), node)

@@ -57,7 +57,7 @@ def test_a_node_that_does_not_read_misses_nothing(ends: tuple[Hub, Line]) -> Non
 
 
 def test_a_node_has_started_when_it_hears_of_the_others(ends: tuple[Hub, Line]) -> None:
-    """From then on its patience with the controller is the shorter one."""
+    """Patience with the controller is the shorter one from then on."""
     hub, line = ends
     for _ in range(3):
         line.poll(0.01)

@@ -115,7 +115,7 @@ def test_a_peer_that_cannot_be_reached_is_tried_again(cluster: Cluster) -> None:
 
 
 def test_patience_grows_with_that_for_silent_nodes() -> None:
-    """Where nodes may be silent for minutes, connections take longer as well."""
+    """Connections may take longer where nodes may be silent for minutes."""
     cluster = Cluster(silence_s=120.0)
     cluster.mending.severed(1, 3)
     cluster.now += 10 * PATIENCE_S

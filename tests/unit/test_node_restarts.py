@@ -142,7 +142,7 @@ class TestRestarts:
         assert caught.type is kind
 
     def test_an_end_does_not_wait_for_nodes_that_are_starting(self, rig: Rig) -> None:
-        """They may not listen for seconds. The others are told, and leave in good order."""
+        """Nodes that start may not listen for seconds. The others are told, and leave in good order."""
         rig = Rig(restarts=1)
         rig.hub.answering = False
         rig.launcher.ended.add(1)
