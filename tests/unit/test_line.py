@@ -70,3 +70,25 @@ def test_a_node_has_started_when_it_hears_of_the_others(ends: tuple[Hub, Line]) 
         if line.lost:
             return
     pytest.fail("it waits for the controller as while it started")
+
+
+def test_a_process_that_was_replaced_is_neither_heard_nor_told(ends: tuple[Hub, Line]) -> None:
+    """Both processes of the node are connected: the hub talks with the one expected, whatever the other says."""
+    hub, before = ends
+    after = Line(cast(Any, SimpleNamespace(node=3, generation=1, access=hub.access)))
+    hub.expect(3, 1)
+    before.say(wire.Fault(3, "of the old one", users=False))
+    after.say(wire.Fault(3, "of the new one", users=False))
+    heard: list[Any] = []
+    told: list[Any] = []
+    while not told:
+        before.poll(0.0)
+        told += after.poll(0.05)
+        messages, _ = hub.poll(0.05)
+        if messages:
+            hub.send(3, wire.Abort(7))
+        heard += [message.reason for _, message in messages if isinstance(message, wire.Fault)]
+    assert heard == ["of the new one"]
+    assert [message.request_id for message in told] == [7]
+    assert before.poll(0.2) == []
+    after.close()
