@@ -86,6 +86,7 @@ def of(field: str, value: bytes) -> bytes:
         (of("prompt", b"[99999999999999999999999999]"), ""),
         (of("prompt", b"[[]]"), "no tokens"),
         (of("prompt", b'["", "a"]'), "no tokens"),
+        (of("prompt", b"[" + b'"a",' * 128 + b'"a"]'), "128 prompts at most, not 129"),
         (of("stop", b'""'), "stop"),
         (of("stop", b'["a","b","c","d","e"]'), "stop"),
         (of("stream_options", b'{"include_usage": true}'), "stream_options"),
