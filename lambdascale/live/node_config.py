@@ -15,8 +15,8 @@ from lambdascale.transport import rdma
 class Access(Struct, frozen=True):
     """Addresses of the controller (``pulse``: of its heartbeats); the cluster's keys: for CURVE, and for its nodes.
 
-    ``patience_s``: a node that has seen no heartbeat of the controller for so long ends; ``start_patience_s``: until it has met
-    the others.
+    ``patience_s``: a node that has seen no heartbeat of the controller for so long ends; ``start_patience_s``: at the cluster's
+    start, until it knows the others.
     """
 
     controller: str

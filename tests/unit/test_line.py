@@ -72,6 +72,18 @@ def test_a_node_has_started_when_it_hears_of_the_others(ends: tuple[Hub, Line]) 
     pytest.fail("it waits for the controller as while it started")
 
 
+def test_a_node_that_is_started_again_has_started(ends: tuple[Hub, Line]) -> None:
+    """No start of a cluster depends on it: its patience is the shorter one at once."""
+    hub, _ = ends
+    line = Line(cast(Any, SimpleNamespace(node=3, generation=1, access=hub.access)))
+    for _ in range(1000):
+        line.poll(0.01)
+        if line.lost:
+            break
+    assert line.lost
+    line.close()
+
+
 def test_a_process_that_was_replaced_is_neither_heard_nor_told(ends: tuple[Hub, Line]) -> None:
     """Both processes of the node are connected: the hub talks with the one expected, whatever the other says."""
     hub, before = ends

@@ -37,7 +37,10 @@ class Line:
         self._poller.register(self._woken.fileno(), zmq.POLLIN)
         self._vigil = Vigil(self._context, access)
         self._vigil.watch(self._poller)
-        self._settled = False  # the node knows the others: it has started
+        # The cluster's start would end with this node, until it knows the others; one that is started again is replaced.
+        self._starting = config.generation == 0
+        if not self._starting:
+            self._vigil.settle()
 
     @property
     def lost(self) -> str:
@@ -65,8 +68,8 @@ class Line:
         messages = []
         while self._socket.poll(0, zmq.POLLIN):
             messages.append(wire.to_agent(self._socket.recv()))
-        if not self._settled and any(isinstance(message, wire.Directory) for message in messages):
-            self._settled = True
+        if self._starting and any(isinstance(message, wire.Directory) for message in messages):
+            self._starting = False
             self._vigil.settle()
         return messages
 
