@@ -127,6 +127,7 @@ class TestRestarts:
             (LEFT, UserError, "nodes 0, 1: it has not heard from the controller for too long, and left"),
             (-9, UserError, r"nodes 0, 1: it was killed \(SIGKILL\)"),
             (-11, RuntimeError, r"nodes 0, 1: it was ended by a fault \(SIGSEGV\)"),
+            (-40, RuntimeError, r"nodes 0, 1: it was ended by a fault \(signal 40\)"),
             (1, RuntimeError, "nodes 0, 1: its process has ended with status 1"),
             (None, UserError, "nodes 0, 1: its process has ended$"),
         ],

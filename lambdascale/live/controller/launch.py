@@ -32,11 +32,13 @@ class End:
         """Tell the end from the process's exit status; negative: the signal that ended it, None: not known."""
         if status == LEFT:
             return cls("it has not heard from the controller for too long, and left", ours=False)
-        if status in (-signal.SIGKILL, -signal.SIGTERM):
-            return cls(f"it was killed ({signal.Signals(-status).name})", ours=False)
-        if status is not None and status < 0:
-            return cls(f"it was ended by a fault ({signal.Signals(-status).name})", ours=True)
-        return cls("its process has ended" + ("" if status is None else f" with status {status}"), ours=status is not None)
+        if status is None:
+            return cls("its process has ended", ours=False)
+        if status >= 0:
+            return cls(f"its process has ended with status {status}", ours=True)
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        killed = status in (-signal.SIGKILL, -signal.SIGTERM)
+        return cls(f"it was killed ({name})" if killed else f"it was ended by a fault ({name})", ours=not killed)
 
 
 class Launcher(Protocol):
