@@ -192,15 +192,16 @@ def test_a_loss_is_told_when_nothing_can_arrive_any_more(connection: Any, how: s
     done: list[str] = []
     it = made(connection, lanes=[MagicMock(fd=5, close=lambda: done.append("closed"))])
     it._endpoint.forget = lambda one, reason="": done.append(f"told: {reason}")
+    it.sock.shutdown = lambda how: done.append("may connect anew")
     it._endpoint.watch.call_and_wait = lambda job, timeout: [each() for each in (*it.jobs, job)]
     if how == "cut":
         it.cut("severed")
-        assert done == ["closed", "told: severed"], "when it returns"
+        assert done == ["closed", "told: severed", "may connect anew"], "when it returns"
     else:
         it.failed(ValueError("mine"))
         assert done == []
         it._endpoint.watch.call_and_wait(it._free, 1.0)
-        assert done == ["closed", "told: ValueError: mine"]
+        assert done == ["closed", "told: ValueError: mine", "may connect anew"]
 
 
 def test_whether_a_write_is_shut_out_is_looked_up_under_the_lock(connection: Any) -> None:

@@ -297,8 +297,6 @@ class RdmaConnection:
                 return
             self._reason, self._tells = reason, tell and not self._ending
             self._changed.notify()
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
         self._endpoint.watch.call(self._free)
 
     def cut(self, reason: str) -> None:
@@ -322,7 +320,10 @@ class RdmaConnection:
         self._endpoint.freed(self)
         for future in futures:
             future.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
-        self._endpoint.forget(self, self._reason if self._tells else "")
+        guarded(lambda: self._endpoint.forget(self, self._reason if self._tells else ""))
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)  # the peer sees this side's end now, and may connect anew
+        guarded(self.sock.close)
 
     def _closing_steps(self) -> Iterator[Callable[[], None]]:
         watch = self._endpoint.watch
@@ -332,4 +333,3 @@ class RdmaConnection:
             yield lane.close
         yield partial(watch.remove, self.sock.fileno())
         yield self._slots.close
-        yield self.sock.close
