@@ -103,7 +103,7 @@ def sandbox(folder: Path) -> dict[str, str]:
 def run(block: Block, folder: Path, environment: dict[str, str]) -> str:
     """Run a block; its output. Fails the test unless its exit status is 0."""
     done = subprocess.run(
-        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=50, check=False
+        [*RUN[block.language], block.text], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, f"{block}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -198,7 +198,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     """The build gives no warning, and its pages load nothing from elsewhere."""
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > len(GUIDE)

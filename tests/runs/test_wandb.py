@@ -28,7 +28,7 @@ ROWS = 10
 def wandb(*arguments: str, cwd: Path) -> str:
     """Output of a wandb command."""
     command = [sys.executable, "-m", "wandb", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

@@ -58,7 +58,7 @@ def test_mistakes(
 
 def test_a_mistake_of_the_command_itself() -> None:
     """The command is run as a user runs it, with nothing imported before."""
-    done = subprocess.run([COMMAND, "serve", "--model", "/nowhere"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([COMMAND, "serve", "--model", "/nowhere"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: /nowhere")
