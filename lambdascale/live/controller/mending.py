@@ -12,7 +12,7 @@ from lambdascale.core import NodeId
 Pair = frozenset[NodeId]
 
 PATIENCE_S = 3.0  # from the loss to the new connection, at least
-_OF_SILENCE = 0.3  # and this part of the time for which a silent node is waited for
+_OF_SILENCE = 0.5  # and this part of the time for which a silent node is waited for
 _TRIES = 4  # within the window
 _WINDOW_S = 60.0
 _DEAD_S = 1.0  # a peer that died is known to be dead by then
