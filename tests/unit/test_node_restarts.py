@@ -16,6 +16,7 @@ from lambdascale.core.events import (
     RequestArrived,
 )
 from lambdascale.live import wire
+from lambdascale.live.controller.launch import End
 from lambdascale.live.controller.supervisor import Supervisor
 from lambdascale.live.node.line import LEFT
 from tests.unit.live_backend_rig import FakeLauncher, Rig
@@ -141,6 +142,16 @@ class TestRestarts:
         with pytest.raises(kind, match=f"^the cluster did not start: {says}") as caught:
             Rig()
         assert caught.type is kind
+
+    @pytest.mark.parametrize("message", [wire.Severed(1, "cut"), wire.Unreached(1, "cut")], ids=["severed", "unreached"])
+    def test_a_start_fails_with_the_cause_rather_than_what_follows(
+        self, message: wire.ToController, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A node was killed, and another one notices first that it does not answer."""
+        monkeypatch.setattr(FakeLauncher, "greeting", staticmethod(lambda config: message))
+        monkeypatch.setattr(FakeLauncher, "dead", lambda self: {1: End.of(-9)})
+        with pytest.raises(UserError, match=r"^the cluster did not start: node 1: it was killed \(SIGKILL\)$"):
+            Rig()
 
     def test_an_end_does_not_wait_for_nodes_that_are_starting(self, rig: Rig) -> None:
         """Nodes that start may not listen for seconds. The others are told, and leave in good order."""

@@ -89,14 +89,21 @@ class Roster:
             for node, message in messages:
                 self._meet(node, message)
                 if node in self._doomed:
+                    if isinstance(message, wire.Severed | wire.Unreached):
+                        self._check_start()  # the end of another node, which this one has noticed first
                     users = isinstance(message, wire.Unreached) or (isinstance(message, wire.Fault) and message.users)
                     raise (UserError if users else RuntimeError)(f"node {node}: {self._doomed[node]}")
-            failed = {} if messages else self._joining.failed(self._launcher.dead())
-            if failed:
-                raise _start_failed(failed)
+            if not messages:
+                self._check_start()
             for node in self._joining.take_joined():
                 self._membership.admit(node)
         return sorted(self.alive)
+
+    def _check_start(self) -> None:
+        """Raise if a node has ended or takes too long: UserError, or RuntimeError for what may be a fault of ours."""
+        failed = self._joining.failed(self._launcher.dead())
+        if failed:
+            raise _start_failed(failed)
 
     def hear(self, node: NodeId, message: wire.ToController) -> bool:
         """Take what concerns membership; return True if the message is a member's and of another kind."""
