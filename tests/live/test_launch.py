@@ -106,6 +106,14 @@ class TestSpares:
         assert self.start(launcher, tmp_path, 0)[0][1:] == ["-", "True"]
         launcher.close()
 
+    def test_a_start_that_was_broken_off(self, tmp_path: Path) -> None:
+        """Nodes that have not been started are killed with the others."""
+        launcher = LocalLauncher(main=_node, spare_main=_spare)
+        self.start(launcher, tmp_path, 0)
+        for node in (0, 1):
+            launcher.kill(node)
+        launcher.close()
+
     def test_none_unless_asked_for(self, tmp_path: Path) -> None:
         launcher = LocalLauncher(main=_node, spare_main=_spare)
         self.start(launcher, tmp_path, 0)

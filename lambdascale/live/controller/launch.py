@@ -59,7 +59,7 @@ class Launcher(Protocol):
         ...
 
     def kill(self, node: NodeId) -> None:
-        """End an agent at once, without its help."""
+        """End an agent at once, without its help, if it has been started."""
         ...
 
     def close(self) -> None:
@@ -160,7 +160,8 @@ class LocalLauncher:
 
     def kill(self, node: NodeId) -> None:
         """See Launcher."""
-        self._processes[node].kill()
+        if node in self._processes:
+            self._processes[node].kill()
 
     def close(self) -> None:
         """See Launcher."""

@@ -74,7 +74,8 @@ class RayLauncher:
 
     def kill(self, node: NodeId) -> None:
         """See Launcher."""
-        self._ray.cancel(self._tasks[node], force=True)
+        if node in self._tasks:
+            self._ray.cancel(self._tasks[node], force=True)
 
     def close(self) -> None:
         """See Launcher."""
