@@ -73,7 +73,7 @@ def test_a_node_has_started_when_it_hears_of_the_others(ends: tuple[Hub, Line]) 
 
 
 def test_a_node_that_is_started_again_has_started(ends: tuple[Hub, Line]) -> None:
-    """No start of a cluster depends on it: its patience is the shorter one at once."""
+    """Patience is the shorter one at once: no start of a cluster depends on this node."""
     hub, _ = ends
     line = Line(cast(Any, SimpleNamespace(node=3, generation=1, access=hub.access)))
     for _ in range(1000):
