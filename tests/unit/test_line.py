@@ -85,7 +85,7 @@ def test_a_node_that_is_started_again_has_started(ends: tuple[Hub, Line]) -> Non
 
 
 def test_a_process_that_was_replaced_is_neither_heard_nor_told(ends: tuple[Hub, Line]) -> None:
-    """Both processes of the node are connected: the hub talks with the one expected, whatever the other says."""
+    """Processes of the same node, both connected: the hub talks with the one expected, whatever the other says."""
     hub, before = ends
     after = Line(cast(Any, SimpleNamespace(node=3, generation=1, access=hub.access)))
     hub.expect(3, 1)
