@@ -15,7 +15,7 @@ def test_every_number_of_splits(kv_heads: int) -> None:
     assert {splits_of(rows, kv_heads) for rows in range(1, MOST)} == rehearsed
 
 
-@pytest.mark.parametrize("outputs", [4096, 32000])
+@pytest.mark.parametrize("outputs", [4096, 5120, 32000])
 @pytest.mark.parametrize(("added", "gated"), [(False, False), (True, False), (False, True)])
 def test_every_tile(outputs: int, added: bool, gated: bool) -> None:
     rehearsed = {tile(rows, outputs, added=added, gated=gated) for rows in rehearsed_rows(32)}
