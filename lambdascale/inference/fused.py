@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -35,6 +35,10 @@ class Tile:
     inputs: int
     warps: int
     stages: int
+
+    def of(self, dtype: torch.dtype) -> Tile:
+        """Return the tile for a type, of half the depth for float32: what a program has at a time must fit shared memory."""
+        return replace(self, inputs=self.inputs // 2) if dtype is torch.float32 and self.rows > 1 else self
 
 
 def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
@@ -82,7 +86,7 @@ class TritonOperators(TorchOperators):
         a = architecture
         self._heads = a.heads + 2 * a.kv_heads
         self._block_d = power(a.head_dim)
-        self._early = can_start_early(tables.cos.device)
+        self._early = kernels.STARTS_EARLY and can_start_early(tables.cos.device)
 
     def places(self, slots: Tensor, positions: Tensor, *, padded: bool = False) -> Places:
         """See TorchOperators. The kernels themselves look up cosines and sines, and skip padding."""
@@ -244,8 +248,8 @@ class TritonOperators(TorchOperators):
         added: bool = False,
         gated: bool = False,
     ) -> None:
-        """Launch ``linear_kernel`` with tiles of ``shape``, which must have room for the rows."""
-        outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape
+        """Launch ``linear_kernel`` with tiles of ``shape``, for types of 16 bits, which must have room for the rows."""
+        outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape.of(weight.dtype)
         self._kernels.linear_kernel[(-(-outputs // t.outputs),)](
             x,
             norm if norm is not None else x,

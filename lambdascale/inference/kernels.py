@@ -13,7 +13,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton before 3.4
+    gdc_launch_dependents = gdc_wait = None
+STARTS_EARLY = gdc_wait is not None
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
