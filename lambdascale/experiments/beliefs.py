@@ -6,6 +6,7 @@
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
+- ``new_processes(system, model)``: the ratio of P90 TTFT if each allocation starts a process;
 - ``removed(cause, system, model)``: the ratio of P90 TTFT in the runs explanations/CAUSE/10;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
@@ -107,6 +108,10 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         found = row("sensitivity", run=f"sensitivity/{setting}/{value}", system=system, model=model)
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
+    def new_processes(system: str, model: str) -> str:
+        found = row("cold_start_ratios", pool="NewProcesses", kept_s=0.0, system=system, model=model)
+        return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
+
     def removed(cause: str, system: str, model: str) -> str:
         rows = without(tables["explanations"], cause, "10")
         found = rows[(rows.system == system) & (rows.model == model)].iloc[0]
@@ -144,6 +149,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "cell": cell,
         "count": count,
         "under": under,
+        "new_processes": new_processes,
         "removed": removed,
         "on_gpus": on_gpus,
         "with_memory": with_memory,

@@ -60,15 +60,17 @@ def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
         study_table(study, [runs["lambdascale"], runs["ideal_prototype"]])
 
 
-def test_outcomes_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path) -> None:
-    """Mutation: the interval of another system, or of another value of a column."""
+@pytest.mark.parametrize("rows", ["outcome", "parts"])
+def test_single_runs_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path, rows: str) -> None:
+    """Mutation: the interval of another system, or of another value of a column, or none where a column is empty."""
     runs = [
         folder(tmp_path, f"system={system}", f"workload.time_compression={c}")
         for system in ("lambdascale", "ideal")
         for c in (1, 3)
     ]
     pairs = study_table(STUDY, runs).set_index("compression")
-    table = study_table(replace(STUDY, rows="outcome"), runs).set_index(["system", "compression"])
+    columns = {"compression": "workload.time_compression", "pool": "backend.pool._target_", "kept_s": "backend.pool.keep_alive_s"}
+    table = study_table(replace(STUDY, rows=rows, columns=columns), runs).set_index(["system", "compression"])
     for compression in (1, 3):
         own = table.loc[("ideal", compression)]
         for column in INTERVALS:
@@ -134,7 +136,10 @@ def test_conclusions_and_flips() -> None:
         ("GPU time below FaaSNet", "ssd", "9"): "halved",
     }
     assert lost.paper.tolist()[:2] == ["in to below", "in to below"]
-    assert "| 3 x | 1.2 x (ssd = 9) | 2.9 x (ssd = 2) | none | ssd = 9 |" in markdown(table)
+    smallest, largest = "1.2 x (1.19 to 1.21): ssd = 9", "2.9 x (2.89 to 2.91): ssd = 2"
+    assert f"| 3 x (2.99 to 3.01) | {smallest} | {largest} | none | ssd = 9 |" in markdown(table)
+    unsure = table.assign(p90_low=math.nan, p90_high=math.nan)
+    assert "| 3 x | 1.2 x: ssd = 9 | 2.9 x: ssd = 2 |" in markdown(unsure)
 
 
 def test_conclusions_need_a_base_and_names() -> None:
