@@ -19,7 +19,19 @@ BASE = "base"
 # Published range of P90 TTFT over λScale (reference, section 3).
 _PAPER = (2.4, 5.0)
 _MEASURES = {"p90": "P90 TTFT, {} over λScale", "gpu": "GPU time below {}"}
-_COLUMNS = ["conclusion", "model", "setting", "value", "base", "base_interval", "result", "interval", "verdict", "paper", "backend"]
+_COLUMNS = [
+    "conclusion",
+    "model",
+    "setting",
+    "value",
+    "base",
+    "base_interval",
+    "result",
+    "interval",
+    "verdict",
+    "paper",
+    "backend",
+]
 
 
 def settings_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -35,9 +47,9 @@ def settings_of(table: pd.DataFrame) -> pd.DataFrame:
 def conclusions(table: pd.DataFrame) -> pd.DataFrame:
     """One row per conclusion, model, setting and value: the result beside that of the defaults, and the conclusion's fate.
 
-    ``base``, ``result``: a ratio for P90 TTFT, per cent saved for GPU time, each with its interval of 95 %. ``verdict``: holds; halved
-    (less than half the gain is left); undecided (the interval includes no difference); reversed. ``paper``: place of the ratio
-    below, in or above the published range.
+    ``base``, ``result``: a ratio for P90 TTFT, per cent saved for GPU time, each with its interval of 95 %. ``verdict``: holds;
+    halved (less than half the gain is left); undecided (the interval includes no difference); reversed. ``paper``: place of the
+    ratio below, in or above the published range.
     """
     return pd.DataFrame(_rows(settings_of(table)), columns=_COLUMNS)
 
@@ -113,7 +125,7 @@ def markdown(table: pd.DataFrame) -> str:
         unit = " x" if "P90" in str(conclusion) else " %"
         ordered = list(part.sort_values("result", kind="stable").itertuples())
         least, most = ordered[0], ordered[-1]
-        base = _bracketed(part.base.iloc[0], unit, part.base_interval.iloc[0])
+        base = _bracketed(least.base, unit, least.base_interval)
         ends = [f"{_bracketed(row.result, unit, row.interval)}: {_where(row)}" for row in (least, most)]
         lost = [_where(row) + ("" if row.verdict == "undecided" else " (reversed)") for row in _of(part, "undecided", "reversed")]
         half = [_where(row) for row in _of(part, "halved")]

@@ -80,4 +80,5 @@ def _bars(axis: Axes, frame: pd.DataFrame) -> None:
     systems = {name: BarLook(look.label, look.color) for name, look in looks(list(frame.system.unique())).items()}
     order = [f"{level:g} %" for level in _LEVELS]
     grouped_bars(axis, pd.DataFrame(rows), groups="level", series="system", value="load", order=order, looks=systems)
-    axis.set(title="load served", ylabel="load / the trace's", xlabel="of requests within SLO")
+    # A bar that ends there says nothing about loads beyond.
+    axis.set(title=f"load served, up to {frame.load.max():g} tried", ylabel="load / the trace's", xlabel="of requests within SLO")

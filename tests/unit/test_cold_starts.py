@@ -16,8 +16,8 @@ from lambdascale.core import ClusterSpec, MulticastPlan, ProcessStart, Send, Tra
 from lambdascale.core.commands import AllocateNode, Command, LoadBlocks, StartMulticast
 from lambdascale.core.events import BlockArrived, Event, SetUpDone
 from lambdascale.experiments.cold_starts import ratios
-from lambdascale.experiments.pairs import INTERVALS
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.pairs import INTERVALS
 from lambdascale.figures.registry import render
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
@@ -244,7 +244,11 @@ class TestRatios:
             {"pool": f"lambdascale.sim.{pool}", "kept_s": kept, "model": "m", "system": system, "seed": seed}
             | {"ttft_p90_s": p90 * seed, "gpu_seconds": 100.0 * p90, "backend": "sim"}
             | {f"{part}_mean_s": 0.1 for part in PARTS}
-            | {f"{name}_{end}": None if system == "lambdascale" else p90 + at for name in ("p90", "gpu") for at, end in enumerate(("low", "high"))}
+            | {
+                f"{name}_{end}": None if system == "lambdascale" else p90 + at
+                for name in ("p90", "gpu")
+                for at, end in enumerate(("low", "high"))
+            }
             for pool, kept, system, p90, seeds in (
                 ("WarmPool", None, "lambdascale", 1.0, (1,)),
                 ("WarmPool", None, "ideal", 0.5, (1, 3)),

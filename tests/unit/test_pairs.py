@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
+from lambdascale.experiments import paper_text
 from lambdascale.experiments.beliefs import LINES, Tables, render
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
@@ -176,6 +177,20 @@ def test_numbers_come_from_tables() -> None:
 def test_a_text_that_says_more_than_the_tables(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         render(template, NUMBERS)
+
+
+@pytest.mark.parametrize("measured", ["", math.nan])
+def test_set_ups_that_were_not_measured_are_marked(measured: object) -> None:
+    """In the README's text and in the table of the page, row by row; and the mark is explained only where it is used."""
+    setups = pd.DataFrame({"model": ["a", "b"], "setup": [measured, "up to 12 ranks: one sample"]})
+    mine = {"what": "P90 TTFT, NCCL over λScale", "ours": 2.0, "paper": "3", "interval": "1 to 3", "error": "-33 %"}
+    columns = ("figure", "range_over_seeds", "unit", "why", "without", "interval_without", "error_without", "closest", "verdict")
+    tables = {"paper_vs_ours": setups.assign(**mine, **dict.fromkeys(columns, ""))}
+    text = "{{ mark('nccl_broadcast', 'a') }}|{{ mark('nccl_broadcast', 'b') }}|{{ mark('nccl_broadcast', 'a', 'b') }}"
+    assert render(text, tables) == "|†|†\n"
+    both = paper_text.markdown(tables["paper_vs_ours"])
+    assert ("| a | 3 | 2.0 |" in both, "| b | 3 | 2.0† |" in both, "\n†: NCCL's set-up" in both) == (True, True, True)
+    assert "†" not in paper_text.markdown(tables["paper_vs_ours"].iloc[:1])
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
