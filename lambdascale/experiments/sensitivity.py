@@ -134,7 +134,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bracketed(value: float, unit: str, interval: str) -> str:
+def _bracketed(value: Any, unit: str, interval: Any) -> str:
     return f"{value:.3g}{unit} ({interval})" if interval else f"{value:.3g}{unit}"
 
 
