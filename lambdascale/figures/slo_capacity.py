@@ -50,7 +50,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         rows = frame[(frame.model == model) & (frame.max_batch == size)]
         _curves(curves, rows)
         title = f"{model}, {targets} ms, batches of {size}"
-        curves.set(title=title, xlabel="load / the trace's", ylabel="requests within SLO [%]", ylim=(None, 102))
+        curves.set(title=title, xlabel="load / the trace's", ylabel="requests within SLO [%]", ylim=(None, 101))
         _bars(bars, rows)
     handles, labels = curves.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))

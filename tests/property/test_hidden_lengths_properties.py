@@ -1,4 +1,4 @@
-"""What the control plane decides does not depend on the true lengths of answers until the first answer has ended."""
+"""Decisions of the control plane do not depend on the true lengths of answers until the first answer has ended."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_a_text_that_says_more_than_the_tables(template: str, message: str) -> N
 
 @pytest.mark.parametrize("measured", ["", math.nan])
 def test_set_ups_that_were_not_measured_are_marked(measured: object) -> None:
-    """In the README's text and in the table of the page, row by row; and the mark is explained only where it is used."""
+    """The README's text and the table of the page have the mark row by row, and explain it only where it is used."""
     setups = pd.DataFrame({"model": ["a", "b"], "setup": [measured, "up to 12 ranks: one sample"]})
     mine = {"what": "P90 TTFT, NCCL over λScale", "ours": 2.0, "paper": "3", "interval": "1 to 3", "error": "-33 %"}
     columns = ("figure", "range_over_seeds", "unit", "why", "without", "interval_without", "error_without", "closest", "verdict")
