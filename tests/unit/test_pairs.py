@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.experiments import paper_text
+from lambdascale.experiments import paper_table, paper_text
 from lambdascale.experiments.beliefs import LINES, Tables, render
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
@@ -78,6 +78,18 @@ def test_single_runs_have_the_intervals_of_their_pairs_beside_them(tmp_path: Pat
             assert own[column] == pytest.approx(pairs[column][compression], nan_ok=True)
             assert math.isnan(table.loc[("lambdascale", compression)][column]), "the reference has none"
     assert pairs.p90_low.notna().any()
+
+
+def test_rows_name_set_ups_that_were_not_measured(tmp_path: Path) -> None:
+    """Mutations: the set-up of another run, or none; of pairs, the reference's alone."""
+    burst = ["workload=burst", "workload.count=60", "system.autoscaler.target_per_replica=1", "system.memory.initial_copies=0"]
+    settings = [*burst, "workload.time_compression=1", f"results={tmp_path}"]
+    systems = ("lambdascale", "nccl_broadcast", "faasnet")
+    folders = [run(compose([*settings, f"system={name}", "cluster.nodes=9"])).folder for name in systems]
+    single = study_table(Study(rows="summary", fields=("gpu_seconds",)), folders).set_index("system").setup
+    assert single.to_dict() == {"lambdascale": "", "nccl_broadcast": "up to 9 ranks: one sample", "faasnet": ""}
+    pairs = study_table(STUDY, folders).set_index("system").setup
+    assert pairs.to_dict() == {"nccl_broadcast": "up to 9 ranks: one sample", "faasnet": ""}
 
 
 def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:
@@ -191,6 +203,13 @@ def test_set_ups_that_were_not_measured_are_marked(measured: object) -> None:
     both = paper_text.markdown(tables["paper_vs_ours"])
     assert ("| a | 3 | 2.0 |" in both, "| b | 3 | 2.0† |" in both, "\n†: NCCL's set-up" in both) == (True, True, True)
     assert "†" not in paper_text.markdown(tables["paper_vs_ours"].iloc[:1])
+
+
+def test_the_largest_communicator_of_a_system_is_named() -> None:
+    """Mutations: the first, or the smallest, or that of the text's order."""
+    ranks = ("up to 9 ranks: one sample", "up to 16 ranks: extrapolated", "up to 10 ranks: one sample")
+    assert paper_table._setup(pd.DataFrame({"setup": [None, *ranks, ""]})) == ranks[1]
+    assert paper_table._setup(pd.DataFrame({"setup": [None, ""]})) == ""
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
