@@ -58,7 +58,7 @@ class TokenLog:
         self._last[request_id] = stay
 
     def gaps(self) -> TokenGaps:
-        """Gaps between the tokens of each request that was answered."""
+        """Gaps between the tokens of each request that was answered: of all as if they had one stay, then of those with more."""
         last = sorted(self._last.items())
         steps = _Steps([stay.log for _, stay in last] + [stay.log for stays in self._earlier.values() for stay in stays])
         lengths = np.array([stay.produced - 1 for _, stay in last], dtype=np.int64)
@@ -69,12 +69,12 @@ class TokenLog:
             begin, end = offsets[some.start], offsets[some.stop]
             place = np.repeat(joined[some] - offsets[some], lengths[some]) + np.arange(begin, end)
             steps.gaps.take(place, mode="clip", out=seconds[begin:end])
-        some_gaps = lengths > 0
-        after = joined[some_gaps]
-        seconds[offsets[:-1][some_gaps]] = steps.ends[after + 1] - steps.joins[after]
+        begun = lengths > 0
+        after = joined[begun]
+        seconds[offsets[:-1][begun]] = steps.ends.take(after + 1, mode="clip") - steps.joins[after]
         for index, (request_id, stay) in enumerate(last):
             earlier = self._earlier.get(request_id)
-            if earlier is not None:  # what was entered above is not true of it
+            if earlier is not None:  # what was entered above, wherever it was found, does not hold
                 seconds[offsets[index] : offsets[index + 1]] = np.diff(_times([*earlier, stay], steps))
             else:
                 assert stay.start == 1, "the prefill gives the first token"
@@ -109,7 +109,7 @@ class _Steps:
         last, entries = after[decodes], table[decodes]
         for some in _slices(len(last), _ITERATIONS):
             self._fill(last[some], entries[some])
-        self.gaps = np.diff(self.ends)
+        self.gaps = np.diff(self.ends, append=np.nan)
 
     def _fill(self, last: np.ndarray[tuple[int], np.dtype[np.int64]], table: Floats) -> None:
         """Enter the ends of decode steps; ``last``: the last step of each entry."""
