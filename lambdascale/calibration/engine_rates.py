@@ -88,7 +88,7 @@ def _steps(stage: TransformerStage, batch: int, context: int, rounds: int = 30) 
     tokens, times = torch.arange(batch), []
     for index in range(rounds):
         begin = time.perf_counter()
-        logits = stage.run(decode(batch, context + index), tokens.to(stage.device))
+        logits = stage.run(decode(batch, context + index), tokens)
         tokens = torch.tensor(logits.argmax(dim=-1).tolist())
         times.append(time.perf_counter() - begin)
     return times[5:]

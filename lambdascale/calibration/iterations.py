@@ -115,7 +115,7 @@ def _answered(stage: TransformerStage, batch: StageBatch, rounds: int) -> list[f
 
     def once_s() -> float:
         begin = time.perf_counter()
-        stage.run(batch, inputs.to(stage.device)).argmax(dim=-1).tolist()
+        stage.run(batch, inputs).argmax(dim=-1).tolist()
         return time.perf_counter() - begin
 
     until, warm = time.perf_counter() + _WARM_UP_S, 0

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from lambdascale.checkpoints.documents import read_document
 from lambdascale.core import UserError
 
-# No sizes of a real model are near: what is larger is a mistake, and would take memory and time before it was noticed.
+# Far above the sizes of real models: a larger value is a mistake, which would cost memory and time before it was noticed.
 _MOST_LAYERS, _LARGEST = 10_000, 1 << 31
 
 

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, which somebody else may have written: one object, every key once, of bounded depth."""
+"""JSON files of a checkpoint, from untrusted authors: one object, every key once, of bounded depth."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lambdascale.core.checks import shown
 
 # Far more than any description has (a tokenizer's vocabulary included); the reference limit of a safetensors header.
 LARGEST_BYTES = 100_000_000
-# How half of a character may be written that needs two UTF-16 units.
+# A surrogate: half of a character that needs two UTF-16 units, written as an escape.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -33,7 +33,7 @@ def read_document(path: Path) -> dict[str, Any]:
 def parse_document(content: bytes, where: object) -> dict[str, Any]:
     """JSON object in ``content``, which errors call ``where``.
 
-    UserError for anything else, for a key that stands twice, or for halves of characters, which no text may have.
+    UserError for anything else, for a duplicate key, or for a lone surrogate.
     """
     try:
         text = content.decode()

@@ -45,7 +45,7 @@ class TensorInfo:
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     """Read the tensors of a file and the offset of its data in bytes; UserError if the file is missing, damaged or truncated.
 
-    As the format wants it, every name stands once, a tensor's bytes are as many as its type and shape say, and the tensors lie
+    As the format requires, every name occurs once, a tensor's bytes are as many as its type and shape say, and the tensors lie
     one after the other without gaps.
     """
     try:

@@ -23,12 +23,12 @@ class AutoscalingPolicy(Protocol):
 
     @property
     def keep_alive_s(self) -> float:
-        """Seconds a replica is kept that the load does not want."""
+        """Seconds for which a surplus replica is kept."""
         ...
 
     @property
     def min_replicas(self) -> int:
-        """Replicas that are always kept."""
+        """Number of replicas that are always kept."""
         ...
 
     @property

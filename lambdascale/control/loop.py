@@ -67,7 +67,7 @@ def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer]
 
 
 def _each(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:
-    """Return what calls them all, in order."""
+    """Return a function that calls all of them, in order."""
     if len(calls) == 1:
         return calls[0]
 

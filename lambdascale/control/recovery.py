@@ -57,7 +57,7 @@ class Recovery:
             self._router.give_up(state)
 
     def connection_lost(self, node: NodeId, peer: NodeId) -> None:
-        """Begin anew what two living nodes had under way with each other; nobody is to blame, and nothing counts as a failure."""
+        """Restart what two living nodes had under way with each other; none of it counts as a failure."""
         fleet = self._fleet
         for transfer in [t for t in fleet.transfers.values() if node in t.members and peer in t.members]:
             self._cancel(transfer)

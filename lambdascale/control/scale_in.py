@@ -35,7 +35,7 @@ class ScaleIn:
         self._keep_alive_s = autoscaler.keep_alive_s
 
     def is_calm(self, state: ModelState) -> bool:
-        """Take note of the load, and return True if a look is known to decide nothing (see Calm)."""
+        """Record the load; return True if a look is known to decide nothing (see Calm)."""
         calm, at, looks, queued, running = state.calm, self._fleet.at, state.looks, len(state.queue), state.running
         begin, load = at - self._keep_alive_s - _TOLERANCE, queued + running
         # Descending: a look that a later one exceeds can never be the highest again.

@@ -117,7 +117,7 @@ class TransferState:
 class ModelState:
     """Everything about one model: its queue, the instances that serve it, the nodes that hold it or receive it.
 
-    ``spared``: number of blocks that its allocations are not to hold. ``kv_tokens``: tokens of KV memory beside the model on each
+    ``spared``: blocks that its shares leave out. ``kv_tokens``: tokens of KV memory beside the model on each
     node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
     ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
     requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most. ``calm``: see Calm.

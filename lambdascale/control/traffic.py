@@ -51,7 +51,7 @@ class Traffic:
         return self._left[node][port]
 
     def busy(self) -> list[tuple[NodeId, Port, int]]:
-        """Return the ports that have still something to move, with the bytes."""
+        """Return the ports that still have bytes to move, with their number."""
         return [(node, port, left) for node, ports in self._left.items() for port, left in ports.items() if left]
 
     def seconds(self, node: NodeId, *ports: Port, more: int = 0) -> float:

@@ -38,7 +38,7 @@ class ComputeTurns(Generic[InstanceKey, PassItem]):
         self.waiting = 0
 
     def __bool__(self) -> bool:
-        """True if anything waits."""
+        """True if something waits."""
         return self.waiting > 0
 
     def add_pass(self, instance: InstanceKey, work: PassItem) -> None:

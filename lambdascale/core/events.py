@@ -96,7 +96,7 @@ class NodeGivenUp(Event, frozen=True, gc=False, tag=True):
 
 
 class ConnectionLost(Event, frozen=True, gc=False, tag=True):
-    """Two nodes lost their connection and have a new one: what they had under way with each other is lost, they are not."""
+    """Two living nodes have replaced a lost connection: what they had under way with each other is lost, the nodes are not."""
 
     node: NodeId
     peer: NodeId

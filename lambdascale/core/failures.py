@@ -11,7 +11,7 @@ FailureReason = Literal[
     "too_large",  # its KV cache fits no node
     "no_node",  # no node is left to serve it
     "unfit_nodes",  # its model's instances fail on every node
-    "instance_failed",  # so many instances failed that had it
+    "instance_failed",  # it was on too many instances that failed
     "unsendable",  # it cannot be put into a message to a node
     "stopping",  # the run or the server ends
     "server_failed",  # the controller has failed

@@ -15,7 +15,7 @@ class ProcessStart:
     ``process_s``: a new process, its interpreter and libraries. ``context_s``: the context of its GPU. Then, beside each other,
     ``kernels_s``, until kernels are loaded and buffers made, and memory for the model's weights, which is populated and
     registered at ``registration_bytes_per_s`` (None: weights need no memory of their own on the host). Weights come only then.
-    ``first_iteration_s``: what the first iteration of the process takes longer than later ones.
+    ``first_iteration_s``: the time by which the first iteration of the process is longer than later ones.
     """
 
     process_s: float

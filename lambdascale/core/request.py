@@ -37,22 +37,22 @@ class TracedRequest(Struct, frozen=True, gc=False):
 
     @property
     def request_id(self) -> int:
-        """The request's."""
+        """See Request."""
         return self.request.request_id
 
     @property
     def arrival_s(self) -> float:
-        """The request's."""
+        """See Request."""
         return self.request.arrival_s
 
     @property
     def model(self) -> str:
-        """The request's."""
+        """See Request."""
         return self.request.model
 
     @property
     def prompt_tokens(self) -> int:
-        """The request's."""
+        """See Request."""
         return self.request.prompt_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""Texts of strangers and of other machines, made fit to be printed."""
+"""Printable forms of texts that come from clients and other machines."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ _LONGEST = 600  # characters of a message
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
-    """Return ``text`` as one line of printable characters: a terminal obeys the others, and lines can be made up with them.
+    """Return ``text`` as one line of printable characters: other characters could control a terminal or fake further lines.
 
-    Of a very long one, whatever value made it so, the beginning and the end are kept.
+    A very long text is cut in the middle.
     """
     if len(text) > 4 * longest:
         text = f"{text[: 2 * longest]} … {text[-2 * longest :]}"

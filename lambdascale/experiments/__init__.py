@@ -1,1 +1,1 @@
-"""The way from configuration to finished runs: schema, composition, parts, run folders. The only user of DictConfig."""
+"""Path from configuration to finished runs: schema, composition, parts, run folders. No other package uses DictConfig."""

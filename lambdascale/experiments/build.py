@@ -44,7 +44,7 @@ class Experiment:
 
 
 def build(config: DictConfig) -> Experiment:
-    """Instantiate every group; UserError for values their classes refuse."""
+    """Instantiate every group; UserError for values that their classes refuse."""
     _check_texts(OmegaConf.to_container(config, resolve=True))
     for name in ("model_count", "max_events"):
         if config[name] < 1:
@@ -65,7 +65,7 @@ def build(config: DictConfig) -> Experiment:
         backend=backend,
         logger=instantiate(config.logger, _convert_="all"),
         slo=_slo(config, tuple(model.name for model in models)),
-        # Live they cost next to nothing.
+        # A live cluster transfers hardly anything for them.
         token_times=not isinstance(backend, SimConfig) if config.token_times is None else config.token_times,
     )
 

@@ -1,7 +1,7 @@
 """Departures of the systems from the originals, with their effects, for baselines/*/README.md and docs/paper.md. Frames in, text
 out.
 
-A departure is left out, or the original's part is put in; where that part would be a system of its own, it works at no cost: a
+A departure is left out, or the original's part is put in; where that part would be a system of its own, it costs nothing: a
 bound of what it can give, from one side, the system without it being the bound from the other.
 """
 

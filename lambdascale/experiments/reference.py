@@ -97,7 +97,7 @@ def _sections() -> dict[type, _Section]:
 
 
 def _note(sections: dict[type, _Section], place: str, node: DictConfig, comments: Mapping[str, str], key: str) -> _Section:
-    """Enter a node of a file: values are those of the first choice that has the class, comments those of any."""
+    """Enter a node of a file. Values are those of the first choice that has the class; comments may come from any choice."""
     values = OmegaConf.to_container(node, resolve=False)
     assert isinstance(values, dict), "a node with a _target_ is a mapping"
     cls = get_class(values["_target_"])

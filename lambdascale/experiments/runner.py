@@ -242,7 +242,7 @@ def drive_experiment(
 
 @contextmanager
 def _collecting_new_objects_only() -> Iterator[None]:
-    """Spare the garbage collector what exists already, libraries and requests: a look at it takes as long as 20,000 events."""
+    """Exclude existing objects (libraries, requests) from garbage collection: scanning them takes as long as 20,000 events."""
     gc.freeze()
     try:
         yield

@@ -229,7 +229,7 @@ class FaultyCluster(Instances):
         self._wake()
 
     def _return(self, node: NodeId) -> None:
-        """Let a node join anew, empty; it is a new generation, of which no old command and message knows."""
+        """Let a node join anew, empty; it is a new generation, which no older command or message concerns."""
         if self.kernel.now < self._paused_until:  # nodes join with the controller's help
             self.kernel.at(self._paused_until, self._return, node)
             return

@@ -53,7 +53,7 @@ class Ledger:
         return 0 if answer is None or not answer.begun else answer.produced
 
     def progress(self, request_id: int, produced: int) -> None:
-        """Note that an instance which stops has produced so many tokens of a request."""
+        """Record the tokens of a request that an instance has produced by its stop."""
         answer = self._answers.get(request_id)
         if answer is not None:
             answer.produced = max(answer.produced, produced)

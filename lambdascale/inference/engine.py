@@ -77,5 +77,5 @@ class Engine:
                 stage.kv.write(slot, part)
         state = torch.tensor(plan.tokens, dtype=torch.long)
         for stage in self.stages:
-            state = stage.run(plan.batch, state.to(stage.device))
+            state = stage.run(plan.batch, state if stage.is_first else state.to(stage.device))
         return self.batch.complete(plan, choose(state, plan.rules, plan.positions))

@@ -1,19 +1,14 @@
-"""The operators of a GPU as Triton kernels, and their compilation: it takes seconds, and runs in the background."""
+"""The operators of a GPU as Triton kernels."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from lambdascale.checkpoints import Architecture
-from lambdascale.checkpoints.packing import PART_BYTES
-from lambdascale.inference import devices
-from lambdascale.inference.digest import part_digests
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators, Window
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import LayerWeights
@@ -26,6 +21,8 @@ _PROGRAMS = 512
 _MOST_SPLITS = 64
 # Number of outputs above which programs of few outputs each no longer run all at once on a GPU.
 _WIDE = 8192
+# Most outputs for which programs of 32 outputs, one on each of 132 multiprocessors, all run at once.
+_AT_ONCE = 32 * 132
 _ALL_TOKENS = 1 << 30
 
 
@@ -39,28 +36,34 @@ class Tile:
     warps: int
     stages: int
 
+    def of(self, dtype: torch.dtype) -> Tile:
+        """Return the tile for a type, of half the depth for float32: what a program has at a time must fit shared memory."""
+        return replace(self, inputs=self.inputs // 2) if dtype is torch.float32 and self.rows > 1 else self
+
 
 def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
     """Return the tile for a product, None where cuBLAS is as fast or faster.
 
-    Chosen by measurement on an H100, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights at 80 to
-    100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead only where
-    it saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
+    Chosen by measurement on an H100 and an H200, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights
+    at 80 to 100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead
+    only where it saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
     """
     if rows == 1:
         if gated:
             return Tile(1, 4, 1024, 4, 1)
         return Tile(1, 4, 2048, 8, 1) if outputs > _WIDE else Tile(1, 8, 1024, 8, 1)
     if rows <= 16 and gated:
-        return Tile(16, 64, 128, 4, 4)
+        return Tile(16, 128, 64, 4, 4)
     if added and outputs <= _WIDE and rows <= MOST_ROWS:
-        return Tile(16, 16, 256, 2, 4) if rows <= 16 else Tile(32, 16, 128, 4, 5)
+        if rows <= 16:
+            return Tile(16, 16, 256, 2, 4)
+        return Tile(32, 32, 256, 4, 5) if outputs <= _AT_ONCE else Tile(32, 16, 128, 4, 5)
     return None
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
     """Return the parts into which attention of so many rows divides every context, so that the programs keep a GPU busy."""
-    return min(_MOST_SPLITS, _power(max(1, _PROGRAMS // (rows * kv_heads))))
+    return min(_MOST_SPLITS, power(max(1, _PROGRAMS // (rows * kv_heads))))
 
 
 def rehearsed_rows(kv_heads: int) -> tuple[int, ...]:
@@ -82,7 +85,8 @@ class TritonOperators(TorchOperators):
         self._kernels = kernels
         a = architecture
         self._heads = a.heads + 2 * a.kv_heads
-        self._block_d = _power(a.head_dim)
+        self._block_d = power(a.head_dim)
+        self._early = kernels.STARTS_EARLY and can_start_early(tables.cos.device)
 
     def places(self, slots: Tensor, positions: Tensor, *, padded: bool = False) -> Places:
         """See TorchOperators. The kernels themselves look up cosines and sines, and skip padding."""
@@ -93,9 +97,16 @@ class TritonOperators(TorchOperators):
         if len(hidden) > MOST_ROWS:
             return super().norm(hidden, weight)
         out, size = self.scratch.take("normed", *hidden.shape), hidden.shape[1]
-        block = _power(size)
+        block = power(size)
         self._kernels.norm_kernel[(len(hidden),)](
-            hidden, weight, out, size, self.architecture.norm_eps, BLOCK=block, num_warps=max(4, min(16, block // 512))
+            hidden,
+            weight,
+            out,
+            size,
+            self.architecture.norm_eps,
+            BLOCK=block,
+            num_warps=max(4, min(16, block // 512)),
+            **self._launch(len(hidden)),
         )
         return out
 
@@ -126,13 +137,13 @@ class TritonOperators(TorchOperators):
             self._fused_product(shape, hidden, layer.post_norm, layer.gate_up, layer.gate_up_bias, out, gated=True)
             return out
         both = self._wide(self.norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
-        block = min(1024, _power(columns))
+        block = min(1024, power(columns))
         self._kernels.gate_kernel[(rows, -(-columns // block))](both, out, columns, BLOCK=block, num_warps=4)
         return out
 
     def rotate(self, states: Tensor, places: Places, kv: Tensor) -> Tensor:
         """See TorchOperators."""
-        a, block = self.architecture, min(16, _power(self._heads))
+        a, block = self.architecture, min(16, power(self._heads))
         self._kernels.rotate_kernel[(len(states), -(-self._heads // block))](
             states,
             places.cos,
@@ -149,6 +160,7 @@ class TritonOperators(TorchOperators):
             BLOCK_H=block,
             BLOCK_D=max(1, self._block_d // 2),
             num_warps=4,
+            **self._launch(len(states)),
         )
         return states[:, : a.heads]
 
@@ -175,15 +187,24 @@ class TritonOperators(TorchOperators):
             KV_HEADS=a.kv_heads,
             GROUP=group,
             DIM=a.head_dim,
-            BLOCK_G=max(16, _power(group)),
+            BLOCK_G=max(16, power(group)),
             BLOCK_D=max(16, self._block_d),
             BLOCK_T=64,
             SPLITS=splits,
             num_warps=4,
             num_stages=2,
+            **self._launch(rows),
         )
         self._kernels.join_kernel[(rows, a.heads)](
-            parts, sums, out, HEADS=a.heads, DIM=a.head_dim, BLOCK_D=self._block_d, SPLITS=splits, num_warps=4
+            parts,
+            sums,
+            out,
+            HEADS=a.heads,
+            DIM=a.head_dim,
+            BLOCK_D=self._block_d,
+            SPLITS=splits,
+            num_warps=4,
+            **self._launch(rows),
         )
         return out
 
@@ -195,6 +216,13 @@ class TritonOperators(TorchOperators):
         out = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
         self._fused_product(shape, hidden, norm, head, None, out)
         return out
+
+    def _launch(self, rows: int) -> dict[str, bool]:
+        """Return settings of a kernel's launch: of one row, kernels start early, where the GPU can do that.
+
+        The start of a kernel is a larger part of a shorter step. Of more rows, kernels that wait take room from those that run.
+        """
+        return {"EARLY": True, "launch_pdl": True} if self._early and rows == 1 else {"EARLY": False}
 
     def _fused_product(
         self, shape: Tile, hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False
@@ -220,8 +248,8 @@ class TritonOperators(TorchOperators):
         added: bool = False,
         gated: bool = False,
     ) -> None:
-        """Launch ``linear_kernel`` with tiles of ``shape``, which must have room for the rows."""
-        outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape
+        """Launch ``linear_kernel`` with tiles of ``shape``, for types of 16 bits, which must have room for the rows."""
+        outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape.of(weight.dtype)
         self._kernels.linear_kernel[(-(-outputs // t.outputs),)](
             x,
             norm if norm is not None else x,
@@ -243,10 +271,16 @@ class TritonOperators(TorchOperators):
             GATED=gated,
             num_warps=t.warps,
             num_stages=t.stages,
+            **self._launch(len(x)),
         )
 
 
-def _power(value: int) -> int:
+def can_start_early(device: torch.device) -> bool:
+    """Return True if a kernel can start on this GPU while the one before it still runs: on Hopper and later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def power(value: int) -> int:
     """The least power of two that is not below ``value``."""
     return 1 << (value - 1).bit_length() if value > 1 else 1
 
@@ -255,121 +289,3 @@ def _power(value: int) -> int:
 def has_triton() -> bool:
     """True if Triton is installed, as it is with torch for CUDA."""
     return find_spec("triton") is not None
-
-
-class Compiler:
-    """Compiles the kernels that a model's stages need, each set once, on a thread of its own."""
-
-    def __init__(self) -> None:
-        # Guards all three: a set is begun once and listed in _ready only when every kernel of it has run.
-        self._lock = threading.Lock()
-        self._threads: dict[Any, threading.Thread] = {}
-        self._ready: set[Any] = set()
-        self._failed: dict[Any, BaseException] = {}
-
-    def done(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-        """Return True if the kernels are compiled. Begin nothing."""
-        return _key(architecture, dtype, device) in self._ready
-
-    def ready(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
-        """Return True if the kernels are compiled; else start compiling them. Raises the error if compilation failed."""
-        key = _key(architecture, dtype, device)
-        if key in self._ready:
-            return True
-        with self._lock:
-            if key in self._failed:
-                raise self._failed[key]
-            if key not in self._threads:
-                # A daemon: a node that is told to leave does not wait for kernels that nobody will use.
-                thread = threading.Thread(
-                    target=self._compile, args=(key, architecture, dtype, device), name="kernels", daemon=True
-                )
-                self._threads[key] = thread
-                thread.start()
-        return False
-
-    def wait(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        """Wait until the kernels are compiled. Raises the error if compilation failed."""
-        if not self.ready(architecture, dtype, device):
-            self._threads[_key(architecture, dtype, device)].join()
-            self.ready(architecture, dtype, device)
-
-    def _compile(self, key: Any, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        try:
-            devices.use(device)
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
-                rehearse(architecture, dtype, device)
-                torch.cuda.current_stream().synchronize()
-        except BaseException as error:
-            with self._lock:
-                self._failed[key] = error
-        else:
-            with self._lock:
-                self._ready.add(key)
-
-
-def _key(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
-    return (architecture, dtype, device)
-
-
-def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of a model's stages, and the digest's, once on few rows and outputs, with the tiles of real iterations.
-
-    No iteration compiles anything afterwards: it would stand still for half a second.
-    """
-    a, tokens = architecture, 16
-    part_digests(torch.zeros(PART_BYTES, dtype=torch.uint8, device=device))
-    tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
-    operators = TritonOperators(a, tables, Scratch(dtype, device))
-    wide = a.heads + 2 * a.kv_heads
-    for rows in rehearsed_rows(a.kv_heads):
-        hidden = torch.zeros(rows, a.hidden, dtype=dtype, device=device)
-        states = torch.zeros(rows, wide, a.head_dim, dtype=dtype, device=device)
-        kv = torch.zeros(1, 2 * a.kv_heads, tokens, a.head_dim, dtype=dtype, device=device)
-        padding = torch.full((rows,), -1, dtype=torch.long, device=device)
-        places = operators.places(torch.zeros(rows, dtype=torch.long, device=device), padding, padded=True)
-        query = operators.rotate(states, places, kv)
-        for window in set(a.windows):
-            operators.attend(query, places, kv, window)
-        operators.norm(hidden, hidden[0])
-        _rehearse_products(operators, rows, dtype, device)
-        if rows > MOST_ROWS:
-            both = torch.zeros(rows, 2 * a.intermediate, dtype=dtype, device=device)
-            block = min(1024, _power(a.intermediate))
-            operators._kernels.gate_kernel[(1, 1)](both, both, a.intermediate, BLOCK=block, num_warps=4)
-
-
-def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compute a few outputs of every product: a kernel is compiled for types, flags and a tile, not for a number of outputs."""
-    a = operators.architecture
-    normed = dtype is not torch.float16
-    states = (a.heads + 2 * a.kv_heads) * a.head_dim
-    # Inputs, outputs, added, gated, type of the result, biased.
-    cases: list[tuple[int, int, bool, bool, torch.dtype, bool]] = [
-        (a.hidden, states, False, False, dtype, a.qkv_bias),
-        (a.heads * a.head_dim, a.hidden, True, False, dtype, a.output_bias),
-        (a.hidden, a.intermediate, False, True, dtype, a.mlp_bias),
-        (a.intermediate, a.hidden, True, False, dtype, a.mlp_bias),
-        (a.hidden, a.vocab, False, False, torch.float32, False),
-    ]
-    for inputs, outputs, added, gated, result, biased in cases:
-        shape = tile(rows, outputs, added=added, gated=gated)
-        if shape is None:
-            continue
-        few = 64 if outputs % 16 == 0 else 63  # kernels for multiples of 16 differ from the others
-        x = torch.zeros(rows, inputs, dtype=dtype, device=device)
-        weight = torch.zeros(few * (2 if gated else 1), inputs, dtype=dtype, device=device)
-        out = torch.zeros(rows, few, dtype=result, device=device)
-        operators.product(
-            shape,
-            x,
-            weight,
-            weight[:, 0].contiguous() if biased else None,
-            out,
-            norm=x[0] if normed and not added else None,
-            added=added,
-            gated=gated,
-        )
-
-
-COMPILER = Compiler()

@@ -4,12 +4,21 @@ lambdascale.inference.operators is their reference, in torch. Imported only wher
 
 Triton compiles a kernel anew for arguments that are multiples of 16 and for those that are not, which takes half a second in the
 middle of serving. Numbers of rows, and slots and positions that begin at any row, are therefore not told apart.
+
+EARLY: the GPU may start a kernel while the one before it in its stream still runs (programmatic dependent launch). Such a kernel
+waits for the end of the one before ahead of its first access to memory.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton before 3.4
+    gdc_launch_dependents = gdc_wait = None
+STARTS_EARLY = gdc_wait is not None
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows"])
@@ -32,6 +41,7 @@ def linear_kernel(
     BIASED: tl.constexpr,
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """``out`` [rows, outputs] of ``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, for rows <= BLOCK_M.
 
@@ -44,6 +54,9 @@ def linear_kernel(
     inside = n < outputs
     lines = weight + n[:, None].to(tl.int64) * inputs
     other = lines + outputs.to(tl.int64) * inputs
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     if BLOCK_M == 1:
         total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         second = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -104,8 +117,19 @@ def linear_kernel(
 
 
 @triton.jit
-def norm_kernel(x: tl.tensor, weight: tl.tensor, out: tl.tensor, inputs: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr) -> None:
+def norm_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    inputs: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
     """RMS norm of a row of ``x`` [rows, inputs] times ``weight``, for inputs <= BLOCK."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     k = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * inputs
     given = tl.load(x + row + k, mask=k < inputs, other=0.0).to(tl.float32)
@@ -140,11 +164,15 @@ def rotate_kernel(
     HALF: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Rotate a row's queries in place; put its rotated keys and its values into ``kv`` [slots, 2 x kv heads, tokens, head size].
 
     ``states`` [rows, queries, keys and values, head size]. Rows at position -1 are padding and leave nothing.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
@@ -188,6 +216,7 @@ def attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Attention of one token's queries that share a kv head over one of SPLITS parts of its context (flash decoding).
 
@@ -195,6 +224,9 @@ def attend_kernel(
     weights. ``window``: tokens that are attended, counted from the newest. Lengths are read on the device, so that one launch
     serves every context.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -244,8 +276,12 @@ def join_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Join the parts of ``attend_kernel`` to ``out`` [rows, heads x head size]; zeros for rows without a context."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, BLOCK_D)

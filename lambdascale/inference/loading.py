@@ -198,7 +198,7 @@ class Loader:
         devices.use(self._device)
         try:
             self._bring(job, on_block)
-        except Exception as failure:  # passed on to those who wait for the load, also if on_block raised it
+        except Exception as failure:  # raised again by ``wait``, also if on_block raised it
             error = failure
         finally:
             if self._stream is not None:

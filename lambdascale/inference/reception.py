@@ -52,7 +52,7 @@ class Reception:
         return tuple(block for block in self._states if block not in self.offsets)
 
     def arrived(self, block: int, xxh3_64: int | None = None) -> None:
-        """Make a block usable that has arrived in full. Blocks the caller while it verifies it and copies it to the device.
+        """Make a block usable that has arrived in full. The caller waits while it is verified and copied to the device.
 
         ``xxh3_64``: hash of the bytes, if a transport has computed it. BlockError if the bytes are damaged; the block is then
         still expected. CapacityError if the device has no room; the block is then present.

@@ -19,16 +19,18 @@ Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Replay:
-    """A step over input memory of its own, ``inputs`` [rows, ...], for at most as many rows; recorded if that is on a GPU.
+    """A step over input memory of its own, like ``inputs`` [rows, ...], for at most as many rows; recorded if that is on a GPU.
 
     On a CPU every call computes the step, with the same padding and copies, for tests. ``pool``: memory that recordings share.
     """
 
     def __init__(self, step: Step, inputs: Tensor, pool: Any) -> None:
         self._step = step
-        self._inputs = inputs
         rows, device = len(inputs), inputs.device
-        self._places = torch.tensor([[0] * rows, [-1] * rows]).to(device)
+        # Slots, positions and, where the inputs are token ids, those: one copy from the host brings all.
+        self._given = torch.tensor([[0] * rows, [-1] * rows, [0] * rows]).to(device)
+        self._places = self._given[:2]
+        self._inputs = self._given[2] if inputs.dtype is torch.long else inputs
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Tensor | None = None
         if device.type == "cuda":
@@ -37,9 +39,13 @@ class Replay:
     def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return the step's output, one row for each of ``slots``, in memory of its own."""
         count, rows = len(slots), len(self._inputs)
-        self._inputs[:count].copy_(inputs, non_blocking=True)
-        padding = [0] * (rows - count), [-1] * (rows - count)
-        self._places.copy_(torch.tensor([[*slots, *padding[0]], [*positions, *padding[1]]]), non_blocking=True)
+        unused = [0] * (rows - count)
+        given = [[*slots, *unused], [*positions, *(-1 for _ in unused)]]
+        if inputs.dtype is torch.long and inputs.device.type == "cpu":
+            self._given.copy_(torch.tensor([*given, [*inputs.tolist(), *unused]]), non_blocking=True)
+        else:
+            self._inputs[:count].copy_(inputs, non_blocking=True)
+            self._places.copy_(torch.tensor(given), non_blocking=True)
         if self._graph is None:
             return self._compute()[:count]
         self._graph.replay()

@@ -16,7 +16,8 @@ from lambdascale.core.checks import require
 from lambdascale.inference import devices
 from lambdascale.inference.attention import BatchAttention, Parts
 from lambdascale.inference.batch import Segment, StageBatch
-from lambdascale.inference.fused import COMPILER, TritonOperators, has_triton
+from lambdascale.inference.compiling import COMPILER
+from lambdascale.inference.fused import TritonOperators, has_triton
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators
 from lambdascale.inference.replay import Replays, Step
@@ -29,8 +30,8 @@ Tensor = torch.Tensor
 class TransformerStage:
     """Blocks ``first`` to ``last`` of a model with their KV memory.
 
-    Input: token ids [rows] if the stage has the first block, else hidden states [rows, hidden]. Output: hidden states, or logits
-    [wanted rows, vocabulary] (float32) if it has the last block. The weights stay where their buffers are.
+    Input: token ids [rows], best on the host, if the stage has the first block, else hidden states [rows, hidden]. Output: hidden
+    states, or logits [wanted rows, vocabulary] (float32) if it has the last block. The weights stay where their buffers are.
 
     On a GPU, iterations that only decode are replayed as CUDA graphs as soon as the kernels are compiled, which happens in the
     background after the first iteration; until then torch's operators serve. ``replays``: pad and replay decodes on a CPU too

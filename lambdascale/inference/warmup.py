@@ -8,7 +8,8 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.choosing import choose
-from lambdascale.inference.fused import COMPILER, has_triton
+from lambdascale.inference.compiling import COMPILER
+from lambdascale.inference.fused import has_triton
 from lambdascale.inference.sampling import GREEDY
 from lambdascale.inference.stage import TransformerStage
 from lambdascale.inference.weights import BlockWeights

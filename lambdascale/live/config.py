@@ -105,7 +105,7 @@ class LiveConfig:
 
     @property
     def label(self) -> str:
-        """Name of the backend in rows and summaries; it tells compute that was timed or slowed down from this machine's own."""
+        """Name of the backend in rows and summaries; it distinguishes timed and paced compute from this machine's own."""
         return "live" if self.executor == "torch" else f"live-{self.executor}"
 
     def restart_limit(self, *, open_ended: bool) -> int:
@@ -211,7 +211,7 @@ class LiveConfig:
             ticket_of=ticket_of or _no_tickets,
             silence_s=self.silence_s,
             restarts=self.restart_limit(open_ended=open_ended),
-            mends=self.transport in ("shm", "tcp"),  # elsewhere a write under way may outlive its connection
+            mends=self.transport in ("shm", "tcp"),  # on other transports a write under way may outlive its connection
             open_ended=open_ended,
             token_times=token_times,
         )
@@ -281,7 +281,7 @@ class LiveConfig:
         )
 
     def _place_bytes(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> int:
-        """Return the memory of a node for the hidden states that others send it: for two pipelines, as far as that is little."""
+        """Return the memory of a node for the hidden states that others send it: for two pipelines, up to a bound."""
         if nodes == 1 or self.transport == "rdma":
             return 0
         one = system.batching.max_tokens * max((model.row_bytes for _, model in models), default=0)

@@ -1,4 +1,4 @@
-"""The process that local nodes are forked from. It imports what nodes need, which takes seconds, beside whoever has started it.
+"""The process that local nodes are forked from. It imports what nodes need, which takes seconds, beside its parent.
 
 Nothing heavy is imported here: commands call ``prepare`` before they import torch themselves.
 """

@@ -13,9 +13,9 @@ from lambdascale.transport import rdma
 
 
 class Access(Struct, frozen=True):
-    """Addresses of the controller (``pulse``: of its signs of life); the cluster's keys: for CURVE, and for its nodes.
+    """Addresses of the controller (``pulse``: of its heartbeats); the cluster's keys: for CURVE, and for its nodes.
 
-    ``patience_s``: a node that has seen no sign of life for so long ends.
+    ``patience_s``: a node that has seen no heartbeat of the controller for so long ends.
     """
 
     controller: str

@@ -1,6 +1,6 @@
 """Messages between controller and agents, and among agents: msgpack of tagged structs, never pickle.
 
-Commands and events travel as they are; the rest says what only a live cluster needs to know: addresses, prompts, tokens, hidden
+Commands and events travel as they are; other messages carry what only a live cluster has: addresses, prompts, tokens, hidden
 states.
 """
 
@@ -153,7 +153,7 @@ class Aborted(Message, frozen=True, tag=True):
 class Resumed(Message, frozen=True, tag=True):
     """Requests of a dissolved pipeline are with their new instance, each with the output tokens that it brought along.
 
-    The pipeline has told of these tokens too, but from another node: that message may come later, or be lost with its node.
+    The pipeline has reported these tokens too, but from another node: that message may come later, or be lost with its node.
     Those in ``waiting`` go on once their KV has come, from all nodes of the pipeline.
     """
 
@@ -367,7 +367,7 @@ def to_agent(data: bytes) -> ToAgent:
 
 
 def to_controller(data: bytes) -> ToController:
-    """Return a message to the controller; Garbled if it is none. What a node says in its own words is made fit to be printed."""
+    """Return a message to the controller; Garbled if it is none. Free texts of a node become printable."""
     message = _decoded(_controllers.decode, data)
     if isinstance(message, Fault | Severed | Unreached):
         return structs.replace(message, reason=one_line(message.reason))

@@ -1,4 +1,4 @@
-"""Seconds that requests were served on nodes with a part in a multicast: where its cost to others is to be looked for."""
+"""Seconds that requests were served on nodes with a part in a multicast: where its cost to other requests shows."""
 
 from __future__ import annotations
 

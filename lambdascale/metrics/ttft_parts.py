@@ -70,7 +70,7 @@ class _Start(msgspec.Struct):
 
 
 class Starts:
-    """Observer of node starts. Give it every event and command, in order, and it divides the wait of any request by then."""
+    """Observer of node starts. Takes every event and command, in order; divides the wait of any request up to then."""
 
     def __init__(self) -> None:
         self._starts: dict[tuple[NodeId, str], _Start] = {}
@@ -164,7 +164,7 @@ class Starts:
         start = None if transfer is None else self._starts.get((event.node, transfer.model))
         if transfer is None or start is None:
             return
-        # It was not known before that the transfer began with a set-up.
+        # Only now is it known that the transfer began with a set-up.
         start.marks = [(at, "setup" if part == "transfer" and at >= transfer.began_s else part) for at, part in start.marks]
         start.marks.append((at_s, "transfer"))
 
@@ -221,7 +221,7 @@ class Starts:
     # -- instances ---------------------------------------------------------------------------------------------------
 
     def _serve(self, at_s: float, command: Serve) -> None:
-        """Let an instance's requests have waited for the node whose last block came last."""
+        """Count the wait of an instance's requests as one for the node whose last block came last."""
         found = (self._starts.get((stage.node, command.model)) for stage in command.stages)
         last = max((start for start in found if start is not None), key=lambda start: start.last_block, default=None)
         self._instances[command.instance] = () if last is None else (*last.marks, (at_s, "queue"))

@@ -1,7 +1,7 @@
 """Time to build a NCCL communicator: log-normal, fitted to the reference's measurements (sections 4 and 7, [log]).
 
 0.4 to 2 s for 2 to 4 ranks and 0.7 to 4.4 s for 8 are read as the 5th and 95th percentiles of log-normal distributions, and
-each counts as the two values that are known of it. For 12 ranks one sample is known, 0.89 s. The logarithm of the median is
+each counts as its two known values. For 12 ranks one sample is known, 0.89 s. The logarithm of the median is
 the line in log2(ranks) that fits the three best by weighted least squares, flat below 4 ranks. The spread goes from that of
 4 ranks to that of 8 and stays. Medians: 0.99, 1.23 and 1.39 s for 4, 8 and 12 ranks. Beyond 12 ranks the line is extrapolated.
 """

@@ -94,5 +94,5 @@ class Fabric:
                 del group.flows[flow]
 
     def restore(self, lost: frozenset[NodeId]) -> None:
-        """Let a node, or a pair, move bytes again; what was lost with it stays lost."""
+        """Let a node, or a pair, move bytes again; flows that were lost do not come back."""
         self.lost.discard(lost)

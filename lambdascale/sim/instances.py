@@ -129,7 +129,7 @@ class SimInstance:
         return batches[0]
 
     def report(self, batch: Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
-        """Tell of first tokens and ended requests of the iteration under way."""
+        """Report first tokens and ended requests of the iteration under way."""
         assert batch.under_way is not None, "the iteration was under way"
         now, emit, mode, number = self.kernel.now, self._around.emit, batch.under_way.mode, self.instance_id
         for work in first:

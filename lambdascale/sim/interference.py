@@ -15,7 +15,7 @@ Disturb = Callable[[NodeId, float, bool], None]
 class Interference:
     """Tells of GPUs that multicasts take or slow. ``occupy(node, busy)``: a collective takes the node's GPUs, or gives them back.
 
-    ``disturb(node, slowdown, begins)``: a multicast slows the node's iterations, or does no more; not needed unless the options
+    ``disturb(node, slowdown, begins)``: a multicast slows the node's iterations, or has ended; needed only if the options
     say that one does.
     """
 

@@ -15,7 +15,7 @@ from lambdascale.sim.transfers import TransferEngine
 
 
 class MulticastTimes(Struct, frozen=True):
-    """Seconds from the command: ``setup_s`` of it is the communicator's, ``complete_s`` per destination, ``total_s`` the last."""
+    """Seconds from the command: ``setup_s`` for the communicator, ``complete_s`` until each destination has the model."""
 
     setup_s: float
     complete_s: dict[NodeId, float]

@@ -142,7 +142,7 @@ class ComputePort:
             self.cut()
 
     def _settle(self) -> None:
-        """Take note that a run whose end is not told is over."""
+        """Record that a run whose end is not reported is over."""
         if self._until_s <= self._kernel.now:
             self._run, self._until_s = None, inf
 
@@ -265,7 +265,7 @@ class ComputePort:
             self._next()
 
     def _free(self, version: int) -> None:
-        """Begin what waits for the end of a run that was not told of it."""
+        """Begin what waits for the end of a run whose end is not reported."""
         if version == self._version and self._run is not None:
             self._run = None
             self._next()

@@ -97,7 +97,7 @@ class Processes:
         self._unused = {key for key in self._unused if key[0] != node}
 
     def ready_s(self, model: str, nodes: Iterable[NodeId]) -> float:
-        """Return when blocks of a model can come to all of ``nodes``."""
+        """Return the time from which blocks of a model can come to all of ``nodes``."""
         return max(self._ready.get((node, model), -inf) for node in nodes)
 
     def first_use(self, node: NodeId, model: str) -> bool:

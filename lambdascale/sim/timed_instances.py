@@ -1,4 +1,4 @@
-"""Instances that log the times of tokens: those of a run with token_times. Others have no part in it."""
+"""Instances that log the times of tokens: those of a run with token_times. Other runs do not use this module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of single tokens, kept as the iterations of batches: no event per token, and nothing worked out before the run is over.
+"""Times of single tokens, kept as the iterations of batches: no event per token, and all gaps are computed after the run.
 
 A request that a batch decodes takes part in each of its iterations. So a batch keeps the ends of these, and a request the range
 that it was in; the gaps between its tokens follow.

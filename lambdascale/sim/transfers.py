@@ -363,7 +363,7 @@ class TransferEngine:
             self._interference.release(transfer_id)
 
     def lost(self, *nodes: NodeId) -> None:
-        """Let nothing more move to, from or through a node, or between two that have lost their connection.
+        """Stop all that moves to, from or through a node, or between two that have lost their connection.
 
         What depended on it stalls until it is cancelled. A collective breaks with its communicator, also while that is set up:
         its sources have their GPUs back, though a control plane that counts it as through never cancels it.

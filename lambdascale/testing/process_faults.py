@@ -28,7 +28,7 @@ _PIDFD_GETFD = 438  # asm-generic/unistd.h; Python has no name for it
 class Faults:
     """Seeded faults for the processes of ``nodes`` nodes, which ``pid(node)`` returns; each silent for ``silence_s`` is given up.
 
-    ``done``: faults by kind; ``missed``: those that found nobody.
+    ``done``: faults by kind; ``missed``: those without a node to strike.
     """
 
     def __init__(self, pid: Callable[[NodeId], int], nodes: int, silence_s: float, seed: int) -> None:

@@ -271,7 +271,7 @@ class SocketEndpoint(ABC, Generic[C]):
         """See Endpoint."""
         with self._lock:
             self._closed = True
-        # A blocked accept() is woken by shutting the socket down, and so is who waits for a stranger to introduce himself.
+        # Shutting the sockets down wakes a blocked accept(), and handshakes that wait for a peer.
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()

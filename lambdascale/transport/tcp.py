@@ -296,7 +296,7 @@ class _Connection:
         try:
             while self._receive_one():
                 pass
-        except Exception as error:  # also a handler's: bytes that nobody takes note of must not seem delivered
+        except Exception as error:  # also a handler's exception: bytes that were not recorded must not seem delivered
             _print_unforeseen(error)
             self._break(str(error) or "the connection has ended")
             lost = True

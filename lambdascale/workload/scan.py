@@ -28,7 +28,7 @@ class Span(msgspec.Struct):
     last: int | float = 0
 
     def add(self, times: pa.ChunkedArray) -> None:
-        """Take the times of further requests in."""
+        """Include the times of further requests."""
         if not len(times):
             return
         ends = pc.min_max(times).as_py()
@@ -57,7 +57,7 @@ class Notes(msgspec.Struct):
     models: list[str] = msgspec.field(default_factory=list)
 
     def add(self, block: Block) -> None:
-        """Take a further block in."""
+        """Include a further block."""
         table = block.table
         self.seen += block.seen
         self.skipped += block.skipped
@@ -94,7 +94,7 @@ def opened(path: str, how_to_get: str = "") -> Iterator[BufferedReader]:
     try:
         file = Path(path).expanduser()
         found, exists = file.is_file(), file.exists()
-    except (RuntimeError, OSError) as error:  # a home directory of nobody, a name that is too long
+    except (RuntimeError, OSError) as error:  # the home directory of an unknown user, a name that is too long
         raise TraceError(f"cannot read the trace {shown(path)}: {error!s:.100}") from error
     if not found:
         raise TraceError(f"cannot read the trace {path}: {'not a file' if exists else 'no such file'}{how_to_get}")

@@ -30,10 +30,10 @@ _SHAPES = (0.01, 1e4)
 
 
 class Hash(Protocol):
-    """A digest in the making."""
+    """A digest under construction."""
 
     def update(self, data: bytes, /) -> None:
-        """Take further bytes in."""
+        """Include further bytes."""
         ...
 
 

@@ -189,7 +189,7 @@ class TokenTrace(TraceFile):
         )
 
     def _check_blocks(self, notes: Notes, block_tokens: int) -> None:
-        """Raise TraceError if hashes hardly cover ``block_tokens`` tokens each."""
+        """Raise TraceError unless hashes cover about ``block_tokens`` tokens each."""
         if notes.every.count <= _MANY or not notes.blocks:
             return
         found = notes.hashed_tokens / notes.blocks

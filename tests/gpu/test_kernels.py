@@ -13,7 +13,8 @@ import torch
 from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.architecture import parse_architecture
 from lambdascale.checkpoints.synthetic import PRESETS
-from lambdascale.inference.fused import MOST_ROWS, TritonOperators, has_triton, rehearse
+from lambdascale.inference.compiling import rehearse
+from lambdascale.inference.fused import MOST_ROWS, TritonOperators, has_triton
 from lambdascale.inference.operators import TorchOperators
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.stage import rope_tables

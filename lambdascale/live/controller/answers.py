@@ -28,7 +28,7 @@ class Sink(Protocol):
         ...
 
     def failed(self, failure: Failure) -> None:
-        """Take note that the answer ends here with an error."""
+        """Record that the answer ends here with an error."""
         ...
 
 
@@ -85,7 +85,7 @@ class _Served:
 
 @dataclass
 class _Switch:
-    """A mode switch under way: the dissolved pipeline's head, and the requests that do not go on yet."""
+    """A mode switch under way: the dissolved pipeline's head, and the requests that have not resumed yet."""
 
     head: NodeId
     waiting: set[int]
@@ -146,7 +146,7 @@ class Answers:
             self.finish(message.request_id, message.instance)
 
     def tokens(self, message: wire.Tokens) -> None:
-        """Take the tokens of an instance's iteration, and what it says of requests that wait again."""
+        """Take the tokens of an instance's iteration, and the ids of requests that it preempted."""
         for request_id in message.preempted:
             answer = self._answers.get(request_id)
             if answer is not None and message.instance in answer.owners:
@@ -183,7 +183,7 @@ class Answers:
             self._emit(RequestFinished(0.0, instance, request_id, answer.ticket.produced))
 
     def deliver(self, event: RequestFinished) -> RequestFinished | None:
-        """Return a request's end as the control plane has to hear it, now that it does; None if it has given the request up.
+        """Return a request's end as it is told to the control plane now; None if that has given the request up.
 
         It may have restarted the request meanwhile, because it heard of its instance's failure first: it ends where it is now.
         """
@@ -195,7 +195,7 @@ class Answers:
     def resumed(self, message: wire.Resumed) -> None:
         """Take note that requests of a dissolved pipeline are with their new instance, and of the tokens that they brought.
 
-        The new instance goes on behind those tokens, and the pipeline's own word of them may be late or lost. A request that
+        The new instance goes on behind those tokens, and the pipeline's message about them may be late or lost. A request that
         waits for its KV is still on its way: a lost connection within the pipeline may keep the KV from coming.
         """
         for request_id, output in message.outputs.items():

@@ -148,7 +148,7 @@ class LiveBackend:
         self._calls.put(Abort(request_id))
 
     def end(self, failure: Failure = _ENDED) -> None:
-        """Let ``next_event`` return None, whatever is under way. Those who wait for answers hear ``failure``."""
+        """End the run: ``next_event`` returns None, and requests under way fail with ``failure``."""
         self._calls.put(End(failure))
 
     # -- start and end -----------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class LiveBackend:
             self._listen(self._until_due())
 
     def _answer_calls(self) -> None:
-        """Do what other threads have asked for."""
+        """Carry out the calls of other threads."""
         for call in self._calls.take():
             if isinstance(call, Offer):
                 self._offered[call.request.request_id] = call
@@ -259,7 +259,7 @@ class LiveBackend:
         return self._at
 
     def _idle(self) -> bool:
-        """True if nothing can happen any more by itself."""
+        """True if no further event can come by itself."""
         return not (
             self._events
             or self._timers
@@ -358,7 +358,7 @@ class LiveBackend:
         self._tell(command.node, wire.Do(command))
 
     def _cancel(self, command: CancelTransfer) -> None:
-        """Tell every node: who has a part in a transfer is not kept, and the others ignore the number."""
+        """Tell every node: the members of a transfer are not recorded here, and other nodes ignore the id."""
         self._transfers.end(command.transfer_id)
         for node in sorted(self._roster.alive):
             self._tell(node, wire.Do(command))

@@ -31,7 +31,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The run ends; those who wait for answers hear ``failure``."""
+    """The run ends; requests under way fail with ``failure``."""
 
     failure: Failure
 

@@ -15,7 +15,7 @@ from lambdascale.live.controller.pulse import PATIENCE_S, Pulse
 from lambdascale.live.node_config import Access
 
 _HANDSHAKE_MS = 5000
-_AT_A_TIME = 4096  # messages: the controller has other work than to listen to one that never stops
+_AT_A_TIME = 4096  # messages taken at a time: an agent that never stops sending must not keep the controller from its other work
 
 
 class _OnlyOurs:

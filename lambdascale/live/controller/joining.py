@@ -1,4 +1,4 @@
-"""The way a process becomes a member: it is launched, says hello, hears of the others, and everybody connects."""
+"""Joining of processes: each is launched, says hello, receives the directory, and connects to the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Batch:
 
 @dataclass
 class _Listed:
-    """A node in the directory, since directory number ``since``; ``answered`` is the last one it has connected by."""
+    """A node in the directory, since directory number ``since``; ``answered``: the last one by which it has connected."""
 
     address: str
     since: int

@@ -1,4 +1,4 @@
-"""Lines for the operator on stderr. Equal lines are counted, not repeated: a fault in a loop must not bury all else."""
+"""Lines for the operator on stderr. Equal lines are counted, not repeated: a fault in a loop must not hide the other lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_LINES = 256
 
 @dataclass
 class _Said:
-    """A line that was written ``at`` some time, and how often it was said since."""
+    """A line, the time ``at`` which it was written, and the number of repetitions since."""
 
     at: float
     repeats: int = 0
@@ -48,7 +48,7 @@ class Log:
         self.flush()
 
     def flush(self, *, all_of_them: bool = False) -> None:
-        """Write how often lines were said again. Lines that were not are forgotten: they are new the next time."""
+        """Write the numbers of repetitions. Lines without any are forgotten, and count as new the next time."""
         now = self._clock()
         for line, said in list(self._said.items()):
             if all_of_them or now - said.at >= _EVERY_S:

@@ -1,4 +1,4 @@
-"""Members of a live cluster: their processes live, and they are heard of."""
+"""Members of a live cluster: nodes whose processes live and send heartbeats."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LOOK_S = 1.0
 
 
 class Membership:
-    """Looks for ended processes each second; a member that is silent for ``silence_s`` seconds is taken for dead.
+    """Looks for ended processes each second; a member that is silent for ``silence_s`` seconds counts as lost.
 
-    Time in which nobody looked is no silence: after a pause of this process, or of the machine, members are heard first.
+    Time without a look does not count as silence: after a pause of this process, or of the machine, members are heard first.
     """
 
     def __init__(self, launcher: Launcher, hub: Hub, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -35,14 +35,14 @@ class Membership:
         self.watch()
 
     def hear(self, node: NodeId) -> bool:
-        """Note a sign of life. Return False if the node is not a member."""
+        """Record a heartbeat. Return False if the node is not a member."""
         if node not in self.alive:
             return False
         self._heard[node] = self._clock()
         return True
 
     def lost(self, *, ended: bool) -> dict[NodeId, str]:
-        """Return the members to be taken for dead, and why. ``ended``: some process has."""
+        """Return the members that are lost, with reasons. ``ended``: some process has ended."""
         now = self._clock()
         self._forgive_pause(now)
         searching = ended or now - self._searched >= LOOK_S

@@ -109,7 +109,7 @@ class Mending:
     def cut_off(self) -> set[NodeId]:
         """Return, of two members whose connection was not made again, the one that has lost more connections.
 
-        Blocks and hidden states may take any connection, and nobody knows which end has failed: such a node is taken for dead.
+        Blocks and hidden states may take any connection, and the end that failed is not known: such a node counts as lost.
         """
         now = self._clock()
         if not any(now - case.since >= self._patience_s(pair) for pair, case in self._cases.items()):

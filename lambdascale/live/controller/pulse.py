@@ -1,4 +1,4 @@
-"""Signs of life of the controller: nodes end themselves when they see none for a while (see live.node.vigil)."""
+"""Heartbeats of the controller: nodes end themselves when they see none for a while (see live.node.vigil)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 import zmq
 
 EVERY_S = 0.25
-PATIENCE_S = 1.5  # of a server's nodes: six signs of life are missing
+PATIENCE_S = 1.5  # of a server's nodes: six heartbeats are missing
 _STALL_S = 20.0
 
 
 class Pulse:
-    """Sends a sign of life four times a second from a thread of its own, whatever the control thread is busy with.
+    """Sends a heartbeat four times a second from a thread of its own, while the control thread may be busy.
 
-    Unless the control thread has not called ``allow`` for 20 s: nodes had better end than wait for it.
+    It stops when the control thread has not called ``allow`` for 20 s, so that nodes end instead of waiting for it.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, keys: tuple[bytes, bytes]) -> None:
@@ -30,7 +30,7 @@ class Pulse:
         self._thread.start()
 
     def allow(self) -> None:
-        """Take note that the control thread works."""
+        """Record that the control thread works."""
         self._allowed = time.monotonic()
 
     def _beat(self) -> None:

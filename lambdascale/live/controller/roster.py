@@ -104,7 +104,7 @@ class Roster:
         return sorted(self.alive)
 
     def hear(self, node: NodeId, message: wire.ToController) -> bool:
-        """Take what concerns membership; return True if the message is another one of a member's."""
+        """Take what concerns membership; return True if the message is a member's and of another kind."""
         if node in self._joining.coming:
             self._meet(node, message)
             return False
@@ -153,7 +153,7 @@ class Roster:
         self._doomed.setdefault(node, reason)
 
     def look(self, *, ended: bool) -> Changes:
-        """Return what has changed since the last time, and restart what is due. ``ended``: a process has."""
+        """Return what has changed since the last time, and restart what is due. ``ended``: a process has ended."""
         joined = self._joining.take_joined()
         for node in joined:
             self._membership.admit(node)

@@ -13,7 +13,7 @@ WINDOW_S = 600.0
 
 
 class Supervisor:
-    """Restarts each node ``limit`` times within ten minutes at most; 0 never restarts. It decides, others carry out.
+    """Restarts each node ``limit`` times within ten minutes at most; 0 never restarts. It decides; the roster carries out.
 
     The first restart comes half a second after the loss, each further one in the window after twice the time, 30 s at most.
     Restarts since the node was last up count however long ago they were, so that starts that hang come to an end.

@@ -1,4 +1,4 @@
-"""Multicasts and loads under way, and what the clock of a run waits for. All of it belongs to the control thread."""
+"""Multicasts and loads under way; a run's clock waits for the initial ones. All of it belongs to the control thread."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Transfers:
                 self._remove(number, transfer, {(node, block)})
 
     def node_lost(self, node: NodeId) -> None:
-        """Wait for nothing on this node any more."""
+        """Stop waiting for blocks on this node."""
         self._copies = {copy for copy in self._copies if copy[0] != node}
         for number, transfer in list(self._transfers.items()):
             self._remove(number, transfer, {pair for pair in transfer.waiting if pair[0] == node})

@@ -149,16 +149,16 @@ def run(config: NodeConfig, launched: float | None = None, *, local: bool = True
         line.say(wire.Fault(config.node, f"the agent failed: {type(error).__name__}: {error}", users=False))
         line.close()
         sys.stderr.flush()
-        os._exit(1)  # in no good order: a thread that would have to be waited for may be part of the failure
+        os._exit(1)  # without an orderly close: a thread to wait for may be part of the failure
     if line.lost:
         print(f"node {config.node}: {line.lost}, leaving", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: nobody waits for a good order, and the system frees all memory
+        os._exit(1)  # at once, without an orderly close: the system frees all memory
     agent.close()
     line.close()
 
 
 def _report_thread(node: NodeId, line: Line, failure: threading.ExceptHookArgs) -> None:
-    """Report the exception that has ended one of the node's threads: nobody knows what will never be done without it."""
+    """Report the exception that has ended one of the node's threads: its work would remain undone without notice."""
     threading.__excepthook__(failure)
     name = "" if failure.thread is None else failure.thread.name
     line.say(wire.Fault(node, f"thread {name} failed: {failure.exc_type.__name__}: {failure.exc_value}", users=False))

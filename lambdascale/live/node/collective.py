@@ -102,7 +102,7 @@ class Collective:
         try:
             self._store.use_device()
             self._broadcast(command, tier)
-        except Exception as failure:  # whatever it is, the controller must not wait for this broadcast
+        except Exception as failure:  # any exception: the controller must not wait for this broadcast
             if not isinstance(failure, RuntimeError | ValueError | queue.Empty):
                 traceback.print_exc()
                 failure = RuntimeError(f"{type(failure).__name__}: {failure}")

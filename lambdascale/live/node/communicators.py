@@ -29,7 +29,7 @@ def has_nccl() -> bool:
 
 
 class Communicator(Protocol):
-    """A context: left with an exception, it is torn down without waiting for anybody."""
+    """A context: left with an exception, it is torn down without waiting for other members."""
 
     def broadcast(self, data: torch.Tensor, root: int) -> None:
         """Bring the root's bytes to all members; complete when it returns. RuntimeError if it breaks."""

@@ -168,7 +168,7 @@ class Instance:
 
     @property
     def whole(self) -> Runner | None:
-        """The runner that has the whole model at the head, in the newest partition; None if the instance is not so."""
+        """The runner that has the whole model at the head, in the newest partition; None if no runner has it."""
         newest = self.partitions[self.newest]
         return newest.runners.get(0) if self.head is not None and len(newest.stages) == 1 else None
 

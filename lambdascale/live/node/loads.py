@@ -24,7 +24,7 @@ _RETRIES = 3000
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Rates that storage is slowed down to; None: as fast as it is. ``remote`` None: the cluster has no remote store."""
+    """Rates to which storage is paced; None: not paced. ``remote`` None: the cluster has no remote store."""
 
     ssd: TokenBucket | None = None
     pcie: TokenBucket | None = None

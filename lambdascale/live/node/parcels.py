@@ -124,7 +124,7 @@ class Parcels:
             self._vacate(message.node, message.instance, [before])
 
     def send(self, peer: NodeId, instance: int, batch: int, hidden: bytes | torch.Tensor) -> bytes | wire.Landed:
-        """Write hidden states to their place at ``peer``. Returns what the message that follows says: the place, or the bytes."""
+        """Write hidden states to their place at ``peer``. Returns what the next message carries: place or bytes."""
         place = self._places.get((instance, peer, batch))
         size = len(hidden) if isinstance(hidden, bytes) else hidden.nbytes
         if place is None or size > place.size:

@@ -100,10 +100,10 @@ class TorchRunner:
         """See Runner."""
         if isinstance(inputs, Hidden):
             raw = tensor_of(inputs, self._stage.device)
-            hidden = raw.view(self._dtype).view(work.batch.rows, self._architecture.hidden)
+            given = raw.view(self._dtype).view(work.batch.rows, self._architecture.hidden).to(self._stage.device)
         else:
-            hidden = torch.tensor(inputs, dtype=torch.long)
-        state = self._stage.run(work.batch, hidden.to(self._stage.device))
+            given = torch.tensor(inputs, dtype=torch.long)
+        state = self._stage.run(work.batch, given)
         if self._stage.is_last:
             if not work.rules and state.device.type == "cuda":
                 # The answer says that the inputs have been read: the stage before may write the next ones to their place.

@@ -1,4 +1,4 @@
-"""Parts of a node's start, timed; and spare processes, which have the first of them behind them."""
+"""Timed parts of a node's start, and spare processes, which have completed the first of these parts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StartParts:
 
 
 def bind() -> None:
-    """Make this process one that its parent decides about: deaf to interrupts, and dead when the parent dies."""
+    """Bind this process to its parent: it ignores interrupts, and dies when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
 

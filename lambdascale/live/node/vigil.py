@@ -14,7 +14,7 @@ _STEP_S = 0.25
 
 
 class Vigil:
-    """The sockets whose news ``look`` takes. For the main thread.
+    """Heartbeats of the controller, taken by ``look``. For the main thread.
 
     Silence counts while this process runs: each look adds a quarter of a second at most, so that a node which was stopped, alone
     or with its machine, hears the controller first.
@@ -38,13 +38,13 @@ class Vigil:
         self.verdict = ""  # the reason why the controller is taken for lost
 
     def watch(self, poller: zmq.Poller) -> None:
-        """Have a poller wake up for news."""
+        """Register with a poller, which wakes up for heartbeats."""
         poller.register(self._socket, zmq.POLLIN)
         if self._launcher is not None:
             poller.register(self._launcher, zmq.POLLIN)
 
     def look(self, ready: dict[object, int]) -> None:
-        """Take the news that a poller has found, or note that time has passed without any."""
+        """Take the heartbeats that a poller has found, or record that time has passed without any."""
         now = self._clock()
         step, self._looked = min(now - self._looked, _STEP_S), now
         if self._socket in ready:

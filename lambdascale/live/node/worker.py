@@ -79,6 +79,6 @@ class Worker:
             with self._wake:
                 while not (self._posted or self._stopping or self._may_run()):
                     self._wake.wait()
-                if self._stopping and not self._posted:  # somebody may wait for what was posted
+                if self._stopping and not self._posted:  # a caller may wait for what was posted
                     return
             self.step()

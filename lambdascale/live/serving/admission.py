@@ -109,7 +109,7 @@ class Admission:
         return places
 
     def leave(self, place: Place) -> None:
-        """Give a place up: the request has ended, or its client has left. Nothing happens the second time."""
+        """Give a place up: the request has ended, or its client has left. A second call does nothing."""
         state, place.state = place.state, "left"
         if state == "waiting":
             line = self._lines[place.client]

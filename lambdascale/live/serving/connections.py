@@ -22,8 +22,8 @@ from lambdascale.live.serving.openai_api import ApiError
 from lambdascale.live.serving.options import HEAD_BYTES
 from lambdascale.live.serving.reasons import Reason
 
-_LINGER_S = 2.0  # a refused client has so long to read why
-_MOST_REFUSED = 128  # connections that read why they are refused, at a time
+_LINGER_S = 2.0  # seconds for a refused client to read the reason
+_MOST_REFUSED = 128  # refused connections that may read their reason at a time
 _PIECE_BYTES = 4096
 _REASONS: dict[int, Reason] = {400: "malformed", 431: "head_too_large", 501: "transfer_encoding"}
 _MESSAGES = {
@@ -70,7 +70,7 @@ class Connection(H11Protocol):
         if len(self.connections) > self._limits.connections and not self._make_room():
             self._refuse(503, "connections", "the server has too many connections", retry_after_s=1)
             if len(self.connections) > self._limits.connections + _MOST_REFUSED:
-                self.transport.abort()  # no time to let it read why
+                self.transport.abort()  # without time to read the reason
             return
         self._receiving = self._after(self._limits.receive_s, self._too_slow)
 
@@ -176,20 +176,20 @@ class Connection(H11Protocol):
     # -- sending -----------------------------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
-        """Wait for the client to read, and not for ever."""
+        """Wait for the client to read, for a bounded time."""
         super().pause_writing()
         if self._sending is None:
             self._sending = self._after(self._limits.send_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Stop waiting: the client reads again."""
         super().resume_writing()
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or, closing, for the client to read the rest, and not for ever."""
+        """Wait for the next request or, if closing, for the client to read the rest, for a bounded time."""
         super().on_response_complete()
         if self.transport.is_closing() and self._ending is None:
             self._ending = self._after(self._limits.send_s, self.transport.abort)

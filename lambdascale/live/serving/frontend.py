@@ -203,7 +203,7 @@ class FrontEnd:
         return await self._working(lambda: self._text.encode(text))
 
     async def _working(self, work: Callable[[], list[int]]) -> list[int]:
-        """Have a tokenizer's thread do it: the event loop goes on."""
+        """Run a function in a tokenizer's thread, while the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
 
     def _ids_of(self, prompt: list[int]) -> list[int]:
@@ -296,7 +296,7 @@ class _EventStream(StreamingResponse):
     body_iterator: AsyncIterator[bytes]
 
     async def stream_response(self, send: Send) -> None:
-        """Send all of it."""
+        """Send the whole response."""
         async with aclosing(self.body_iterator):  # type: ignore[type-var]  # it is a generator, whose type starlette widens
             await super().stream_response(send)
 

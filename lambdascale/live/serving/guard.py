@@ -1,6 +1,6 @@
 """Checks before a request is read: the host it is meant for, the page it comes from, its key, its query.
 
-They also decide whose request it is, for the shares of clients.
+They also identify the client, for the clients' shares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def guarded(app: ASGIApp, options: HttpOptions, tally: Tally) -> ASGIApp:
     guard = Guard(app, options, tally)
     if not options.cors_origins:
         return guard
-    # Outside: a browser's question before a request has no key.
+    # Outside the check of keys: a browser's preflight request has none.
     return CORSMiddleware(
         guard, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["Authorization", "Content-Type"]
     )
@@ -95,7 +95,7 @@ class Guard:
 
 
 def client_of(scope: Scope) -> str:
-    """Return whose a request without a key is: its address's, in IPv6 its network's."""
+    """Return the client of a request without a key: its address, in IPv6 its network."""
     host = scope["client"][0] if scope.get("client") else "unknown"
     try:
         address = ipaddress.ip_address(host)

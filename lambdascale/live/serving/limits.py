@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 
 from lambdascale.live.serving.openai_api import ApiError
 
-_ESCAPED_BYTES = 6  # a character of a JSON string takes as many when it is written as \uXXXX
+_ESCAPED_BYTES = 6  # bytes of a JSON string's character that is written as \uXXXX
 _LONG_NUMBER = 20  # digits
 DROPPED_BYTES = 64 << 20
 BODIES_BYTES = 256 << 20  # of all bodies that are being received

@@ -263,7 +263,7 @@ def decode(data: bytes, body: type[_Body]) -> _Body:
 
 
 def _readable(message: str) -> str:
-    """Return msgspec's error with the one that users meet most in plainer words."""
+    """Return msgspec's error, the most frequent one in plainer words."""
     unknown = re.match(r"Object contains unknown field `([^`]*)`", message)
     return f"{unknown[1]} is not supported by this server: {message}" if unknown else message
 

@@ -1,4 +1,4 @@
-"""Options of the HTTP side of a server: where it listens, whom it answers, and how much it takes on."""
+"""Options of the HTTP side of a server: address, admitted clients, and bounds."""
 
 from __future__ import annotations
 
@@ -154,5 +154,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def _no_password() -> str:
-    """Refuse to ask on the terminal: a server has nobody to answer."""
+    """Refuse to ask for a password on the terminal: nobody sits at a server's."""
     raise ValueError("the key is encrypted")

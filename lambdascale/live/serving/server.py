@@ -85,7 +85,7 @@ class Service:
         )
 
     def ill(self) -> str:
-        """Return why the cluster can answer nothing, "" if it can: the control thread runs and a node is alive."""
+        """Return the reason why the cluster can answer nothing, "" if the control thread runs and a node is alive."""
         return self._ended() or ("" if self.state.nodes_alive else _NO_NODE)
 
     def closed(self) -> str:

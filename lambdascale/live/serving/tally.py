@@ -1,4 +1,4 @@
-"""Counts of what a server refuses, what fails and what waits, for its metrics. All of it belongs to the event loop."""
+"""Counts of refusals, failures and waiting requests of a server, for its metrics. All of it belongs to the event loop."""
 
 from __future__ import annotations
 

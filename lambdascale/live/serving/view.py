@@ -18,7 +18,7 @@ _FULL, _EMPTY = "█", "·"
 
 
 def draw(snapshot: dict[str, Any], title: str) -> Group:
-    """One picture of the cluster."""
+    """Draw the cluster once."""
     nodes = Table(title=title, title_justify="left", expand=False)
     for column in ("node", "blocks", "serves", "host copies"):
         nodes.add_column(column)

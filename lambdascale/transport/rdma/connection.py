@@ -55,7 +55,7 @@ class Owner(Protocol):
         ...
 
     def forget(self, connection: RdmaConnection, lost: str = "") -> None:
-        """Take note that a connection accepts nothing any more; ``lost``: the reason to tell the node, "" after a goodbye."""
+        """Record that a connection accepts nothing any more; ``lost``: the reason to tell the node, "" after a goodbye."""
         ...
 
     def freed(self, connection: RdmaConnection) -> None:

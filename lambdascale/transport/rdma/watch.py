@@ -1,6 +1,6 @@
 """The one thread of an endpoint that waits: for completions, and for sockets that end. All connections depend on it.
 
-So nothing that it calls can end it: an exception is printed and told to whom the call belongs, and the thread goes on.
+So nothing that it calls can end it: an exception is printed and reported to the owner of the call, and the thread goes on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,71 @@
+"""Launches of a GPU's kernels, with recorders in their place: which may start while the kernel before still runs."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import lambdascale.inference
+from lambdascale.checkpoints.architecture import parse_architecture
+from lambdascale.checkpoints.synthetic import PRESETS
+from lambdascale.inference import fused
+from lambdascale.inference.scratch import Scratch
+from lambdascale.inference.stage import rope_tables
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """A kernel that notes the settings of its launches."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: object) -> Any:
+        return lambda *arguments, **settings: self.launches.append(settings)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    made: Any = ModuleType("kernels")
+    made.STARTS_EARLY = True
+    for name in ("linear", "norm", "gate", "rotate", "attend", "join"):
+        setattr(made, f"{name}_kernel", Recorder())
+    monkeypatch.setitem(sys.modules, "lambdascale.inference.kernels", made)
+    monkeypatch.setattr(lambdascale.inference, "kernels", made, raising=False)
+    return made
+
+
+def step(rows: int) -> None:
+    """Launch the kernels of a layer of a decode step."""
+    a = parse_architecture(dict(PRESETS["tiny"]))
+    operators = fused.TritonOperators(a, rope_tables(a, 8, torch.float32, CPU), Scratch(torch.float32, CPU))
+    states = torch.zeros(rows, a.heads + 2 * a.kv_heads, a.head_dim)
+    kv = torch.zeros(rows, 2 * a.kv_heads, 8, a.head_dim)
+    places = operators.places(torch.arange(rows), torch.zeros(rows, dtype=torch.long))
+    operators.attend(operators.rotate(states, places, kv), places, kv, None)
+    weight = torch.zeros(a.hidden, a.hidden)
+    operators.add_product(torch.zeros(rows, a.hidden), torch.zeros(rows, a.hidden), weight, None)
+
+
+@pytest.mark.parametrize(("able", "rows", "early"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_kernels_of_one_row_start_early(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, able: bool, rows: int, early: bool
+) -> None:
+    """The kernel waits in code exactly where the launch lets it start: otherwise it would read what is not written yet."""
+    monkeypatch.setattr(fused, "can_start_early", lambda device: able)
+    step(rows)
+    for name in ("rotate", "attend", "join", "linear"):
+        (settings,) = getattr(kernels, f"{name}_kernel").launches
+        assert (settings["EARLY"], settings.get("launch_pdl", False)) == (early, early)
+
+
+def test_an_older_triton_starts_nothing_early(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.STARTS_EARLY = False
+    monkeypatch.setattr(fused, "can_start_early", lambda device: True)
+    step(1)
+    assert all("launch_pdl" not in settings for settings in kernels.attend_kernel.launches)
