@@ -55,7 +55,8 @@ def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
 class Load(FlowGroup):
     """One LoadBlocks under way; UserError if its tier does not exist. ``on_end(transfer_id)`` is called after its last block.
 
-    Sizes are in bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
+    Flows of all tiers but the remote store have sizes in bytes at a NIC's line rate, as sends have, so that a send from host
+    memory has an equal share of PCIe.
     """
 
     def __init__(self, command: LoadBlocks, fabric: Fabric, deliver: Deliver, on_end: Callable[[int], None]) -> None:

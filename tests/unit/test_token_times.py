@@ -197,8 +197,8 @@ def test_a_token_that_comes_again_counts_when_it_first_came() -> None:
 
 
 def test_several_stays_without_a_decode_step() -> None:
-    prefill_only: tuple[BatchLog, BatchLog] = ([0, 1.0, 1, 0.0, 0.0], [0, 4.0, 1, 3.0, 0.0])
-    first, second = prefill_only
+    first: BatchLog = [0, 1.0, 1, 0.0, 0.0]
+    second: BatchLog = [0, 4.0, 1, 3.0, 0.0]
     assert answered(Stay(first, -1, 0, 1, 1.0), Stay(second, -1, 0, 2, 4.0)) == [3.0]
 
 
