@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--receive", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--broadcast", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.receive is not None:
         receive(arguments.receive)
         return

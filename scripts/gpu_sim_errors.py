@@ -189,6 +189,8 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=Path("results/tables"))
     parser.add_argument("--map", action="store_true", help="simulate where pipelines help, and write gpu_map_simulated.csv")
     arguments = parser.parse_args()
+    if not arguments.tables.is_dir():
+        parser.error(f"--tables: {arguments.tables} is no folder")
     if arguments.map:
         table = pd.DataFrame(mapped(arguments.profile))
         table.to_csv(arguments.tables / "gpu_map_simulated.csv", index=False, float_format="%.4g")

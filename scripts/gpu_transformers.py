@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     card = f"1 x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for size in arguments.models.split(","):
         model = model_of(size)

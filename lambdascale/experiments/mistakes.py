@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 from hydra.errors import HydraException
@@ -24,6 +25,9 @@ def user_message(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, UserError):
             return one_line(str(cause))
+        if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
+            # Files that the package names itself have short names: this one is a setting's.
+            return one_line(f"the name of a file or folder is too long: {cause.filename}")
     ours = [cause for cause in chain if isinstance(cause, HydraException | OmegaConfBaseException)]
     message = one_line(" ".join(dict.fromkeys(_first_lines(cause) for cause in ours)))
     if "RecordedRun.__init__" in message:

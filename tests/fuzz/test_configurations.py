@@ -184,3 +184,20 @@ def test_the_sample_is_of_all_configurations(folder: Path) -> None:
 def test_a_fault_of_ours_is_noticed() -> None:
     with pytest.raises(AssertionError, match="status 1"):
         ends_well(lambda: int("x"), "a fault of ours")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*BURST, "replay=NAME"),
+        (*BURST, "out=NAME"),
+        (*BURST, "results=NAME"),
+        (*BURST, "backend=live", "backend.checkpoint=NAME"),
+        *((f"workload={name}", "workload.path=NAME") for name in ("run", "azure", "rate_series", "servegen", "functions_2019")),
+    ],
+    ids=lambda overrides: overrides[-1] if overrides[0] in BURST else overrides[0],
+)
+def test_a_name_longer_than_files_may_have(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = tuple(text.replace("NAME", "x" * 300) for text in overrides)
+    assert ends_well(lambda: run(compose(overrides)).reused, overrides) == 2
