@@ -4,8 +4,10 @@
 ``scripts/tables.py`` fills in the numbers and writes the block of README.md. Functions of the template:
 
 - ``p90(system, model)``, ``gpu(system, model)``: ratio of P90 TTFT, per cent of GPU time saved, with the interval of 95 %;
+- ``mark(system, model, ...)``: † if a P90 TTFT of these models rests on set-ups of NCCL that were not measured;
 - ``seeds(system, model)``: the ratio of P90 TTFT over seeds of the generator;
 - ``under(system, model, setting, value)``: the ratio of P90 TTFT under another assumption;
+- ``new_processes(system, model)``: the ratio of P90 TTFT if each allocation starts a process;
 - ``removed(cause, system, model)``: the ratio of P90 TTFT in the runs explanations/CAUSE/10;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
@@ -103,8 +105,16 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         found = row("paper_vs_ours", what=what, model=model)
         return f"{found.ours} ({found.interval})"
 
+    def mark(system: str, *models: str) -> str:
+        found = [row("paper_vs_ours", what=p90_title(system), model=model).setup for model in models]
+        return "†" if any(isinstance(setup, str) and setup for setup in found) else ""
+
     def under(system: str, model: str, setting: str, value: str) -> str:
         found = row("sensitivity", run=f"sensitivity/{setting}/{value}", system=system, model=model)
+        return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
+
+    def new_processes(system: str, model: str) -> str:
+        found = row("cold_start_ratios", pool="NewProcesses", kept_s=0.0, system=system, model=model)
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def removed(cause: str, system: str, model: str) -> str:
@@ -143,7 +153,9 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "changed": changed,
         "cell": cell,
         "count": count,
+        "mark": mark,
         "under": under,
+        "new_processes": new_processes,
         "removed": removed,
         "on_gpus": on_gpus,
         "with_memory": with_memory,

@@ -15,7 +15,7 @@ from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.pairs import pair_table, with_intervals
 from lambdascale.experiments.setups import setup_text
-from lambdascale.experiments.study import OUTCOME, PAIRS, Study
+from lambdascale.experiments.study import PAIRS, WITH_INTERVALS, Study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 from lambdascale.metrics.ttft_parts import PARTS
 
@@ -59,7 +59,7 @@ def study_table(study: Study, folders: Sequence[Path]) -> pd.DataFrame:
         labels |= {name: value for name, value in (known | {"seed": config.seed}).items() if name not in kept.columns}
         parts.append(pd.concat([pd.DataFrame(labels, index=kept.index), kept], axis=1))
     table = pd.concat(parts, ignore_index=True)
-    return with_intervals(table, study, folders) if study.rows == OUTCOME else table
+    return with_intervals(table, study, folders) if study.rows in WITH_INTERVALS else table
 
 
 def _selected(config: DictConfig, key: str) -> Any:
@@ -204,7 +204,7 @@ ROWS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "parts": _parts,
     "measures": _measures,
     "scale_out": _scale_out,
-    OUTCOME: _outcome,
+    "outcome": _outcome,
     "arrivals": _arrivals,
     "host_cache": _host_cache,
 }

@@ -35,9 +35,11 @@ DEPARTURES: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "nccl_broadcast": {
             "nccl_broadcast_no_own_copies": "without: new nodes load their own host copy",
             "nccl_broadcast_one_chain": "without: a chain from each source, not one for all",
+            "nccl_broadcast_free_root": "without: a root's GPU is occupied by its broadcast",
         },
         "nccl_prototype": {
             "nccl_prototype_1s": "without: a look every 0.5 s, not 1 s",
+            "nccl_prototype_free_root": "without: a root's GPU is occupied by its broadcast",
             "nccl_prototype_sleeps": "instead: broadcasts are sleeps of 0.45 to 0.97 s, as in the prototype's script",
         },
     },

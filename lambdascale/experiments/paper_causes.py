@@ -22,6 +22,11 @@ class Cause:
     instead: str = ""
     any_model: bool = False
 
+    @property
+    def note(self) -> str:
+        """The sentence, with the runs that remove the reason."""
+        return f"{self.sentence} Runs: explanations/{self.run}." if self.run else self.sentence
+
 
 BARRIER = Cause(run="barrier", sentence="Eager data plane here; without: both under the prototype's barrier of 6 ms a round.")
 MODEL = Cause(

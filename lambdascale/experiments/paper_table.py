@@ -76,7 +76,7 @@ def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[st
         "unit": claim.unit,
         "error": error,
         "setup": line.setup,
-        "why": "" if agrees else SEPARATOR.join(cause.sentence for cause in line.causes[: len(tried) or None]),
+        "why": "" if agrees else SEPARATOR.join(cause.note for cause in line.causes[: len(tried) or None]),
         "without": "" if agrees else SEPARATOR.join(each.value for each in tried),
         "interval_without": "" if agrees else SEPARATOR.join(each.interval for each in tried),
         "error_without": "" if agrees else SEPARATOR.join(each.left for each in tried),

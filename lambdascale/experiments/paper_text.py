@@ -23,12 +23,14 @@ _MARK = "†: NCCL's set-up is measured for 2 to 8 ranks; broadcasts of this row
 def markdown(table: pd.DataFrame) -> str:
     """Format the comparison as Markdown, with the cause whose removal leaves least of each difference.
 
-    Ranges over seeds are in brackets, reasons are numbered notes below. A second table has everything that was tried.
+    Ranges over seeds are in brackets, reasons are numbered notes below; † marks rows with a ``setup``. A second table has
+    everything that was tried.
     """
+    table = table.fillna("")
     heads = ["figure", "what", "model", "paper", "ours", "95 %", "error", "closest without no.", "so"]
     lines, all_tried = [_line(heads), "|" + "---|" * len(heads)], []
     notes: dict[str, int] = {}
-    for row in table.fillna("").itertuples():
+    for row in table.itertuples():
         spread = f" ({row.range_over_seeds!s})" if row.range_over_seeds else ""
         unit = f" {row.unit!s}" if row.unit else ""
         numbers = [notes.setdefault(why, len(notes) + 1) for why in parts(row.why)]

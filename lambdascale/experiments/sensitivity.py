@@ -19,7 +19,19 @@ BASE = "base"
 # Published range of P90 TTFT over λScale (reference, section 3).
 _PAPER = (2.4, 5.0)
 _MEASURES = {"p90": "P90 TTFT, {} over λScale", "gpu": "GPU time below {}"}
-_COLUMNS = ["conclusion", "model", "setting", "value", "base", "result", "interval", "verdict", "paper", "backend"]
+_COLUMNS = [
+    "conclusion",
+    "model",
+    "setting",
+    "value",
+    "base",
+    "base_interval",
+    "result",
+    "interval",
+    "verdict",
+    "paper",
+    "backend",
+]
 
 
 def settings_of(table: pd.DataFrame) -> pd.DataFrame:
@@ -35,9 +47,9 @@ def settings_of(table: pd.DataFrame) -> pd.DataFrame:
 def conclusions(table: pd.DataFrame) -> pd.DataFrame:
     """One row per conclusion, model, setting and value: the result beside that of the defaults, and the conclusion's fate.
 
-    ``result`` is a ratio for P90 TTFT, per cent saved for GPU time, with its ``interval`` of 95 %. ``verdict``: holds; halved
-    (less than half the gain is left); undecided (the interval includes no difference); reversed. ``paper``: place of the ratio
-    below, in or above the published range.
+    ``base``, ``result``: a ratio for P90 TTFT, per cent saved for GPU time, each with its interval of 95 %. ``verdict``: holds;
+    halved (less than half the gain is left); undecided (the interval includes no difference); reversed. ``paper``: place of the
+    ratio below, in or above the published range.
     """
     return pd.DataFrame(_rows(settings_of(table)), columns=_COLUMNS)
 
@@ -48,7 +60,7 @@ def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
             bases = rows[rows.setting == BASE]
             if bases.empty:
                 raise UserError(f"sensitivity: no row of {BASE} for {system}, {model}")
-            base = _result(bases.iloc[0], measure)
+            base, base_low, base_high = _result(bases.iloc[0], measure)
             for row in rows[rows.setting != BASE].to_dict("records"):
                 value, low, high = _result(row, measure)
                 yield {
@@ -56,10 +68,11 @@ def _rows(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
                     "model": model,
                     "setting": row["setting"],
                     "value": row["value"],
-                    "base": base[0],
+                    "base": base,
+                    "base_interval": _span(base_low, base_high),
                     "result": value,
-                    "interval": "" if math.isnan(low) else f"{low:.3g} to {high:.3g}",
-                    "verdict": verdict(base[0], value, low, high, none=1.0 if measure == "p90" else 0.0),
+                    "interval": _span(low, high),
+                    "verdict": verdict(base, value, low, high, none=1.0 if measure == "p90" else 0.0),
                     "paper": _place(value) if measure == "p90" else "",
                     "backend": row["backend"],
                 }
@@ -83,6 +96,10 @@ def verdict(base: float, value: float, low: float, high: float, *, none: float) 
     return "halved" if abs(gain) < abs(before) / 2 else "holds"
 
 
+def _span(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:.3g} to {high:.3g}"
+
+
 def _place(ratio: float) -> str:
     return "below" if ratio < _PAPER[0] else "above" if ratio > _PAPER[1] else "in"
 
@@ -97,7 +114,10 @@ def flips(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A row per conclusion and model: result with the defaults, smallest and largest with their settings, and what flips it."""
+    """A row per conclusion and model: result with the defaults, smallest and largest with their settings, and what flips it.
+
+    Results have their intervals of 95 % in brackets.
+    """
     rows = conclusions(table)
     lines = ["| conclusion | model | defaults | smallest | largest | does not hold at | less than half the gain at |"]
     lines.append("|" + "---|" * 7)
@@ -105,12 +125,17 @@ def markdown(table: pd.DataFrame) -> str:
         unit = " x" if "P90" in str(conclusion) else " %"
         ordered = list(part.sort_values("result", kind="stable").itertuples())
         least, most = ordered[0], ordered[-1]
-        ends = [f"{row.result:.3g}{unit} ({_where(row)})" for row in (least, most)]
+        base = _bracketed(least.base, unit, least.base_interval)
+        ends = [f"{_bracketed(row.result, unit, row.interval)}: {_where(row)}" for row in (least, most)]
         lost = [_where(row) + ("" if row.verdict == "undecided" else " (reversed)") for row in _of(part, "undecided", "reversed")]
         half = [_where(row) for row in _of(part, "halved")]
-        cells = [conclusion, model, f"{part.base.iloc[0]:.3g}{unit}", *ends, "; ".join(lost) or "none", "; ".join(half) or "none"]
+        cells = [conclusion, model, base, *ends, "; ".join(lost) or "none", "; ".join(half) or "none"]
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _bracketed(value: Any, unit: str, interval: Any) -> str:
+    return f"{value:.3g}{unit} ({interval})" if interval else f"{value:.3g}{unit}"
 
 
 def _of(rows: pd.DataFrame, *verdicts: str) -> list[Any]:

@@ -14,7 +14,7 @@ from lambdascale.sim.communicator import setup_basis
 def simulated_setup(backend: object, recorder: Recorder) -> dict[str, Any] | None:
     """Ranks of the largest communicator whose set-up was drawn, and the basis of the draw; None in a run without any."""
     ranks = largest_broadcast(recorder)
-    if not isinstance(backend, SimConfig) or not backend.transfers.communicator_setup or not ranks:
+    if not isinstance(backend, SimConfig) or not backend.transfers.draws_setups or not ranks:
         return None
     return {"ranks": ranks, "basis": setup_basis(ranks)}
 

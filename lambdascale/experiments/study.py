@@ -25,7 +25,7 @@ from lambdascale.experiments.mistakes import user_message
 Grid = Mapping[str, Any]
 # Kinds of rows that compare runs with each other: pairs of runs, and single runs with the intervals of their pairs beside them.
 PAIRS = "pairs"
-OUTCOME = "outcome"
+WITH_INTERVALS = ("outcome", "parts")
 # Overrides that do not change a study's results; any other override makes its table unfit to replace the committed one.
 _HARMLESS = ("results", "traces", "force", "logger", "hydra")
 
@@ -37,8 +37,8 @@ class Study:
     ``live``: the grids for backend=live, at a scale for one machine. A grid that sets ``backend`` itself is run unless another
     backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see
     collect.py); ``fields``: their columns (all, if empty); ``columns``: more columns, name -> key of the run's configuration.
-    ``reference``: the system that every other is compared with, run by run, for rows of the kinds "pairs" and "outcome" (see
-    pairs.py).
+    ``reference``: the system that every other is compared with, run by run, for rows of the kinds "pairs", "outcome" and "parts"
+    (see pairs.py).
     ``references``: systems that are compared with another reference, by name.
     ``experiments``: other studies to run one after the other, instead of all of these.
     """
@@ -64,8 +64,9 @@ def study_of(config: DictConfig, experiment: str) -> Study | None:
         raise UserError(f"experiment {experiment}: study: {error}") from None
     if bool(study.experiments) == bool(study.grids and study.rows):
         raise UserError(f"experiment {experiment}: a study has either experiments or grids and rows")
-    if (study.rows in (PAIRS, OUTCOME)) != bool(study.reference):
-        raise UserError(f"experiment {experiment}: a study of {PAIRS} or {OUTCOME} needs a reference, no other has one")
+    if (study.rows in (PAIRS, *WITH_INTERVALS)) != bool(study.reference):
+        kinds = ", ".join((PAIRS, *WITH_INTERVALS))
+        raise UserError(f"experiment {experiment}: a study of rows that compare ({kinds}) needs a reference, no other has one")
     return study
 
 

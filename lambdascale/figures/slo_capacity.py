@@ -1,6 +1,6 @@
 """Beyond the paper: attainment of service-level objectives over the offered load, and the load served at 99 and 95 %.
 
-A load is a multiple of the trace's rate.
+A load is a multiple of the trace's rate. One row of panels for each size of batches.
 """
 
 from __future__ import annotations
@@ -37,18 +37,21 @@ def load_at(loads: Sequence[float], attained: Sequence[float], percent: float) -
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """One row per run. UserError for gaps in the table, and for several models or objectives."""
-    tidy = checked(frame, ["model", "targets_ms", "system", "load"], ["attainment_percent", "seed"], "slo_capacity")
+    tidy = checked(frame, ["model", "targets_ms", "max_batch", "system", "load"], ["attainment_percent", "seed"], "slo_capacity")
     return tidy.sort_values("load", kind="stable")
 
 
 def draw(frame: pd.DataFrame) -> Figure:
     """Left attainment over load, a line per system; right the load that each system serves at 99 and at 95 %."""
     model, targets = sizes_in_order(frame)[0], frame.targets_ms.iloc[0]
-    frame = frame[frame.model == model]
-    figure, (curves, bars) = plt.subplots(1, 2, figsize=(PAGE_IN, 2.5), layout="constrained")
-    _curves(curves, frame)
-    curves.set(title=f"{model}, {targets} ms", xlabel="load / the trace's", ylabel="requests within SLO [%]", ylim=(None, 102))
-    _bars(bars, frame)
+    sizes = sorted(frame.max_batch.unique())
+    figure, axes = plt.subplots(len(sizes), 2, figsize=(PAGE_IN, 2.4 * len(sizes)), layout="constrained", squeeze=False)
+    for size, (curves, bars) in zip(sizes, axes, strict=True):
+        rows = frame[(frame.model == model) & (frame.max_batch == size)]
+        _curves(curves, rows)
+        title = f"{model}, {targets} ms, batches of {size}"
+        curves.set(title=title, xlabel="load / the trace's", ylabel="requests within SLO [%]", ylim=(None, 101))
+        _bars(bars, rows)
     handles, labels = curves.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     say_backend(figure, frame)
@@ -80,4 +83,5 @@ def _bars(axis: Axes, frame: pd.DataFrame) -> None:
     systems = {name: BarLook(look.label, look.color) for name, look in looks(list(frame.system.unique())).items()}
     order = [f"{level:g} %" for level in _LEVELS]
     grouped_bars(axis, pd.DataFrame(rows), groups="level", series="system", value="load", order=order, looks=systems)
-    axis.set(title="load served", ylabel="load / the trace's", xlabel="of requests within SLO")
+    # A bar that ends there says nothing about loads beyond.
+    axis.set(title=f"load served, up to {frame.load.max():g} tried", ylabel="load / the trace's", xlabel="of requests within SLO")

@@ -84,6 +84,11 @@ class TransferOptions:
         """True if iterations may take longer because of a multicast."""
         return self.one_sided_slowdown > 1 or self.collective_slowdown is not None
 
+    @property
+    def draws_setups(self) -> bool:
+        """True if a collective takes a drawn time to build its communicator."""
+        return self.communicator_setup and not self.broadcast_s
+
     def draw_setup_s(self, ranks: int, rng: np.random.Generator) -> float:
         """Draw the seconds that it takes to build a communicator of so many ranks; 0 without set-ups."""
         return draw_setup_s(ranks, rng, self.communicator_outlier_probability) if self.communicator_setup else 0.0

@@ -110,7 +110,9 @@ class Decoder(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """Names of a trace's columns; None for those not used. ``keep`` maps a column to the only text to keep."""
+    """Names of a trace's columns; None for those not used. ``keep`` maps a column to the only text to keep, ``refused`` one that
+    no file may have to the reason.
+    """
 
     time: str
     prompt: str
@@ -121,6 +123,7 @@ class Names:
     hashes: str | None = None
     rows: str | None = None
     keep: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def used(self) -> list[str]:
         """Names of a table's columns that must exist, once each."""
@@ -164,6 +167,9 @@ class CsvDecoder(Decoder):
             raise TraceError(f"{self.path}:{number}: the header lacks {', '.join(missing)}; it reads {shown(text)}")
         if twice := [name for name in self._names.used() if header.count(name) > 1]:
             raise TraceError(f"{self.path}:{number}: the header names {twice[0]} twice")
+        for name in self._names.refused:
+            if name in header:
+                raise TraceError(f"{self.path}:{number}: the trace has {name}: {self._names.refused[name]}")
         # Columns that nobody reads may share a name.
         self._header = [name if name in self._names.used() else f"\0{at}" for at, name in enumerate(header)]
 

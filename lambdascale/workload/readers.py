@@ -90,6 +90,10 @@ class TimedTrace(TokenTrace):
         """Columns of which only one text is kept."""
         return {}
 
+    def _refused(self) -> dict[str, str]:
+        """Columns that mean something this package does not model, with the reason to refuse them."""
+        return {}
+
     def _names(self) -> Names:
         return Names(
             time=self.time_column,
@@ -101,6 +105,7 @@ class TimedTrace(TokenTrace):
             hashes=None if self.block_tokens is None else self.hash_column,
             rows=self.rows_column,
             keep=self._keep(),
+            refused=self._refused(),
         )
 
     def _decoder(self) -> Decoder:
@@ -127,6 +132,11 @@ class TimedTrace(TokenTrace):
         positions = pc.index_in(table["model"], value_set=pa.array(notes.models, pa.string()))
         return replace(columns, trace_model=np.asarray(positions.to_numpy(), dtype=np.int64), trace_models=tuple(notes.models))
 
+    def _check_times(self, notes: Notes, span: Span) -> None:
+        # Times that count from the beginning of a session say nothing about the length of the trace.
+        if self.rows_column is None:
+            super()._check_times(notes, span)
+
     @property
     def _moved(self) -> bool:
         return self.session_gap_s is not None
@@ -145,7 +155,8 @@ class TimedTrace(TokenTrace):
 class AzureTrace(TimedTrace):
     """Azure LLM inference traces, 2023 and 2024 (CSV: TIMESTAMP, ContextTokens, GeneratedTokens; CC-BY-4.0).
 
-    Times are read to the nanosecond: the files have seven decimals, one more than Python's datetime keeps.
+    Times are read to the nanosecond: the files have seven decimals, one more than Python's datetime keeps. The traces of
+    multimodal models add NumImages: ``images`` refuses them, or ignores the column and reads the requests as text.
     """
 
     format: Literal["jsonl", "csv"] = "csv"
@@ -154,6 +165,11 @@ class AzureTrace(TimedTrace):
     prompt_column: str = "ContextTokens"
     output_column: str = "GeneratedTokens"
     hash_column: str | None = None
+    images: Literal["refuse", "ignore"] = "refuse"
+
+    def _refused(self) -> dict[str, str]:
+        why = "images are not modelled (workload.images=ignore reads its requests as text)"
+        return {} if self.images == "ignore" else {"NumImages": why}
 
     how_to_get: ClassVar[str] = " (python scripts/fetch_traces.py azure_2023_conv downloads one)"
 

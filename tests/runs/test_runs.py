@@ -70,6 +70,7 @@ def test_a_summary_names_the_largest_communicator_whose_set_up_was_drawn(tmp_pat
 
     assert setup("system=nccl_broadcast") == {"ranks": 9, "basis": "one sample"}
     assert setup("system=nccl_broadcast", "backend.transfers.communicator_setup=false") is None
+    assert setup("system=nccl_broadcast", "backend.transfers.broadcast_s=[0.5]") is None, "a sleep has no set-up"
     assert setup("system=lambdascale") is None
 
 

@@ -17,6 +17,7 @@ from lambdascale.core.commands import AllocateNode, Command, LoadBlocks, StartMu
 from lambdascale.core.events import BlockArrived, Event, SetUpDone
 from lambdascale.experiments.cold_starts import ratios
 from lambdascale.experiments.compose import conf_dir
+from lambdascale.experiments.pairs import INTERVALS
 from lambdascale.figures.registry import render
 from lambdascale.metrics import Recorder, requests_table
 from lambdascale.metrics.tables import gpu_seconds, gpu_usage
@@ -243,6 +244,11 @@ class TestRatios:
             {"pool": f"lambdascale.sim.{pool}", "kept_s": kept, "model": "m", "system": system, "seed": seed}
             | {"ttft_p90_s": p90 * seed, "gpu_seconds": 100.0 * p90, "backend": "sim"}
             | {f"{part}_mean_s": 0.1 for part in PARTS}
+            | {
+                f"{name}_{end}": None if system == "lambdascale" else p90 + at
+                for name in ("p90", "gpu")
+                for at, end in enumerate(("low", "high"))
+            }
             for pool, kept, system, p90, seeds in (
                 ("WarmPool", None, "lambdascale", 1.0, (1,)),
                 ("WarmPool", None, "ideal", 0.5, (1, 3)),
@@ -258,6 +264,10 @@ class TestRatios:
         assert found.pool.tolist() == ["WarmPool", "WarmPool", "NewProcesses", "NewProcesses"]
         assert found.p90_ratio.tolist() == [1.0, 1.0, 1.0, 1.8]
         assert found.gpu_ratio.tolist() == [1.0, 0.5, 1.0, 0.9]
+        for name in ("p90", "gpu"):
+            ends = found[found.system == "ideal"][[f"{name}_low", f"{name}_high"]]
+            assert ends.to_numpy().tolist() == [[0.5, 1.5], [9.0, 10.0]]
+        assert found[found.system == "lambdascale"][list(INTERVALS)].isna().all(axis=None)
 
     def test_without_ours(self) -> None:
         table = self.table()

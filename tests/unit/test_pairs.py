@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
+from lambdascale.experiments import paper_table, paper_text
 from lambdascale.experiments.beliefs import LINES, Tables, render
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
@@ -60,21 +61,35 @@ def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
         study_table(study, [runs["lambdascale"], runs["ideal_prototype"]])
 
 
-def test_outcomes_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path) -> None:
-    """Mutation: the interval of another system, or of another value of a column."""
+@pytest.mark.parametrize("rows", ["outcome", "parts"])
+def test_single_runs_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path, rows: str) -> None:
+    """Mutation: the interval of another system, or of another value of a column, or none where a column is empty."""
     runs = [
         folder(tmp_path, f"system={system}", f"workload.time_compression={c}")
         for system in ("lambdascale", "ideal")
         for c in (1, 3)
     ]
     pairs = study_table(STUDY, runs).set_index("compression")
-    table = study_table(replace(STUDY, rows="outcome"), runs).set_index(["system", "compression"])
+    columns = {"compression": "workload.time_compression", "pool": "backend.pool._target_", "kept_s": "backend.pool.keep_alive_s"}
+    table = study_table(replace(STUDY, rows=rows, columns=columns), runs).set_index(["system", "compression"])
     for compression in (1, 3):
         own = table.loc[("ideal", compression)]
         for column in INTERVALS:
             assert own[column] == pytest.approx(pairs[column][compression], nan_ok=True)
             assert math.isnan(table.loc[("lambdascale", compression)][column]), "the reference has none"
     assert pairs.p90_low.notna().any()
+
+
+def test_rows_name_set_ups_that_were_not_measured(tmp_path: Path) -> None:
+    """Mutations: the set-up of another run, or none; of pairs, the reference's alone."""
+    burst = ["workload=burst", "workload.count=60", "system.autoscaler.target_per_replica=1", "system.memory.initial_copies=0"]
+    settings = [*burst, "workload.time_compression=1", f"results={tmp_path}"]
+    systems = ("lambdascale", "nccl_broadcast", "faasnet")
+    folders = [run(compose([*settings, f"system={name}", "cluster.nodes=9"])).folder for name in systems]
+    single = study_table(Study(rows="summary", fields=("gpu_seconds",)), folders).set_index("system").setup
+    assert single.to_dict() == {"lambdascale": "", "nccl_broadcast": "up to 9 ranks: one sample", "faasnet": ""}
+    pairs = study_table(STUDY, folders).set_index("system").setup
+    assert pairs.to_dict() == {"nccl_broadcast": "up to 9 ranks: one sample", "faasnet": ""}
 
 
 def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:
@@ -134,7 +149,10 @@ def test_conclusions_and_flips() -> None:
         ("GPU time below FaaSNet", "ssd", "9"): "halved",
     }
     assert lost.paper.tolist()[:2] == ["in to below", "in to below"]
-    assert "| 3 x | 1.2 x (ssd = 9) | 2.9 x (ssd = 2) | none | ssd = 9 |" in markdown(table)
+    smallest, largest = "1.2 x (1.19 to 1.21): ssd = 9", "2.9 x (2.89 to 2.91): ssd = 2"
+    assert f"| 3 x (2.99 to 3.01) | {smallest} | {largest} | none | ssd = 9 |" in markdown(table)
+    unsure = table.assign(p90_low=math.nan, p90_high=math.nan)
+    assert "| 3 x | 1.2 x: ssd = 9 | 2.9 x: ssd = 2 |" in markdown(unsure)
 
 
 def test_conclusions_need_a_base_and_names() -> None:
@@ -171,6 +189,27 @@ def test_numbers_come_from_tables() -> None:
 def test_a_text_that_says_more_than_the_tables(template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         render(template, NUMBERS)
+
+
+@pytest.mark.parametrize("measured", ["", math.nan])
+def test_set_ups_that_were_not_measured_are_marked(measured: object) -> None:
+    """The README's text and the table of the page have the mark row by row, and explain it only where it is used."""
+    setups = pd.DataFrame({"model": ["a", "b"], "setup": [measured, "up to 12 ranks: one sample"]})
+    mine = {"what": "P90 TTFT, NCCL over λScale", "ours": 2.0, "paper": "3", "interval": "1 to 3", "error": "-33 %"}
+    columns = ("figure", "range_over_seeds", "unit", "why", "without", "interval_without", "error_without", "closest", "verdict")
+    tables = {"paper_vs_ours": setups.assign(**mine, **dict.fromkeys(columns, ""))}
+    text = "{{ mark('nccl_broadcast', 'a') }}|{{ mark('nccl_broadcast', 'b') }}|{{ mark('nccl_broadcast', 'a', 'b') }}"
+    assert render(text, tables) == "|†|†\n"
+    both = paper_text.markdown(tables["paper_vs_ours"])
+    assert ("| a | 3 | 2.0 |" in both, "| b | 3 | 2.0† |" in both, "\n†: NCCL's set-up" in both) == (True, True, True)
+    assert "†" not in paper_text.markdown(tables["paper_vs_ours"].iloc[:1])
+
+
+def test_the_largest_communicator_of_a_system_is_named() -> None:
+    """Mutations: the first, or the smallest, or that of the text's order."""
+    ranks = ("up to 9 ranks: one sample", "up to 16 ranks: extrapolated", "up to 10 ranks: one sample")
+    assert paper_table._setup(pd.DataFrame({"setup": [None, *ranks, ""]})) == ranks[1]
+    assert paper_table._setup(pd.DataFrame({"setup": [None, ""]})) == ""
 
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:

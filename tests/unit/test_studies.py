@@ -341,7 +341,7 @@ def test_other_measures_and_models_may_stand_for_a_row() -> None:
     values = dict(zip(parts(row.why), parts(row.without), strict=True))
     for cause, column in ((causes.HOLDING, "all_nodes_s"), (causes.SMALL, "first_token_s")):
         mine = runs[(runs.run == f"explanations/{cause.run}/8") & (runs.system == "lambdascale")]
-        assert values[cause.sentence] == f"{mine[column].max():.3g}"
+        assert values[cause.note] == f"{mine[column].max():.3g}"
 
 
 def test_a_cause_without_its_runs_is_an_error() -> None:

@@ -81,6 +81,12 @@ class TestUnits:
     def test_what_may_be_right(self, write: Write, times: Iterable[float]) -> None:
         assert read(MooncakeTrace(path=write(self.lines(times))))
 
+    def test_short_sessions(self, write: Write) -> None:
+        """Times within sessions are short however long the trace is."""
+        requests = [{"t": at, "in": 5, "out": 5} for at in (0.0, 1.5, 30.0)]
+        path = write(TestTimedTrace.json_lines({"id": str(at), "requests": requests} for at in range(60)))
+        assert len(read(TestTimedTrace.preset("weka", path))) == 180
+
     def test_a_dense_trace_in_seconds(self, write: Write) -> None:
         path = write(BURSTGPT + "".join(f"{at},x,5,5,10,y\n" for at in range(50)) * 3)
         with pytest.raises(TraceError, match="read as seconds, and its 150 requests span 49 s"):
@@ -210,6 +216,25 @@ class TestTimedTrace:
     def test_settings_that_contradict(self, settings: dict[str, Any], complaint: str) -> None:
         with pytest.raises(UserError, match=complaint):
             TimedTrace(path="x", **settings)
+
+
+class TestColumnsThatAreNotModelled:
+    """Azure's multimodal trace of 2025; and closed sessions, whose later requests have a delay in the place of a time."""
+
+    def test_images(self, write: Write) -> None:
+        path = write("TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:01.5+00:00,2,700,30\n")
+        with pytest.raises(TraceError, match=r"csv:1: the trace has NumImages: images are not modelled \(workload.images=ignore"):
+            read(AzureTrace(path=path))
+        assert [(r.prompt_tokens, r.output_tokens) for r in read(AzureTrace(path=path, images="ignore"))] == [(700, 30)]
+        with pytest.raises(UserError, match="images"):
+            AzureTrace(path=path, images="draw")  # type: ignore[arg-type]  # the mistake
+
+    @pytest.mark.parametrize("kind", [MooncakeTrace, TimedTrace])
+    def test_closed_sessions(self, write: Write, kind: type[TimedTrace]) -> None:
+        row = {"session_id": "s", "input_length": 5, "output_length": 5}
+        path = write(TestTimedTrace.json_lines([row | {"timestamp": 0}, {"delay": 100} | row]))
+        with pytest.raises(TraceError, match=r"csv:2: Object missing required field `timestamp`, in .*delay"):
+            read(kind(path=path))
 
 
 class TestBurstGptSessions:
