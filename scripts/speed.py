@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TRACE = Path(os.environ.get("LAMBDASCALE_TRACES", "data/traces"), "AzureLLMInferenceTrace_conv.csv").absolute()
 _FIXED = ["autoscaler@system.autoscaler=fixed", "system.autoscaler.min_replicas=8", "system.batching.max_batch=64"]
 _AZURE = ["model=llama2_7b", "workload=azure", f"workload.path={TRACE}"]
-# Overrides of conf/run.yaml. ``azure`` and ``rows``: as tests/benchmarks; ``rows`` makes the table of requests too.
+# Overrides of conf/run.yaml. ``azure``, ``rows`` and ``columns``: as tests/benchmarks; the last two make the table of requests
+# too, ``columns`` with the gaps between tokens where the commit has them.
 CASES = {
     "azure": [*_AZURE, *_FIXED],
     "rows": [*_AZURE, *_FIXED],
+    "columns": [*_AZURE, *_FIXED],
     "serving": _AZURE,
     **{
         name: ["experiment=quickstart", f"system={name}"]
@@ -118,9 +121,13 @@ def _run(case: str) -> dict[str, Any]:
     experiment = build(compose(CASES[case]))
     requests = experiment.workload.load(models=[model.name for model in experiment.models], seed=1).requests
     recorder = Recorder()
+    if case == "columns" and hasattr(experiment, "token_times"):
+        experiment = replace(experiment, token_times=True)
     begin = time.process_time()
-    drive_experiment(experiment, requests, 1, recorder)
-    if case == "rows":
+    driven = drive_experiment(experiment, requests, 1, recorder)
+    if case == "columns" and hasattr(driven, "token_gaps"):
+        requests_table(recorder, case, requests, (), driven.token_gaps)
+    elif case in {"rows", "columns"}:
         requests_table(recorder, case)
     seconds = time.process_time() - begin
     events = sum(isinstance(entry, Event) for _, entry in recorder.entries)

@@ -65,6 +65,8 @@ def pcie_is_faster(fleet: Fleet, node: NodeId) -> bool:
 
 def _ranked(fleet: Fleet, state: ModelState, nodes: Sequence[NodeId], *, warm_first: bool) -> list[NodeId]:
     """Sort by host copies, then by transfers under way and free GPUs."""
+    if len(nodes) < 2:
+        return [*nodes]
     has, busy_s, gpus_free, name, at = fleet.host.has, fleet.traffic.seconds, fleet.gpus_free, state.spec.name, fleet.at
     keys = [(has(node, name, at) is not warm_first, busy_s(node, *PORTS), -gpus_free[node], node) for node in nodes]
     return [node for *_, node in sorted(keys)]

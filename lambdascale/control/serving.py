@@ -162,7 +162,7 @@ class Serving:
     def _serve(self, state: ModelState, stages: tuple[Stage, ...]) -> Instance:
         """Start an instance. It keeps as many batches in flight as it has GPUs in a row (reference, section 2.4)."""
         fleet, name = self._fleet, state.spec.name
-        instance = Instance(fleet.new_id(), name, stages, fleet.at)
+        instance = Instance(fleet.new_id(), name, fleet.at)
         self._set_stages(state, instance, stages)
         fleet.instances[instance.instance_id] = state.instances[instance.instance_id] = instance
         fleet.out.append(Serve(instance.instance_id, name, stages, state.block_bytes, instance.kv_tokens))

@@ -28,8 +28,8 @@ class Instance:
 
     instance_id: int
     model: str
-    stages: tuple[Stage, ...]
     idle_since: float
+    stages: tuple[Stage, ...] = ()
     capacity: int = 0
     kv_tokens: int = 0
     switch: SwitchRule = "all"
@@ -37,11 +37,7 @@ class Instance:
     open: bool = True
     outstanding: dict[int, Request] = field(default_factory=dict)
     draining: bool = False
-    nodes: tuple[NodeId, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Note the nodes."""
-        self.set_stages(self.stages)
+    nodes: tuple[NodeId, ...] = ()
 
     def set_stages(self, stages: tuple[Stage, ...]) -> None:
         """Serve by other stages."""

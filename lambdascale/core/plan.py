@@ -57,7 +57,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
             members=tuple(nodes),
             sources=tuple(names[n] for n in self.sources),
             blocks=self.blocks,
-            rounds=tuple(tuple(Send(names[s.src], names[s.dst], s.block) for s in sends) for sends in self.rounds),
+            rounds=tuple([tuple([Send(names[s.src], names[s.dst], s.block) for s in sends]) for sends in self.rounds]),
             groups=tuple(tuple(names[n] for n in g) for g in self.groups),
             orders=self.orders,
             streaming=self.streaming,
@@ -80,7 +80,7 @@ class MulticastPlan(Struct, frozen=True, gc=False):
 
     def _part(self, group: tuple[NodeId, ...], order: tuple[int, ...]) -> MulticastPlan:
         nodes = set(group)
-        rounds = [tuple(send for send in sends if send.src in nodes) for sends in self.rounds]
+        rounds = [tuple([send for send in sends if send.src in nodes]) for sends in self.rounds]
         last = max((number for number, sends in enumerate(rounds, start=1) if sends), default=0)
         return MulticastPlan(
             members=group,

@@ -37,6 +37,8 @@ class TokenGaps:
     def of_requests(self, request_ids: Ints) -> TokenGaps:
         """Gaps of those among these requests."""
         kept = np.isin(self.request_ids, request_ids)
+        if kept.all():
+            return self
         lengths = np.diff(self.offsets)
         offsets = np.concatenate([[0], np.cumsum(lengths[kept])])
         return TokenGaps(self.request_ids[kept], offsets, self.seconds[np.repeat(kept, lengths)])

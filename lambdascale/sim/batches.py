@@ -112,7 +112,7 @@ class Batch:
     @property
     def is_due(self) -> bool:
         """True if the next iteration could begin."""
-        return self.under_way is None and not self.blocked and bool(self.scheduler.waiting or self.scheduler.running)
+        return self.under_way is None and not self.blocked and len(self.scheduler) > 0
 
     def begin(self, pace: float) -> float:
         """See Run."""

@@ -83,8 +83,8 @@ class SimInstance:
         """Stop for good; return what was running and waiting. Tokens of iterations in flight are redone."""
         self.stopped = True
         layouts = [self.layout, *(batch.under_way for batch in self._batches if batch.under_way is not None)]
-        for node in dict.fromkeys(node for layout in layouts for node in layout.nodes):
-            self._around.port(node).withdraw(self)
+        for port in dict.fromkeys([port for layout in layouts for port in layout.ports]):
+            port.withdraw(self)
         return [work for batch in self._batches for work in batch.scheduler.drain()]
 
     # -- iterations --------------------------------------------------------------------------------------------------
@@ -119,12 +119,13 @@ class SimInstance:
 
         Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
         """
-        batches, begin = self._batches, self._after_last
-        order: Sequence[int] = (*range(begin, len(batches)), *range(min(begin, len(batches))))
-        for index in order:
-            if batches[index].is_due:
-                self._after_last = index + 1
-                return batches[index]
+        batches, count = self._batches, len(self._batches)
+        begin = self._after_last if self._after_last < count else 0
+        for index in range(begin - count, begin):  # below 0: counted from the last
+            batch = batches[index]
+            if batch.is_due:
+                self._after_last = index % count + 1
+                return batch
         return batches[0]
 
     def report(self, batch: Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:

@@ -38,35 +38,23 @@ class FlowGroup:
         self.cancelled = False
 
 
-class Flow:
+class Flow(Struct, eq=False):
     """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``.
 
     Of its i-th port it takes ``weights[i]`` times its rate; None: its rate of each. ``group``: the group, if any, that holds the
     flow until it has completed.
     """
 
-    __slots__ = ("cap", "flow_id", "group", "on_done", "ports", "rate", "remaining", "settled_s", "version", "weights")
-
-    def __init__(
-        self,
-        flow_id: int,
-        ports: tuple[Port, ...],
-        size_bytes: float,
-        on_done: Callable[[], None],
-        cap: float,
-        group: FlowGroup | None,
-        weights: tuple[float, ...] | None,
-    ) -> None:
-        self.group = group
-        self.weights = weights
-        self.flow_id = flow_id
-        self.ports = ports
-        self.remaining = size_bytes
-        self.on_done = on_done
-        self.cap = cap
-        self.rate = 0.0
-        self.settled_s = 0.0
-        self.version = 0
+    flow_id: int
+    ports: tuple[Port, ...]
+    remaining: float
+    on_done: Callable[[], None]
+    cap: float
+    group: FlowGroup | None
+    weights: tuple[float, ...] | None
+    settled_s: float
+    rate: float = 0.0
+    version: int = 0
 
 
 class Grant(Struct, frozen=True, gc=False):
@@ -106,21 +94,19 @@ class LinkNetwork:
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
         self._next_id = flow_id = self._next_id + 1
-        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights)
-        flow.settled_s = self._kernel.now
+        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights, self._kernel.now)
         alone, rate = True, cap
-        for port in ports:
+        for port, weight in _weights(flow):
             if port.flows:
                 alone = False
             port.flows[flow_id] = flow
-            if port.bytes_per_s < rate:
-                rate = port.bytes_per_s
-        if not alone:
-            self._share(ports)
-        elif weights is None:
+            most = port.bytes_per_s / weight
+            if most < rate:
+                rate = most
+        if alone:
             self._grant(flow, rate)
         else:
-            self._grant(flow, min(cap, *(port.bytes_per_s / weight for port, weight in _weights(flow))))
+            self._share(ports)
         return flow
 
     def cancel(self, flow: Flow) -> None:

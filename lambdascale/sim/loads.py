@@ -1,4 +1,4 @@
-"""Loads from a node's own storage or the remote store, as steps that follow each other.
+"""Loads from a node's own memory or storage, or the remote store: blocks that follow each other.
 
 The pipelined loader's reads stream through host memory to the GPU: one flow over storage and PCIe at once, at the slower of the
 two. That is the limit of small pieces; a real loader adds the copy of its last piece.
@@ -20,38 +20,27 @@ from lambdascale.sim.links import FlowGroup, Port
 Deliver = Callable[[int, NodeId, str, int], None]
 
 
-class Step(Struct, frozen=True):
-    """``size_bytes`` over ``ports``, at most ``cap`` bytes/s fast; afterwards ``block`` is in GPU memory, if it names one.
-
-    ``weights``: see Flow.
-    """
+class Way(Struct, frozen=True):
+    """Ports that bytes cross together, at most ``cap`` bytes/s fast."""
 
     ports: tuple[Port, ...]
-    size_bytes: float
-    cap: float
-    weights: tuple[float, ...] | None
-    block: int | None
+    cap: float = inf
 
 
-def load_steps(command: LoadBlocks, fabric: Fabric) -> deque[Step]:
-    """Return the steps of a load from host, SSD or remote store, in order; UserError if the cluster has no such tier."""
+def load_ways(command: LoadBlocks, fabric: Fabric) -> tuple[Way | None, Way]:
+    """Return the way of all blocks together into host memory, None if they need none, and then that of each block.
+
+    UserError if the cluster has no such tier.
+    """
+    if command.tier == "instant":
+        return None, Way(())
     pcie = fabric.port("pcie", command.node)
-    # In bytes at a NIC's line rate, as sends are counted, so that a send from host memory has an equal share of PCIe.
-    goodput = None if command.tier == "remote" else fabric.cluster.rdma_efficiency
-    sizes = [(block, float(command.block_bytes[block])) for block in command.blocks]
-
-    def step(ports: tuple[Port, ...], size: float, cap: float, block: int | None) -> Step:
-        if goodput is None:
-            return Step(ports, size, cap, None, block)
-        return Step(ports, size / goodput, inf, (goodput,) * len(ports), block)
-
     if command.tier == "host":
-        return deque(step((pcie,), size, inf, block) for block, size in sizes)
+        return None, Way((pcie,))
     storage, cap = _storage(command, fabric)
     if command.loader == "pipelined":
-        return deque(step((storage, pcie), size, cap, block) for block, size in sizes)
-    whole = step((storage,), sum(size for _, size in sizes), cap, None)
-    return deque([whole, *(step((pcie,), size, inf, block) for block, size in sizes)])
+        return None, Way((storage, pcie), cap)
+    return Way((storage,), cap), Way((pcie,))
 
 
 def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
@@ -64,50 +53,57 @@ def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
 
 
 class Load(FlowGroup):
-    """One LoadBlocks under way; UserError if its tier does not exist. ``on_end(transfer_id)`` is called after its last block."""
+    """One LoadBlocks under way; UserError if its tier does not exist. ``on_end(transfer_id)`` is called after its last block.
+
+    Flows of all tiers but the remote store have sizes in bytes at a NIC's line rate, as sends have, so that a send from host
+    memory has an equal share of PCIe.
+    """
 
     def __init__(self, command: LoadBlocks, fabric: Fabric, deliver: Deliver, on_end: Callable[[int], None]) -> None:
         super().__init__()
         self._command = command
         self._nodes = (command.node,)
-        self._left = set(command.blocks)
+        self._left = deque(command.blocks)
         self._fabric = fabric
         self._deliver = deliver
         self._on_end = on_end
-        self._steps = deque[Step]() if command.tier == "instant" else load_steps(command, fabric)
+        self._goodput = 1.0 if command.tier == "remote" else fabric.cluster.rdma_efficiency
+        self._ahead, self._way = load_ways(command, fabric)
 
     def start(self) -> None:
         """Begin; the tier "instant" delivers at once, as events of the present time."""
-        if self._command.tier != "instant":
+        if self._ahead is not None:
+            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._next)
+        elif self._way.ports:
             self._next()
-            return
-        kernel = self._fabric.kernel
-        kernel.at(kernel.now, self._all_arrived)
+        else:
+            self._fabric.kernel.at(self._fabric.kernel.now, self._all_arrived)
+
+    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> None:
+        goodput = self._goodput
+        weights = (goodput,) * len(way.ports)
+        self._fabric.flow(self, self._nodes, way.ports, size_bytes / goodput, on_done, way.cap, weights)
 
     def _next(self) -> None:
-        if self._steps:
-            step = self._steps[0]
-            self._fabric.flow(self, self._nodes, step.ports, step.size_bytes, self._stepped, step.cap, step.weights)
+        if self._left:
+            self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
         else:
             self._on_end(self._command.transfer_id)
 
     def _stepped(self) -> None:
-        step = self._steps.popleft()
-        if step.block is not None:
-            self._arrived(step.block)
+        self._arrived()
         self._next()
 
     def _all_arrived(self, _: object) -> None:
-        for block in self._command.blocks:
-            self._arrived(block)
+        while self._left:
+            self._arrived()
         self._on_end(self._command.transfer_id)
+
+    def _arrived(self) -> None:
+        command, fabric, block = self._command, self._fabric, self._left.popleft()
+        if not self.cancelled and (not fabric.lost or fabric.alive(self._nodes)):
+            self._deliver(command.transfer_id, command.node, command.model, block)
 
     def coming(self, model: str, node: NodeId) -> set[int]:
         """Return the blocks of ``model`` that this load has still to bring to ``node``."""
         return set(self._left) if (model, node) == (self._command.model, self._command.node) else set()
-
-    def _arrived(self, block: int) -> None:
-        command, fabric = self._command, self._fabric
-        self._left.discard(block)
-        if not self.cancelled and (not fabric.lost or fabric.alive((command.node,))):
-            self._deliver(command.transfer_id, command.node, command.model, block)

@@ -6,6 +6,7 @@ that it was in; the gaps between its tokens follow.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from lambdascale.core.token_gaps import Floats, TokenGaps
 # Times in seconds; a flat list, since the garbage collector would look at a hundred thousand tuples again and again.
 BatchLog = list[float]
 _ENTRY = 5
+# Entries, and answers, that are worked out together.
+_ITERATIONS = 2048
+_ANSWERS = 256
 
 
 class Stay(NamedTuple):
@@ -54,22 +58,32 @@ class TokenLog:
         self._last[request_id] = stay
 
     def gaps(self) -> TokenGaps:
-        """Gaps between the tokens of each request that was answered."""
+        """Gaps between the tokens of each request that was answered: of all as if they had one stay, then of those with more."""
         last = sorted(self._last.items())
         steps = _Steps([stay.log for _, stay in last] + [stay.log for stays in self._earlier.values() for stay in stays])
-        offsets = np.cumsum([0, *(stay.produced - 1 for _, stay in last)])
+        lengths = np.array([stay.produced - 1 for _, stay in last], dtype=np.int64)
+        offsets = np.cumsum([0, *lengths])
+        joined = np.array([steps.first[id(stay.log)] + stay.joined for _, stay in last], dtype=np.int64)
         seconds = np.empty(offsets[-1])
-        begins, ends, joins, gaps = offsets.tolist(), steps.ends, steps.joins, steps.gaps
-        for (request_id, stay), begin, end in zip(last, begins, begins[1:], strict=False):
+        for some in _slices(len(last), _ANSWERS):
+            begin, end = offsets[some.start], offsets[some.stop]
+            place = np.repeat(joined[some] - offsets[some], lengths[some]) + np.arange(begin, end)
+            steps.gaps.take(place, mode="clip", out=seconds[begin:end])
+        begun = lengths > 0
+        after = joined[begun]
+        seconds[offsets[:-1][begun]] = steps.ends.take(after + 1, mode="clip") - steps.joins[after]
+        for index, (request_id, stay) in enumerate(last):
             earlier = self._earlier.get(request_id)
-            if earlier is not None:
-                seconds[begin:end] = np.diff(_times([*earlier, stay], steps))
-            elif end > begin:
+            if earlier is not None:  # what was entered above, wherever it was found, does not hold
+                seconds[offsets[index] : offsets[index + 1]] = np.diff(_times([*earlier, stay], steps))
+            else:
                 assert stay.start == 1, "the prefill gives the first token"
-                first = steps.first[id(stay.log)] + stay.joined
-                seconds[begin:end] = gaps[first : first + end - begin]
-                seconds[begin] = ends[first + 1] - joins[first]
         return TokenGaps(np.array([number for number, _ in last], dtype=np.int64), offsets, seconds)
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    """Cut ``range(length)``: arrays of everything at once are fresh memory, which costs more than the arithmetic."""
+    return (slice(begin, min(begin + size, length)) for begin in range(0, length, size))
 
 
 class _Steps:
@@ -92,19 +106,19 @@ class _Steps:
         before = np.maximum(np.concatenate([[0], after[:-1]]), base) if len(after) else after
         decodes = after > before
         self.ends = np.full(bases[-1], np.nan)
-        self._fill(after[decodes], table[decodes])
-        self.gaps = np.diff(self.ends)
+        last, entries = after[decodes], table[decodes]
+        for some in _slices(len(last), _ITERATIONS):
+            self._fill(last[some], entries[some])
+        self.gaps = np.diff(self.ends, append=np.nan)
 
     def _fill(self, last: np.ndarray[tuple[int], np.dtype[np.int64]], table: Floats) -> None:
         """Enter the ends of decode steps; ``last``: the last step of each entry."""
         _, until, steps, begin, growth = table.T
         first = (until - begin - growth * steps * (steps - 1) / 2) / steps
-        several = np.flatnonzero(steps > 1)
-        count = steps[several].astype(np.int64)
-        entry = np.repeat(several, count)
-        number = np.arange(1, len(entry) + 1) - np.repeat(np.cumsum(count) - count, count)
-        place = np.repeat(last[several] - count, count) + number
-        self.ends[place] = begin[entry] + first[entry] * number + growth[entry] * number * (number - 1) / 2
+        count = steps.astype(np.int64)
+        number = np.arange(1, count.sum() + 1) - np.repeat(np.cumsum(count) - count, count)
+        grown = np.repeat(growth, count) * number * (number - 1) / 2
+        self.ends[np.repeat(last - count, count) + number] = np.repeat(begin, count) + np.repeat(first, count) * number + grown
         self.ends[last] = until
 
 

@@ -196,6 +196,12 @@ def test_a_token_that_comes_again_counts_when_it_first_came() -> None:
     assert answered(Stay(lost, 0, 2, 3), Stay(other, 0, 3, 4)) == [1.0, 1.0, 10.0]
 
 
+def test_several_stays_without_a_decode_step() -> None:
+    first: BatchLog = [0, 1.0, 1, 0.0, 0.0]
+    second: BatchLog = [0, 4.0, 1, 3.0, 0.0]
+    assert answered(Stay(first, -1, 0, 1, 1.0), Stay(second, -1, 0, 2, 4.0)) == [3.0]
+
+
 def test_summary_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, rows, gaps = simulated(SCENES["one replica"])
     table = requests_table(recorder, "s", gaps=gaps)
