@@ -19,8 +19,9 @@ from lambdascale.core.token_gaps import Floats, TokenGaps
 # Times in seconds; a flat list, since the garbage collector would look at a hundred thousand tuples again and again.
 BatchLog = list[float]
 _ENTRY = 5
-# Entries that are worked out together.
+# Entries, and steps, that are worked out together.
 _ITERATIONS = 2048
+_STEPS = 65536
 
 
 class Stay(Struct, frozen=True, gc=False):
@@ -62,24 +63,20 @@ class TokenLog:
         last = [self._last[request_id] for request_id in answered]
         steps = _Steps([stay.log for stay in last] + [stay.log for stays in self._earlier.values() for stay in stays])
         several = {index: self._earlier[number] for index, number in enumerate(answered) if number in self._earlier}
-        lengths = np.array([stay.produced - 1 for stay in last], dtype=np.int64)
-        offsets = np.cumsum(np.concatenate([[0], lengths]))
-        seconds, ends, first = np.empty(offsets[-1]), steps.ends, steps.first
-        for index, (stay, place) in enumerate(zip(last, offsets.tolist(), strict=False)):
-            if index in several:
-                seconds[place : place + stay.produced - 1] = np.diff(_times([*several[index], stay], steps))
-                continue
-            assert stay.start == 1, "the prefill gives the first token"
-            if stay.produced > 2:
-                begin = first[id(stay.log)] + stay.joined
-                end = begin + stay.produced - 1
-                np.subtract(ends[begin + 1 : end], ends[begin : end - 1], out=seconds[place + 1 : place + stay.produced - 1])
-        # The first gap is from the prefill's token.
-        whole = np.flatnonzero(lengths > 0)
-        whole = whole[~np.isin(whole, list(several))]
-        stays = [last[index] for index in whole.tolist()]
-        begun = np.array([first[id(stay.log)] + stay.joined for stay in stays], dtype=np.int64)
-        seconds[offsets[whole]] = ends[begun] - steps.joins(stays)
+        moved = {index: np.diff(_times([*earlier, last[index]], steps)) for index, earlier in several.items()}
+        assert all(stay.start == 1 for index, stay in enumerate(last) if index not in several), (
+            "the prefill gives the first token"
+        )
+        begun = [steps.first[id(stay.log)] + stay.joined for stay in last]
+        whole = [index for index, stay in enumerate(last) if stay.produced > 1 and index not in several]
+        from_prefill = steps.ends[[begun[index] for index in whole]] - steps.joins([last[index] for index in whole])
+        gaps = steps.take_gaps()
+        parts = [gaps[place : place + stay.produced - 1] for place, stay in zip(begun, last, strict=True)]
+        for index, found in moved.items():
+            parts[index] = found
+        offsets = np.cumsum([0, *map(len, parts)])
+        seconds = np.concatenate([np.empty(0), *parts])
+        seconds[offsets[whole]] = from_prefill
         return TokenGaps(np.array(answered, dtype=np.int64), offsets, seconds)
 
 
@@ -111,6 +108,13 @@ class _Steps:
         for some in _slices(len(decodes), _ITERATIONS):
             begin, end = end, end + int(decodes[some, 2].sum())
             _fill(decodes[some], self.ends[begin:end])
+
+    def take_gaps(self) -> Floats:
+        """Return the gap before each step, in place of ``ends``; the first has no meaning."""
+        ends = self.ends
+        for some in reversed([*_slices(len(ends) - 1, _STEPS)]):
+            ends[some.start + 1 : some.stop + 1] -= ends[some].copy()
+        return ends
 
     def joins(self, stays: list[Stay]) -> Floats:
         """Return the ends of the iterations after which each stay's decode steps began; NaN where none was before."""
