@@ -7,12 +7,12 @@ that it was in; the gaps between its tokens follow.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate, chain
+from itertools import chain
 
 import numpy as np
 from msgspec import Struct
 
-from lambdascale.core.token_gaps import Floats, TokenGaps
+from lambdascale.core.token_gaps import Floats, Ints, TokenGaps
 
 # Of each iteration in order: decode steps that the batch has done by its end, its end, its steps, its begin, and by how much a
 # step is longer than the one before, since the KV cache grows. Steps that were run as one (Iteration.max_steps) are one entry.
@@ -62,21 +62,22 @@ class TokenLog:
         answered = sorted(self._last)
         last = [self._last[request_id] for request_id in answered]
         steps = _Steps([stay.log for stay in last] + [stay.log for stays in self._earlier.values() for stay in stays])
-        several = {index: self._earlier[number] for index, number in enumerate(answered) if number in self._earlier}
-        moved = {index: np.diff(_times([*earlier, last[index]], steps)) for index, earlier in several.items()}
-        assert all(stay.start == 1 for index, stay in enumerate(last) if index not in several), (
-            "the prefill gives the first token"
+        batch, joined, produced = (
+            np.array([(steps.number[id(s.log)], s.joined, s.produced) for s in last], np.int64).reshape(-1, 3).T
         )
-        begun = [steps.first[id(stay.log)] + stay.joined for stay in last]
-        whole = [index for index, stay in enumerate(last) if stay.produced > 1 and index not in several]
-        from_prefill = steps.ends[[begun[index] for index in whole]] - steps.joins([last[index] for index in whole])
+        several = [index for index, request_id in enumerate(answered) if request_id in self._earlier] if self._earlier else []
+        moved = [np.diff(_times([*self._earlier[answered[index]], last[index]], steps)) for index in several]
+        alone = produced > 1  # with one stay, in which the prefill gives the first token
+        alone[several] = False
+        begun = steps.first[batch] + joined
+        from_prefill = steps.ends[begun[alone]] - steps.joins(batch[alone], joined[alone])
         gaps = steps.take_gaps()
-        parts = [gaps[place : place + stay.produced - 1] for place, stay in zip(begun, last, strict=True)]
-        for index, found in moved.items():
+        parts = [gaps[low:high] for low, high in zip(begun.tolist(), (begun + produced - 1).tolist(), strict=True)]
+        for index, found in zip(several, moved, strict=True):
             parts[index] = found
-        offsets = np.cumsum([0, *map(len, parts)])
+        offsets = np.cumsum(np.concatenate([[0], produced - 1]))
         seconds = np.concatenate([np.empty(0), *parts])
-        seconds[offsets[whole]] = from_prefill
+        seconds[offsets[:-1][alone]] = from_prefill
         return TokenGaps(np.array(answered, dtype=np.int64), offsets, seconds)
 
 
@@ -86,24 +87,23 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 class _Steps:
-    """Decode steps of all batches in a row, those of a batch from ``first`` on, by the identity of its log.
+    """Decode steps of all batches in a row. ``number``: the batch's, by the identity of its log.
 
-    ``ends``: the end of each step, a batch's step 1 at its ``first``.
+    ``ends``: the end of each step; step 1 of a batch is at ``first[number]``.
     """
 
     def __init__(self, logs: list[BatchLog]) -> None:
         distinct = list({id(log): log for log in logs}.values())
         lengths = [len(log) // _ENTRY for log in distinct]
         table = np.fromiter(chain.from_iterable(distinct), np.float64, _ENTRY * sum(lengths)).reshape(-1, _ENTRY)
-        first = list(accumulate((int(log[-_ENTRY]) if log else 0 for log in distinct), initial=0))
-        self.first = {id(log): place for log, place in zip(distinct, first, strict=False)}
-        # Keys ascend over all iterations: the number of steps done, counted with a step 0 of each batch.
-        self._keys = {id(log): place + index for index, (log, place) in enumerate(zip(distinct, first, strict=False))}
-        base = np.repeat(np.array(list(self._keys.values()), dtype=np.int64), lengths)
+        self.number = {id(log): number for number, log in enumerate(distinct)}
+        self.first = np.cumsum([0, *(int(log[-_ENTRY]) if log else 0 for log in distinct)])
+        # Ascends over all iterations: the number of steps done, counted with a step 0 of each batch.
+        base = np.repeat(self.first[:-1] + np.arange(len(distinct)), lengths)
         self._after = after = table[:, 0].astype(np.int64) + base
         self._until = table[:, 1]
         decodes = table[after > np.maximum(np.concatenate([[0], after[:-1]]), base)] if len(after) else table
-        self.ends = np.empty(first[-1])
+        self.ends = np.empty(self.first[-1])
         end = 0
         for some in _slices(len(decodes), _ITERATIONS):
             begin, end = end, end + int(decodes[some, 2].sum())
@@ -116,13 +116,13 @@ class _Steps:
             ends[some.start + 1 : some.stop + 1] -= ends[some].copy()
         return ends
 
-    def joins(self, stays: list[Stay]) -> Floats:
-        """Return the ends of the iterations after which each stay's decode steps began; NaN where none was before."""
-        keys = np.array([self._keys[id(stay.log)] + stay.joined for stay in stays], dtype=np.int64)
+    def joins(self, batch: Ints, joined: Ints) -> Floats:
+        """Return the ends of the iterations after which so many steps of batches were done; NaN where none was before."""
         if len(self._after) == 0:
-            return np.full(len(keys), np.nan)
-        found = np.searchsorted(self._after, keys, "right") - 1  # of those after which as many steps are done, the last counts
-        return np.where(self._after[found] == keys, self._until[found], np.nan)
+            return np.full(len(batch), np.nan)
+        done = self.first[batch] + batch + joined
+        found = np.searchsorted(self._after, done, "right") - 1  # of those after which as many steps are done, the last counts
+        return np.where(self._after[found] == done, self._until[found], np.nan)
 
 
 def _fill(table: Floats, ends: Floats) -> None:
@@ -143,10 +143,12 @@ def _times(stays: list[Stay], steps: _Steps) -> list[float]:
     """Token times of a request that was in several batches; a token that comes again, after a loss, counts when it first came."""
     times: list[float] = []
     for stay in stays:
-        start, first = stay.start, steps.first[id(stay.log)]
+        start, batch = stay.start, steps.number[id(stay.log)]
         if start > len(times):  # KV that was copied needs no prefill, which gives a token
-            times.append(float(steps.joins([stay])[0]) if stay.alone_s is None else stay.alone_s)
+            joins = steps.joins(np.array([batch]), np.array([stay.joined]))
+            times.append(float(joins[0]) if stay.alone_s is None else stay.alone_s)
         if stay.alone_s is None:
+            first = int(steps.first[batch])
             times += steps.ends[first + stay.joined + len(times) - start : first + stay.left].tolist()
     assert len(times) == stays[-1].produced, "every token was produced"
     return times
