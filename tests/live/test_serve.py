@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def free_port() -> int:
 def launch(model: Path, *options: str, port: int | None = None) -> Server:
     port = port or free_port()
     command = [*COMMAND, "--model", str(model), "--port", str(port), "--no-view", "--slot-tokens", "256", *options]
-    return Server(subprocess.Popen(command, text=True, stderr=subprocess.PIPE, start_new_session=True), port)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+    pipe: dict[str, Any] = {"text": True, "stderr": subprocess.PIPE}
+    return Server(subprocess.Popen(command, start_new_session=True, preexec_fn=heard, **pipe), port)
 
 
 def start(model: Path, *options: str, port: int | None = None) -> Server:

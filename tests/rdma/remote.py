@@ -67,6 +67,11 @@ class Host:
             future = self._endpoints[number].send(*arguments)
         future.add_done_callback(lambda done: events.put(("done", ticket, str(done.exception() or ""))))
 
+    def sever(self, number: int, ticket: int, peer: NodeId) -> None:
+        """Sever a connection; the event ("done", ticket, "") follows that of its loss."""
+        self._endpoints[number].sever(peer)
+        self._events[number].put(("done", ticket, ""))
+
     def events(self, number: int) -> list[tuple[Any, ...]]:
         """Fetch the stored events, after waiting briefly for one."""
         found = []
@@ -177,6 +182,12 @@ class RemoteEndpoint:
         future = self._futures[ticket] = Future()
         self._host.give(self._number, ticket, name, *arguments)  # it may have ended before this returns
         return future
+
+    def sever(self, peer: NodeId) -> None:
+        ticket = next(self._tickets)
+        future = self._futures[ticket] = Future()
+        self._host.sever(self._number, ticket, peer)
+        future.result(60)
 
     def disconnect(self, peer: NodeId) -> None:
         self._host.call(self._number, "disconnect", peer)
