@@ -235,7 +235,7 @@ def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, 
     stalls[known] = gaps.longest()
     seconds = gaps.seconds.astype(np.float32)
     if len(seconds) > MANY_GAPS:
-        seconds = seconds.round(3)
+        seconds.round(3, out=seconds)
     offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
     lists = pa.ListArray.from_arrays(offsets, pa.array(seconds))
     return lists, pa.array(stalls, pa.float64(), from_pandas=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.core import Stage
@@ -22,60 +22,61 @@ class TimedInstance(SimInstance):
 
     def _new_batch(self) -> Batch:
         batch = _TimedBatch(self, BatchScheduler(self._around.limits, self._kv_tokens), self.layout)
-        batch.scheduler = _TimedScheduler(self._around.limits, self._kv_tokens, self._tokens, batch.timed)
+        batch.scheduler = _TimedScheduler(self._around.limits, self._kv_tokens, self._tokens, batch)
         return batch
 
 
 class _TimedBatch(Batch):
     """Batch that knows when what runs began."""
 
-    __slots__ = ("_began_s",)
+    __slots__ = ("began_s", "kernel")
 
     def __init__(self, instance: SimInstance, scheduler: BatchScheduler, on: Layout) -> None:
         super().__init__(instance, scheduler, on)
-        self._began_s = 0.0
+        self.kernel = instance.kernel
+        self.began_s = 0.0
 
     def begin(self, pace: float) -> float:
         """See Run."""
-        self._began_s = self._instance.kernel.now
-        return super().begin(pace)
+        self.began_s = self.kernel.now
+        return Batch.begin(self, pace)
 
-    def timed(self, steps: int) -> tuple[float, float, float]:
-        """Begin and end of the first ``steps`` steps of what ran, and by how much each is longer than the one before; seconds."""
-        timing, iteration = self.timing, self.iteration
-        growth_s = self._pace * iteration.decodes * timing.kv_token_s
-        if steps == self.steps:
-            return self._began_s, self._instance.kernel.now, growth_s
-        run_s = timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
-        return self._began_s, self._began_s + self._pace * run_s, growth_s
+    def ended_s(self, steps: int) -> float:
+        """Return the time at which the first ``steps`` steps of what runs are over."""
+        iteration = self.iteration
+        return self.began_s + self._pace * self.timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
+
+    def growth_s(self) -> float:
+        """Return by how much each step of what runs is longer than the one before."""
+        return self._pace * self.iteration.decodes * self.timing.kv_token_s
 
 
 class _TimedScheduler(BatchScheduler):
-    """Scheduler of a batch whose iterations are logged. ``timed``: begin, end and growth of those just run (see BatchLog)."""
+    """Scheduler of ``batch``, whose iterations are logged."""
 
-    __slots__ = ("_log", "_timed", "_tokens")
+    __slots__ = ("_batch", "_kernel", "_log", "_tokens")
 
-    def __init__(
-        self, limits: BatchLimits, kv_tokens: int, tokens: TokenLog, timed: Callable[[int], tuple[float, float, float]]
-    ) -> None:
+    def __init__(self, limits: BatchLimits, kv_tokens: int, tokens: TokenLog, batch: _TimedBatch) -> None:
         super().__init__(limits, kv_tokens)
         self._tokens = tokens
-        self._timed = timed
+        self._batch = batch
+        self._kernel = batch.kernel
         self._log: BatchLog = []
 
     def complete(
         self, iteration: Iteration, steps: int = 1, stopped: Collection[int] = ()
     ) -> tuple[list[BatchedRequest], list[BatchedRequest]]:
         """See BatchScheduler."""
-        first, finished = super().complete(iteration, steps, stopped)
-        begin_s, end_s, growth_s = self._timed(steps)
-        self._log.extend((self._step, end_s, steps, begin_s, growth_s))
+        ended = _, finished = BatchScheduler.complete(self, iteration, steps, stopped)
+        batch = self._batch
+        end_s = self._kernel.now if steps == batch.steps else batch.ended_s(steps)
+        self._log += (self._step, end_s, steps, batch.began_s, batch.growth_s() if steps > 1 else 0.0)
         if finished:
             prefilled = {work.request_id for work, _ in iteration.prefills}
             for work in finished:
                 alone_s = end_s if work.request_id in prefilled else None
                 self._tokens.finish(work.request_id, Stay(self._log, work.joined, self._step, work.produced, alone_s))
-        return first, finished
+        return ended
 
     def _make_room(self) -> list[BatchedRequest]:
         preempted = super()._make_room()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,14 @@ def test_steps_of_a_run_that_a_death_ends_early() -> None:
 )
 def test_preempted_requests(limits: BatchLimits, kv_tokens: int, second: tuple[int, int], gaps: list[float]) -> None:
     """Every iteration takes a second."""
-    now, tokens = 0.0, TokenLog()
-    scheduler = _TimedScheduler(limits, kv_tokens, tokens, lambda steps: (now - steps, now, 0.0))
+    batch: Any = SimpleNamespace(kernel=SimpleNamespace(now=0.0), began_s=0.0, steps=1)
+    tokens = TokenLog()
+    scheduler = _TimedScheduler(limits, kv_tokens, tokens, batch)
     scheduler.add(BatchedRequest(0, 4, 13 if kv_tokens == 17 else 20))
     scheduler.add(BatchedRequest(1, *second))
     while (iteration := scheduler.schedule()) is not None:
-        now += 1.0
+        batch.began_s = batch.kernel.now
+        batch.kernel.now += 1.0
         scheduler.complete(iteration)
     assert scheduler.preemptions == 1
     found = tokens.gaps().by_request()
@@ -164,6 +167,12 @@ def answered(*stays: Stay) -> list[float]:
         tokens.stay(1, stay)
     tokens.finish(1, stays[-1])
     return tokens.gaps().by_request()[1].tolist()
+
+
+@pytest.mark.parametrize(("tokens", "gaps"), [(1, []), (2, [1.0]), (3, [1.0, 1.5])])
+def test_short_answers_from_the_first_step_on(tokens: int, gaps: list[float]) -> None:
+    log: BatchLog = [0, 2.0, 1, 0.0, 0.0, 1, 3.0, 1, 2.0, 0.0, 2, 4.5, 1, 3.0, 0.0, 3, 5.0, 1, 4.5, 0.0]
+    assert answered(Stay(log, 0, tokens - 1, tokens, 2.0 if tokens == 1 else None)) == gaps
 
 
 def test_steps_run_as_one_grow_evenly() -> None:
