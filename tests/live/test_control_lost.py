@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -32,9 +33,14 @@ def left(pids: list[int]) -> list[int]:
 
 
 def nodes_of(server: Server) -> list[int]:
-    """The processes of the server's nodes: forked, and not the server they are forked from."""
-    forked = [pid for pid in server.children() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return sorted(forked)[1:]
+    """The processes of the server's nodes, oldest first: forked by the server's child, the process they are forked from."""
+    found = []
+    for pid in server.children():
+        with suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) != server.process.pid and b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append((int(fields[19]), pid))  # numbers of processes begin anew some time: by the time of start
+    return [pid for _, pid in sorted(found)]
 
 
 def ask(server: Server) -> str:
