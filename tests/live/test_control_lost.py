@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -30,17 +29,6 @@ def left(pids: list[int]) -> list[int]:
         if state != "Z":
             found.append(pid)
     return found
-
-
-def nodes_of(server: Server) -> list[int]:
-    """The processes of the server's nodes, oldest first: forked by the server's child, the process they are forked from."""
-    found = []
-    for pid in server.children():
-        with suppress(OSError):  # it has ended
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) != server.process.pid and b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append((int(fields[19]), pid))  # numbers of processes begin anew some time: by the time of start
-    return [pid for _, pid in sorted(found)]
 
 
 def ask(server: Server) -> str:
@@ -81,7 +69,7 @@ def test_a_killed_controller_leaves_nothing(tiny: Path) -> None:
 def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
     """Nodes end while it is stopped; once it goes on, new ones finish the answers that were under way."""
     server = start(tiny, "--nodes", "2", "--spares", "1")
-    whole, nodes = ask(server), nodes_of(server)[:2]
+    whole, nodes = ask(server), server.nodes()[:2]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, server)
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
@@ -100,7 +88,7 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
 def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None:
     """Open streams get an error with the reason once it goes on, and so does whoever comes later."""
     server = start(tiny, "--nodes", "2", "--restarts", "0")
-    nodes = nodes_of(server)[:2]
+    nodes = server.nodes()[:2]
     with ThreadPoolExecutor(64) as pool:
         listening = [pool.submit(listen, server) for _ in range(64)]
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
@@ -123,7 +111,7 @@ def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None
 def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
     """Nodes wait for it."""
     server = start(tiny, "--nodes", "2")
-    nodes = nodes_of(server)
+    nodes = server.nodes()
     for _ in range(3):
         server.process.send_signal(signal.SIGSTOP)
         time.sleep(0.4)
@@ -147,9 +135,9 @@ def test_a_short_pause_of_the_controller_costs_nothing(tiny: Path) -> None:
 def test_a_start_that_ends_early(tiny: Path, hit: str, number: int, status: int, says: list[str]) -> None:
     """One line says why, unless it was told to end without a word; and nothing is left."""
     server = launch(tiny, "--nodes", "2")
-    wait_for(lambda: len(nodes_of(server)) >= 1)
+    wait_for(lambda: len(server.nodes()) >= 1)
     everything = server.children()
-    os.kill(nodes_of(server)[0] if hit == "a node" else server.process.pid, number)
+    os.kill(server.nodes()[0] if hit == "a node" else server.process.pid, number)
     _, errors = server.process.communicate(timeout=PATIENCE_S)
     own = [line for line in errors.splitlines() if not line.endswith("the controller has ended, leaving")]
     assert (server.process.returncode, own) == (status, says)

@@ -52,6 +52,16 @@ class Server:
         done = subprocess.run(["ps", "-o", "pid=", "-s", str(self.process.pid)], capture_output=True, text=True, check=False)
         return [int(pid) for pid in done.stdout.split() if int(pid) != self.process.pid]
 
+    def nodes(self) -> list[int]:
+        """The processes of the nodes, oldest first: forked by a child of the server, the process they are forked from."""
+        found = []
+        for pid in self.children():
+            with suppress(OSError):  # it has ended
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                if int(fields[1]) != self.process.pid and b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append((int(fields[19]), pid))  # by the time of start: numbers of processes begin anew some time
+        return [pid for _, pid in sorted(found)]
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -205,15 +215,14 @@ def test_a_killed_node_under_a_stream(server: Server) -> None:
     """The stream goes on, with the tokens it would have had."""
     common: dict[str, Any] = {"model": "tiny", "prompt": "stream", "max_tokens": 200, "temperature": 0}
     whole = server.client.completions.create(**common).choices[0].text
-    nodes = [pid for pid in server.children() if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    nodes = server.nodes()
     serving = server.cluster()["replicas"][0]["node"]
     text, killed = "", False
     for chunk in server.client.completions.create(**common, stream=True):
         text += chunk.choices[0].text
         if not killed and len(text) > 20:
             killed = True
-            # The nodes are the forked processes; they were started in the order of their numbers.
-            os.kill(sorted(nodes)[1:][serving], signal.SIGKILL)
+            os.kill(nodes[serving], signal.SIGKILL)
     assert text == whole
     assert server.cluster()["requests"]["restarts"] >= 1
     wait_for(lambda: server.cluster()["node_restarts"] >= 1)
