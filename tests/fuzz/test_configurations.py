@@ -154,7 +154,7 @@ def check(base: str, key: str, value: Any, folder: Path) -> int:
 
 
 EXAMPLES = os.environ.get("LAMBDASCALE_FUZZ", "80")
-_PARTS = 64  # of all cases, for processes that share them
+_PARTS = 64 if EXAMPLES == "all" else 1  # of all cases, for processes that share them
 
 
 @pytest.mark.skipif(EXAMPLES == "all", reason="test_all_of_them tries every one")

@@ -31,6 +31,15 @@ def left(pids: list[int]) -> list[int]:
     return found
 
 
+def stop_until_they_left(server: Server, nodes: list[int]) -> None:
+    """Stop the controller, and let it go on once these nodes have ended."""
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        wait_for(lambda: not left(nodes))
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+
+
 def ask(server: Server) -> str:
     return server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0).choices[0].text
 
@@ -73,11 +82,7 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, server)
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
-        server.process.send_signal(signal.SIGSTOP)
-        try:
-            wait_for(lambda: not left(nodes))
-        finally:
-            server.process.send_signal(signal.SIGCONT)
+        stop_until_they_left(server, nodes)
         assert waiting.result(PATIENCE_S) == whole
     wait_for(lambda: all(node["alive"] for node in server.cluster()["nodes"]))
     assert server.cluster()["requests"]["failed"] == 0
@@ -92,11 +97,7 @@ def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None
     with ThreadPoolExecutor(64) as pool:
         listening = [pool.submit(listen, server) for _ in range(64)]
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
-        server.process.send_signal(signal.SIGSTOP)
-        try:
-            wait_for(lambda: not left(nodes))
-        finally:
-            server.process.send_signal(signal.SIGCONT)
+        stop_until_they_left(server, nodes)
         errors = [each.exception(PATIENCE_S) for each in listening]
     assert any(errors)
     for error in filter(None, errors):

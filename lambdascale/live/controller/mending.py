@@ -30,7 +30,7 @@ class _Case:
 class Mending:
     """``sever(node, peer)`` has a node end its connection; ``announce()`` has all connect, and returns the directory's number.
 
-    ``silence_s``: see LiveConfig; whoever waits longer for silent nodes waits longer for connections.
+    ``silence_s``: see LiveConfig; a connection has half of that to be made again, 3 s at least.
 
     A connection is made again when both ends have reported its loss: then nothing of it is under way any more. Its node with the
     higher id connects. Belongs to the control thread.
