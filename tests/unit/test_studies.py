@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
+from lambdascale.experiments import beliefs, departures, progress, sensitivity, starts_text
 from lambdascale.experiments import paper_causes as causes
 from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
@@ -392,6 +392,15 @@ def test_set_ups_that_were_not_measured_are_marked(ranks: list[int], text: str) 
 
 def test_the_remaining_time_is_that_of_runs_of_average_length() -> None:
     assert times(60.0, 30, 90) == "0:01:00 so far, about 0:02:00 left"
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    with progress.JobProgress(4, "seeds") as shown:
+        shown.advance(3)
+        shown.advance()
+    counts = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert counts == ["3 of 4 seeds", "4 of 4 seeds"]
 
 
 def test_a_document_without_the_block() -> None:
