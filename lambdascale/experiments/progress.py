@@ -60,7 +60,7 @@ class Progress:
 
 
 class JobProgress:
-    """What is done and the time that the rest will take, if it takes as long on average: a bar on a terminal, else lines.
+    """Count of what is done, and the time that the rest will take at that rate: a bar on a terminal, else lines.
 
     ``unit``: what is counted, in the plural.
     """

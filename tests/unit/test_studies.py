@@ -16,13 +16,12 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
-from lambdascale.experiments import beliefs, departures, progress, sensitivity, starts_text
+from lambdascale.experiments import beliefs, departures, sensitivity, starts_text
 from lambdascale.experiments import paper_causes as causes
 from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.paper_table import load_tables, paper_table
 from lambdascale.experiments.paper_text import markdown, parts, with_block
-from lambdascale.experiments.progress import times
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study, as_published, command_lines, expand, in_pool, load_study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
@@ -388,19 +387,6 @@ def test_starts_by_multicast() -> None:
 def test_set_ups_that_were_not_measured_are_marked(ranks: list[int], text: str) -> None:
     setups = [{"ranks": number, "basis": setup_basis(number)} for number in ranks]
     assert setup_text([{"communicator_setup": setup} for setup in [None, *setups]]) == text
-
-
-def test_the_remaining_time_is_that_of_runs_of_average_length() -> None:
-    assert times(60.0, 30, 90) == "0:01:00 so far, about 0:02:00 left"
-
-
-def test_progress_without_a_terminal_is_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
-    with progress.JobProgress(4, "seeds") as shown:
-        shown.advance(3)
-        shown.advance()
-    counts = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
-    assert counts == ["3 of 4 seeds", "4 of 4 seeds"]
 
 
 def test_a_document_without_the_block() -> None:
