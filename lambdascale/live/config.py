@@ -299,11 +299,11 @@ class LiveConfig:
 
         A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages.
         """
+        if nodes == 1 or self.transport == "rdma" or system.kv == "recompute":
+            return 0, 0
         on_gpu = self.transport == "cuda_ipc"
         longest = [(model.spec.kv_bytes_per_token * self.slot_tokens, model.architecture.layers) for _, model in models]
-        layer = max((whole // layers for whole, layers in longest), default=0)
-        if nodes == 1 or self.transport == "rdma" or system.kv == "recompute" or not layer:
-            return 0, 0
+        layer = max(whole // layers for whole, layers in longest)
         size = max(layer, min(_KV_PART[on_gpu], max(whole for whole, _ in longest)))
         size = -(-size // ALIGNMENT) * ALIGNMENT
         number = min(_KV_PLACES, _MOST_KV[on_gpu] // size)

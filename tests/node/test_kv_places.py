@@ -43,7 +43,7 @@ def at_rest(cluster: FakeCluster) -> None:
 
 @pytest.mark.parametrize("kv_places", [1, 2, 5])
 def test_kv_goes_to_granted_places_in_parts(kv_places: int) -> None:
-    """With a place or with many; no KV is in a message, and what is written is what comes out."""
+    """No KV is in a message, with one place or many, and what is written is what comes out."""
     cluster = switching(kv_places)
     sent = cluster.run_noting()
     cluster.check()
@@ -75,7 +75,6 @@ def test_a_layer_larger_than_a_place_travels_in_a_message(monkeypatch: pytest.Mo
 
 
 def test_without_places_kv_travels_in_messages() -> None:
-    """Over rdma, for one."""
     cluster = switching(kv_places=0)
     sent = cluster.run_noting()
     cluster.check()
@@ -87,7 +86,7 @@ def test_without_places_kv_travels_in_messages() -> None:
 
 
 def test_a_pipeline_stays_until_its_kv_has_been_sent() -> None:
-    """Its messages are refused from the start, its memory is not given back before."""
+    """Messages of it are refused from the start; its memory is given back afterwards."""
     cluster = switching(kv_places=1)
     while not len(cluster.nodes[1]._kv.sender):
         cluster.run(steps=1)
@@ -116,7 +115,7 @@ def test_a_pipeline_that_is_stopped_sends_no_more() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_sender_is_lost_at_any_moment(seed: int) -> None:
-    """Its places are free again, its requests are prefilled, and the other sender's KV has somewhere to go."""
+    """The places it had are free again, and the other sender's KV has somewhere to go."""
     rng = random.Random(seed)
     cluster = switching(kv_places=rng.choice((1, 2)))
     while 2 not in cluster.nodes[2]._instances:
@@ -190,7 +189,7 @@ def test_places_are_granted_in_turn() -> None:
 
 
 def test_a_void_grant_is_not_read() -> None:
-    """Over a connection that was lost meanwhile: the place is somebody else's, or it has a number of an earlier process."""
+    """A part over a connection that was lost meanwhile is dropped: the place may be somebody else's."""
     places, granted, _ = landing()
     places.asked(wire.AskForPlaces(7, 1, 1))
     old = granted[0][1].number
@@ -205,11 +204,11 @@ def test_a_void_grant_is_not_read() -> None:
     assert places.take(new, wire.Landed(101, 3)) is None
     assert places.take(new, wire.Landed(100, 5)) is None
     assert places.take(new, wire.Landed(100, 4)) == b"abcd"
-    assert landing()[0]._numbers.__next__() != landing()[0]._numbers.__next__(), "the next process counts from elsewhere"
+    assert next(landing()[0]._numbers) != next(landing()[0]._numbers), "the next process counts from elsewhere"
 
 
 def test_a_node_that_is_lost_gets_no_place() -> None:
-    """Neither when it is found lost, nor when it had asked before."""
+    """Requests for places of lost nodes are dropped, whenever the loss is found."""
     places, granted, dead = landing()
     dead.add(1)
     places.asked(wire.AskForPlaces(7, 1, 2))

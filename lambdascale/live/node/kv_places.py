@@ -1,8 +1,8 @@
 """KV of dissolved pipelines, written into the memory of the nodes that take their requests over.
 
 A node with KV for another asks for places there. Its peer grants them one at a time to all that have asked, in turn, as they come
-free; the node writes a part of the KV there and says so, and the peer copies it out. So however much KV moves, it takes no more
-registered memory than there are places, and nobody waits in a call. Where nothing can be placed, parts travel in messages.
+free; the node writes a part of the KV there and says so, and the peer copies it out. So however much KV moves, the places are
+all the registered memory that it takes, and nobody waits in a call. Where nothing can be placed, parts travel in messages.
 
 A granted place comes back with its part, with its return by a node that has stopped sending, or when that node is lost: then
 nothing of it is written any more. Nothing else ends with an instance: parts are copied out for requests that nobody has any more.
