@@ -54,10 +54,10 @@ def beside_multicasts(recorder: Recorder) -> dict[int, float]:
     A node has a part in a multicast with its GPU's memory (a source in host memory has none), from the command to the last
     arrival, a communicator's set-up included. Requests that were never dispatched are not in the result.
     """
-    transfers = _multicasts(recorder)
-    if not transfers:
-        dispatches = (entry for _, entry in recorder.entries if type(entry) is Dispatch)
+    if not any(type(command) is StartMulticast for _, command in recorder.commands):
+        dispatches = (command for _, command in recorder.commands if type(command) is Dispatch)
         return {request.request_id: 0.0 for dispatch in dispatches for request in dispatch.requests}
+    transfers = _multicasts(recorder)
     served = _served(recorder)
     by_node: defaultdict[NodeId, list[Span]] = defaultdict(list)
     for nodes, span in transfers:

@@ -230,14 +230,15 @@ def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, 
     numbers, gaps = requests["request_id"].to_numpy(), answered(requests, gaps)
     known = np.isin(numbers, gaps.request_ids)
     lengths = np.zeros(len(numbers), dtype=np.int64)
-    lengths[known] = np.diff(gaps.offsets)
+    lengths[known] = gaps.lengths
     stalls = np.full(len(numbers), np.nan)
     stalls[known] = gaps.longest()
-    seconds = gaps.seconds.astype(np.float32)
-    if len(seconds) > MANY_GAPS:
-        seconds.round(3, out=seconds)
+    # Each number is rounded once, however many requests share it.
+    pool = gaps.pool.astype(np.float32)
+    if gaps.lengths.sum() > MANY_GAPS:
+        pool.round(3, out=pool)
     offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
-    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(gaps.joined(pool)))
     return lists, pa.array(stalls, pa.float64(), from_pandas=True)
 
 
