@@ -46,10 +46,6 @@ class _TimedBatch(Batch):
         iteration = self.iteration
         return self.began_s + self._pace * self.timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
 
-    def growth_s(self) -> float:
-        """Return by how much each step of what runs is longer than the one before."""
-        return self._pace * self.iteration.decodes * self.timing.kv_token_s
-
 
 class _TimedScheduler(BatchScheduler):
     """Scheduler of ``batch``, whose iterations are logged."""
@@ -71,7 +67,8 @@ class _TimedScheduler(BatchScheduler):
         ended = _, finished = BatchScheduler.complete(self, iteration, steps, stopped)
         batch, step = self._batch, self._step
         end_s = self._kernel.now if steps == batch.steps else batch.ended_s(steps)
-        self._log += (step, end_s, batch.began_s, batch.growth_s() if steps > 1 else 0.0)
+        growth_s = batch._pace * iteration.decodes * batch.timing.kv_token_s if steps > 1 else 0.0
+        self._log.extend((step, end_s, batch.began_s, growth_s))
         if finished:
             tokens, number = self._tokens, self._number
             for work in finished:
