@@ -26,7 +26,7 @@ from lambdascale.core import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-#: Keep-alive of host copies (reference, section 1): by default the longest time for which an idle system differs from a fresh one.
+#: Keep-alive of host copies (reference, section 1): by default the longest time for which an idle system is not like a fresh one.
 MEMORY_S = 15.0
 #: With fewer blocks or seeds a percentile of the bootstrap, or t, says little; no interval is given.
 FEWEST = 5
