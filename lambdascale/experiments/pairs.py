@@ -15,9 +15,11 @@ from lambdascale.core import UserError
 from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study
-from lambdascale.metrics.intervals import Interval, RunRows, paired
+from lambdascale.metrics.intervals import MEMORY_S, Interval, RunRows, paired
 
 _REQUESTS = ["request_id", "arrival_s", "ttft_s", "finished_s"]
+# How long an idle system keeps replicas, copies in host memory and processes.
+_KEEP_ALIVES = ("system.autoscaler.keep_alive_s", "system.memory.keep_alive_s", "backend.pool.keep_alive_s")
 #: Measures of a pair: columns ``NAME_ratio`` (theirs over the reference's), ``NAME_low`` and ``NAME_high`` (95 %), ``NAME_by``.
 MEASURES = ("p90", "longest", "gpu")
 
@@ -60,7 +62,7 @@ INTERVALS = ("p90_low", "p90_high", "gpu_low", "gpu_high")
 _COLUMNS = [
     *("p90_s", "reference_p90_s"),
     *(f"{name}_{part}" for name in MEASURES for part in ("ratio", "low", "high", "by")),
-    *("blocks", "traces", "requests", "failed", "setup", "backend"),
+    *("blocks", "block_s", "traces", "requests", "failed", "setup", "backend"),
 ]
 
 
@@ -71,12 +73,18 @@ def _plain(value: Any) -> Any:
 def _row(ours: Mapping[int, Path], theirs: Mapping[int, Path], what: str, reference: str) -> dict[str, Any]:
     pairs = [(_partner(ours, seed, what, reference), folder) for seed, folder in sorted(theirs.items())]
     summaries = [[read_json(folder / SUMMARY) for folder in pair] for pair in pairs]
-    found = paired([(run_rows(own), run_rows(other)) for own, other in pairs])
+    block_s = max(memory_s(folder) for pair in pairs for folder in pair)
+    found = paired([(run_rows(own), run_rows(other)) for own, other in pairs], memory_s=block_s)
     p90 = [_median([pair[side]["ttft_s"]["p90"] for pair in summaries]) for side in (0, 1)]
     row: dict[str, Any] = {"p90_s": p90[1], "reference_p90_s": p90[0]}
     for name in MEASURES:
         row |= _cells(name, getattr(found, name))
-    row |= {"blocks": found.blocks, "traces": found.traces, "requests": found.requests}
+    row |= {
+        "blocks": found.blocks,
+        "block_s": block_s if found.blocks else None,
+        "traces": found.traces,
+        "requests": found.requests,
+    }
     backends = sorted({summary["backend"] for pair in summaries for summary in pair})
     row |= {"failed": sum(s["requests"]["failed"] for pair in summaries for s in pair)}
     return row | {"setup": setup_text(s for pair in summaries for s in pair), "backend": "+".join(backends)}
@@ -98,6 +106,16 @@ def _median(values: Sequence[float | None]) -> float | None:
 def _cells(name: str, interval: Interval) -> dict[str, Any]:
     numbers = {"ratio": interval.value, "low": interval.low, "high": interval.high, "by": interval.method}
     return {f"{name}_{part}": value for part, value in numbers.items()}
+
+
+def memory_s(folder: Path) -> float:
+    """Seconds for which an idle system of a run differs from a fresh one: its longest keep-alive, at least MEMORY_S.
+
+    What is kept for ever does not count: no block is as long, and once every node has it, an idle system is the same again.
+    """
+    config = OmegaConf.load(folder / "config.yaml")
+    kept = [OmegaConf.select(config, key) for key in _KEEP_ALIVES]
+    return max([MEMORY_S, *(float(seconds) for seconds in kept if seconds is not None)])
 
 
 def run_rows(folder: Path) -> RunRows:

@@ -38,6 +38,8 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "nccl_outliers": ("NCCL set-ups of 18 to 120 s", 1.0),
     "nccl_chunk_bytes": ("NCCL chunk [MB]", 1e-6),
     "host_memory_bytes": ("host memory [GiB]", 2.0**-30),
+    "initial_copies": ("host copies at first", 1.0),
+    "target_per_replica": ("requests per replica", 1.0),
     "scale_outs": ("size of scale-outs", 1.0),
 }
 _UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8, "GiB": 2.0**30}

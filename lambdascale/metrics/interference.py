@@ -54,10 +54,10 @@ def beside_multicasts(recorder: Recorder) -> dict[int, float]:
     A node has a part in a multicast with its GPU's memory (a source in host memory has none), from the command to the last
     arrival, a communicator's set-up included. Requests that were never dispatched are not in the result.
     """
+    commands = [entry[1] for entry in recorder.log if isinstance(entry, tuple)]
+    if StartMulticast not in {*map(type, commands)}:
+        return {request.request_id: 0.0 for command in commands if type(command) is Dispatch for request in command.requests}
     transfers = _multicasts(recorder)
-    if not transfers:
-        dispatches = (entry for _, entry in recorder.entries if type(entry) is Dispatch)
-        return {request.request_id: 0.0 for dispatch in dispatches for request in dispatch.requests}
     served = _served(recorder)
     by_node: defaultdict[NodeId, list[Span]] = defaultdict(list)
     for nodes, span in transfers:

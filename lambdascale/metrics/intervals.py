@@ -4,8 +4,8 @@
 
 One trace: a block bootstrap. Requests of one burst wait for each other, so they are no independent samples; blocks are whole
 stretches of the run that begin when both systems are idle, and last at least ``memory_s``. An idle system restarts from the same
-state but for what it keeps: copies in host memory, for 15 s by default, which is therefore the shortest block. A run without
-idle moments (overload) is one block and has no interval.
+state but for what it keeps: copies in host memory, for 15 s by default, or for as long as they or processes are kept in the runs
+compared, which is therefore the shortest block. A run without idle moments (overload) is one block and has no interval.
 
 Several traces (a generator's seeds): each is an independent sample; Student's t over the logarithms of the runs' ratios.
 """
@@ -26,7 +26,7 @@ from lambdascale.core import UserError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-#: Keep-alive of host copies (reference, section 1): the longest time for which an idle system differs from a fresh one.
+#: Keep-alive of host copies (reference, section 1): by default the longest time for which an idle system is not like a fresh one.
 MEMORY_S = 15.0
 #: With fewer blocks or seeds a percentile of the bootstrap, or t, says little; no interval is given.
 FEWEST = 5

@@ -11,26 +11,27 @@ from lambdascale.core.events import Event
 class Recorder:
     """Events and commands of a run as (time, event or command), in the order they happened.
 
-    ``on_event`` records an event. Events know their time and are kept as they are: most entries are read only after the run.
+    ``on_event`` records an event. Events know their time and stay as they are in ``log``, which is quicker to read than what
+    ``entries`` and iteration make of it: most entries are read only after the run.
     """
 
     def __init__(self) -> None:
-        self._log: list[Event | tuple[float, Command]] = []
+        self.log: list[Event | tuple[float, Command]] = []
         self._entries: list[tuple[float, Event | Command]] = []
-        self.on_event: Callable[[Event], None] = self._log.append
+        self.on_event: Callable[[Event], None] = self.log.append
 
     def on_command(self, at: float, command: Command) -> None:
         """Record a command issued at ``at`` (seconds of the run)."""
-        self._log.append((at, command))
+        self.log.append((at, command))
 
     def __iter__(self) -> Iterator[tuple[float, Event | Command]]:
         """Yield the entries without keeping them all in memory a second time."""
-        return ((entry.at, entry) if isinstance(entry, Event) else entry for entry in self._log)
+        return ((entry.at, entry) if isinstance(entry, Event) else entry for entry in self.log)
 
     @property
     def entries(self) -> list[tuple[float, Event | Command]]:
         """Return what was recorded so far."""
-        known, log = self._entries, self._log
+        known, log = self._entries, self.log
         known += [(entry.at, entry) if isinstance(entry, Event) else entry for entry in log[len(known) :]]
         return known
 

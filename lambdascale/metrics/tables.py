@@ -25,10 +25,10 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import CommandFailed, Event, NodeJoined, NodeLost, RequestArrived, RequestFinished, TokensProduced
-from lambdascale.core.token_gaps import TokenGaps
+from lambdascale.core.token_gaps import Floats, TokenGaps
 from lambdascale.metrics.interference import beside_multicasts
 from lambdascale.metrics.recorder import Recorder
-from lambdascale.metrics.ttft_parts import PARTS, Dispatched, Part, Starts
+from lambdascale.metrics.ttft_parts import PARTS, Dispatched, Starts
 
 _REQUESTS = pa.schema(
     [
@@ -57,6 +57,7 @@ _REQUESTS = pa.schema(
         ("beside_multicast_s", pa.float64()),
     ]
 )
+_NO_PARTS = (math.nan,) * len(PARTS)
 _TRACED = Failure("traced", "failed in the trace")
 _EVENTS = pa.schema(
     [
@@ -89,18 +90,12 @@ class _Life(msgspec.Struct, gc=False):
     dispatches: int = 0
     dispatched_s: float | None = None
     dispatched: Dispatched | None = None  # the last time before the first token
-    parts: Mapping[Part, float] | None = None
+    parts: Sequence[float] | None = None  # of PARTS
     first_token_s: float | None = None
     mode: str | None = None
     finished_s: float | None = None
     tokens: int = 0
     failure: Failure | None = None
-
-    @property
-    def tpot_s(self) -> float | None:
-        """Mean seconds between tokens; None without two of them."""
-        first, end, tokens = self.first_token_s, self.finished_s, self.tokens
-        return None if first is None or end is None or tokens < 2 else (end - first) / (tokens - 1)
 
     @property
     def status(self) -> str:
@@ -110,28 +105,43 @@ class _Life(msgspec.Struct, gc=False):
 
 def _columns(
     lives: Sequence[_Life], system: str, known: Mapping[int, TracedRequest], beside: Mapping[int, float]
-) -> dict[str, list[Any]]:
-    """Columns of requests.parquet; by id, ``known``: what the workload knew of requests, ``beside``: see beside_multicasts."""
+) -> dict[str, Sequence[Any] | Floats]:
+    """Columns of requests.parquet; by id, ``known``: what the workload knew of requests, ``beside``: see beside_multicasts.
+
+    Of numbers, NaN stands for null.
+    """
     asked = [life.request for life in lives]
     traced = [known.get(r.request_id) for r in asked]
+    parts = zip(*(_NO_PARTS if life.parts is None else life.parts for life in lives), strict=True) if lives else [()] * len(PARTS)
+    tokens = [None if life.finished_s is None else life.tokens for life in lives]
+    arrival_s, first_s, finished_s, count = (
+        np.array(column, dtype=np.float64)
+        for column in (
+            [r.arrival_s for r in asked],
+            [life.first_token_s for life in lives],
+            [life.finished_s for life in lives],
+            tokens,
+        )
+    )
     return {
         "request_id": [r.request_id for r in asked],
         "model": [r.model for r in asked],
         "system": [system] * len(asked),
-        "arrival_s": [r.arrival_s for r in asked],
+        "arrival_s": arrival_s,
         "received_s": [life.received_s for life in lives],
         "prompt_tokens": [r.prompt_tokens for r in asked],
-        "output_tokens": [None if life.finished_s is None else life.tokens for life in lives],
+        "output_tokens": tokens,
         "max_tokens": [r.max_tokens for r in asked],
         "dispatched_s": [life.dispatched_s for life in lives],
-        "first_token_s": [life.first_token_s for life in lives],
-        "finished_s": [life.finished_s for life in lives],
-        **{f"{part}_s": [None if life.parts is None else life.parts[part] for life in lives] for part in PARTS},
-        "ttft_s": [None if (at := life.first_token_s) is None else at - life.request.arrival_s for life in lives],
-        "tpot_s": [life.tpot_s for life in lives],
-        "e2e_s": [None if (at := life.finished_s) is None else at - life.request.arrival_s for life in lives],
+        "first_token_s": first_s,
+        "finished_s": finished_s,
+        **{f"{part}_s": column for part, column in zip(PARTS, parts, strict=True)},
+        "ttft_s": first_s - arrival_s,
+        # Mean seconds between tokens, of answers with two of them.
+        "tpot_s": (finished_s - first_s) / np.where(count > 1, count - 1, np.nan),
+        "e2e_s": finished_s - arrival_s,
         "first_token_mode": [life.mode for life in lives],
-        "restarts": [max(0, life.dispatches - 1) for life in lives],
+        "restarts": [life.dispatches - 1 if life.dispatches else 0 for life in lives],
         "status": [life.status for life in lives],
         "failure_reason": [None if life.failure is None else life.failure.reason for life in lives],
         "failure": [None if life.failure is None else life.failure.text for life in lives],
@@ -141,53 +151,51 @@ def _columns(
     }
 
 
-def _unserved_row(traced: TracedRequest, system: str) -> dict[str, Any]:
-    """Row of a request that its trace records as failed: nobody was asked to serve it."""
-    r = traced.request
-    return {
-        "request_id": r.request_id,
-        "model": r.model,
-        "system": system,
-        "arrival_s": r.arrival_s,
-        "prompt_tokens": r.prompt_tokens,
-        "max_tokens": r.max_tokens,
-        "restarts": 0,
-        "status": "failed",
-        "failure_reason": _TRACED.reason,
-        "failure": _TRACED.text,
-        "session": traced.session,
-    }
+def _unserved_columns(unserved: Sequence[TracedRequest], system: str) -> dict[str, Sequence[Any] | Floats]:
+    """Columns of requests that their trace records as failed: nobody was asked to serve them."""
+    nothing = [None] * len(unserved)
+    known = {each.request_id: each for each in unserved}
+    columns = _columns([_Life(each.request, math.nan, failure=_TRACED) for each in unserved], system, known, {})
+    return columns | {"answer_tokens": nothing}
 
 
 def _lives(recorder: Recorder) -> dict[int, _Life]:
     lives: dict[int, _Life] = {}
     starts = Starts()
-    for at, entry in recorder:
-        if type(entry) is TokensProduced:
+    for entry in recorder.log:
+        if isinstance(entry, tuple):
+            at, command = entry
+            if type(command) is Dispatch:
+                _dispatched(at, command, lives)
+            elif type(command) is FailRequest:
+                lives[command.request_id].failure = command.failure
+            else:
+                starts.take(at, command)
+        elif type(entry) is TokensProduced:
             life = lives[entry.request_id]
             if life.first_token_s is None:
-                life.first_token_s, life.mode = at, entry.mode
+                life.first_token_s, life.mode = entry.at, entry.mode
                 if life.dispatched is not None:
-                    life.parts = starts.parts(life.request.arrival_s, life.dispatched, at)
+                    life.parts = starts.parts(life.request.arrival_s, life.dispatched, entry.at)
         elif type(entry) is RequestFinished:
             life = lives[entry.request_id]
-            life.finished_s, life.tokens = at, entry.tokens
-        elif type(entry) is Dispatch:
-            for request in entry.requests:
-                life = lives[request.request_id]
-                since_s = life.request.arrival_s if life.dispatched is None else life.dispatched.at_s
-                if life.first_token_s is None:
-                    life.dispatched = Dispatched(at, entry.instance, since_s)
-                if not life.dispatches:
-                    life.dispatched_s = at
-                life.dispatches += 1
+            life.finished_s, life.tokens = entry.at, entry.tokens
         elif type(entry) is RequestArrived:
-            lives[entry.request.request_id] = _Life(entry.request, at)
-        elif type(entry) is FailRequest:
-            lives[entry.request_id].failure = entry.failure
+            lives[entry.request.request_id] = _Life(entry.request, entry.at)
         else:
-            starts.take(at, entry)
+            starts.take(entry.at, entry)
     return lives
+
+
+def _dispatched(at: float, dispatch: Dispatch, lives: Mapping[int, _Life]) -> None:
+    for request in dispatch.requests:
+        life = lives[request.request_id]
+        if life.first_token_s is None:
+            since_s = life.request.arrival_s if life.dispatched is None else life.dispatched.at_s
+            life.dispatched = Dispatched(at, dispatch.instance, since_s)
+        if not life.dispatches:
+            life.dispatched_s = at
+        life.dispatches += 1
 
 
 def requests_table(
@@ -209,18 +217,20 @@ def requests_table(
     """
     lives = _lives(recorder)
     known = {each.request_id: each for each in traced}
-    columns = _columns([lives[request_id] for request_id in sorted(lives)], system, known, beside_multicasts(recorder))
-    for row in (_unserved_row(each, system) for each in unserved):
-        for name, column in columns.items():
-            column.append(row.get(name))
-    table = pa.table([pa.array(columns[field.name], field.type) for field in _REQUESTS], schema=_REQUESTS)
+    table = _table(_columns([lives[request_id] for request_id in sorted(lives)], system, known, beside_multicasts(recorder)))
+    if failed := [*unserved]:
+        table = pa.concat_tables([table, _table(_unserved_columns(failed, system))]).combine_chunks()
     lists, stalls = _gap_columns(table, gaps)
     return table.append_column(_GAPS.field("itl_s"), lists).append_column(_GAPS.field("stall_s"), stalls)
 
 
+def _table(columns: Mapping[str, Sequence[Any] | Floats]) -> pa.Table:
+    return pa.table([pa.array(columns[f.name], f.type, from_pandas=True) for f in _REQUESTS], schema=_REQUESTS)
+
+
 def answered(requests: pa.Table, gaps: TokenGaps) -> TokenGaps:
     """Gaps of those requests whose status is ok: the end of one may have been too late to count."""
-    return gaps.of_requests(requests.select(["request_id", "status"]).filter(pc.field("status") == "ok")["request_id"].to_numpy())
+    return gaps.of_requests(requests["request_id"].filter(pc.equal(requests["status"], "ok")).to_numpy())
 
 
 def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, pa.Array]:
@@ -230,14 +240,15 @@ def _gap_columns(requests: pa.Table, gaps: TokenGaps | None) -> tuple[pa.Array, 
     numbers, gaps = requests["request_id"].to_numpy(), answered(requests, gaps)
     known = np.isin(numbers, gaps.request_ids)
     lengths = np.zeros(len(numbers), dtype=np.int64)
-    lengths[known] = np.diff(gaps.offsets)
+    lengths[known] = gaps.lengths
     stalls = np.full(len(numbers), np.nan)
     stalls[known] = gaps.longest()
-    seconds = gaps.seconds.astype(np.float32)
-    if len(seconds) > MANY_GAPS:
-        seconds.round(3, out=seconds)
+    # Each number is rounded once, however many requests share it.
+    pool = gaps.pool.astype(np.float32)
+    if gaps.lengths.sum() > MANY_GAPS:
+        pool.round(3, out=pool)
     offsets = pa.array(np.cumsum(np.concatenate([[0], lengths])), pa.int32(), mask=np.append(~known, False))
-    lists = pa.ListArray.from_arrays(offsets, pa.array(seconds))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(gaps.joined(pool)))
     return lists, pa.array(stalls, pa.float64(), from_pandas=True)
 
 

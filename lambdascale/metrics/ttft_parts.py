@@ -98,18 +98,17 @@ class Starts:
         if handler is not None:
             handler(at_s, entry)
 
-    def parts(self, arrival_s: float, dispatched: Dispatched, first_token_s: float) -> dict[Part, float]:
-        """Divide the time from ``arrival_s`` to ``first_token_s`` of a request by what it waited for, in seconds."""
-        found: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-        found["queue"] = dispatched.since_s - arrival_s
-        found["first_iteration"] = first_token_s - dispatched.at_s
+    def parts(self, arrival_s: float, dispatched: Dispatched, first_token_s: float) -> Sequence[float]:
+        """Divide the time from ``arrival_s`` to ``first_token_s`` of a request by what it waited for: seconds of PARTS."""
+        queue_s, at_s = dispatched.since_s - arrival_s, dispatched.at_s
         marks = self._instances.get(dispatched.instance, ())
-        if marks and marks[-1][0] > dispatched.since_s:
-            for part, seconds in between(marks, dispatched.since_s, dispatched.at_s):
-                found[part] += seconds
-        else:  # the common case: the instance was complete before, and marks end with the queue
-            found["queue"] += dispatched.at_s - dispatched.since_s
-        return found
+        if not marks or marks[-1][0] <= dispatched.since_s:  # the common case: the instance was complete before
+            return queue_s + (at_s - dispatched.since_s), 0.0, 0.0, 0.0, first_token_s - at_s
+        found: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+        found["queue"], found["first_iteration"] = queue_s, first_token_s - at_s
+        for part, seconds in between(marks, dispatched.since_s, at_s):
+            found[part] += seconds
+        return [*found.values()]
 
     # -- allocations -------------------------------------------------------------------------------------------------
 

@@ -46,15 +46,11 @@ class _TimedBatch(Batch):
         iteration = self.iteration
         return self.began_s + self._pace * self.timing.decode_run_s(iteration.decodes, iteration.context_tokens, steps)
 
-    def growth_s(self) -> float:
-        """Return by how much each step of what runs is longer than the one before."""
-        return self._pace * self.iteration.decodes * self.timing.kv_token_s
-
 
 class _TimedScheduler(BatchScheduler):
     """Scheduler of ``batch``, whose iterations are logged."""
 
-    __slots__ = ("_batch", "_kernel", "_log", "_tokens")
+    __slots__ = ("_batch", "_kernel", "_log", "_number", "_tokens")
 
     def __init__(self, limits: BatchLimits, kv_tokens: int, tokens: TokenLog, batch: _TimedBatch) -> None:
         super().__init__(limits, kv_tokens)
@@ -62,31 +58,35 @@ class _TimedScheduler(BatchScheduler):
         self._batch = batch
         self._kernel = batch.kernel
         self._log: BatchLog = []
+        self._number = tokens.open(self._log)
 
     def complete(
         self, iteration: Iteration, steps: int = 1, stopped: Collection[int] = ()
     ) -> tuple[list[BatchedRequest], list[BatchedRequest]]:
         """See BatchScheduler."""
         ended = _, finished = BatchScheduler.complete(self, iteration, steps, stopped)
-        batch = self._batch
+        batch, step = self._batch, self._step
         end_s = self._kernel.now if steps == batch.steps else batch.ended_s(steps)
-        self._log += (self._step, end_s, steps, batch.began_s, batch.growth_s() if steps > 1 else 0.0)
+        growth_s = batch._pace * iteration.decodes * batch.timing.kv_token_s if steps > 1 else 0.0
+        self._log.extend((step, end_s, batch.began_s, growth_s))
         if finished:
-            prefilled = {work.request_id for work, _ in iteration.prefills}
+            tokens, number = self._tokens, self._number
             for work in finished:
-                alone_s = end_s if work.request_id in prefilled else None
-                self._tokens.finish(work.request_id, Stay(self._log, work.joined, self._step, work.produced, alone_s))
+                tokens.ended += (work.request_id, number, work.joined, step, work.produced)
+            if iteration.prefills:
+                prefilled = {work.request_id for work, _ in iteration.prefills}
+                tokens.alone_s.update({work.request_id: end_s for work in finished if work.request_id in prefilled})
         return ended
 
     def _make_room(self) -> list[BatchedRequest]:
         preempted = super()._make_room()
         for work in preempted:  # also those being prefilled: a stay without new tokens adds none
-            self._tokens.stay(work.request_id, Stay(self._log, work.joined, self._step, work.produced))
+            self._tokens.stay(work.request_id, Stay(self._number, work.joined, self._step, work.produced))
         return preempted
 
     def drain(self) -> list[BatchedRequest]:
         """See BatchScheduler; the stays of requests that decode end here."""
         for work in self.decoding.values():
             produced = work.produced + self._step - work.joined
-            self._tokens.stay(work.request_id, Stay(self._log, work.joined, self._step, produced))
+            self._tokens.stay(work.request_id, Stay(self._number, work.joined, self._step, produced))
         return super().drain()

@@ -14,10 +14,11 @@ from lambdascale.experiments import paper_table, paper_text
 from lambdascale.experiments.beliefs import LINES, Tables, render
 from lambdascale.experiments.collect import study_table
 from lambdascale.experiments.compose import compose, conf_dir
-from lambdascale.experiments.pairs import INTERVALS
+from lambdascale.experiments.pairs import INTERVALS, run_rows
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.sensitivity import conclusions, flips, markdown, verdict
 from lambdascale.experiments.study import Study, study_of
+from lambdascale.metrics.intervals import paired
 
 TABLES = conf_dir().parent / "results" / "tables"
 
@@ -40,11 +41,34 @@ def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(t
     table = study_table(STUDY, runs).set_index("compression")
     assert table.system.tolist() == ["serverlessllm"] * 2
     assert table.traces.to_dict() == {3.0: 2, 1.0: 1}
+    assert table.block_s.isna().to_dict() == {3.0: True, 1.0: False}, "several traces have no blocks"
     summary = [pd.read_json(path / "summary.json", typ="series") for path in runs]
     p90 = [one.ttft_s["p90"] for one in summary]
     assert table.p90_ratio[1.0] == pytest.approx(p90[5] / p90[4])
     assert table.p90_ratio[3.0] == pytest.approx((p90[2] / p90[0] + p90[3] / p90[1]) / 2)
     assert table.gpu_ratio[1.0] == pytest.approx(summary[5].gpu_seconds / summary[4].gpu_seconds), "the integral is the summary's"
+
+
+@pytest.mark.parametrize(
+    ("kept", "block_s"),
+    [
+        ([], 15.0),
+        (["system.memory.keep_alive_s=0"], 15.0),
+        (["system.memory.keep_alive_s=null"], 15.0),
+        (["system.memory.keep_alive_s=40"], 40.0),
+        (["system.autoscaler.keep_alive_s=20"], 20.0),
+        (["pool@backend.pool=none", "backend.pool.keep_alive_s=60", "system.memory.keep_alive_s=40"], 60.0),
+    ],
+)
+def test_blocks_are_as_long_as_the_longest_keep_alive_of_either_system(tmp_path: Path, kept: list[str], block_s: float) -> None:
+    runs = [folder(tmp_path, "system=lambdascale", *kept), folder(tmp_path, "system=ideal", *kept)]
+    other = folder(tmp_path, "system=ideal")
+    own = paired([(run_rows(runs[0]), run_rows(runs[1]))], memory_s=block_s)
+    row = study_table(STUDY, runs).iloc[0]
+    assert (row.block_s, row.blocks) == (block_s, own.blocks)
+    assert (row.p90_low, row.gpu_high) == pytest.approx((own.p90.low, own.gpu.high), nan_ok=True)
+    mixed = study_table(STUDY, [runs[0], other]).iloc[0]
+    assert mixed.block_s == block_s, "that of one of the two counts"
 
 
 def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:

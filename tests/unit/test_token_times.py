@@ -161,54 +161,86 @@ def test_preempted_requests(limits: BatchLimits, kv_tokens: int, second: tuple[i
     assert found[1].tolist() == gaps
 
 
-def answered(*stays: Stay) -> list[float]:
+def answered(logs: list[BatchLog], *stays: Stay) -> list[float]:
+    """Gaps of a request with these stays, in the batches of ``logs`` by number."""
     tokens = TokenLog()
+    assert [tokens.open(log) for log in logs] == [*range(len(logs))]
     for stay in stays[:-1]:
         tokens.stay(1, stay)
-    tokens.finish(1, stays[-1])
+    last = stays[-1]
+    tokens.ended += (1, last.batch, last.joined, last.left, last.produced)
+    if last.alone_s is not None:
+        tokens.alone_s[1] = last.alone_s
     return tokens.gaps().by_request()[1].tolist()
 
 
 @pytest.mark.parametrize(("tokens", "gaps"), [(1, []), (2, [1.0]), (3, [1.0, 1.5])])
 def test_short_answers_from_the_first_step_on(tokens: int, gaps: list[float]) -> None:
-    log: BatchLog = [0, 2.0, 1, 0.0, 0.0, 1, 3.0, 1, 2.0, 0.0, 2, 4.5, 1, 3.0, 0.0, 3, 5.0, 1, 4.5, 0.0]
-    assert answered(Stay(log, 0, tokens - 1, tokens, 2.0 if tokens == 1 else None)) == gaps
+    log: BatchLog = [0, 2.0, 0.0, 0.0, 1, 3.0, 2.0, 0.0, 2, 4.5, 3.0, 0.0, 3, 5.0, 4.5, 0.0]
+    assert answered([log], Stay(0, 0, tokens - 1, tokens, 2.0 if tokens == 1 else None)) == gaps
 
 
 def test_steps_run_as_one_grow_evenly() -> None:
     """Three steps of 1.0, 1.1 and 1.2 s, after one of 0.5 s beside a prefill."""
-    log: BatchLog = [0, 2.0, 1, 0.0, 0.0, 1, 2.5, 1, 2.0, 0.0, 4, 5.8, 3, 2.5, 0.1]
-    assert answered(Stay(log, 0, 4, 5)) == pytest.approx([0.5, 1.0, 1.1, 1.2])
-    assert answered(Stay(log, 1, 4, 4)) == pytest.approx([1.0, 1.1, 1.2])
+    log: BatchLog = [0, 2.0, 0.0, 0.0, 1, 2.5, 2.0, 0.0, 4, 5.8, 2.5, 0.1]
+    assert answered([log], Stay(0, 0, 4, 5)) == pytest.approx([0.5, 1.0, 1.1, 1.2])
+    assert answered([log], Stay(0, 1, 4, 4)) == pytest.approx([1.0, 1.1, 1.2])
 
 
-FIRST: BatchLog = [0, 1.0, 1, 0.0, 0.0, 1, 2.0, 1, 1.0, 0.0]
-SECOND: BatchLog = [0, 5.0, 1, 4.0, 0.0, 1, 6.0, 1, 5.0, 0.0]
+def test_a_run_of_steps_that_had_to_wait() -> None:
+    """A batch is idle for 2 s, or waits for its node: the first of two steps of 1 s follows on the token before 3 s later."""
+    log: BatchLog = [0, 2.0, 0.0, 0.0, 2, 6.0, 4.0, 0.0]
+    assert answered([[], log], Stay(1, 0, 2, 3)) == [3.0, 1.0]
+
+
+FIRST: BatchLog = [0, 1.0, 0.0, 0.0, 1, 2.0, 1.0, 0.0]
+SECOND: BatchLog = [0, 5.0, 4.0, 0.0, 1, 6.0, 5.0, 0.0, 1, 8.0, 6.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("second", "gaps"),
     [
-        (Stay(SECOND, 0, 1, 3), [1.0, 4.0]),  # its KV was copied
-        (Stay(SECOND, 0, 1, 4), [1.0, 3.0, 1.0]),  # a prefill anew, which gives a token
-        (Stay(SECOND, -1, 0, 3, 5.0), [1.0, 3.0]),  # that was the last
+        (Stay(1, 0, 1, 3), [1.0, 4.0]),  # its KV was copied
+        (Stay(1, 0, 1, 4), [1.0, 3.0, 1.0]),  # a prefill anew, which gives a token
+        (Stay(1, -1, 0, 3, 5.0), [1.0, 3.0]),  # that was the last
     ],
 )
 def test_several_stays(second: Stay, gaps: list[float]) -> None:
-    assert answered(Stay(FIRST, 0, 1, 2), second) == gaps
+    assert answered([FIRST, SECOND], Stay(0, 0, 1, 2), second) == gaps
 
 
 def test_a_token_that_comes_again_counts_when_it_first_came() -> None:
     """The answer begins anew after a loss: what the client had is not new to it."""
-    lost: BatchLog = [0, 1.0, 1, 0.0, 0.0, 2, 3.0, 2, 1.0, 0.0]
-    other: BatchLog = [0, 10.0, 1, 9.0, 0.0, 3, 13.0, 3, 10.0, 0.0]
-    assert answered(Stay(lost, 0, 2, 3), Stay(other, 0, 3, 4)) == [1.0, 1.0, 10.0]
+    lost: BatchLog = [0, 1.0, 0.0, 0.0, 2, 3.0, 1.0, 0.0]
+    other: BatchLog = [0, 10.0, 9.0, 0.0, 3, 13.0, 10.0, 0.0]
+    assert answered([lost, other], Stay(0, 0, 2, 3), Stay(1, 0, 3, 4)) == [1.0, 1.0, 10.0]
 
 
 def test_several_stays_without_a_decode_step() -> None:
-    first: BatchLog = [0, 1.0, 1, 0.0, 0.0]
-    second: BatchLog = [0, 4.0, 1, 3.0, 0.0]
-    assert answered(Stay(first, -1, 0, 1, 1.0), Stay(second, -1, 0, 2, 4.0)) == [3.0]
+    first: BatchLog = [0, 1.0, 0.0, 0.0]
+    second: BatchLog = [0, 4.0, 3.0, 0.0]
+    assert answered([first, second], Stay(0, -1, 0, 1, 1.0), Stay(1, -1, 0, 2, 4.0)) == [3.0]
+
+
+def test_the_last_end_of_a_request_counts() -> None:
+    """One that ended on a lost node, too late to count, ends again elsewhere."""
+    tokens = TokenLog()
+    for log in (FIRST, SECOND):
+        tokens.open(log)
+    tokens.ended += (4, 1, 0, 1, 2, 1, 0, 0, 1, 2, 4, 0, 0, 1, 2)
+    assert {number: gaps.tolist() for number, gaps in tokens.gaps().by_request().items()} == {1: [1.0], 4: [1.0]}
+    tokens.ended += (4, 1, 0, 0, 1)
+    assert tokens.gaps().lengths.tolist() == [1, 0]
+
+
+def test_the_longest_gap_of_answers_that_overlap_in_any_order() -> None:
+    """Two share gaps up to the end of all; what lies between two requests counts for neither."""
+    gaps = TokenGaps(np.array([1, 2, 3, 4]), np.array([4, 3, 9, 0]), np.array([2, 3, 0, 1]), np.array([1.0, 9, 9, 2, 4, 3]))
+    assert gaps.longest().tolist()[:2] + gaps.longest().tolist()[3:] == [4.0, 4.0, 1.0]
+    assert np.isnan(gaps.longest()[2])
+    assert gaps.seconds.tolist() == [4.0, 3, 2, 4, 3, 1]
+    some = gaps.of_requests(np.array([2, 4]))
+    assert (some.request_ids.tolist(), some.seconds.tolist()) == ([2, 4], [2.0, 4, 3, 1])
 
 
 def test_summary_and_columns(monkeypatch: pytest.MonkeyPatch) -> None:
