@@ -17,6 +17,8 @@ from msgspec import Struct
 from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
+_EVEN = repeat(1.0)
+
 
 class Port:
     """One direction of a link, or a device: ``bytes_per_s`` shared by the flows that cross it."""
@@ -96,10 +98,11 @@ class LinkNetwork:
         self._next_id = flow_id = self._next_id + 1
         flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights, self._kernel.now)
         alone, rate = True, cap
-        for port, weight in _weights(flow):
-            if port.flows:
+        for port, weight in zip(ports, weights or _EVEN):  # noqa: B905 - _EVEN has no end
+            flows = port.flows
+            if flows:
                 alone = False
-            port.flows[flow_id] = flow
+            flows[flow_id] = flow
             most = port.bytes_per_s / weight
             if most < rate:
                 rate = most
@@ -210,4 +213,4 @@ def _fair_rates(flows: list[Flow]) -> list[tuple[Flow, float]]:
 
 
 def _weights(flow: Flow) -> Iterable[tuple[Port, float]]:
-    return zip(flow.ports, repeat(1.0) if flow.weights is None else flow.weights)  # noqa: B905 - repeat has no end
+    return zip(flow.ports, flow.weights or _EVEN)  # noqa: B905 - _EVEN has no end
