@@ -229,10 +229,10 @@ def drive_experiment(
         if isinstance(experiment.backend, SimConfig):
             stack.enter_context(_collecting_new_objects_only())
         backend = _backend(experiment, requests, seed, stack)
-        progress = stack.enter_context(Progress(len(requests), title))
+        progress = Progress.on_terminal(len(requests), title)
         observers: list[Observer] = [recorder]
-        if progress.visible:
-            observers.append(progress)
+        if progress is not None:
+            observers.append(stack.enter_context(progress))
         drive(system, backend, observers, max_events=max_events if isinstance(experiment.backend, SimConfig) else None)
         # Said last: a run that ends with an error says nothing else.
         if cut:

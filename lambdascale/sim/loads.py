@@ -15,7 +15,7 @@ from msgspec import Struct
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.commands import LoadBlocks
 from lambdascale.sim.fabric import Fabric
-from lambdascale.sim.links import FlowGroup, Port
+from lambdascale.sim.links import Flow, FlowGroup, Port
 
 Deliver = Callable[[int, NodeId, str, int], None]
 
@@ -76,28 +76,35 @@ class Load(FlowGroup):
         self._deliver = deliver
         self._on_end = on_end
         self._ahead, self._way = load_ways(command, fabric)
+        self._carrier: Flow | None = None  # the flow of one block after another
 
     def start(self) -> None:
         """Begin; the tier "instant" delivers at once, as events of the present time."""
         if self._ahead is not None:
-            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._next)
+            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._begin)
         elif self._way.ports:
-            self._next()
+            self._begin()
         else:
             self._fabric.kernel.at(self._fabric.kernel.now, self._all_arrived)
 
-    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> None:
-        self._fabric.flow(self, self._nodes, way.ports, size_bytes / way.goodput, on_done, way.cap, way.weights)
+    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> Flow | None:
+        return self._fabric.flow(self, self._nodes, way.ports, size_bytes / way.goodput, on_done, way.cap, way.weights)
 
-    def _next(self) -> None:
+    def _begin(self) -> None:
         if self._left:
-            self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
+            self._carrier = self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
         else:
             self._on_end(self._command.transfer_id)
 
     def _stepped(self) -> None:
         self._arrived(1)
-        self._next()
+        if self._left:
+            assert self._carrier is not None, "a block has come"
+            size_bytes = self._command.block_bytes[self._left[0]] / self._way.goodput
+            self._fabric.again(self, self._nodes, self._carrier, size_bytes)
+        else:
+            self._carrier = None  # which refers to this load
+            self._on_end(self._command.transfer_id)
 
     def _all_arrived(self, _: object) -> None:
         self._arrived(len(self._left))
