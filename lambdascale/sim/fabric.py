@@ -77,7 +77,7 @@ class Fabric:
         return flow
 
     def again(self, group: FlowGroup, nodes: Collection[NodeId], flow: Flow, size_bytes: float) -> None:
-        """Start a flow like ``flow``, which has completed, in its place; as ``flow``, not in a cancelled group or without nodes."""
+        """Start a flow like ``flow``, which has completed, in its place; not in a cancelled group or if ``nodes`` are lost."""
         if group.cancelled or (self.lost and not self.alive(nodes)):
             return
         self.links.again(flow, size_bytes)
