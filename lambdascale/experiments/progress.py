@@ -22,10 +22,16 @@ _LINE_EVERY_S = 30.0
 class Progress:
     """Observer that counts answered and refused requests and redraws the bar at most ten times a second."""
 
-    def __init__(self, total: int, title: str) -> None:
+    @classmethod
+    def on_terminal(cls, total: int, title: str) -> Progress | None:
+        """Return the progress of a run of ``total`` requests; None without a terminal, and in a process of a sweep.
+
+        A sweep's processes share its terminal, where it shows its own progress.
+        """
         console = Console(stderr=True)
-        # A sweep's processes share its terminal, where it shows its own progress.
-        self.visible = console.is_terminal and parent_process() is None
+        return cls(console, total, title) if console.is_terminal and parent_process() is None else None
+
+    def __init__(self, console: Console, total: int, title: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = RichProgress(*columns, console=console, auto_refresh=False, transient=True)
         self._task = self._bar.add_task(title or "run", total=total)
@@ -33,13 +39,11 @@ class Progress:
         self._due = 0.0
 
     def __enter__(self) -> Progress:
-        if self.visible:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.visible:
-            self._bar.stop()
+        self._bar.stop()
 
     def on_event(self, event: Event) -> None:
         """Count an answered request."""

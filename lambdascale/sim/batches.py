@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lambdascale.sim.instances import SimInstance
 
 _NO_ITERATION = Iteration([], 0, 0, 1)
+NOWHERE: frozenset[NodeId] = frozenset()
 Emit = Callable[[TokensProduced | RequestFinished | RequestPreempted], None]
 # Bytes of KV from one node to another, and what to call once they have arrived.
 CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
@@ -101,7 +102,7 @@ class Batch:
         self.on = on
         self.under_way: Layout | None = None
         self.blocked = False
-        self.sources: frozenset[NodeId] = frozenset()
+        self.sources = NOWHERE
         self.iteration = _NO_ITERATION
         self.steps = 1
         self.timing = on.timing

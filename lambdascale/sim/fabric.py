@@ -7,7 +7,7 @@ from math import inf
 
 from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.links import FlowGroup, LinkNetwork, Port
+from lambdascale.sim.links import Flow, FlowGroup, LinkNetwork, Port
 
 
 class Fabric:
@@ -68,11 +68,19 @@ class Fabric:
         on_done: Callable[[], None],
         cap: float = inf,
         weights: tuple[float, ...] | None = None,
-    ) -> None:
-        """Start a flow of ``group`` that depends on ``nodes``; never if the group is cancelled or they are not alive."""
+    ) -> Flow | None:
+        """Start a flow of ``group`` that depends on ``nodes``; None if the group is cancelled or they are not alive."""
+        if group.cancelled or (self.lost and not self.alive(nodes)):
+            return None
+        flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
+        group.flows[flow] = nodes
+        return flow
+
+    def again(self, group: FlowGroup, nodes: Collection[NodeId], flow: Flow, size_bytes: float) -> None:
+        """Start a flow like ``flow``, which has completed, in its place; not in a cancelled group or if ``nodes`` are lost."""
         if group.cancelled or (self.lost and not self.alive(nodes)):
             return
-        flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
+        self.links.again(flow, size_bytes)
         group.flows[flow] = nodes
 
     def cancel(self, group: FlowGroup) -> None:

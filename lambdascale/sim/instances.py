@@ -13,7 +13,7 @@ from lambdascale.control.batching import BatchedRequest, BatchScheduler
 from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
 from lambdascale.core.events import RequestFinished, RequestPreempted, TokensProduced
-from lambdascale.sim.batches import Batch, Layout, Stages, Surroundings
+from lambdascale.sim.batches import NOWHERE, Batch, Layout, Stages, Surroundings
 
 
 class SimInstance:
@@ -85,16 +85,21 @@ class SimInstance:
         layouts = [self.layout, *(batch.under_way for batch in self._batches if batch.under_way is not None)]
         for port in dict.fromkeys([port for layout in layouts for port in layout.ports]):
             port.withdraw(self)
-        return [work for batch in self._batches for work in batch.scheduler.drain()]
+        works = [work for batch in self._batches for work in batch.scheduler.drain()]
+        # Batches and instance refer to each other: apart, they are freed at once, and not by the garbage collector.
+        for batch in self._batches:
+            batch.stages = None
+        self._batches = []
+        return works
 
     # -- iterations --------------------------------------------------------------------------------------------------
 
     def next_run(self, alone: bool) -> Batch | Stages | None:
         """See Owner: the first stage of the next iteration of a batch that is between two iterations."""
         batches = self._batches
-        several = len(batches) > 1
+        several = len(batches) != 1
         batch = self._next_in_turn() if several else batches[0]
-        if batch.under_way is not None or batch.blocked:
+        if batch is None or batch.under_way is not None or batch.blocked:
             return None
         iteration = batch.scheduler.schedule()
         if iteration is None:
@@ -114,8 +119,8 @@ class SimInstance:
         run.position = 0
         return run
 
-    def _next_in_turn(self) -> Batch:
-        """Return the batch that has the next turn; one that is not due if none is.
+    def _next_in_turn(self) -> Batch | None:
+        """Return the batch that has the next turn; None if none is due.
 
         Batches take turns in a circle, as on a live node: where fewer keep the busiest node occupied, the rest would starve.
         """
@@ -126,7 +131,7 @@ class SimInstance:
             if batch.is_due:
                 self._after_last = index % count + 1
                 return batch
-        return batches[0]
+        return None
 
     def report(self, batch: Batch, first: Sequence[BatchedRequest], finished: Sequence[BatchedRequest]) -> None:
         """Report first tokens and ended requests of the iteration under way."""
@@ -184,7 +189,7 @@ class SimInstance:
             nonlocal left
             left -= 1
             if left == 0 and not self.stopped:
-                batch.blocked, batch.sources = False, frozenset()
+                batch.blocked, batch.sources = False, NOWHERE
                 self.move(batch) if batch.on is not self.layout else self._settle(batch)
                 self._look_for_work()
 

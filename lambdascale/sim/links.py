@@ -17,6 +17,8 @@ from msgspec import Struct
 from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
+_EVEN = repeat(1.0)
+
 
 class Port:
     """One direction of a link, or a device: ``bytes_per_s`` shared by the flows that cross it."""
@@ -93,21 +95,33 @@ class LinkNetwork:
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
-        self._next_id = flow_id = self._next_id + 1
-        flow = Flow(flow_id, ports, size_bytes, on_done, cap, group, weights, self._kernel.now)
-        alone, rate = True, cap
-        for port, weight in _weights(flow):
-            if port.flows:
+        flow = Flow(0, ports, size_bytes, on_done, cap, group, weights, 0.0)
+        self._enter(flow)
+        return flow
+
+    def again(self, flow: Flow, size_bytes: float) -> None:
+        """Begin a flow of ``size_bytes`` that is like ``flow``, which has completed, and takes its place."""
+        flow.remaining = size_bytes
+        flow.rate = 0.0
+        self._enter(flow)
+
+    def _enter(self, flow: Flow) -> None:
+        """Number a flow, put it on its ports and share them."""
+        self._next_id = flow.flow_id = flow_id = self._next_id + 1
+        flow.settled_s = self._kernel.now
+        alone, rate = True, flow.cap
+        for port, weight in zip(flow.ports, flow.weights or _EVEN):  # noqa: B905 - _EVEN has no end
+            flows = port.flows
+            if flows:
                 alone = False
-            port.flows[flow_id] = flow
+            flows[flow_id] = flow
             most = port.bytes_per_s / weight
             if most < rate:
                 rate = most
         if alone:
             self._grant(flow, rate)
         else:
-            self._share(ports)
-        return flow
+            self._share(flow.ports)
 
     def cancel(self, flow: Flow) -> None:
         """Take a flow off its ports; it never completes. Nothing happens if it has completed."""
@@ -210,4 +224,4 @@ def _fair_rates(flows: list[Flow]) -> list[tuple[Flow, float]]:
 
 
 def _weights(flow: Flow) -> Iterable[tuple[Port, float]]:
-    return zip(flow.ports, repeat(1.0) if flow.weights is None else flow.weights)  # noqa: B905 - repeat has no end
+    return zip(flow.ports, flow.weights or _EVEN)  # noqa: B905 - _EVEN has no end

@@ -15,16 +15,18 @@ from msgspec import Struct
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.commands import LoadBlocks
 from lambdascale.sim.fabric import Fabric
-from lambdascale.sim.links import FlowGroup, Port
+from lambdascale.sim.links import Flow, FlowGroup, Port
 
 Deliver = Callable[[int, NodeId, str, int], None]
 
 
 class Way(Struct, frozen=True):
-    """Ports that bytes cross together, at most ``cap`` bytes/s fast."""
+    """Ports that bytes cross together, at most ``cap`` bytes/s fast. ``weights``: see Flow; ``goodput``: each of them."""
 
     ports: tuple[Port, ...]
-    cap: float = inf
+    weights: tuple[float, ...]
+    goodput: float
+    cap: float
 
 
 def load_ways(command: LoadBlocks, fabric: Fabric) -> tuple[Way | None, Way]:
@@ -33,14 +35,24 @@ def load_ways(command: LoadBlocks, fabric: Fabric) -> tuple[Way | None, Way]:
     UserError if the cluster has no such tier.
     """
     if command.tier == "instant":
-        return None, Way(())
+        return None, _way(command, fabric)
     pcie = fabric.port("pcie", command.node)
     if command.tier == "host":
-        return None, Way((pcie,))
+        return None, _way(command, fabric, pcie)
     storage, cap = _storage(command, fabric)
     if command.loader == "pipelined":
-        return None, Way((storage, pcie), cap)
-    return Way((storage,), cap), Way((pcie,))
+        return None, _way(command, fabric, storage, pcie, cap=cap)
+    return _way(command, fabric, storage, cap=cap), _way(command, fabric, pcie)
+
+
+def _way(command: LoadBlocks, fabric: Fabric, *ports: Port, cap: float = inf) -> Way:
+    """Return the way over ``ports``.
+
+    Flows of all tiers but the remote store have sizes in bytes at a NIC's line rate, as sends have, so that a send from host
+    memory has an equal share of PCIe.
+    """
+    goodput = 1.0 if command.tier == "remote" else fabric.cluster.rdma_efficiency
+    return Way(ports, (goodput,) * len(ports), goodput, cap)
 
 
 def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
@@ -53,11 +65,7 @@ def _storage(command: LoadBlocks, fabric: Fabric) -> tuple[Port, float]:
 
 
 class Load(FlowGroup):
-    """One LoadBlocks under way; UserError if its tier does not exist. ``on_end(transfer_id)`` is called after its last block.
-
-    Flows of all tiers but the remote store have sizes in bytes at a NIC's line rate, as sends have, so that a send from host
-    memory has an equal share of PCIe.
-    """
+    """One LoadBlocks under way; UserError if its tier does not exist. ``on_end(transfer_id)`` is called after its last block."""
 
     def __init__(self, command: LoadBlocks, fabric: Fabric, deliver: Deliver, on_end: Callable[[int], None]) -> None:
         super().__init__()
@@ -67,42 +75,50 @@ class Load(FlowGroup):
         self._fabric = fabric
         self._deliver = deliver
         self._on_end = on_end
-        self._goodput = 1.0 if command.tier == "remote" else fabric.cluster.rdma_efficiency
         self._ahead, self._way = load_ways(command, fabric)
+        self._carrier: Flow | None = None  # the flow of one block after another
 
     def start(self) -> None:
         """Begin; the tier "instant" delivers at once, as events of the present time."""
         if self._ahead is not None:
-            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._next)
+            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._begin)
         elif self._way.ports:
-            self._next()
+            self._begin()
         else:
             self._fabric.kernel.at(self._fabric.kernel.now, self._all_arrived)
 
-    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> None:
-        goodput = self._goodput
-        weights = (goodput,) * len(way.ports)
-        self._fabric.flow(self, self._nodes, way.ports, size_bytes / goodput, on_done, way.cap, weights)
+    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> Flow | None:
+        return self._fabric.flow(self, self._nodes, way.ports, size_bytes / way.goodput, on_done, way.cap, way.weights)
 
-    def _next(self) -> None:
+    def _begin(self) -> None:
         if self._left:
-            self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
+            self._carrier = self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
         else:
             self._on_end(self._command.transfer_id)
 
     def _stepped(self) -> None:
-        self._arrived()
-        self._next()
+        self._arrived(1)
+        if self._left:
+            assert self._carrier is not None, "a block has come"
+            size_bytes = self._command.block_bytes[self._left[0]] / self._way.goodput
+            self._fabric.again(self, self._nodes, self._carrier, size_bytes)
+        else:
+            self._carrier = None  # which refers to this load
+            self._on_end(self._command.transfer_id)
 
     def _all_arrived(self, _: object) -> None:
-        while self._left:
-            self._arrived()
+        self._arrived(len(self._left))
         self._on_end(self._command.transfer_id)
 
-    def _arrived(self) -> None:
-        command, fabric, block = self._command, self._fabric, self._left.popleft()
-        if not self.cancelled and (not fabric.lost or fabric.alive(self._nodes)):
-            self._deliver(command.transfer_id, command.node, command.model, block)
+    def _arrived(self, blocks: int) -> None:
+        """Deliver the next ``blocks`` blocks, unless the load or its node has come to nothing."""
+        command, fabric, left = self._command, self._fabric, self._left
+        transfer_id, node, model, deliver = command.transfer_id, command.node, command.model, self._deliver
+        lost = self.cancelled or (fabric.lost and not fabric.alive(self._nodes))
+        for _ in range(blocks):
+            block = left.popleft()
+            if not lost:
+                deliver(transfer_id, node, model, block)
 
     def coming(self, model: str, node: NodeId) -> set[int]:
         """Return the blocks of ``model`` that this load has still to bring to ``node``."""

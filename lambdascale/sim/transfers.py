@@ -28,7 +28,7 @@ from lambdascale.sim.options import TransferOptions
 class _Member:
     """A node's part in a multicast: sends (round, to, block) and receives (round, from) to come, blocks held, NIC.
 
-    ``pcie``: the port crossed by what it sends, if it sends from host memory.
+    A streaming multicast has no sends: it is one flow. ``pcie``: the port crossed by what it sends, if it sends from host memory.
     """
 
     __slots__ = ("busy", "held", "nic_in", "nic_out", "node", "pcie", "receives", "sends")
@@ -56,14 +56,16 @@ class _Multicast(FlowGroup):
         self.members = members = {node: _Member(node, fabric, tiers.get(node, "gpu"), host_port) for node in command.plan.members}
         received: dict[NodeId, set[int]] = {node: set() for node in members}
         self.left = 0
+        streaming = command.plan.streaming
         for number, sends in enumerate(command.plan.rounds):
             self.left += len(sends)
             for send in sends:
                 src, dst, block = members[send.src], members[send.dst], send.block
-                src.sends.append((number, dst, block))
                 src.held.add(block)
-                dst.receives.append((number, src))
                 received[dst.node].add(block)
+                if not streaming:
+                    src.sends.append((number, dst, block))
+                    dst.receives.append((number, src))
         # What a node sends without ever receiving it, it must hold from the start (sources, and survivors of a re-plan).
         for node, member in members.items():
             member.held -= received[node]
@@ -73,7 +75,7 @@ class _Multicast(FlowGroup):
 
     def coming(self, model: str, node: NodeId) -> set[int]:
         """Return the blocks of ``model`` that this transfer has still to bring to ``node``."""
-        if self.command.model != model or node not in self.members or not self.members[node].receives:
+        if self.command.model != model or node not in self.members:
             return set()
         brought = {t.block for sends in self.command.plan.rounds for t in sends if t.dst == node}
         return brought - self.members[node].held
