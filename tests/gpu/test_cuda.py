@@ -27,6 +27,7 @@ from lambdascale.inference import (
     load_blocks,
 )
 from lambdascale.inference.digest import block_digest, part_digests
+from lambdascale.inference.forms import Form
 from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
@@ -179,7 +180,7 @@ def test_a_dropped_stage_is_freed_at_once(model: PackedModel) -> None:
     """KV memory and recordings do not wait for garbage collection."""
     blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
     stage = TransformerStage(model.architecture, blocks, 4, 64)
-    stage.prepare([1, 4])
+    stage.prepare([Form(1), Form(4), Form(64, True, 8)])
     stage.run(StageBatch((Segment(0, 0, 1),), 1, (0,)), torch.tensor([1]))
     dropped = weakref.ref(stage)
     gc.disable()

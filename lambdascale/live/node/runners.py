@@ -15,7 +15,6 @@ from lambdascale.core import NodeSpec
 from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
-from lambdascale.inference.choosing import choose
 from lambdascale.live.node.memory import tensor_of
 from lambdascale.live.wire import Pass
 from lambdascale.transport import Memory
@@ -103,14 +102,15 @@ class TorchRunner:
             given = raw.view(self._dtype).view(work.batch.rows, self._architecture.hidden).to(self._stage.device)
         else:
             given = torch.tensor(inputs, dtype=torch.long)
+        if self._stage.is_last and work.rules:
+            return self._stage.answer(work.batch, given, work.rules, work.positions)
         state = self._stage.run(work.batch, given)
         if self._stage.is_last:
-            if not work.rules and state.device.type == "cuda":
+            if state.device.type == "cuda":
                 # The answer says that the inputs have been read: the stage before may write the next ones to their place.
                 torch.cuda.current_stream(state.device).synchronize()
-            return choose(state, work.rules, work.positions) if work.rules else []
-        # A replay of a recording writes to the same memory each time.
-        return (state.contiguous() if state.device.type == "cpu" else state.clone()).view(torch.uint8).flatten()
+            return []
+        return state.contiguous().view(torch.uint8).flatten()
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
