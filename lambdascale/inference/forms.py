@@ -37,16 +37,14 @@ def form_of(batch: StageBatch, most_rows: int) -> Form | None:
     if batch.decodes == len(batch.segments):
         return Form(_power(batch.decodes)) if batch.decodes else None
     prompts, first = len(batch.segments) - batch.decodes, batch.segments[0]
-    if prompts > 1 or first.start > 0 or batch.rows > most_rows or not set(batch.wanted) <= set(answering_rows(batch)):
+    if prompts > 1 or first.start > 0 or batch.rows > most_rows or min(batch.wanted, default=batch.rows) < first_answer(batch):
         return None
     return Form(_prompt_rows(batch.rows), True, max(_LEAST_DECODES, _power(batch.decodes)) if batch.decodes else 0)
 
 
-def answering_rows(batch: StageBatch) -> tuple[int, ...]:
-    """Return the rows of an iteration that its form gives results for, in their order."""
-    if batch.decodes == len(batch.segments):
-        return tuple(range(batch.rows))
-    return tuple(range(batch.segments[0].tokens - 1, batch.rows))
+def first_answer(batch: StageBatch) -> int:
+    """Return the first of the rows that an iteration's form gives results for: it and all after it."""
+    return 0 if batch.decodes == len(batch.segments) else batch.segments[0].tokens - 1
 
 
 def usual_forms(slots: int, most_rows: int) -> Iterator[Form]:

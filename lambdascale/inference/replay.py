@@ -28,7 +28,7 @@ class Abandoned(Exception):
 
 
 class Replay:
-    """A step of one form. ``hidden``: memory for inputs [rows, hidden]; None if they are token ids. ``is_last``: it ends in logits.
+    """A step of one form. ``hidden``: memory for inputs [rows, hidden]; None if they are token ids. ``is_last``: it gives logits.
 
     On a CPU every call computes the step, with the same padding and copies, for tests. On a GPU the first call does, and records.
     """
@@ -103,23 +103,23 @@ class Replay:
         """Put an iteration, padded, where the step reads it."""
         slots, positions, answering, *ids = self._places
         begin = 0
-        for segment in batch.segments:
-            end = begin + segment.tokens
-            slots[begin:end] = segment.slot
-            positions[begin:end] = range(segment.start, segment.start + segment.tokens)
-            begin = end
-        slots[begin:], positions[begin:] = 0, -1
         if self._form.prompt:
+            prompt = batch.segments[0]
+            begin = prompt.tokens
+            slots[:begin], positions[:begin] = prompt.slot, range(begin)
             # Padding repeats the first decode: its result is written twice to the same place.
-            first = batch.segments[0].tokens
-            answering[0] = first - 1
-            answering[1:] = first
-            answering[1 : 1 + batch.decodes] = range(first, first + batch.decodes)
+            answering[0], answering[1:] = begin - 1, begin
+            answering[1 : 1 + batch.decodes] = range(begin, begin + batch.decodes)
+        decodes = batch.segments[len(batch.segments) - batch.decodes :]
+        end = begin + batch.decodes
+        slots[begin:end] = [segment.slot for segment in decodes]
+        positions[begin:end] = [segment.start for segment in decodes]
+        slots[end:], positions[end:] = 0, -1
         if self._hidden is not None:
-            self._hidden[:begin].copy_(inputs, non_blocking=True)
+            self._hidden[:end].copy_(inputs, non_blocking=True)
         else:
-            ids[0][:begin] = inputs.tolist()
-            ids[0][begin:] = 0
+            ids[0][:end] = inputs.cpu().numpy()
+            ids[0][end:] = 0
 
     def _compute(self, between: Callable[[], None] = lambda: None) -> Tensor:
         self._given.copy_(self._staged, non_blocking=True)
@@ -173,16 +173,16 @@ class Replays:
         self._hidden = None if hidden is None else torch.zeros(MOST_REPLAYED, hidden, dtype=dtype, device=device)
 
     def __len__(self) -> int:
-        """Number of replays made so far."""
-        return len(self._made)
+        """Number of forms whose iterations take one launch."""
+        return sum(map(self.has, self._made))
 
     def run(self, form: Form, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay]:
         """Run an iteration of this form. Return its output, in memory that the next one may overwrite, and its replay."""
         replay = self._take(form)
         return replay(batch, inputs, self._recorder), replay
 
-    def record(self, form: Form, urgent: Callable[[], bool] = lambda: False) -> bool:
-        """Record a form ahead of its first use. Give up, and return False, as soon as ``urgent`` between two layers."""
+    def record(self, form: Form, urgent: Callable[[], bool] = lambda: False) -> None:
+        """Record a form ahead of its first use. Give up as soon as ``urgent`` between two layers."""
 
         def between() -> None:
             if urgent():
@@ -192,7 +192,6 @@ class Replays:
         if self._recorder is not None and not replay.recorded:
             with suppress(Abandoned):
                 replay.record(self._recorder, between)
-        return self._recorder is None or replay.recorded
 
     def has(self, form: Form) -> bool:
         """Return True if an iteration of this form takes one launch."""

@@ -18,7 +18,7 @@ from lambdascale.inference.attention import BatchAttention, Parts, attend_whole
 from lambdascale.inference.batch import Segment, StageBatch
 from lambdascale.inference.choosing import choose
 from lambdascale.inference.compiling import COMPILER
-from lambdascale.inference.forms import MOST_REPLAYED, Form, answering_rows, form_of
+from lambdascale.inference.forms import MOST_REPLAYED, Form, first_answer, form_of, usual_forms
 from lambdascale.inference.fused import TritonOperators, has_triton
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators
@@ -79,6 +79,7 @@ class TransformerStage:
         self._operators = TorchOperators(architecture, self._tables, scratch)
         self._most_replayed = min((MOST_REPLAYED, *(window for window in self._windows if window is not None)))
         self._replays = self._no_replays() if replays else None
+        self._is_full = False
 
     @cached_property
     def is_first(self) -> bool:
@@ -162,6 +163,29 @@ class TransformerStage:
             with torch.inference_mode():
                 for form in forms:
                     self._replays.record(form)
+
+    def record_next(self, urgent: Callable[[], bool]) -> bool:
+        """Record one more form ahead of its first use, unless ``urgent`` between two layers. Return False if nothing is left.
+
+        That is also the case before anything has begun to compile the kernels.
+        """
+        devices.use(self.device)
+        key = self.architecture, self.dtype, self.device
+        if self._replays is None and self.device.type == "cuda":
+            if not COMPILER.done(*key):
+                return COMPILER.busy(*key)
+            self._use_kernels()
+        if self._replays is None:
+            return False
+        form = next((form for form in usual_forms(self.kv.slots, self._most_replayed) if not self._replays.has(form)), None)
+        if form is None or self._is_full:
+            return False
+        try:
+            with torch.inference_mode():
+                self._replays.record(form, urgent)
+        except torch.OutOfMemoryError:
+            self._is_full = True  # from now on a form is recorded when an iteration needs it
+        return True
 
     def _use_kernels(self) -> None:
         """Use the kernels, which are compiled, from now on."""
@@ -277,8 +301,8 @@ def _step_of(stage: TransformerStage, operators: TorchOperators, form: Form) -> 
 
 def _answers(batch: StageBatch) -> list[int]:
     """Return the places of wanted rows among those that a form gives results for."""
-    places = {row: place for place, row in enumerate(answering_rows(batch))}
-    return [places[row] for row in batch.wanted]
+    first = first_answer(batch)
+    return [row - first for row in batch.wanted]
 
 
 def answering(batch: StageBatch) -> StageBatch:

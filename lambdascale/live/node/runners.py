@@ -36,6 +36,10 @@ class Runner(Protocol):
         """
         ...
 
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """Prepare one more form of iterations, giving up once ``urgent()``; False if nothing is left to prepare."""
+        ...
+
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """Return the KV of a slot's first tokens in some of the runner's layers."""
         ...
@@ -87,6 +91,7 @@ class TorchRunner:
 
     def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int) -> None:
         packed = store.model(model)
+        self._store = store
         self._architecture = packed.architecture
         self._dtype = TORCH_TYPES[packed.dtype]
         self._stack = ExitStack()
@@ -111,6 +116,12 @@ class TorchRunner:
                 torch.cuda.current_stream(state.device).synchronize()
             return []
         return state.contiguous().view(torch.uint8).flatten()
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner. While blocks are loaded, whose threads need the interpreter, nothing is recorded."""
+        if self._store.loading:
+            return True
+        return self._stage.record_next(lambda: urgent() or self._store.loading)
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
@@ -174,6 +185,10 @@ class PacedRunner:
         output = self._inner.run(work, inputs)
         time.sleep(max(0.0, until - time.monotonic()))
         return output
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner."""
+        return self._inner.record_ahead(urgent)
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
@@ -249,6 +264,10 @@ class TimedRunner:
         self._sleep(self._compute.iteration_s(work, self._share))
         # Token 1 for every request: no tokenizer uses it as the end of a text.
         return [1] * len(work.rules) if self._is_last else bytes(rows * self._row_bytes)
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner. Nothing is computed, so nothing is to prepare."""
+        return False
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
