@@ -137,6 +137,13 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        # A pool must not be used again once the last graph in it has gone, as when the first recording is given up.
+        self._anchor = torch.cuda.CUDAGraph()
+        with self.recording():
+            nothing = torch.zeros(1, device=device)
+            self._anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            nothing.zero_()
+            self._anchor.capture_end()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
