@@ -155,9 +155,9 @@ def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int)
 
 
 def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
-    """Return an input of the right shape and type for a stage."""
+    """Return an input of the right shape and type for a stage, token ids on the host."""
     if stage.is_first:
-        return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
+        return torch.zeros(batch.rows, dtype=torch.long)
     shape = (batch.rows, stage.architecture.hidden)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stage.device, stage.dtype)
 
