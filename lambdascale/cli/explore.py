@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from lambdascale.core import UserError
+from lambdascale.experiments.progress import JobProgress
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -94,14 +92,11 @@ def _kept(chosen: str, faults: int) -> list[int]:
 def _explore(seeds: range, system: str | None, jobs: int, out: Path | None) -> int:
     from lambdascale.explore.explorer import add_to_table, explore
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     began = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("seeds", total=len(seeds))
+    with JobProgress(len(seeds), "seeds") as shown:
 
         def progress(part: Tally) -> None:
-            bar.advance(task, part.seeds.total())
+            shown.advance(part.seeds.total())
             for found in part.found:
                 print(f"seed {found.seed} ({found.preset}): {found.broken} does not hold: {found.case}", flush=True)
                 print(f"    {found.command(system)}", flush=True)

@@ -60,7 +60,7 @@ def run_jobs(pool: ProcessPoolExecutor, jobs: Sequence[Job], stamp: str) -> dict
     # Mixed, so that the time taken so far tells what the rest will take. The order is the same each time.
     mixed = random.Random(0).sample(list(numbers), len(numbers))
     waiting: dict[Future[Outcome], Job] = {pool.submit(_make, job, numbers[job], stamp): job for job in mixed}
-    with JobProgress(len(waiting)) as progress:
+    with JobProgress(len(waiting), "runs") as progress:
         for future in as_completed(waiting):
             found[waiting[future]] = future.result()
             progress.advance()

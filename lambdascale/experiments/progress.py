@@ -1,4 +1,4 @@
-"""Progress of a run, in requests answered, on terminals only; and of the runs of studies, with the time that remains."""
+"""Progress of a run, in requests answered, on terminals only; and of many runs or seeds, with the time that remains."""
 
 from __future__ import annotations
 
@@ -60,15 +60,18 @@ class Progress:
 
 
 class JobProgress:
-    """Runs made and the time that the others will take, if they take as long on average: a bar on a terminal, else lines."""
+    """Count of what is done, and the time that the rest will take at that rate: a bar on a terminal, else lines.
 
-    def __init__(self, total: int) -> None:
+    ``unit``: what is counted, in the plural.
+    """
+
+    def __init__(self, total: int, unit: str) -> None:
         console = Console(stderr=True)
         self._terminal = console.is_terminal
-        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[times]}"))
         self._bar = RichProgress(*columns, console=console, auto_refresh=False, transient=True)
-        self._task = self._bar.add_task("runs", total=total, times="")
-        self._total, self._done = total, 0
+        self._task = self._bar.add_task(unit, total=total, times="")
+        self._unit, self._total, self._done = unit, total, 0
         self._begin = time.monotonic()
         self._due = self._begin + (0.0 if self._terminal else _LINE_EVERY_S)
 
@@ -81,9 +84,9 @@ class JobProgress:
         if self._terminal:
             self._bar.stop()
 
-    def advance(self) -> None:
-        """Count a run as made; show it if the last time is long enough ago."""
-        self._done += 1
+    def advance(self, count: int = 1) -> None:
+        """Count more as done; show it if the last time is long enough ago."""
+        self._done += count
         now = time.monotonic()
         if now < self._due:
             return
@@ -93,10 +96,10 @@ class JobProgress:
             self._bar.update(self._task, completed=self._done, times=shown, refresh=True)
         else:
             self._due = now + _LINE_EVERY_S
-            print(f"{self._done} of {self._total} runs, {shown}", file=sys.stderr, flush=True)
+            print(f"{self._done} of {self._total} {self._unit}, {shown}", file=sys.stderr, flush=True)
 
 
 def times(elapsed_s: float, done: int, total: int) -> str:
-    """Time taken by ``done`` of ``total`` runs, and an estimate for the others."""
+    """Return the time taken for ``done`` of ``total``, and an estimate for the rest."""
     taken, left = (timedelta(seconds=round(seconds)) for seconds in (elapsed_s, elapsed_s / done * (total - done)))
     return f"{taken} so far, about {left} left"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lambdascale.cli import serve as command
 from lambdascale.cli.main import main
+from lambdascale.live.serving import server
 
 COMMAND = str(Path(sys.executable).with_name("lambdascale"))
 
@@ -54,6 +56,27 @@ def test_mistakes(
     assert len(lines) == 1, errors
     assert says in lines[0]
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "secret"], False),
+        (["--host", "127.0.0.1"], False),
+    ],
+    ids=["all addresses", "a key", "loopback"],
+)
+def test_a_server_open_to_strangers_says_so(
+    options: list[str], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAMBDASCALE_CACHE", str(tmp_path))
+    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(server, "Service", lambda **given: None)
+    monkeypatch.setattr(server, "serve", lambda *given, **named: 0)
+    assert main(["serve", "--no-view", "--port", "0", "--model", "tiny", "--blocks", "8", *options]) == 0
+    errors = " ".join(capsys.readouterr().err.split())
+    assert ("warning: anybody who can reach 0.0.0.0 may use this server" in errors) == warned
 
 
 def test_a_mistake_of_the_command_itself() -> None:

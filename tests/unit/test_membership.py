@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 
+from lambdascale.live.controller.attention import AttendedTime
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import End, Launcher
 from lambdascale.live.controller.membership import Membership
@@ -43,7 +44,7 @@ def cluster() -> Cluster:
 
 @pytest.fixture
 def members(cluster: Cluster) -> Membership:
-    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), 3.0, cluster.monotonic)
+    members = Membership(cast(Launcher, cluster), cast(Hub, cluster), 3.0, AttendedTime(cluster.monotonic))
     for node in (1, 2, 3, 4):
         members.admit(node)
     return members
@@ -71,7 +72,7 @@ def test_a_pause_of_the_controller_is_no_silence_of_its_nodes(cluster: Cluster, 
     assert dead(members, ended=False) == set()
     cluster.ended = [2]
     cluster.now += 25.0
-    assert dead(members, ended=False) == {2}
+    assert dead(members, ended=True) == {2}
     members.remove(2)
     for _ in range(3):
         cluster.now += 0.9

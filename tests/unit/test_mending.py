@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lambdascale.live.controller.attention import AttendedTime
 from lambdascale.live.controller.mending import PATIENCE_S, Mending
 
 PAIR = frozenset((1, 3))
@@ -12,9 +13,13 @@ PAIR = frozenset((1, 3))
 class Cluster:
     """Notes what the ends are asked to do; directories are numbered from 11 on."""
 
-    def __init__(self, tries: int = 2, silence_s: float = 2 * PATIENCE_S) -> None:
+    def __init__(self, tries: int = 2, silence_s: float = 2 * PATIENCE_S, *, attended: bool = False) -> None:
         self.now, self.asked, self.number = 100.0, list[tuple[str, int, int]](), 10
-        self.mending = Mending(self._sever, self._announce, tries=tries, silence_s=silence_s, clock=lambda: self.now)
+        clock = AttendedTime(self._time) if attended else self._time
+        self.mending = Mending(self._sever, self._announce, clock=clock, tries=tries, silence_s=silence_s)
+
+    def _time(self) -> float:
+        return self.now
 
     def _sever(self, node: int, peer: int) -> None:
         self.asked.append(("sever", node, peer))
@@ -121,4 +126,17 @@ def test_patience_grows_with_that_for_silent_nodes() -> None:
     cluster.now += 59.0
     assert cluster.mending.cut_off() == set()
     cluster.now += 1.0
+    assert cluster.mending.cut_off() == {3}
+
+
+def test_a_pause_of_the_controller_costs_no_node_its_place() -> None:
+    """The controller was stopped before it could ask for the new connection; the nodes still have time for it."""
+    cluster = Cluster(attended=True)
+    cluster.mending.severed(1, 3)
+    cluster.now += 25.0
+    assert cluster.mending.cut_off() == set()
+    for _ in range(2):
+        cluster.now += 1.4
+        assert cluster.mending.cut_off() == set()
+    cluster.now += 0.3
     assert cluster.mending.cut_off() == {3}

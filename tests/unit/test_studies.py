@@ -22,7 +22,6 @@ from lambdascale.experiments.collect import write_frame
 from lambdascale.experiments.compose import compose, conf_dir
 from lambdascale.experiments.paper_table import load_tables, paper_table
 from lambdascale.experiments.paper_text import markdown, parts, with_block
-from lambdascale.experiments.progress import times
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import Study, as_published, command_lines, expand, in_pool, load_study
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
@@ -388,10 +387,6 @@ def test_starts_by_multicast() -> None:
 def test_set_ups_that_were_not_measured_are_marked(ranks: list[int], text: str) -> None:
     setups = [{"ranks": number, "basis": setup_basis(number)} for number in ranks]
     assert setup_text([{"communicator_setup": setup} for setup in [None, *setups]]) == text
-
-
-def test_the_remaining_time_is_that_of_runs_of_average_length() -> None:
-    assert times(60.0, 30, 90) == "0:01:00 so far, about 0:02:00 left"
 
 
 def test_a_document_without_the_block() -> None:

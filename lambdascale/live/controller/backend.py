@@ -51,11 +51,11 @@ from lambdascale.core.token_gaps import TokenGaps
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.controller.answers import Answers, Sink, TokenTimes
+from lambdascale.live.controller.attention import LOOK_S
 from lambdascale.live.controller.calls import Abort, Calls, End, Offer
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
-from lambdascale.live.controller.membership import LOOK_S
 from lambdascale.live.controller.roster import Roster
 from lambdascale.live.controller.transfers import Transfers
 from lambdascale.live.node_config import NodeConfig

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from lambdascale.core import NodeId
+from lambdascale.live.controller.attention import LOOK_S
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
-
-LOOK_S = 1.0
 
 
 class Membership:
     """Looks for ended processes each second; a member that is silent for ``silence_s`` seconds counts as lost.
 
-    Time without a look does not count as silence: after a pause of this process, or of the machine, members are heard first.
+    ``clock``: AttendedTime, so that a pause of this process, or of the machine, does not count as silence.
     """
 
-    def __init__(self, launcher: Launcher, hub: Hub, silence_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, launcher: Launcher, hub: Hub, silence_s: float, clock: Callable[[], float]) -> None:
         self._launcher = launcher
         self._hub = hub
         self._silence_s = silence_s
@@ -26,7 +24,6 @@ class Membership:
         self.alive: set[NodeId] = set()
         self._heard: dict[NodeId, float] = {}
         self._searched = 0.0  # when ended processes were looked for
-        self._looked = clock()
 
     def admit(self, node: NodeId) -> None:
         """Count a node as a member from now on."""
@@ -44,7 +41,6 @@ class Membership:
     def lost(self, *, ended: bool) -> dict[NodeId, str]:
         """Return the members that are lost, with reasons. ``ended``: some process has ended."""
         now = self._clock()
-        self._forgive_pause(now)
         searching = ended or now - self._searched >= LOOK_S
         if searching:
             self._searched = now
@@ -52,11 +48,6 @@ class Membership:
         if searching:
             found |= {node: end.reason for node, end in self._launcher.dead().items()}
         return {node: reason for node, reason in found.items() if node in self.alive}
-
-    def _forgive_pause(self, now: float) -> None:
-        pause, self._looked = now - self._looked, now
-        if pause > 2 * LOOK_S:
-            self._heard = {node: at + pause for node, at in self._heard.items()}
 
     def remove(self, node: NodeId) -> None:
         """End a node's process if it still runs; the node is a member no more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +29,8 @@ class _Case:
 class Mending:
     """``sever(node, peer)`` has a node end its connection; ``announce()`` has all connect, and returns the directory's number.
 
-    ``silence_s``: see LiveConfig; a connection has half of that to be made again, 3 s at least.
+    ``silence_s``: see LiveConfig; a connection has half of that to be made again, 3 s at least. ``clock``: AttendedTime, so that
+    a pause of the controller, which alone can make it again, does not count.
 
     A connection is made again when both ends have reported its loss: then nothing of it is under way any more. Its node with the
     higher id connects. Belongs to the control thread.
@@ -41,9 +41,9 @@ class Mending:
         sever: Callable[[NodeId, NodeId], None],
         announce: Callable[[], int],
         *,
+        clock: Callable[[], float],
         tries: int = _TRIES,
         silence_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sever, self._announce = sever, announce
         self._tries = tries

@@ -10,6 +10,7 @@ from msgspec import structs
 
 from lambdascale.core import NodeId, UserError
 from lambdascale.live import wire
+from lambdascale.live.controller.attention import AttendedTime
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.joining import Joining
 from lambdascale.live.controller.launch import End, Launcher
@@ -53,9 +54,10 @@ class Roster:
         self._hub = hub
         self._log = log
         self._joining = Joining(launcher, hub, clock)
-        self._membership = Membership(launcher, hub, silence_s, clock)
+        attended = AttendedTime(clock)
+        self._membership = Membership(launcher, hub, silence_s, attended)
         self._mending = Mending(
-            lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, silence_s=silence_s, clock=clock
+            lambda node, peer: hub.send(node, wire.Sever(peer)), self._joining.announce, clock=attended, silence_s=silence_s
         )
         self._supervisor = Supervisor(restarts, log.say, clock)
         self._configs: dict[NodeId, NodeConfig] = {}
