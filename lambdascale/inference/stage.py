@@ -93,7 +93,7 @@ class TransformerStage:
 
     @property
     def recordings(self) -> int:
-        """Number of decode steps prepared for replay so far."""
+        """Number of forms of iterations prepared for replay so far."""
         return 0 if self._replays is None else len(self._replays)
 
     @property
