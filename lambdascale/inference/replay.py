@@ -137,7 +137,7 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self.pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        # A pool must not be used again once the last graph in it has gone, as when the first recording is given up.
+        # A pool must not be used again after its last graph has been freed, as when the first recording is given up.
         self._anchor = torch.cuda.CUDAGraph()
         with self.recording():
             nothing = torch.zeros(1, device=device)

@@ -153,7 +153,7 @@ def test_recording_ahead_ends(models: Callable[[str], Path]) -> None:
 
 
 def test_memory_that_runs_out_ends_recording_ahead(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the replica, which has served so far; what it needs is recorded when it needs it."""
+    """The replica goes on, and records a form when an iteration needs it."""
     padded = stage(models("llama"))
     assert padded._replays is not None
 
@@ -168,7 +168,7 @@ def test_memory_that_runs_out_ends_recording_ahead(models: Callable[[str], Path]
 
 
 def test_memory_of_recordings_never_moves_nor_goes() -> None:
-    """What is outgrown stays: a recording holds its address."""
+    """Outgrown memory stays: a recording holds its address."""
     fixed = Scratch(torch.float32, torch.device("cpu"), rows=4)
     one = fixed.take("a", 2, 3)
     assert fixed.take("a", 4, 3).data_ptr() == one.data_ptr()

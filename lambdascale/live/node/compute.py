@@ -173,8 +173,7 @@ class Compute:
             self._settle(instance, request_id, slot)
         head.running[index] = plan
         self._offer(instance)
-        version = head.versions[index]
-        first = instance.partitions[version].stages[0]
+        first = instance.partitions[version := head.versions[index]].stages[0]
         self._tell(first.node, wire.Forward(instance.number, index, version, 0, pass_of(plan), tuple(plan.tokens)))
 
     def _settle(self, instance: Instance, request_id: int, slot: int) -> None:
