@@ -1,8 +1,8 @@
 """Bursts on a live cluster of GPUs: λScale with execution pipelines and without, in pairs, over link rates.
 
 python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
-    [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1]
-    [--kv recompute,copy] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR] [--limit-s 540]
+    [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1] [--kv recompute,copy]
+    [--no-pairs] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR] [--limit-s 540]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that needs all nodes. The
 pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
@@ -173,14 +173,18 @@ def _label(system: str, pipelines: bool, setting: Setting, seed: int) -> str:
 
 
 def orders(arguments: argparse.Namespace) -> Iterator[tuple[str, bool, Setting, int]]:
-    """Yield the runs: seed by seed, pairs of λScale in alternation for each setting; last the other systems, once a setting."""
+    """Yield the runs: seed by seed, pairs of λScale in alternation for each setting; last the other systems, once a setting.
+
+    Without pipelines nothing switches mode, so that one run counts for every ``kv``.
+    """
     axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
     settings = [Setting(*values) for values in product(*axes)]
-    systems = arguments.systems.split(",")
+    systems, first = arguments.systems.split(","), settings[0].kv
     for seed in range(1, arguments.repeat + 1):
         for setting in settings:
             for pipelines in (True, False) if seed % 2 else (False, True):
-                yield "lambdascale", pipelines, setting, seed
+                if pipelines or (arguments.pairs and setting.kv == first):
+                    yield "lambdascale", pipelines, setting, seed
     for setting in settings:
         yield from ((system, False, setting, 1) for system in systems if system != "lambdascale")
 
@@ -196,7 +200,9 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
         ]
         if len(sides) < 2:
             continue
-        for key, values in (sides[0] - sides[1]).dropna().groupby(level=setting):
+        levels = [name for name in sides[1].index.names if name != "kv"]
+        without = sides[1].droplevel("kv").reindex(pd.MultiIndex.from_frame(sides[0].index.to_frame()[levels]))
+        for key, values in (sides[0] - without.to_numpy()).dropna().groupby(level=setting):
             low, high = values.min(), values.max()
             found.append(
                 {
@@ -227,6 +233,7 @@ def main() -> None:
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy")
+    parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

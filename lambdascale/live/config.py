@@ -33,6 +33,9 @@ _FIRST_TOKEN, _TRACE_STREAM = 64, 7
 _SERVER_RESTARTS = 5
 # Nodes of a pipeline, and so its batches in flight, that memory is set aside for; and the most of it in bytes.
 _PIPELINE, _MOST_PLACES = 4, {"cpu": 256 << 20, "cuda": 1 << 30}
+# Places for KV on a node, in host memory and on a GPU: their number, the size that parts of it are cut to, and the most bytes.
+# A part takes milliseconds from grant to grant, most of it the wait for a turn, and a GPU copies 300 GB/s.
+_KV_PLACES, _KV_PART, _MOST_KV = 16, {False: 8 << 20, True: 64 << 20}, {False: 128 << 20, True: 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +256,7 @@ class LiveConfig:
         # Loads of a GPU's node need no room in host memory, what others send it does.
         landing = sizes[0] if lands_on_host and cluster.nodes > 1 and system.start.multicast is not None else 0
         hardware = cluster.node(node)
+        kv_places, kv_place_bytes = self._kv_places(models, system, cluster.nodes)
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
@@ -277,6 +281,8 @@ class LiveConfig:
             collective=collective,
             verify=self.verify,
             place_bytes=self._place_bytes(models, system, cluster.nodes),
+            kv_places=kv_places,
+            kv_place_bytes=kv_place_bytes,
             kernels=self.kernels,
             timeline=self.timeline,
         )
@@ -287,6 +293,21 @@ class LiveConfig:
             return 0
         one = system.batching.max_tokens * max((model.row_bytes for _, model in models), default=0)
         return min(2 * min(nodes, _PIPELINE) * (one + ALIGNMENT), _MOST_PLACES[self.device])
+
+    def _kv_places(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> tuple[int, int]:
+        """Return the number and size of a node's places for KV; (0, 0) where it travels in messages, or none moves.
+
+        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages.
+        """
+        if nodes == 1 or self.transport == "rdma" or system.kv == "recompute":
+            return 0, 0
+        on_gpu = self.transport == "cuda_ipc"
+        longest = [(model.spec.kv_bytes_per_token * self.slot_tokens, model.architecture.layers) for _, model in models]
+        layer = max(whole // layers for whole, layers in longest)
+        size = max(layer, min(_KV_PART[on_gpu], max(whole for whole, _ in longest)))
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        number = min(_KV_PLACES, _MOST_KV[on_gpu] // size)
+        return (number, size) if number else (0, 0)
 
 
 def _places(models: Sequence[tuple[str, PackedModel]]) -> tuple[tuple[str, str], ...]:

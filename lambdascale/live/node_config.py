@@ -6,6 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
+from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.inference.verification import Verify
@@ -33,8 +34,9 @@ class NodeConfig(Struct, frozen=True):
     """All an agent needs to know; plain values.
 
     Rates in bytes/s, None: as fast as it goes; ``remote`` None: no remote store. ``verify``: see StoreConfig.
-    ``place_bytes``: registered memory for hidden states, 0: they travel in messages. ``generation`` is the number of processes
-    that the node has had before this one. ``kernels``: see LiveConfig.
+    ``place_bytes``: registered memory for hidden states, 0: they travel in messages; ``kv_places`` places of ``kv_place_bytes``
+    each for KV at mode switches, likewise. ``generation`` is the number of processes that the node has had before this one.
+    ``kernels``: see LiveConfig.
     ``timeline``: folder for the compute thread's timeline, None: it keeps none.
     """
 
@@ -61,5 +63,17 @@ class NodeConfig(Struct, frozen=True):
     collective: Literal["nccl", "gloo"] = "gloo"
     verify: Verify = "full"
     place_bytes: int = 0
+    kv_places: int = 0
+    kv_place_bytes: int = 0
     kernels: Literal["first", "behind"] = "behind"
     timeline: str | None = None
+
+    @property
+    def kv_begin(self) -> int:
+        """First byte of the places for KV, behind those for hidden states."""
+        return -(-self.place_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of all places for KV."""
+        return self.kv_places * self.kv_place_bytes

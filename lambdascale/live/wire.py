@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 
-from msgspec import Meta, MsgspecError, Struct, msgpack, structs
+from msgspec import Meta, MsgspecError, Struct, field, msgpack, structs
 
 from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
 from lambdascale.core.events import CommandFailed, Mode, NodeEvent
@@ -17,16 +17,19 @@ from lambdascale.core.plan import NodeId, Stage
 from lambdascale.core.text import one_line
 from lambdascale.inference.batch import StageBatch, Ticket
 from lambdascale.inference.sampling import Sampling
+from lambdascale.live.wire_places import AskForPlaces as AskForPlaces
+from lambdascale.live.wire_places import GiveBack as GiveBack
+from lambdascale.live.wire_places import Grant as Grant
+from lambdascale.live.wire_places import Landed as Landed
+from lambdascale.live.wire_places import Message as Message
+from lambdascale.live.wire_places import Offer as Offer
+from lambdascale.live.wire_places import Vacate as Vacate
 
 T = TypeVar("T")
 # No message between controller and agents is larger: a prompt for every slot of an instance takes a hundredth.
 MOST_BYTES = 64 << 20
 _MOST_PARTS = 32  # of a start; it has some ten
 Address = Annotated[str, Meta(max_length=300, pattern="^[!-~]*$")]
-
-
-class Message(Struct, frozen=True, tag=True):
-    """Base of all messages."""
 
 
 # -- controller to agent -------------------------------------------------------------------------------------------------
@@ -102,7 +105,7 @@ class Hello(Message, frozen=True, tag=True):
     node: NodeId
     address: Address
     pid: int
-    parts: dict[str, float] = {}
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Connected(Message, frozen=True, tag=True):
@@ -219,35 +222,6 @@ class Pass(Struct, frozen=True, array_like=True):
         return self.batch.decodes
 
 
-class Landed(Struct, frozen=True):
-    """Hidden states of ``size`` bytes that the sender has written to byte ``offset`` of the receiver's registered memory."""
-
-    offset: int
-    size: int
-
-
-class Offer(Message, frozen=True, tag=True):
-    """A place of ``size`` bytes at ``offset`` of ``node``'s memory for the hidden states of a batch, from the stage before.
-
-    The receiver's stage comes right before one of ``node``'s in partition ``version``, which may not have come yet.
-    """
-
-    instance: int
-    node: NodeId
-    version: int
-    batch: int
-    offset: int
-    size: int
-
-
-class Vacate(Message, frozen=True, tag=True):
-    """``node`` writes nothing more to these places, which it was offered for an instance."""
-
-    instance: int
-    node: NodeId
-    offsets: tuple[int, ...]
-
-
 class Forward(Message, frozen=True, tag=True):
     """An iteration of a batch, for stage ``stage`` of the instance's partition ``version``.
 
@@ -331,14 +305,18 @@ class Collect(Message, frozen=True, tag=True):
 
 
 class KvPart(Message, frozen=True, tag=True):
-    """The KV of a request of a dissolved pipeline in ``layers`` layers from ``first_layer`` on, for ``instance``."""
+    """The KV of a request of a dissolved pipeline in ``layers`` layers from ``first_layer`` on, for ``instance``.
+
+    ``data``: the KV, or where the sender has written it, a place of grant ``grant``.
+    """
 
     instance: int
     request_id: int
     pipeline: int
     first_layer: int
     layers: int
-    data: bytes
+    data: bytes | Landed
+    grant: int = -1
 
 
 class Rendezvous(Message, frozen=True, tag=True):
@@ -348,8 +326,10 @@ class Rendezvous(Message, frozen=True, tag=True):
     address: Address
 
 
-ForInstance = Assign | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
-Peer = Ready | Rendezvous | Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect | KvPart
+_ForStages = Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect
+OfKv = AskForPlaces | Grant | GiveBack | KvPart
+ForInstance = Assign | _ForStages | OfKv
+Peer = Ready | Rendezvous | _ForStages | OfKv
 
 encode = msgpack.Encoder().encode
 _agents: msgpack.Decoder[ToAgent] = msgpack.Decoder(ToAgent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ import pytest
 
 from lambdascale.core.commands import CancelTransfer, StartMulticast
 from lambdascale.core.events import CommandFailed
-from lambdascale.live import config
+from lambdascale.live import config, wire
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.live.node import agent
@@ -119,6 +120,39 @@ class Hold:
         intact = endpoint.handlers
         checked = intact.on_checked and held(intact.on_checked)
         endpoint.handlers = replace(intact, on_write=held(intact.on_write), on_checked=checked)
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two faults at once."""
+
+    first: Fault
+    second: Fault
+
+    def put_into(self, endpoint: Any, node: int) -> None:
+        self.first.put_into(endpoint, node)
+        self.second.put_into(endpoint, node)
+
+
+@dataclass(frozen=True)
+class OnlyPlaced:
+    """A node ends when it sends KV in a message; ``placed`` is given when one has written KV to its place."""
+
+    placed: Signal
+
+    def put_into(self, endpoint: Any, node: int) -> None:
+        intact = endpoint.send
+
+        def send(peer: int, data: bytes) -> Future[None]:
+            message = wire.to_peer(data)
+            if isinstance(message, wire.KvPart):
+                if isinstance(message.data, bytes):
+                    os._exit(3)
+                self.placed.set()
+            future: Future[None] = intact(peer, data)
+            return future
+
+        endpoint.send = send
 
 
 def break_off(connection: Any) -> None:

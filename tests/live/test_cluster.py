@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +17,7 @@ from lambdascale.core.events import BlockArrived, ConnectionLost, Event, NodeJoi
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
-from tests.live.faults import Break, Damage, Hold, check_damage, inject
+from tests.live.faults import Both, Break, Damage, Hold, OnlyPlaced, check_damage, inject
 from tests.live.harness import Outcome, Watcher, burst, expected, listening, of, run, system_of
 
 pytestmark = pytest.mark.live
@@ -55,6 +56,20 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str, monkeypatch: py
     assert "SwitchMode" in outcome.kinds()
     assert (outcome.rows.first_token_mode == "pipeline").any()
     assert (outcome.rows.restarts == 0).all()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_kv_goes_into_the_memory_of_its_new_node(tiny: Path, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No node sends KV in a message, and every token is the engine's."""
+    fault = OnlyPlaced(multiprocessing.get_context("forkserver").Event())
+    hold = Hold.back(LAST)
+    inject(Both(fault, hold), monkeypatch)
+    watcher = Watcher(_tokens_of_pipeline, hold.release(1, 2, 3))
+    system = system_of("lambdascale", "system.kv=copy", ALWAYS)
+    outcome = run(tiny, REQUESTS, system=system, transport=transport, watchers=[watcher])
+    assert fault.placed.is_set()
+    check(outcome, tiny)
+    assert "NodeLost" not in outcome.kinds()
 
 
 @pytest.mark.parametrize("kv", ["recompute", "copy"])

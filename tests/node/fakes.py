@@ -16,8 +16,11 @@ from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.compute import Compute
+from lambdascale.live.node.kv_places import KvTraffic
+from lambdascale.live.node.mode_switch import KvData
 from lambdascale.live.node.parcels import Parcels
-from lambdascale.transport import Memory
+from lambdascale.live.node.places import Area, Tell
+from lambdascale.transport import Memory, TransportError
 
 PAGE = 4096
 BLOCKS, LAYERS_PER_BLOCK, VOCAB, SLOT_TOKENS = 4, 2, 50, 40
@@ -49,6 +52,7 @@ class FakeRunner:
     def __init__(self, blocks: range, slots: int, log: list[str]) -> None:
         self.layers = range(blocks.start * LAYERS_PER_BLOCK, blocks.stop * LAYERS_PER_BLOCK)
         self.slots = slots
+        self.kv_bytes = 4
         self.closed = False
         self.prefilled = 0  # tokens
         self.prepared = 0  # forms of iterations, of three
@@ -140,13 +144,15 @@ class Placed:
 
 
 class FakePlaces:
-    """The part of a node's endpoint that places hidden states: in order with its messages."""
+    """The part of a node's endpoint that places hidden states and KV: in order with its messages."""
 
-    def __init__(self, node: int, wires: dict[tuple[int, int], deque[wire.Peer | Placed]]) -> None:
-        self._node, self._wires = node, wires
+    def __init__(self, node: int, wires: dict[tuple[int, int], deque[wire.Peer | Placed]], dead: set[int]) -> None:
+        self._node, self._wires, self._dead = node, wires, dead
 
     def place(self, peer: int, data: Memory, offset: int) -> Future[None]:
-        assert offset >= PAGE, "the arena is not for hidden states"
+        assert offset >= PAGE, "the arena is for blocks"
+        if peer in self._dead:
+            raise TransportError(f"node {peer} is lost")
         self._wires.setdefault((self._node, peer), deque()).append(Placed(bytes(data), offset))
         done = Future[None]()
         done.set_result(None)
@@ -155,15 +161,26 @@ class FakePlaces:
 
 class FakeCluster:
     """Nodes and the connections between them. Messages keep their order per connection only; ``run`` may choose what happens next
-    at random. Each node has room for ``places`` batches' hidden states behind a page that is not theirs.
+    at random. Each node has room for ``places`` batches' hidden states behind a page that is not theirs, and behind them for
+    ``kv_places`` parts of KV of ``kv_place_bytes``: two layers of the longest sequence.
     """
 
+    kv_place_bytes = 2 * 4 * SLOT_TOKENS
+
     def __init__(
-        self, nodes: int, max_batch: int = 2, max_tokens: int = 8, kv_tokens: int = 2 * SLOT_TOKENS, places: int = 3
+        self,
+        nodes: int,
+        max_batch: int = 2,
+        max_tokens: int = 8,
+        kv_tokens: int = 2 * SLOT_TOKENS,
+        places: int = 3,
+        kv_places: int = 2,
     ) -> None:
         self.kv_tokens = kv_tokens
+        self.kv_places = kv_places
         self.wires: dict[tuple[int, int], deque[wire.Peer | Placed]] = {}
-        self.memories = [bytearray((1 + places) * PAGE) for _ in range(nodes)]
+        self.memories = [bytearray((1 + places) * PAGE + kv_places * self.kv_place_bytes) for _ in range(nodes)]
+        self.dead: set[int] = set()
         self.said: list[wire.ToController] = []
         self.said_by: list[deque[wire.ToController]] = [deque() for _ in range(nodes)]
         self.executors = [FakeExecutor() for _ in range(nodes)]
@@ -171,7 +188,6 @@ class FakeCluster:
         self.nodes = [self._node(node, limits) for node in range(nodes)]
         self.orders: list[deque[tuple[str, object]]] = [deque() for _ in range(nodes)]  # from the controller
         self.tickets: dict[int, Ticket] = {}
-        self.dead: set[int] = set()
 
     def _node(self, node: int, limits: BatchLimits) -> Compute:
         def send(peer: int, message: wire.Peer) -> bool:
@@ -180,16 +196,22 @@ class FakeCluster:
                 self.wires.setdefault((node, peer), deque()).append(decoded)
             return peer not in self.dead
 
-        def parcels(tell: Callable[[int, wire.Peer], bool]) -> Parcels:
-            area = memoryview(self.memories[node])[PAGE:]
-            return Parcels(node, FakePlaces(node, self.wires), area, PAGE, lambda model: 4 * limits.max_tokens, tell)
+        area = Area(FakePlaces(node, self.wires, self.dead), memoryview(self.memories[node])[PAGE:], PAGE)
+        kv_begin = area.nbytes - self.kv_places * self.kv_place_bytes
+
+        def parcels(tell: Tell) -> Parcels:
+            return Parcels(node, area.part(0, kv_begin), lambda model: 4 * limits.max_tokens, tell)
+
+        def kv(tell: Tell, bring: Callable[[KvData], None]) -> KvTraffic:
+            size = self.kv_place_bytes if self.kv_places else 0
+            return KvTraffic(node, area.part(kv_begin, self.kv_places * size), size, tell, bring)
 
         def report(message: wire.ToController) -> None:
             self.said.append(message)
             self.said_by[node].append(wire.to_controller(wire.encode(message)))
 
         vocab = lambda model: VOCAB  # noqa: E731 (as short as it is)
-        return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, report, send, parcels)
+        return Compute(node, self.executors[node], limits, SLOT_TOKENS, vocab, report, send, parcels, kv)
 
     # -- what a controller says --------------------------------------------------------------------------------------
 
@@ -204,7 +226,7 @@ class FakeCluster:
         for request_id in requests:
             prompt = [(7 * request_id + i) % VOCAB for i in range(3 + request_id % 9)]
             self.tickets[request_id] = Ticket(request_id, prompt, len(prompt), 6 + request_id % 5)
-        self.order(head, "assign", wire.Assign(instance, tuple(copy(self.tickets[request_id]) for request_id in requests)))
+        self.order(head, "take", wire.Assign(instance, tuple(copy(self.tickets[request_id]) for request_id in requests)))
 
     def repartition(
         self, instance: int, version: int, head: int, nodes: Sequence[int], batches: int, kv: KvPolicy, *stages: Stage
@@ -229,7 +251,7 @@ class FakeCluster:
             self.memories[dst][message.offset : message.offset + len(message.data)] = message.data
             return
         assert not isinstance(message, wire.Ready | wire.Rendezvous)
-        self.nodes[dst].peer(message)
+        self.nodes[dst].take(message)
         self.nodes[dst].step()
 
     def obey(self, node: int) -> None:

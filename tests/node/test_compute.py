@@ -43,8 +43,8 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
     cluster.serve(1, *stages(replica(0)))
     cluster.stop(1, 0)
     cluster.run()
-    cluster.nodes[0].assign(wire.Assign(1, (Ticket(1, [1], 1, 2),)))
-    cluster.nodes[0].peer(wire.KvPart(1, 1, 9, 0, 8, b""))
+    cluster.nodes[0].take(wire.Assign(1, (Ticket(1, [1], 1, 2),)))
+    cluster.nodes[0].take(wire.KvPart(1, 1, 9, 0, 8, b""))
     cluster.nodes[0].repartition(_new_stages(1))
     cluster.nodes[0].step()
     cluster.run()
@@ -81,8 +81,8 @@ def test_passes_run_before_iterations_start() -> None:
     while not cluster.wires.get((0, 1)):
         cluster.run(steps=1)
     node = cluster.nodes[1]
-    node.assign(wire.Assign(2, (Ticket(9, [1, 2], 2, 2),)))
-    node.peer(cluster.wires[0, 1].popleft())
+    node.take(wire.Assign(2, (Ticket(9, [1, 2], 2, 2),)))
+    node.take(cluster.wires[0, 1].popleft())
     node.step()
     assert cluster.executors[1].log == ["run 4-8"]
     node.step()  # starts the iteration

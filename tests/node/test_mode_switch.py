@@ -146,7 +146,7 @@ def resumed(cluster: FakeCluster) -> list[wire.Resumed]:
 
 def feed(cluster: FakeCluster, *messages: wire.ForInstance) -> None:
     for message in messages:
-        cluster.nodes[0].peer(message)
+        cluster.nodes[0].take(message)
         cluster.nodes[0].step()
 
 

@@ -183,7 +183,7 @@ def test_moves_of_a_batch_keep_their_order() -> None:
         story.repartition(change, "copy")
     # All in one step, so that the batch is between two iterations at each of the changes.
     head = cluster.nodes[0]
-    head.peer(cluster.wires[2, 0].popleft())
+    head.take(cluster.wires[2, 0].popleft())
     while cluster.orders[0]:
         head.repartition(cluster.orders[0].popleft()[1])
     head.step()

@@ -177,7 +177,7 @@ def test_what_is_verified(verify: Any) -> None:
         register=lambda memory: None,
         register_source=lambda memory: None,
     )
-    sizes = {"host_bytes": 0, "device_bytes": 0, "place_bytes": 0}
+    sizes = {"host_bytes": 0, "device_bytes": 0, "kv_begin": 0, "kv_bytes": 0}
     told = config(device="cpu", verify=verify, collective="gloo", **sizes)
     store, _, _ = make_store(told, endpoint, "cpu")
     assert store.config.verify == verify
@@ -193,7 +193,7 @@ def test_hidden_states_land_behind_the_arena() -> None:
         register=registered.append,
         register_source=lambda memory: None,
     )
-    told = config(device="cpu", verify="off", collective="gloo", host_bytes=0, device_bytes=8192 + 5, place_bytes=100)
+    told = config(device="cpu", verify="off", collective="gloo", host_bytes=0, device_bytes=8192 + 5, kv_begin=60, kv_bytes=40)
     store, area, first = make_store(told, endpoint, "cpu")
     assert (first, area.nbytes, registered[0].nbytes) == (12288, 100, 12388)
     area[:] = bytes([255]) * 100
@@ -205,6 +205,27 @@ def test_hidden_states_land_behind_the_arena() -> None:
 def test_a_setting_of_verify_that_does_not_exist() -> None:
     with pytest.raises(UserError, match="verify"):
         LiveConfig(verify="some")
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_bytes_per_token", "expected"),
+    [
+        ({}, 40, (16, 40 * 1024)),  # a whole sequence
+        ({}, 400 << 10, (10, 25 << 19)),  # a layer of it, beyond 8 MiB
+        ({"transport": "cuda_ipc", "device": "cuda"}, 400 << 10, (16, 64 << 20)),
+        ({}, 16 << 20, (0, 0)),  # a layer of 512 MiB
+        ({"transport": "rdma"}, 40, (0, 0)),
+        ({"kv": "recompute"}, 40, (0, 0)),
+        ({"nodes": 1}, 40, (0, 0)),
+    ],
+)
+def test_places_for_kv(changes: dict[str, Any], kv_bytes_per_token: int, expected: tuple[int, int]) -> None:
+    """One layer of the longest sequence fits into each. Without them, KV travels in messages."""
+    changes = dict(changes)
+    nodes, system = changes.pop("nodes", 2), SimpleNamespace(kv=changes.pop("kv", "copy"))
+    spec, architecture = SimpleNamespace(kv_bytes_per_token=kv_bytes_per_token), SimpleNamespace(layers=32)
+    model: Any = SimpleNamespace(spec=spec, architecture=architecture)
+    assert LiveConfig(slot_tokens=1024, **changes)._kv_places([("m", model)], system, nodes) == expected
 
 
 @pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])

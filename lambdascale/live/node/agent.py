@@ -75,7 +75,7 @@ def make_endpoint(config: NodeConfig, handlers: Handlers, link: TokenBucket | No
 
 
 def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[BlockStore, Memory, int]:
-    """Return a node's store of blocks, and the memory for hidden states with its offset in what the endpoint has registered.
+    """Return a node's store of blocks, and the memory for hidden states, then KV, with its offset in what is registered.
 
     The arena that peers write to comes first in that memory.
     """
@@ -94,7 +94,7 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[Blo
     by_nccl = store_config.land_on_device and not on_device  # blocks do not come over the endpoint
     arena_bytes = 0 if by_nccl else config.device_bytes if on_device else config.host_bytes
     first = -(-arena_bytes // ALIGNMENT) * ALIGNMENT
-    landing = endpoint.allocate(first + config.place_bytes)
+    landing = endpoint.allocate(first + config.kv_begin + config.kv_bytes)
     endpoint.register(landing)
     if by_nccl:
         return BlockStore(store_config), landing, first
@@ -176,10 +176,12 @@ class Agent:
 
         from lambdascale.live.node.collective import Collective, Outlet
         from lambdascale.live.node.compute import Compute
+        from lambdascale.live.node.kv_places import KvTraffic
         from lambdascale.live.node.loads import Links
         from lambdascale.live.node.mover import Mover
         from lambdascale.live.node.multicasts import BLOCK_BITS
         from lambdascale.live.node.parcels import Parcels
+        from lambdascale.live.node.places import Area
         from lambdascale.live.node.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
 
         torch.set_num_threads(config.threads)
@@ -252,6 +254,8 @@ class Agent:
             collective=self.collective.start,
             preloaded=config.preloaded,
         )
+        places = Area(self.endpoint, area, first)
+        hidden, kv = places.part(0, config.place_bytes), places.part(config.kv_begin, config.kv_bytes)
         compute: Callable[..., Compute] = Compute
         executor: Executor
         if config.timeline is not None:
@@ -274,13 +278,9 @@ class Agent:
             self._send,
             # A place holds the hidden states of the largest iteration.
             lambda tell: Parcels(
-                config.node,
-                self.endpoint,
-                area,
-                first,
-                lambda model: config.limits.max_tokens * self.store.model(model).row_bytes,
-                tell,
+                config.node, hidden, lambda model: config.limits.max_tokens * self.store.model(model).row_bytes, tell
             ),
+            lambda tell, bring: KvTraffic(config.node, kv, config.kv_place_bytes, tell, bring),
         )
         self.compute.start()
         self._commands: dict[type, Callable[[Any], object]] = {
@@ -295,7 +295,7 @@ class Agent:
         }
         self._messages: dict[type, Callable[[Any], object]] = {
             wire.Do: lambda m: self._commands[type(m.command)](m.command),
-            wire.Assign: self.compute.assign,
+            wire.Assign: self.compute.take,
             wire.Switch: self.compute.switch,
             wire.NewStages: self.compute.repartition,
             wire.Abort: lambda m: self.compute.abort(m.request_id),
@@ -353,7 +353,7 @@ class Agent:
         elif isinstance(message, wire.Rendezvous):
             self.collective.rendezvous(message)
         else:
-            self.compute.peer(message)
+            self.compute.take(message)
 
     def _on_lost(self, peer: NodeId, reason: str) -> None:
         self.mover.lost(peer)

@@ -21,8 +21,10 @@ from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Head, Instance, pass_of, record_ahead
-from lambdascale.live.node.mode_switch import KvInbox, hand_over, send_kv
-from lambdascale.live.node.parcels import Parcels, Tell
+from lambdascale.live.node.kv_places import KvTraffic
+from lambdascale.live.node.mode_switch import KvData, KvInbox, hand_over
+from lambdascale.live.node.parcels import Parcels
+from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
 from lambdascale.live.node.repartition import Repartitioner
 from lambdascale.live.node.runners import Executor
@@ -32,7 +34,7 @@ from lambdascale.live.node.worker import NO_INSTANCE, Worker
 class Compute:
     """``report`` sends to the controller, ``send`` to other nodes (False if the node is lost); ``vocab`` sizes vocabularies.
 
-    ``parcels`` makes what hidden states go through. ``start()`` runs the thread; without it, ``step()`` does a piece of its work.
+    ``parcels`` and ``kv`` make what hidden states and KV go through. ``start()`` runs the thread, ``step()`` a piece of its work.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Compute:
         report: Callable[[wire.ToController], None],
         send: Tell,
         parcels: Callable[[Tell], Parcels],
+        kv: Callable[[Tell, Callable[[KvData], None]], KvTraffic],
     ) -> None:
         self._node = node
         self._limits = limits
@@ -59,6 +62,7 @@ class Compute:
         self._repartitioner = Repartitioner(node, executor, self._tell)
         self._parcels = parcels(self._tell)
         self._inbox = KvInbox()
+        self._kv = kv(self._tell, self._kv_came)
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
@@ -68,7 +72,6 @@ class Compute:
             wire.MoveBatch: self._take_move,
             wire.SlotKv: self._repartitioner.take_kv,
             wire.Handover: self._take_over,
-            wire.KvPart: self._kv_part,
             wire.Collect: self._collect,
             wire.Offer: lambda _, message: self._parcels.offered(message),
         }
@@ -86,6 +89,7 @@ class Compute:
         self._worker.close()
         for number in list(self._instances):
             self._drop(number)
+        self._kv.sender.close()
 
     # -- from any thread ---------------------------------------------------------------------------------------------
 
@@ -104,12 +108,8 @@ class Compute:
         """Serve an instance by new stages from its next iterations on."""
         self.post(lambda: self._new_stages(message), message.command.instance)
 
-    def assign(self, message: wire.Assign) -> None:
-        """Take requests for an instance whose head is this node."""
-        self.post(lambda: self._take(message), message.instance)
-
-    def peer(self, message: wire.ForInstance) -> None:
-        """Take a message of another node."""
+    def take(self, message: wire.ForInstance) -> None:
+        """Take a message of another node, or requests for an instance whose head is this node."""
         self.post(lambda: self._take(message), message.instance)
 
     def stop(self, instance: int) -> Future[None]:
@@ -170,18 +170,11 @@ class Compute:
         if plan is None:
             return
         for request_id, slot in plan.settling:
-            self._settle(instance, request_id, slot)
+            self._inbox.settle(instance, request_id, slot)
         head.running[index] = plan
         self._offer(instance)
         first = instance.partitions[version := head.versions[index]].stages[0]
         self._tell(first.node, wire.Forward(instance.number, index, version, 0, pass_of(plan), tuple(plan.tokens)))
-
-    def _settle(self, instance: Instance, request_id: int, slot: int) -> None:
-        """Put KV that was brought along into a slot. Only an instance that is whole here takes such requests."""
-        runner = instance.whole
-        assert runner is not None, "KV is brought along to whole instances only"
-        for part in self._inbox.take(instance.number, request_id):
-            runner.write_kv(slot, range(part.first_layer, part.first_layer + part.layers), part.data)
 
     def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
         """Run a stage and send what comes out of it on."""
@@ -273,7 +266,9 @@ class Compute:
         Messages of instances that have ended are dropped, of instances not yet started they wait.
         """
         instance = self._instances.get(message.instance)
-        if isinstance(message, wire.Vacate):  # also of instances that have ended
+        if isinstance(message, wire.OfKv):  # also of instances that have ended, as are the next
+            self._kv.take(message)
+        elif isinstance(message, wire.Vacate):
             self._parcels.vacated(message)
         elif instance is not None:
             instance.hold(message)
@@ -327,6 +322,7 @@ class Compute:
 
     def _stop(self, number: int) -> None:
         self._prefill(self._inbox.stop(number))
+        self._kv.sender.stop(number)
         self._drop(number)
 
     def _drop(self, number: int) -> None:
@@ -355,6 +351,7 @@ class Compute:
     def _lost(self, peer: NodeId) -> None:
         """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
         self._parcels.lost(peer)
+        self._kv.lost(peer)
         for number, messages in self._early.items():  # its next process lays its places out anew
             self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
@@ -371,7 +368,7 @@ class Compute:
             self._drop(message.command.pipeline)
 
     def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
-        send_kv(pipeline, message, self._tell)
+        self._kv.sender.leave(pipeline, message.moves)
         self._drop(pipeline.number)
 
     def _take_over(self, instance: Instance, message: wire.Handover) -> None:
@@ -387,10 +384,13 @@ class Compute:
             self._complete_kv(instance, ticket.request_id)
         self._offer(instance)
 
-    def _kv_part(self, instance: Instance, part: wire.KvPart) -> None:
-        self._inbox.put(part)
-        self._complete_kv(instance, part.request_id)
-        self._offer(instance)
+    def _kv_came(self, kv: KvData) -> None:
+        if kv.instance not in self._ended:
+            self._inbox.put(kv)
+        instance = self._instances.get(kv.instance)
+        if instance is not None:
+            self._complete_kv(instance, kv.request_id)
+            self._offer(instance)
 
     def _complete_kv(self, instance: Instance, request_id: int) -> None:
         runner = instance.whole

@@ -246,11 +246,19 @@ class Instance:
         """Close all runners."""
         self._close(list(self.partitions))
 
+    def take_runners(self) -> list[Runner]:
+        """Take out all partitions; return their runners, which the caller closes."""
+        return self._take_out(list(self.partitions))
+
     def _close(self, versions: Sequence[int]) -> None:
+        for runner in self._take_out(versions):
+            runner.close()
+
+    def _take_out(self, versions: Sequence[int]) -> list[Runner]:
+        """Take out partitions; return the runners that no other one has."""
         dropped = [runner for version in versions for runner in self.partitions.pop(version).runners.values()]
         kept = {id(runner) for part in self.partitions.values() for runner in part.runners.values()}
-        for runner in {id(runner): runner for runner in dropped if id(runner) not in kept}.values():
-            runner.close()
+        return list({id(runner): runner for runner in dropped if id(runner) not in kept}.values())
 
 
 def record_ahead(instances: Iterable[Instance], urgent: Callable[[], bool]) -> bool:

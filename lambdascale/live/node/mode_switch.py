@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import torch
+
 from lambdascale.core import NodeId
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
@@ -51,15 +53,15 @@ def _kv_moves(pipeline: Instance, moves: Sequence[_Key], homes: dict[int, NodeId
             yield wire.KvMove(request_id, index, head.versions[index], slot, tokens, target, homes[target])
 
 
-def send_kv(pipeline: Instance, message: wire.Collect, tell: Tell) -> None:
-    """Send this node's KV of a dissolved pipeline to the requests' new nodes."""
-    for move in message.moves:
-        partition = pipeline.partitions.get(move.version)
-        for runner in () if partition is None else partition.runners.values():
-            layers = runner.layers
-            data = runner.read_kv(move.slot, move.tokens, layers)
-            part = wire.KvPart(move.instance, move.request_id, pipeline.number, layers.start, len(layers), data)
-            tell(move.node, part)
+@dataclass(frozen=True)
+class KvData:
+    """KV of a request of a dissolved pipeline in some layers, on the node of its new ``instance``."""
+
+    instance: int
+    request_id: int
+    pipeline: int
+    layers: range
+    data: bytes | torch.Tensor
 
 
 @dataclass
@@ -69,7 +71,7 @@ class _Expected:
     pipeline: int
     ticket: Ticket | None = None
     sources: tuple[NodeId, ...] = ()
-    parts: dict[int, wire.KvPart] = field(default_factory=dict)
+    parts: dict[int, KvData] = field(default_factory=dict)
 
 
 class KvInbox:
@@ -80,7 +82,7 @@ class KvInbox:
 
     def __init__(self) -> None:
         self._expected: dict[_Key, _Expected] = {}
-        self._complete: dict[_Key, list[wire.KvPart]] = {}
+        self._complete: dict[_Key, list[KvData]] = {}
         self._handed_over: Recent[tuple[int, int]] = Recent()  # pipeline, instance
         self._stopped: Recent[int] = Recent()  # pipelines that the controller has stopped
         self._lost: set[NodeId] = set()
@@ -109,7 +111,7 @@ class KvInbox:
         expected.ticket, expected.sources = ticket, message.sources
         return True
 
-    def put(self, part: wire.KvPart) -> None:
+    def put(self, part: KvData) -> None:
         """Keep a part, unless it is late."""
         key = (part.instance, part.request_id)
         late = (part.pipeline, part.instance) in self._handed_over or part.pipeline in self._stopped
@@ -117,7 +119,7 @@ class KvInbox:
             if late:
                 return
             self._expected[key] = _Expected(part.pipeline)
-        self._expected[key].parts[part.first_layer] = part
+        self._expected[key].parts[part.layers.start] = part
 
     def complete(self, instance: int, request_id: int, layers: int) -> Ticket | None:
         """Return the request if its ticket and the KV of all ``layers`` layers have come; None otherwise."""
@@ -125,15 +127,18 @@ class KvInbox:
         expected = self._expected.get(key)
         if expected is None or expected.ticket is None:
             return None
-        if sum(part.layers for part in expected.parts.values()) < layers:
+        if sum(len(part.layers) for part in expected.parts.values()) < layers:
             return None
         del self._expected[key]
         self._complete[key] = [expected.parts[first] for first in sorted(expected.parts)]
         return expected.ticket
 
-    def take(self, instance: int, request_id: int) -> list[wire.KvPart]:
-        """Take the complete KV of a request out."""
-        return self._complete.pop((instance, request_id))
+    def settle(self, instance: Instance, request_id: int, slot: int) -> None:
+        """Put the complete KV of a request into a slot. Only an instance that is whole here takes such requests."""
+        runner = instance.whole
+        assert runner is not None, "KV is brought along to whole instances only"
+        for part in self._complete.pop((instance.number, request_id)):
+            runner.write_kv(slot, part.layers, part.data)
 
     def drop(self, instance: int, request_id: int) -> bool:
         """Drop the KV of a request; True if the request was still waiting for it."""

@@ -11,10 +11,8 @@ somebody else when its own node has stopped reading there, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 
@@ -22,19 +20,9 @@ from lambdascale.core import NodeId
 from lambdascale.inference.arena import Extents
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Instance
-from lambdascale.live.node.memory import memory_of
-from lambdascale.transport import Memory, TransportError
-
-# Sends a message to a node; False if the node is lost.
-Tell = Callable[[NodeId, wire.Peer], bool]
-
-
-class Places(Protocol):
-    """The part of an Endpoint that parcels need."""
-
-    def place(self, peer: NodeId, data: Memory, offset: int) -> Future[None]:
-        """See Endpoint."""
-        ...
+from lambdascale.live.node.memory import to_bytes
+from lambdascale.live.node.places import Area, Tell
+from lambdascale.transport import Memory
 
 
 @dataclass
@@ -51,15 +39,12 @@ class _Offered:
 class Parcels:
     """A node's places and those that others offer it. For the compute thread.
 
-    ``area``: the part of the endpoint's registered memory, from byte ``first`` on, that places are in; empty: nothing is offered.
-    ``place_bytes(model)``: the size of a place, that of the largest iteration's hidden states.
+    ``area``: the memory that places are in; empty: nothing is offered. ``place_bytes(model)``: the size of a place, that of the
+    largest iteration's hidden states.
     """
 
-    def __init__(
-        self, node: NodeId, endpoint: Places, area: Memory, first: int, place_bytes: Callable[[str], int], tell: Tell
-    ) -> None:
-        self._node, self._endpoint, self._tell = node, endpoint, tell
-        self._area, self._first, self._place_bytes = area, first, place_bytes
+    def __init__(self, node: NodeId, area: Area, place_bytes: Callable[[str], int], tell: Tell) -> None:
+        self._node, self._area, self._place_bytes, self._tell = node, area, place_bytes, tell
         self._extents = Extents(area.nbytes)
         self._offered: dict[int, _Offered] = {}  # by offset in the area
         self._places: dict[tuple[int, NodeId, int], wire.Offer] = {}  # others', by instance, node and batch
@@ -80,7 +65,7 @@ class Parcels:
                 offset = self._extents.take(size)
                 if offset is None:
                     return
-                place = wire.Offer(instance.number, self._node, instance.newest, batch, self._first + offset, size)
+                place = wire.Offer(instance.number, self._node, instance.newest, batch, self._area.first + offset, size)
                 if not self._tell(sender, place):  # nobody will vacate it: take it back
                     self._extents.give_back(offset)
                     break
@@ -92,13 +77,12 @@ class Parcels:
 
     def read(self, landed: wire.Landed) -> Memory:
         """Return hidden states that have been written here, in place."""
-        begin = landed.offset - self._first
-        return self._area[begin : begin + landed.size]
+        return self._area.read(landed)
 
     def vacated(self, message: wire.Vacate) -> None:
         """Take note that a node writes no more to some of the places that it was offered."""
         for offset in message.offsets:
-            offered = self._offered.get(offset - self._first)
+            offered = self._offered.get(offset - self._area.first)
             if offered is not None and (offered.instance, offered.sender) == (message.instance, message.node):
                 offered.vacated = True
         self._reclaim()
@@ -129,18 +113,8 @@ class Parcels:
         size = len(hidden) if isinstance(hidden, bytes) else hidden.nbytes
         if place is None or size > place.size:
             return to_bytes(hidden)
-        try:
-            done = self._endpoint.place(peer, self._source(hidden), place.offset)
-        except TransportError:
-            return b""  # the peer is lost: the message will not arrive either
-        done.add_done_callback(lambda _, kept=hidden: None)  # type: ignore[misc]  # mypy cannot infer the default; the memory lives until read
-        return wire.Landed(place.offset, size)
-
-    def _source(self, hidden: bytes | torch.Tensor) -> Memory:
-        """Return hidden states in memory that the endpoint writes from: a GPU's only where peers write to a GPU's."""
-        if isinstance(hidden, bytes):
-            return memoryview(hidden)
-        return memory_of(hidden.cpu() if isinstance(self._area, memoryview) else _computed(hidden))
+        landed = self._area.write(peer, hidden, place.offset)
+        return b"" if landed is None else landed  # the peer is lost: the message will not arrive either
 
     def _vacate(self, node: NodeId, instance: int, places: Collection[wire.Offer]) -> None:
         self._tell(node, wire.Vacate(instance, self._node, tuple(place.offset for place in places)))
@@ -185,15 +159,3 @@ def _after(instance: Instance, node: NodeId, version: int) -> set[NodeId]:
 def _neighbours(instance: Instance, version: int) -> Iterator[tuple[NodeId, NodeId]]:
     nodes = [stage.node for stage in instance.partitions[version].stages]
     return ((before, after) for before, after in pairwise(nodes) if before != after)
-
-
-def _computed(hidden: torch.Tensor) -> torch.Tensor:
-    """Wait until a tensor has been computed: it is copied from in another stream."""
-    if hidden.device.type == "cuda":
-        torch.cuda.current_stream(hidden.device).synchronize()
-    return hidden
-
-
-def to_bytes(hidden: bytes | torch.Tensor) -> bytes:
-    """Return hidden states as a message carries them."""
-    return hidden if isinstance(hidden, bytes) else hidden.cpu().numpy().tobytes()

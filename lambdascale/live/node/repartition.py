@@ -15,6 +15,7 @@ from lambdascale.core.commands import KvPolicy
 from lambdascale.core.plan import Stage
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Instance, Partition
+from lambdascale.live.node.memory import to_bytes
 from lambdascale.live.node.runners import Executor, Runner
 
 
@@ -109,7 +110,7 @@ class Repartitioner:
 
     def _send(self, node: NodeId, source: Runner, move: wire.MoveBatch, layers: range) -> None:
         for slot, tokens in move.kv:
-            data = source.read_kv(slot, tokens, layers)
+            data = to_bytes(source.read_kv(slot, tokens, layers))
             self._tell(node, wire.SlotKv(move.instance, move.batch, move.version, slot, layers.start, len(layers), data))
 
     def take_kv(self, instance: Instance, part: wire.SlotKv) -> None:

@@ -24,10 +24,14 @@ Hidden = bytes | Memory
 
 
 class Runner(Protocol):
-    """A range of blocks, ready to compute. Used by one thread. ``layers`` are the model's layers in these blocks."""
+    """A range of blocks, ready to compute. Used by one thread. ``layers`` are the model's layers in these blocks.
+
+    ``kv_bytes``: size of a token's KV in a layer.
+    """
 
     layers: range
     slots: int
+    kv_bytes: int
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes | torch.Tensor:
         """Run one iteration: token ids or hidden states in; hidden states out, or the chosen tokens of ``work.rules``.
@@ -40,11 +44,11 @@ class Runner(Protocol):
         """Prepare one more form of iterations, giving up once ``urgent()``; False if nothing is left to prepare."""
         ...
 
-    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
-        """Return the KV of a slot's first tokens in some of the runner's layers."""
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes | torch.Tensor:
+        """Return the KV of a slot's first tokens in some of the runner's layers, as ``run`` returns hidden states."""
         ...
 
-    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes | torch.Tensor) -> None:
         """Put what ``read_kv`` returned for these layers into a slot."""
         ...
 
@@ -99,6 +103,7 @@ class TorchRunner:
         self._stage = TransformerStage(packed.architecture, weights, slots, slot_tokens)
         self.layers = _layers(packed, blocks.start, blocks.stop - 1)
         self.slots = slots
+        self.kv_bytes = packed.spec.kv_bytes_per_token // packed.architecture.layers
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | torch.Tensor:
         """See Runner."""
@@ -123,15 +128,15 @@ class TorchRunner:
             return True
         return self._stage.record_next(lambda: urgent() or self._store.loading)
 
-    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> torch.Tensor:
         """See Runner."""
-        return _raw(self._stage.kv.read(slot, tokens, self._places(layers)))
+        return self._stage.kv.read(slot, tokens, self._places(layers)).view(torch.uint8).flatten()
 
-    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes | torch.Tensor) -> None:
         """See Runner."""
         a = self._architecture
-        flat = torch.frombuffer(bytearray(data), dtype=self._dtype)
-        kv = flat.view(2, len(layers), a.kv_heads, -1, a.head_dim)
+        raw = tensor_of(data, self._stage.device) if isinstance(data, bytes) else data
+        kv = raw.view(self._dtype).view(2, len(layers), a.kv_heads, -1, a.head_dim)
         self._stage.kv.write(slot, kv.to(self._stage.device), self._places(layers))
 
     def _places(self, layers: range) -> slice:
@@ -142,10 +147,6 @@ class TorchRunner:
     def close(self) -> None:
         """See Runner."""
         self._stack.close()
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
 def _share(packed: PackedModel, first_block: int, last_block: int) -> float:
@@ -177,7 +178,7 @@ class PacedRunner:
 
     def __init__(self, inner: Runner, compute: ComputeModel, share: float) -> None:
         self._inner, self._compute, self._share = inner, compute, share
-        self.layers, self.slots = inner.layers, inner.slots
+        self.layers, self.slots, self.kv_bytes = inner.layers, inner.slots, inner.kv_bytes
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes | torch.Tensor:
         """See Runner."""
@@ -190,11 +191,11 @@ class PacedRunner:
         """See Runner."""
         return self._inner.record_ahead(urgent)
 
-    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes | torch.Tensor:
         """See Runner."""
         return self._inner.read_kv(slot, tokens, layers)
 
-    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes | torch.Tensor) -> None:
         """See Runner."""
         self._inner.write_kv(slot, layers, data)
 
@@ -225,7 +226,7 @@ class TimedExecutor:
             slots=slots,
             is_last=last_block == len(packed.layouts) - 1,
             row_bytes=packed.row_bytes,
-            layer_kv_bytes=packed.spec.kv_bytes_per_token // packed.architecture.layers,
+            kv_bytes=packed.spec.kv_bytes_per_token // packed.architecture.layers,
             sleep=self._sleep,
         )
 
@@ -242,7 +243,7 @@ class TimedRunner:
         slots: int,
         is_last: bool,
         row_bytes: int,
-        layer_kv_bytes: int,
+        kv_bytes: int,
         sleep: Callable[[float], None],
     ) -> None:
         self._compute = compute
@@ -251,7 +252,7 @@ class TimedRunner:
         self.slots = slots
         self._is_last = is_last
         self._row_bytes = row_bytes
-        self._layer_kv_bytes = layer_kv_bytes
+        self.kv_bytes = kv_bytes
         self._sleep = sleep
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | bytes:
@@ -271,9 +272,9 @@ class TimedRunner:
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""
-        return bytes(self._layer_kv_bytes * tokens * len(layers))
+        return bytes(self.kv_bytes * tokens * len(layers))
 
-    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes | torch.Tensor) -> None:
         """See Runner."""
 
     def close(self) -> None:

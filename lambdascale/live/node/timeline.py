@@ -22,6 +22,7 @@ from lambdascale.inference import BlockStore
 from lambdascale.live import wire
 from lambdascale.live.node.compute import Compute
 from lambdascale.live.node.instance import Instance
+from lambdascale.live.node.mode_switch import KvData
 from lambdascale.live.node.runners import Hidden, Runner, TorchExecutor, TorchRunner
 
 COLUMNS = ("node", "began_s", "took_s", "what", "instance", "layers", "decodes", "prefilled", "detail")
@@ -85,12 +86,12 @@ class RecordedRunner(TorchRunner):
             row["detail"] = "recorded" if self._stage.recordings > before else self._stage.operators
         return output
 
-    def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
+    def read_kv(self, slot: int, tokens: int, layers: range) -> torch.Tensor:
         """See Runner."""
         with self._timeline.part("read KV", layers=len(layers), prefilled=tokens):
             return super().read_kv(slot, tokens, layers)
 
-    def write_kv(self, slot: int, layers: range, data: bytes) -> None:
+    def write_kv(self, slot: int, layers: range, data: bytes | torch.Tensor) -> None:
         """See Runner."""
         with self._timeline.part("write KV", layers=len(layers)):
             super().write_kv(slot, layers, data)
@@ -133,6 +134,10 @@ class RecordedCompute(Compute):
     def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
         with self._timeline.part("send KV", instance=pipeline.number):
             super()._collect(pipeline, message)
+
+    def _kv_came(self, kv: KvData) -> None:
+        with self._timeline.part("KV came", instance=kv.instance, layers=len(kv.layers), detail=f"request {kv.request_id}"):
+            super()._kv_came(kv)
 
     def _take_over(self, instance: Instance, message: wire.Handover) -> None:
         with self._timeline.part("take over", instance=instance.number, detail=f"{len(message.tickets)} requests"):
