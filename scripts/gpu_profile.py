@@ -56,8 +56,8 @@ def compute_rows(model: PackedModel, device: str, compute: ComputeModel, grid: G
     with loaded(model, device) as weights:
         slots, tokens = max(grid.decode_batch), max(grid.contexts) + 1
         stage = TransformerStage(model.architecture, weights, slots, tokens)
+        stage.prepare()
         for count in between(grid.decode_batch):
-            stage.prepare([count])
             for context in between(grid.contexts):
                 size = f"batch {count} at {context}"
                 yield row("decode", size, simulated(compute, decode(count, context)), timed(stage, decode(count, context)))

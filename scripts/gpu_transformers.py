@@ -1,15 +1,17 @@
-"""Time Hugging Face transformers, compiled and with a static cache, on the shapes of scripts/gpu_check.py: decode steps.
+"""Time Hugging Face transformers, compiled, on the shapes of scripts/gpu_check.py: decode steps and prefills.
 
-python scripts/gpu_transformers.py [--models 7B] [--batches 1,8,32] [--out results/tables]
+python scripts/gpu_transformers.py [--models 7B,13B] [--batches 1,8,32] [--prompts 512,2048] [--out results/tables]
 
-A step's time is what generate() adds for each further token, with random weights in 16 bits. Compilation is not counted. Writes
-gpu_transformers.csv.
+A decode step's time is what generate() adds for each further token, with a static cache. A prefill is a forward pass that keeps
+no KV, to the token on the host, as it is and compiled to CUDA graphs (mode reduce-overhead). Weights are random, in 16 bits.
+Compilation is not counted. Writes gpu_transformers.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +23,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from lambdascale.calibration import engine_rates
 
 _CONTEXT, _FEW, _MANY, _ROUNDS = 512, 8, 40, 3
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 def model_of(size: str) -> Any:
@@ -52,11 +58,40 @@ def step_s(model: Any, batch: int) -> float:
     return median((once(_MANY) - once(_FEW)) / (_MANY - _FEW) for _ in range(_ROUNDS))
 
 
+def prefill_s(model: Any, tokens: int, *, compiled: bool) -> float:
+    """Return the seconds from a prompt to its token on the host."""
+    prompt = torch.randint(0, 32000, (1, tokens), device="cuda")
+    torch._dynamo.reset()
+    forward = torch.compile(model.forward, mode="reduce-overhead", dynamic=False) if compiled else model.forward
+
+    def once() -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        forward(input_ids=prompt, use_cache=False, logits_to_keep=1).logits.argmax().item()
+        return time.perf_counter() - begin
+
+    for _ in range(3):  # compiles and records
+        once()
+    return median(once() for _ in range(3 * _ROUNDS))
+
+
+def rows_of(model: Any, size: str, batches: list[int], prompts: list[int]) -> Iterator[dict[str, Any]]:
+    """Measure decode steps of each batch and prefills of each length."""
+    for batch in batches:
+        yield {"what": "decode", "model": size, "batch": batch, "tokens": _CONTEXT, "ms": 1e3 * step_s(model, batch)}
+    for tokens in prompts:
+        for compiled in (False, True):
+            what = "prefill, compiled" if compiled else "prefill, eager"
+            took = prefill_s(model, tokens, compiled=compiled)
+            yield {"what": what, "model": size, "batch": 1, "tokens": tokens, "ms": 1e3 * took}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="7B")
-    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--models", default=",".join(engine_rates.SHAPES))
+    parser.add_argument("--batches", type=_numbers, default="1,8,32")
+    parser.add_argument("--prompts", type=_numbers, default="512,2048")
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     card = f"1 x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
@@ -64,8 +99,7 @@ def main() -> None:
     rows = []
     for size in arguments.models.split(","):
         model = model_of(size)
-        for batch in map(int, arguments.batches.split(",")):
-            row = {"model": size, "batch": batch, "context": _CONTEXT, "ms": 1e3 * step_s(model, batch)}
+        for row in rows_of(model, size, arguments.batches, arguments.prompts):
             print(row, flush=True)
             rows.append(row | {"measured_on": card})
             pd.DataFrame(rows).to_csv(arguments.out / "gpu_transformers.csv", index=False, float_format="%.4g")

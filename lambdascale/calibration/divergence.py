@@ -12,6 +12,7 @@ from lambdascale.checkpoints import Architecture, block_layouts
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.control.batching import BatchLimits
 from lambdascale.inference import BlockWeights, Engine, Ticket, TransformerStage
+from lambdascale.inference.forms import Form
 
 Row = dict[str, Any]
 _BATCH = 8
@@ -62,7 +63,7 @@ def answers(
     """Return the greedy answers of ``tokens`` tokens."""
     stage = kind(architecture, blocks, _BATCH, len(prompts[0]) + tokens)
     if kind is TransformerStage:
-        stage.prepare([_BATCH])
+        stage.prepare([Form(_BATCH)])
     engine = Engine([stage], BatchLimits(max_batch=_BATCH))
     tickets = [Ticket(index, list(prompt), len(prompt), tokens) for index, prompt in enumerate(prompts)]
     for ticket in tickets:

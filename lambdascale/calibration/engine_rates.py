@@ -20,6 +20,8 @@ from lambdascale.checkpoints import Architecture, block_layouts, parse_architect
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.inference import BlockWeights, TransformerStage
 from lambdascale.inference.digest import part_digests
+from lambdascale.inference.forms import Form
+from lambdascale.inference.sampling import GREEDY
 
 Tensor = torch.Tensor
 Row = dict[str, Any]
@@ -84,26 +86,25 @@ def decode_rows(model: str, stage: TransformerStage, read_rate: float, batches: 
 
 def _steps(stage: TransformerStage, batch: int, context: int, rounds: int = 30) -> list[float]:
     """Return the seconds of each step, with greedy tokens fed back. The first steps, which prepare kernels, are left out."""
-    stage.prepare([batch])
+    stage.prepare([Form(batch)])
     tokens, times = torch.arange(batch), []
     for index in range(rounds):
         begin = time.perf_counter()
-        logits = stage.run(decode(batch, context + index), tokens)
-        tokens = torch.tensor(logits.argmax(dim=-1).tolist())
+        tokens = torch.tensor(stage.answer(decode(batch, context + index), tokens, [GREEDY] * batch, [0] * batch))
         times.append(time.perf_counter() - begin)
     return times[5:]
 
 
 def _first_token(stage: TransformerStage, prompt: torch.Tensor) -> None:
     """Compute the token after a prompt and wait for it on the host."""
-    stage.run(prefill(len(prompt)), prompt).argmax().item()
+    stage.answer(prefill(len(prompt)), prompt, [GREEDY], [0])
 
 
 def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) -> Iterator[Row]:
     """Return ms from a prompt to its token on the host, beside those of the matrix products of its layers alone."""
     stage.prepare()
     for tokens in lengths:
-        took = probes.seconds(partial(_first_token, stage, torch.arange(tokens, device=stage.device)), stage.device)
+        took = probes.seconds(partial(_first_token, stage, torch.arange(tokens)), stage.device)
         products = probes.seconds(_products(stage, tokens), stage.device)
         yield {"model": model, "tokens": tokens, "ms": 1e3 * took, "products_ms": 1e3 * products, "ratio": took / products}
 

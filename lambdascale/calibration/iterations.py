@@ -20,6 +20,8 @@ from lambdascale.calibration.probes import once
 from lambdascale.checkpoints import Architecture, PackedModel
 from lambdascale.core import ComputeTable
 from lambdascale.inference import BlockStore, BlockWeights, Segment, StageBatch, StoreConfig, TransformerStage
+from lambdascale.inference.forms import Form
+from lambdascale.inference.sampling import GREEDY
 
 Tensor = torch.Tensor
 
@@ -104,18 +106,18 @@ def measure_whole(architecture: Architecture, blocks: Sequence[BlockWeights], gr
     stage = TransformerStage(architecture, blocks, max(grid.decode_batch), slot)
     decodes = []
     for batch in grid.decode_batch:
-        stage.prepare([batch])
+        stage.prepare([Form(batch)])
         decodes.append(tuple(median(_answered(stage, decode(batch, context), grid.rounds)) for context in grid.contexts))
     return BlockTimes(None, tuple(prefills), tuple(decodes))
 
 
 def _answered(stage: TransformerStage, batch: StageBatch, rounds: int) -> list[float]:
     """Return the seconds of each iteration up to its tokens on the host, after some that do not count."""
-    inputs = torch.zeros(batch.rows, dtype=torch.long)
+    inputs, rules = torch.zeros(batch.rows, dtype=torch.long), [GREEDY] * len(batch.wanted)
 
     def once_s() -> float:
         begin = time.perf_counter()
-        stage.run(batch, inputs).argmax(dim=-1).tolist()
+        stage.answer(batch, inputs, rules, [0] * len(rules))
         return time.perf_counter() - begin
 
     until, warm = time.perf_counter() + _WARM_UP_S, 0
@@ -153,9 +155,9 @@ def _in_turn(stages: Sequence[TransformerStage], batch: StageBatch, rounds: int)
 
 
 def inputs_of(stage: TransformerStage, batch: StageBatch) -> Tensor:
-    """Return an input of the right shape and type for a stage."""
+    """Return an input of the right shape and type for a stage, token ids on the host."""
     if stage.is_first:
-        return torch.zeros(batch.rows, dtype=torch.long, device=stage.device)
+        return torch.zeros(batch.rows, dtype=torch.long)
     shape = (batch.rows, stage.architecture.hidden)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(stage.device, stage.dtype)
 

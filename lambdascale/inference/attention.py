@@ -170,3 +170,13 @@ class BatchAttention:
     def _there(self, tensor: Tensor) -> Tensor:
         """Copy to the device, without waiting (from pageable memory, CUDA has read the source when the call returns)."""
         return tensor.to(self._device, non_blocking=True)
+
+
+def attend_whole(states: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Causal attention of one whole sequence: from rotated queries, rotated keys and values to [rows, heads x head size].
+
+    ``states`` [rows, heads + 2 kv heads, head size]. Rows behind the sequence's end change nothing for it.
+    """
+    query, keys, values = (part[None].transpose(1, 2) for part in states.split((heads, kv_heads, kv_heads), dim=1))
+    result = functional.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+    return result.transpose(1, 2).reshape(len(states), -1)

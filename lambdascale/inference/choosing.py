@@ -13,12 +13,17 @@ Tensor = torch.Tensor
 _SEED_STEP, _POSITION_STEP = 6364136223846793005, 1442695040888963407
 
 
-def choose(logits: Tensor, rules: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    """Return the next token of each row of ``logits`` [rows, vocabulary]; answers have ``positions`` tokens already."""
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
+def choose(
+    logits: Tensor, rules: Sequence[Sampling], positions: Sequence[int], likeliest: Sequence[int] | None = None
+) -> list[int]:
+    """Return the next token of each row of ``logits`` [rows, vocabulary]; answers have ``positions`` tokens already.
+
+    ``likeliest``: the token of the highest logit in each row, if it is known.
+    """
+    greedy: Sequence[int] = logits.argmax(dim=-1).tolist() if likeliest is None else likeliest
     return [
-        token if rule.temperature == 0 else _draw(row, rule, position)
-        for token, row, rule, position in zip(greedy, logits, rules, positions, strict=True)
+        token if rule.temperature == 0 else _draw(logits[row], rule, position)
+        for row, (token, rule, position) in enumerate(zip(greedy, rules, positions, strict=True))
     ]
 
 

@@ -30,6 +30,11 @@ class Compiler:
         """Return True if the kernels are compiled. Begin nothing."""
         return _key(architecture, dtype, device) in self._ready
 
+    def busy(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
+        """Return True while the kernels are being compiled."""
+        thread = self._threads.get(_key(architecture, dtype, device))
+        return thread is not None and thread.is_alive()
+
     def ready(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> bool:
         """Return True if the kernels are compiled; else start compiling them. Raises the error if compilation failed."""
         key = _key(architecture, dtype, device)

@@ -10,7 +10,6 @@ import torch
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core.checks import require
 from lambdascale.inference.batch import Batch, Produced, Ticket
-from lambdascale.inference.choosing import choose
 from lambdascale.inference.stage import TransformerStage
 
 Tensor = torch.Tensor
@@ -76,6 +75,12 @@ class Engine:
             for stage, part in zip(self.stages, self._arrived_kv.pop(request_id), strict=True):
                 stage.kv.write(slot, part)
         state = torch.tensor(plan.tokens, dtype=torch.long)
-        for stage in self.stages:
-            state = stage.run(plan.batch, state if stage.is_first else state.to(stage.device))
-        return self.batch.complete(plan, choose(state, plan.rules, plan.positions))
+        *others, last = self.stages
+        for stage in others:
+            state = stage.run(plan.batch, _input(stage, state))
+        return self.batch.complete(plan, last.answer(plan.batch, _input(last, state), plan.rules, plan.positions))
+
+
+def _input(stage: TransformerStage, state: Tensor) -> Tensor:
+    """Return token ids, which stay on the host, or hidden states on the stage's device."""
+    return state if stage.is_first else state.to(stage.device)

@@ -166,7 +166,7 @@ def rotate_kernel(
     BLOCK_D: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """Rotate a row's queries in place; put its rotated keys and its values into ``kv`` [slots, 2 x kv heads, tokens, head size].
+    """Rotate a row's queries and keys in place; put its keys and values into ``kv`` [slots, 2 x kv heads, tokens, head size].
 
     ``states`` [rows, queries, keys and values, head size]. Rows at position -1 are padding and leave nothing.
     """
@@ -188,9 +188,8 @@ def rotate_kernel(
     s = tl.where(turned, tl.load(sin + place, mask=d < HALF, other=0.0).to(tl.float32)[None, :], 0.0)
     new_low = (low * c - high * s).to(states.dtype.element_ty)
     new_high = (high * c + low * s).to(states.dtype.element_ty)
-    asks = (head < HEADS)[:, None]
-    tl.store(at, new_low, mask=valid & asks)
-    tl.store(at + HALF, new_high, mask=valid & asks)
+    tl.store(at, new_low, mask=valid & turned)
+    tl.store(at + HALF, new_high, mask=valid & turned)
     to = kv + slot * slot_stride + (head[:, None] - HEADS).to(tl.int64) * head_stride + position * (2 * HALF) + d[None, :]
     tl.store(to, new_low, mask=valid & (head >= HEADS)[:, None])
     tl.store(to + HALF, new_high, mask=valid & (head >= HEADS)[:, None])

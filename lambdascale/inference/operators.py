@@ -83,9 +83,9 @@ class TorchOperators:
         return torch.mul(functional.silu(gate, inplace=True), up, out=self.scratch.take("gated", *gate.shape))
 
     def rotate(self, states: Tensor, places: Places, kv: Tensor) -> Tensor:
-        """Write rotated keys, and values, of ``states`` to a layer's ``kv`` [slots, 2 kv heads, tokens, head size].
+        """Rotate queries and keys of ``states`` in place; write keys and values to ``kv`` [slots, 2 kv heads, tokens, head size].
 
-        Returns the rotated queries, a view of ``states``.
+        Returns the queries, a view of ``states``.
         """
         a = self.architecture
         low, high = states[:, : a.heads + a.kv_heads].chunk(2, dim=-1)

@@ -1,109 +1,211 @@
-"""Decode steps as CUDA graphs: the hundreds of launches of a step are recorded once for each batch size and replayed by one call.
+"""Iterations as CUDA graphs: the hundreds of launches of an iteration are recorded once for each form and replayed by one call.
 
-A recorded step has fixed addresses and a fixed number of rows, so batches are padded to a power of two and the input is copied
-to where the recording expects it. One recording serves contexts of any length, since kernels read positions on the device.
+A recording has fixed addresses and a fixed number of rows: an iteration is padded to its form, and what it needs from the host
+lies in registered memory that the recording itself reads. It also chooses the likeliest tokens and brings them back. One
+recording serves contexts of any length, since kernels read positions on the device.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from lambdascale.inference.batch import StageBatch
+from lambdascale.inference.forms import MOST_REPLAYED, Form
+
 Tensor = torch.Tensor
-# From inputs, slots [rows] and positions [rows] (-1: padding) to hidden states or logits, without the host.
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+# From inputs, slots [rows], positions [rows] (-1: padding) and answering rows [answers] to hidden states [rows, hidden] or logits
+# [answers, vocabulary], without the host. Calls its last argument between two layers.
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Callable[[], None]], Tensor]
+
+
+class Abandoned(Exception):
+    """Something more urgent than a recording is to be done."""
 
 
 class Replay:
-    """A step over input memory of its own, like ``inputs`` [rows, ...], for at most as many rows; recorded if that is on a GPU.
+    """A step of one form. ``hidden``: memory for inputs [rows, hidden]; None if they are token ids. ``is_last``: it gives logits.
 
-    On a CPU every call computes the step, with the same padding and copies, for tests. ``pool``: memory that recordings share.
+    On a CPU every call computes the step, with the same padding and copies, for tests. On a GPU the first call does, and records.
     """
 
-    def __init__(self, step: Step, inputs: Tensor, pool: Any) -> None:
+    def __init__(self, form: Form, step: Step, hidden: Tensor | None, device: torch.device, *, is_last: bool) -> None:
+        self._form = form
         self._step = step
-        rows, device = len(inputs), inputs.device
-        # Slots, positions and, where the inputs are token ids, those: one copy from the host brings all.
-        self._given = torch.tensor([[0] * rows, [-1] * rows, [0] * rows]).to(device)
-        self._places = self._given[:2]
-        self._inputs = self._given[2] if inputs.dtype is torch.long else inputs
+        self._hidden = hidden
+        self._sizes = [form.rows, form.rows, form.answers, *([form.rows] if hidden is None else [])]
+        on_gpu = device.type == "cuda"
+        # What comes from the host, and the tokens that go back to it: registered memory, for one copy each.
+        self._staged = torch.zeros(sum(self._sizes), dtype=torch.long, pin_memory=on_gpu)
+        self._tokens = torch.zeros(form.answers, dtype=torch.long, pin_memory=on_gpu) if is_last else None
+        self._given = torch.zeros(sum(self._sizes), dtype=torch.long, device=device)
+        self._places = [part.numpy() for part in self._staged.split(self._sizes)]
+        self._places[1].fill(-1)
+        # Behind the last replay, which has read what was staged for it.
+        self._done = torch.cuda.Event() if on_gpu else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: Tensor | None = None
-        if device.type == "cuda":
-            self._record(pool)
 
-    def __call__(self, inputs: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Return the step's output, one row for each of ``slots``, in memory of its own."""
-        count, rows = len(slots), len(self._inputs)
-        unused = [0] * (rows - count)
-        given = [[*slots, *unused], [*positions, *(-1 for _ in unused)]]
-        if inputs.dtype is torch.long and inputs.device.type == "cpu":
-            self._given.copy_(torch.tensor([*given, [*inputs.tolist(), *unused]]), non_blocking=True)
+    @property
+    def recorded(self) -> bool:
+        """True once a call takes one launch."""
+        return self._graph is not None
+
+    def __call__(self, batch: StageBatch, inputs: Tensor, recorder: Recorder | None) -> Tensor:
+        """Return the step's output in memory that the next call may overwrite. ``recorder``: on a GPU, what records."""
+        self._wait()
+        self._give(batch, inputs)
+        if self._graph is not None:
+            self._graph.replay()
+            output = self._output
+            assert output is not None, "recording leaves an output"
+        elif recorder is None:
+            output = self._compute()
         else:
-            self._inputs[:count].copy_(inputs, non_blocking=True)
-            self._places.copy_(torch.tensor(given), non_blocking=True)
-        if self._graph is None:
-            return self._compute()[:count]
-        self._graph.replay()
-        assert self._output is not None, "recording leaves an output"
-        return self._output[:count].clone()
+            output = self.record(recorder)
+        if self._done is not None:
+            self._done.record()
+        return output
 
-    def _compute(self) -> Tensor:
-        return self._step(self._inputs, self._places[0], self._places[1])
+    def greedy(self) -> list[int]:
+        """Return the likeliest token of each answering row, once the device has brought them."""
+        assert self._tokens is not None, "a stage that is not the last has no tokens"
+        self._wait()
+        found: list[int] = self._tokens.tolist()
+        return found
 
-    def _record(self, pool: Any) -> None:
-        """Run the step once over padding, which loads libraries and changes no KV; then record it."""
-        stream, before = torch.cuda.Stream(self._inputs.device), torch.cuda.current_stream()
-        stream.wait_stream(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream), _without_collection():
-            self._compute()
+    def record(self, recorder: Recorder, between: Callable[[], None] = lambda: None) -> Tensor:
+        """Compute the step over what was given last, at first padding; then record it. Return what was computed.
+
+        To compute it loads libraries, which a recording cannot. Calls ``between`` between two layers, which may raise.
+        """
+        with recorder.recording():
+            output = self._compute(between)
+            graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile; this one must not wait for the device.
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
             try:
-                self._output = self._compute()
+                recorded = self._compute(between)
             finally:
                 graph.capture_end()
-        before.wait_stream(stream)
-        self._graph = graph
+        self._graph, self._output = graph, recorded
+        return output
+
+    def _wait(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()
+
+    def _give(self, batch: StageBatch, inputs: Tensor) -> None:
+        """Put an iteration, padded, where the step reads it."""
+        slots, positions, answering, *ids = self._places
+        begin = 0
+        if self._form.prompt:
+            prompt = batch.segments[0]
+            begin = prompt.tokens
+            slots[:begin], positions[:begin] = prompt.slot, range(begin)
+            # Padding repeats the first decode: its result is written twice to the same place.
+            answering[0], answering[1:] = begin - 1, begin
+            answering[1 : 1 + batch.decodes] = range(begin, begin + batch.decodes)
+        decodes = batch.segments[len(batch.segments) - batch.decodes :]
+        end = begin + batch.decodes
+        slots[begin:end] = [segment.slot for segment in decodes]
+        positions[begin:end] = [segment.start for segment in decodes]
+        slots[end:], positions[end:] = 0, -1
+        if self._hidden is not None:
+            self._hidden[:end].copy_(inputs, non_blocking=True)
+        else:
+            ids[0][:end] = inputs.cpu().numpy()
+            ids[0][end:] = 0
+
+    def _compute(self, between: Callable[[], None] = lambda: None) -> Tensor:
+        self._given.copy_(self._staged, non_blocking=True)
+        slots, positions, answering, *ids = self._given.split(self._sizes)
+        inputs = ids[0] if self._hidden is None else self._hidden
+        output = self._step(inputs, slots, positions, answering, between)
+        if self._tokens is not None:
+            self._tokens.copy_(output.argmax(dim=-1), non_blocking=True)
+        return output
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Suspend garbage collection, which might free CUDA objects and so break the recording."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+class Recorder:
+    """The stream that a stage's recordings are made in, and the memory that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        # A pool must not be used again after its last graph has been freed, as when the first recording is given up.
+        self._anchor = torch.cuda.CUDAGraph()
+        with self.recording():
+            nothing = torch.zeros(1, device=device)
+            self._anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            nothing.zero_()
+            self._anchor.capture_end()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Run what a block launches in the stream, between what the current one has before and after.
+
+        Without garbage collection, which might free CUDA objects and so break a recording.
+        """
+        before, collecting = torch.cuda.current_stream(), gc.isenabled()
+        self._stream.wait_stream(before)
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            if collecting:
+                gc.enable()
+            before.wait_stream(self._stream)
 
 
 class Replays:
-    """The replays of a stage by numbers of rows, each made at its first use."""
+    """The replays of a stage by their form. ``hidden``: size of hidden states that it takes, None if it takes token ids.
 
-    def __init__(self) -> None:
-        self._made: dict[int, Replay] = {}
-        self._pool: Any = None
+    ``step_of`` makes the step of a form.
+    """
+
+    def __init__(
+        self, step_of: Callable[[Form], Step], dtype: torch.dtype, device: torch.device, hidden: int | None, *, is_last: bool
+    ) -> None:
+        self._step_of = step_of
+        self._device = device
+        self._is_last = is_last
+        self._made: dict[Form, Replay] = {}
+        self._recorder = Recorder(device) if device.type == "cuda" else None
+        self._hidden = None if hidden is None else torch.zeros(MOST_REPLAYED, hidden, dtype=dtype, device=device)
 
     def __len__(self) -> int:
-        """Number of replays made so far."""
-        return len(self._made)
+        """Number of forms whose iterations take one launch."""
+        return sum(map(self.has, self._made))
 
-    def take(self, rows: int, step: Callable[[], Step], inputs_of: Callable[[int], Tensor]) -> Replay:
-        """Return the smallest replay that has room for ``rows`` rows, made if it is missing.
+    def run(self, form: Form, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay]:
+        """Run an iteration of this form. Return its output, in memory that the next one may overwrite, and its replay."""
+        replay = self._take(form)
+        return replay(batch, inputs, self._recorder), replay
 
-        ``step()`` returns a step with memory of its own for results, ``inputs_of(rows)`` memory for the input.
-        """
-        size = 1 << (rows - 1).bit_length()
-        if size not in self._made:
-            inputs = inputs_of(size)
-            if self._pool is None and inputs.is_cuda:
-                self._pool = torch.cuda.graph_pool_handle()
-            self._made[size] = Replay(step(), inputs, self._pool)
-        return self._made[size]
+    def record(self, form: Form, urgent: Callable[[], bool] = lambda: False) -> None:
+        """Record a form ahead of its first use. Give up as soon as ``urgent`` between two layers."""
+
+        def between() -> None:
+            if urgent():
+                raise Abandoned
+
+        replay = self._take(form)
+        if self._recorder is not None and not replay.recorded:
+            with suppress(Abandoned):
+                replay.record(self._recorder, between)
+
+    def has(self, form: Form) -> bool:
+        """Return True if an iteration of this form takes one launch."""
+        return form in self._made and (self._recorder is None or self._made[form].recorded)
+
+    def _take(self, form: Form) -> Replay:
+        if form not in self._made:
+            hidden = None if self._hidden is None else self._hidden[: form.rows]
+            self._made[form] = Replay(form, self._step_of(form), hidden, self._device, is_last=self._is_last)
+        return self._made[form]

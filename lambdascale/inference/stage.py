@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from math import pi
 
 import torch
@@ -14,13 +14,16 @@ from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.core.checks import require
 from lambdascale.inference import devices
-from lambdascale.inference.attention import BatchAttention, Parts
+from lambdascale.inference.attention import BatchAttention, Parts, attend_whole
 from lambdascale.inference.batch import Segment, StageBatch
+from lambdascale.inference.choosing import choose
 from lambdascale.inference.compiling import COMPILER
+from lambdascale.inference.forms import MOST_REPLAYED, Form, first_answer, form_of, usual_forms
 from lambdascale.inference.fused import TritonOperators, has_triton
 from lambdascale.inference.kv_cache import KvCache
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators
-from lambdascale.inference.replay import Replays, Step
+from lambdascale.inference.replay import Replay, Replays, Step
+from lambdascale.inference.sampling import Sampling
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.weights import BlockWeights, LayerWeights
 
@@ -33,9 +36,10 @@ class TransformerStage:
     Input: token ids [rows], best on the host, if the stage has the first block, else hidden states [rows, hidden]. Output: hidden
     states, or logits [wanted rows, vocabulary] (float32) if it has the last block. The weights stay where their buffers are.
 
-    On a GPU, iterations that only decode are replayed as CUDA graphs as soon as the kernels are compiled, which happens in the
-    background after the first iteration; until then torch's operators serve. ``replays``: pad and replay decodes on a CPU too
-    (without graphs, for tests).
+    On a GPU, iterations that decode, prefill one prompt or do both are replayed as CUDA graphs as soon as the kernels are
+    compiled, which happens in the background after the first iteration; until then torch's operators serve. A graph is recorded
+    behind the first iteration of its form, or ahead of it by ``record_next``. ``replays``: pad and replay on a CPU too (without
+    graphs, for tests).
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class TransformerStage:
         scratch = Scratch(self.dtype, self.device)
         self._attention = BatchAttention(architecture, self.kv, self._windows, scratch)
         self._operators = TorchOperators(architecture, self._tables, scratch)
-        self._replays = Replays() if replays else None
+        self._most_replayed = min((MOST_REPLAYED, *(window for window in self._windows if window is not None)))
+        self._replays = self._no_replays() if replays else None
+        self._is_full = False
 
     @cached_property
     def is_first(self) -> bool:
@@ -87,7 +93,7 @@ class TransformerStage:
 
     @property
     def recordings(self) -> int:
-        """Number of decode steps prepared for replay so far."""
+        """Number of forms of iterations prepared for replay so far."""
         return 0 if self._replays is None else len(self._replays)
 
     @property
@@ -97,18 +103,39 @@ class TransformerStage:
 
     @torch.inference_mode()
     def run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        """Run one iteration: KV of its tokens is written, then attended to."""
+        """Run one iteration: KV of its tokens is written, then attended to. The result has memory of its own."""
+        output, replay = self._run(batch, inputs)
+        return output if replay is None else output.clone()
+
+    @torch.inference_mode()
+    def answer(self, batch: StageBatch, inputs: Tensor, rules: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+        """Run one iteration of the last stage, and choose the next token of each wanted row; see ``choose``."""
+        output, replay = self._run(batch, inputs)
+        if replay is None:
+            return choose(output, rules, positions)
+        found = replay.greedy()
+        return choose(output, rules, positions, [found[row] for row in _answers(batch)])
+
+    def _run(self, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay | None]:
+        """Run one iteration. The output of a replay is in memory that the next one may overwrite."""
         devices.use(self.device)
         if self.device.type == "cuda" and self._replays is None and has_triton():
             return self._run_and_compile(batch, inputs)
-        return self._run(batch, inputs)
+        return self._replay_or_iterate(batch, inputs)
 
-    def _run(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        if self._replays is not None and 0 < batch.decodes == len(batch.segments):
-            return self._replay(batch, inputs)
-        return self._iterate(batch, inputs)
+    def _replay_or_iterate(self, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay | None]:
+        form = None if self._replays is None else form_of(batch, self._most_replayed)
+        if self._replays is None or form is None:
+            return self._iterate(batch, inputs), None
+        output, replay = self._replays.run(form, batch, inputs)
+        if not self.is_last:
+            return output[: batch.rows], replay
+        rows = _answers(batch)
+        if rows == list(range(len(rows))):
+            return output[: len(rows)], replay
+        return output[self._there(torch.tensor(rows, dtype=torch.long))], replay
 
-    def _run_and_compile(self, batch: StageBatch, inputs: Tensor) -> Tensor:
+    def _run_and_compile(self, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay | None]:
         """Run an iteration, by the kernels if they are compiled; else begin to compile them once it has been launched.
 
         The first token of a replica does not share the interpreter with a compilation that it does not need.
@@ -116,9 +143,9 @@ class TransformerStage:
         key = self.architecture, self.dtype, self.device
         if COMPILER.done(*key):
             self._use_kernels()
-        output = self._run(batch, inputs)
+        found = self._replay_or_iterate(batch, inputs)
         COMPILER.ready(*key)
-        return output
+        return found
 
     @torch.inference_mode()
     def rehearse(self, batch: StageBatch, inputs: Tensor) -> Tensor:
@@ -126,56 +153,58 @@ class TransformerStage:
         devices.use(self.device)
         return self._iterate(batch, inputs)
 
-    def prepare(self, rows: Sequence[int] = ()) -> None:
-        """Wait for the kernels, and record decode steps for these numbers of rows: for tests and measurements on a GPU."""
+    def prepare(self, forms: Iterable[Form] = ()) -> None:
+        """Wait for the kernels, and record these forms: for tests and measurements on a GPU."""
         if self.device.type == "cuda" and has_triton():
             COMPILER.wait(self.architecture, self.dtype, self.device)
-            self._use_kernels()
+            if self._replays is None:
+                self._use_kernels()
         if self._replays is not None:
             with torch.inference_mode():
-                for count in rows:
-                    self._replays.take(count, self._step, self._inputs)
+                for form in forms:
+                    self._replays.record(form)
+
+    def record_next(self, urgent: Callable[[], bool]) -> bool:
+        """Record one more form ahead of its first use, unless ``urgent`` between two layers. Return False if nothing is left.
+
+        That is also the case before anything has begun to compile the kernels.
+        """
+        devices.use(self.device)
+        key = self.architecture, self.dtype, self.device
+        if self._replays is None and self.device.type == "cuda":
+            if not COMPILER.done(*key):
+                return COMPILER.busy(*key)
+            self._use_kernels()
+        if self._replays is None:
+            return False
+        form = next((form for form in usual_forms(self.kv.slots, self._most_replayed) if not self._replays.has(form)), None)
+        if form is None or self._is_full:
+            return False
+        try:
+            with torch.inference_mode():
+                self._replays.record(form, urgent)
+        except torch.OutOfMemoryError:
+            self._is_full = True  # from now on a form is recorded when an iteration needs it
+        return True
 
     def _use_kernels(self) -> None:
         """Use the kernels, which are compiled, from now on."""
         self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
-        self._replays = Replays()
+        self._replays = self._no_replays()
 
-    # -- decodes alone -----------------------------------------------------------------------------------------------
+    # -- replays -----------------------------------------------------------------------------------------------------
 
-    def _replay(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        assert self._replays is not None, "the caller has checked"
-        slots, positions = [s.slot for s in batch.segments], [s.start for s in batch.segments]
-        output = self._replays.take(batch.rows, self._step, self._inputs)(inputs, slots, positions)
-        if not self.is_last or batch.wanted == tuple(range(batch.rows)):
-            return output
-        return output[self._there(torch.tensor(batch.wanted, dtype=torch.long))]
+    def _no_replays(self) -> Replays:
+        """Return replays by the operators in use, none of which is made yet.
 
-    def _inputs(self, rows: int) -> Tensor:
-        """Return memory for the input of a replay."""
-        if self.is_first:
-            return torch.zeros(rows, dtype=torch.long, device=self.device)
-        return torch.zeros(rows, self.architecture.hidden, dtype=self.dtype, device=self.device)
-
-    def _step(self) -> Step:
-        """Return a decode step with scratch memory of its own, since that of a recording must not move.
-
-        The step has only a weak reference to the stage, so that a stage's KV memory is free at once when the stage is dropped.
+        Steps have only a weak reference to the stage, so that a stage's KV memory is free at once when the stage is dropped.
         """
-        operators = type(self._operators)(self.architecture, self._tables, Scratch(self.dtype, self.device))
-        stage = weakref.proxy(self)
-
-        def step(inputs: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-            hidden: Tensor = stage._entering(inputs)
-            places = operators.places(slots, positions, padded=True)
-            for index, layer in enumerate(stage._layers):
-                kv = stage.kv.both[index]
-                query = operators.rotate(operators.project(hidden, layer), places, kv)
-                stage._rest(operators, layer, hidden, operators.attend(query, places, kv, stage._windows[index]))
-            result: Tensor = stage._leaving(operators, hidden)
-            return result
-
-        return step
+        # Results of recordings, which must not move, have memory of their own.
+        scratch = Scratch(self.dtype, self.device, rows=MOST_REPLAYED)
+        operators = type(self._operators)(self.architecture, self._tables, scratch)
+        step_of = partial(_step_of, weakref.proxy(self), operators)
+        hidden = None if self.is_first else self.architecture.hidden
+        return Replays(step_of, self.dtype, self.device, hidden, is_last=self.is_last)
 
     # -- prefills and decodes ----------------------------------------------------------------------------------------
 
@@ -239,6 +268,41 @@ class TransformerStage:
         assert block.norm is not None, "the last block has the norm"
         assert block.head is not None, "the last block has the head"
         return operators.logits(hidden, block.norm, block.head)
+
+
+def _step_of(stage: TransformerStage, operators: TorchOperators, form: Form) -> Step:
+    """Return the step of a form: an iteration over padded rows that needs nothing of the host."""
+    heads, kv_heads, last = stage.architecture.heads, stage.architecture.kv_heads, len(stage._layers) - 1
+
+    def step(inputs: Tensor, slots: Tensor, positions: Tensor, answering: Tensor, between: Callable[[], None]) -> Tensor:
+        hidden = stage._entering(inputs)
+        places = operators.places(slots, positions, padded=True)
+        decodes = answering[1:]
+        lone = operators.places(slots[decodes], positions[decodes], padded=True) if form.decodes else None
+        for index, layer in enumerate(stage._layers):
+            between()
+            kv, window = stage.kv.both[index], stage._windows[index]
+            states = operators.project(hidden, layer)
+            query = operators.rotate(states, places, kv)
+            if not form.prompt:
+                attended = operators.attend(query, places, kv, window)
+            else:
+                # Rows that decode follow the prompt, so that it does not see them; their results are replaced.
+                attended = attend_whole(states, heads, kv_heads)
+                if lone is not None:
+                    attended.index_copy_(0, decodes, operators.attend(query[decodes], lone, kv, window))
+                if stage.is_last and index == last:
+                    hidden, attended = hidden[answering], attended[answering]
+            stage._rest(operators, layer, hidden, attended)
+        return stage._leaving(operators, hidden)
+
+    return step
+
+
+def _answers(batch: StageBatch) -> list[int]:
+    """Return the places of wanted rows among those that a form gives results for."""
+    first = first_answer(batch)
+    return [row - first for row in batch.wanted]
 
 
 def answering(batch: StageBatch) -> StageBatch:

@@ -27,6 +27,8 @@ from lambdascale.inference import (
     load_blocks,
 )
 from lambdascale.inference.digest import block_digest, part_digests
+from lambdascale.inference.forms import Form, usual_forms
+from lambdascale.inference.sampling import GREEDY
 from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
@@ -175,11 +177,65 @@ def test_a_replica_answers_while_its_kernels_are_compiled(model: PackedModel) ->
     assert answer("cuda:0") == answer("cpu")
 
 
+def test_tokens_of_prompts_beside_decodes_are_those_of_the_cpu(model: PackedModel) -> None:
+    """Prompts of many lengths that come one by one while others decode: every iteration has a form, padded on the GPU."""
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(0, 256, (length,), generator=generator).tolist() for length in (1, 63, 64, 65, 130, 200, 7, 90)]
+    limits = BatchLimits(max_batch=12, max_tokens=512)
+
+    def answers(stage: TransformerStage) -> list[list[int]]:
+        engine, tickets = Engine([stage], limits), [Ticket(index, list(p), len(p), 20) for index, p in enumerate(prompts)]
+        for ticket in tickets:
+            engine.add(ticket)
+            engine.step()
+        while len(engine):
+            engine.step()
+        return [ticket.output for ticket in tickets]
+
+    blocks = load_blocks(model)
+    cpu = answers(TransformerStage(model.architecture, blocks, 12, 256))
+    moved = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in blocks]
+    stage = TransformerStage(model.architecture, moved, 12, 256)
+    stage.prepare()
+    for _ in range(2):  # records, then replays
+        assert answers(stage) == cpu
+    assert stage._replays is not None
+    assert {form.prompt for form in stage._replays._made} == {False, True}
+    assert stage.recordings == len(stage._replays._made)
+
+
+def test_a_recording_that_is_given_up_leaves_nothing_behind(model: PackedModel) -> None:
+    """Between any two layers, of the computation or of the recording; afterwards the stage serves, and records, as before."""
+    blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
+    stage = TransformerStage(model.architecture, blocks, 2, 512)
+    stage.prepare()
+    before = stage.kv.both.clone()
+    layers = model.architecture.layers
+    for stop in range(1, 2 * layers + 1):
+        asked = iter(range(1, 2 * layers + 1))
+        assert stage.record_next(lambda asked=asked, stop=stop: next(asked) == stop)
+        assert stage.recordings == 0
+    batch, ids = StageBatch((Segment(0, 0, 40),), 0, (39,)), torch.arange(40)
+    wanted = stage.run(batch, ids)
+    assert stage.recordings == 1
+    after = stage.kv.both.clone()
+    while stage.record_next(lambda: False):
+        pass
+    forms = stage.recordings
+    assert forms == len(list(usual_forms(2, 1024)))
+    assert torch.equal(stage.kv.both, after)
+    assert not before.any()
+    torch.testing.assert_close(stage.run(batch, ids), wanted, rtol=0, atol=1e-4)
+    assert stage.run(decode := StageBatch((Segment(0, 40, 1),), 1, (0,)), torch.tensor([3])).isfinite().all()
+    assert stage.answer(decode, torch.tensor([3]), [GREEDY], [0]) == stage.run(decode, torch.tensor([3])).argmax(-1).tolist()
+    assert stage.recordings == forms
+
+
 def test_a_dropped_stage_is_freed_at_once(model: PackedModel) -> None:
     """KV memory and recordings do not wait for garbage collection."""
     blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
     stage = TransformerStage(model.architecture, blocks, 4, 64)
-    stage.prepare([1, 4])
+    stage.prepare([Form(1), Form(4), Form(64, True, 8)])
     stage.run(StageBatch((Segment(0, 0, 1),), 1, (0,)), torch.tensor([1]))
     dropped = weakref.ref(stage)
     gc.disable()

@@ -1,4 +1,4 @@
-"""Decode steps over padded, static input: the path of CUDA graphs, computed anew at every call on a CPU."""
+"""Iterations over padded, static input: the path of CUDA graphs, computed anew at every call on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import torch
 
 from lambdascale.checkpoints import HfCheckpoint
 from lambdascale.control import BatchLimits
-from lambdascale.inference import Engine, Segment, StageBatch, Ticket, TransformerStage, load_blocks
+from lambdascale.inference import Engine, Sampling, Segment, StageBatch, Ticket, TransformerStage, load_blocks
+from lambdascale.inference.choosing import choose
+from lambdascale.inference.forms import Form, usual_forms
+from lambdascale.inference.scratch import Scratch
 
 from .conftest import VARIANTS, Answer
 from .test_token_exactness import SLOT_TOKENS, TOKENS, prompts, run, tickets
@@ -93,3 +96,85 @@ def test_logits_only_of_wanted_rows(wanted: tuple[int, ...], models: Callable[[s
     batch, everything = decode({0: 0, 1: 0, 2: 0}, wanted), decode({0: 0, 1: 0, 2: 0})
     ids = torch.tensor([10, 20, 30])
     torch.testing.assert_close(padded.run(batch, ids), plain.run(everything, ids)[list(wanted)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama_head_dim", "qwen2", "mistral"])
+@pytest.mark.parametrize("decodes", [{}, {1: 9}, {1: 9, 4: 0, 7: 100}])
+@pytest.mark.parametrize("tokens", [1, 16, 70])
+def test_prompts_beside_decodes(tokens: int, decodes: dict[int, int], variant: str, models: Callable[[str], Path]) -> None:
+    """The same logits and KV as without padding; mistral's window of 17 tokens admits short prompts only."""
+    padded, plain = stage(models(variant)), stage(models(variant), replays=False)
+    for each in (padded, plain):
+        each.kv.both.normal_(generator=torch.Generator().manual_seed(3))
+    rows = tokens + len(decodes)
+    segments = (Segment(2, 0, tokens), *decode(decodes).segments)
+    batch = StageBatch(segments, len(decodes), tuple(range(tokens - 1, rows)))
+    ids = torch.arange(rows) % 200
+    torch.testing.assert_close(padded.run(batch, ids), plain.run(batch, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded.kv.both, plain.kv.both, rtol=0, atol=1e-5)
+    assert torch.equal(padded.kv.both[:, 0], plain.kv.both[:, 0])
+    assert padded.recordings == (rows <= 17 or variant != "mistral")
+
+
+def test_a_shorter_prompt_after_a_longer_one(models: Callable[[str], Path]) -> None:
+    """Nothing of what was in the same memory before counts, and no KV is written for it."""
+    padded, plain = stage(models("llama")), stage(models("llama"), replays=False)
+    for tokens, slot in ((60, 1), (5, 3)):
+        batch, ids = StageBatch((Segment(slot, 0, tokens),), 0, (tokens - 1,)), torch.arange(tokens)
+        torch.testing.assert_close(padded.run(batch, ids), plain.run(batch, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(padded.kv.both, plain.kv.both, rtol=0, atol=1e-5)
+    assert not padded.kv.both[:, 3, :, 5:].any()
+
+
+@pytest.mark.parametrize("wanted", [(), (4,), (5, 6), (6,), (6, 4)])
+def test_answers_of_wanted_rows(wanted: tuple[int, ...], models: Callable[[str], Path]) -> None:
+    """Greedy tokens come from the replay itself, drawn ones from its logits."""
+    padded, plain = stage(models("llama")), stage(models("llama"), replays=False)
+    batch = StageBatch((Segment(0, 0, 5), Segment(1, 0, 1), Segment(2, 0, 1)), 2, wanted)
+    ids, places = torch.arange(7), list(range(len(wanted)))
+    rules = [Sampling(temperature=1.0, seed=3) if place % 2 else Sampling() for place in places]
+    expected = choose(plain.run(batch, ids), rules, places)
+    assert padded.answer(batch, ids, rules, places) == expected
+    assert plain.answer(batch, ids, rules, places) == expected
+
+
+def test_recording_ahead_ends(models: Callable[[str], Path]) -> None:
+    """Every usual form once, in order; a stage that replays nothing has nothing to record."""
+    padded = stage(models("llama"))
+    forms = list(usual_forms(8, 1024))
+    for form in forms:
+        assert padded._replays is not None
+        assert not padded._replays.has(form)
+        assert padded.record_next(lambda: False)
+        assert padded._replays.has(form)
+    assert not padded.record_next(lambda: False)
+    assert padded.recordings == len(forms)
+    assert not stage(models("llama"), replays=False).record_next(lambda: False)
+
+
+def test_memory_that_runs_out_ends_recording_ahead(models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replica goes on, and records a form when an iteration needs it."""
+    padded = stage(models("llama"))
+    assert padded._replays is not None
+
+    def record(form: Form, urgent: Callable[[], bool]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(padded._replays, "record", record)
+    assert padded.record_next(lambda: False)
+    assert not padded.record_next(lambda: False)
+    padded.run(decode({0: 0}), torch.tensor([1]))
+    assert padded.recordings == 1
+
+
+def test_memory_of_recordings_never_moves_nor_goes() -> None:
+    """Outgrown memory stays: a recording holds its address."""
+    fixed = Scratch(torch.float32, torch.device("cpu"), rows=4)
+    one = fixed.take("a", 2, 3)
+    assert fixed.take("a", 4, 3).data_ptr() == one.data_ptr()
+    assert fixed.take("a", 5, 3).data_ptr() != one.data_ptr()
+    assert [buffer.data_ptr() for buffer in fixed._outgrown] == [one.data_ptr()]
+    loose = Scratch(torch.float32, torch.device("cpu"))
+    loose.take("a", 2, 3)
+    loose.take("a", 5, 3)
+    assert loose._outgrown == []

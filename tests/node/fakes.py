@@ -55,6 +55,7 @@ class FakeRunner:
         self.kv_bytes = 4
         self.closed = False
         self.prefilled = 0  # tokens
+        self.prepared = 0  # forms of iterations, of three
         self.landed = 0  # passes whose inputs had been written to the node's memory
         self.kv: dict[tuple[int, int], list[int]] = {}  # slot, layer
         self._log = log
@@ -84,6 +85,11 @@ class FakeRunner:
             kv[position:] = [value]
             value = layer_output(layer, kv)
         return value
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        assert not self.closed, "a closed runner prepares"
+        self.prepared += 1
+        return self.prepared < 3
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         assert not self.closed, "a closed runner is read"

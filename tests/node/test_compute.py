@@ -127,6 +127,23 @@ def test_nothing_runs_while_the_device_is_taken() -> None:
 # -- failures ------------------------------------------------------------------------------------------------------------
 
 
+def test_only_replicas_prepare_ahead_and_only_while_the_device_is_free() -> None:
+    """A stage of a pipeline has no spare time: it waits for passes. A replica prepares until nothing is left."""
+    cluster = FakeCluster(2)
+    cluster.serve(1, *HALVES)
+    cluster.serve(2, *stages(replica(0)))
+    cluster.run()
+    node = cluster.nodes[0]
+    half, whole = cluster.executors[0].made
+    node.occupy(True)
+    node.step()
+    assert not node._record_ahead(lambda: False)
+    node.occupy(False)
+    node.step()
+    assert [node._record_ahead(lambda: False) for _ in range(3)] == [True, True, False]
+    assert (half.prepared, whole.prepared) == (0, 3)
+
+
 def test_a_replica_that_does_not_fit_is_named() -> None:
     """The controller hears which instance failed; nothing that comes for it is kept; others go on."""
     cluster = FakeCluster(1)

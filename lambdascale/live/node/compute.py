@@ -20,7 +20,7 @@ from lambdascale.core.events import CommandFailed
 from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Head, Instance, pass_of
+from lambdascale.live.node.instance import Head, Instance, pass_of, record_ahead
 from lambdascale.live.node.kv_places import KvTraffic
 from lambdascale.live.node.mode_switch import KvData, KvInbox, hand_over
 from lambdascale.live.node.parcels import Parcels
@@ -34,8 +34,7 @@ from lambdascale.live.node.worker import NO_INSTANCE, Worker
 class Compute:
     """``report`` sends to the controller, ``send`` to other nodes (False if the node is lost); ``vocab`` sizes vocabularies.
 
-    ``parcels`` and ``kv`` make what hidden states and KV go through. ``start()`` runs the thread; without it, ``step()`` does its
-    work piece by piece.
+    ``parcels`` and ``kv`` make what hidden states and KV go through. ``start()`` runs the thread, ``step()`` a piece of its work.
     """
 
     def __init__(
@@ -65,7 +64,7 @@ class Compute:
         self._inbox = KvInbox()
         self._kv = kv(self._tell, self._kv_came)
         self._occupied = 0
-        self._worker = Worker("compute", self._may_run, self._run_turn, self._failed)
+        self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
             wire.Assign: self._assign,
             wire.Forward: lambda instance, message: self._turns.add_pass(instance.number, message),
@@ -146,6 +145,10 @@ class Compute:
         job = partial(self._begin, instance) if turn.work is None else partial(self._run_pass, instance, turn.work)
         self._worker.guarded(job, turn.instance)
 
+    def _record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """Prepare for iterations to come; False if nothing is to be prepared."""
+        return not self._occupied and record_ahead(self._instances.values(), urgent)
+
     def _failed(self, error: Exception, instance: int) -> None:
         reason = f"node {self._node}: {type(error).__name__}: {error}"
         self._report(wire.Happened(CommandFailed(0.0, "Compute", reason, instance=instance)))
@@ -170,8 +173,7 @@ class Compute:
             self._inbox.settle(instance, request_id, slot)
         head.running[index] = plan
         self._offer(instance)
-        version = head.versions[index]
-        first = instance.partitions[version].stages[0]
+        first = instance.partitions[version := head.versions[index]].stages[0]
         self._tell(first.node, wire.Forward(instance.number, index, version, 0, pass_of(plan), tuple(plan.tokens)))
 
     def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
@@ -237,8 +239,7 @@ class Compute:
         instance = self._instances.setdefault(
             command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch, command.kv_tokens)
         )
-        instance.batches = message.batches
-        instance.kv_tokens = command.kv_tokens
+        instance.batches, instance.kv_tokens = message.batches, command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
         self._prefill(self._inbox.give_up(command.instance))
         self._move_batches(instance)
@@ -330,8 +331,7 @@ class Compute:
             self._parcels.refuse(message)
         self._turns.remove(number)
         self._inbox.forget(number)
-        instance = self._instances.pop(number, None)
-        if instance is not None:
+        if (instance := self._instances.pop(number, None)) is not None:
             instance.close()
             self._parcels.settle(instance)
 

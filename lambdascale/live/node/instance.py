@@ -259,3 +259,12 @@ class Instance:
         dropped = [runner for version in versions for runner in self.partitions.pop(version).runners.values()]
         kept = {id(runner) for part in self.partitions.values() for runner in part.runners.values()}
         return list({id(runner): runner for runner in dropped if id(runner) not in kept}.values())
+
+
+def record_ahead(instances: Iterable[Instance], urgent: Callable[[], bool]) -> bool:
+    """Have the runner of a replica prepare for iterations to come; False if none has anything to prepare.
+
+    A stage of a pipeline has spare time between any two passes, and none of them is to be delayed.
+    """
+    replicas = [instance.whole for instance in instances if instance.partitions]
+    return any(runner.record_ahead(urgent) for runner in replicas if runner is not None)

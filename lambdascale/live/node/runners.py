@@ -15,7 +15,6 @@ from lambdascale.core import NodeSpec
 from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
-from lambdascale.inference.choosing import choose
 from lambdascale.live.node.memory import tensor_of
 from lambdascale.live.wire import Pass
 from lambdascale.transport import Memory
@@ -39,6 +38,10 @@ class Runner(Protocol):
 
         Hidden states come out as bytes, or as a flat tensor of bytes of their own, which may still be being computed.
         """
+        ...
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """Prepare one more form of iterations, giving up once ``urgent()``; False if nothing is left to prepare."""
         ...
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes | torch.Tensor:
@@ -92,6 +95,7 @@ class TorchRunner:
 
     def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int) -> None:
         packed = store.model(model)
+        self._store = store
         self._architecture = packed.architecture
         self._dtype = TORCH_TYPES[packed.dtype]
         self._stack = ExitStack()
@@ -108,14 +112,21 @@ class TorchRunner:
             given = raw.view(self._dtype).view(work.batch.rows, self._architecture.hidden).to(self._stage.device)
         else:
             given = torch.tensor(inputs, dtype=torch.long)
+        if self._stage.is_last and work.rules:
+            return self._stage.answer(work.batch, given, work.rules, work.positions)
         state = self._stage.run(work.batch, given)
         if self._stage.is_last:
-            if not work.rules and state.device.type == "cuda":
+            if state.device.type == "cuda":
                 # The answer says that the inputs have been read: the stage before may write the next ones to their place.
                 torch.cuda.current_stream(state.device).synchronize()
-            return choose(state, work.rules, work.positions) if work.rules else []
-        # A replay of a recording writes to the same memory each time.
-        return (state.contiguous() if state.device.type == "cpu" else state.clone()).view(torch.uint8).flatten()
+            return []
+        return state.contiguous().view(torch.uint8).flatten()
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner. While blocks are loaded, whose threads need the interpreter, nothing is recorded."""
+        if self._store.loading:
+            return True
+        return self._stage.record_next(lambda: urgent() or self._store.loading)
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> torch.Tensor:
         """See Runner."""
@@ -175,6 +186,10 @@ class PacedRunner:
         output = self._inner.run(work, inputs)
         time.sleep(max(0.0, until - time.monotonic()))
         return output
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner."""
+        return self._inner.record_ahead(urgent)
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes | torch.Tensor:
         """See Runner."""
@@ -250,6 +265,10 @@ class TimedRunner:
         self._sleep(self._compute.iteration_s(work, self._share))
         # Token 1 for every request: no tokenizer uses it as the end of a text.
         return [1] * len(work.rules) if self._is_last else bytes(rows * self._row_bytes)
+
+    def record_ahead(self, urgent: Callable[[], bool]) -> bool:
+        """See Runner. Nothing is computed, so nothing is to prepare."""
+        return False
 
     def read_kv(self, slot: int, tokens: int, layers: range) -> bytes:
         """See Runner."""

@@ -1,4 +1,4 @@
-"""A thread that alternates between jobs, which others post, and turns of its own work."""
+"""A thread that alternates between jobs, which others post, and turns of its own work; in spare time it prepares."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 NO_INSTANCE = -1
+# Between two pieces of work for spare time other threads have the interpreter.
+_PAUSE_S = 0.01
 
 
 class Worker:
     """``may_run`` tells if a turn can be taken, ``run_turn`` takes one; ``failed`` hears of what jobs and turns raise.
 
-    ``start()`` runs the thread. Without it, ``step()`` does the thread's work piece by piece, for tests.
+    ``spare(urgent)`` does a piece of work that can wait, while nothing else is to do, and gives up once ``urgent()``; it returns
+    False if none is left until something has happened. ``start()`` runs the thread. Without it, ``step()`` does the thread's work
+    piece by piece, for tests.
     """
 
     def __init__(
-        self, name: str, may_run: Callable[[], bool], run_turn: Callable[[], None], failed: Callable[[Exception, int], None]
+        self,
+        name: str,
+        may_run: Callable[[], bool],
+        run_turn: Callable[[], None],
+        failed: Callable[[Exception, int], None],
+        spare: Callable[[Callable[[], bool]], bool] = lambda urgent: False,
     ) -> None:
         self._may_run = may_run
         self._run_turn = run_turn
         self._failed = failed
+        self._spare = spare
+        self._more_to_spare = True  # the thread's own
         # _posted and _stopping are only touched with _wake's lock held; its condition is that either has changed.
         self._posted: deque[tuple[Callable[[], None], int, Future[None]]] = deque()
         self._stopping = False
@@ -75,10 +86,27 @@ class Worker:
         return None
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._posted or self._stopping or self._may_run()):
-                    self._wake.wait()
-                if self._stopping and not self._posted:  # a caller may wait for what was posted
-                    return
-            self.step()
+        while self._await():
+            if self._due():
+                self.step()
+                self._more_to_spare = True
+            else:
+                self._more_to_spare = self._prepare()
+
+    def _await(self) -> bool:
+        """Wait until something is due, or for a pause if work for spare time may be left. Return False at the end."""
+        with self._wake:
+            if not self._due():
+                self._wake.wait(_PAUSE_S if self._more_to_spare else None)
+            return not self._stopping or bool(self._posted)  # a caller may wait for what was posted
+
+    def _due(self) -> bool:
+        return bool(self._posted) or self._stopping or self._may_run()
+
+    def _prepare(self) -> bool:
+        try:
+            return self._spare(self._due)
+        except Exception as error:
+            traceback.print_exc()
+            self._failed(error, NO_INSTANCE)
+            return False
