@@ -22,6 +22,7 @@ from lambdascale.live.wire_places import GiveBack as GiveBack
 from lambdascale.live.wire_places import Grant as Grant
 from lambdascale.live.wire_places import Landed as Landed
 from lambdascale.live.wire_places import Message as Message
+from lambdascale.live.wire_places import NoMoreKv as NoMoreKv
 from lambdascale.live.wire_places import Offer as Offer
 from lambdascale.live.wire_places import Vacate as Vacate
 
@@ -327,7 +328,7 @@ class Rendezvous(Message, frozen=True, tag=True):
 
 
 _ForStages = Offer | Vacate | Forward | Chosen | MoveBatch | SlotKv | Handover | Collect
-OfKv = AskForPlaces | Grant | GiveBack | KvPart
+OfKv = AskForPlaces | Grant | GiveBack | KvPart | NoMoreKv
 ForInstance = Assign | _ForStages | OfKv
 Peer = Ready | Rendezvous | _ForStages | OfKv
 

@@ -65,3 +65,9 @@ class GiveBack(Message, frozen=True, tag=True):
 
     instance: int
     number: int
+
+
+class NoMoreKv(Message, frozen=True, tag=True):
+    """The sender could not read or write its KV of a dissolved pipeline, ``instance``: the receiver waits for none of it."""
+
+    instance: int

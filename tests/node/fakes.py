@@ -202,9 +202,9 @@ class FakeCluster:
         def parcels(tell: Tell) -> Parcels:
             return Parcels(node, area.part(0, kv_begin), lambda model: 4 * limits.max_tokens, tell)
 
-        def kv(tell: Tell, bring: Callable[[KvData], None]) -> KvTraffic:
+        def kv(tell: Tell, bring: Callable[[KvData], None], no_more: Callable[[int], None]) -> KvTraffic:
             size = self.kv_place_bytes if self.kv_places else 0
-            return KvTraffic(node, area.part(kv_begin, self.kv_places * size), size, tell, bring)
+            return KvTraffic(node, area.part(kv_begin, self.kv_places * size), size, tell, bring, no_more)
 
         def report(message: wire.ToController) -> None:
             self.said.append(message)

@@ -64,7 +64,8 @@ class Peer:
         memory = self.endpoint.allocate(ARENA + place_bytes * places)
         self.endpoint.register(memory)
         area = Area(self.endpoint, memory, 0).part(ARENA, place_bytes * places)
-        self.traffic = KvTraffic(node, area, place_bytes, self._tell, self.brought.append)
+        self.given_up: list[int] = []  # pipelines
+        self.traffic = KvTraffic(node, area, place_bytes, self._tell, self.brought.append, self.given_up.append)
 
     def _tell(self, node: int, message: wire.Peer) -> bool:
         self.endpoint.send(node, wire.encode(message))

@@ -13,7 +13,7 @@ from lambdascale.live.node.kv_places import KvLanding
 from lambdascale.live.node.places import Area
 from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint
 from tests.node import kv_rig
-from tests.node.fakes import FakeCluster, FakePlaces, replica, run_until_tokens, stages
+from tests.node.fakes import FakeCluster, FakePlaces, expected_answer, replica, run_until_tokens, stages
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
 CPU = torch.device("cpu")
@@ -110,6 +110,30 @@ def test_a_pipeline_that_is_stopped_sends_no_more() -> None:
     cluster.check()
     assert any(isinstance(message, wire.GiveBack) for message in sent)
     at_rest(cluster)
+    assert [len(executor.open) for executor in cluster.executors] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_kv_that_cannot_be_read_is_prefilled(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say, for lack of memory: the controller hears of it, no request waits for it, and nothing stays behind."""
+    rng = random.Random(seed)
+    cluster = switching(kv_places=rng.choice((0, 1, 2)))
+    runner, reads = cluster.executors[rng.randrange(2)].made[0], rng.randrange(2)
+    good = runner.read_kv
+
+    def read_kv(slot: int, tokens: int, layers: range) -> bytes:
+        nonlocal reads
+        reads -= 1
+        if reads < 0:
+            raise MemoryError("no memory")
+        return good(slot, tokens, layers)
+
+    monkeypatch.setattr(runner, "read_kv", read_kv)
+    cluster.run(rng)
+    assert {failure.instance for failure in cluster.failures()} == {1}
+    assert cluster.answers() == {number: expected_answer(ticket) for number, ticket in cluster.tickets.items()}
+    at_rest(cluster)
+    assert runner.closed
     assert [len(executor.open) for executor in cluster.executors] == [0, 0, 1]
 
 

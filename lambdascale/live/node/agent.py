@@ -280,7 +280,7 @@ class Agent:
             lambda tell: Parcels(
                 config.node, hidden, lambda model: config.limits.max_tokens * self.store.model(model).row_bytes, tell
             ),
-            lambda tell, bring: KvTraffic(config.node, kv, config.kv_place_bytes, tell, bring),
+            lambda tell, *heard: KvTraffic(config.node, kv, config.kv_place_bytes, tell, *heard),
         )
         self.compute.start()
         self._commands: dict[type, Callable[[Any], object]] = {

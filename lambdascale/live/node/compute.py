@@ -14,10 +14,9 @@ from typing import Any
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.control.turns import ComputeTurns
-from lambdascale.core import NodeId
+from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy, Serve
 from lambdascale.core.events import CommandFailed
-from lambdascale.core.plan import Stage
 from lambdascale.inference.batch import Batch, Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Head, Instance, pass_of, record_ahead
@@ -47,14 +46,13 @@ class Compute:
         report: Callable[[wire.ToController], None],
         send: Tell,
         parcels: Callable[[Tell], Parcels],
-        kv: Callable[[Tell, Callable[[KvData], None]], KvTraffic],
+        kv: Callable[[Tell, Callable[[KvData], None], Callable[[int], None]], KvTraffic],
     ) -> None:
         self._node = node
         self._limits = limits
         self._slot_tokens = slot_tokens
         self._vocab = vocab
-        self._report = report
-        self._send = send
+        self._report, self._send = report, send
         self._instances: dict[int, Instance] = {}
         self._ended: Recent[int] = Recent()
         self._early: dict[int, list[wire.ForInstance]] = {}  # for instances not yet started here
@@ -62,7 +60,7 @@ class Compute:
         self._repartitioner = Repartitioner(node, executor, self._tell)
         self._parcels = parcels(self._tell)
         self._inbox = KvInbox()
-        self._kv = kv(self._tell, self._kv_came)
+        self._kv = kv(self._tell, self._kv_came, self._no_more_kv)
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
@@ -216,10 +214,8 @@ class Compute:
 
     def _start(self, command: Serve) -> None:
         """Make runners for this node's stages of a new instance, and take what came for it before."""
-        nodes = len({stage.node for stage in command.stages})
-        instance = Instance(
-            command.instance, command.model, command.stages[0].node, self._limits.max_batch, command.kv_tokens, nodes
-        )
+        head, nodes = command.stages[0].node, len({stage.node for stage in command.stages})
+        instance = Instance(command.instance, command.model, head, self._limits.max_batch, command.kv_tokens, nodes)
         self._instances[command.instance] = instance
         try:
             self._divide(instance, 0, command.stages)
@@ -321,7 +317,7 @@ class Compute:
             instance.head.merge(instance.newest)
 
     def _stop(self, number: int) -> None:
-        self._prefill(self._inbox.stop(number))
+        self._no_more_kv(number)
         self._kv.sender.stop(number)
         self._drop(number)
 
@@ -336,12 +332,10 @@ class Compute:
             self._parcels.settle(instance)
 
     def _abort(self, request_id: int) -> None:
-        for instance in self._instances.values():
-            ended: bool | None = self._inbox.drop(instance.number, request_id) or None
-            if ended is None and instance.head is not None:
-                ended = instance.head.abort(request_id, self._vocab(instance.model))
+        for number, instance in self._instances.items():
+            ended = True if self._inbox.drop(number, request_id) else instance.abort(request_id, self._vocab)
             if ended:
-                self._report(wire.Aborted(instance.number, request_id))
+                self._report(wire.Aborted(number, request_id))
             if ended is not None:
                 return
 
@@ -368,8 +362,14 @@ class Compute:
             self._drop(message.command.pipeline)
 
     def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
-        self._kv.sender.leave(pipeline, message.moves)
-        self._drop(pipeline.number)
+        try:
+            self._kv.sender.leave(pipeline, message.moves)
+        finally:
+            self._drop(pipeline.number)
+
+    def _no_more_kv(self, pipeline: int) -> None:
+        """Prefill the requests that wait for KV of a dissolved pipeline."""
+        self._prefill(self._inbox.stop(pipeline))
 
     def _take_over(self, instance: Instance, message: wire.Handover) -> None:
         """Take requests of a dissolved pipeline; tell of the tokens that they bring, ahead of those that follow here."""

@@ -172,6 +172,10 @@ class Instance:
         newest = self.partitions[self.newest]
         return newest.runners.get(0) if self.head is not None and len(newest.stages) == 1 else None
 
+    def abort(self, request_id: int, vocab: Callable[[str], int]) -> bool | None:
+        """End a request, if this node is the head; see Head. ``vocab`` gives the size of a model's vocabulary."""
+        return None if self.head is None else self.head.abort(request_id, vocab(self.model))
+
     # -- the order of messages ---------------------------------------------------------------------------------------
 
     def hold(self, message: wire.ForInstance) -> None:

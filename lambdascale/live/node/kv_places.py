@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -140,8 +140,15 @@ class KvSender:
     def leave(self, pipeline: Instance, moves: Sequence[wire.KvMove]) -> None:
         """Send this node's KV of a dissolved pipeline, from which its runners are taken, to the requests' new nodes.
 
-        They are closed when all has been sent, which may be later.
+        They are closed when all has been sent, which may be later. If KV cannot be read, no node waits for it.
         """
+        try:
+            self._leave(pipeline, moves)
+        except Exception:
+            self._give_up(pipeline.number, {move.node for move in moves})
+            raise
+
+    def _leave(self, pipeline: Instance, moves: Sequence[wire.KvMove]) -> None:
         left: dict[NodeId, deque[Part]] = {}
         for part in parts_of(pipeline, moves, self._place_bytes):
             move = part.move
@@ -160,14 +167,19 @@ class KvSender:
         self._close_if_sent(pipeline.number)
 
     def granted(self, message: wire.Grant) -> None:
-        """Write a part to the place granted for it."""
+        """Write a part to the place granted for it. If that fails, no node waits for the pipeline's KV any more."""
         leaving = self._leaving.get(message.instance)
         parts = None if leaving is None else leaving.parts.get(message.node)
-        if not parts:
+        if leaving is None or not parts:
             self._tell(message.node, wire.GiveBack(message.instance, message.number))
             return
         part = parts.popleft()
-        landed = self._area.write(message.node, part.read(), message.offset)
+        try:
+            landed = self._area.write(message.node, part.read(), message.offset)
+        except Exception:
+            self._tell(message.node, wire.GiveBack(message.instance, message.number))
+            self._give_up(message.instance, set(leaving.parts))
+            raise
         if landed is not None:
             self._send(message.instance, part, landed, message.number)
         self._close_if_sent(message.instance)
@@ -180,6 +192,11 @@ class KvSender:
     def _close_if_sent(self, pipeline: int) -> None:
         if not any(self._leaving[pipeline].parts.values()):
             self.stop(pipeline)
+
+    def _give_up(self, pipeline: int, nodes: Iterable[NodeId]) -> None:
+        for node in sorted(nodes):
+            self._tell(node, wire.NoMoreKv(pipeline))
+        self.stop(pipeline)
 
     def stop(self, pipeline: int) -> None:
         """Send no more of a pipeline's KV, and close its runners."""
@@ -200,12 +217,24 @@ class KvSender:
 
 
 class KvTraffic:
-    """KV that comes to a node and leaves it, part by part. See KvLanding and KvSender; ``bring`` takes what has come."""
+    """KV that comes to a node and leaves it, part by part. See KvLanding and KvSender.
 
-    def __init__(self, node: NodeId, area: Area, place_bytes: int, tell: Tell, bring: Callable[[KvData], None]) -> None:
+    ``bring`` takes what has come; ``no_more`` hears of pipelines of which nothing more will come.
+    """
+
+    def __init__(
+        self,
+        node: NodeId,
+        area: Area,
+        place_bytes: int,
+        tell: Tell,
+        bring: Callable[[KvData], None],
+        no_more: Callable[[int], None],
+    ) -> None:
         self.landing = KvLanding(node, area, place_bytes, tell)
         self.sender = KvSender(node, area, place_bytes, tell, bring)
         self._bring = bring
+        self._no_more = no_more
 
     def take(self, message: wire.OfKv) -> None:
         """Take a message of another node."""
@@ -218,6 +247,8 @@ class KvTraffic:
                 self.landing.given_back(message.number)
             case wire.KvPart():
                 self._came(message)
+            case wire.NoMoreKv():
+                self._no_more(message.instance)
 
     def _came(self, part: wire.KvPart) -> None:
         data = self.landing.take(part.grant, part.data) if isinstance(part.data, wire.Landed) else part.data

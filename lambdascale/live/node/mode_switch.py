@@ -36,7 +36,8 @@ def hand_over(pipeline: Instance, switch: wire.Switch, tell: Tell) -> None:
         tell(switch.homes[target], wire.Handover(target, handed, pipeline.number, kept, pipeline.nodes))
     head.batches, head.running = [], {}
     if command.kv == "copy":
-        for node in pipeline.nodes:
+        # This node, the head, is the last: if it fails to collect, the others have been told.
+        for node in sorted(pipeline.nodes, key=lambda node: node == pipeline.head_node):
             tell(node, wire.Collect(pipeline.number, kv_moves))
 
 
