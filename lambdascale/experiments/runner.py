@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,59}")
 # Share of failed requests beyond which a run says so.
 _FAILED_AT_MOST = 0.01
-# Objects that a simulation makes between two garbage collections, some 10 MB at most (Python's default: 700).
+# Objects that a simulation makes and keeps between two garbage collections (Python's default: 700).
 _YOUNG_OBJECTS = 50_000
 
 
@@ -246,8 +246,8 @@ def drive_experiment(
 def _collecting_new_objects_only() -> Iterator[None]:
     """Exclude existing objects (libraries, requests) from garbage collection: scanning them takes as long as 20,000 events.
 
-    What a simulation drops refers to itself in no circle, so it is freed at once: rare collections find as little as frequent
-    ones, and the memory of what they might find stays bounded.
+    What a simulation drops is in no cycle (tests/unit/test_no_cycles.py), so it is freed at once: collections find nothing,
+    and rare ones cost less than frequent ones.
     """
     thresholds = gc.get_threshold()
     gc.freeze()

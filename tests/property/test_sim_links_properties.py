@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.links import Flow as LinkFlow
 from lambdascale.sim.links import Grant, LinkNetwork, Port
 
 RATES = [1.0, 2.0, 3.5, 10.0]
@@ -140,3 +141,49 @@ def test_completions_are_those_of_an_exact_simulation_without_shortcuts(
 @settings(max_examples=30, deadline=None)
 def test_runs_are_deterministic(script: list[Flow]) -> None:
     assert run(script) == run(script)
+
+
+CHAIN = st.tuples(
+    st.sampled_from([0.0, 0.5, 1.0]),  # start
+    st.dictionaries(st.integers(0, 3), st.sampled_from([1.0, 0.5]), min_size=1, max_size=3),  # ports and weights
+    st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=1, max_size=4),  # bytes of flows, each begun when the last one is done
+    st.sampled_from([inf, 0.4]),
+)
+
+
+def chains(script: list[tuple[float, dict[int, float], list[float], float]], *, reuse: bool) -> list[tuple[int, float]]:
+    """Ends of the flows of each chain; ``reuse``: one flow takes the place of the one before."""
+    kernel = Kernel()
+    links = LinkNetwork(kernel)
+    ports = [Port(f"p{i}", rate) for i, rate in enumerate(RATES)]
+    ends: list[tuple[int, float]] = []
+
+    def start(index: int) -> None:
+        _, used, sizes, cap = script[index]
+        left = list(sizes[1:])
+
+        def begin(size: float) -> LinkFlow:
+            return links.start(tuple(ports[p] for p in used), size, done, cap, weights=tuple(used.values()))
+
+        def done() -> None:
+            ends.append((index, kernel.now))
+            if left and reuse:
+                links.again(flow, left.pop(0))
+            elif left:
+                begin(left.pop(0))
+
+        flow = begin(sizes[0])
+
+    for index, (at, *_) in enumerate(script):
+        kernel.at(at, start, index)
+    while kernel.step():
+        pass
+    return ends
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(CHAIN, max_size=6))
+def test_a_flow_in_the_place_of_another_is_like_a_new_one(
+    script: list[tuple[float, dict[int, float], list[float], float]],
+) -> None:
+    assert chains(script, reuse=True) == chains(script, reuse=False)
