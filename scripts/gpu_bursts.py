@@ -6,9 +6,9 @@ python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that needs all nodes. The
 pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
-serves. Adds a row a run to gpu_bursts.csv, and prints the paired differences of this call. Once
---limit-s is over, no further run begins, and the output says how many were left out. With --timelines every run also leaves a
-folder of what the controller and the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
+serves. Adds a row a run to gpu_bursts.csv, or to gpu_bursts_shared.csv where nodes share GPUs, and prints the paired differences
+of this call. Once --limit-s is over, no further run begins, and the output says how many were left out. With --timelines every
+run also leaves a folder of what the controller and the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ def main() -> None:
 
     card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "gpu_bursts.csv"
+    shared = arguments.device == "cuda" and arguments.nodes > torch.cuda.device_count()
+    path = arguments.out / ("gpu_bursts_shared.csv" if shared else "gpu_bursts.csv")
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     rows: list[dict[str, Any]] = []
     began, left = time.monotonic(), 0
