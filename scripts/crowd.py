@@ -1,6 +1,6 @@
 """A crowd of streams at once, and another client beside it: TTFT of those that are accepted, and how the other fares.
 
-Needs a server with two API keys, ``crowd`` and ``other`` in a file: ``lambdascale serve --model tiny --api-key @FILE``.
+Needs a server with two API keys, ``crowd`` and ``other`` in a file: ``lambdascale serve --model tiny --blocks 8 --api-key @FILE``.
 With ``--out`` a row is added to ``FOLDER/reliability.csv``. Status 1 if a stream broke, or had another answer than 200 or 429.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import shlex
+import socket
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lambdascale.cli.guard import run_guarded
+from lambdascale.core import UserError
 from lambdascale.testing.reliability import Row, add_row
 
 _EVERY_S = 0.25
@@ -84,6 +87,11 @@ async def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     given = parser.parse_args()
+    try:
+        with socket.create_connection((given.host, given.port)):
+            pass
+    except OSError as error:
+        raise UserError(f"no server answers at {given.host}, port {given.port}: {error.strerror}") from error
     crowd, other = Outcome(), Outcome()
     began = time.monotonic()
     streams = [
@@ -116,4 +124,4 @@ async def main() -> int:
     return int(unforeseen > 0)
 
 
-sys.exit(asyncio.run(main()))
+sys.exit(run_guarded(lambda: asyncio.run(main())))
