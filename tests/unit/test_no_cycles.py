@@ -1,4 +1,4 @@
-"""What a simulation drops is freed at once, and not left to the garbage collector, which then has nothing to look for."""
+"""Objects that a simulation drops: freed at once, and not left to the garbage collector."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def left_in_cycles(system: str, duration_s: int) -> int:
 
 @pytest.mark.parametrize("system", ["lambdascale", "faasnet", "nccl_broadcast", "serverlessllm", "ideal"])
 def test_a_longer_run_leaves_no_more_in_cycles(system: str) -> None:
-    """Only the cluster itself is left, at the end."""
+    """The cluster itself is left, at the end, and nothing that happened in the run."""
     left_in_cycles(system, 10)
     assert left_in_cycles(system, 600) < left_in_cycles(system, 60) + 120
 
