@@ -1,7 +1,8 @@
 """A crowd of streams at once, and another client beside it: TTFT of those that are accepted, and how the other fares.
 
-Needs a server with two API keys, ``crowd`` and ``other`` in a file: ``lambdascale serve --model tiny --blocks 8 --api-key @FILE``.
-With ``--out`` a row is added to ``FOLDER/reliability.csv``. Status 1 if a stream broke, or had another answer than 200 or 429.
+Needs a server with two API keys, ``crowd`` and ``other`` in a file:
+``lambdascale serve --model tiny --blocks 8 --api-key @FILE``. With ``--out`` a row is added to ``FOLDER/reliability.csv``.
+Status 1 if a stream broke, or had another answer than 200 or 429.
 """
 
 from __future__ import annotations
