@@ -145,10 +145,12 @@ class TestCuts:
         monkeypatch.setattr("lambdascale.transport.cuda_ipc._Opened.step_bytes", 100)
         monkeypatch.setattr(connection, "_send_messages", lambda: connection._break("it breaks"))
         write = one.endpoint.write(0, memoryview(b"x" * 1000), 0, 1)
-        write.add_done_callback(lambda _: driver.calls.append("done"))
+        told = threading.Event()  # a future's waiter may go on before its callbacks are called
+        write.add_done_callback(lambda _: (driver.calls.append("done"), told.set()))
         one.heard.wait(lambda heard: bool(heard.lost))
         with pytest.raises(TransportError, match="it breaks"):
             write.result(10)
+        assert told.wait(10)
         for node in (one, two):
             node.endpoint.close()
         calls = [
