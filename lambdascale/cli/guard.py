@@ -16,7 +16,7 @@ from lambdascale.experiments.mistakes import user_message
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """End of a command by SIGTERM."""
 
 
 def run_guarded(fn: Callable[[], int | None]) -> int:
