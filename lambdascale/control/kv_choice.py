@@ -19,11 +19,11 @@ _Flows = Mapping[tuple[NodeId, NodeId], float]  # bytes by sender and receiver
 
 
 @dataclass(frozen=True)
-class _Prefill:
-    """An iteration of prefills alone: see IterationSize."""
+class _Iteration:
+    """See IterationSize."""
 
-    prefill_tokens: int
-    attended_tokens: int
+    prefill_tokens: int = 0
+    attended_tokens: int = 0
     decodes: int = 0
     context_tokens: int = 0
 
@@ -32,7 +32,8 @@ class KvChoice:
     """Names the way of KV for commands. With ``rule`` "cheapest" it weighs predicted waiting, in seconds times requests.
 
     A copy keeps those waiting whose KV is on its way, as long as the busiest NIC that it needs. A recomputation keeps everything
-    waiting that runs on its node. Ties are recomputed, which needs nothing of the network.
+    waiting that runs on its node, by as much as it takes longer than a decode: like that it ends with a token. Ties are
+    recomputed, which needs nothing of the network.
 
     Contexts count with the tokens that the control plane has heard of: backends report a request's first token, and need not
     report later ones. Both ways take longer in proportion to those. Requests without a token are prefilled either way.
@@ -61,7 +62,7 @@ class KvChoice:
         for target, each in contexts.items():
             stages, running = state.instances[target].stages, len(state.instances[target].outstanding)
             copied += len(each) * self._copy_s(flows, stages[0].node)
-            recomputed += running * self._prefill_s(state, stages, each)
+            recomputed += running * self._recompute_s(state, stages, each, running)
         return "copy" if copied < recomputed else "recompute"
 
     def at_repartition(self, state: ModelState, instance: Instance, stages: Sequence[Stage]) -> KvPolicy:
@@ -78,7 +79,8 @@ class KvChoice:
                 if first <= last and old.node != new.node:
                     flows[old.node, new.node] += _kv_bytes(state, Stage(new.node, first, last), contexts)
         copied = max((self._copy_s(flows, stage.node) for stage in stages), default=0.0)
-        return "copy" if copied < self._prefill_s(state, stages, contexts) else "recompute"
+        recomputed = self._recompute_s(state, stages, contexts, len(instance.outstanding))
+        return "copy" if copied < recomputed else "recompute"
 
     def _context(self, instance: Instance, request_id: int) -> int:
         return instance.outstanding[request_id].prompt_tokens + self._fleet.produced[request_id]
@@ -98,26 +100,35 @@ class KvChoice:
         beside = min(size_bytes, self._fleet.traffic.left(node, port))
         return (size_bytes + beside) / (cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency)
 
-    def _prefill_s(self, state: ModelState, stages: Sequence[Stage], contexts: Sequence[int]) -> float:
-        """Seconds to prefill contexts on ``stages``, divided among as many batches as those have in flight."""
+    def _recompute_s(self, state: ModelState, stages: Sequence[Stage], contexts: Sequence[int], running: int) -> float:
+        """Seconds by which a prefill of contexts on ``stages`` takes longer than a decode of the requests ``running`` there.
+
+        They are divided among as many batches as the stages have in flight.
+        """
         nodes = len({stage.node for stage in stages})
         batches = nodes * self._batching.batches(state.spec.gpus_per_replica)
         tokens, attended = sum(contexts), sum(context * (context + 1) // 2 for context in contexts)
-        work: dict[NodeId, float] = defaultdict(float)
+        decode = _Iteration(decodes=-(-running // batches), context_tokens=tokens // batches)
+        prefill_s: dict[NodeId, float] = defaultdict(float)
+        decode_s = 0.0
         for stage in stages:
-            share = sum(state.block_bytes[stage.first_block : stage.last_block + 1]) / sum(state.block_bytes)
+            share = _share(state, stage)
             model = ComputeModel(self._fleet.cluster.node(stage.node), state.spec)
-            work[stage.node] += self._iterations_s(model, -(-tokens // batches), attended // batches, share)
-        return sum(work.values()) + (nodes - 1) * max(work.values())
+            prefill_s[stage.node] += self._iterations_s(model, -(-tokens // batches), attended // batches, share)
+            decode_s += model.iteration_s(decode, share)
+        return max(0.0, sum(prefill_s.values()) + (nodes - 1) * max(prefill_s.values()) - decode_s)
 
     def _iterations_s(self, model: ComputeModel, tokens: int, attended: int, share: float) -> float:
         """Seconds for iterations that prefill so many tokens, each as many as one may have."""
         most = self._batching.max_tokens
         sizes = [most] * (tokens // most) + [tokens % most] * (tokens % most > 0)
-        return sum(model.iteration_s(_Prefill(size, attended * size // tokens), share) for size in sizes)
+        return sum(model.iteration_s(_Iteration(size, attended * size // tokens), share) for size in sizes)
 
 
 def _kv_bytes(state: ModelState, stage: Stage, contexts: Sequence[int]) -> float:
     """Bytes of KV in a stage's layers: of all tokens but the last ones, which have not been in an iteration yet."""
-    share = sum(state.block_bytes[stage.first_block : stage.last_block + 1]) / sum(state.block_bytes)
-    return share * state.spec.kv_bytes_per_token * sum(context - 1 for context in contexts)
+    return _share(state, stage) * state.spec.kv_bytes_per_token * sum(context - 1 for context in contexts)
+
+
+def _share(state: ModelState, stage: Stage) -> float:
+    return sum(state.block_bytes[stage.first_block : stage.last_block + 1]) / sum(state.block_bytes)

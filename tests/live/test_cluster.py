@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +41,7 @@ LAST = {1: 7, 2: 6, 3: 7}  # blocks of the multicast's last round, by destinatio
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("kv", ["recompute", "copy", "cheapest"])
+@pytest.mark.parametrize("kv", ["recompute", "copy"])
 def test_execute_while_load(tiny: Path, transport: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of pipelines, across a mode switch and of replicas are the engine's.
 
@@ -56,6 +57,19 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str, monkeypatch: py
     assert "SwitchMode" in outcome.kinds()
     assert (outcome.rows.first_token_mode == "pipeline").any()
     assert (outcome.rows.restarts == 0).all()
+
+
+@pytest.mark.parametrize(("flops", "way"), [(1e13, "recompute"), (1e7, "copy")])
+def test_kv_takes_the_cheapest_way(tiny: Path, flops: float, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that are said to prefill slowly copy, others recompute prompts as short as these."""
+    hold = Hold.back(LAST)
+    inject(hold, monkeypatch)
+    watcher = Watcher(_tokens_of_pipeline, hold.release(1, 2, 3))
+    system = system_of("lambdascale", "system.kv=cheapest", ALWAYS)
+    changes = {"gpu": replace(small_cluster().gpu, peak_flops=flops)}
+    outcome = run(tiny, REQUESTS, system=system, executor="torch", watchers=[watcher], cluster_changes=changes)
+    check(outcome, tiny)
+    assert {command.kv for command in of(outcome, SwitchMode)} == {way}
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

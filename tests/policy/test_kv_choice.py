@@ -1,8 +1,8 @@
 """KV of requests that change nodes with ``kv: cheapest``: copied or recomputed, whichever keeps requests waiting less.
 
 By hand, for ``pipelined()``: model a has 32,768 bytes of KV a token, half of them with each of the pipeline's two nodes. Requests
-4 to 7 have 10 tokens of prompt; 4 and 6 go on on node 2, 5 and 7 on node 3. So each node sends and gets 16,384 bytes for each of
-the 10 tokens with KV of a request that has its first token. Prefills of so few take as long as reading the weights: 20 ms.
+4 and 6 go on on node 2, 5 and 7 on node 3. So each node sends and gets 16,384 bytes for each token of a prompt whose request has
+its first token. Reading the weights takes 20 ms, and so do decodes, a token prefilled 0.2 ms.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ ALL = (4, 5, 6, 7)
 
 
 def network(rate: float, prefill_s: float | None = None) -> dict[str, Any]:
-    """A network of ``rate`` bytes/s without latency, and nodes of which every prefill of model a is measured as so long."""
+    """A network of ``rate`` bytes/s without latency; a prefill of any size is measured as ``prefill_s`` longer than a decode."""
     compute = small_cluster().compute
     if prefill_s is not None:
-        table = ComputeTable(model="a", prefill_tokens=(1,), prefill_s=(prefill_s,), decode_batch=(1,), decode_s=(0.001,))
+        table = ComputeTable(
+            model="a", prefill_tokens=(1,), prefill_s=(prefill_s + 1 / 128,), decode_batch=(1,), decode_s=(1 / 128,)
+        )
         compute = replace(compute, measured=(table,))
     return {"nic_bytes_per_s": rate, "rdma_efficiency": 1.0, "link_latency_s": 0.0, "compute": compute}
 
 
-def choice(cluster: dict[str, Any], *with_token: int, prompt: int = 10) -> str:
+def choice(cluster: dict[str, Any], *with_token: int, prompt: int) -> str:
     """The way that the mode switch of ``pipelined()`` takes when these requests have their first token."""
     world = pipelined(kv="cheapest", cluster=cluster, prompt=prompt)
     assert world.first_token(*with_token) == []
@@ -45,22 +47,24 @@ def choice(cluster: dict[str, Any], *with_token: int, prompt: int = 10) -> str:
 @pytest.mark.parametrize(
     ("rate", "with_token", "prompt", "expected"),
     [
-        # 2 requests of 10 tokens a node: 327,680 bytes against 20 ms.
-        (3.2e9, ALL, 10, "copy"),  # 0.1 ms
-        (17e6, ALL, 10, "copy"),  # 19.3 ms
-        (16e6, ALL, 10, "recompute"),  # 20.5 ms
-        # 2 requests of 1,000 tokens a node: 32.8 MB against 2,002 tokens of 0.2 ms, and 26 ms of attention: 427 ms.
+        # 2 requests of 100 tokens a node: 3.28 MB against 202 tokens in 40.5 ms, less a decode: 20.4 ms.
+        (3.2e9, ALL, 100, "copy"),  # 1 ms
+        (162e6, ALL, 100, "copy"),  # 20.2 ms
+        (159e6, ALL, 100, "recompute"),  # 20.6 ms
+        # 2 requests of 10 tokens: both a prefill and a decode read the weights, and take the same.
+        (1e12, ALL, 10, "recompute"),
+        # 2 requests of 1,000 tokens: 32.8 MB against 2,002 tokens in 414 ms, less a decode: 392 ms.
         (1e9, ALL, 1000, "copy"),  # 33 ms
-        (80e6, ALL, 1000, "copy"),  # 410 ms
-        (75e6, ALL, 1000, "recompute"),  # 437 ms
-        # 1 of each node's 2 requests has KV: 163,840 bytes for one that waits, against 20 ms for both.
-        (4.2e6, (4, 5), 10, "copy"),  # 39.0 ms
-        (4e6, (4, 5), 10, "recompute"),  # 41.0 ms
+        (84e6, ALL, 1000, "copy"),  # 390 ms
+        (83e6, ALL, 1000, "recompute"),  # 395 ms
+        # 1 of each node's 2 requests has KV, of 200 tokens: 3.28 MB for one that waits, against 20.3 ms for both.
+        (81e6, (4, 5), 200, "copy"),  # 40.5 ms
+        (80e6, (4, 5), 200, "recompute"),  # 41.0 ms
         # KV moves in one direction only: node 2 gets that of request 4.
-        (4.2e6, (4,), 10, "copy"),
-        (4e6, (4,), 10, "recompute"),
+        (81e6, (4,), 200, "copy"),
+        (80e6, (4,), 200, "recompute"),
         # Nothing to copy, however fast the network is.
-        (1e12, (), 10, "recompute"),
+        (1e12, (), 1000, "recompute"),
     ],
 )
 def test_the_way_that_keeps_requests_waiting_less(rate: float, with_token: tuple[int, ...], prompt: int, expected: str) -> None:
@@ -69,19 +73,25 @@ def test_the_way_that_keeps_requests_waiting_less(rate: float, with_token: tuple
 
 def test_a_measured_prefill_decides_and_a_tie_is_recomputed() -> None:
     """327,680 bytes at 20,971,520 bytes/s take 1/64 s."""
-    assert choice(network(20_971_520, 1 / 64), *ALL) == "recompute"
-    assert choice(network(20_971_521, 1 / 64), *ALL) == "copy"
-    assert choice(network(20_971_519, 1 / 64), *ALL) == "recompute"
-    assert choice(network(20_971_520, 1 / 63), *ALL) == "copy"
+    assert choice(network(20_971_520, 1 / 64), *ALL, prompt=10) == "recompute"
+    assert choice(network(20_971_521, 1 / 64), *ALL, prompt=10) == "copy"
+    assert choice(network(20_971_519, 1 / 64), *ALL, prompt=10) == "recompute"
+    assert choice(network(20_971_520, 1 / 63), *ALL, prompt=10) == "copy"
 
 
 def test_latency_counts() -> None:
-    assert choice(network(20_971_521, 1 / 64) | {"link_latency_s": 0.001}, *ALL) == "recompute"
+    assert choice(network(20_971_521, 1 / 64) | {"link_latency_s": 0.001}, *ALL, prompt=10) == "recompute"
 
 
 @pytest.mark.parametrize(
     ("rate", "left", "expected"),
-    [(22e6, 0, "copy"), (22e6, 200_000, "copy"), (22e6, 250_000, "recompute"), (22e6, 10**9, "recompute"), (25e6, 10**9, "copy")],
+    [
+        (22e7, 0, "copy"),
+        (22e7, 2_000_000, "copy"),
+        (22e7, 2_500_000, "recompute"),
+        (22e7, 1 << 40, "recompute"),
+        (25e7, 1 << 40, "copy"),
+    ],
 )
 @pytest.mark.parametrize(("sender", "receiver"), [(2, 1), (0, 3)])
 def test_blocks_still_to_be_moved_take_an_equal_part_of_a_link(
@@ -89,9 +99,9 @@ def test_blocks_still_to_be_moved_take_an_equal_part_of_a_link(
 ) -> None:
     """The KV for node 3 crosses node 2's way out and its own way in: at most twice 14.9 or 13.1 ms; node 2's does neither.
 
-    Two requests wait for each, against four that wait 20 ms: 14.9 + 14.9 + 9.1 is less than 40, 14.9 + 14.9 + 11.4 is not.
+    Two requests wait for each, against four that wait 20.4 ms: 14.9 + 14.9 + 9.1 is less than 40.8, 14.9 + 14.9 + 11.4 is not.
     """
-    world = pipelined(kv="cheapest", cluster=network(rate))
+    world = pipelined(kv="cheapest", cluster=network(rate), prompt=100)
     world.first_token(*ALL)
     world.deliver("t3", 3)
     world.plane.fleet.traffic.add(sender, ("nic_out",), receiver, left)
@@ -130,20 +140,20 @@ def test_tokens_of_requests_that_are_given_up_are_not_kept() -> None:
 
 @pytest.mark.parametrize(
     ("with_token", "rate", "expected"),
-    [((1, 2, 4, 5), 1e12, "recompute"), ((0, 1, 2, 3, 4, 5), 17.5e6, "copy"), ((0, 1, 2, 3, 4, 5), 16.5e6, "recompute")],
+    [((1, 2, 4, 5), 1e12, "recompute"), ((0, 1, 2, 3, 4, 5), 170e6, "copy"), ((0, 1, 2, 3, 4, 5), 162e6, "recompute")],
 )
 def test_targets_that_are_pipelines_do_not_count(with_token: tuple[int, ...], rate: float, expected: str) -> None:
-    """Node 1 of pipeline i1 takes 0 and 3 with it, the others go on in i3. It lacks 51.6 % of their KV: 338,415 bytes, 20 ms."""
-    world = trio(switch="each", kv="cheapest", cluster=network(rate))
+    """Node 1 of pipeline i1 takes 0 and 3 with it, the others go on in i3. It lacks 51.6 % of their KV, 3.38 MB."""
+    world = trio(prompt=100, switch="each", kv="cheapest", cluster=network(rate))
     world.first_token(*with_token)
     world.block(0, 1, 2)
     assert world.block(1, 3, 0)[-1] == f"switch i1 0>i2,1>i3,2>i3,3>i2,4>i3,5>i3 {expected}"
 
 
 def reshaped(cluster: dict[str, Any], *with_token: int, kv: str = "cheapest") -> str:
-    """Replica i1 on node 0 has requests 0 and 1, of 10 tokens each; the first block of four comes to node 1."""
+    """Replica i1 on node 0 has requests 0 and 1, of 100 tokens each; the first block of four comes to node 1."""
     world = World(nodes=2, start=CooperativeStart(), kv=kv, cluster=cluster)
-    world.arrive(4)
+    world.arrive(4, prompt=100)
     assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
     world.first_token(*with_token)
     line = world.deliver("t2", 1)[0].split()
@@ -154,12 +164,13 @@ def reshaped(cluster: dict[str, Any], *with_token: int, kv: str = "cheapest") ->
 @pytest.mark.parametrize(
     ("rate", "with_token", "expected"),
     [
-        # 25.8 % of 655,360 bytes, beside as many of the three blocks that follow: 338,415 bytes. Two batches of 10 tokens: 20 ms
-        # for the first, and for the second 14.8 ms more, on the busier node.
-        (10e6, (0, 1), "copy"),  # 33.8 ms
-        (9.6e6, (0, 1), "recompute"),  # 35.3 ms
-        (5e6, (0,), "copy"),  # 33.8 ms
-        (4.8e6, (0,), "recompute"),
+        # 25.8 % of 6.55 MB, beside as many of the three blocks that follow: 3.38 MB. Two batches of 101 tokens: 20.3 ms for the
+        # first, and for the second 15 ms more, on the busier node; less a decode, 15.2 ms.
+        (225e6, (0, 1), "copy"),  # 15.0 ms
+        (219e6, (0, 1), "recompute"),  # 15.5 ms
+        # Half as many bytes, and half as many tokens, which take hardly less: 14.9 ms.
+        (116e6, (0,), "copy"),  # 14.6 ms
+        (112e6, (0,), "recompute"),  # 15.1 ms
         (1e12, (), "recompute"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec import structs
 
@@ -208,10 +210,10 @@ def test_a_closed_pipeline_takes_requests_again_when_the_mode_switch_is_further_
 # -- how nodes leave -------------------------------------------------------------------------------------------------
 
 
-def trio(**settings: object) -> World:
+def trio(*, prompt: int = 10, **settings: Any) -> World:
     """Three nodes load for themselves; pipeline i1 serves on 0:0-0,1:1-2,2:3-3 and has six requests."""
     world = World(nodes=3, min_replicas=0, **settings)
-    world.arrive(6)
+    world.arrive(6, prompt=prompt)
     world.tick()
     world.block(0, 0)
     world.block(1, 1)
