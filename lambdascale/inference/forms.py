@@ -13,6 +13,9 @@ _LEAST_ROWS = 64
 # Rows of a tile of matrix products on GPUs: padding up to a multiple costs next to nothing.
 _TILE = 128
 _LEAST_DECODES = 8
+# Measured for 7B on H200 (results/LOG.md, 2026-11-28): a recording under load takes 22 to 50 ms; a prompt's iteration of up to so
+# many rows takes less as a graph by 2.2 to 7.6 ms, and a larger one by 0.6 ms at most.
+_RECORDING_MS, _FEW_ROWS, _SAVED_FEW_MS, _SAVED_MANY_MS = 36.0, 256, 4.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ def form_of(batch: StageBatch, most_rows: int) -> Form | None:
     if prompts > 1 or first.start > 0 or batch.rows > most_rows or min(batch.wanted, default=batch.rows) < first_answer(batch):
         return None
     return Form(_prompt_rows(batch.rows), True, max(_LEAST_DECODES, _power(batch.decodes)) if batch.decodes else 0)
+
+
+def pays(form: Form, uses: int) -> bool:
+    """Return True if a form is to be recorded under load, after so many ``uses`` without a graph.
+
+    Decodes repeat hundreds of times: at once. A prompt's form when its uses have cost as much as a recording does, so that never
+    more than twice what was necessary is spent, whatever follows.
+    """
+    if not form.prompt:
+        return True
+    return uses * (_SAVED_FEW_MS if form.rows <= _FEW_ROWS else _SAVED_MANY_MS) >= _RECORDING_MS
 
 
 def first_answer(batch: StageBatch) -> int:

@@ -8,14 +8,15 @@ recording serves contexts of any length, since kernels read positions on the dev
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from lambdascale.inference.batch import StageBatch
-from lambdascale.inference.forms import MOST_REPLAYED, Form
+from lambdascale.inference.forms import MOST_REPLAYED, Form, pays
 
 Tensor = torch.Tensor
 # From inputs, slots [rows], positions [rows] (-1: padding) and answering rows [answers] to hidden states [rows, hidden] or logits
@@ -176,12 +177,25 @@ class Replays:
         self._device = device
         self._is_last = is_last
         self._made: dict[Form, Replay] = {}
+        self._missed: Counter[Form] = Counter()  # iterations without a graph
         self._recorder = Recorder(device) if device.type == "cuda" else None
         self._hidden = None if hidden is None else torch.zeros(MOST_REPLAYED, hidden, dtype=dtype, device=device)
 
     def __len__(self) -> int:
         """Number of forms whose iterations take one launch."""
         return sum(map(self.has, self._made))
+
+    def serves(self, form: Form) -> bool:
+        """Return True if an iteration of this form, which is due, is to be run here; False if it is to do without a graph."""
+        if self.has(form) or pays(form, self._missed[form]):
+            return True
+        self._missed[form] += 1
+        return False
+
+    def next_of(self, usual: Iterable[Form]) -> Form | None:
+        """Return the form to record next: of decodes first, then what was missed most; None if nothing is left."""
+        forms = (form for form in {**dict.fromkeys(usual), **self._missed} if not self.has(form))
+        return min(forms, key=lambda form: (form.prompt, -self._missed[form]), default=None)
 
     def run(self, form: Form, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay]:
         """Run an iteration of this form. Return its output, in memory that the next one may overwrite, and its replay."""

@@ -125,7 +125,7 @@ class TransformerStage:
 
     def _replay_or_iterate(self, batch: StageBatch, inputs: Tensor) -> tuple[Tensor, Replay | None]:
         form = None if self._replays is None else form_of(batch, self._most_replayed)
-        if self._replays is None or form is None:
+        if self._replays is None or form is None or not self._replays.serves(form):
             return self._iterate(batch, inputs), None
         output, replay = self._replays.run(form, batch, inputs)
         if not self.is_last:
@@ -177,7 +177,7 @@ class TransformerStage:
             self._use_kernels()
         if self._replays is None:
             return False
-        form = next((form for form in usual_forms(self.kv.slots, self._most_replayed) if not self._replays.has(form)), None)
+        form = self._replays.next_of(usual_forms(self.kv.slots, self._most_replayed))
         if form is None or self._is_full:
             return False
         try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lambdascale.inference import Segment, StageBatch
-from lambdascale.inference.forms import MOST_REPLAYED, Form, first_answer, form_of, usual_forms
+from lambdascale.inference.forms import MOST_REPLAYED, Form, first_answer, form_of, pays, usual_forms
 
 
 def batch(prompts: list[tuple[int, int]], decodes: int, wanted: tuple[int, ...] | None = None) -> StageBatch:
@@ -79,3 +79,13 @@ def test_what_is_recorded_ahead_comes_in_the_order_of_use() -> None:
     ]
     assert list(usual_forms(1, 64)) == [Form(1), Form(64, True)]
     assert max(form.rows for form in usual_forms(256, 64) if not form.prompt) == 32
+
+
+@pytest.mark.parametrize(
+    ("form", "least"),
+    [(Form(1), 0), (Form(32), 0), (Form(64, True), 9), (Form(256, True, 8), 9), (Form(384, True), 60), (Form(1024, True), 60)],
+)
+def test_uses_after_which_a_recording_pays(form: Form, least: int) -> None:
+    """36 ms, against 4 ms or 0.6 ms a use of a prompt's form. Mutation: paid before its uses have cost as much."""
+    assert pays(form, least)
+    assert not least or not pays(form, least - 1)
