@@ -127,6 +127,10 @@ class ModelSpec:
         return tuple(cuts)
 
 
+# Share of a GPU's memory for weights and KV; the rest is for all else, a live node's places for hidden states and KV included.
+MEMORY_UTILISATION = 0.9
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
     """Data sheet of a GPU: memory (bytes), memory bandwidth (bytes/s), dense 16-bit matrix rate (FLOP/s)."""
@@ -217,7 +221,7 @@ class NodeSpec:
     ssd_bytes_per_s: float
     host_memory_bytes: int
 
-    def kv_tokens(self, model: ModelSpec, memory_utilisation: float = 0.9) -> int:
+    def kv_tokens(self, model: ModelSpec, memory_utilisation: float = MEMORY_UTILISATION) -> int:
         """Tokens of KV cache for each batch of a replica, beside the weights; 0 or less if the weights do not fit.
 
         The GPUs of a replica work on as many batches at once, and share the memory that the weights leave among them.

@@ -17,6 +17,7 @@ from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
+from lambdascale.core.specs import MEMORY_UTILISATION
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
 from lambdascale.live.communicator_choice import Kind, choose
@@ -256,7 +257,7 @@ class LiveConfig:
         # Loads of a GPU's node need no room in host memory, what others send it does.
         landing = sizes[0] if lands_on_host and cluster.nodes > 1 and system.start.multicast is not None else 0
         hardware = cluster.node(node)
-        kv_places, kv_place_bytes = self._kv_places(models, system, cluster.nodes)
+        kv_places, kv_place_bytes = self._kv_places(models, system, cluster.nodes, int(hardware.gpu.memory_bytes))
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
@@ -294,10 +295,13 @@ class LiveConfig:
         one = system.batching.max_tokens * max((model.row_bytes for _, model in models), default=0)
         return min(2 * min(nodes, _PIPELINE) * (one + ALIGNMENT), _MOST_PLACES[self.device])
 
-    def _kv_places(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> tuple[int, int]:
+    def _kv_places(
+        self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int, gpu_bytes: int
+    ) -> tuple[int, int]:
         """Return the number and size of a node's places for KV; (0, 0) where it travels in messages, or none moves.
 
-        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages.
+        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages. On a GPU of
+        ``gpu_bytes`` places take at most a quarter of what the budget for weights and KV leaves.
         """
         if nodes == 1 or self.transport == "rdma" or system.kv == "recompute":
             return 0, 0
@@ -306,7 +310,8 @@ class LiveConfig:
         layer = max(whole // layers for whole, layers in longest)
         size = max(layer, min(_KV_PART[on_gpu], max(whole for whole, _ in longest)))
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        number = min(_KV_PLACES, _MOST_KV[on_gpu] // size)
+        most = min(_MOST_KV[on_gpu], int(gpu_bytes * (1 - MEMORY_UTILISATION)) // 4) if on_gpu else _MOST_KV[on_gpu]
+        number = min(_KV_PLACES, most // size)
         return (number, size) if number else (0, 0)
 
 
