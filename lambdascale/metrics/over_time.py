@@ -27,3 +27,21 @@ def over_time(requests: pd.DataFrame, gpus: pd.DataFrame, end_s: float, windows:
             "ttft_max_s": worst.to_numpy(),
         }
     )
+
+
+def ramp_up(requests: pd.DataFrame, share: float = 0.9) -> tuple[float, float]:
+    """Return the peak of the tokens per second, and the seconds from the first arrival until ``share`` of it was reached.
+
+    ``requests``: rows of requests.parquet; a request's tokens are spread evenly from its first to its last. NaN without such.
+    """
+    rows = requests[requests.finished_s > requests.first_token_s]
+    if rows.empty:
+        return float("nan"), float("nan")
+    rates = (rows.output_tokens / (rows.finished_s - rows.first_token_s)).to_numpy(float)
+    steps = np.concatenate([rates, -rates])
+    times = np.concatenate([rows.first_token_s.to_numpy(float), rows.finished_s.to_numpy(float)])
+    order = np.argsort(times, kind="stable")
+    produced = np.cumsum(steps[order])
+    peak = float(produced.max())
+    reached = float(times[order][np.argmax(produced >= share * peak)])
+    return peak, reached - float(requests.arrival_s.min())
