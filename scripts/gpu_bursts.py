@@ -32,6 +32,7 @@ from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.gpu_runs import UNPACED, Site, network
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,20 @@ class Times:
 
 def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Setting, seed: int) -> dict[str, Any]:
     """Run one burst and return its row."""
-    paced = setting.link != "none"
+    site = Site(
+        checkpoint=arguments.model,
+        nodes=arguments.nodes,
+        blocks=arguments.blocks,
+        device=arguments.device,
+        transport=arguments.transport,
+    )
     overrides = [
         f"cluster={arguments.cluster}",
         f"system={system}",
         "system.memory.enabled=false",
-        "backend=live",
-        f"backend.device={arguments.device}",
-        f"transport={arguments.transport}",
-        f"backend.checkpoint={arguments.model}",
-        f"backend.paced={str(paced).lower()}",
-        "backend.kernels=first",
-        f"backend.slot_tokens={arguments.prompt + setting.output_tokens}",
-        f"system.blocks={arguments.blocks}",
+        *site.overrides(paced=setting.link != UNPACED, slot_tokens=arguments.prompt + setting.output_tokens),
         f"system.kv={setting.kv}",
-        f"cluster.nodes={arguments.nodes}",
+        *network(setting.link),
         "cluster.pcie_bytes_per_s=50GB/s",
         "cluster.ssd_bytes_per_s=50GB/s",
         "workload=burst",
@@ -126,14 +126,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         f"workload.prompt_tokens={arguments.prompt}",
         f"workload.output_tokens={setting.output_tokens}",
         f"seed={seed}",
-        "logger._target_=builtins.dict",  # no run folder is written, and GPU machines may lack what writes one
     ]
-    if paced:
-        overrides += [
-            f"cluster.nic_bytes_per_s={setting.link}",
-            "cluster.rdma_efficiency=1.0",
-            "cluster.collective_efficiency=1.0",
-        ]
     folder = None if arguments.timelines is None else arguments.timelines / _label(system, pipelines, setting, seed)
     if folder is not None:
         overrides.append(f"backend.timeline={folder}")

@@ -12,9 +12,9 @@ of the time and all four are needed for a third of it, with 20 to 30 scale-outs;
 under --memory, names of built-in ones, or folders.
 
 Every run starts real node processes, one per GPU, and adds its rows to gpu_figures.csv, gpu_figures_requests.csv and
-gpu_figures_gpus.csv. Runs that these tables have from this machine are not repeated, so that a second call goes on where the first
-one was cut off. No run begins that would not end within --limit-s. --compare needs no GPU: it simulates the runs of the tables and
-writes gpu_figures_errors.csv and gpu_live.csv, from which scripts/figures.py --only gpu_live draws.
+gpu_figures_gpus.csv. Runs that these tables have from this machine are not repeated: a second call goes on where the first one
+was cut off. No run begins that would not end within --limit-s. --compare needs no GPU: it simulates the runs of the tables and writes
+gpu_figures_errors.csv, and gpu_live.csv for scripts/figures.py --only gpu_live.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 import pandas as pd
 
-from lambdascale.calibration.random_models import SIZES, packed
+from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
 from lambdascale.core import UserError
 from lambdascale.experiments.gpu_figures import SYSTEMS, carried_out, curves, errors, orders, pairs
@@ -49,7 +49,9 @@ class Tables:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.frames = {name: pd.read_csv(path) if (path := folder / f"{name}.csv").exists() else pd.DataFrame() for name in TABLES}
+        self.frames = {
+            name: pd.read_csv(path) if (path := folder / f"{name}.csv").exists() else pd.DataFrame() for name in TABLES
+        }
 
     def add(self, *frames: pd.DataFrame) -> None:
         """Add rows to each of them, in their order, and write all."""
@@ -137,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> int:
             requests.assign(run=number),
             gpus.assign(run=number),
         )
-        shown = ("finished", "failed", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "gpu_seconds", "scale_outs", "ramp_s", "wall_s")
+        shown = ("finished", "failed", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "gpu_seconds", "scale_outs", "wall_s")
         print(f"{at_s:.1f} s: {name}:", *(f"{key} {row[key]:.3g}" for key in shown), flush=True)
     if left:
         print(f"{len(left)} runs left out, for which there was no time; the next: {left[0]}")
@@ -173,7 +175,7 @@ def wanted(arguments: argparse.Namespace, authors: bool) -> Iterator[FigureRun]:
 def sites_of(arguments: argparse.Namespace) -> dict[str, Site]:
     """Return where each model runs; models of known sizes are packed, all at once."""
     models = arguments.models.split(",")
-    folders = packed([model for model in models if model in SIZES], arguments.memory, arguments.blocks)
+    folders = packed([model for model in models if model in SHAPES], arguments.memory, arguments.blocks)
     site = Site(
         checkpoint="", nodes=arguments.nodes, blocks=arguments.blocks, device=arguments.device, transport=arguments.transport
     )
@@ -208,7 +210,7 @@ def main() -> int:
     parser.add_argument("--starts", default="720,120,840", help="seconds of the trace at which the seeds' windows begin")
     parser.add_argument("--compression", type=float, default=18.0, help="what gaps are divided by; for 13B half of it")
     parser.add_argument("--host-copies", action=argparse.BooleanOptionalAction, default=True, help="in traces")
-    parser.add_argument("--count", type=int, default=50, help="requests of a burst")
+    parser.add_argument("--count", type=int, default=100, help="requests of a burst")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=64)
     parser.add_argument("--profile", default="h200", metavar="NAME", help="of conf/cluster/measured: decisions and simulations")

@@ -7,11 +7,29 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lambdascale.calibration.engine_rates import SHAPES, config
+#: The console command of this interpreter.
+COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
+_LLAMA2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+# Llama 2's published shapes.
+SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
 
-SIZES = tuple(SHAPES)
-_COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
+
+def config(model: str) -> dict[str, Any]:
+    """Return the config.json of Llama 2 in a size of SHAPES."""
+    hidden, layers, heads, intermediate = SHAPES[model]
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    return _LLAMA2 | sizes | {"intermediate_size": intermediate}
 
 
 def packed(sizes: Sequence[str], folder: Path, blocks: int) -> dict[str, Path]:
@@ -27,4 +45,4 @@ def packed(sizes: Sequence[str], folder: Path, blocks: int) -> dict[str, Path]:
 def _pack(size: str, path: Path, blocks: int) -> subprocess.Popen[bytes]:
     described = path.with_suffix(".json")
     described.write_text(json.dumps(config(size)))
-    return subprocess.Popen([*_COMMAND, "pack", "--random", str(described), "--dtype", "bf16", "--blocks", str(blocks), str(path)])
+    return subprocess.Popen([*COMMAND, "pack", "--random", str(described), "--dtype", "bf16", "--blocks", str(blocks), str(path)])

@@ -17,7 +17,7 @@ from lambdascale.experiments.runner import drive_experiment
 from lambdascale.figures.rampup import token_rate
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise
 from lambdascale.metrics.intervals import Interval, RunRows, over_draws
-from lambdascale.metrics.over_time import ramp_up
+from lambdascale.metrics.over_time import reached_s, token_rates
 from lambdascale.metrics.scaleouts import scale_out_times
 
 Row = dict[str, Any]
@@ -34,6 +34,8 @@ _REQUESTS = ["request_id", "arrival_s", "first_token_s", "finished_s", "output_t
 # Set-ups of communicators are drawn: so many simulations of a broadcast.
 _DRAWS = {"nccl_broadcast": 5}
 _POINTS = 41
+# A burst has ramped up at this share of the highest rate that any system reached.
+_RAMPED = 0.75
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def orders(
 ) -> Iterator[FigureRun]:
     """Yield the runs, the most valuable first: by seed, each model's trace and burst with one source, then bursts with two.
 
-    ``base`` has what they share; ``starts``: where in the trace each seed's window begins, again from the first if seeds are more.
-    13B's gaps are divided by half as much as 7B's, as the authors did.
+    ``base`` has what they share; ``starts``: where in the trace each seed's window begins, from the first again if seeds are
+    more. 13B's gaps are divided by half as much as 7B's, as the authors did.
     """
     for seed in range(1, seeds + 1):
         for sources in (1, 2):
@@ -95,15 +97,13 @@ def carried_out(run: FigureRun, experiment: Experiment, requests: Sequence[Trace
 
 def _measures(summary: Row, requests: pd.DataFrame, scale_out: Row) -> Row:
     ok = requests[requests.status == "ok"]
-    peak, ramp_s = ramp_up(ok)
-    start_s = requests.arrival_s.min()
     return {
         "requests": summary["requests"]["submitted"],
         "finished": summary["requests"]["completed"],
         "failed": summary["requests"]["failed"],
         **{f"ttft_{name}_s": summary["ttft_s"][name] for name in ("mean", "p50", "p90", "p99")},
         "ttft_max_s": ok.ttft_s.max(),
-        "all_finished_s": ok.finished_s.max() - start_s,
+        "all_finished_s": ok.finished_s.max() - requests.arrival_s.min(),
         "gpu_seconds": summary["gpu_seconds"],
         "cost_usd": summary["cost_usd"],
         "scale_outs": summary["scale_outs"],
@@ -111,8 +111,7 @@ def _measures(summary: Row, requests: pd.DataFrame, scale_out: Row) -> Row:
         "preemptions": summary["preemptions"],
         "restarts": summary["restarts"],
         "late_s": summary["rates"]["drift_s"],
-        "peak_tokens_per_s": peak,
-        "ramp_s": ramp_s,
+        "peak_tokens_per_s": token_rates(ok)[1].max(initial=0.0),
         **{f"first_{name}": scale_out[name] for name in ("new_nodes", "pipeline_s")},
         "first_replica_s": scale_out["first_node_s"],
         "all_replicas_s": scale_out["all_nodes_s"],
@@ -121,10 +120,8 @@ def _measures(summary: Row, requests: pd.DataFrame, scale_out: Row) -> Row:
 
 def requests_of(run: FigureRun, rows: pd.DataFrame, model: str) -> list[TracedRequest]:
     """Return the requests of a live run from its rows, for a simulation of ``model``."""
-    return [
-        traced(int(each.request_id), float(each.arrival_s), model, run.prompt_tokens, run.output_tokens)
-        for each in rows.itertuples()
-    ]
+    found = zip(rows.request_id.tolist(), rows.arrival_s.tolist(), strict=True)
+    return [traced(number, at_s, model, run.prompt_tokens, run.output_tokens) for number, at_s in found]
 
 
 def simulated(run: FigureRun, rows: pd.DataFrame, *, nodes: int, blocks: int) -> list[Outcome]:
@@ -154,6 +151,24 @@ class Pair:
         """Return a measure of the simulation, the median of its draws."""
         return float(np.median([each.measures[measure] for each in self.sim]))
 
+    def ramped(self, live_peak: float, simulated_peak: float) -> Pair:
+        """Return the pair with ``ramp_s``: seconds from the burst to the shares of these rates."""
+        live, *sim = (
+            replace(each, measures=each.measures | {"ramp_s": reached_s(each.requests, _RAMPED * peak)})
+            for each, peak in ((self.live, live_peak), *((each, simulated_peak) for each in self.sim))
+        )
+        return Pair(live.measures, live, sim)
+
+
+def with_ramps(found: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs with ``ramp_s``: seconds until three quarters of the highest rate of any system on the same requests."""
+    peaks: dict[tuple[Any, ...], list[float]] = {}
+    for pair in found:
+        most = peaks.setdefault((_without_system(pair), pair.row["seed"]), [0.0, 0.0])
+        most[0] = max(most[0], pair.row["peak_tokens_per_s"])
+        most[1] = max(most[1], pair.simulated("peak_tokens_per_s"))
+    return [pair.ramped(*peaks[_without_system(pair), pair.row["seed"]]) for pair in found]
+
 
 def pairs(rows: pd.DataFrame, requests: pd.DataFrame, gpus: pd.DataFrame) -> Iterator[Pair]:
     """Simulate every live run of the table; UserError if its requests are missing."""
@@ -173,6 +188,7 @@ def errors(found: Sequence[Pair]) -> pd.DataFrame:
     ``times_reference``: the live value over λScale's of the same seed. ``low`` and ``high`` of both: 95 %, from five seeds on.
     """
     table = []
+    found = with_ramps(found)
     reference = {(_without_system(pair), pair.row["seed"]): pair.row for pair in found if pair.row["system"] == REFERENCE}
     for setting in dict.fromkeys(pair.setting for pair in found):
         mine = [pair for pair in found if pair.setting == setting]
