@@ -13,7 +13,7 @@ under --memory, names of built-in ones, or folders.
 
 Every run starts real node processes, one per GPU, and adds its rows to gpu_figures.csv, gpu_figures_requests.csv and
 gpu_figures_gpus.csv. Runs that these tables have from this machine are not repeated: a second call goes on where the first one
-was cut off. No run begins that would not end within --limit-s. --compare needs no GPU: it simulates the runs of the tables and writes
+was cut off. No run begins that would not end within --limit-s. --compare needs no GPU: it simulates the tables' runs and writes
 gpu_figures_errors.csv, and gpu_live.csv for scripts/figures.py --only gpu_live.
 """
 
@@ -35,41 +35,12 @@ import pandas as pd
 from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
 from lambdascale.core import UserError
-from lambdascale.experiments.gpu_figures import SYSTEMS, carried_out, curves, errors, orders, pairs
+from lambdascale.experiments.gpu_figures import SYSTEMS, Tables, carried_out, curves, errors, orders, pairs
 from lambdascale.experiments.gpu_runs import FigureRun, Site
 
 TRACE = "lambdascale_30min_arrivals.txt"
-TABLES = {"gpu_figures": "%.5g", "gpu_figures_requests": "%.7g", "gpu_figures_gpus": "%.7g"}
 # Seconds beyond those expected after which a run is given up.
 PATIENCE_S = 60.0
-
-
-class Tables:
-    """The tables of live runs in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.frames = {
-            name: pd.read_csv(path) if (path := folder / f"{name}.csv").exists() else pd.DataFrame() for name in TABLES
-        }
-
-    def add(self, *frames: pd.DataFrame) -> None:
-        """Add rows to each of them, in their order, and write all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for (name, digits), rows in zip(TABLES.items(), frames, strict=True):
-            self.frames[name] = pd.concat([self.frames[name], rows], ignore_index=True)
-            self.frames[name].to_csv(self.folder / f"{name}.csv", index=False, float_format=digits)
-
-    def done(self, measured_on: str) -> set[FigureRun]:
-        """Return the runs that a machine has done."""
-        rows = self.frames["gpu_figures"].to_dict("records")
-        return {FigureRun.of_row(row) for row in rows if row["measured_on"] == measured_on}
-
-    @property
-    def next_run(self) -> int:
-        """Return the number of the next run."""
-        rows = self.frames["gpu_figures"]
-        return 1 if rows.empty else int(rows.run.max()) + 1
 
 
 class TooLongError(RuntimeError):
@@ -118,8 +89,9 @@ def measure(arguments: argparse.Namespace) -> int:
     runs = [run for run in wanted(arguments, authors) if run not in tables.done(measured_on)]
     left: list[str] = []
     failed = 0
-    warm = replace(runs[0], kind="burst", arrivals="burst", count=8, host_copies=False) if runs else None
-    for run in (warm, *runs) if warm is not None else ():
+    if runs:  # a mistake in the settings ends all here
+        live(replace(runs[0], kind="burst", arrivals="burst", count=8, host_copies=False), sites[runs[0].model], arguments.traces)
+    for run in runs:
         at_s = time.monotonic() - began
         name = f"{run.kind} {run.model} {run.system} k={run.sources} seed {run.seed}"
         if at_s + run.expected_s > arguments.limit_s:
@@ -131,8 +103,6 @@ def measure(arguments: argparse.Namespace) -> int:
             failed += 1
             print(f"{at_s:.1f} s: {name} FAILED: {type(error).__name__}: {error}", flush=True)
             continue
-        if run is warm:
-            continue
         number = tables.next_run
         tables.add(
             pd.DataFrame([{"run": number, **row, "measured_on": measured_on}]),
@@ -142,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> int:
         shown = ("finished", "failed", "ttft_p50_s", "ttft_p90_s", "ttft_p99_s", "gpu_seconds", "scale_outs", "wall_s")
         print(f"{at_s:.1f} s: {name}:", *(f"{key} {row[key]:.3g}" for key in shown), flush=True)
     if left:
-        print(f"{len(left)} runs left out, for which there was no time; the next: {left[0]}")
+        print(f"{len(left)} runs left out for lack of time; the first: {left[0]}")
     return int(failed > 0)
 
 

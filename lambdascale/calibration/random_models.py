@@ -33,7 +33,7 @@ def config(model: str) -> dict[str, Any]:
 
 
 def packed(sizes: Sequence[str], folder: Path, blocks: int) -> dict[str, Path]:
-    """Pack models of ``sizes`` as ``blocks`` under ``folder``, all at once; return their folders. Those there are kept."""
+    """Pack models of ``sizes`` as ``blocks`` under ``folder``, all at once; return their folders. Existing ones are kept."""
     found = {size: folder / f"{size}-{blocks}" for size in sizes}
     packing = {size: _pack(size, path, blocks) for size, path in found.items() if not path.exists()}
     for size, process in packing.items():

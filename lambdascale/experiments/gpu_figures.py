@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ _SETTING = ["kind", "model", "system", "sources", "link", "host_copies", "measur
 _REQUESTS = ["request_id", "arrival_s", "first_token_s", "finished_s", "output_tokens", "first_token_mode"]
 # Set-ups of communicators are drawn: so many simulations of a broadcast.
 _DRAWS = {"nccl_broadcast": 5}
+# Tables of live runs, and the digits of their numbers: arrivals are simulated anew.
+_TABLES = {"gpu_figures": "%.5g", "gpu_figures_requests": "%.7g", "gpu_figures_gpus": "%.7g"}
 _POINTS = 41
 # A burst has ramped up at this share of the highest rate that any system reached.
 _RAMPED = 0.75
@@ -45,6 +48,38 @@ class Outcome:
     measures: Row
     requests: pd.DataFrame
     gpus: pd.DataFrame
+
+
+class Tables:
+    """The tables of live runs in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.frames = {
+            name: pd.read_csv(path) if (path := folder / f"{name}.csv").exists() else pd.DataFrame() for name in _TABLES
+        }
+
+    def add(self, *frames: pd.DataFrame) -> None:
+        """Add rows to each of them, in their order, and write all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for (name, digits), rows in zip(_TABLES.items(), frames, strict=True):
+            self.frames[name] = pd.concat([self.frames[name], rows], ignore_index=True)
+            self.frames[name].to_csv(self.folder / f"{name}.csv", index=False, float_format=digits)
+
+    def done(self, measured_on: str) -> set[FigureRun]:
+        """Return the runs that a machine has done."""
+        rows = _records(self.frames["gpu_figures"])
+        return {FigureRun.of_row(row) for row in rows if row["measured_on"] == measured_on}
+
+    @property
+    def next_run(self) -> int:
+        """Return the number of the next run."""
+        rows = self.frames["gpu_figures"]
+        return 1 if rows.empty else int(rows.run.max()) + 1
+
+
+def _records(table: pd.DataFrame) -> list[Row]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def orders(
@@ -172,14 +207,13 @@ def with_ramps(found: Sequence[Pair]) -> list[Pair]:
 
 def pairs(rows: pd.DataFrame, requests: pd.DataFrame, gpus: pd.DataFrame) -> Iterator[Pair]:
     """Simulate every live run of the table; UserError if its requests are missing."""
-    for row in rows.to_dict("records"):
+    for row in _records(rows):
         mine, used = (table[table.run == row["run"]] for table in (requests, gpus))
         if len(mine) != row["requests"]:
             raise UserError(f"run {row['run']} has {row['requests']} requests, and {len(mine)} rows of them are in the table")
-        run = FigureRun.of_row({str(key): value for key, value in row.items()})
-        live = Outcome({str(key): value for key, value in row.items()}, mine, used)
-        sim = simulated(run, mine, nodes=int(row["nodes"]), blocks=int(row["blocks"]))
-        yield Pair(live.measures, live, sim)
+        live = Outcome(row, mine, used)
+        sim = simulated(FigureRun.of_row(row), mine, nodes=int(row["nodes"]), blocks=int(row["blocks"]))
+        yield Pair(row, live, sim)
 
 
 def errors(found: Sequence[Pair]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lambdascale.core.checks import require
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
 
@@ -12,7 +13,7 @@ UNPACED = "none"
 # No run folder is written, and machines that are lent for minutes may lack what writes one.
 _NO_FILES = "logger._target_=builtins.dict"
 # Sizes of Llama 2 as scripts pack them -> models of conf/.
-_CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b"}
+_CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +100,15 @@ class FigureRun:
         return build(compose([*self._shared(), *self._requests(), f"traces={traces}", *how]))
 
     def simulated(self, nodes: int, blocks: int) -> Experiment:
-        """Return the simulation of the run, whose requests the caller has."""
+        """Return the simulation of the run, whose requests the caller has; UserError for a model without known sizes."""
+        require(self.model in _CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(_CONFIGURED)}")
         return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", _NO_FILES]))
 
     def _shared(self) -> list[str]:
         rates = [] if self.link == UNPACED else [f"cluster.pcie_bytes_per_s={self.pcie}", f"cluster.ssd_bytes_per_s={self.ssd}"]
         return [
             f"experiment={'paper_trace' if self.kind == 'trace' else 'fig08_rampup'}",
-            f"model={_CONFIGURED.get(self.model, 'smollm2')}",
+            f"model={_CONFIGURED.get(self.model, 'smollm2')}",  # live, a name: sizes are the checkpoint's
             f"cluster=measured/{self.profile}",
             "cluster.usd_per_gpu_hour=3.0",
             f"system={self.system}",
