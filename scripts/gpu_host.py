@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lambdascale.calibration import engine_rates
+from lambdascale.calibration import random_models
 from lambdascale.calibration.multicast_rates import link_rate, planned_s
 from lambdascale.calibration.multicast_runs import Timed, Trial
 from lambdascale.checkpoints import PackedModel, model_spec, pack, parse_architecture
@@ -62,8 +62,8 @@ class Job:
 def jobs(models: list[str], blocks: list[int], gpus: int) -> list[Job]:
     """Return what to pack and run: systems beside each other first, then quarters, then other numbers of blocks."""
     usual = [Job(model, USUAL, (ONE_SIDED, ("nccl_broadcast",), (OWN,))) for model in models]
-    others = [Job(model, n, (ONE_SIDED,)) for model in models for n in blocks if n != USUAL and model not in engine_rates.LARGE]
-    large = [model for model in models if model in engine_rates.LARGE and gpus == 2 * QUARTERS]
+    others = [Job(model, n, (ONE_SIDED,)) for model in models for n in blocks if n != USUAL and model not in random_models.LARGE]
+    large = [model for model in models if model in random_models.LARGE and gpus == 2 * QUARTERS]
     return [*usual, *(Job(model, USUAL, (("lambdascale",),), quarters=True) for model in large), *others]
 
 
@@ -117,7 +117,7 @@ def row(job: Job, system: str, trial: Trial, timed: Timed, model: PackedModel, r
 
 def config_of(model: str, *, quarter: bool) -> dict[str, Any]:
     """Return the config.json of a shape; of a quarter of its layers."""
-    found = PRESETS[model] if model in PRESETS else engine_rates.config(model)
+    found = PRESETS[model] if model in PRESETS else random_models.config(model)
     return found | {"num_hidden_layers": found["num_hidden_layers"] // QUARTERS} if quarter else found
 
 
@@ -160,7 +160,7 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(engine_rates.SHAPES | engine_rates.LARGE), help="(default: %(default)s)")
+    parser.add_argument("--models", default=",".join(random_models.SHAPES | random_models.LARGE), help="(default: %(default)s)")
     parser.add_argument("--groups", type=numbers, default="2,4,8", help="nodes of a multicast (default: %(default)s)")
     parser.add_argument("--sources", type=numbers, default="1,2,4", help="(default: %(default)s)")
     parser.add_argument("--blocks", type=numbers, default="8,16,32,64", help="(default: %(default)s)")
