@@ -8,7 +8,7 @@ apart) and nodes that load their own host copies; on eight GPUs the 70B shape in
 whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan at the
 rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and named;
 so is what --limit-s has left no time for. Models of random weights are packed under --memory, which takes 14, 26 and 138 GB,
-and twice that for the time of packing; those that are there are used. «small» is for rehearsals on CPUs:
+and twice that for the time of packing; existing ones are kept. «small» is for rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
 
