@@ -21,14 +21,16 @@ _LLAMA2 = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-# Llama 2's published shapes.
+# Llama 2's published shapes: hidden size, layers, heads, intermediate size. LARGE: those with 8 heads for keys and values.
 SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
+LARGE = {"70B": (8192, 80, 64, 28672)}
 
 
 def config(model: str) -> dict[str, Any]:
-    """Return the config.json of Llama 2 in a size of SHAPES."""
-    hidden, layers, heads, intermediate = SHAPES[model]
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    """Return the config.json of Llama 2 in a size of SHAPES or LARGE."""
+    hidden, layers, heads, intermediate = (SHAPES | LARGE)[model]
+    kv_heads = 8 if model in LARGE else heads
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     return _LLAMA2 | sizes | {"intermediate_size": intermediate}
 
 

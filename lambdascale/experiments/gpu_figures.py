@@ -13,7 +13,7 @@ import pandas as pd
 
 from lambdascale.core import TracedRequest, UserError, traced
 from lambdascale.experiments.build import Experiment
-from lambdascale.experiments.gpu_runs import FigureRun
+from lambdascale.experiments.gpu_runs import FigureRun, check_undisturbed
 from lambdascale.experiments.runner import drive_experiment
 from lambdascale.figures.rampup import token_rate
 from lambdascale.metrics import Recorder, events_table, gpu_usage, requests_table, summarise
@@ -112,9 +112,11 @@ def _as_burst(run: FigureRun) -> FigureRun:
 
 
 def carried_out(run: FigureRun, experiment: Experiment, requests: Sequence[TracedRequest]) -> Outcome:
-    """Drive a run, simulated or live, and return what came of it."""
+    """Drive a run, simulated or live, and return what came of it. DisturbedRunError if a node was lost."""
     recorder = Recorder()
     drive_experiment(experiment, requests, run.seed, recorder)
+    for _, entry in recorder.entries:
+        check_undisturbed(entry)
     table = requests_table(recorder, run.system, requests)
     summary = summarise(
         recorder,

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lambdascale.core.checks import require
+from lambdascale.core.events import NodeLost
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
 
@@ -14,6 +15,16 @@ UNPACED = "none"
 _NO_FILES = "logger._target_=builtins.dict"
 # Sizes of Llama 2 as scripts pack them -> models of conf/.
 _CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
+
+
+class DisturbedRunError(RuntimeError):
+    """A node was lost in a run that is to measure something else."""
+
+
+def check_undisturbed(event: object) -> None:
+    """Raise DisturbedRunError if a node was lost."""
+    if isinstance(event, NodeLost):
+        raise DisturbedRunError(f"node {event.node} was lost")
 
 
 @dataclass(frozen=True, kw_only=True)

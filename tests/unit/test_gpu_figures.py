@@ -11,8 +11,9 @@ import pytest
 from lambdascale.calibration import random_models
 from lambdascale.checkpoints import PackedModel
 from lambdascale.core import UserError
+from lambdascale.core.events import NodeJoined, NodeLost
 from lambdascale.experiments.gpu_figures import Outcome, Pair, Tables, curves, errors, orders, pairs, simulated, with_ramps
-from lambdascale.experiments.gpu_runs import FigureRun, Site, network
+from lambdascale.experiments.gpu_runs import DisturbedRunError, FigureRun, Site, check_undisturbed, network
 from lambdascale.figures.registry import FIGURES, figures_in, load_table, render
 from lambdascale.metrics.over_time import reached_s, token_rates
 
@@ -190,3 +191,9 @@ def test_models_are_packed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert random_models.packed(["mini"], tmp_path, 2) == found, "the one that exists"
     with pytest.raises(RuntimeError, match=r"packing mini under .* failed: exit status 1"):
         random_models.packed(["mini"], tmp_path, 4)
+
+
+def test_a_run_that_loses_a_node_is_not_kept() -> None:
+    with pytest.raises(DisturbedRunError, match="node 2 was lost"):
+        check_undisturbed(NodeLost(1.0, 2))
+    check_undisturbed(NodeJoined(1.0, 2))
