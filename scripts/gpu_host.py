@@ -8,7 +8,7 @@ apart) and nodes that load their own host copies; on eight GPUs the 70B shape in
 whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan at the
 rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and named;
 so is what --limit-s has left no time for. Models of random weights are packed under --memory, which takes 14, 26 and 138 GB,
-and twice that for the time of packing. «small» is for rehearsals on CPUs:
+and twice that for the time of packing; those that are there are used. «small» is for rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
 
@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -31,8 +30,7 @@ import torch
 from lambdascale.calibration import random_models
 from lambdascale.calibration.multicast_rates import link_rate, planned_s
 from lambdascale.calibration.multicast_runs import Timed, Trial
-from lambdascale.checkpoints import PackedModel, model_spec, pack, parse_architecture
-from lambdascale.checkpoints.synthetic import PRESETS, write_random
+from lambdascale.checkpoints import PackedModel, model_spec, parse_architecture
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting, run_trials
 from lambdascale.core import MulticastPlan
@@ -54,6 +52,11 @@ class Job:
     blocks: int
     clusters: tuple[tuple[str, ...], ...]
     quarters: bool = False
+
+    @property
+    def packed(self) -> str:
+        """Model to pack, as random_models names it."""
+        return f"{self.model}/{QUARTERS}" if self.quarters else self.model
 
     def __str__(self) -> str:
         return f"{self.model} in {self.blocks} blocks" + (", in quarters" if self.quarters else "")
@@ -99,7 +102,7 @@ def row(job: Job, system: str, trial: Trial, timed: Timed, model: PackedModel, r
     set_up = median(timed.set_up_s[1:] or timed.set_up_s) if timed.set_up_s else None
     planned = None if rate is None or trial.own_copies else planned_s(plan, model.block_bytes, rate)
     return {
-        "model": f"{job.model} in {QUARTERS}" if job.quarters else job.model,
+        "model": job.packed,
         "system": system,
         "sources": len(trial.sources),
         "destinations": len(trial.destinations),
@@ -115,27 +118,11 @@ def row(job: Job, system: str, trial: Trial, timed: Timed, model: PackedModel, r
     }
 
 
-def config_of(model: str, *, quarter: bool) -> dict[str, Any]:
-    """Return the config.json of a shape; of a quarter of its layers."""
-    found = PRESETS[model] if model in PRESETS else random_models.config(model)
-    return found | {"num_hidden_layers": found["num_hidden_layers"] // QUARTERS} if quarter else found
-
-
-def packed(job: Job, memory: Path) -> PackedModel:
-    """Pack a model of random weights."""
-    source, target = memory / job.model, memory / "packed"
-    source.mkdir()
-    write_random(config_of(job.model, quarter=job.quarters), source, 0, "BF16")
-    pack(source, target, job.blocks, "BF16", lambda written: None)
-    rmtree(source)
-    return PackedModel.open(target)
-
-
 def fits(job: Job) -> bool:
     """Return True if this machine's GPUs can hold the job's model."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or job.model not in random_models.SHAPES | random_models.LARGE:
         return True
-    spec = model_spec(parse_architecture(config_of(job.model, quarter=job.quarters)), "BF16", job.model)
+    spec = model_spec(parse_architecture(random_models.config(job.packed)), "BF16", job.model)
     arenas = 2 if job.quarters else 1  # a cluster of several models has room for one more than run
     return arenas * spec.size_bytes + _SPARE_BYTES <= torch.cuda.get_device_properties(0).total_memory
 
@@ -190,10 +177,13 @@ def main() -> None:
         if time.monotonic() - began > arguments.limit_s:
             left.append(f"{job}: --limit-s was over")
             continue
-        with TemporaryDirectory(dir=arguments.memory) as scratch:
-            for each in rows_of(job, arguments, gpus, packed(job, Path(scratch)), rate):
-                rows.append(each | {"measured_on": f"{card}, torch {torch.__version__}"})
-                pd.concat([before, pd.DataFrame(rows)]).to_csv(path, index=False, float_format="%.4g")
+        models = random_models.packed([job.packed], arguments.memory, job.blocks)
+        model = PackedModel.open(models[job.packed])
+        for each in rows_of(job, arguments, gpus, model, rate):
+            rows.append(each | {"measured_on": f"{card}, torch {torch.__version__}"})
+            pd.concat([before, pd.DataFrame(rows)]).to_csv(path, index=False, float_format="%.4g")
+        if job.model in random_models.LARGE:
+            rmtree(model.directory)  # two of them exceed memory
         print(f"{time.monotonic() - began:.1f} s: {job}", flush=True)
     table = pd.DataFrame(rows)
     print(table.drop(columns="measured_on", errors="ignore").to_string(index=False, float_format=lambda value: f"{value:.4g}"))

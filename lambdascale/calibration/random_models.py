@@ -27,24 +27,36 @@ LARGE = {"70B": (8192, 80, 64, 28672)}
 
 
 def config(model: str) -> dict[str, Any]:
-    """Return the config.json of Llama 2 in a size of SHAPES or LARGE."""
-    hidden, layers, heads, intermediate = (SHAPES | LARGE)[model]
-    kv_heads = 8 if model in LARGE else heads
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return _LLAMA2 | sizes | {"intermediate_size": intermediate}
+    """Return the config.json of Llama 2 in a size of SHAPES or LARGE; of «70B/4», with a quarter of its layers."""
+    size, _, parts = model.partition("/")
+    hidden, layers, heads, intermediate = (SHAPES | LARGE)[size]
+    kv_heads = 8 if size in LARGE else heads
+    return _LLAMA2 | {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers // int(parts or 1),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+    }
 
 
-def packed(sizes: Sequence[str], folder: Path, blocks: int) -> dict[str, Path]:
-    """Pack models of ``sizes`` as ``blocks`` under ``folder``, all at once; return their folders. Existing ones are kept."""
-    found = {size: folder / f"{size}-{blocks}" for size in sizes}
-    packing = {size: _pack(size, path, blocks) for size, path in found.items() if not path.exists()}
-    for size, process in packing.items():
+def packed(models: Sequence[str], folder: Path, blocks: int) -> dict[str, Path]:
+    """Pack models as ``blocks`` under ``folder``, all at once; return their folders. Existing ones are kept.
+
+    A model is what ``config`` takes or ``lambdascale pack --random`` has a name for.
+    """
+    found = {model: folder / f"{model.replace('/', '-of-')}-{blocks}" for model in models}
+    packing = {model: _pack(model, path, blocks) for model, path in found.items() if not path.exists()}
+    for model, process in packing.items():
         if process.wait():
-            raise RuntimeError(f"packing {size} under {folder} failed: exit status {process.returncode}")
+            raise RuntimeError(f"packing {model} under {folder} failed: exit status {process.returncode}")
     return found
 
 
-def _pack(size: str, path: Path, blocks: int) -> subprocess.Popen[bytes]:
-    described = path.with_suffix(".json")
-    described.write_text(json.dumps(config(size)))
-    return subprocess.Popen([*COMMAND, "pack", "--random", str(described), "--dtype", "bf16", "--blocks", str(blocks), str(path)])
+def _pack(model: str, path: Path, blocks: int) -> subprocess.Popen[bytes]:
+    which = model
+    if model.partition("/")[0] in SHAPES | LARGE:
+        described = path.with_suffix(".json")
+        described.write_text(json.dumps(config(model)))
+        which = str(described)
+    return subprocess.Popen([*COMMAND, "pack", "--random", which, "--dtype", "bf16", "--blocks", str(blocks), str(path)])
