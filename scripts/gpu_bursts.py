@@ -116,7 +116,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         f"system={system}",
         "system.memory.enabled=false",
         *site.overrides(paced=setting.link != UNPACED, slot_tokens=arguments.prompt + setting.output_tokens),
-        f"system.kv={setting.kv}",
+        *([f"system.kv={setting.kv}"] if system == "lambdascale" else []),  # others have no mode switches
         *network(setting.link),
         "cluster.pcie_bytes_per_s=50GB/s",
         "cluster.ssd_bytes_per_s=50GB/s",

@@ -1,8 +1,8 @@
 """Run figures 8 to 11 live on a machine's GPUs, all systems, and simulate the same requests on its measured profile.
 
 python scripts/gpu_figures.py [--models 7B,13B] [--traces DIR] [--nodes 4] [--link 400Gb/s] [--seeds 3] [--systems A,B]
-    [--kinds trace,burst] [--trace-s 30] [--starts 720,120,840] [--profile h200] [--memory /dev/shm] [--limit-s 560] [--out DIR]
-python scripts/gpu_figures.py --compare [--out DIR]
+    [--kinds trace,burst] [--trace-s 30] [--starts 720,120,840] [--profile NAME] [--memory /dev/shm] [--limit-s 560] [--out DIR]
+python scripts/gpu_figures.py --compare [--profile NAME] [--out DIR]
 
 A trace (figures 10 and 11) is a window of the authors' arrivals, in TRACES/lambdascale_30min_arrivals.txt; without the file a
 generated one. Its gaps are divided by 18 for 7B and by 9 for 13B, three times as much as by the authors: an H200 answers 64
@@ -35,6 +35,7 @@ import pandas as pd
 from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
 from lambdascale.core import UserError
+from lambdascale.experiments.compose import names
 from lambdascale.experiments.gpu_figures import SYSTEMS, Tables, carried_out, curves, errors, orders, pairs
 from lambdascale.experiments.gpu_runs import FigureRun, Site
 
@@ -86,7 +87,8 @@ def measure(arguments: argparse.Namespace) -> int:
         print(f"no {arguments.traces / TRACE}: the trace is a generated one (workload=bursty)", file=sys.stderr)
     sites = sites_of(arguments)
     print(f"{time.monotonic() - began:.1f} s: models are packed", flush=True)
-    runs = [run for run in wanted(arguments, authors) if run not in tables.done(measured_on)]
+    profile = arguments.profile or profile_of(card)
+    runs = [run for run in wanted(arguments, profile, authors) if run not in tables.done(measured_on)]
     left: list[str] = []
     failed = 0
     if runs:  # a mistake in the settings ends all here
@@ -116,7 +118,15 @@ def measure(arguments: argparse.Namespace) -> int:
     return int(failed > 0)
 
 
-def wanted(arguments: argparse.Namespace, authors: bool) -> Iterator[FigureRun]:
+def profile_of(card: str) -> str:
+    """Return the measured profile of a card; UserError for an unknown one."""
+    known = [name for name in names("cluster/measured") if name.upper() in card]
+    if not known:
+        raise UserError(f"no profile of {card} in conf/cluster/measured: name one with --profile")
+    return known[0]
+
+
+def wanted(arguments: argparse.Namespace, profile: str, authors: bool) -> Iterator[FigureRun]:
     """Return the runs that were asked for."""
     base = FigureRun(
         kind="trace",
@@ -124,7 +134,7 @@ def wanted(arguments: argparse.Namespace, authors: bool) -> Iterator[FigureRun]:
         system="",
         sources=1,
         seed=1,
-        profile=arguments.profile,
+        profile=profile,
         link=arguments.link,
         pcie=arguments.pcie,
         ssd=arguments.ssd,
@@ -152,11 +162,13 @@ def sites_of(arguments: argparse.Namespace) -> dict[str, Site]:
     return {Path(model).name: replace(site, checkpoint=str(folders.get(model, model))) for model in models}
 
 
-def compare(folder: Path) -> None:
-    """Simulate the runs of the tables and write the errors and the figure's curves."""
+def compare(folder: Path, profile: str | None) -> None:
+    """Simulate the runs of the tables, on another profile if one is given, and write the errors and the figure's curves."""
     tables = Tables(folder).frames
     if tables["gpu_figures"].empty:
         raise UserError(f"no gpu_figures.csv in {folder}: run this script on a machine with GPUs first")
+    if profile is not None:
+        tables["gpu_figures"]["profile"] = profile
     found = list(pairs(*tables.values()))
     table = errors(found)
     table.to_csv(folder / "gpu_figures_errors.csv", index=False, float_format="%.4g")
@@ -183,7 +195,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="requests of a burst")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--output", type=int, default=64)
-    parser.add_argument("--profile", default="h200", metavar="NAME", help="of conf/cluster/measured: decisions and simulations")
+    parser.add_argument("--profile", metavar="NAME", help="of conf/cluster/measured (default: the card's; to compare: the runs')")
     parser.add_argument("--link", default="400Gb/s", help="rate between nodes, or none: nothing is paced (default: %(default)s)")
     parser.add_argument("--pcie", default="26GB/s", help="rate of loads from host memory; the testbed's")
     parser.add_argument("--ssd", default="5GB/s", help="rate of loads from disk; the testbed's")
@@ -195,7 +207,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     if arguments.compare:
-        compare(arguments.out)
+        compare(arguments.out, arguments.profile)
         return 0
     return measure(arguments)
 

@@ -101,8 +101,8 @@ class FigureRun:
 
     @property
     def expected_s(self) -> float:
-        """Seconds that a live run takes, about: processes, requests, their last answers."""
-        return 8.0 + (self.length_s if self.kind == "trace" else 4.0)
+        """Seconds that a live run takes, about: processes, host memory to register, requests, their last answers."""
+        return 8.0 + 8.0 * self.host_copies + (self.length_s if self.kind == "trace" else 4.0)
 
     def live(self, site: Site, traces: str) -> Experiment:
         """Return the run on real processes; ``traces`` is the folder of the authors' trace."""

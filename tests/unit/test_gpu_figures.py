@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lambdascale.calibration import random_models
+from lambdascale.checkpoints import PackedModel
 from lambdascale.core import UserError
 from lambdascale.core.events import NodeJoined, NodeLost
 from lambdascale.experiments.gpu_figures import Outcome, Pair, Tables, curves, errors, orders, pairs, simulated, with_ramps
@@ -134,6 +136,7 @@ def test_a_ramp_is_to_the_rate_of_the_fastest_system() -> None:
 
     def pair(system: str, rate: int) -> Pair:
         row = {"kind": "burst", "model": "7B", "system": system, "sources": 1, "seed": 1, "link": "none", "host_copies": False}
+        row |= {"profile": "h200"}
         run = Outcome(row | {"measured_on": "x", "peak_tokens_per_s": float(rate)}, requests((2.0, 3.0, rate)), pd.DataFrame())
         return Pair(run.measures, run, [run])
 
@@ -178,6 +181,16 @@ def test_a_measured_figure_is_drawn_where_its_table_is(drawn: pd.DataFrame, tmp_
     drawn.to_csv(tmp_path / "gpu_live.csv", index=False)
     assert figures_in(tmp_path) == [*FIGURES, "gpu_live"]
     assert len(load_table(tmp_path, "gpu_live")) == len(drawn)
+
+
+def test_models_are_packed_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(random_models.SHAPES, "mini", (64, 4, 4, 128))
+    found = random_models.packed(["mini"], tmp_path, 2)
+    assert len(PackedModel.open(found["mini"]).blocks) == 2
+    monkeypatch.setattr(random_models, "COMMAND", ["false"])
+    assert random_models.packed(["mini"], tmp_path, 2) == found, "the one that exists"
+    with pytest.raises(RuntimeError, match=r"packing mini under .* failed: exit status 1"):
+        random_models.packed(["mini"], tmp_path, 4)
 
 
 def test_a_run_that_loses_a_node_is_not_kept() -> None:
