@@ -13,8 +13,8 @@ from lambdascale.experiments.compose import compose
 UNPACED = "none"
 # No run folder is written, and machines that are lent for minutes may lack what writes one.
 _NO_FILES = "logger._target_=builtins.dict"
-# Sizes of Llama 2 as scripts pack them -> models of conf/.
-_CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
+#: Sizes of Llama 2 as scripts pack them -> models of conf/.
+CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
 
 class DisturbedRunError(RuntimeError):
@@ -112,14 +112,14 @@ class FigureRun:
 
     def simulated(self, nodes: int, blocks: int) -> Experiment:
         """Return the simulation of the run, whose requests the caller has; UserError for a model without known sizes."""
-        require(self.model in _CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(_CONFIGURED)}")
+        require(self.model in CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(CONFIGURED)}")
         return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", _NO_FILES]))
 
     def _shared(self) -> list[str]:
         rates = [] if self.link == UNPACED else [f"cluster.pcie_bytes_per_s={self.pcie}", f"cluster.ssd_bytes_per_s={self.ssd}"]
         return [
             f"experiment={'paper_trace' if self.kind == 'trace' else 'fig08_rampup'}",
-            f"model={_CONFIGURED.get(self.model, 'smollm2')}",  # live, a name: sizes are the checkpoint's
+            f"model={CONFIGURED.get(self.model, 'smollm2')}",  # live, a name: sizes are the checkpoint's
             f"cluster=measured/{self.profile}",
             "cluster.usd_per_gpu_hour=3.0",
             f"system={self.system}",

@@ -109,7 +109,7 @@ def test_commands_simulations_and_a_live_controller_start_without_torch(module: 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_thread_waits_for_a_whole_device(path: Path) -> None:
-    """Waits for a whole device are errors while another thread records a graph, in both threads: wait for a stream or an event."""
+    """Waits for a device are errors while another thread records a graph, in both: wait for a stream or an event."""
     alone = "calibration" in path.parts  # no node runs in such a process
     assert alone or not re.search(r"cuda\.synchronize\(|cudaDeviceSynchronize|cuCtxSynchronize", path.read_text())
 
