@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--sources", type=numbers, default=[1])
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
-    parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy")
+    parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
