@@ -59,7 +59,7 @@ def test_execute_while_load(tiny: Path, transport: str, kv: str, monkeypatch: py
     assert (outcome.rows.restarts == 0).all()
 
 
-@pytest.mark.parametrize(("flops", "way"), [(1e13, "recompute"), (1e7, "copy")])
+@pytest.mark.parametrize(("flops", "way"), [(1e13, "recompute"), (3e9, "copy")])
 def test_kv_takes_the_cheapest_way(tiny: Path, flops: float, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes that are said to prefill slowly copy, others recompute prompts as short as these."""
     hold = Hold.back(LAST)
@@ -67,9 +67,9 @@ def test_kv_takes_the_cheapest_way(tiny: Path, flops: float, way: str, monkeypat
     watcher = Watcher(_tokens_of_pipeline, hold.release(1, 2, 3))
     system = system_of("lambdascale", "system.kv=cheapest", ALWAYS)
     changes = {"gpu": replace(small_cluster().gpu, peak_flops=flops)}
-    outcome = run(tiny, REQUESTS, system=system, executor="torch", watchers=[watcher], cluster_changes=changes)
+    outcome = run(tiny, REQUESTS, system=system, link="20MB/s", watchers=[watcher], cluster_changes=changes)
     check(outcome, tiny)
-    assert {command.kv for command in of(outcome, SwitchMode)} == {way}
+    assert way in {command.kv for command in of(outcome, SwitchMode)}
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

@@ -214,9 +214,14 @@ def test_a_setting_of_verify_that_does_not_exist() -> None:
         ({}, 40, (16, 40 * 1024)),  # a whole sequence
         ({}, 400 << 10, (10, 25 << 19)),  # a layer of it, beyond 8 MiB
         ({"transport": "cuda_ipc", "device": "cuda"}, 400 << 10, (16, 64 << 20)),
+        # A quarter of a tenth of 24 and of 2 GB: the rest is for weights and KV, and for all else.
+        ({"transport": "cuda_ipc", "device": "cuda", "gpu": 24 * 10**9}, 400 << 10, (8, 64 << 20)),
+        ({"transport": "cuda_ipc", "device": "cuda", "gpu": 2 * 10**9}, 400 << 10, (0, 0)),
+        ({"gpu": 2 * 10**9}, 40, (16, 40 * 1024)),  # in host memory
         ({}, 16 << 20, (0, 0)),  # a layer of 512 MiB
         ({"transport": "rdma"}, 40, (0, 0)),
         ({"kv": "recompute"}, 40, (0, 0)),
+        ({"kv": "cheapest"}, 40, (16, 40 * 1024)),
         ({"nodes": 1}, 40, (0, 0)),
     ],
 )
@@ -224,9 +229,10 @@ def test_places_for_kv(changes: dict[str, Any], kv_bytes_per_token: int, expecte
     """One layer of the longest sequence fits into each. Without them, KV travels in messages."""
     changes = dict(changes)
     nodes, system = changes.pop("nodes", 2), SimpleNamespace(kv=changes.pop("kv", "copy"))
+    gpu_bytes = changes.pop("gpu", 80 * 10**9)
     spec, architecture = SimpleNamespace(kv_bytes_per_token=kv_bytes_per_token), SimpleNamespace(layers=32)
     model: Any = SimpleNamespace(spec=spec, architecture=architecture)
-    assert LiveConfig(slot_tokens=1024, **changes)._kv_places([("m", model)], system, nodes) == expected
+    assert LiveConfig(slot_tokens=1024, **changes)._kv_places([("m", model)], system, nodes, gpu_bytes) == expected
 
 
 @pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])
