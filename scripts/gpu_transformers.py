@@ -1,10 +1,11 @@
 """Time Hugging Face transformers, compiled, on the shapes of scripts/gpu_check.py: decode steps and prefills.
 
-python scripts/gpu_transformers.py [--models 7B,13B] [--batches 1,8,32] [--prompts 512,2048] [--out results/tables]
+python scripts/gpu_transformers.py [--models 7B,13B] [--batches 1,8,32] [--prompts 512,2048] [--what decode,eager,compiled]
+    [--again] [--out results/tables]
 
 A decode step's time is what generate() adds for each further token, with a static cache. A prefill is a forward pass that keeps
 no KV, to the token on the host, as it is and compiled to CUDA graphs (mode reduce-overhead). Weights are random, in 16 bits.
-Compilation is not counted. Writes gpu_transformers.csv.
+Compilation is not counted. Adds to gpu_transformers.csv what it does not have for this card; --again measures that anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from lambdascale.calibration.random_models import SHAPES, config
 
 _CONTEXT, _FEW, _MANY, _ROUNDS = 512, 8, 40, 3
+_COLUMNS = ("what", "model", "batch", "tokens")
 
 
 def _numbers(text: str) -> list[int]:
@@ -75,15 +77,22 @@ def prefill_s(model: Any, tokens: int, *, compiled: bool) -> float:
     return median(once() for _ in range(3 * _ROUNDS))
 
 
-def rows_of(model: Any, size: str, batches: list[int], prompts: list[int]) -> Iterator[dict[str, Any]]:
-    """Measure decode steps of each batch and prefills of each length."""
-    for batch in batches:
-        yield {"what": "decode", "model": size, "batch": batch, "tokens": _CONTEXT, "ms": 1e3 * step_s(model, batch)}
+Case = tuple[str, str, int, int]
+_PREFILLS = {"eager": "prefill, eager", "compiled": "prefill, compiled"}
+
+
+def cases(size: str, what: list[str], batches: list[int], prompts: list[int]) -> Iterator[Case]:
+    """Return what is asked of a model as (what, model, batch, tokens): decode steps, then prefills."""
+    if "decode" in what:
+        yield from (("decode", size, batch, _CONTEXT) for batch in batches)
     for tokens in prompts:
-        for compiled in (False, True):
-            what = "prefill, compiled" if compiled else "prefill, eager"
-            took = prefill_s(model, tokens, compiled=compiled)
-            yield {"what": what, "model": size, "batch": 1, "tokens": tokens, "ms": 1e3 * took}
+        yield from ((name, size, 1, tokens) for key, name in _PREFILLS.items() if key in what)
+
+
+def time_s(model: Any, case: Case) -> float:
+    """Return the seconds of a case."""
+    what, _, batch, tokens = case
+    return step_s(model, batch) if what == "decode" else prefill_s(model, tokens, compiled=what == _PREFILLS["compiled"])
 
 
 def main() -> None:
@@ -92,17 +101,24 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--batches", type=_numbers, default="1,8,32")
     parser.add_argument("--prompts", type=_numbers, default="512,2048")
+    parser.add_argument("--what", default="decode,eager,compiled")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     card = f"1 x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    table = arguments.out / "gpu_transformers.csv"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    known = {(*(row[column] for column in _COLUMNS), row["measured_on"]): row for row in rows}
     for size in arguments.models.split(","):
-        model = model_of(size)
-        for row in rows_of(model, size, arguments.batches, arguments.prompts):
+        asked = list(cases(size, arguments.what.split(","), arguments.batches, arguments.prompts))
+        left = [case for case in asked if arguments.again or (*case, card) not in known]
+        model = model_of(size) if left else None
+        for case in left:
+            row = dict(zip(_COLUMNS, case, strict=True)) | {"ms": 1e3 * time_s(model, case), "measured_on": card}
             print(row, flush=True)
-            rows.append(row | {"measured_on": card})
-            pd.DataFrame(rows).to_csv(arguments.out / "gpu_transformers.csv", index=False, float_format="%.4g")
+            known[*case, card] = row
+            pd.DataFrame(known.values()).to_csv(table, index=False, float_format="%.4g")
         del model
         torch.cuda.empty_cache()
 

@@ -87,7 +87,6 @@ def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.devic
     operators = TritonOperators(a, tables, Scratch(dtype, device))
     wide = a.heads + 2 * a.kv_heads
     for rows in rehearsed_rows(a.kv_heads):
-        hidden = torch.zeros(rows, a.hidden, dtype=dtype, device=device)
         states = torch.zeros(rows, wide, a.head_dim, dtype=dtype, device=device)
         kv = torch.zeros(1, 2 * a.kv_heads, tokens, a.head_dim, dtype=dtype, device=device)
         padding = torch.full((rows,), -1, dtype=torch.long, device=device)
@@ -95,44 +94,42 @@ def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.devic
         query = operators.rotate(states, places, kv)
         for window in set(a.windows):
             operators.attend(query, places, kv, window)
-        operators.norm(hidden, hidden[0])
-        _rehearse_products(operators, rows, dtype, device)
-        if rows > MOST_ROWS:
-            both = torch.zeros(rows, 2 * a.intermediate, dtype=dtype, device=device)
-            block = min(1024, power(a.intermediate))
-            operators._kernels.gate_kernel[(1, 1)](both, both, a.intermediate, BLOCK=block, num_warps=4)
+            operators.rotate_and_attend(states, places, kv, window)
+        if rows <= MOST_ROWS:
+            _rehearse_products(operators, rows, dtype, device)
+    both = torch.zeros(1, 2 * a.intermediate, dtype=dtype, device=device)
+    block = min(1024, power(a.intermediate))
+    operators._kernels.gate_kernel[(1, 1)](both, both, a.intermediate, BLOCK=block, num_warps=4)
 
 
 def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compute a few outputs of every product: a kernel is compiled for types, flags and a tile, not for a number of outputs."""
     a = operators.architecture
-    normed = dtype is not torch.float16
-    states = (a.heads + 2 * a.kv_heads) * a.head_dim
-    # Inputs, outputs, added, gated, type of the result, biased.
-    cases: list[tuple[int, int, bool, bool, torch.dtype, bool]] = [
-        (a.hidden, states, False, False, dtype, a.qkv_bias),
-        (a.heads * a.head_dim, a.hidden, True, False, dtype, a.output_bias),
-        (a.hidden, a.intermediate, False, True, dtype, a.mlp_bias),
-        (a.intermediate, a.hidden, True, False, dtype, a.mlp_bias),
-        (a.hidden, a.vocab, False, False, torch.float32, False),
+    # Inputs, outputs, added, gated, prepares a norm, type of the result, biased.
+    cases: list[tuple[int, int, bool, bool, bool, torch.dtype, bool]] = [
+        (a.hidden, (a.heads + 2 * a.kv_heads) * a.head_dim, False, False, False, dtype, a.qkv_bias),
+        (a.heads * a.head_dim, a.hidden, True, False, True, dtype, a.output_bias),
+        (a.hidden, a.intermediate, False, True, False, dtype, a.mlp_bias),
+        (a.intermediate, a.hidden, True, False, True, dtype, a.mlp_bias),
+        (a.intermediate, a.hidden, True, False, False, dtype, a.mlp_bias),  # at a stage's end
+        (a.hidden, a.vocab, False, False, False, torch.float32, False),
     ]
-    for inputs, outputs, added, gated, result, biased in cases:
-        shape = tile(rows, outputs, added=added, gated=gated)
-        if shape is None:
-            continue
+    hidden = torch.zeros(rows, a.hidden, dtype=dtype, device=device)
+    operators.norm(hidden, hidden[0])
+    for inputs, outputs, added, gated, prepares, result, biased in cases:
+        shape = tile(rows, added=added, gated=gated)
+        assert shape is not None, "so few rows have tiles"
         few = 64 if outputs % 16 == 0 else 63  # kernels for multiples of 16 differ from the others
-        x = torch.zeros(rows, inputs, dtype=dtype, device=device)
         weight = torch.zeros(few * (2 if gated else 1), inputs, dtype=dtype, device=device)
-        out = torch.zeros(rows, few, dtype=result, device=device)
-        operators.product(
+        operators._product(
             shape,
-            x,
+            torch.zeros(rows, inputs, dtype=dtype, device=device),
             weight,
             weight[:, 0].contiguous() if biased else None,
-            out,
-            norm=x[0] if normed and not added else None,
+            torch.zeros(rows, few, dtype=result, device=device),
             added=added,
             gated=gated,
+            prepares=hidden[0] if prepares and dtype is not torch.float16 else None,
         )
 
 

@@ -16,49 +16,44 @@ from lambdascale.inference.weights import LayerWeights
 Tensor = torch.Tensor
 # Every program of linear_kernel computes all rows; tiles exist for at most this many.
 MOST_ROWS = 32
+# Outputs of a program that adds to the hidden states: it prepares the norm that follows.
+_SUMMED = 32
 # Programs that keep a GPU of 132 multiprocessors busy with attention.
-_PROGRAMS = 512
+_PROGRAMS = 256
 _MOST_SPLITS = 64
-# Number of outputs above which programs of few outputs each no longer run all at once on a GPU.
-_WIDE = 8192
-# Most outputs for which programs of 32 outputs, one on each of 132 multiprocessors, all run at once.
-_AT_ONCE = 32 * 132
 _ALL_TOKENS = 1 << 30
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows, columns and depth that a program of ``linear_kernel`` computes at a time, and its launch settings."""
+    """Rows, columns and depth that a program of ``linear_kernel`` computes at a time, and its launch settings.
+
+    ``swapped``: weights are the left operand of the matrix units.
+    """
 
     rows: int
     outputs: int
     inputs: int
     warps: int
     stages: int
+    swapped: bool = False
 
     def of(self, dtype: torch.dtype) -> Tile:
         """Return the tile for a type, of half the depth for float32: what a program has at a time must fit shared memory."""
-        return replace(self, inputs=self.inputs // 2) if dtype is torch.float32 and self.rows > 1 else self
+        return replace(self, inputs=self.inputs // 2) if dtype is torch.float32 else self
 
 
-def tile(rows: int, outputs: int, *, added: bool = False, gated: bool = False) -> Tile | None:
-    """Return the tile for a product, None where cuBLAS is as fast or faster.
+def tile(rows: int, *, added: bool = False, gated: bool = False) -> Tile | None:
+    """Return the tile for a product of so many rows, None where cuBLAS is as fast.
 
-    Chosen by measurement on an H100 and an H200, for the products of a 7B Llama and 1, 8 and 32 rows. One row reads its weights
-    at 80 to 100 % of the memory's rate (cuBLAS: 67 to 91); from two rows on, cuBLAS is at 70 to 95 %, and the kernel is ahead
-    only where it saves launches (the norm before and the gate after a product, the sum after it) or all programs run at once.
+    Chosen by measurement on an H200, for the products of a 7B Llama and 1, 8 and 32 rows. Those of up to 16 rows take the time of
+    one: the matrix units compute 16.
     """
-    if rows == 1:
-        if gated:
-            return Tile(1, 4, 1024, 4, 1)
-        return Tile(1, 4, 2048, 8, 1) if outputs > _WIDE else Tile(1, 8, 1024, 8, 1)
-    if rows <= 16 and gated:
-        return Tile(16, 128, 64, 4, 4)
-    if added and outputs <= _WIDE and rows <= MOST_ROWS:
-        if rows <= 16:
-            return Tile(16, 16, 256, 2, 4)
-        return Tile(32, 32, 256, 4, 5) if outputs <= _AT_ONCE else Tile(32, 16, 128, 4, 5)
-    return None
+    if rows > MOST_ROWS:
+        return None
+    if added:
+        return Tile(16, _SUMMED, 512, 4, 4) if rows <= 16 else Tile(MOST_ROWS, _SUMMED, 256, 4, 5)
+    return Tile(16 if rows <= 16 else MOST_ROWS, 64, 64 if gated else 128, 4, 4, swapped=True)
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
@@ -67,9 +62,9 @@ def splits_of(rows: int, kv_heads: int) -> int:
 
 
 def rehearsed_rows(kv_heads: int) -> tuple[int, ...]:
-    """Return numbers of rows that need all variants of the kernels between them: every tile, and every number of splits."""
-    by_splits = {splits_of(rows, kv_heads): rows for rows in range(_PROGRAMS, 0, -1)}
-    return tuple(sorted({1, 2, MOST_ROWS, MOST_ROWS + 1} | set(by_splits.values())))
+    """Return numbers of rows that need all variants of the kernels between them: every tile, and attention divided or not."""
+    divided = [rows for rows in range(2, _PROGRAMS) if splits_of(rows, kv_heads) > 1]
+    return tuple(sorted({1, 2, MOST_ROWS, _PROGRAMS, *divided[-1:]}))
 
 
 class TritonOperators(TorchOperators):
@@ -86,6 +81,8 @@ class TritonOperators(TorchOperators):
         a = architecture
         self._heads = a.heads + 2 * a.kv_heads
         self._block_d = power(a.head_dim)
+        # The hidden states and the norm's weights that the last product prepared (see linear_kernel).
+        self._prepared: tuple[Tensor, Tensor] | None = None
         self._early = kernels.STARTS_EARLY and can_start_early(tables.cos.device)
 
     def places(self, slots: Tensor, positions: Tensor, *, padded: bool = False) -> Places:
@@ -102,39 +99,45 @@ class TritonOperators(TorchOperators):
             hidden,
             weight,
             out,
+            self._squares(*hidden.shape),
             size,
             self.architecture.norm_eps,
+            SUMMED=_SUMMED,
             BLOCK=block,
             num_warps=max(4, min(16, block // 512)),
             **self._launch(len(hidden)),
         )
+        self._prepared = None
         return out
 
     def project(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         """See TorchOperators."""
-        a = self.architecture
-        shape = tile(len(hidden), len(layer.qkv))
+        a, shape = self.architecture, tile(len(hidden))
         if shape is None:
             return super().project(hidden, layer)
         out = self.scratch.take("wide", len(hidden), len(layer.qkv))
-        self._fused_product(shape, hidden, layer.input_norm, layer.qkv, layer.qkv_bias, out)
+        self._normed_product(shape, hidden, layer.input_norm, layer.qkv, layer.qkv_bias, out)
         return out.view(-1, self._heads, a.head_dim)
 
-    def add_product(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def add_product(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> None:
         """See TorchOperators."""
-        shape = tile(len(x), len(weight), added=True)
+        shape = tile(len(x), added=True)
+        self._prepared = None
         if shape is None:
             super().add_product(total, x, weight, bias)
         elif len(x):
-            self.product(shape, x, weight, bias, total, added=True)
+            # As float16, hidden states times the norm's weights may exceed what the type holds before they are scaled.
+            prepares = None if total.dtype is torch.float16 else norm
+            self._product(shape, x, weight, bias, total, added=True, prepares=prepares)
+            self._prepared = None if prepares is None else (total, prepares)
 
     def gated(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         """See TorchOperators."""
         rows, columns = len(hidden), len(layer.gate_up) // 2
         out = self.scratch.take("gated", rows, columns)
-        shape = tile(rows, columns, gated=True)
+        shape = tile(rows, gated=True)
         if shape is not None:
-            self._fused_product(shape, hidden, layer.post_norm, layer.gate_up, layer.gate_up_bias, out, gated=True)
+            self._normed_product(shape, hidden, layer.post_norm, layer.gate_up, layer.gate_up_bias, out, gated=True)
             return out
         both = self._wide(self.norm(hidden, layer.post_norm), layer.gate_up, layer.gate_up_bias)
         block = min(1024, power(columns))
@@ -166,77 +169,93 @@ class TritonOperators(TorchOperators):
 
     def attend(self, query: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
         """See TorchOperators."""
-        a, rows = self.architecture, len(query)
-        splits = splits_of(rows, a.kv_heads)
+        return self._attention(query, places, kv, window, rotated=True)
+
+    def rotate_and_attend(self, states: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
+        """See TorchOperators."""
+        return self._attention(states, places, kv, window, rotated=False)
+
+    def _attention(self, states: Tensor, places: Places, kv: Tensor, window: Window, *, rotated: bool) -> Tensor:
+        """Launch ``attend_kernel``, and ``join_kernel`` where it divides contexts."""
+        a, rows = self.architecture, len(states)
+        group, splits = a.heads // a.kv_heads, splits_of(rows, a.kv_heads)
         parts = self.scratch.take("parts", rows * a.heads * splits, a.head_dim, torch.float32)
         sums = self.scratch.take("sums", rows * a.heads, splits, torch.float32)
         out = self.scratch.take("attended", rows, a.heads * a.head_dim)
-        group = a.heads // a.kv_heads
         self._kernels.attend_kernel[(rows, a.kv_heads, splits)](
-            query,
+            states,
+            places.cos,
+            places.sin,
             kv,
             places.slots,
             places.positions,
             parts,
             sums,
-            query.stride(0),
+            out,
+            states.stride(0),
             kv.stride(0),
             kv.stride(1),
             a.head_dim**-0.5,
             _ALL_TOKENS if window is None else window,
+            splits,
             KV_HEADS=a.kv_heads,
             GROUP=group,
             DIM=a.head_dim,
             BLOCK_G=max(16, power(group)),
             BLOCK_D=max(16, self._block_d),
             BLOCK_T=64,
-            SPLITS=splits,
+            ROTATED=rotated,
+            WHOLE=splits == 1,
             num_warps=4,
-            num_stages=2,
+            num_stages=3,
             **self._launch(rows),
         )
-        self._kernels.join_kernel[(rows, a.heads)](
-            parts,
-            sums,
-            out,
-            HEADS=a.heads,
-            DIM=a.head_dim,
-            BLOCK_D=self._block_d,
-            SPLITS=splits,
-            num_warps=4,
-            **self._launch(rows),
-        )
+        if splits > 1:
+            self._kernels.join_kernel[(rows, a.heads)](
+                parts,
+                sums,
+                out,
+                splits,
+                HEADS=a.heads,
+                DIM=a.head_dim,
+                BLOCK_D=self._block_d,
+                BLOCK_S=_MOST_SPLITS,
+                num_warps=4,
+                **self._launch(rows),
+            )
         return out
 
     def logits(self, hidden: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """See TorchOperators."""
-        shape = tile(len(hidden), len(head))
+        shape = tile(len(hidden))
         if shape is None:
             return super().logits(hidden, norm, head)
         out = torch.empty(len(hidden), len(head), dtype=torch.float32, device=hidden.device)
-        self._fused_product(shape, hidden, norm, head, None, out)
+        self._normed_product(shape, hidden, norm, head, None, out)
         return out
 
     def _launch(self, rows: int) -> dict[str, bool]:
         """Return settings of a kernel's launch: of one row, kernels start early, where the GPU can do that.
 
-        The start of a kernel is a larger part of a shorter step. Of more rows, kernels that wait take room from those that run.
+        The start of a kernel is a larger part of a shorter step. From 8 rows on, steps became longer (results/LOG.md).
         """
         return {"EARLY": True, "launch_pdl": True} if self._early and rows == 1 else {"EARLY": False}
 
-    def _fused_product(
+    def _squares(self, rows: int, hidden: int) -> Tensor:
+        return self.scratch.take("squares", rows, -(-hidden // _SUMMED), torch.float32)
+
+    def _normed_product(
         self, shape: Tile, hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False
     ) -> None:
         """Set ``out`` to the norm of ``hidden`` times ``weight`` transposed, plus ``bias``."""
         if not len(hidden):
             return
-        if hidden.dtype is torch.float16:
-            # Hidden states times the norm's weights may exceed what this type holds before they are scaled.
-            self.product(shape, self.norm(hidden, norm), weight, bias, out, gated=gated)
-        else:
-            self.product(shape, hidden, weight, bias, out, norm=norm, gated=gated)
+        # The product that made these hidden states has prepared their norm; embeddings, and selected rows, come without one.
+        is_prepared = self._prepared is not None and self._prepared[0] is hidden and self._prepared[1] is norm
+        x = self.scratch.take("scaled", *hidden.shape) if is_prepared else self.norm(hidden, norm)
+        self._product(shape, x, weight, bias, out, gated=gated)
 
-    def product(
+    def _product(
         self,
         shape: Tile,
         x: Tensor,
@@ -244,19 +263,22 @@ class TritonOperators(TorchOperators):
         bias: Tensor | None,
         out: Tensor,
         *,
-        norm: Tensor | None = None,
         added: bool = False,
         gated: bool = False,
+        prepares: Tensor | None = None,
     ) -> None:
-        """Launch ``linear_kernel`` with tiles of ``shape``, for types of 16 bits, which must have room for the rows."""
-        outputs, inputs, t = len(weight) // 2 if gated else len(weight), weight.shape[1], shape.of(weight.dtype)
+        """Launch ``linear_kernel`` with tiles of ``shape``, which must have room for the rows."""
+        rows, outputs, inputs = len(x), len(weight) // 2 if gated else len(weight), weight.shape[1]
+        t = shape.of(weight.dtype)
         self._kernels.linear_kernel[(-(-outputs // t.outputs),)](
             x,
-            norm if norm is not None else x,
+            self._squares(rows, outputs if added else inputs),
             weight,
             bias if bias is not None else x,
             out,
-            len(x),
+            prepares if prepares is not None else x,
+            self.scratch.take("scaled", rows, outputs) if prepares is not None else x,
+            rows,
             outputs,
             inputs,
             x.stride(0),
@@ -264,14 +286,18 @@ class TritonOperators(TorchOperators):
             BLOCK_M=t.rows,
             BLOCK_N=t.outputs,
             BLOCK_K=t.inputs,
-            EVEN_K=inputs % t.inputs == 0,
-            NORMED=norm is not None,
+            BLOCK_S=1 if added else power(-(-inputs // _SUMMED)),
+            SUMMED=_SUMMED,
+            SWAPPED=t.swapped,
+            # Both products that add share a kernel, whatever their inputs.
+            EVEN_K=not added and inputs % t.inputs == 0,
             BIASED=bias is not None,
             ADDED=added,
             GATED=gated,
+            PREPARES=prepares is not None,
             num_warps=t.warps,
             num_stages=t.stages,
-            **self._launch(len(x)),
+            **self._launch(rows),
         )
 
 

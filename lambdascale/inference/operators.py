@@ -73,8 +73,11 @@ class TorchOperators:
     def _wide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias, self.scratch.take("wide", len(x), len(weight)))
 
-    def add_product(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Add ``x`` times ``weight`` transposed, plus ``bias``, to ``total`` [rows, outputs]."""
+    def add_product(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> None:
+        """Add ``x`` times ``weight`` transposed, plus ``bias``, to ``total`` [rows, outputs].
+
+        ``norm``: weights of the RMS norm of ``total`` that follows, if any; kernels prepare it.
+        """
         add_linear(total, x, weight, bias)
 
     def gated(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
@@ -109,6 +112,10 @@ class TorchOperators:
                 grouped = query[row].reshape(a.kv_heads, a.heads // a.kv_heads, a.head_dim)
                 found[row] = functional.scaled_dot_product_attention(grouped, keys, values).flatten()
         return found
+
+    def rotate_and_attend(self, states: Tensor, places: Places, kv: Tensor, window: Window) -> Tensor:
+        """Rotate and write KV as ``rotate`` does, then attend: ``states`` may be left as they were."""
+        return self.attend(self.rotate(states, places, kv), places, kv, window)
 
     def logits(self, hidden: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """Logits of normed hidden states: [rows, vocabulary], float32."""

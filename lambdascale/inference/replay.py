@@ -1,4 +1,4 @@
-"""Iterations as CUDA graphs: the hundreds of launches of an iteration are recorded once for each form and replayed by one call.
+"""Iterations as CUDA graphs: the hundreds of launches of an iteration are recorded once for each form and replayed by two calls.
 
 A recording has fixed addresses and a fixed number of rows: an iteration is padded to its form, and what it needs from the host
 lies in registered memory that the recording itself reads. It also chooses the likeliest tokens and brings them back. One
@@ -11,6 +11,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ Tensor = torch.Tensor
 # From inputs, slots [rows], positions [rows] (-1: padding) and answering rows [answers] to hidden states [rows, hidden] or logits
 # [answers, vocabulary], without the host. Calls its last argument between two layers.
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Callable[[], None]], Tensor]
+
+
+# To launch a graph takes the host 0.3 to 1 us for each of its kernels, before the first of them starts. So a recording is two
+# graphs: the device computes these layers while the host launches the others.
+_FIRST_LAYERS = 2
 
 
 class Abandoned(Exception):
@@ -48,20 +54,21 @@ class Replay:
         self._places[1].fill(-1)
         # Behind the last replay, which has read what was staged for it.
         self._done = torch.cuda.Event() if on_gpu else None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: tuple[torch.cuda.CUDAGraph, ...] = ()
         self._output: Tensor | None = None
 
     @property
     def recorded(self) -> bool:
-        """True once a call takes one launch."""
-        return self._graph is not None
+        """True once a call replays graphs."""
+        return bool(self._graphs)
 
     def __call__(self, batch: StageBatch, inputs: Tensor, recorder: Recorder | None) -> Tensor:
         """Return the step's output in memory that the next call may overwrite. ``recorder``: on a GPU, what records."""
         self._wait()
         self._give(batch, inputs)
-        if self._graph is not None:
-            self._graph.replay()
+        if self._graphs:
+            for graph in self._graphs:
+                graph.replay()
             output = self._output
             assert output is not None, "recording leaves an output"
         elif recorder is None:
@@ -86,14 +93,19 @@ class Replay:
         """
         with recorder.recording():
             output = self._compute(between)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile; this one must not wait for the device.
-            graph.capture_begin(pool=recorder.pool, capture_error_mode="thread_local")
+            layers, graphs = count(), [recorder.begin()]
+
+            def cut() -> None:
+                between()
+                if next(layers) == _FIRST_LAYERS:
+                    graphs[-1].capture_end()
+                    graphs.append(recorder.begin())
+
             try:
-                recorded = self._compute(between)
+                recorded = self._compute(cut)
             finally:
-                graph.capture_end()
-        self._graph, self._output = graph, recorded
+                graphs[-1].capture_end()
+        self._graphs, self._output = tuple(graphs), recorded
         return output
 
     def _wait(self) -> None:
@@ -142,9 +154,19 @@ class Recorder:
         self._anchor = torch.cuda.CUDAGraph()
         with self.recording():
             nothing = torch.zeros(1, device=device)
-            self._anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            self._begin(self._anchor)
             nothing.zero_()
             self._anchor.capture_end()
+
+    def begin(self) -> torch.cuda.CUDAGraph:
+        """Begin to record a graph."""
+        graph = torch.cuda.CUDAGraph()
+        self._begin(graph)
+        return graph
+
+    def _begin(self, graph: torch.cuda.CUDAGraph) -> None:
+        # Other threads may allocate meanwhile; this one must not wait for the device.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -182,7 +204,7 @@ class Replays:
         self._hidden = None if hidden is None else torch.zeros(MOST_REPLAYED, hidden, dtype=dtype, device=device)
 
     def __len__(self) -> int:
-        """Number of forms whose iterations take one launch."""
+        """Number of forms whose iterations are recorded."""
         return sum(map(self.has, self._made))
 
     def serves(self, form: Form) -> bool:
@@ -215,7 +237,7 @@ class Replays:
                 replay.record(self._recorder, between)
 
     def has(self, form: Form) -> bool:
-        """Return True if an iteration of this form takes one launch."""
+        """Return True if an iteration of this form is recorded."""
         return form in self._made and (self._recorder is None or self._made[form].recorded)
 
     def _take(self, form: Form) -> Replay:

@@ -224,7 +224,7 @@ class TransformerStage:
                 hidden, query = hidden[wanted], query[wanted]
                 batch, parts = pruned, last_parts or Parts((), None)
                 places = Places(places.slots[wanted], places.positions[wanted], places.cos, places.sin)
-            self._rest(operators, layer, hidden, self._attend(index, query, places, parts))
+            self._rest(operators, layer, hidden, self._attend(index, query, places, parts), self._norm_after(index))
         return self._leaving(operators, hidden)
 
     def _attend(self, index: int, query: Tensor, places: Places, parts: Parts) -> Tensor:
@@ -256,10 +256,16 @@ class TransformerStage:
         assert self.blocks[0].embedding is not None, "the first block has the embedding"
         return functional.embedding(self._there(inputs), self.blocks[0].embedding)
 
-    def _rest(self, operators: TorchOperators, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> None:
-        """Compute the part of a layer that follows attention."""
-        operators.add_product(hidden, attended, layer.output, layer.output_bias)
-        operators.add_product(hidden, operators.gated(hidden, layer), layer.down, layer.down_bias)
+    def _norm_after(self, index: int) -> Tensor | None:
+        """Return the weights of the norm that follows a layer, if this stage has them."""
+        return self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self.blocks[-1].norm
+
+    def _rest(
+        self, operators: TorchOperators, layer: LayerWeights, hidden: Tensor, attended: Tensor, norm: Tensor | None
+    ) -> None:
+        """Compute the part of a layer that follows attention. ``norm``: weights of the norm that follows the layer."""
+        operators.add_product(hidden, attended, layer.output, layer.output_bias, layer.post_norm)
+        operators.add_product(hidden, operators.gated(hidden, layer), layer.down, layer.down_bias, norm)
 
     def _leaving(self, operators: TorchOperators, hidden: Tensor) -> Tensor:
         if not self.is_last:
@@ -283,17 +289,17 @@ def _step_of(stage: TransformerStage, operators: TorchOperators, form: Form) -> 
             between()
             kv, window = stage.kv.both[index], stage._windows[index]
             states = operators.project(hidden, layer)
-            query = operators.rotate(states, places, kv)
             if not form.prompt:
-                attended = operators.attend(query, places, kv, window)
+                attended = operators.rotate_and_attend(states, places, kv, window)
             else:
+                query = operators.rotate(states, places, kv)
                 # Rows that decode follow the prompt, so that it does not see them; their results are replaced.
                 attended = attend_whole(states, heads, kv_heads)
                 if lone is not None:
                     attended.index_copy_(0, decodes, operators.attend(query[decodes], lone, kv, window))
                 if stage.is_last and index == last:
                     hidden, attended = hidden[answering], attended[answering]
-            stage._rest(operators, layer, hidden, attended)
+            stage._rest(operators, layer, hidden, attended, stage._norm_after(index))
         return stage._leaving(operators, hidden)
 
     return step

@@ -79,6 +79,18 @@ def test_products(rows: int, biased: bool, dtype: torch.dtype) -> None:
     for operators, total in ((reference, one), (fused, two)):
         operators.add_product(total, hidden.flip(1).contiguous(), weights.output, weights.output_bias)
     near(two, one, dtype)
+    norms = (weights.post_norm, weights.input_norm)
+    results = []
+    for operators, total in ((reference, one), (fused, two)):
+        # Norms that the product before has prepared, and after others.
+        x, again = hidden.flip(1).contiguous(), []
+        for norm in norms:
+            operators.add_product(total, x, weights.output, weights.output_bias, norm)
+            made = operators.gated(total, weights) if norm is weights.post_norm else operators.project(total, weights)
+            again.append(made.clone())
+        results.append(again)
+    for found, wanted in zip(*reversed(results), strict=True):
+        near(found, wanted, dtype)
     head = noise(257, a.hidden, dtype=dtype)
     logits = fused.logits(hidden, weights.input_norm, head)
     assert logits.dtype is torch.float32
@@ -105,7 +117,9 @@ def test_rotation_and_attention(rows: int, shape: tuple[int, int, int], dtype: t
         places = operators.places(slots, positions, padded=True)
         query = operators.rotate(own, places, cache)
         live = positions >= 0
-        results.append((query[live], cache, *(operators.attend(query, places, cache, w).clone() for w in (None, 1, 50))))
+        apart = [operators.attend(query, places, cache, w).clone() for w in (None, 1, 50)]
+        once = [operators.rotate_and_attend(states.clone(), places, other := kv.clone(), w).clone() for w in (None, 1, 50)]
+        results.append((query[live], cache, *apart, *once, other))
     for found, wanted in zip(results[1], results[0], strict=True):
         near(found, wanted, dtype)
     assert not rows > 2 or not results[1][2][-1].any()
@@ -138,7 +152,9 @@ def test_no_iteration_compiles_anything() -> None:
         query = operators.rotate(operators.project(hidden, weights), operators.places(places[0], places[1]), kv)
         for begin in {0, rows // 2, rows - 1}:
             operators.attend(query[begin:], operators.places(places[0, begin:], places[1, begin:]), kv, None)
-        operators.add_product(hidden, query.flatten(1), weights.output, None)
-        operators.gated(hidden, weights)
+        operators.rotate_and_attend(operators.project(hidden, weights), operators.places(places[0], places[1]), kv, None)
+        for norm in (weights.post_norm, None):
+            operators.add_product(hidden, query.flatten(1), weights.output, None, norm)
+            operators.gated(hidden, weights)
         operators.logits(hidden, weights.input_norm, head)
     assert variants() == before

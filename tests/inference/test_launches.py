@@ -37,19 +37,26 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         setattr(made, f"{name}_kernel", Recorder())
     monkeypatch.setitem(sys.modules, "lambdascale.inference.kernels", made)
     monkeypatch.setattr(lambdascale.inference, "kernels", made, raising=False)
-    return made
+    found: ModuleType = made
+    return found
+
+
+def operators(dtype: torch.dtype = torch.float32) -> fused.TritonOperators:
+    a = parse_architecture(dict(PRESETS["tiny"]))
+    return fused.TritonOperators(a, rope_tables(a, 8, dtype, CPU), Scratch(dtype, CPU))
 
 
 def step(rows: int) -> None:
-    """Launch the kernels of a layer of a decode step."""
-    a = parse_architecture(dict(PRESETS["tiny"]))
-    operators = fused.TritonOperators(a, rope_tables(a, 8, torch.float32, CPU), Scratch(torch.float32, CPU))
+    """Launch the kernels of a part of a layer of a decode step, and those of prompts."""
+    found = operators()
+    a = found.architecture
     states = torch.zeros(rows, a.heads + 2 * a.kv_heads, a.head_dim)
     kv = torch.zeros(rows, 2 * a.kv_heads, 8, a.head_dim)
-    places = operators.places(torch.arange(rows), torch.zeros(rows, dtype=torch.long))
-    operators.attend(operators.rotate(states, places, kv), places, kv, None)
+    places = found.places(torch.arange(rows), torch.zeros(rows, dtype=torch.long))
+    found.rotate(states, places, kv)
+    found.rotate_and_attend(states, places, kv, None)
     weight = torch.zeros(a.hidden, a.hidden)
-    operators.add_product(torch.zeros(rows, a.hidden), torch.zeros(rows, a.hidden), weight, None)
+    found.add_product(torch.zeros(rows, a.hidden), torch.zeros(rows, a.hidden), weight, None)
 
 
 @pytest.mark.parametrize(("able", "rows", "early"), [(True, 1, True), (True, 2, False), (False, 1, False)])
@@ -69,3 +76,28 @@ def test_an_older_triton_starts_nothing_early(kernels: Any, monkeypatch: pytest.
     monkeypatch.setattr(fused, "can_start_early", lambda device: True)
     step(1)
     assert all("launch_pdl" not in settings for settings in kernels.attend_kernel.launches)
+
+
+def test_contexts_that_are_not_divided_are_not_joined(kernels: Any) -> None:
+    step(200)
+    assert kernels.attend_kernel.launches[0]["WHOLE"]
+    assert not kernels.join_kernel.launches
+
+
+@pytest.mark.parametrize(("dtype", "norms"), [(torch.bfloat16, [0, 0, 1, 2, 3]), (torch.float16, [1, 2, 3, 4, 5])], ids=str)
+def test_a_product_prepares_the_norm_of_its_sum(kernels: Any, dtype: torch.dtype, norms: list[int]) -> None:
+    """Not of another sum, not by other weights, not once the memory holds another norm; nor in float16, which may overflow."""
+    found = operators(dtype)
+    a = found.architecture
+    hidden, weight = torch.zeros(2, a.hidden, dtype=dtype), torch.zeros(a.hidden, a.hidden, dtype=dtype)
+    norm, other = torch.ones(a.hidden, dtype=dtype), torch.ones(a.hidden, dtype=dtype)
+    counts = []
+    found.add_product(hidden, hidden, weight, None, norm)
+    for given, by in ((hidden, norm), (hidden, norm), (hidden.clone(), norm), (hidden, norm)):
+        found.logits(given, by, weight)
+        counts.append(len(kernels.norm_kernel.launches))
+    found.add_product(hidden, hidden, weight, None, norm)
+    found.logits(hidden, other, weight)
+    counts.append(len(kernels.norm_kernel.launches))
+    assert counts == norms
+    assert [launch["PREPARES"] for launch in kernels.linear_kernel.launches].count(True) == (2 if norms[0] == 0 else 0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lambdascale.control import BatchLimits
 from lambdascale.inference import Engine, Sampling, Segment, StageBatch, Ticket, TransformerStage, load_blocks
 from lambdascale.inference.choosing import choose
 from lambdascale.inference.forms import Form, form_of, usual_forms
+from lambdascale.inference.replay import Abandoned, Replay
 from lambdascale.inference.scratch import Scratch
 
 from .conftest import VARIANTS, Answer
@@ -217,3 +220,65 @@ def test_memory_of_recordings_never_moves_nor_goes() -> None:
     loose.take("a", 2, 3)
     loose.take("a", 5, 3)
     assert loose._outgrown == []
+
+
+class Graphs:
+    """A recorder in the place of CUDA's; ``log``: what is done, with the number of the graph."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []
+        self.made = 0
+
+    def recording(self) -> Any:
+        return nullcontext()
+
+    def begin(self) -> Any:
+        self.made += 1
+        graph: Any = type("Graph", (), {})()
+        graph.capture_end = lambda number=self.made: self.log.append(("end", number))
+        graph.replay = lambda number=self.made: self.log.append(("replay", number))
+        self.log.append(("begin", self.made))
+        return graph
+
+
+def replay_of(layers: int, log: list[tuple[str, int]]) -> Replay:
+    """A replay whose step calls back before each of its layers."""
+
+    def step(inputs: torch.Tensor, slots: object, positions: object, answering: object, between: Callable[[], None]) -> Any:
+        for layer in range(layers):
+            between()
+            log.append(("layer", layer))
+        return inputs
+
+    return Replay(Form(1), step, torch.zeros(1, 2), torch.device("cpu"), is_last=False)
+
+
+@pytest.mark.parametrize(("layers", "graphs"), [(1, 1), (2, 1), (3, 2), (32, 2)])
+def test_a_recording_is_launched_in_two_parts(layers: int, graphs: int) -> None:
+    """The host launches most of it while the GPU computes the first two layers; the parts follow one another."""
+    recorder: Any = Graphs()
+    replay = replay_of(layers, recorder.log)
+    replay(decode({0: 0}), torch.zeros(1, 2), recorder)
+    recorded = recorder.log[layers:]  # after the computation that loads libraries
+    first = [("layer", layer) for layer in range(min(layers, 2))]
+    later = [("begin", 2), *(("layer", layer) for layer in range(2, layers)), ("end", 2)]
+    assert recorded == [("begin", 1), *first, ("end", 1), *(later if graphs == 2 else [])]
+    recorder.log.clear()
+    replay(decode({0: 1}), torch.zeros(1, 2), recorder)
+    assert recorder.log == [("replay", number) for number in range(1, graphs + 1)]
+
+
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_a_part_that_is_given_up_is_ended_and_not_replayed(stop: int) -> None:
+    recorder: Any = Graphs()
+    replay = replay_of(4, [])
+    asked = iter(range(-3, 5))  # four layers are computed first
+
+    def between() -> None:
+        if next(asked) == stop:
+            raise Abandoned
+
+    with pytest.raises(Abandoned):
+        replay.record(recorder, between)
+    assert not replay.recorded
+    assert [what for what, _ in recorder.log] == ["begin", "end"] * (1 if stop <= 3 else 2)
