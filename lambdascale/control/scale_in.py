@@ -51,10 +51,22 @@ class ScaleIn:
             and peak_running >= calm.peak_running
             and peak_queued >= calm.peak_queued
             and at <= calm.until
-            and not state.draining
-            and state.replicas == calm.replicas
+            and (state.draining == calm.draining == 0 or self._is_draining(state))
+            and len(state.allocations) == calm.allocations
+            and state.spared == calm.spared
             and (not queued or state.queue[0].kv_tokens <= state.least_kv_tokens)
         )
+
+    @staticmethod
+    def _is_draining(state: ModelState) -> bool:
+        """True if as many instances as at the last look are drained, of as many, and all of them have requests."""
+        drained = 0
+        for instance in state.instances.values():
+            if instance.draining:
+                if not instance.outstanding:
+                    return False
+                drained += 1
+        return drained == state.draining == state.calm.draining and len(state.instances) == state.calm.instances
 
     def look(self, state: ModelState, desired: int) -> None:
         """Take instances back into service, drain others and release those that are empty; ``desired`` replicas now.
@@ -71,19 +83,25 @@ class ScaleIn:
                 pass
         if state.draining:
             self._release_empty(state)
-        elif copies >= desired:
-            self._calm_down(state, queued, running, copies)
+        self._calm_down(state, desired, queued, running)
 
-    def _calm_down(self, state: ModelState, queued: int, running: int, copies: int) -> None:
-        """Note when looks decide nothing, as one did not; ``queued`` and ``running`` at the peak."""
+    def _calm_down(self, state: ModelState, desired: int, queued: int, running: int) -> None:
+        """Note when further looks decide nothing; ``queued`` and ``running`` at the peak."""
         calm, until, wanted = state.calm, inf, self._autoscaler.desired(queued, running)
-        if wanted < copies:
-            if not self._keep_alive_s or self._spares(queued, running, copies, copies - 1, copies - 1):
+        serving = state.replicas - state.draining
+        # With fewer, drained instances may be due to serve again.
+        enough = min(serving, len(state.instances) - state.draining) if state.draining else serving
+        if enough < desired:
+            return
+        if wanted < serving:
+            if not self._keep_alive_s or self._spares(queued, running, serving, serving - 1, serving - 1):
                 return
             idle = [instance.idle_since for instance in state.instances.values() if not instance.outstanding]
             until = min([self._fleet.at, *idle]) + self._keep_alive_s - 2 * _TOLERANCE
-        calm.until, calm.peak_queued, calm.peak_running, calm.replicas = until, queued, running, copies
-        if wanted > copies:
+        calm.until, calm.peak_queued, calm.peak_running = until, queued, running
+        calm.allocations, calm.spared = len(state.allocations), state.spared
+        calm.draining, calm.instances = state.draining, len(state.instances)
+        if wanted > enough:
             queued, running = len(state.queue), state.running
         calm.queued, calm.running = queued, running
 

@@ -66,7 +66,9 @@ def _ticked(world: World, ticks: int) -> list[str]:
     return [line for _ in range(ticks) if world.ticking for line in world.tick()]
 
 
-@pytest.mark.parametrize("field", ["until", "queued", "running", "peak_queued", "peak_running", "replicas", "draining"])
+@pytest.mark.parametrize(
+    "field", ["until", "queued", "running", "peak_queued", "peak_running", "allocations", "spared", "draining"]
+)
 def test_everything_that_calm_depends_on_is_compared(field: str) -> None:
     world = World(min_replicas=1)
     world.arrive(2)
@@ -79,7 +81,9 @@ def test_everything_that_calm_depends_on_is_compared(field: str) -> None:
         state.calm.until = world.at - 0.01
     else:
         setattr(
-            state.calm, field, getattr(state.calm, field) + (1 if field in ("peak_queued", "peak_running", "replicas") else -1)
+            state.calm,
+            field,
+            getattr(state.calm, field) + (1 if field in ("peak_queued", "peak_running", "allocations", "spared") else -1),
         )
     assert not scale_in.is_calm(state)
 
