@@ -159,31 +159,29 @@ class LinkNetwork:
 
     def _finish_part(self, flow: Flow) -> None:
         """Let the next part take a part's place. By itself on its ports, its rate is the same, and it need not leave them."""
-        for port in flow.ports:
+        ports = flow.ports
+        alone = self.grants is None
+        for port in ports:
             if len(port.flows) > 1:
-                self._leave(flow)
-                size_bytes = flow.on_done()
-                if size_bytes is not None:
-                    flow.remaining, flow.rate = size_bytes, 0.0
-                    self._enter(flow)
-                elif flow.group is not None:
-                    del flow.group.flows[flow]
-                return
+                alone = False
+        if not alone:
+            self._leave(flow)
         size_bytes = flow.on_done()
         if size_bytes is None:
-            self._leave(flow)
+            if alone:
+                self._leave(flow)
             if flow.group is not None:
                 del flow.group.flows[flow]
-            return
-        if self.grants is not None:
-            self._settle(flow)
-        before, self._next_id = flow.flow_id, self._next_id + 1
-        flow.flow_id = number = self._next_id
-        for port in flow.ports:
-            del port.flows[before]
-            port.flows[number] = flow
-        flow.remaining, flow.settled_s = size_bytes, self._kernel.now
-        self._grant(flow, flow.rate)
+        elif alone:
+            before, self._next_id = flow.flow_id, self._next_id + 1
+            flow.flow_id = number = self._next_id
+            for port in ports:
+                port.flows[number] = port.flows.pop(before)
+            flow.remaining, flow.settled_s = size_bytes, self._kernel.now
+            self._grant(flow, flow.rate)
+        else:
+            flow.remaining, flow.rate = size_bytes, 0.0
+            self._enter(flow)
 
     def _settle(self, flow: Flow) -> None:
         now = self._kernel.now
