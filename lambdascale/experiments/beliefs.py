@@ -138,7 +138,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         ratios = (p90[True] / p90[False]).dropna().tolist()
         found = over_draws(ratios)
         lower, (low, high) = 100 * (1 - found.value), (100 * (1 - found.high), 100 * (1 - found.low))
-        return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({len(ratios)} pairs, no interval)")
+        return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({len(ratios)} pairs)")
 
     def live(executes: str, sources: int) -> str:
         found = row("execute_while_load", executes=executes, sources=sources, backend="live-paced")
