@@ -32,6 +32,7 @@ from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.gpu_runs import UNPACED, DisturbedRunError, Site, check_undisturbed, network
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Times:
         self.last_block = 0.0
 
     def on_event(self, event: Event) -> None:
-        """Note an event."""
+        """Note an event. DisturbedRunError if a node was lost."""
+        check_undisturbed(event)
         if isinstance(event, RequestArrived):
             self.arrived[event.request.request_id] = event.request.arrival_s
         elif isinstance(event, TokensProduced) and event.request_id not in self.first:
@@ -102,21 +104,20 @@ class Times:
 
 def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Setting, seed: int) -> dict[str, Any]:
     """Run one burst and return its row."""
-    paced = setting.link != "none"
+    site = Site(
+        checkpoint=arguments.model,
+        nodes=arguments.nodes,
+        blocks=arguments.blocks,
+        device=arguments.device,
+        transport=arguments.transport,
+    )
     overrides = [
         f"cluster={arguments.cluster}",
         f"system={system}",
         "system.memory.enabled=false",
-        "backend=live",
-        f"backend.device={arguments.device}",
-        f"transport={arguments.transport}",
-        f"backend.checkpoint={arguments.model}",
-        f"backend.paced={str(paced).lower()}",
-        "backend.kernels=first",
-        f"backend.slot_tokens={arguments.prompt + setting.output_tokens}",
-        f"system.blocks={arguments.blocks}",
-        f"system.kv={setting.kv}",
-        f"cluster.nodes={arguments.nodes}",
+        *site.overrides(paced=setting.link != UNPACED, slot_tokens=arguments.prompt + setting.output_tokens),
+        *([f"system.kv={setting.kv}"] if system == "lambdascale" else []),  # others have no mode switches
+        *network(setting.link),
         "cluster.pcie_bytes_per_s=50GB/s",
         "cluster.ssd_bytes_per_s=50GB/s",
         "workload=burst",
@@ -126,14 +127,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         f"workload.prompt_tokens={arguments.prompt}",
         f"workload.output_tokens={setting.output_tokens}",
         f"seed={seed}",
-        "logger._target_=builtins.dict",  # no run folder is written, and GPU machines may lack what writes one
     ]
-    if paced:
-        overrides += [
-            f"cluster.nic_bytes_per_s={setting.link}",
-            "cluster.rdma_efficiency=1.0",
-            "cluster.collective_efficiency=1.0",
-        ]
     folder = None if arguments.timelines is None else arguments.timelines / _label(system, pipelines, setting, seed)
     if folder is not None:
         overrides.append(f"backend.timeline={folder}")
@@ -222,7 +216,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="DIR|NAME")
     parser.add_argument("--blocks", type=int, default=16)
@@ -232,7 +226,7 @@ def main() -> None:
     parser.add_argument("--sources", type=numbers, default=[1])
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
-    parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy")
+    parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
@@ -251,14 +245,19 @@ def main() -> None:
     path = arguments.out / ("gpu_bursts_shared.csv" if shared else "gpu_bursts.csv")
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     rows: list[dict[str, Any]] = []
-    began, left = time.monotonic(), 0
+    began, left, failed = time.monotonic(), 0, 0
     first = Setting("none", arguments.sources[0], arguments.counts[0], arguments.outputs[0], arguments.kv.split(",")[0])
     one(arguments, "lambdascale", True, first, 0)
     for order in orders(arguments):
         if time.monotonic() - began > arguments.limit_s:
             left += 1
             continue
-        row = one(arguments, *order)
+        try:
+            row = one(arguments, *order)
+        except DisturbedRunError as error:
+            failed += 1
+            print(f"{_label(*order)} FAILED: {error}", flush=True)
+            continue
         rows.append({**row, "measured_on": f"{card}, torch {torch.__version__}"})
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k not in ("backend", "prompt_tokens")}
         print(round(time.monotonic() - began, 1), *shown.values(), flush=True)
@@ -267,6 +266,7 @@ def main() -> None:
         print(f"{left} runs left out: --limit-s was over")
     if rows:
         print(differences(pd.DataFrame(rows)).to_string(index=False))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +22,11 @@ import torch
 from lambdascale.calibration import engine_rates, probes
 from lambdascale.calibration.divergence import divergence_rows
 from lambdascale.calibration.engine_rates import Row
+from lambdascale.calibration.random_models import COMMAND, SHAPES, packed
 from lambdascale.inference import TransformerStage
 
 ALL = ("decode", "prefill", "digest", "tokens", "multicast")
 BATCHES, CONTEXT, PROMPTS = (1, 8, 32), 512, (512, 2048)
-COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
 
 
 def engine(device: torch.device, model: str, read_rate: float, only: set[str]) -> Iterator[tuple[str, Row]]:
@@ -47,14 +46,11 @@ def multicasts(memory: Path, repeat: int = 5) -> Iterator[tuple[str, Row]]:
     """Time verified multicasts of a 7B model from one GPU to the others, and from half of them to the other half."""
     gpus = torch.cuda.device_count()
     with TemporaryDirectory(dir=memory) as scratch:
-        config, packed = Path(scratch) / "config.json", Path(scratch) / "7B"
-        config.write_text(json.dumps(engine_rates.config("7B")))
-        pack = ["pack", "--random", str(config), "--dtype", "bf16", "--blocks", str(engine_rates.BLOCKS), str(packed)]
-        subprocess.run([*COMMAND, *pack], check=True)
+        model = packed(["7B"], Path(scratch), engine_rates.BLOCKS)["7B"]
         for sources in sorted({1, max(1, gpus // 2)}):
             asked = ["--nodes", str(gpus), "--sources", str(sources), "--transport", "cuda_ipc", "--repeat", str(repeat)]
             done = subprocess.run(
-                [*COMMAND, "multicast", "--model", str(packed), *asked, "--json"], check=True, capture_output=True
+                [*COMMAND, "multicast", "--model", str(model), *asked, "--json"], check=True, capture_output=True
             )
             found = json.loads(done.stdout)
             first, *later = found["seconds"]
@@ -94,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     parser.add_argument("--only", default=",".join(ALL))
-    parser.add_argument("--models", default=",".join(engine_rates.SHAPES))
+    parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
     arguments = parser.parse_args()
     card = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"

@@ -2,10 +2,12 @@
 
 python scripts/gpu_profile.py --model DIR|NAME [--model DIR|NAME] --out conf/cluster/measured/NAME.yaml [--device cuda]
     [--errors FILE.csv] [--quick]
+python scripts/gpu_profile.py --compute 7B,13B --out FILE.yaml
 
 Writes the profile, with the rate of a copy between two GPUs as its network where the machine has two, and a table of errors in
 per cent: decode steps and prefills of the whole model beside ComputeModel and, unless the machine has just one
-GPU, a multicast beside its plan.
+GPU, a multicast beside its plan. With --compute only iterations are measured, of random weights in sizes of Llama 2, 20 s each:
+FILE.yaml has them as cluster.compute.measured of a profile, to replace those of an older engine.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from hydra.utils import instantiate
 
-from lambdascale.calibration import probes
-from lambdascale.calibration.iterations import GPU_GRID, Grid, decode, inputs_of, loaded, prefill
+from lambdascale.calibration import engine_rates, probes
+from lambdascale.calibration.iterations import GPU_GRID, Grid, decode, inputs_of, loaded, measure_whole, prefill, table
 from lambdascale.calibration.multicast_rates import link_rate
-from lambdascale.calibration.profile import ProfileRequest, measure, write
+from lambdascale.calibration.profile import ProfileRequest, measure, ms, plain, provenance, write
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
 from lambdascale.core.timing import ComputeModel
+from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.inference import StageBatch, TransformerStage
 from lambdascale.live.wire import Pass
 
@@ -93,10 +97,24 @@ def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Itera
     yield row("multicast", f"1 to {nodes - 1}, {transport}", found["plan_s"], median(found["seconds"][1:]))
 
 
+def compute_tables(sizes: list[str], device: torch.device) -> list[dict[str, Any]]:
+    """Measure iterations of models of random weights, as the tables of a profile."""
+    found = []
+    for size in sizes:
+        a = engine_rates.architecture(size)
+        times = measure_whole(a, engine_rates.random_weights(a, device), GPU_GRID)
+        found.append(plain(table(CONFIGURED[size], [times], GPU_GRID)))
+        print(f"{size}: {ms(times.prefill_s)}; {' | '.join(ms(row) for row in times.decode_s)}", flush=True)
+        torch.cuda.empty_cache()
+    return found
+
+
 def main() -> None:
     """Measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, action="append", help="a packed model or a built-in one's name; repeatable")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", action="append", help="a packed model or a built-in one's name; repeatable")
+    what.add_argument("--compute", metavar="SIZES", help="7B, 13B: measure iterations only")
     parser.add_argument("--blocks", type=int, default=16, help="number of blocks of a built-in model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--errors", type=Path, help="default: results/tables/errors_<name of --out>.csv")
@@ -104,6 +122,10 @@ def main() -> None:
     parser.add_argument("--disk", type=Path, default=Path("."))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
+    if arguments.compute is not None:
+        tables = compute_tables(arguments.compute.split(","), torch.device("cuda:0"))
+        arguments.out.write_text(f"# {provenance(torch.device('cuda:0'))}\n" + yaml.safe_dump(tables, sort_keys=False))
+        return
     models = [
         builtin_model(name, arguments.blocks) if name in NAMES else PackedModel.open(Path(name)) for name in arguments.model
     ]
@@ -131,11 +153,11 @@ def main() -> None:
         if gpus != 1:  # nodes need the memory of the GPU, which this process's weights would take
             found += multicast_rows(given, arguments.blocks, "cuda_ipc" if gpus else "shm", nodes)
         rows += [each | {"model": model.name} for each in found]
-    table = pd.DataFrame(rows).assign(measured_on=profile.provenance)
+    compared = pd.DataFrame(rows).assign(measured_on=profile.provenance)
     errors = arguments.errors or Path("results/tables") / f"errors_{arguments.out.stem}.csv"
     errors.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(errors, index=False, float_format="%.4g")
-    print(table.drop(columns="measured_on").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
+    compared.to_csv(errors, index=False, float_format="%.4g")
+    print(compared.drop(columns="measured_on").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"wrote {arguments.out} and {errors}")
 
 

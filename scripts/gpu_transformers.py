@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from lambdascale.calibration import engine_rates
+from lambdascale.calibration.random_models import SHAPES, config
 
 _CONTEXT, _FEW, _MANY, _ROUNDS = 512, 8, 40, 3
 
@@ -34,7 +34,7 @@ def model_of(size: str) -> Any:
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return LlamaForCausalLM(LlamaConfig(**engine_rates.config(size))).eval()
+            return LlamaForCausalLM(LlamaConfig(**config(size))).eval()
         finally:
             torch.set_default_dtype(torch.float32)
 
@@ -89,7 +89,7 @@ def rows_of(model: Any, size: str, batches: list[int], prompts: list[int]) -> It
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(engine_rates.SHAPES))
+    parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--batches", type=_numbers, default="1,8,32")
     parser.add_argument("--prompts", type=_numbers, default="512,2048")
     parser.add_argument("--out", type=Path, default=Path("results/tables"))

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lambdascale.calibration import probes
 from lambdascale.calibration.iterations import decode, prefill
+from lambdascale.calibration.random_models import config
 from lambdascale.checkpoints import Architecture, block_layouts, parse_architecture
 from lambdascale.checkpoints.convert import TORCH_TYPES
 from lambdascale.inference import BlockWeights, TransformerStage
@@ -27,25 +28,6 @@ Tensor = torch.Tensor
 Row = dict[str, Any]
 DTYPE = "BF16"
 BLOCKS = 16
-_LLAMA2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
-# Llama 2's published shapes.
-SHAPES = {"7B": (4096, 32, 32, 11008), "13B": (5120, 40, 40, 13824)}
-
-
-def config(model: str) -> dict[str, Any]:
-    """Return the config.json of Llama 2 in a size of SHAPES."""
-    hidden, layers, heads, intermediate = SHAPES[model]
-    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
-    return _LLAMA2 | sizes | {"intermediate_size": intermediate}
 
 
 def architecture(model: str) -> Architecture:

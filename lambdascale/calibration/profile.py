@@ -83,11 +83,11 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
     if request.sharing > 1:
         say(f"up to {request.sharing} processes computing at once")
         slowdown = shared_slowdown(request.models[0], request.sharing, request.threads)
-    provenance = _provenance(device)
+    measured_on = provenance(device)
     cluster = {
         "_target_": "lambdascale.core.ClusterSpec",
         "name": request.name,
-        "provenance": provenance,
+        "provenance": measured_on,
         "nodes": request.nodes,
         "gpus_per_node": 1,
         "gpu": {
@@ -102,7 +102,7 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
             # The rates above are measured, not from a datasheet: models without a table get all of each rate.
             "flops_efficiency": 1.0,
             "bandwidth_efficiency": 1.0,
-            "measured": [_plain(t) for t in tables],
+            "measured": [plain(t) for t in tables],
             "shared_slowdown": list(slowdown),
         },
         "nic_bytes_per_s": stream,
@@ -116,7 +116,7 @@ def measure(request: ProfileRequest, say: Callable[[str], None] = lambda what: N
         "usd_per_gpu_hour": _NO_PRICE,
     }
     return Profile(
-        cluster, blocks, f"{provenance}; host copy {rates['copy'] / 1e9:.2f} GB/s; matrix kernel {KERNEL}", request.grid
+        cluster, blocks, f"{measured_on}; host copy {rates['copy'] / 1e9:.2f} GB/s; matrix kernel {KERNEL}", request.grid
     )
 
 
@@ -134,7 +134,7 @@ def write(profile: Profile, out: Path) -> None:
     for model, blocks in profile.blocks.items():
         lines.append(f"# {model}, milliseconds: prefill of {profile.grid.prefill_tokens} tokens; then decode of batches of")
         lines.append(f"# {profile.grid.decode_batch}, each at contexts of {profile.grid.contexts} tokens")
-        lines += [f"#   {_name(t)}: {_ms(t.prefill_s)}; {' | '.join(_ms(row) for row in t.decode_s)}" for t in blocks]
+        lines += [f"#   {_name(t)}: {ms(t.prefill_s)}; {' | '.join(ms(row) for row in t.decode_s)}" for t in blocks]
     text = "\n".join(lines) + "\n" + yaml.safe_dump(profile.cluster, sort_keys=False)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -149,7 +149,8 @@ def _name(times: BlockTimes) -> str:
     return "all blocks" if times.block is None else f"block {times.block}"
 
 
-def _ms(values: Sequence[float]) -> str:
+def ms(values: Sequence[float]) -> str:
+    """Return seconds as milliseconds of three digits, in a row."""
     return " ".join(f"{1e3 * value:.3g}" for value in values)
 
 
@@ -158,7 +159,8 @@ def model_config(model: PackedModel) -> dict[str, Any]:
     return {"_target_": "lambdascale.core.ModelSpec", **asdict(model.spec)}
 
 
-def _plain(measured: ComputeTable) -> dict[str, Any]:
+def plain(measured: ComputeTable) -> dict[str, Any]:
+    """Return a table as a profile has it."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(measured).items()}
     return {"_target_": "lambdascale.core.ComputeTable", **values}
 
@@ -182,7 +184,8 @@ def _device_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _provenance(device: torch.device) -> str:
+def provenance(device: torch.device) -> str:
+    """Return when and where a measurement is made."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return f"measured {when} on {_device_name(device)} ({os.cpu_count()} cores{threads}), torch {torch.__version__}"

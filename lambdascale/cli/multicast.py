@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +14,15 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from lambdascale.core import UserError, parse_rate
+from lambdascale.control import SystemConfig, drive
+from lambdascale.core import ClusterSpec, MulticastPlan, UserError, parse_rate
 from lambdascale.experiments.compose import compose
 from lambdascale.live.forkserver import prepare
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from lambdascale.calibration.multicast_runs import Timed, Trial
     from lambdascale.checkpoints import PackedModel
 
 _GB = 1e9
@@ -74,56 +77,97 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the document of ``--json``: seconds of each multicast, of the plan at the link's rate, and the setting."""
     prepare()  # the nodes import modules while this process does
     # torch takes seconds to import: only here.
-    from lambdascale.calibration.multicast_rates import Repeated, link_rate, planned_s
-    from lambdascale.control import drive
-    from lambdascale.live.config import LiveConfig
+    from lambdascale.calibration.multicast_rates import link_rate, planned_s
+    from lambdascale.calibration.multicast_runs import Trial
 
     model = _open(arguments.model, arguments.blocks)
-    overrides = ["cluster=desk", f"system={arguments.system}", f"system.blocks={len(model.blocks)}"]
-    config = compose([*overrides, "system.memory.enabled=false"])
     link = None if arguments.link is None else parse_rate(arguments.link)
-    cluster = replace(
-        instantiate(config.cluster, _convert_="all"),
-        nodes=arguments.nodes,
-        nic_bytes_per_s=link or _FAST,
-        # Only the links are paced: at the rates of the cluster «desk» the sources would load a large model for minutes.
-        ssd_bytes_per_s=_FAST,
-        pcie_bytes_per_s=_FAST,
-    )
-    system = instantiate(config.system, _convert_="all")
-    planner = getattr(system.start, "planner", None)
-    if planner is None:
-        raise UserError(f"--system {arguments.system} starts replicas without a multicast")
-    plan = planner.plan(sources=arguments.sources, destinations=arguments.nodes - arguments.sources, blocks=len(model.blocks))
     device: Literal["cpu", "cuda"] = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
-    live = LiveConfig(
-        checkpoint=str(model.directory),
-        transport=arguments.transport,
-        device=device,
-        paced=link is not None,
-        slot_tokens=64,
-        executor="timed",
-    )
+    setting = Setting(arguments.system, arguments.nodes, arguments.transport, device, link)
+    sizes = {"sources": arguments.sources, "destinations": arguments.nodes - arguments.sources}
+    plan = setting.plan(**sizes, blocks=len(model.blocks))
     rate = link or link_rate(arguments.transport)
-    plane = Repeated(model, plan, arguments.repeat)
-    backend = live.start(cluster=cluster, models=[(model.name, model)], system=system)
-    try:
-        drive(plane, backend)
-    finally:
-        backend.close()
+    (timed,), start_parts = run_trials(setting, {model.name: model}, [Trial(((model.name, plan),), repeat=arguments.repeat)])
     return {
         "model": model.name,
         "bytes": sum(model.block_bytes),
         "blocks": len(model.blocks),
-        "sources": arguments.sources,
-        "destinations": arguments.nodes - arguments.sources,
+        **sizes,
         "transport": arguments.transport,
         "device": device,
-        "seconds": plane.seconds,
-        "start_parts_s": backend.start_parts,
+        "seconds": timed.seconds,
+        "set_up_s": timed.set_up_s,
+        "start_parts_s": start_parts,
         "link_bytes_per_s": rate,
         "plan_s": None if rate is None else planned_s(plan, model.block_bytes, rate),
     }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system.
+
+    ``link``: a rate in bytes/s to pace at, None: not paced. ``copies``: nodes may keep host copies.
+    """
+
+    system: str
+    nodes: int
+    transport: Literal["shm", "tcp", "cuda_ipc"]
+    device: Literal["cpu", "cuda"]
+    link: float | None = None
+    copies: bool = False
+
+    def config(self, blocks: int) -> tuple[ClusterSpec, SystemConfig]:
+        """Return the cluster and the system, which moves models of so many blocks. UserError if it has no multicast."""
+        enabled = str(self.copies).lower()
+        config = compose(["cluster=desk", f"system={self.system}", f"system.blocks={blocks}", f"system.memory.enabled={enabled}"])
+        cluster = replace(
+            instantiate(config.cluster, _convert_="all"),
+            nodes=self.nodes,
+            nic_bytes_per_s=self.link or _FAST,
+            # Only the links are paced: at the rates of the cluster «desk» the sources would load a large model for minutes.
+            ssd_bytes_per_s=_FAST,
+            pcie_bytes_per_s=_FAST,
+        )
+        system: SystemConfig = instantiate(config.system, _convert_="all")
+        if system.start.multicast is None:
+            raise UserError(f"--system {self.system} starts replicas without a multicast")
+        return cluster, system
+
+    def plan(self, *, sources: int, destinations: int, blocks: int) -> MulticastPlan:
+        """Return the system's plan over nodes 0 and following."""
+        start: Any = self.config(blocks)[1].start
+        plan: MulticastPlan = start.planner.plan(sources=sources, destinations=destinations, blocks=blocks)
+        return plan
+
+
+def run_trials(
+    setting: Setting, models: Mapping[str, PackedModel], trials: Sequence[Trial]
+) -> tuple[list[Timed], dict[str, float]]:
+    """Start the cluster, carry the trials out and end it. Return their times, and the parts of the start in seconds."""
+    blocks = {len(model.blocks) for model in models.values()}
+    if len(blocks) != 1:
+        raise UserError(f"models of one cluster are cut into equally many blocks, not {sorted(blocks)}")
+    cluster, system = setting.config(blocks.pop())
+    # torch takes seconds to import: only here.
+    from lambdascale.calibration.multicast_runs import Repeated
+    from lambdascale.live.config import LiveConfig
+
+    live = LiveConfig(
+        checkpoint=str(next(iter(models.values())).directory),
+        transport=setting.transport,
+        device=setting.device,
+        paced=setting.link is not None,
+        slot_tokens=64,
+        executor="timed",
+    )
+    plane = Repeated(models, trials, setting.nodes, system.start.multicast or "one_sided")
+    backend = live.start(cluster=cluster, models=list(models.items()), system=system)
+    try:
+        drive(plane, backend)
+    finally:
+        backend.close()
+    return plane.timed, backend.start_parts
 
 
 def _open(model: str, blocks: int) -> PackedModel:
@@ -143,6 +187,8 @@ def _show(found: dict[str, Any]) -> None:
     rows = [("first", seconds[0])]
     if len(seconds) > 1:
         rows.append((f"later, median of {len(seconds) - 1}", median(seconds[1:])))
+    if found["set_up_s"]:
+        rows.append(("of it the communicator, median", median(found["set_up_s"])))
     if found["plan_s"] is not None:
         rows.append((f"plan, links of {found['link_bytes_per_s'] / _GB:.1f} GB/s", found["plan_s"]))
     for name, took in rows:

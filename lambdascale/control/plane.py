@@ -65,7 +65,7 @@ class ControlPlane:
             RequestArrived: self._request_arrived,
             BlockArrived: self._serving.block_arrived,
             SetUpDone: self._ignore,
-            TokensProduced: self._ignore,
+            TokensProduced: self._tokens_produced,
             RequestFinished: self._request_finished,
             RequestPreempted: self._ignore,
             TimerFired: self._timer_fired,
@@ -129,8 +129,15 @@ class ControlPlane:
         self._router.arrive(event.request)
         self._arm_once()
 
+    def _tokens_produced(self, event: TokensProduced) -> None:
+        fleet = self.fleet
+        instance = fleet.instances.get(fleet.moved.get(event.request_id, event.instance))
+        if instance is not None and event.request_id in instance.outstanding:
+            fleet.produced[event.request_id] = event.tokens
+
     def _request_finished(self, event: RequestFinished) -> None:
         fleet = self.fleet
+        fleet.produced.pop(event.request_id, None)
         moved_to = fleet.moved.pop(event.request_id, event.instance) if fleet.moved else event.instance
         instance = fleet.instances.get(moved_to)
         # An answer may still come in from an instance that was given up; its request has been restarted by then.

@@ -45,6 +45,7 @@ class Router:
             failure = self._too_large(state, request) if serves else self._why(state)
             fleet.out.append(FailRequest(request.request_id, failure))
             fleet.failures.pop(request.request_id, None)
+            fleet.produced.pop(request.request_id, None)
             state.queue.remove(request)
         if failed:
             self.fill(state)
@@ -106,6 +107,7 @@ class Router:
         if failures[request_id] < _TRIES:
             return False
         del failures[request_id]
+        self._fleet.produced.pop(request_id, None)
         return True
 
     @staticmethod

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.batching import BatchLimits
+from lambdascale.control.kv_choice import KvChoice, KvRule
 from lambdascale.control.prospects import costs_now, left_s
 from lambdascale.control.router import Router
 from lambdascale.control.start import Change, GradualStart, Reshape, StartPolicy
 from lambdascale.control.state import Allocation, Fleet, Instance, ModelState, PendingPipeline
 from lambdascale.control.transfers import Transfers
 from lambdascale.core import NodeId, PipelinePlan, Stage, SwitchRule
-from lambdascale.core.commands import KvPolicy, Repartition, Serve, StopInstance, SwitchMode
+from lambdascale.core.commands import Repartition, Serve, StopInstance, SwitchMode
 from lambdascale.core.events import BlockArrived
 from lambdascale.pipelines import divide, spread_requests
 
@@ -29,7 +30,7 @@ class Serving:
         *,
         start: StartPolicy,
         batching: BatchLimits,
-        kv: KvPolicy,
+        kv: KvRule,
     ) -> None:
         self._fleet = fleet
         self._router = router
@@ -37,7 +38,7 @@ class Serving:
         self._allocations = allocations
         self._gradual = start if isinstance(start, GradualStart) else None
         self._batching = batching
-        self._kv = kv
+        self._kv = KvChoice(fleet, kv, batching)
 
     def expect(self, state: ModelState, pipelines: Sequence[PipelinePlan]) -> None:
         """Form these pipelines once their nodes hold the blocks of their stages."""
@@ -190,8 +191,9 @@ class Serving:
         """Move an instance to other stages; requests that may need more KV memory than those have are restarted elsewhere."""
         room = self._kv_tokens(state, change.stages)
         if all(request.kv_tokens <= room for request in instance.outstanding.values()):
+            kv = self._kv.at_repartition(state, instance, change.stages)
             self._set_stages(state, instance, change.stages)
-            self._fleet.out.append(Repartition(instance.instance_id, change.stages, self._kv, room))
+            self._fleet.out.append(Repartition(instance.instance_id, change.stages, kv, room))
         else:
             self._fleet.out.append(StopInstance(instance.instance_id))
             self.drop(state, instance)
@@ -237,7 +239,7 @@ class Serving:
         for request_id, instance_id in moves:
             state.instances[instance_id].outstanding[request_id] = pipeline.outstanding[request_id]
             self._fleet.moved[request_id] = instance_id
-        self._fleet.out.append(SwitchMode(pipeline.instance_id, moves, self._kv))
+        self._fleet.out.append(SwitchMode(pipeline.instance_id, moves, self._kv.at_switch(state, pipeline, moves)))
         self._router.fill(state)
 
     def _replica_on(self, state: ModelState, allocation: Allocation) -> Instance:

@@ -189,6 +189,8 @@ class Fleet:
         self.instances: dict[int, Instance] = {}
         # The instance a mode switch moved a request to: its last event may still come in under the pipeline's name.
         self.moved: dict[int, int] = {}
+        # Tokens that each unfinished request is known to have. Backends need not report more than the first.
+        self.produced: dict[int, int] = {}
         # Number of failed instances each unfinished request was on.
         self.failures: dict[int, int] = {}
         self.models = {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from lambdascale.control.autoscaler import AutoscalingPolicy
 from lambdascale.control.batching import BatchLimits
+from lambdascale.control.kv_choice import KvRule
 from lambdascale.control.start import StartPolicy
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.commands import KvPolicy
 from lambdascale.memory import HostMemoryConfig
 
 
@@ -16,7 +16,7 @@ from lambdascale.memory import HostMemoryConfig
 class SystemConfig:
     """A serving system composed of parts: ``start`` (how new replicas get their weights), autoscaler and host memory.
 
-    ``blocks``: number of blocks a model is cut into. ``kv`` and ``batching``: see SwitchMode and BatchLimits.
+    ``blocks``: number of blocks a model is cut into. ``kv`` and ``batching``: see KvChoice and BatchLimits.
     """
 
     name: str
@@ -25,7 +25,7 @@ class SystemConfig:
     memory: HostMemoryConfig
     batching: BatchLimits
     blocks: int = 16
-    kv: KvPolicy = "recompute"
+    kv: KvRule = "recompute"
 
     def __post_init__(self) -> None:
         """Validate."""

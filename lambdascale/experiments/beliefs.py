@@ -133,9 +133,9 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
         p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
-        if not {True, False} <= {*p90.columns}:
-            raise UserError(f"{TEMPLATE}: no pairs of gpu_bursts for {model}, {link}, {sources} sources")
-        ratios = (p90[True] / p90[False]).dropna().tolist()
+        ratios = (p90[True] / p90[False]).dropna().tolist() if {True, False} <= {*p90.columns} else []
+        if not ratios:
+            return "? % (0 pairs)"
         found = over_draws(ratios)
         lower, (low, high) = 100 * (1 - found.value), (100 * (1 - found.high), 100 * (1 - found.low))
         return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({len(ratios)} pairs)")

@@ -53,7 +53,7 @@ def check_requests(experiment: Experiment, requests: Sequence[TracedRequest], mo
     prompts = sum(-(-each.request.prompt_tokens // chunk) for each in requests)
     interval_s = system.autoscaler.interval_s
     opened_s = _span_s(experiment, requests)
-    if opened_s / interval_s > most:  # else there is no need to look at every request
+    if opened_s / interval_s > most:  # a bound that spares most runs the sum over all requests
         opened_s = open_s(experiment, requests)
     _compare(
         {

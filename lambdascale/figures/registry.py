@@ -31,6 +31,7 @@ from lambdascale.figures import (
     fig09_sources,
     fig10_ttft,
     fig11_gpus,
+    gpu_live,
     interference,
     sensitivity,
     slo_capacity,
@@ -78,19 +79,30 @@ FIGURES: dict[str, FigureModule] = {
     "cold_starts": cold_starts,
 }
 
+#: Figures of what was measured on lent machines, and the script that makes their table: no study has them.
+MEASURED: dict[str, tuple[FigureModule, str]] = {"gpu_live": (gpu_live, "scripts/gpu_figures.py --compare")}
 
-def _check_name(name: str) -> None:
+
+def figures_in(directory: Path) -> list[str]:
+    """Return the figures to draw from a folder of tables: all of studies, and those measured ones whose table it has."""
+    return [*FIGURES, *(name for name in MEASURED if _table(directory, name) is not None)]
+
+
+def _module(name: str) -> FigureModule:
+    if name in MEASURED:
+        return MEASURED[name][0]
     if name not in FIGURES:
-        raise UserError(f"unknown figure {name!r}; choose from {', '.join(FIGURES)}")
+        raise UserError(f"unknown figure {name!r}; choose from {', '.join([*FIGURES, *MEASURED])}")
+    return FIGURES[name]
 
 
 def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
     """Draw a figure from its table as PDF and PNG, byte-identical for equal tables; return their paths. UserError as ``tidy``."""
-    _check_name(name)
+    module = _module(name)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.pdf", out / f"{name}.png"]
     with styled():
-        figure = FIGURES[name].draw(FIGURES[name].tidy(table))
+        figure = module.draw(module.tidy(table))
         mark_setups(figure, table)
         try:
             figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
@@ -102,10 +114,15 @@ def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
 
 def load_table(directory: Path, name: str) -> pd.DataFrame:
     """Read the table of a figure, CSV or parquet; UserError for an unknown figure or a missing table."""
-    _check_name(name)
-    for suffix, read in ((".parquet", pd.read_parquet), (".csv", pd.read_csv)):
-        path = directory / f"{name}{suffix}"
-        if path.is_file():
-            table: pd.DataFrame = read(path)
-            return table
-    raise UserError(f"no table {name}.csv or {name}.parquet in {directory}; scripts/run.py experiment={name} -m makes it")
+    _module(name)
+    path = _table(directory, name)
+    if path is None:
+        maker = MEASURED[name][1] if name in MEASURED else f"scripts/run.py experiment={name} -m"
+        raise UserError(f"no table {name}.csv or {name}.parquet in {directory}; {maker} makes it")
+    table: pd.DataFrame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    return table
+
+
+def _table(directory: Path, name: str) -> Path | None:
+    """Return the file of a figure's table; None without one."""
+    return next((path for suffix in (".parquet", ".csv") if (path := directory / f"{name}{suffix}").is_file()), None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lambdascale.inference.sampling import Sampling
     from lambdascale.inference.stage import TransformerStage
     from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
-    from lambdascale.inference.warmup import warm_up
+    from lambdascale.inference.warmup import compile_kernels, warm_up
     from lambdascale.inference.weights import BlockWeights, load_blocks
 
 _MODULES = {
@@ -38,6 +38,7 @@ _MODULES = {
     "StoreConfig": "store",
     "Ticket": "batch",
     "TransformerStage": "stage",
+    "compile_kernels": "warmup",
     "load_blocks": "weights",
     "warm_up": "warmup",
 }
@@ -59,6 +60,7 @@ __all__ = [
     "StoreConfig",
     "Ticket",
     "TransformerStage",
+    "compile_kernels",
     "load_blocks",
     "warm_up",
 ]

@@ -35,6 +35,13 @@ def warm_up(model: PackedModel, device: str, *, kernels: bool = False) -> None:
         if stage.is_last:
             choose(state, [GREEDY] * 3, [0] * 3)
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        if kernels and has_triton():
-            COMPILER.wait(model.architecture, TORCH_TYPES[model.dtype], torch.device(device))
+        # Not the whole device: while another thread records a graph, that is an error, and breaks the recording.
+        torch.cuda.current_stream(device).synchronize()
+        if kernels:
+            compile_kernels(model, torch.device(device))
+
+
+def compile_kernels(model: PackedModel, device: torch.device) -> None:
+    """Wait for the kernels that replace torch's operators on a GPU, where Triton is installed."""
+    if has_triton():
+        COMPILER.wait(model.architecture, TORCH_TYPES[model.dtype], device)

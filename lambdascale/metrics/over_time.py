@@ -27,3 +27,22 @@ def over_time(requests: pd.DataFrame, gpus: pd.DataFrame, end_s: float, windows:
             "ttft_max_s": worst.to_numpy(),
         }
     )
+
+
+def token_rates(requests: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens per second as steps: times in seconds of the run, and the rate from each of them on.
+
+    ``requests``: rows of requests.parquet; a request's tokens are spread evenly from its first to its last.
+    """
+    rows = requests[requests.finished_s > requests.first_token_s]
+    rates = (rows.output_tokens / (rows.finished_s - rows.first_token_s)).to_numpy(float)
+    times = np.concatenate([rows.first_token_s.to_numpy(float), rows.finished_s.to_numpy(float)])
+    order = np.argsort(times, kind="stable")
+    return times[order], np.cumsum(np.concatenate([rates, -rates])[order])
+
+
+def reached_s(requests: pd.DataFrame, tokens_per_s: float) -> float:
+    """Return the seconds from the first arrival until so many tokens per second were produced; NaN if they never were."""
+    times, rates = token_rates(requests)
+    found = times[rates >= tokens_per_s]
+    return float(found[0] - requests.arrival_s.min()) if len(found) else float("nan")

@@ -25,6 +25,8 @@ _PAGE_BYTES = 2 << 20
 _STREAM_NON_BLOCKING = 1
 _EVENT_BLOCKING_SYNC, _EVENT_DISABLE_TIMING = 1, 2
 _IPC_LAZY_ENABLE_PEER_ACCESS = 1
+# Waited for, and not the context: that is an error while another thread records a graph, and breaks the recording.
+_DEFAULT_STREAM = c_void_p()
 _OUT_OF_MEMORY, _NOT_READY = 2, 600
 # Functions that return at once. They are called with the interpreter's lock held: a thread that lets go of it beside a computing
 # one waits milliseconds for it, at each call.
@@ -127,7 +129,7 @@ class Gpu:
             free = self.free_bytes() / 1e9
             raise CapacityError(f"{whole / 1e9:.2f} GB do not fit: GPU {self.ordinal} has {free:.2f} GB free") from error
         self.call("cuMemsetD8_v2", address, c_ubyte(0), c_size_t(whole))
-        self.call("cuCtxSynchronize")
+        self.call("cuStreamSynchronize", _DEFAULT_STREAM)
         return DeviceMemory(self, address.value, size)
 
     def free(self, memory: DeviceMemory) -> None:
@@ -160,7 +162,7 @@ class Gpu:
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy ``size`` bytes between addresses of the host or of GPUs, and wait until the copy is complete."""
         self.call("cuMemcpy", c_uint64(target), c_uint64(source), c_size_t(size))
-        self.call("cuCtxSynchronize")  # with pageable memory, cuMemcpy returns before the copy is complete
+        self.call("cuStreamSynchronize", _DEFAULT_STREAM)  # with pageable memory, cuMemcpy returns before the copy is complete
 
     def wait_for(self, event: c_void_p) -> None:
         """Wait until the work before an event is complete."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
 import weakref
 
 import pytest
@@ -25,6 +26,7 @@ from lambdascale.inference import (
     Ticket,
     TransformerStage,
     load_blocks,
+    warm_up,
 )
 from lambdascale.inference.digest import block_digest, part_digests
 from lambdascale.inference.forms import Form, usual_forms
@@ -229,6 +231,38 @@ def test_a_recording_that_is_given_up_leaves_nothing_behind(model: PackedModel) 
     assert stage.run(decode := StageBatch((Segment(0, 40, 1),), 1, (0,)), torch.tensor([3])).isfinite().all()
     assert stage.answer(decode, torch.tensor([3]), [GREEDY], [0]) == stage.run(decode, torch.tensor([3])).argmax(-1).tolist()
     assert stage.recordings == forms
+
+
+def test_what_other_threads_do_breaks_no_recording(model: PackedModel) -> None:
+    """A node's other threads warm up, load, verify and evict while its compute thread records."""
+    blocks = [BlockWeights(block.layout, block.buffer.to("cuda:0")) for block in load_blocks(model)]
+    ended, failed = threading.Event(), []
+
+    def others(store: BlockStore) -> None:
+        try:
+            while not ended.is_set():
+                warm_up(model, "cuda:0", kernels=True)
+                store.load(model.name, range(BLOCKS)).wait(60)
+                with store.using(model.name, [0]) as (buffer,):
+                    block_digest(buffer)
+                store.evict(model.name, "gpu")
+        except Exception as error:
+            failed.append(error)
+
+    with store_for(model) as store:
+        thread = threading.Thread(target=others, args=(store,))
+        thread.start()
+        try:
+            for _ in range(5):
+                stage = TransformerStage(model.architecture, blocks, 8, 512)
+                stage.prepare()
+                while stage.record_next(lambda: False):
+                    pass
+                assert stage.recordings == len(list(usual_forms(8, 1024)))
+        finally:
+            ended.set()
+            thread.join()
+    assert not failed
 
 
 def test_a_dropped_stage_is_freed_at_once(model: PackedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_commands_simulations_and_a_live_controller_start_without_torch(module: 
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_thread_waits_for_a_whole_device(path: Path) -> None:
+    """Waits for a device are errors while another thread records a graph, in both: wait for a stream or an event."""
+    alone = "calibration" in path.parts  # no node runs in such a process
+    assert alone or not re.search(r"cuda\.synchronize\(|cudaDeviceSynchronize|cuCtxSynchronize", path.read_text())
 
 
 def test_baselines_know_the_vocabulary_only() -> None:

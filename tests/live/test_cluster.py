@@ -40,7 +40,7 @@ LAST = {1: 7, 2: 6, 3: 7}  # blocks of the multicast's last round, by destinatio
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("kv", ["recompute", "copy"])
+@pytest.mark.parametrize("kv", ["recompute", "copy", "cheapest"])
 def test_execute_while_load(tiny: Path, transport: str, kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of pipelines, across a mode switch and of replicas are the engine's.
 

@@ -63,7 +63,7 @@ def test_memory_of_ended_instances_is_bounded() -> None:
     for number in range(1, 3000):
         cluster.nodes[0].stop(number)
     cluster.nodes[0].step()
-    assert len(cluster.nodes[0]._ended) == len(cluster.nodes[0]._inbox._stopped) == 1024
+    assert len(cluster.nodes[0]._ended) == len(cluster.nodes[0]._switching._inbox._stopped) == 1024
     assert 2999 in cluster.nodes[0]._ended
     assert 1 not in cluster.nodes[0]._ended
 

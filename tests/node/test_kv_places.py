@@ -31,14 +31,14 @@ def switching(kv_places: int = 2, requests: tuple[int, ...] = (1, 2)) -> FakeClu
 
 
 def free(cluster: FakeCluster) -> list[int]:
-    return [node._kv.landing.free for node in cluster.nodes]
+    return [node._switching._kv.landing.free for node in cluster.nodes]
 
 
 def at_rest(cluster: FakeCluster) -> None:
     """No pipeline waits for anything, and nobody has a place."""
-    assert [len(node._kv.sender) for node in cluster.nodes] == [0, 0, 0]
+    assert [len(node._switching._kv.sender) for node in cluster.nodes] == [0, 0, 0]
     assert free(cluster) == [cluster.kv_places] * 3
-    assert not any(node._kv.landing._asked for node in cluster.nodes)
+    assert not any(node._switching._kv.landing._asked for node in cluster.nodes)
 
 
 @pytest.mark.parametrize("kv_places", [1, 2, 5])
@@ -88,7 +88,7 @@ def test_without_places_kv_travels_in_messages() -> None:
 def test_a_pipeline_stays_until_its_kv_has_been_sent() -> None:
     """Messages of it are refused from the start; its memory is given back afterwards."""
     cluster = switching(kv_places=1)
-    while not len(cluster.nodes[1]._kv.sender):
+    while not len(cluster.nodes[1]._switching._kv.sender):
         cluster.run(steps=1)
     runner = cluster.executors[1].made[0]
     assert not runner.closed
@@ -144,7 +144,7 @@ def test_a_sender_is_lost_at_any_moment(seed: int) -> None:
     cluster = switching(kv_places=rng.choice((1, 2)))
     while 2 not in cluster.nodes[2]._instances:
         cluster.run(rng, steps=1)
-    while not cluster.nodes[2]._kv.landing._asked and not cluster.nodes[2]._kv.landing._granted:
+    while not cluster.nodes[2]._switching._kv.landing._asked and not cluster.nodes[2]._switching._kv.landing._granted:
         cluster.run(rng, steps=1)
     cluster.run(rng, steps=rng.randrange(12))
     lost = rng.choice((0, 1))
@@ -161,8 +161,8 @@ def test_a_sender_is_lost_at_any_moment(seed: int) -> None:
     cluster.run(rng)
     assert cluster.failures() == []
     assert free(cluster)[2] == cluster.kv_places
-    assert len(cluster.nodes[1 - lost]._kv.sender) == 0
-    assert len(cluster.nodes[2]._inbox) == 0
+    assert len(cluster.nodes[1 - lost]._switching._kv.sender) == 0
+    assert len(cluster.nodes[2]._switching._inbox) == 0
     assert len(cluster.executors[1 - lost].open) == 0
 
 
@@ -181,7 +181,7 @@ def test_the_receiver_is_lost_at_any_moment(seed: int) -> None:
         cluster.nodes[sender].step()
     cluster.run(rng)
     assert cluster.failures() == []
-    assert [len(node._kv.sender) for node in cluster.nodes[:2]] == [0, 0]
+    assert [len(node._switching._kv.sender) for node in cluster.nodes[:2]] == [0, 0]
     assert [len(executor.open) for executor in cluster.executors[:2]] == [0, 0]
 
 

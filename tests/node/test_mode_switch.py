@@ -62,7 +62,7 @@ def test_a_mode_switch_in_any_order(kv: KvPolicy, moment: int, reshape: bool, rn
     cluster.run(rng)
     cluster.check()
     for node in cluster.nodes:
-        assert len(node._inbox) == 0
+        assert len(node._switching._inbox) == 0
         assert node._early == {}
         assert set(node._instances) <= {2, 3}
     assert [len(executor.open) for executor in cluster.executors] == [1, 1, 0]
@@ -163,7 +163,7 @@ def test_kv_may_come_before_its_request(order: tuple[int, ...]) -> None:
     cluster.check()
     on = [message for message in resumed(cluster) if not message.waiting]
     assert on[-1] == wire.Resumed(5, {1: ()}), "the controller hears that it goes on"
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
     assert cluster.executors[0].made[0].prefilled == 0
 
 
@@ -176,7 +176,7 @@ def test_kv_that_comes_too_late_is_dropped() -> None:
     cluster.run()
     cluster.check()
     feed(cluster, kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_kv_that_a_stopped_pipeline_will_not_send_is_not_waited_for() -> None:
@@ -195,7 +195,7 @@ def test_kv_that_a_stopped_pipeline_will_not_send_is_not_waited_for() -> None:
     assert resumed(cluster)[1:] == [wire.Resumed(5, {1: ()})]
     cluster.run()
     cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_a_handover_after_its_pipeline_was_stopped_waits_for_nothing() -> None:
@@ -206,7 +206,7 @@ def test_a_handover_after_its_pipeline_was_stopped_waits_for_nothing() -> None:
     assert resumed(cluster) == [wire.Resumed(5, {1: tuple(ticket.output)})]
     cluster.run()
     cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_the_loss_of_another_node_changes_nothing() -> None:
@@ -226,7 +226,7 @@ def test_a_handover_after_the_loss_of_a_source_waits_for_nothing() -> None:
     feed(cluster, kv_part(cluster, ticket, 0, 4), handover(ticket))
     cluster.run()
     cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_parts_of_a_pipeline_that_was_stopped_are_dropped() -> None:
@@ -236,7 +236,7 @@ def test_parts_of_a_pipeline_that_was_stopped_are_dropped() -> None:
     cluster.nodes[0].stop(4)
     cluster.nodes[0].step()
     feed(cluster, kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
     feed(cluster, wire.Assign(5, (copy(ticket),)))
     cluster.run()
     cluster.check()
@@ -255,7 +255,7 @@ def test_a_request_that_is_handed_over_twice_is_added_once(with_kv: bool) -> Non
         cluster.check()
         assert sum(token.finished for token in cluster.tokens()) == 1
         assert len(cluster.tokens()) == 6
-        assert len(cluster.nodes[0]._inbox) == 0
+        assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_a_replica_that_becomes_a_pipeline_waits_for_no_kv() -> None:
@@ -267,7 +267,7 @@ def test_a_replica_that_becomes_a_pipeline_waits_for_no_kv() -> None:
     feed(cluster, kv_part(cluster, ticket, 4, 4))
     cluster.run()
     cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 @pytest.mark.parametrize("kv", ["copy", "recompute"])
@@ -278,11 +278,11 @@ def test_kv_that_waits_for_a_slot_is_given_up_when_the_stages_change(kv: KvPolic
     while len(cluster.nodes[0]._instances[5].head.batches[0].kv_slots()) < 2:
         cluster.run(steps=1)
     feed(cluster, handover(ticket), kv_part(cluster, ticket, 0, 4), kv_part(cluster, ticket, 4, 4))
-    assert len(cluster.nodes[0]._inbox) == 1
+    assert len(cluster.nodes[0]._switching._inbox) == 1
     cluster.repartition(5, 1, 0, [0], 1, kv, *stages((0, 0, 1), (0, 2, 3)))
     cluster.run()
     cluster.check()
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0
 
 
 def test_an_abort_ends_a_request_that_waits_for_its_kv() -> None:
@@ -292,4 +292,4 @@ def test_an_abort_ends_a_request_that_waits_for_its_kv() -> None:
     cluster.nodes[0].step()
     feed(cluster, kv_part(cluster, ticket, 4, 4))
     assert [m.request_id for m in cluster.said if isinstance(m, wire.Aborted)] == [1]
-    assert len(cluster.nodes[0]._inbox) == 0
+    assert len(cluster.nodes[0]._switching._inbox) == 0

@@ -48,6 +48,7 @@ from lambdascale.core.events import (
     RequestArrived,
     RequestFinished,
     TimerFired,
+    TokensProduced,
 )
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
@@ -188,6 +189,10 @@ class World:
         """A request ends, reported by an instance (its id): where it is, or the pipeline it was moved from."""
         return self.play(RequestFinished(self.at, instance, request, 10))
 
+    def first_token(self, *requests: int) -> list[str]:
+        """Requests get their first tokens where they are."""
+        return [line for r in requests for line in self.play(TokensProduced(self.at, self.at_instance[r], r, 1, "local"))]
+
     @property
     def ticking(self) -> bool:
         """True if a timer is set."""
@@ -321,13 +326,13 @@ def without(lines: Sequence[str], *kinds: str) -> list[str]:
     return [line for line in lines if line.split()[0] not in kinds]
 
 
-def pipelined(**settings: object) -> World:
+def pipelined(*, prompt: int = 10, **settings: Any) -> World:
     """Two replicas (i1 on node 0, i2 on 1) with two requests each; the multicast t3 to nodes 2 and 3 has brought half of each.
 
     Blocks 0 and 1 are on node 2, blocks 2 and 3 on node 3: pipeline i3 serves there and has requests 4 to 7; 8 waits.
     """
     world = World(nodes=4, min_replicas=2, **settings)
-    world.arrive(9)
+    world.arrive(9, prompt=prompt)
     assert world.tick() == ["allocate 2", "allocate 3", "multicast t3 0:gpu,1:gpu>2,3", "timer 0.1"]
     assert world.deliver("t3", 3) == []
     assert world.deliver("t3", 1) == ["serve i3 2:0-1,3:2-3", "dispatch i3 4,5,6,7"]

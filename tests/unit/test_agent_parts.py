@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from lambdascale import inference
 from lambdascale.core import UserError
 from lambdascale.core.commands import StopInstance
 from lambdascale.experiments.compose import compose
@@ -269,9 +270,9 @@ def test_host_memory_of_a_gpu_node_is_for_what_others_write_there(
 
 def test_kernels_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile them once nothing is being loaded, and not at all in a node that leaves before."""
-    loading, warmed = [True, True, False], []
+    loading, compiled = [True, True, False], []
     monkeypatch.setattr(start, "_QUIET_S", 0.001)
-    monkeypatch.setattr(start, "warm", lambda models, gpu, *, kernels: warmed.append((models, gpu, kernels)))
+    monkeypatch.setattr(inference, "compile_kernels", lambda model, device: compiled.append((model, str(device))))
 
     class Store:
         models = ("m",)
@@ -281,8 +282,8 @@ def test_kernels_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
             return loading.pop(0)
 
     leaving: Any = threading.Event()
-    start.warm_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
-    assert (warmed, loading) == ([(("m",), 1, True)], [])
+    start.compile_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
+    assert (compiled, loading) == ([("m", "cuda:1")], [])
     leaving.set()
-    start.warm_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
-    assert len(warmed) == 1
+    start.compile_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
+    assert len(compiled) == 1

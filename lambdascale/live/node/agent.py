@@ -36,7 +36,7 @@ from lambdascale.core.commands import (
 from lambdascale.core.events import NodeEvent
 from lambdascale.live import wire
 from lambdascale.live.node.line import LEFT, Line
-from lambdascale.live.node.start import StartParts, bind, make_context, pick_gpu, warm, warm_when_quiet
+from lambdascale.live.node.start import StartParts, bind, compile_when_quiet, make_context, pick_gpu, warm
 from lambdascale.live.node_config import NodeConfig
 from lambdascale.transport import (
     CudaIpcEndpoint,
@@ -224,7 +224,8 @@ class Agent:
         for model in models:
             self.store.add(model)
         if gpu is not None and warmed is not None:
-            threading.Thread(target=warm_when_quiet, args=(self.store, gpu, self._leaving), name="kernels", daemon=True).start()
+            given = self.store, gpu, self._leaving
+            threading.Thread(target=compile_when_quiet, args=given, name="kernels", daemon=True).start()
         if config.preloaded:
             with parts.part("preload"):
                 for model in models:

@@ -7,7 +7,7 @@ runs next. All state belongs to the worker's thread; others post jobs, which run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -17,16 +17,15 @@ from lambdascale.control.turns import ComputeTurns
 from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy, Serve
 from lambdascale.core.events import CommandFailed
-from lambdascale.inference.batch import Batch, Ticket
+from lambdascale.inference.batch import Batch
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Head, Instance, pass_of, record_ahead
-from lambdascale.live.node.kv_places import KvTraffic
-from lambdascale.live.node.mode_switch import KvData, KvInbox, hand_over
 from lambdascale.live.node.parcels import Parcels
 from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
 from lambdascale.live.node.repartition import Repartitioner
 from lambdascale.live.node.runners import Executor
+from lambdascale.live.node.switching import MakeKv, Switching
 from lambdascale.live.node.worker import NO_INSTANCE, Worker
 
 
@@ -46,7 +45,7 @@ class Compute:
         report: Callable[[wire.ToController], None],
         send: Tell,
         parcels: Callable[[Tell], Parcels],
-        kv: Callable[[Tell, Callable[[KvData], None], Callable[[int], None]], KvTraffic],
+        kv: MakeKv,
     ) -> None:
         self._node = node
         self._limits = limits
@@ -59,8 +58,7 @@ class Compute:
         self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
         self._repartitioner = Repartitioner(node, executor, self._tell)
         self._parcels = parcels(self._tell)
-        self._inbox = KvInbox()
-        self._kv = kv(self._tell, self._kv_came, self._no_more_kv)
+        self._switching = self._new_switching(kv)
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
@@ -69,10 +67,13 @@ class Compute:
             wire.Chosen: self._chosen,
             wire.MoveBatch: self._take_move,
             wire.SlotKv: self._repartitioner.take_kv,
-            wire.Handover: self._take_over,
-            wire.Collect: self._collect,
+            wire.Handover: self._switching.take_over,
+            wire.Collect: self._switching.collect,
             wire.Offer: lambda _, message: self._parcels.offered(message),
         }
+
+    def _new_switching(self, kv: MakeKv) -> Switching:
+        return Switching(self._instances, self._ended, self._tell, self._report, self._offer, self._drop, kv)
 
     def start(self) -> None:
         """Run the thread."""
@@ -87,7 +88,7 @@ class Compute:
         self._worker.close()
         for number in list(self._instances):
             self._drop(number)
-        self._kv.sender.close()
+        self._switching.close()
 
     # -- from any thread ---------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ class Compute:
 
     def switch(self, message: wire.Switch) -> None:
         """Dissolve a pipeline whose head is this node."""
-        self.post(lambda: self._switch(message), message.command.pipeline)
+        self.post(lambda: self._switching.switch(message), message.command.pipeline)
 
     def occupy(self, busy: bool) -> Future[None]:
         """Keep the device free for something else: nothing runs until all who took it have given it back."""
@@ -167,11 +168,11 @@ class Compute:
         plan = head.batches[index].next()
         if plan is None:
             return
-        for request_id, slot in plan.settling:
-            self._inbox.settle(instance, request_id, slot)
+        self._switching.settle(instance, plan.settling)
         head.running[index] = plan
         self._offer(instance)
-        first = instance.partitions[version := head.versions[index]].stages[0]
+        version = head.versions[index]
+        first = instance.partitions[version].stages[0]
         self._tell(first.node, wire.Forward(instance.number, index, version, 0, pass_of(plan), tuple(plan.tokens)))
 
     def _run_pass(self, instance: Instance, forward: wire.Forward) -> None:
@@ -225,7 +226,7 @@ class Compute:
         instance.at = dict.fromkeys(range(nodes), 0)
         if instance.head is not None:
             instance.head.versions = [0] * nodes
-        self._inbox.joined(instance.nodes)
+        self._switching.joined(instance.nodes)
         self._take_early(instance)
 
     def _new_stages(self, message: wire.NewStages) -> None:
@@ -237,7 +238,7 @@ class Compute:
         )
         instance.batches, instance.kv_tokens = message.batches, command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
-        self._prefill(self._inbox.give_up(command.instance))
+        self._switching.stages_changed(command.instance)
         self._move_batches(instance)
         self._take_early(instance)
         self._drain(instance)
@@ -263,7 +264,7 @@ class Compute:
         """
         instance = self._instances.get(message.instance)
         if isinstance(message, wire.OfKv):  # also of instances that have ended, as are the next
-            self._kv.take(message)
+            self._switching.take(message)
         elif isinstance(message, wire.Vacate):
             self._parcels.vacated(message)
         elif instance is not None:
@@ -288,37 +289,18 @@ class Compute:
 
     def _assign(self, instance: Instance, message: wire.Assign) -> None:
         for ticket in message.tickets:
-            self._add(instance, ticket)
+            self._switching.add(instance, ticket)
         self._offer(instance)
-
-    def _add(self, instance: Instance, ticket: Ticket, *, cached: bool = False) -> None:
-        """Add a request, unless it is here or on its way: it may come twice when a node is lost during a mode switch."""
-        if not self._has(instance, ticket.request_id):
-            head = instance.head
-            assert head is not None, "requests go to the head"
-            head.add(ticket, cached=cached)
-
-    def _prefill(self, withdrawn: Iterable[tuple[int, Ticket]]) -> None:
-        """Add requests that wait for their KV no more."""
-        for number, ticket in withdrawn:
-            self._add(self._instances[number], ticket)
-            self._report(wire.Resumed(number, {ticket.request_id: ()}))
-            self._offer(self._instances[number])
-
-    def _has(self, instance: Instance, request_id: int) -> bool:
-        here = instance.head is not None and instance.head.batch_of(request_id) is not None
-        return here or self._inbox.expects(instance.number, request_id)
 
     def _move_batches(self, instance: Instance) -> None:
         """Bring batches without an iteration under way to the newest partition, and merge those that are too many."""
         for request_id in self._repartitioner.move_batches(instance):
-            self._inbox.drop(instance.number, request_id)
+            self._switching.withdraw(instance.number, request_id)
         if instance.head is not None:
             instance.head.merge(instance.newest)
 
     def _stop(self, number: int) -> None:
-        self._no_more_kv(number)
-        self._kv.sender.stop(number)
+        self._switching.stop(number)
         self._drop(number)
 
     def _drop(self, number: int) -> None:
@@ -326,14 +308,15 @@ class Compute:
         for message in self._early.pop(number, ()):
             self._parcels.refuse(message)
         self._turns.remove(number)
-        self._inbox.forget(number)
-        if (instance := self._instances.pop(number, None)) is not None:
+        self._switching.forget(number)
+        instance = self._instances.pop(number, None)
+        if instance is not None:
             instance.close()
             self._parcels.settle(instance)
 
     def _abort(self, request_id: int) -> None:
         for number, instance in self._instances.items():
-            ended = True if self._inbox.drop(number, request_id) else instance.abort(request_id, self._vocab)
+            ended = True if self._switching.withdraw(number, request_id) else instance.abort(request_id, self._vocab)
             if ended:
                 self._report(wire.Aborted(number, request_id))
             if ended is not None:
@@ -345,56 +328,9 @@ class Compute:
     def _lost(self, peer: NodeId) -> None:
         """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
         self._parcels.lost(peer)
-        self._kv.lost(peer)
+        self._switching.lost(peer)
         for number, messages in self._early.items():  # its next process lays its places out anew
             self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
             self._drop(number)
-        self._prefill(self._inbox.lose(peer))
-
-    # -- mode switch -------------------------------------------------------------------------------------------------
-
-    def _switch(self, message: wire.Switch) -> None:
-        pipeline = self._instances.get(message.command.pipeline)
-        if pipeline is not None:
-            hand_over(pipeline, message, self._tell)
-        if message.command.kv == "recompute":
-            self._drop(message.command.pipeline)
-
-    def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
-        try:
-            self._kv.sender.leave(pipeline, message.moves)
-        finally:
-            self._drop(pipeline.number)
-
-    def _no_more_kv(self, pipeline: int) -> None:
-        """Prefill the requests that wait for KV of a dissolved pipeline."""
-        self._prefill(self._inbox.stop(pipeline))
-
-    def _take_over(self, instance: Instance, message: wire.Handover) -> None:
-        """Take requests of a dissolved pipeline; tell of the tokens that they bring, ahead of those that follow here."""
-        fresh = [t for t in message.tickets if not self._has(instance, t.request_id)]  # others came from the controller
-        waiting = self._inbox.take_over(message, () if instance.whole is None else fresh)
-        for ticket in fresh:
-            if ticket.request_id not in waiting:
-                self._add(instance, ticket)
-        outputs = {t.request_id: () for t in message.tickets} | {t.request_id: tuple(t.output) for t in fresh}
-        self._report(wire.Resumed(message.instance, outputs, waiting))
-        for ticket in message.tickets:
-            self._complete_kv(instance, ticket.request_id)
-        self._offer(instance)
-
-    def _kv_came(self, kv: KvData) -> None:
-        if kv.instance not in self._ended:
-            self._inbox.put(kv)
-        instance = self._instances.get(kv.instance)
-        if instance is not None:
-            self._complete_kv(instance, kv.request_id)
-            self._offer(instance)
-
-    def _complete_kv(self, instance: Instance, request_id: int) -> None:
-        runner = instance.whole
-        ticket = None if runner is None else self._inbox.complete(instance.number, request_id, len(runner.layers))
-        if ticket is not None:
-            self._add(instance, ticket, cached=True)
-            self._report(wire.Resumed(instance.number, {request_id: ()}))
+        self._switching.prefill_without(peer)

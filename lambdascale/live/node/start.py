@@ -71,11 +71,16 @@ def warm(models: Iterable[PackedModel], gpu: int, *, kernels: bool) -> None:
         warm_up(model, f"cuda:{gpu}", kernels=kernels)
 
 
-def warm_when_quiet(store: BlockStore, gpu: int, leaving: threading.Event) -> None:
+def compile_when_quiet(store: BlockStore, gpu: int, leaving: threading.Event) -> None:
     """Compile the kernels of a store's models once nothing has to be loaded, unless the node is ``leaving`` before."""
+    import torch
+
+    from lambdascale.inference import compile_kernels
+
     while not leaving.wait(_QUIET_S):
         if not store.loading:
-            warm(store.models, gpu, kernels=True)
+            for model in store.models:
+                compile_kernels(model, torch.device("cuda", gpu))
             break
 
 
@@ -88,4 +93,4 @@ def make_context(gpu: int | None) -> None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
         torch.zeros(1, device=f"cuda:{gpu}")
-        torch.cuda.synchronize(gpu)
+        torch.cuda.current_stream(gpu).synchronize()

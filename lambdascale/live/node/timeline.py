@@ -24,6 +24,7 @@ from lambdascale.live.node.compute import Compute
 from lambdascale.live.node.instance import Instance
 from lambdascale.live.node.mode_switch import KvData
 from lambdascale.live.node.runners import Hidden, Runner, TorchExecutor, TorchRunner
+from lambdascale.live.node.switching import MakeKv, Switching
 
 COLUMNS = ("node", "began_s", "took_s", "what", "instance", "layers", "decodes", "prefilled", "detail")
 
@@ -102,12 +103,43 @@ class RecordedRunner(TorchRunner):
             super().close()
 
 
-class RecordedCompute(Compute):
-    """A Compute that records the parts of instances' lives, and its passes with what they hand on."""
+class RecordedSwitching(Switching):
+    """A Switching that records the parts of mode switches."""
 
     def __init__(self, *arguments: Any, timeline: Timeline) -> None:
         super().__init__(*arguments)
         self._timeline = timeline
+
+    def switch(self, message: wire.Switch) -> None:
+        """See Switching."""
+        with self._timeline.part("switch", instance=message.command.pipeline, detail=message.command.kv):
+            super().switch(message)
+
+    def collect(self, pipeline: Instance, message: wire.Collect) -> None:
+        """See Switching."""
+        with self._timeline.part("send KV", instance=pipeline.number):
+            super().collect(pipeline, message)
+
+    def take_over(self, instance: Instance, message: wire.Handover) -> None:
+        """See Switching."""
+        with self._timeline.part("take over", instance=instance.number, detail=f"{len(message.tickets)} requests"):
+            super().take_over(instance, message)
+
+    def _kv_came(self, kv: KvData) -> None:
+        with self._timeline.part("KV came", instance=kv.instance, layers=len(kv.layers), detail=f"request {kv.request_id}"):
+            super()._kv_came(kv)
+
+
+class RecordedCompute(Compute):
+    """A Compute that records the parts of instances' lives, and its passes with what they hand on."""
+
+    def __init__(self, *arguments: Any, timeline: Timeline) -> None:
+        self._timeline = timeline  # first: the switching is made with it
+        super().__init__(*arguments)
+
+    def _new_switching(self, kv: MakeKv) -> Switching:
+        parts = self._instances, self._ended, self._tell, self._report, self._offer, self._drop, kv
+        return RecordedSwitching(*parts, timeline=self._timeline)
 
     def close(self) -> None:
         """See Compute."""
@@ -126,22 +158,6 @@ class RecordedCompute(Compute):
         came = type(forward.inputs).__name__
         with self._timeline.part("pass", instance=instance.number, detail=f"batch {forward.batch} stage {forward.stage} {came}"):
             super()._run_pass(instance, forward)
-
-    def _switch(self, message: wire.Switch) -> None:
-        with self._timeline.part("switch", instance=message.command.pipeline, detail=message.command.kv):
-            super()._switch(message)
-
-    def _collect(self, pipeline: Instance, message: wire.Collect) -> None:
-        with self._timeline.part("send KV", instance=pipeline.number):
-            super()._collect(pipeline, message)
-
-    def _kv_came(self, kv: KvData) -> None:
-        with self._timeline.part("KV came", instance=kv.instance, layers=len(kv.layers), detail=f"request {kv.request_id}"):
-            super()._kv_came(kv)
-
-    def _take_over(self, instance: Instance, message: wire.Handover) -> None:
-        with self._timeline.part("take over", instance=instance.number, detail=f"{len(message.tickets)} requests"):
-            super()._take_over(instance, message)
 
     def _drop(self, number: int) -> None:
         with self._timeline.part("drop", instance=number):

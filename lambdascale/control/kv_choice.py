@@ -1,0 +1,123 @@
+"""Choice between copying and recomputing the KV of requests that change nodes: the one that lets them wait less, as predicted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lambdascale.control.batching import BatchLimits
+from lambdascale.control.state import Fleet, Instance, ModelState
+from lambdascale.core import NodeId, Stage
+from lambdascale.core.commands import KvPolicy
+from lambdascale.core.timing import ComputeModel
+
+# "cheapest": decided anew for each mode switch and each moved boundary.
+KvRule = Literal["recompute", "copy", "cheapest"]
+_Flows = Mapping[tuple[NodeId, NodeId], float]  # bytes by sender and receiver
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """An iteration of prefills alone: see IterationSize."""
+
+    prefill_tokens: int
+    attended_tokens: int
+    decodes: int = 0
+    context_tokens: int = 0
+
+
+class KvChoice:
+    """Names the way of KV for commands. With ``rule`` "cheapest" it weighs predicted waiting, in seconds times requests.
+
+    A copy keeps those waiting whose KV is on its way, as long as the busiest NIC that it needs. A recomputation keeps everything
+    waiting that runs on its node. Ties are recomputed, which needs nothing of the network.
+
+    Contexts count with the tokens that the control plane has heard of: backends report a request's first token, and need not
+    report later ones. Both ways take longer in proportion to those. Requests without a token are prefilled either way.
+    """
+
+    def __init__(self, fleet: Fleet, rule: KvRule, batching: BatchLimits) -> None:
+        self._fleet = fleet
+        self._rule = rule
+        self._batching = batching
+
+    def at_switch(self, state: ModelState, pipeline: Instance, moves: Sequence[tuple[int, int]]) -> KvPolicy:
+        """Choose for a dissolved pipeline whose requests are with their targets already. Targets that are pipelines recompute."""
+        if self._rule != "cheapest":
+            return self._rule
+        contexts: dict[int, list[int]] = defaultdict(list)
+        for request_id, target in moves:
+            if request_id in self._fleet.produced and not state.instances[target].is_pipeline:
+                contexts[target].append(self._context(pipeline, request_id))
+        flows: dict[tuple[NodeId, NodeId], float] = defaultdict(float)
+        for target, each in contexts.items():
+            home = state.instances[target].nodes[0]
+            for stage in pipeline.stages:
+                if stage.node != home:
+                    flows[stage.node, home] += _kv_bytes(state, stage, each)
+        copied = recomputed = 0.0
+        for target, each in contexts.items():
+            stages, running = state.instances[target].stages, len(state.instances[target].outstanding)
+            copied += len(each) * self._copy_s(flows, stages[0].node)
+            recomputed += running * self._prefill_s(state, stages, each)
+        return "copy" if copied < recomputed else "recompute"
+
+    def at_repartition(self, state: ModelState, instance: Instance, stages: Sequence[Stage]) -> KvPolicy:
+        """Choose for an instance that is to move to ``stages``: all its requests wait, whichever way it is."""
+        if self._rule != "cheapest":
+            return self._rule
+        contexts = [self._context(instance, request) for request in instance.outstanding if request in self._fleet.produced]
+        if not contexts:
+            return "recompute"
+        flows: dict[tuple[NodeId, NodeId], float] = defaultdict(float)
+        for old in instance.stages:
+            for new in stages:
+                first, last = max(old.first_block, new.first_block), min(old.last_block, new.last_block)
+                if first <= last and old.node != new.node:
+                    flows[old.node, new.node] += _kv_bytes(state, Stage(new.node, first, last), contexts)
+        copied = max((self._copy_s(flows, stage.node) for stage in stages), default=0.0)
+        return "copy" if copied < self._prefill_s(state, stages, contexts) else "recompute"
+
+    def _context(self, instance: Instance, request_id: int) -> int:
+        return instance.outstanding[request_id].prompt_tokens + self._fleet.produced[request_id]
+
+    def _copy_s(self, flows: _Flows, home: NodeId) -> float:
+        """Seconds until a node has all that others send it: the busiest of the NICs in question decides."""
+        senders = {src for src, dst in flows if dst == home}
+        if not senders:
+            return 0.0
+        out = (self._nic_s(src, "nic_out", sum(size for (other, _), size in flows.items() if other == src)) for src in senders)
+        into = self._nic_s(home, "nic_in", sum(size for (_, dst), size in flows.items() if dst == home))
+        return self._fleet.cluster.link_latency_s + max(into, *out)
+
+    def _nic_s(self, node: NodeId, port: Literal["nic_in", "nic_out"], size_bytes: float) -> float:
+        """Seconds for KV through a NIC, beside the blocks that it has still to move: these get an equal part of its rate."""
+        cluster = self._fleet.cluster
+        beside = min(size_bytes, self._fleet.traffic.left(node, port))
+        return (size_bytes + beside) / (cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency)
+
+    def _prefill_s(self, state: ModelState, stages: Sequence[Stage], contexts: Sequence[int]) -> float:
+        """Seconds to prefill contexts on ``stages``, divided among as many batches as those have in flight."""
+        nodes = len({stage.node for stage in stages})
+        batches = nodes * self._batching.batches(state.spec.gpus_per_replica)
+        tokens, attended = sum(contexts), sum(context * (context + 1) // 2 for context in contexts)
+        work: dict[NodeId, float] = defaultdict(float)
+        for stage in stages:
+            share = sum(state.block_bytes[stage.first_block : stage.last_block + 1]) / sum(state.block_bytes)
+            model = ComputeModel(self._fleet.cluster.node(stage.node), state.spec)
+            work[stage.node] += self._iterations_s(model, -(-tokens // batches), attended // batches, share)
+        return sum(work.values()) + (nodes - 1) * max(work.values())
+
+    def _iterations_s(self, model: ComputeModel, tokens: int, attended: int, share: float) -> float:
+        """Seconds for iterations that prefill so many tokens, each as many as one may have."""
+        most = self._batching.max_tokens
+        sizes = [most] * (tokens // most) + [tokens % most] * (tokens % most > 0)
+        return sum(model.iteration_s(_Prefill(size, attended * size // tokens), share) for size in sizes)
+
+
+def _kv_bytes(state: ModelState, stage: Stage, contexts: Sequence[int]) -> float:
+    """Bytes of KV in a stage's layers: of all tokens but the last ones, which have not been in an iteration yet."""
+    share = sum(state.block_bytes[stage.first_block : stage.last_block + 1]) / sum(state.block_bytes)
+    return share * state.spec.kv_bytes_per_token * sum(context - 1 for context in contexts)
