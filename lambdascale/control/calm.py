@@ -8,21 +8,29 @@ from math import inf
 
 @dataclass(slots=True, eq=False)
 class Calm:
-    """Findings of a look at a model that decided nothing (see ScaleIn), which spare most of those that follow it.
+    """Findings of a look at a model (see ScaleIn), which spare most of those that follow it.
 
-    A look decides nothing until time ``until`` while at most ``queued`` requests wait and ``running`` run, the peak of the last
-    ``keep_alive_s`` is at least ``peak_queued`` and ``peak_running``, and the model has ``replicas``, none of them drained. All
-    that it depends on is compared or bounded by ``until``: no event has to invalidate it. Invariants (more requests never want
-    fewer replicas):
+    They are about as many ``allocations``, ``spared`` blocks and drained instances (``draining``; if any, of ``instances``, and
+    with none of them empty): ``serving`` replicas are not drained, and of those ``enough`` are sure to need no drained one back.
+    A look decides nothing while
 
-    - None lacks: ``queued`` and ``running`` want no more than ``replicas``.
-    - None is to spare: the peak wants all ``replicas``; or it could not do with one fewer, and no instance is idle for
-      ``keep_alive_s`` before ``until``: neither one that was idle or in use at that look, nor one that started later.
+    - none lacks: the load wants no more than ``enough``, as ``queued`` waiting and ``running`` running requests do;
+    - none is to spare: the peak of the last ``keep_alive_s`` wants all that serve; or it is at least ``peak_queued`` and
+      ``peak_running``, which could not do with one fewer, and no instance is idle for ``keep_alive_s`` before ``until``: neither
+      one that was idle or in use at that look, nor one that started later.
+
+    All that it depends on is compared or bounded by ``until``: no event has to invalidate it. More requests never want fewer
+    replicas.
     """
 
     until: float = -inf
-    queued: int = 0
-    running: int = 0
+    queued: int = -1
+    running: int = -1
     peak_queued: int = 0
     peak_running: int = 0
-    replicas: int = 0
+    allocations: int = 0
+    spared: int = 0
+    draining: int = 0
+    instances: int = 0
+    serving: float = inf
+    enough: int = -1

@@ -49,21 +49,22 @@ def drive(system: ServingSystem, backend: Backend, observers: Sequence[Observer]
     see = _each([observer.on_event for observer in observers])
     tell = _each([observer.on_command for observer in observers])
     next_event, on_event, submit = backend.next_event, system.on_event, backend.submit
-    for left in repeat(1) if max_events is None else range(max_events, -1, -1):
+    for _ in repeat(None) if max_events is None else repeat(None, max_events):
         event = next_event()
         if event is None:
-            break
+            return at
         at = event.at
-        if not left:
-            raise UserError(
-                f"the simulation has had max_events={max_events} events at {at:g} s and has not ended: "
-                "make it smaller, or raise max_events"
-            )
         see(event)
         for command in on_event(event):
             tell(at, command)
             submit(command)
-    return at
+    event = next_event()
+    if event is None:
+        return at
+    raise UserError(
+        f"the simulation has had max_events={max_events} events at {event.at:g} s and has not ended: "
+        "make it smaller, or raise max_events"
+    )
 
 
 def _each(calls: Sequence[Callable[..., None]]) -> Callable[..., None]:

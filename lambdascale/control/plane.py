@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import floor
+from math import floor, inf
 from typing import Any
 
 from lambdascale.control.allocations import Allocations
@@ -54,6 +54,7 @@ class ControlPlane:
         self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
+        self._armed = -inf, 0  # time of the last timer, and its place on the grid
         self._provisioned = False
         # Read once: every tick needs them.
         autoscaler = config.autoscaler
@@ -82,7 +83,8 @@ class ControlPlane:
         if not fleet.out:
             return ()
         commands, fleet.out = fleet.out, []
-        fleet.costs.clear()
+        if len(commands) > 1 or type(commands[0]) is not SetTimer:  # a timer alone changes nothing that waits or runs
+            fleet.costs.clear()
         return commands
 
     def _ignore(self, event: Event) -> None:
@@ -172,13 +174,20 @@ class ControlPlane:
     def _arm(self, after: bool = False) -> None:
         """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
         fleet, interval = self.fleet, self._interval_s
-        position = fleet.at / interval
-        index = floor(position + _TICK_TOLERANCE)
-        if after or position - index > _TICK_TOLERANCE:
-            index += 1
+        now = fleet.at
+        if after and now == self._armed[0]:  # the common case: it fires on time
+            index = self._armed[1] + 1
+        else:
+            position = now / interval
+            index = floor(position + _TICK_TOLERANCE)
+            if after or position - index > _TICK_TOLERANCE:
+                index += 1
         at = index * interval
+        if at < now:
+            at = now
+        self._armed = at, index
         self._tick = tick = fleet.new_id()
-        fleet.out.append(SetTimer(tick, at if at > fleet.at else fleet.at))
+        fleet.out.append(SetTimer(tick, at))
 
     def _timer_fired(self, event: TimerFired) -> None:
         if event.timer_id != self._tick:
@@ -188,8 +197,9 @@ class ControlPlane:
         for state in models:
             if not is_calm(state):
                 self._evaluate(state)
+        changing = not self._fixed
         for state in models:
-            if self._unsettled(state):
+            if (changing and state.running) or self._unsettled(state):
                 self._arm(after=True)
                 return
 

@@ -31,8 +31,7 @@ class ScaleIn:
         self._fleet = fleet
         self._allocations = allocations
         self._serving = serving
-        self._autoscaler = autoscaler
-        self._keep_alive_s = autoscaler.keep_alive_s
+        self._keep_alive_s, self._desired = autoscaler.keep_alive_s, autoscaler.desired
 
     def is_calm(self, state: ModelState) -> bool:
         """Record the load; return True if a look is known to decide nothing (see Calm)."""
@@ -46,15 +45,27 @@ class ScaleIn:
             looks.popleft()
         _, peak_queued, peak_running = looks[0]
         return (
-            running <= calm.running
-            and queued <= calm.queued
-            and peak_running >= calm.peak_running
-            and peak_queued >= calm.peak_queued
-            and at <= calm.until
-            and not state.draining
-            and state.replicas == calm.replicas
+            len(state.allocations) == calm.allocations
+            and state.spared == calm.spared
+            and (state.draining == calm.draining == 0 or self._is_draining(state))
+            and ((running <= calm.running and queued <= calm.queued) or self._desired(queued, running) <= calm.enough)
+            and (
+                (at <= calm.until and peak_running >= calm.peak_running and peak_queued >= calm.peak_queued)
+                or self._desired(peak_queued, peak_running) >= calm.serving
+            )
             and (not queued or state.queue[0].kv_tokens <= state.least_kv_tokens)
         )
+
+    @staticmethod
+    def _is_draining(state: ModelState) -> bool:
+        """True if as many instances as at the last look are drained, of as many, and all of them have requests."""
+        drained = 0
+        for instance in state.instances.values():
+            if instance.draining:
+                if not instance.outstanding:
+                    return False
+                drained += 1
+        return drained == state.draining == state.calm.draining and len(state.instances) == state.calm.instances
 
     def look(self, state: ModelState, desired: int) -> None:
         """Take instances back into service, drain others and release those that are empty; ``desired`` replicas now.
@@ -71,19 +82,26 @@ class ScaleIn:
                 pass
         if state.draining:
             self._release_empty(state)
-        elif copies >= desired:
-            self._calm_down(state, queued, running, copies)
+        self._calm_down(state, desired, queued, running)
 
-    def _calm_down(self, state: ModelState, queued: int, running: int, copies: int) -> None:
-        """Note when looks decide nothing, as one did not; ``queued`` and ``running`` at the peak."""
-        calm, until, wanted = state.calm, inf, self._autoscaler.desired(queued, running)
-        if wanted < copies:
-            if not self._keep_alive_s or self._spares(queued, running, copies, copies - 1, copies - 1):
+    def _calm_down(self, state: ModelState, desired: int, queued: int, running: int) -> None:
+        """Note when further looks decide nothing; ``queued`` and ``running`` at the peak."""
+        calm, until, wanted = state.calm, inf, self._desired(queued, running)
+        serving = state.replicas - state.draining
+        # With fewer, drained instances may be due to serve again.
+        enough = min(serving, len(state.instances) - state.draining) if state.draining else serving
+        if enough < desired:
+            return
+        if wanted < serving:
+            if not self._keep_alive_s or self._spares(queued, running, serving, serving - 1, serving - 1):
                 return
             idle = [instance.idle_since for instance in state.instances.values() if not instance.outstanding]
             until = min([self._fleet.at, *idle]) + self._keep_alive_s - 2 * _TOLERANCE
-        calm.until, calm.peak_queued, calm.peak_running, calm.replicas = until, queued, running, copies
-        if wanted > copies:
+        calm.until, calm.peak_queued, calm.peak_running = until, queued, running
+        calm.allocations, calm.spared = len(state.allocations), state.spared
+        calm.draining, calm.instances = state.draining, len(state.instances)
+        calm.serving, calm.enough = serving, enough
+        if wanted > enough:
             queued, running = len(state.queue), state.running
         calm.queued, calm.running = queued, running
 
@@ -94,7 +112,7 @@ class ScaleIn:
         """
         queued, running = len(state.queue), state.running
         if state.draining:
-            self._resume(state, self._autoscaler.desired(queued, running))
+            self._resume(state, self._desired(queued, running))
         found = sum(instance.draining for instance in state.instances.values())
         copies, due = state.replicas, self._fleet.at
         while found < replicas and self._drain(state, queued, running, due, copies - state.draining):
@@ -168,7 +186,7 @@ class ScaleIn:
 
         Instances that were idle since ``due`` are not in use. ``copies``: number of replicas that are not drained.
         """
-        desired = self._autoscaler.desired
+        desired = self._desired
         if desired(queued, running) >= copies:
             return False
         # The common case, decided without a look at the nodes: all are in use, and none is to spare even if all nodes serve.
@@ -200,7 +218,7 @@ class ScaleIn:
 
     def _spares(self, queued: int, running: int, serving: int, left: int, copies: int) -> bool:
         """True if ``copies`` are enough for the load, also when answers take longer as ``left`` do the work of ``serving``."""
-        return copies > 0 and self._autoscaler.desired(queued, ceil(running * serving / left)) <= copies
+        return copies > 0 and self._desired(queued, ceil(running * serving / left)) <= copies
 
     def _release_empty(self, state: ModelState) -> None:
         drained, empty = 0, []

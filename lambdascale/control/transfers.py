@@ -101,9 +101,9 @@ class Transfers:
         node, through = allocation.node, False
         for transfer in allocation.incoming.values():
             left = transfer.waiting[node]
-            sender = left.pop(block, None)
-            if sender is not None and ((ports := transfer.ports.get(sender, _FORWARDING)) or sender != node):
-                self._fleet.traffic.add(sender, ports, node, -size_bytes)
+            if block in left:
+                sender = left.pop(block)
+                self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), node, -size_bytes)
             if not left:
                 through = True
         if through:

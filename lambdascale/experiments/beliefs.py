@@ -13,7 +13,8 @@
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
 - ``starts(model)``: λScale's node starts from a source with more than one destination, of all, on the authors' trace;
 - ``with_memory(system, memory)``: P90 TTFT in seconds with twelve models and so much host memory, median and range of seeds;
-- ``on_gpus(model, link, sources)``: per cent by which pipelines lower P90 TTFT in bursts on GPUs, median and range of pairs;
+- ``on_gpus(model, link, sources)``: per cent by which pipelines lower P90 TTFT in bursts on GPUs, with the interval of pairs;
+- ``live(executes, sources)``: times that serving after loading takes until all of a live burst are served, with the interval;
 - ``count(verdict)``: rows of the comparison with the paper with that verdict, of ``count()`` rows;
 - ``cell(table, column, key=value, ...)``: any number of any table; UserError unless the keys choose one row.
 """
@@ -33,6 +34,7 @@ from lambdascale.core import UserError
 from lambdascale.experiments.paper_table import gpu_title, p90_ratio, p90_title, without
 from lambdascale.experiments.sensitivity import conclusions
 from lambdascale.experiments.starts_text import by_multicast
+from lambdascale.metrics.intervals import over_draws
 
 TEMPLATE = "beliefs.md.j2"
 BLOCK = "beliefs"
@@ -127,12 +129,20 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int) -> str:
-        """Percentage by which pipelines lower P90 on GPUs: median and range of paired runs since all kernels are rehearsed."""
+        """Percentage by which pipelines lower P90 on GPUs, from pairs of one seed since all kernels are rehearsed."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
         p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
-        lower = 100 * (1 - p90[True] / p90[False]).dropna()
-        return f"{lower.median():.0f} % ({lower.min():.0f} to {lower.max():.0f})"
+        ratios = (p90[True] / p90[False]).dropna().tolist() if {True, False} <= {*p90.columns} else []
+        if not ratios:
+            return "? % (0 pairs)"
+        found = over_draws(ratios)
+        lower, (low, high) = 100 * (1 - found.value), (100 * (1 - found.high), 100 * (1 - found.low))
+        return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({len(ratios)} pairs)")
+
+    def live(executes: str, sources: int) -> str:
+        found = row("execute_while_load", executes=executes, sources=sources, backend="live-paced")
+        return _with_interval(found.ratio, found.low, found.high)
 
     def with_memory(system: str, memory: str) -> str:
         runs = tables["beyond_host_memory"]
@@ -158,6 +168,7 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "new_processes": new_processes,
         "removed": removed,
         "on_gpus": on_gpus,
+        "live": live,
         "with_memory": with_memory,
         "starts": lambda model: by_multicast(tables["paper_trace"], "lambdascale", model),
         "step": lambda system, model: cell("attribution", "ttft_p90_s", trace=_AUTHORS, system=system, model=model),

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 
 from lambdascale.core import UserError
+from lambdascale.metrics.intervals import over_draws
+
+# Serving in pipelines that last until all their nodes hold the model, or that each node leaves when it does; without pipelines.
+_WHILE, _LEAVING, _AFTER = "while loading", "while loading, nodes leave", "after loading"
+_EXECUTES = (_WHILE, _LEAVING, _AFTER)
 
 
 def sim_vs_live(rows: pd.DataFrame) -> pd.DataFrame:
@@ -40,15 +47,34 @@ def sim_vs_live(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def execute_while_load(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over seeds by number of sources, with pipelines and without, from rows of experiment live_while_load."""
-    executes = rows.pipelines.map(lambda target: "after loading" if target.endswith("NoPipelines") else "while loading")
+    """Medians over seeds by number of sources and by what serves meanwhile, from rows of experiment live_while_load.
+
+    ``ratio``, with its interval of 95 % from ``low`` to ``high`` (none from too few pairs): how many times as long serving after
+    loading takes until all are served, seed by seed.
+    """
     names = {"ttft_max_s": "all_served_s", "pipeline_first_tokens": "first_tokens_of_pipelines"}
-    keys = ["backend", "sources", "executes"]
-    groups = rows.assign(executes=executes).rename(columns=names).groupby(keys, sort=False)
-    measures = groups[["ttft_p50_s", "ttft_p90_s", "all_served_s", "first_tokens_of_pipelines"]].median()
-    table = measures.assign(runs=groups.size()).reset_index()
-    ordered = table.sort_values(["backend", "sources", "executes"], ascending=[True, True, False], ignore_index=True)
-    return ordered[[column for column in ordered if column != "backend"] + ["backend"]]
+    rows = rows.assign(executes=[_executes(*each) for each in zip(rows.pipelines, rows.switch, strict=True)]).rename(
+        columns=names
+    )
+    found: list[dict[str, Any]] = []
+    for (backend, sources), runs in rows.groupby(["backend", "sources"]):
+        last = runs.pivot_table(index="seed", columns="executes", values="all_served_s")
+        for executes in [each for each in _EXECUTES if each in last]:
+            own = runs[runs.executes == executes]
+            medians = own[["ttft_p50_s", "ttft_p90_s", "all_served_s", "first_tokens_of_pipelines"]].median()
+            interval = {"ratio": math.nan, "low": math.nan, "high": math.nan}
+            if executes != _AFTER and _AFTER in last:
+                ratios = (last[_AFTER] / last[executes]).dropna()
+                times = over_draws(ratios.tolist()) if len(ratios) else None
+                interval = interval if times is None else {"ratio": times.value, "low": times.low, "high": times.high}
+            found.append({"sources": sources, "executes": executes, **medians, **interval, "runs": len(own), "backend": backend})
+    return pd.DataFrame(found)
+
+
+def _executes(pipelines: str, switch: object) -> str:
+    if pipelines.endswith("NoPipelines"):
+        return _AFTER
+    return _LEAVING if switch == "each" else _WHILE
 
 
 # A table, the study it is derived from, and the derivation.

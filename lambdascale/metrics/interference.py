@@ -10,6 +10,7 @@ from math import inf
 from lambdascale.core import NodeId
 from lambdascale.core.commands import (
     CancelTransfer,
+    Command,
     Dispatch,
     FailRequest,
     Repartition,
@@ -54,7 +55,7 @@ def beside_multicasts(recorder: Recorder) -> dict[int, float]:
     A node has a part in a multicast with its GPU's memory (a source in host memory has none), from the command to the last
     arrival, a communicator's set-up included. Requests that were never dispatched are not in the result.
     """
-    commands = [entry[1] for entry in recorder.log if isinstance(entry, tuple)]
+    commands = [entry for entry in recorder.log if isinstance(entry, Command)]
     if StartMulticast not in {*map(type, commands)}:
         return {request.request_id: 0.0 for command in commands if type(command) is Dispatch for request in command.requests}
     transfers = _multicasts(recorder)

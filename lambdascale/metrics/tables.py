@@ -162,16 +162,9 @@ def _unserved_columns(unserved: Sequence[TracedRequest], system: str) -> dict[st
 def _lives(recorder: Recorder) -> dict[int, _Life]:
     lives: dict[int, _Life] = {}
     starts = Starts()
+    at = 0.0  # of the next command
     for entry in recorder.log:
-        if isinstance(entry, tuple):
-            at, command = entry
-            if type(command) is Dispatch:
-                _dispatched(at, command, lives)
-            elif type(command) is FailRequest:
-                lives[command.request_id].failure = command.failure
-            else:
-                starts.take(at, command)
-        elif type(entry) is TokensProduced:
+        if type(entry) is TokensProduced:
             life = lives[entry.request_id]
             if life.first_token_s is None:
                 life.first_token_s, life.mode = entry.at, entry.mode
@@ -182,8 +175,16 @@ def _lives(recorder: Recorder) -> dict[int, _Life]:
             life.finished_s, life.tokens = entry.at, entry.tokens
         elif type(entry) is RequestArrived:
             lives[entry.request.request_id] = _Life(entry.request, entry.at)
-        else:
+        elif type(entry) is Dispatch:
+            _dispatched(at, entry, lives)
+        elif type(entry) is FailRequest:
+            lives[entry.request_id].failure = entry.failure
+        elif isinstance(entry, Command):
+            starts.take(at, entry)
+        elif isinstance(entry, Event):
             starts.take(entry.at, entry)
+        else:
+            at = entry
     return lives
 
 

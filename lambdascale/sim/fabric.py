@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from math import inf
 
 from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.sim.kernel import Kernel
-from lambdascale.sim.links import Flow, FlowGroup, LinkNetwork, Port
+from lambdascale.sim.links import Done, FlowGroup, LinkNetwork, Port
 
 
 class Fabric:
@@ -65,23 +65,15 @@ class Fabric:
         nodes: Collection[NodeId],
         ports: tuple[Port, ...],
         size_bytes: float,
-        on_done: Callable[[], None],
+        on_done: Done,
         cap: float = inf,
         weights: tuple[float, ...] | None = None,
-    ) -> Flow | None:
-        """Start a flow of ``group`` that depends on ``nodes``; None if the group is cancelled or they are not alive."""
-        if group.cancelled or (self.lost and not self.alive(nodes)):
-            return None
-        flow = self.links.start(ports, size_bytes, on_done, cap, group, weights)
-        group.flows[flow] = nodes
-        return flow
-
-    def again(self, group: FlowGroup, nodes: Collection[NodeId], flow: Flow, size_bytes: float) -> None:
-        """Start a flow like ``flow``, which has completed, in its place; not in a cancelled group or if ``nodes`` are lost."""
-        if group.cancelled or (self.lost and not self.alive(nodes)):
-            return
-        self.links.again(flow, size_bytes)
-        group.flows[flow] = nodes
+        *,
+        in_parts: bool = False,
+    ) -> None:
+        """Start a flow of ``group`` that depends on ``nodes``; none if the group is cancelled or they are not alive."""
+        if not group.cancelled and not (self.lost and not self.alive(nodes)):
+            group.flows[self.links.start(ports, size_bytes, on_done, cap, group, weights, in_parts=in_parts)] = nodes
 
     def cancel(self, group: FlowGroup) -> None:
         """Stop the group's flows; it starts no others."""

@@ -18,6 +18,7 @@ from lambdascale.core import NodeId
 from lambdascale.sim.kernel import Kernel
 
 _EVEN = repeat(1.0)
+Done = Callable[[], float | None]
 
 
 class Port:
@@ -44,17 +45,18 @@ class Flow(Struct, eq=False):
     """Bytes on their way over some ports. ``rate`` is its present share, ``remaining`` the bytes left at ``settled_s``.
 
     Of its i-th port it takes ``weights[i]`` times its rate; None: its rate of each. ``group``: the group, if any, that holds the
-    flow until it has completed.
+    flow until it has completed. ``on_done``: see LinkNetwork.start. ``version``: of the kernel entry that ends it.
     """
 
     flow_id: int
     ports: tuple[Port, ...]
     remaining: float
-    on_done: Callable[[], None]
+    on_done: Done
     cap: float
     group: FlowGroup | None
     weights: tuple[float, ...] | None
     settled_s: float
+    in_parts: bool
     rate: float = 0.0
     version: int = 0
 
@@ -83,27 +85,24 @@ class LinkNetwork:
         self,
         ports: tuple[Port, ...],
         size_bytes: float,
-        on_done: Callable[[], None],
+        on_done: Done,
         cap: float = inf,
         group: FlowGroup | None = None,
         weights: tuple[float, ...] | None = None,
+        *,
+        in_parts: bool = False,
     ) -> Flow:
         """Begin a flow of ``size_bytes`` at most ``cap`` bytes/s fast; ``on_done()`` is called when the last byte is through.
 
-        ``group``, ``weights``: see Flow.
+        ``in_parts``: ``on_done`` returns the bytes of a flow that takes its place, None behind the last; it begins nothing itself
+        on these ports. ``group``, ``weights``: see Flow.
         """
         assert ports, "a flow crosses at least one port"
         assert 0 <= size_bytes < inf, f"a flow of {size_bytes} bytes"
         assert cap > 0, f"a flow at most {cap} bytes/s fast"
-        flow = Flow(0, ports, size_bytes, on_done, cap, group, weights, 0.0)
+        flow = Flow(0, ports, size_bytes, on_done, cap, group, weights, 0.0, in_parts)
         self._enter(flow)
         return flow
-
-    def again(self, flow: Flow, size_bytes: float) -> None:
-        """Begin a flow of ``size_bytes`` that is like ``flow``, which has completed, and takes its place."""
-        flow.remaining = size_bytes
-        flow.rate = 0.0
-        self._enter(flow)
 
     def _enter(self, flow: Flow) -> None:
         """Number a flow, put it on its ports and share them."""
@@ -148,11 +147,41 @@ class LinkNetwork:
 
     def _finish(self, entry: tuple[Flow, int]) -> None:
         flow, version = entry
-        if flow.version == version:
+        if flow.version != version:
+            return
+        if flow.in_parts:
+            self._finish_part(flow)
+            return
+        self._leave(flow)
+        if flow.group is not None:
+            del flow.group.flows[flow]
+        flow.on_done()
+
+    def _finish_part(self, flow: Flow) -> None:
+        """Let the next part take a part's place. By itself on its ports, its rate is the same, and it need not leave them."""
+        ports = flow.ports
+        alone = self.grants is None
+        for port in ports:
+            if len(port.flows) > 1:
+                alone = False
+        if not alone:
             self._leave(flow)
+        size_bytes = flow.on_done()
+        if size_bytes is None:
+            if alone:
+                self._leave(flow)
             if flow.group is not None:
                 del flow.group.flows[flow]
-            flow.on_done()
+        elif alone:
+            before, self._next_id = flow.flow_id, self._next_id + 1
+            flow.flow_id = number = self._next_id
+            for port in ports:
+                port.flows[number] = port.flows.pop(before)
+            flow.remaining, flow.settled_s = size_bytes, self._kernel.now
+            self._grant(flow, flow.rate)
+        else:
+            flow.remaining, flow.rate = size_bytes, 0.0
+            self._enter(flow)
 
     def _settle(self, flow: Flow) -> None:
         now = self._kernel.now

@@ -15,7 +15,7 @@ from msgspec import Struct
 from lambdascale.core import NodeId, UserError
 from lambdascale.core.commands import LoadBlocks
 from lambdascale.sim.fabric import Fabric
-from lambdascale.sim.links import Flow, FlowGroup, Port
+from lambdascale.sim.links import FlowGroup, Port
 
 Deliver = Callable[[int, NodeId, str, int], None]
 
@@ -76,49 +76,46 @@ class Load(FlowGroup):
         self._deliver = deliver
         self._on_end = on_end
         self._ahead, self._way = load_ways(command, fabric)
-        self._carrier: Flow | None = None  # the flow of one block after another
 
     def start(self) -> None:
         """Begin; the tier "instant" delivers at once, as events of the present time."""
         if self._ahead is not None:
-            self._flow(self._ahead, sum(self._command.block_bytes[block] for block in self._left), self._begin)
+            ahead, size_bytes = self._ahead, sum(self._command.block_bytes[block] for block in self._left)
+            size = size_bytes / ahead.goodput
+            self._fabric.flow(self, self._nodes, ahead.ports, size, self._begin, ahead.cap, ahead.weights)
         elif self._way.ports:
             self._begin()
         else:
             self._fabric.kernel.at(self._fabric.kernel.now, self._all_arrived)
 
-    def _flow(self, way: Way, size_bytes: int, on_done: Callable[[], None]) -> Flow | None:
-        return self._fabric.flow(self, self._nodes, way.ports, size_bytes / way.goodput, on_done, way.cap, way.weights)
-
     def _begin(self) -> None:
-        if self._left:
-            self._carrier = self._flow(self._way, self._command.block_bytes[self._left[0]], self._stepped)
-        else:
+        """Let block follow block, as parts of one flow."""
+        if not self._left:
             self._on_end(self._command.transfer_id)
+            return
+        way, first = self._way, self._command.block_bytes[self._left[0]]
+        self._fabric.flow(self, self._nodes, way.ports, first / way.goodput, self._arrived, way.cap, way.weights, in_parts=True)
 
-    def _stepped(self) -> None:
-        self._arrived(1)
-        if self._left:
-            assert self._carrier is not None, "a block has come"
-            size_bytes = self._command.block_bytes[self._left[0]] / self._way.goodput
-            self._fabric.again(self, self._nodes, self._carrier, size_bytes)
-        else:
-            self._carrier = None  # which refers to this load
-            self._on_end(self._command.transfer_id)
+    def _arrived(self) -> float | None:
+        """Deliver the next block; return what the one behind it takes of the way, None if none is to follow.
+
+        Nothing is delivered, and nothing follows, if the load or its node has come to nothing.
+        """
+        command, left, fabric = self._command, self._left, self._fabric
+        block, lost = left.popleft(), self.cancelled or (fabric.lost and not fabric.alive(self._nodes))
+        if not lost:
+            self._deliver(command.transfer_id, command.node, command.model, block)
+        if not left:
+            self._on_end(command.transfer_id)
+        elif not lost:
+            return command.block_bytes[left[0]] / self._way.goodput
+        return None
 
     def _all_arrived(self, _: object) -> None:
-        self._arrived(len(self._left))
-        self._on_end(self._command.transfer_id)
-
-    def _arrived(self, blocks: int) -> None:
-        """Deliver the next ``blocks`` blocks, unless the load or its node has come to nothing."""
-        command, fabric, left = self._command, self._fabric, self._left
-        transfer_id, node, model, deliver = command.transfer_id, command.node, command.model, self._deliver
-        lost = self.cancelled or (fabric.lost and not fabric.alive(self._nodes))
-        for _ in range(blocks):
-            block = left.popleft()
-            if not lost:
-                deliver(transfer_id, node, model, block)
+        if not self._left:
+            self._on_end(self._command.transfer_id)
+        while self._left:
+            self._arrived()
 
     def coming(self, model: str, node: NodeId) -> set[int]:
         """Return the blocks of ``model`` that this load has still to bring to ``node``."""

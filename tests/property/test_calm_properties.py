@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from unittest.mock import patch
 
 import pytest
@@ -66,22 +67,45 @@ def _ticked(world: World, ticks: int) -> list[str]:
     return [line for _ in range(ticks) if world.ticking for line in world.tick()]
 
 
-@pytest.mark.parametrize("field", ["until", "queued", "running", "peak_queued", "peak_running", "replicas", "draining"])
+@pytest.mark.parametrize(
+    "field", ["until", "queued", "running", "peak_queued", "peak_running", "allocations", "spared", "draining"]
+)
 def test_everything_that_calm_depends_on_is_compared(field: str) -> None:
     world = World(min_replicas=1)
     world.arrive(2)
     world.tick()
     scale_in, (state,) = world.plane._scale_in, world.plane.fleet.models.values()
     assert scale_in.is_calm(state)
+    calm = state.calm
     if field == "draining":
         state.draining = 1
-    elif field == "until":
-        state.calm.until = world.at - 0.01
+    elif field == "until":  # and the peak does not want all that serve
+        calm.until, calm.serving = world.at - 0.01, inf
+    elif field in ("queued", "running"):  # and the load wants more than enough
+        setattr(calm, field, getattr(calm, field) - 1)
+        calm.enough = 0
     else:
-        setattr(
-            state.calm, field, getattr(state.calm, field) + (1 if field in ("peak_queued", "peak_running", "replicas") else -1)
-        )
+        setattr(calm, field, getattr(calm, field) + 1)
+        calm.serving = inf
     assert not scale_in.is_calm(state)
+
+
+@pytest.mark.parametrize("field", ["", "empty", "count", "instances"])
+def test_looks_are_calm_while_drained_replicas_have_requests(field: str) -> None:
+    """Else nothing would spare them while a replica drains; an empty one is released, and others may serve again."""
+    world = World(min_replicas=2, keep_alive_s=0.0)
+    world.arrive(4)
+    world.tick()
+    scale_in, (state,) = world.plane._scale_in, world.plane.fleet.models.values()
+    drained = max(state.instances.values(), key=lambda instance: len(instance.outstanding))
+    drained.draining, state.draining, state.calm.draining, state.calm.instances = True, 1, 1, len(state.instances)
+    if field == "empty":
+        drained.outstanding.clear()
+    elif field == "count":
+        state.draining = 2
+    elif field == "instances":
+        state.calm.instances += 1
+    assert scale_in._is_draining(state) is (field == "")
 
 
 @pytest.mark.parametrize("keep_alive_s", [0.0, 1.0])

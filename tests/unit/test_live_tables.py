@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import pandas as pd
 import pytest
 
@@ -33,23 +36,40 @@ def test_a_live_run_without_a_simulated_one_is_an_error() -> None:
         sim_vs_live(pd.DataFrame(rows))
 
 
-def test_bursts_with_pipelines_stand_beside_those_without() -> None:
-    rows = [
-        {"sources": 2, "pipelines": f"lambdascale.pipelines.{kind}", "backend": backend, "seed": seed}
-        | {"ttft_p50_s": seed, "ttft_p90_s": seed + 1, "ttft_max_s": seed + 2, "pipeline_first_tokens": 5 * (kind[0] == "C")}
+def bursts(seeds: Sequence[int], served_s: dict[str, Callable[[int], float]]) -> pd.DataFrame:
+    """Rows of live_while_load with two sources; ``served_s``: by pipelines and switch, the last first token of each seed."""
+    return pd.DataFrame(
+        {"sources": 2, "pipelines": f"lambdascale.pipelines.{kind.partition(' ')[0]}", "switch": kind.partition(" ")[2] or None}
+        | {"backend": backend, "seed": seed, "ttft_p50_s": seed, "ttft_p90_s": seed + 1, "ttft_max_s": last(seed)}
+        | {"pipeline_first_tokens": 5 * (kind[0] == "C")}
         for backend in ("sim", "live-paced")
-        for kind in ("NoPipelines", "ComplementaryPipelines")
-        for seed in (1, 2, 30)
-    ]
-    table = execute_while_load(pd.DataFrame(rows))
+        for kind, last in served_s.items()
+        for seed in seeds
+    )
+
+
+def test_bursts_with_pipelines_stand_beside_those_without() -> None:
+    kinds = ("NoPipelines", "ComplementaryPipelines", "ComplementaryPipelines each")
+    table = execute_while_load(bursts((1, 2, 30), dict.fromkeys(kinds, lambda seed: seed + 2)))
     assert list(table.columns) == list(pd.read_csv("results/tables/execute_while_load.csv", nrows=0).columns)
-    assert list(zip(table.backend, table.executes, strict=True)) == [
-        ("live-paced", "while loading"),
-        ("live-paced", "after loading"),
-        ("sim", "while loading"),
-        ("sim", "after loading"),
-    ]
-    assert table.iloc[0].to_dict() == {
+    ways = ("while loading", "while loading, nodes leave", "after loading")
+    assert list(zip(table.backend, table.executes, strict=True)) == [(b, way) for b in ("live-paced", "sim") for way in ways]
+    expected = {
         **{"sources": 2, "executes": "while loading", "ttft_p50_s": 2.0, "ttft_p90_s": 3.0, "all_served_s": 4.0},
-        **{"first_tokens_of_pipelines": 5.0, "runs": 3, "backend": "live-paced"},
+        **{"first_tokens_of_pipelines": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0, "runs": 3, "backend": "live-paced"},
     }
+    assert table.iloc[0].to_dict() == expected
+    assert table.iloc[2][["ratio", "low", "high"]].isna().all()
+
+
+def test_ratios_are_of_pairs_with_the_same_seed() -> None:
+    """The median of the ratios, with an interval from five pairs on; seeds without a partner do not count."""
+    rows = bursts(range(1, 6), {"NoPipelines": lambda seed: 3.0 * seed, "ComplementaryPipelines": lambda seed: 1.0 * seed})
+    alone = rows.iloc[-1:].assign(seed=99, ttft_max_s=1000.0)
+    first = execute_while_load(pd.concat([rows, alone], ignore_index=True)).iloc[0]
+    assert (first.ratio, first.low, first.high, first.runs) == (pytest.approx(3.0), pytest.approx(3.0), pytest.approx(3.0), 6)
+    few = bursts((1, 2), {"NoPipelines": lambda seed: 2.0 + seed, "ComplementaryPipelines": lambda seed: 1.0})
+    times = execute_while_load(few).iloc[0]
+    assert times.ratio == pytest.approx(3.5)
+    assert math.isnan(times.low)
+    assert math.isnan(times.high)
