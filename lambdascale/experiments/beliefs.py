@@ -132,7 +132,8 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         """Percentage by which pipelines lower P90 on GPUs, from pairs of one seed since all kernels are rehearsed."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
-        p90 = runs[~runs.measured_on.str.contains("before")].pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
+        runs = runs[~runs.measured_on.str.contains("before kernels")]
+        p90 = runs.pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
         ratios = (p90[True] / p90[False]).dropna().tolist() if {True, False} <= {*p90.columns} else []
         if not ratios:
             return "? % (0 pairs)"

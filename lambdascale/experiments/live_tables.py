@@ -11,9 +11,9 @@ import pandas as pd
 from lambdascale.core import UserError
 from lambdascale.metrics.intervals import over_draws
 
-# Serving in pipelines that last until all their nodes hold the model, or that each node leaves when it does; without pipelines.
-_WHILE, _LEAVING, _AFTER = "while loading", "while loading, nodes leave", "after loading"
-_EXECUTES = (_WHILE, _LEAVING, _AFTER)
+# Serving in pipelines that each node leaves when it holds the model, or that last until all their nodes do; without pipelines.
+_WHILE, _TOGETHER, _AFTER = "while loading", "while loading, nodes leave together", "after loading"
+_EXECUTES = (_WHILE, _TOGETHER, _AFTER)
 
 
 def sim_vs_live(rows: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +74,7 @@ def execute_while_load(rows: pd.DataFrame) -> pd.DataFrame:
 def _executes(pipelines: str, switch: object) -> str:
     if pipelines.endswith("NoPipelines"):
         return _AFTER
-    return _LEAVING if switch == "each" else _WHILE
+    return _TOGETHER if switch == "all" else _WHILE
 
 
 # A table, the study it is derived from, and the derivation.

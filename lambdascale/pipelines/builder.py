@@ -59,7 +59,7 @@ class ComplementaryPipelines:
 
     max_stages: int = 8
     form: FormRule = "useful"
-    switch: SwitchRule = "all"
+    switch: SwitchRule = "each"
 
     def __post_init__(self) -> None:
         """Validate."""

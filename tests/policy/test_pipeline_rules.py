@@ -185,7 +185,7 @@ def test_short_prompts_make_a_late_pipeline_useful() -> None:
 
 def test_a_pipeline_gets_no_requests_that_it_would_not_bring_to_a_token() -> None:
     """Mutation: the look ahead forgotten. With one block missing on each node, 0.07 s are left: less than a pass of one."""
-    world, _ = arriving(0.13)
+    world, _ = arriving(0.13, switch="all")
     assert world.finish(4) == ["dispatch i3 6"], "two blocks are missing"
     world.at += 0.01
     assert world.block(2, 2) + world.block(3, 0) == []
@@ -196,7 +196,7 @@ def test_a_pipeline_gets_no_requests_that_it_would_not_bring_to_a_token() -> Non
 
 def test_a_closed_pipeline_takes_requests_again_when_the_mode_switch_is_further_off() -> None:
     """The last block but one takes a second longer than expected. Mutation: a pipeline once closed stays so."""
-    world, _ = arriving(0.13)
+    world, _ = arriving(0.13, switch="all")
     world.finish(4)
     world.at += 0.01
     world.block(2, 2)

@@ -49,10 +49,10 @@ def bursts(seeds: Sequence[int], served_s: dict[str, Callable[[int], float]]) ->
 
 
 def test_bursts_with_pipelines_stand_beside_those_without() -> None:
-    kinds = ("NoPipelines", "ComplementaryPipelines", "ComplementaryPipelines each")
+    kinds = ("NoPipelines", "ComplementaryPipelines", "ComplementaryPipelines all")
     table = execute_while_load(bursts((1, 2, 30), dict.fromkeys(kinds, lambda seed: seed + 2)))
     assert list(table.columns) == list(pd.read_csv("results/tables/execute_while_load.csv", nrows=0).columns)
-    ways = ("while loading", "while loading, nodes leave", "after loading")
+    ways = ("while loading", "while loading, nodes leave together", "after loading")
     assert list(zip(table.backend, table.executes, strict=True)) == [(b, way) for b in ("live-paced", "sim") for way in ways]
     expected = {
         **{"sources": 2, "executes": "while loading", "ttft_p50_s": 2.0, "ttft_p90_s": 3.0, "all_served_s": 4.0},
