@@ -67,7 +67,7 @@ class FigureRun:
     ``profile``: of conf/cluster/measured, on which live runs decide and simulations run. ``link``, ``pcie`` and ``ssd``: rates,
     ``link`` "none" for the machine's own. ``arrivals``: "authors" (``length_s`` of their trace, gaps divided by ``compression``,
     from ``start_s`` of it), "generated", or "burst" of ``count`` requests. ``host_copies``: released replicas leave a copy in
-    host memory, and one node begins with one.
+    host memory, and one node begins with one. ``switch``: of λScale's pipelines (see ComplementaryPipelines).
     """
 
     kind: str
@@ -87,6 +87,7 @@ class FigureRun:
     prompt_tokens: int
     output_tokens: int
     host_copies: bool
+    switch: str = "each"
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> FigureRun:
@@ -116,6 +117,7 @@ class FigureRun:
         return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", _NO_FILES]))
 
     def _shared(self) -> list[str]:
+        leave = [f"+system.start.pipelines.switch={self.switch}"] if self.system == "lambdascale" else []
         rates = [] if self.link == UNPACED else [f"cluster.pcie_bytes_per_s={self.pcie}", f"cluster.ssd_bytes_per_s={self.ssd}"]
         return [
             f"experiment={'paper_trace' if self.kind == 'trace' else 'fig08_rampup'}",
@@ -129,6 +131,7 @@ class FigureRun:
             f"seed={self.seed}",
             *network(self.link),
             *rates,
+            *leave,
         ]
 
     def _requests(self) -> list[str]:
