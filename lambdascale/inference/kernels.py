@@ -234,7 +234,7 @@ def attend_kernel(
     """Attention of one token's queries that share a kv head over one of ``splits`` parts of its context (flash decoding).
 
     ``parts`` [rows, heads, splits, DIM] and ``sums`` [rows, heads, splits]: each part's result and the logarithm of its sum of
-    weights; WHOLE: there is one part, and its result goes to ``out`` [rows, heads x DIM]. ``window``: tokens that are attended,
+    weights; WHOLE: a single part, whose result goes to ``out`` [rows, heads x DIM]. ``window``: tokens that are attended,
     counted from the newest. Lengths are read on the device, so that one launch serves every context.
 
     ROTATED: ``states`` hold the rotated queries, and ``kv`` the token's own key and value. Else ``states`` [rows, queries, keys

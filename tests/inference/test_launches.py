@@ -86,7 +86,7 @@ def test_contexts_that_are_not_divided_are_not_joined(kernels: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "norms"), [(torch.bfloat16, [0, 0, 1, 2, 3]), (torch.float16, [1, 2, 3, 4, 5])], ids=str)
 def test_a_product_prepares_the_norm_of_its_sum(kernels: Any, dtype: torch.dtype, norms: list[int]) -> None:
-    """Not of another sum, not by other weights, not once the memory holds another norm; nor in float16, which may overflow."""
+    """The norm of that sum by those weights only, until the memory holds another. In float16 the product might overflow."""
     found = operators(dtype)
     a = found.architecture
     hidden, weight = torch.zeros(2, a.hidden, dtype=dtype), torch.zeros(a.hidden, a.hidden, dtype=dtype)

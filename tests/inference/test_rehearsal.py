@@ -15,7 +15,7 @@ SHARED_BYTES = 232_448  # of a program, on Hopper
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8, 32, 40, 300])
 def test_divided_attention_and_whole(kv_heads: int) -> None:
-    """Of one row, whose kernels may start early, and of more."""
+    """Variants for one row, whose kernels may start early, and for more."""
 
     def variants(counts: Iterable[int]) -> set[tuple[bool, bool]]:
         return {(rows == 1, splits_of(rows, kv_heads) == 1) for rows in counts}
