@@ -94,8 +94,9 @@ def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path) -> None
     """Open streams get an error with the reason once it goes on, and so does whoever comes later."""
     server = start(tiny, "--nodes", "2", "--restarts", "0")
     nodes = server.nodes()[:2]
-    with ThreadPoolExecutor(64) as pool:
-        listening = [pool.submit(listen, server) for _ in range(64)]
+    many = 160  # nodes go on with their batches meanwhile, and may complete those
+    with ThreadPoolExecutor(many) as pool:
+        listening = [pool.submit(listen, server) for _ in range(many)]
         wait_for(lambda: bool(server.cluster()["requests"]["running"]))
         stop_until_they_left(server, nodes)
         errors = [each.exception(PATIENCE_S) for each in listening]

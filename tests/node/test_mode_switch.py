@@ -69,6 +69,47 @@ def test_a_mode_switch_in_any_order(kv: KvPolicy, moment: int, reshape: bool, rn
 
 
 @settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["copy", "recompute"]),
+    st.sampled_from(["copy", "recompute"]),
+    st.integers(0, 80),
+    st.integers(0, 20),
+    st.randoms(use_true_random=False),
+)
+def test_a_pipeline_that_is_dissolved_before_its_requests_come(
+    first: KvPolicy, second: KvPolicy, moment: int, between: int, rng: random.Random
+) -> None:
+    """Node 0 leaves, and at once the others' pipeline, too: requests on their way to it go on to its replicas.
+
+    Mutation: the handover is dropped, and its requests wait for ever.
+    """
+    cluster = FakeCluster(3)
+    cluster.serve(1, *stages((0, 0, 0), (1, 1, 2), (2, 3, 3)))
+    cluster.assign(1, 0, 1, 2, 3, 4)
+    cluster.run(rng, steps=moment)
+    done = {token.request_id for token in cluster.tokens() if token.finished}
+    cluster.serve(2, *stages(replica(0)))
+    cluster.serve(3, *stages((1, 0, 2), (2, 3, 3)))
+    left = [number for number in (1, 2, 3, 4) if number not in done]
+    cluster.switch(1, 0, [(number, 2 if number == 1 else 3) for number in left], {2: 0, 3: 1}, first)
+    if first == "recompute":
+        cluster.stop(1, 1, 2)
+    cluster.run(rng, steps=between)
+    done = {token.request_id for token in cluster.tokens() if token.finished}
+    cluster.serve(4, *stages(replica(1)))
+    cluster.serve(5, *stages(replica(2)))
+    moves = [(number, 4 + number % 2) for number in (2, 3, 4) if number not in done]
+    cluster.switch(3, 1, moves, {4: 1, 5: 2}, second)
+    if second == "recompute":
+        cluster.stop(3, 2)
+    cluster.run(rng)
+    cluster.check()
+    for node in cluster.nodes:
+        assert len(node._switching._inbox) == 0
+        assert set(node._instances) <= {2, 4, 5}
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["copy", "recompute"]), st.integers(0, 60), st.randoms(use_true_random=False))
 def test_answers_are_complete_and_in_order_however_late_a_nodes_word_is(kv: KvPolicy, moment: int, rng: random.Random) -> None:
     """Words of different nodes reach the controller in any order: also an answer's end ahead of its first token."""

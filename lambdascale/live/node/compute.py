@@ -267,6 +267,8 @@ class Compute:
             self._switching.take(message)
         elif isinstance(message, wire.Vacate):
             self._parcels.vacated(message)
+        elif isinstance(message, wire.Handover) and self._switching.send_on(message):
+            pass  # its pipeline has been dissolved meanwhile
         elif instance is not None:
             instance.hold(message)
             self._drain(instance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lambdascale.core import NodeId
@@ -13,6 +14,8 @@ from lambdascale.live.node.mode_switch import KvData, KvInbox, hand_over
 from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
 
+# Dissolved pipelines whose requests may still be on their way to them.
+_REMEMBERED = 64
 # From what sends a message, takes KV that has come, and hears of pipelines of which nothing more will come.
 MakeKv = Callable[[Tell, Callable[[KvData], None], Callable[[int], None]], KvTraffic]
 
@@ -37,6 +40,7 @@ class Switching:
         self._tell, self._report = tell, report
         self._offer, self._drop = offer, drop
         self._inbox = KvInbox()
+        self._dissolved: OrderedDict[int, wire.Switch] = OrderedDict()  # the last ones, by pipeline
         self._kv = kv(tell, self._kv_came, self._no_more_kv)
 
     def close(self) -> None:
@@ -46,12 +50,32 @@ class Switching:
     # -- requests that leave -----------------------------------------------------------------------------------------
 
     def switch(self, message: wire.Switch) -> None:
-        """Dissolve a pipeline whose head is this node."""
+        """Dissolve a pipeline whose head is this node. Requests that come to it later are sent on."""
         pipeline = self._instances.get(message.command.pipeline)
         if pipeline is not None:
             hand_over(pipeline, message, self._tell)
+            self._dissolved[pipeline.number] = message
+            if len(self._dissolved) > _REMEMBERED:
+                self._dissolved.popitem(last=False)
         if message.command.kv == "recompute":
             self._drop(message.command.pipeline)
+
+    def send_on(self, message: wire.Handover) -> bool:
+        """Send requests for a pipeline that is dissolved already to their new instances; False if it is not.
+
+        They were on their way from another pipeline. KV for them is late, so that they are prefilled.
+        """
+        switch = self._dissolved.get(message.instance)
+        if switch is None:
+            return False
+        targets = dict(switch.command.moves)
+        by_target: dict[int, list[Ticket]] = defaultdict(list)
+        for ticket in message.tickets:
+            if ticket.request_id in targets:
+                by_target[targets[ticket.request_id]].append(ticket)
+        for target, tickets in by_target.items():
+            self._tell(switch.homes[target], wire.Handover(target, tuple(tickets), message.pipeline))
+        return True
 
     def collect(self, pipeline: Instance, message: wire.Collect) -> None:
         """Send this node's KV of a dissolved pipeline."""
