@@ -32,7 +32,7 @@ from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
-from lambdascale.experiments.gpu_runs import UNPACED, DisturbedRunError, Site, check_undisturbed, network
+from lambdascale.experiments.gpu_runs import UNPACED, DisturbedRunError, Site, check_undisturbed, network, numbers
 
 
 @dataclass(frozen=True)
@@ -209,11 +209,6 @@ def differences(rows: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(found)
-
-
-def numbers(text: str) -> list[int]:
-    """Return the whole numbers of a comma-separated list."""
-    return [int(part) for part in text.split(",")]
 
 
 def main() -> int:

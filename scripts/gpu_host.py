@@ -34,6 +34,7 @@ from lambdascale.checkpoints import PackedModel, model_spec, parse_architecture
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting, run_trials
 from lambdascale.core import MulticastPlan
+from lambdascale.experiments.gpu_runs import numbers
 from lambdascale.live.forkserver import prepare
 
 ONE_SIDED, OWN = ("lambdascale", "faasnet"), "own copies"
@@ -138,11 +139,6 @@ def rows_of(job: Job, arguments: argparse.Namespace, gpus: int, model: PackedMod
         found, _ = run_trials(setting, dict.fromkeys(names, model), [trial for _, trial in planned])
         for (name, trial), timed in zip(planned, found, strict=True):
             yield row(job, name, trial, timed, model, rate)
-
-
-def numbers(text: str) -> list[int]:
-    """Return the whole numbers of a comma-separated list."""
-    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:

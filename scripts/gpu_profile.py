@@ -31,6 +31,7 @@ from lambdascale.calibration import engine_rates, probes
 from lambdascale.calibration.iterations import GPU_GRID, Grid, decode, inputs_of, loaded, measure_whole, prefill, table
 from lambdascale.calibration.multicast_rates import link_rate
 from lambdascale.calibration.profile import ProfileRequest, measure, ms, plain, provenance, write
+from lambdascale.calibration.random_models import COMMAND
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
 from lambdascale.core.timing import ComputeModel
@@ -38,7 +39,6 @@ from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.inference import StageBatch, TransformerStage
 from lambdascale.live.wire import Pass
 
-COMMAND = [sys.executable, "-c", "import sys; from lambdascale.cli.main import main; sys.exit(main())"]
 QUICK = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
 _LONGEST = 2048  # of prompts that prefills are compared on
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lambdascale.calibration.random_models import SHAPES
 from lambdascale.control import build_system, drive
 from lambdascale.core import ClusterSpec, ModelSpec
 from lambdascale.core.events import Event, RequestArrived, TokensProduced
-from lambdascale.core.timing import ComputeModel
+from lambdascale.core.timing import ComputeModel, Iteration
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.multicast import BinomialPipeline
 
 BLOCKS = 16
-MODELS = {"7B": "llama2_7b", "13B": "llama2_13b"}
 SETTING = ["model", "link", "sources", "count", "output_tokens", "pipelines"]
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Size:
-    """An iteration: see IterationSize."""
-
-    decodes: int = 0
-    context_tokens: int = 0
-    prefill_tokens: int = 0
-    attended_tokens: int = 0
 
 
 class FirstTokens:
@@ -77,7 +68,7 @@ def row(table: str, model: str, what: str, simulated: float, measured: float) ->
 
 def specs(profile: str, model: str) -> tuple[ClusterSpec, ModelSpec]:
     """Return the profile's cluster and a model's sizes."""
-    experiment = build(compose([f"cluster=measured/{profile}", f"model={MODELS[model]}", "workload=burst"]))
+    experiment = build(compose([f"cluster=measured/{profile}", f"model={CONFIGURED[model]}", "workload=burst"]))
     return experiment.cluster, experiment.models[0]
 
 
@@ -92,9 +83,9 @@ def iterations(profile: str, tables: Path, card: str) -> Iterator[Row]:
                 alone = replace(cluster, compute=replace(cluster.compute, iteration_overhead_s=0.0))
                 models[each.model] = ComputeModel(alone.node(0), spec)
             if table == "decode":
-                size, what = Size(each.batch, each.batch * each.context), f"batch {each.batch}"
+                size, what = Iteration(decodes=each.batch, context_tokens=each.batch * each.context), f"batch {each.batch}"
             else:
-                size, what = Size(prefill_tokens=each.tokens), f"{each.tokens} tokens"
+                size, what = Iteration(prefill_tokens=each.tokens), f"{each.tokens} tokens"
             yield row(table, each.model, what, models[each.model].iteration_s(size), each.ms / 1e3)
 
 
@@ -135,7 +126,7 @@ def burst(profile: str, setting: Row, prompt: int) -> list[float]:
         compose(
             [
                 f"cluster=measured/{profile}",
-                f"model={MODELS[setting['model']]}",
+                f"model={CONFIGURED[setting['model']]}",
                 "system=lambdascale",
                 "system.memory.enabled=false",
                 f"system.blocks={BLOCKS}",
@@ -165,7 +156,7 @@ def burst(profile: str, setting: Row, prompt: int) -> list[float]:
 
 def mapped(profile: str) -> Iterator[Row]:
     """Simulate bursts with pipelines and without, and yield the seconds that pipelines change the TTFT by."""
-    axes = (MODELS, ("none", "400Gb/s", "100Gb/s", "25Gb/s"), (1, 2), (50, 100, 200, 400), (16, 64, 256))
+    axes = (SHAPES, ("none", "400Gb/s", "100Gb/s", "25Gb/s"), (1, 2), (50, 100, 200, 400), (16, 64, 256))
     for values in product(*axes):
         setting = dict(zip(SETTING, values, strict=False))
         sides = [burst(profile, setting | {"pipelines": on}, 512) for on in (True, False)]

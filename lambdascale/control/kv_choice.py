@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.control.state import Fleet, Instance, ModelState
 from lambdascale.core import NodeId, Stage
 from lambdascale.core.commands import KvPolicy
-from lambdascale.core.timing import ComputeModel
+from lambdascale.core.timing import ComputeModel, Iteration
 
 # "cheapest": decided anew for each mode switch and each moved boundary.
 KvRule = Literal["recompute", "copy", "cheapest"]
 _Flows = Mapping[tuple[NodeId, NodeId], float]  # bytes by sender and receiver
 
 
-@dataclass(frozen=True)
-class _Iteration:
-    """See IterationSize."""
-
-    prefill_tokens: int = 0
-    attended_tokens: int = 0
-    decodes: int = 0
-    context_tokens: int = 0
-
-
 class KvChoice:
-    """Names the way of KV for commands. With ``rule`` "cheapest" it weighs predicted waiting, in seconds times requests.
+    """The way that KV takes, by ``rule``. With "cheapest" it is chosen by predicted waiting, in seconds times requests.
 
     A copy keeps those waiting whose KV is on its way, as long as the busiest NIC that it needs. A recomputation keeps everything
     waiting that runs on its node, by as much as it takes longer than a decode: like that it ends with a token. Ties are
@@ -108,7 +97,7 @@ class KvChoice:
         nodes = len({stage.node for stage in stages})
         batches = nodes * self._batching.batches(state.spec.gpus_per_replica)
         tokens, attended = sum(contexts), sum(context * (context + 1) // 2 for context in contexts)
-        decode = _Iteration(decodes=-(-running // batches), context_tokens=tokens // batches)
+        decode = Iteration(decodes=-(-running // batches), context_tokens=tokens // batches)
         prefill_s: dict[NodeId, float] = defaultdict(float)
         decode_s = 0.0
         for stage in stages:
@@ -122,7 +111,7 @@ class KvChoice:
         """Seconds for iterations that prefill so many tokens, each as many as one may have."""
         most = self._batching.max_tokens
         sizes = [most] * (tokens // most) + [tokens % most] * (tokens % most > 0)
-        return sum(model.iteration_s(_Iteration(size, attended * size // tokens), share) for size in sizes)
+        return sum(model.iteration_s(Iteration(size, attended * size // tokens), share) for size in sizes)
 
 
 def _kv_bytes(state: ModelState, stage: Stage, contexts: Sequence[int]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from math import inf
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lambdascale.core import ClusterSpec, ModelSpec, NodeId
 from lambdascale.core.commands import Tier
-from lambdascale.core.timing import ComputeModel
+from lambdascale.core.timing import ComputeModel, Iteration
 from lambdascale.pipelines import Costs
 
 if TYPE_CHECKING:
@@ -21,16 +20,6 @@ if TYPE_CHECKING:
 _SAMPLE = 64
 # Number of pairs of a model and a length whose first passes are remembered.
 _REMEMBERED = 1024
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """An iteration of prefills alone: see IterationSize."""
-
-    prefill_tokens: int
-    attended_tokens: int
-    decodes: int = 0
-    context_tokens: int = 0
 
 
 class Passes:
@@ -58,7 +47,7 @@ class Passes:
         if models is None:
             models = self._models[name] = [ComputeModel(kind, spec) for kind in self._cluster.kinds]
         sizes = [
-            _Prefill(batch * prompt_tokens, batch * prompt_tokens * (prompt_tokens + 1) // 2)
+            Iteration(batch * prompt_tokens, batch * prompt_tokens * (prompt_tokens + 1) // 2)
             for batch in range(1, self._max_batch + 1)
         ]
         overhead_s = max(model.iteration_s(sizes[0], 0.0) for model in models)

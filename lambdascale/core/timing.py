@@ -11,6 +11,7 @@ Tensor parallelism, which divides the time of one iteration by the GPUs, is not 
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Protocol
 
@@ -44,6 +45,16 @@ class IterationSize(Protocol):
     @property
     def attended_tokens(self) -> int:
         """Number of query-key pairs in the prefills."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Sizes of an iteration that is only thought of: see IterationSize."""
+
+    prefill_tokens: int = 0
+    attended_tokens: int = 0
+    decodes: int = 0
+    context_tokens: int = 0
 
 
 class ComputeModel:

@@ -17,6 +17,11 @@ _NO_FILES = "logger._target_=builtins.dict"
 CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
 
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers of a comma-separated list."""
+    return [int(part) for part in text.split(",")]
+
+
 class DisturbedRunError(RuntimeError):
     """A node was lost in a run that is to measure something else."""
 
