@@ -1,14 +1,17 @@
 """Bursts on a live cluster of GPUs: λScale with execution pipelines and without, in pairs, over link rates.
 
 python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
-    [--outputs 64] [--repeat 3] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster testbed1] [--kv recompute,copy]
-    [--no-pairs] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR] [--limit-s 540]
+    [--outputs 64] [--bursts 5] [--repeat 1] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster measured/h200]
+    [--kv recompute,copy] [--no-pairs] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR]
+    [--limit-s 540] [--period-s S]
 
-Each run starts real node processes, one per GPU, with as many replicas as sources, and sends a burst that needs all nodes. The
-pairs alternate on the same machine, after a run that is not counted: in a machine's first run, kernels are compiled while it
-serves. Adds a row a run to gpu_bursts.csv, or to gpu_bursts_shared.csv where nodes share GPUs, and prints the paired differences
-of this call. Once --limit-s is over, no further run begins, and the output says how many were left out. With --timelines every
-run also leaves a folder of what the controller and the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
+Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which needs
+all nodes; in between, nodes are released. --period-s is the time from one burst to the next: by default what both sides of a pair
+need in the simulation on --cluster, and some more. The pairs alternate on the same machine, after a burst that is not counted: in
+a machine's first run, kernels are compiled while it serves. Adds a row a burst to gpu_bursts.csv, or to gpu_bursts_shared.csv
+where nodes share GPUs, and prints the ratios of this call. Bursts that met others do not count. Once --limit-s is over, no more
+runs begin, and the output says how many were left out. With --timelines every run also leaves a folder of what the controller and
+the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
 """
 
 from __future__ import annotations
@@ -17,93 +20,56 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from lambdascale.calibration.scaleout_parts import ControllerRows
 from lambdascale.cli.guard import run_guarded
-from lambdascale.control import build_system, drive
-from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
-from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
-from lambdascale.experiments.build import build
-from lambdascale.experiments.compose import compose
-from lambdascale.experiments.gpu_runs import UNPACED, DisturbedRunError, Site, check_undisturbed, network, numbers
+from lambdascale.experiments.gpu_bursts import MEASURES, BurstRun, Row, measure, paired, period_s, ratio
+from lambdascale.experiments.gpu_runs import DisturbedRunError, Site, numbers
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Settings that vary between runs. ``link``: its rate, none for no limit. ``output_tokens``: of each request.
+def orders(arguments: argparse.Namespace) -> Iterator[tuple[BurstRun, int]]:
+    """Yield runs and seeds: seed by seed, λScale's pairs in alternation for each setting; last the other systems, once each.
 
-    ``kv``: what becomes of KV at mode switches.
+    Without pipelines nothing switches mode, so that one run counts for every ``kv``.
     """
-
-    link: str
-    sources: int
-    count: int
-    output_tokens: int
-    kv: str
-
-
-class Times:
-    """Observer of a run: first tokens, ends, and the steps of the scale-out, in seconds of the run."""
-
-    def __init__(self) -> None:
-        self.arrived: dict[int, float] = {}
-        self.first: dict[int, float] = {}
-        self.by_pipeline = 0
-        self.ends: list[float] = []
-        self.began: float | None = None
-        self.formed: list[float] = []
-        self.switched: list[float] = []
-        self.last_block = 0.0
-
-    def on_event(self, event: Event) -> None:
-        """Note an event. DisturbedRunError if a node was lost."""
-        check_undisturbed(event)
-        if isinstance(event, RequestArrived):
-            self.arrived[event.request.request_id] = event.request.arrival_s
-        elif isinstance(event, TokensProduced) and event.request_id not in self.first:
-            self.first[event.request_id] = event.at
-            self.by_pipeline += event.mode == "pipeline"
-        elif isinstance(event, RequestFinished):
-            self.ends.append(event.at)
-        elif isinstance(event, BlockArrived) and self.arrived:
-            self.last_block = event.at
-
-    def on_command(self, at: float, command: Command) -> None:
-        """Note a command."""
-        if isinstance(command, AllocateNode) and self.arrived and self.began is None:
-            self.began = at
-        elif isinstance(command, Serve) and command.is_pipeline:
-            self.formed.append(at)
-        elif isinstance(command, SwitchMode):
-            self.switched.append(at)
-
-    def row(self) -> dict[str, Any]:
-        """Return the run's measures: TTFT in seconds, and times since the scale-out began."""
-        ttft = np.array([self.first[request] - at for request, at in self.arrived.items()])
-        began = self.began or 0.0
-        start = min(self.arrived.values())
-        return {
-            "requests": len(self.arrived),
-            "finished": len(self.ends),
-            "ttft_p50_s": float(np.quantile(ttft, 0.5)),
-            "ttft_p90_s": float(np.quantile(ttft, 0.9)),
-            "ttft_max_s": float(ttft.max()),
-            "all_finished_s": max(self.ends) - start,
-            "first_tokens_of_pipelines": self.by_pipeline,
-            "pipeline_formed_s": min(self.formed) - began if self.formed else None,
-            "last_block_s": self.last_block - began,
-        }
+    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
+    settings = [_run(arguments, *values) for values in product(*axes)]
+    systems, first = arguments.systems.split(","), settings[0].kv
+    for seed in range(1, arguments.repeat + 1):
+        for place, setting in enumerate(settings):
+            for pipelines in (True, False) if (seed + place) % 2 else (False, True):
+                if pipelines or (arguments.pairs and setting.kv == first):
+                    yield replace(setting, pipelines=pipelines), seed
+    for setting in settings:
+        for system in systems:
+            if system != "lambdascale":
+                yield replace(setting, system=system, pipelines=False), 1
 
 
-def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Setting, seed: int) -> dict[str, Any]:
-    """Run one burst and return its row."""
+def _run(arguments: argparse.Namespace, link: str, sources: int, count: int, output_tokens: int, kv: str) -> BurstRun:
+    return BurstRun(
+        model=Path(arguments.model).name,
+        system="lambdascale",
+        pipelines=True,
+        nodes=arguments.nodes,
+        cluster=arguments.cluster,
+        link=link,
+        sources=sources,
+        count=count,
+        prompt_tokens=arguments.prompt,
+        output_tokens=output_tokens,
+        kv=kv,
+    )
+
+
+def one(arguments: argparse.Namespace, run: BurstRun, seed: int, bursts: int) -> list[Row]:
+    """Carry a run out and return a row for each burst."""
     site = Site(
         checkpoint=arguments.model,
         nodes=arguments.nodes,
@@ -111,103 +77,25 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
         device=arguments.device,
         transport=arguments.transport,
     )
-    overrides = [
-        f"cluster={arguments.cluster}",
-        f"system={system}",
-        "system.memory.enabled=false",
-        *site.overrides(paced=setting.link != UNPACED, slot_tokens=arguments.prompt + setting.output_tokens),
-        *([f"system.kv={setting.kv}"] if system == "lambdascale" else []),  # others have no mode switches
-        *network(setting.link),
-        "cluster.pcie_bytes_per_s=50GB/s",
-        "cluster.ssd_bytes_per_s=50GB/s",
-        "workload=burst",
-        f"system.autoscaler.min_replicas={setting.sources}",
-        f"workload.count={setting.count}",
-        "workload.at_s=1.0",
-        f"workload.prompt_tokens={arguments.prompt}",
-        f"workload.output_tokens={setting.output_tokens}",
-        f"seed={seed}",
-    ]
-    folder = None if arguments.timelines is None else arguments.timelines / _label(system, pipelines, setting, seed)
-    if folder is not None:
-        overrides.append(f"backend.timeline={folder}")
-    if system == "lambdascale" and not pipelines:
-        overrides.append("system.start.pipelines._target_=lambdascale.pipelines.NoPipelines")
-    experiment = build(compose(overrides))
-    names = [model.name for model in experiment.models]
-    requests = experiment.workload.requests(models=names, seed=seed)
-    plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
-    backend = experiment.backend.build(
-        cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=seed
-    )
-    times, rows = Times(), ControllerRows()
-    try:
-        drive(plane, backend, [times] if folder is None else [times, rows])
-    finally:
-        backend.close()
-    if folder is not None:
+    period = 1.0 if bursts == 1 else arguments.period_s or period_s(run, arguments.blocks)  # one burst has none
+    folder = None if arguments.timelines is None else arguments.timelines / f"{run}-{seed}"
+    experiment = run.live(site, bursts=bursts, period_s=period, seed=seed, timeline=None if folder is None else str(folder))
+    rows = None if folder is None else ControllerRows()
+    found = measure(run, experiment, [] if rows is None else [rows], seed=seed)
+    if folder is not None and rows is not None:
         rows.write(folder)
-    model = Path(arguments.model).name
-    row = {
-        "model": model,
-        "system": system,
-        "pipelines": pipelines,
-        **asdict(setting),
-        "seed": seed,
-        "prompt_tokens": arguments.prompt,
-    }
-    return {**row, **times.row(), "backend": "live"}
+    return [{**run.row(), "seed": seed, **each, "backend": "live"} for each in found]
 
 
-def _label(system: str, pipelines: bool, setting: Setting, seed: int) -> str:
-    """Return the name of a run's folder."""
-    link = setting.link.replace("/", "")
-    how = "pipelines" if pipelines else "none"
-    return f"{system}-{how}-{link}-{setting.sources}-{setting.count}-{setting.output_tokens}-{setting.kv}-{seed}"
-
-
-def orders(arguments: argparse.Namespace) -> Iterator[tuple[str, bool, Setting, int]]:
-    """Yield the runs: seed by seed, pairs of λScale in alternation for each setting; last the other systems, once a setting.
-
-    Without pipelines nothing switches mode, so that one run counts for every ``kv``.
-    """
-    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
-    settings = [Setting(*values) for values in product(*axes)]
-    systems, first = arguments.systems.split(","), settings[0].kv
-    for seed in range(1, arguments.repeat + 1):
-        for setting in settings:
-            for pipelines in (True, False) if seed % 2 else (False, True):
-                if pipelines or (arguments.pairs and setting.kv == first):
-                    yield "lambdascale", pipelines, setting, seed
-    for setting in settings:
-        yield from ((system, False, setting, 1) for system in systems if system != "lambdascale")
-
-
-def differences(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, by setting, the median of pipelines minus no pipelines over the pairs, and its range, in seconds."""
-    setting = ["model", "link", "sources", "count", "output_tokens", "kv"]
-    ours = rows[rows.system == "lambdascale"].set_index([*setting, "seed", "pipelines"])
+def ratios(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return, by setting, the ratio of each measure with pipelines over without, and its interval of 95 %."""
     found = []
-    for measure in ("ttft_p50_s", "ttft_p90_s", "ttft_max_s", "all_finished_s"):
-        sides = [
-            ours[measure].xs(side, level="pipelines") for side in (True, False) if (ours.index.get_level_values(-1) == side).any()
-        ]
-        if len(sides) < 2:
-            continue
-        levels = [name for name in sides[1].index.names if name != "kv"]
-        without = sides[1].droplevel("kv").reindex(pd.MultiIndex.from_frame(sides[0].index.to_frame()[levels]))
-        for key, values in (sides[0] - without.to_numpy()).dropna().groupby(level=setting):
-            low, high = values.min(), values.max()
-            found.append(
-                {
-                    **dict(zip(setting, key, strict=True)),
-                    "measure": measure,
-                    "pairs": len(values),
-                    "median": values.median(),
-                    "low": low,
-                    "high": high,
-                }
-            )
+    for setting, pairs in paired(runs):
+        varied = {key: setting[key] for key in ("model", "link", "sources", "count", "output_tokens", "kv")}
+        for name in MEASURES:
+            typical = ratio(pairs, name)
+            interval = {"ratio": typical.value, "low": typical.low, "high": typical.high}
+            found.append({**varied, "measure": name, "pairs": len(pairs), **interval})
     return pd.DataFrame(found)
 
 
@@ -216,14 +104,16 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="DIR|NAME")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--cluster", default="testbed1", help="a choice of conf/cluster, whose compute model decisions use")
+    parser.add_argument("--cluster", default="measured/h200", help="a choice of conf/cluster, which decisions use")
     parser.add_argument("--links", default="none,100Gb/s,25Gb/s")
     parser.add_argument("--sources", type=numbers, default=[1])
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--bursts", type=int, default=5, help="bursts of a run, on the same processes")
+    parser.add_argument("--period-s", type=float, help="seconds from a burst to the next (default: by simulation)")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of a setting, on new processes")
     parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--transport", default="cuda_ipc")
@@ -239,28 +129,28 @@ def main() -> int:
     shared = arguments.device == "cuda" and arguments.nodes > torch.cuda.device_count()
     path = arguments.out / ("gpu_bursts_shared.csv" if shared else "gpu_bursts.csv")
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     began, left, failed = time.monotonic(), 0, 0
-    first = Setting("none", arguments.sources[0], arguments.counts[0], arguments.outputs[0], arguments.kv.split(",")[0])
-    one(arguments, "lambdascale", True, first, 0)
-    for order in orders(arguments):
+    for place, (run, seed) in enumerate(orders(arguments)):
+        if place == 0:
+            one(arguments, run, 0, 1)
         if time.monotonic() - began > arguments.limit_s:
             left += 1
             continue
         try:
-            row = one(arguments, *order)
+            rows = one(arguments, run, seed, arguments.bursts)
         except DisturbedRunError as error:
             failed += 1
-            print(f"{_label(*order)} FAILED: {error}", flush=True)
+            print(f"{run}-{seed} FAILED: {error}", flush=True)
             continue
-        rows.append({**row, "measured_on": f"{card}, torch {torch.__version__}"})
-        shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items() if k not in ("backend", "prompt_tokens")}
-        print(round(time.monotonic() - began, 1), *shown.values(), flush=True)
-        pd.concat([before, pd.DataFrame(rows)]).to_csv(path, index=False, float_format="%.4g")
+        found += [{**row, "measured_on": f"{card}, torch {torch.__version__}"} for row in rows]
+        times = ", ".join(" ".join(f"{row[name]:.3g}" for name in MEASURES) for row in rows)
+        print(f"{time.monotonic() - began:.1f} {run}-{seed}: {times}", flush=True)
+        pd.concat([before, pd.DataFrame(found)]).to_csv(path, index=False, float_format="%.4g")
     if left:
         print(f"{left} runs left out: --limit-s was over")
-    if rows:
-        print(differences(pd.DataFrame(rows)).to_string(index=False))
+    if found:
+        print(ratios(pd.DataFrame(found)).to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     return int(failed > 0)
 
 

@@ -21,36 +21,17 @@ import numpy as np
 import pandas as pd
 
 from lambdascale.calibration.random_models import SHAPES
-from lambdascale.control import build_system, drive
 from lambdascale.core import ClusterSpec, ModelSpec
-from lambdascale.core.events import Event, RequestArrived, TokensProduced
 from lambdascale.core.timing import ComputeModel, Iteration
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
+from lambdascale.experiments.gpu_bursts import BurstRun, measure
 from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.multicast import BinomialPipeline
 
 BLOCKS = 16
-SETTING = ["model", "link", "sources", "count", "output_tokens", "pipelines"]
+SETTING = ["model", "link", "sources", "count", "output_tokens"]
 Row = dict[str, Any]
-
-
-class FirstTokens:
-    """Observer: seconds from each request's arrival to its first token."""
-
-    def __init__(self) -> None:
-        self.arrived: dict[int, float] = {}
-        self.ttft: dict[int, float] = {}
-
-    def on_event(self, event: Event) -> None:
-        """Note an event."""
-        if isinstance(event, RequestArrived):
-            self.arrived[event.request.request_id] = event.request.arrival_s
-        elif isinstance(event, TokensProduced):
-            self.ttft.setdefault(event.request_id, event.at - self.arrived[event.request_id])
-
-    def on_command(self, at: float, command: object) -> None:
-        """Note nothing."""
 
 
 def row(table: str, model: str, what: str, simulated: float, measured: float) -> Row:
@@ -104,67 +85,36 @@ def multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
 
 
 def bursts(profile: str, tables: Path, card: str) -> Iterator[Row]:
-    """Compare P50 and P90 of TTFT, medians over the runs of a setting."""
+    """Compare P50 and P90 of TTFT, medians over the bursts of a setting."""
     found = measured(tables, "bursts", card)
     found = found[(found.system == "lambdascale") & ~found.measured_on.str.contains("before")]
-    for key, runs in found.groupby(SETTING):
-        setting = dict(zip(SETTING, key, strict=True))
-        ttft = burst(profile, setting, int(runs.prompt_tokens.iloc[0]))
-        how = "pipelines" if setting["pipelines"] else "no pipelines"
-        what = f"{setting['link']}, {setting['sources']} to {4 - setting['sources']}, {setting['count']} requests, {how}"
-        for name, quantile in (("P50", 0.5), ("P90", 0.9)):
-            value = float(np.quantile(ttft, quantile))
-            yield row("bursts", setting["model"], f"{what}, {name}", value, float(runs[f"ttft_{name.lower()}_s"].median()))
+    for _, runs in found.groupby([*BurstRun.__dataclass_fields__], sort=False):
+        run = replace(BurstRun.of_row(dict(runs.iloc[0].items())), cluster=f"measured/{profile}")
+        how = "pipelines" if run.pipelines else "no pipelines"
+        what = f"{run.link}, {run.sources} to {run.nodes - run.sources}, {run.count} requests, {run.output_tokens} tokens, {how}"
+        simulated = simulation(run)
+        for name in ("p50", "p90"):
+            value = float(simulated[f"ttft_{name}_s"])
+            yield row("bursts", run.model, f"{what}, {name.upper()}", value, float(runs[f"ttft_{name}_s"].median()))
 
 
-def burst(profile: str, setting: Row, prompt: int) -> list[float]:
-    """Simulate a burst of scripts/gpu_bursts.py; return each request's TTFT."""
-    paced = [] if setting["link"] == "none" else [f"cluster.nic_bytes_per_s={setting['link']}"]
-    if not setting["pipelines"]:
-        paced.append("system.start.pipelines._target_=lambdascale.pipelines.NoPipelines")
-    experiment = build(
-        compose(
-            [
-                f"cluster=measured/{profile}",
-                f"model={CONFIGURED[setting['model']]}",
-                "system=lambdascale",
-                "system.memory.enabled=false",
-                f"system.blocks={BLOCKS}",
-                f"system.autoscaler.min_replicas={setting['sources']}",
-                "workload=burst",
-                f"workload.count={setting['count']}",
-                "workload.at_s=1.0",
-                f"workload.prompt_tokens={prompt}",
-                f"workload.output_tokens={setting['output_tokens']}",
-                *paced,
-            ]
-        )
-    )
-    requests = experiment.workload.requests(models=[model.name for model in experiment.models], seed=1)
-    plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
-    backend = experiment.backend.build(
-        cluster=experiment.cluster,
-        models=experiment.models,
-        requests=requests,
-        batching=experiment.system.batching,
-        seed=1,
-    )
-    seen = FirstTokens()
-    drive(plane, backend, [seen])
-    return list(seen.ttft.values())
+def simulation(run: BurstRun) -> Row:
+    """Simulate a burst; return its measures."""
+    return measure(run, run.simulated(BLOCKS))[0]
 
 
 def mapped(profile: str) -> Iterator[Row]:
     """Simulate bursts with pipelines and without, and yield the seconds that pipelines change the TTFT by."""
+    base = BurstRun(
+        **{"model": "7B", "system": "lambdascale", "pipelines": True, "nodes": 4, "cluster": f"measured/{profile}"},
+        **{"link": "none", "sources": 1, "count": 50, "prompt_tokens": 512, "output_tokens": 16, "kv": "recompute"},
+    )
     axes = (SHAPES, ("none", "400Gb/s", "100Gb/s", "25Gb/s"), (1, 2), (50, 100, 200, 400), (16, 64, 256))
     for values in product(*axes):
-        setting = dict(zip(SETTING, values, strict=False))
-        sides = [burst(profile, setting | {"pipelines": on}, 512) for on in (True, False)]
-        found = {
-            f"{name}_s": float(np.quantile(sides[0], quantile) - np.quantile(sides[1], quantile))
-            for name, quantile in (("p50", 0.5), ("p90", 0.9))
-        }
-        yield setting | found | {"p90_percent": 100 * found["p90_s"] / float(np.quantile(sides[1], 0.9)), "backend": "sim"}
+        setting = dict(zip(SETTING, values, strict=True))
+        ours, without = (simulation(replace(base, **setting, pipelines=on)) for on in (True, False))
+        found = {f"{name}_s": ours[f"ttft_{name}_s"] - without[f"ttft_{name}_s"] for name in ("p50", "p90")}
+        yield setting | found | {"p90_percent": 100 * found["p90_s"] / without["ttft_p90_s"], "backend": "sim"}
 
 
 def measured(tables: Path, name: str, card: str) -> pd.DataFrame:

@@ -31,10 +31,10 @@ import jinja2
 import pandas as pd
 
 from lambdascale.core import UserError
+from lambdascale.experiments.gpu_bursts import paired, ratio
 from lambdascale.experiments.paper_table import gpu_title, p90_ratio, p90_title, without
 from lambdascale.experiments.sensitivity import conclusions
 from lambdascale.experiments.starts_text import by_multicast
-from lambdascale.metrics.intervals import over_draws
 
 TEMPLATE = "beliefs.md.j2"
 BLOCK = "beliefs"
@@ -129,17 +129,16 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int) -> str:
-        """Percentage by which pipelines lower P90 on GPUs, from pairs of one seed since all kernels are rehearsed."""
+        """Percentage by which pipelines lower P90 of 200 requests on GPUs, from pairs of the present engine."""
         runs = tables["gpu_bursts"]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == 200)]
-        runs = runs[~runs.measured_on.str.contains("before kernels")]
-        p90 = runs.pivot_table(index="seed", columns="pipelines", values="ttft_p90_s")
-        ratios = (p90[True] / p90[False]).dropna().tolist() if {True, False} <= {*p90.columns} else []
-        if not ratios:
+        runs = runs[(runs.output_tokens == 64) & (runs.kv == "recompute") & ~runs.measured_on.str.contains("before")]
+        pairs = [each for _, each in paired(runs)]
+        if not pairs:
             return "? % (0 pairs)"
-        found = over_draws(ratios)
+        found = ratio(pd.concat(pairs))
         lower, (low, high) = 100 * (1 - found.value), (100 * (1 - found.high), 100 * (1 - found.low))
-        return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({len(ratios)} pairs)")
+        return f"{lower:.0f} % " + (f"({low:.0f} to {high:.0f})" if found.known else f"({sum(map(len, pairs))} pairs)")
 
     def live(executes: str, sources: int) -> str:
         found = row("execute_while_load", executes=executes, sources=sources, backend="live-paced")

@@ -12,7 +12,7 @@ from lambdascale.experiments.compose import compose
 
 UNPACED = "none"
 # No run folder is written, and machines that are lent for minutes may lack what writes one.
-_NO_FILES = "logger._target_=builtins.dict"
+NO_FILES = "logger._target_=builtins.dict"
 #: Sizes of Llama 2 as scripts pack them -> models of conf/.
 CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
@@ -54,7 +54,7 @@ class Site:
             f"backend.slot_tokens={slot_tokens}",
             f"system.blocks={self.blocks}",
             f"cluster.nodes={self.nodes}",
-            _NO_FILES,
+            NO_FILES,
         ]
 
 
@@ -119,7 +119,7 @@ class FigureRun:
     def simulated(self, nodes: int, blocks: int) -> Experiment:
         """Return the simulation of the run, whose requests the caller has; UserError for a model without known sizes."""
         require(self.model in CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(CONFIGURED)}")
-        return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", _NO_FILES]))
+        return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", NO_FILES]))
 
     def _shared(self) -> list[str]:
         leave = [f"+system.start.pipelines.switch={self.switch}"] if self.system == "lambdascale" else []

@@ -215,11 +215,13 @@ def drive_experiment(
     experiment: Experiment,
     requests: Sequence[TracedRequest],
     seed: int,
-    recorder: Recorder,
+    observer: Observer,
     title: str = "",
     max_events: int = MAX_EVENTS,
+    *,
+    also: Sequence[Observer] = (),
 ) -> Driven:
-    """Drive the experiment's system over its backend, recording events and commands; show progress on a terminal.
+    """Drive the experiment's system over its backend before the observers; show progress on a terminal.
 
     UserError for a simulation of more than ``max_events``.
     """
@@ -232,7 +234,7 @@ def drive_experiment(
             stack.enter_context(_collecting_new_objects_only())
         backend = _backend(experiment, requests, seed, stack)
         progress = Progress.on_terminal(len(requests), title)
-        observers: list[Observer] = [recorder]
+        observers = [observer, *also]
         if progress is not None:
             observers.append(stack.enter_context(progress))
         drive(system, backend, observers, max_events=max_events if isinstance(experiment.backend, SimConfig) else None)

@@ -63,11 +63,16 @@ class ConstantRate(GeneratedWorkload):
 
 @dataclass(frozen=True, kw_only=True)
 class Burst(GeneratedWorkload):
-    """``count`` requests at ``at_s``, or spread uniformly over the ``spread_s`` after it (paper, figures 8 and 9)."""
+    """``count`` requests at ``at_s``, or spread uniformly over the ``spread_s`` after it (paper, figures 8 and 9).
+
+    With ``repeat`` a burst begins every ``period_s``, which is at least ``spread_s``; None: ``at_s`` after the end of the one
+    before.
+    """
 
     count: int = 50
     at_s: float = 0.0
     spread_s: float = 0.0
+    period_s: float | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -75,13 +80,15 @@ class Burst(GeneratedWorkload):
         self._within("count", low=0)
         self._within("at_s", low=0.0)
         self._within("spread_s", low=0.0)
+        self._within("period_s", low=self.spread_s)
 
     def _expected(self) -> float:
         return self.count
 
     def _produce(self, streams: Streams, most: float, models: int) -> tuple[Columns, Provenance]:
         arrival_s = self.at_s + np.sort(streams.arrivals.random(self.count)) * self.spread_s
-        return self._generated(arrival_s, self.at_s + self.spread_s, streams), Provenance()
+        period_s = self.at_s + self.spread_s if self.period_s is None else self.period_s
+        return self._generated(arrival_s, period_s, streams), Provenance()
 
 
 @dataclass(frozen=True, kw_only=True)

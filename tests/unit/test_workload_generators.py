@@ -176,3 +176,13 @@ def test_missing_rate_series(tmp_path: Path) -> None:
 def test_settings_out_of_range(cls: Any, field: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"{cls.__name__}\.{next(iter(field))} must be"):
         cls(**field)
+
+
+def test_repeated_bursts_begin_every_period() -> None:
+    def begins(**settings: float | None) -> list[float]:
+        return sorted({each.arrival_s for each in Burst(count=2, at_s=1.0, repeat=3, **settings).requests(models=["m"], seed=0)})
+
+    assert begins() == [1.0, 2.0, 3.0]
+    assert begins(period_s=5.0) == [1.0, 6.0, 11.0]
+    with pytest.raises(UserError, match="period_s must be finite and at least 2"):
+        Burst(spread_s=2.0, period_s=1.0)
