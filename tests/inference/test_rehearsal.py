@@ -33,7 +33,7 @@ def test_divided_attention_and_whole(kv_heads: int, tuning: Tuning) -> None:
 @pytest.mark.parametrize("outputs", [4096, 5120])
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_tile(tuning: Tuning, outputs: int, gated: bool) -> None:
-    """Both products of a step and where they start, since a start and a tile are compiled together."""
+    """Tiles of the products of a step, and their starts: the two are compiled together."""
 
     def variants(counts: Iterable[int]) -> set[object]:
         tiles = {(tile(rows, gated=gated), tuning.adding(rows, outputs)) for rows in counts if rows > 1}
