@@ -11,9 +11,10 @@ from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.packing import PART_BYTES
 from lambdascale.inference import devices
 from lambdascale.inference.digest import part_digests
-from lambdascale.inference.fused import MOST_ROWS, TritonOperators, power, rehearsed_rows, tile
+from lambdascale.inference.fused import TritonOperators, power, rehearsed_rows
 from lambdascale.inference.operators import RopeTables
 from lambdascale.inference.scratch import Scratch
+from lambdascale.inference.tiles import MOST_ROWS, tile
 
 
 class Compiler:
@@ -86,7 +87,7 @@ def rehearse(architecture: Architecture, dtype: torch.dtype, device: torch.devic
     tables = RopeTables(*(torch.zeros(tokens, a.head_dim // 2, dtype=dtype, device=device) for _ in range(2)))
     operators = TritonOperators(a, tables, Scratch(dtype, device))
     wide = a.heads + 2 * a.kv_heads
-    for rows in rehearsed_rows(a.kv_heads):
+    for rows in rehearsed_rows(a.kv_heads, operators.tuning):
         states = torch.zeros(rows, wide, a.head_dim, dtype=dtype, device=device)
         kv = torch.zeros(1, 2 * a.kv_heads, tokens, a.head_dim, dtype=dtype, device=device)
         padding = torch.full((rows,), -1, dtype=torch.long, device=device)
@@ -117,7 +118,7 @@ def _rehearse_products(operators: TritonOperators, rows: int, dtype: torch.dtype
     hidden = torch.zeros(rows, a.hidden, dtype=dtype, device=device)
     operators.norm(hidden, hidden[0])
     for inputs, outputs, added, gated, prepares, result, biased in cases:
-        shape = tile(rows, added=added, gated=gated)
+        shape = operators.tuning.adding(rows, outputs) if added else tile(rows, gated=gated)
         assert shape is not None, "so few rows have tiles"
         few = 64 if outputs % 16 == 0 else 63  # kernels for multiples of 16 differ from the others
         weight = torch.zeros(few * (2 if gated else 1), inputs, dtype=dtype, device=device)

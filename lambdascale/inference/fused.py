@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,49 +10,14 @@ import torch
 from lambdascale.checkpoints import Architecture
 from lambdascale.inference.operators import Places, RopeTables, TorchOperators, Window
 from lambdascale.inference.scratch import Scratch
+from lambdascale.inference.tiles import MOST_ROWS, TUNED, Tile, Tuning, tile
 from lambdascale.inference.weights import LayerWeights
 
 Tensor = torch.Tensor
-# Every program of linear_kernel computes all rows; tiles exist for at most this many.
-MOST_ROWS = 32
-# Outputs of a program that adds to the hidden states: it prepares the norm that follows.
-_SUMMED = 32
 # Programs that keep a GPU of 132 multiprocessors busy with attention.
 _PROGRAMS = 256
 _MOST_SPLITS = 64
 _ALL_TOKENS = 1 << 30
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows, columns and depth that a program of ``linear_kernel`` computes at a time, and its launch settings.
-
-    ``swapped``: weights are the left operand of the matrix units.
-    """
-
-    rows: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-    swapped: bool = False
-
-    def of(self, dtype: torch.dtype) -> Tile:
-        """Return the tile for a type, of half the depth for float32: what a program has at a time must fit shared memory."""
-        return replace(self, inputs=self.inputs // 2) if dtype is torch.float32 else self
-
-
-def tile(rows: int, *, added: bool = False, gated: bool = False) -> Tile | None:
-    """Return the tile for a product of so many rows, None where cuBLAS is as fast.
-
-    Chosen by measurement on an H200, for the products of a 7B Llama and 1, 8 and 32 rows. Those of up to 16 rows take the time of
-    one: the matrix units compute 16.
-    """
-    if rows > MOST_ROWS:
-        return None
-    if added:
-        return Tile(16, _SUMMED, 512, 4, 4) if rows <= 16 else Tile(MOST_ROWS, _SUMMED, 256, 4, 5)
-    return Tile(16 if rows <= 16 else MOST_ROWS, 64, 64 if gated else 128, 4, 4, swapped=True)
 
 
 def splits_of(rows: int, kv_heads: int) -> int:
@@ -61,16 +25,23 @@ def splits_of(rows: int, kv_heads: int) -> int:
     return min(_MOST_SPLITS, power(max(1, _PROGRAMS // (rows * kv_heads))))
 
 
-def rehearsed_rows(kv_heads: int) -> tuple[int, ...]:
-    """Return numbers of rows that need all variants of the kernels between them: every tile, and attention divided or not."""
-    divided = [rows for rows in range(2, _PROGRAMS) if splits_of(rows, kv_heads) > 1]
-    return tuple(sorted({1, 2, MOST_ROWS, _PROGRAMS, *divided[-1:]}))
+def rehearsed_rows(kv_heads: int, tuning: Tuning = TUNED) -> tuple[int, ...]:
+    """Return numbers of rows that need all variants of the kernels between them: every tile and start, attention divided or not.
+
+    Kernels of one row are compiled for one.
+    """
+    found: dict[tuple[bool, ...], int] = {}
+    for rows in range(1, _PROGRAMS + 1):
+        limits = (rows <= limit for limit in (1, *tuning.limits()))
+        found.setdefault((*limits, splits_of(rows, kv_heads) == 1), rows)
+    return tuple(found.values())
 
 
 class TritonOperators(TorchOperators):
     """TorchOperators by Triton kernels: the same results except for rounding."""
 
     attends = True
+    tuning = TUNED
 
     def __init__(self, architecture: Architecture, tables: RopeTables, scratch: Scratch) -> None:
         # Imported here, so that nothing of Triton is loaded where it is not used.
@@ -94,15 +65,15 @@ class TritonOperators(TorchOperators):
         if len(hidden) > MOST_ROWS:
             return super().norm(hidden, weight)
         out, size = self.scratch.take("normed", *hidden.shape), hidden.shape[1]
-        block = power(size)
+        block, summed = power(size), self.tuning.summed(len(hidden), size)
         self._kernels.norm_kernel[(len(hidden),)](
             hidden,
             weight,
             out,
-            self._squares(*hidden.shape),
+            self._squares(len(hidden), size, summed),
             size,
             self.architecture.norm_eps,
-            SUMMED=_SUMMED,
+            SUMMED=summed,
             BLOCK=block,
             num_warps=max(4, min(16, block // 512)),
             **self._launch(len(hidden)),
@@ -121,7 +92,7 @@ class TritonOperators(TorchOperators):
 
     def add_product(self, total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None = None) -> None:
         """See TorchOperators."""
-        shape = tile(len(x), added=True)
+        shape = self.tuning.adding(*total.shape)
         self._prepared = None
         if shape is None:
             super().add_product(total, x, weight, bias)
@@ -208,6 +179,7 @@ class TritonOperators(TorchOperators):
             WHOLE=splits == 1,
             num_warps=4,
             num_stages=3,
+            TRIGGERS=self._triggers("attend", rows),
             **self._launch(rows),
         )
         if splits > 1:
@@ -221,6 +193,7 @@ class TritonOperators(TorchOperators):
                 BLOCK_D=self._block_d,
                 BLOCK_S=_MOST_SPLITS,
                 num_warps=4,
+                TRIGGERS=self._triggers("join", rows),
                 **self._launch(rows),
             )
         return out
@@ -235,14 +208,21 @@ class TritonOperators(TorchOperators):
         return out
 
     def _launch(self, rows: int) -> dict[str, bool]:
-        """Return settings of a kernel's launch: of one row, kernels start early, where the GPU can do that.
+        """Return settings of a kernel's launch: of few rows, kernels start early, where the GPU can do that.
 
-        The start of a kernel is a larger part of a shorter step. From 8 rows on, steps became longer (results/LOG.md).
+        The start of a kernel is a larger part of a shorter step.
         """
-        return {"EARLY": True, "launch_pdl": True} if self._early and rows == 1 else {"EARLY": False}
+        return {"EARLY": True, "launch_pdl": True} if self._starts_early(rows) else {"EARLY": False}
 
-    def _squares(self, rows: int, hidden: int) -> Tensor:
-        return self.scratch.take("squares", rows, -(-hidden // _SUMMED), torch.float32)
+    def _triggers(self, kernel: str, rows: int) -> bool:
+        return self._starts_early(rows) and kernel in self.tuning.triggers
+
+    def _starts_early(self, rows: int) -> bool:
+        return self._early and rows <= self.tuning.early_rows
+
+    def _squares(self, rows: int, hidden: int, summed: int) -> Tensor:
+        """Return memory for the sums of squares of rows of hidden states, each of ``summed`` of them."""
+        return self.scratch.take("squares", rows, -(-hidden // summed), torch.float32)
 
     def _normed_product(
         self, shape: Tile, hidden: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, gated: bool = False
@@ -270,9 +250,11 @@ class TritonOperators(TorchOperators):
         """Launch ``linear_kernel`` with tiles of ``shape``, which must have room for the rows."""
         rows, outputs, inputs = len(x), len(weight) // 2 if gated else len(weight), weight.shape[1]
         t = shape.of(weight.dtype)
+        # Whose sums of squares a product of normed hidden states takes; one that adds leaves its own.
+        summed = t.outputs if added else self.tuning.summed(rows, inputs)
         self._kernels.linear_kernel[(-(-outputs // t.outputs),)](
             x,
-            self._squares(rows, outputs if added else inputs),
+            self._squares(rows, outputs if added else inputs, summed),
             weight,
             bias if bias is not None else x,
             out,
@@ -286,8 +268,8 @@ class TritonOperators(TorchOperators):
             BLOCK_M=t.rows,
             BLOCK_N=t.outputs,
             BLOCK_K=t.inputs,
-            BLOCK_S=1 if added else power(-(-inputs // _SUMMED)),
-            SUMMED=_SUMMED,
+            BLOCK_S=1 if added else power(-(-inputs // summed)),
+            SUMMED=summed,
             SWAPPED=t.swapped,
             # Both products that add share a kernel, whatever their inputs.
             EVEN_K=not added and inputs % t.inputs == 0,
@@ -295,6 +277,7 @@ class TritonOperators(TorchOperators):
             ADDED=added,
             GATED=gated,
             PREPARES=prepares is not None,
+            TRIGGERS=self._triggers("linear", rows),
             num_warps=t.warps,
             num_stages=t.stages,
             **self._launch(rows),

@@ -5,9 +5,10 @@ lambdascale.inference.operators is their reference, in torch. Imported only wher
 Triton compiles a kernel anew for arguments that are multiples of 16 and for those that are not, which takes half a second in the
 middle of serving. Numbers of rows, and slots and positions that begin at any row, are therefore not told apart.
 
-EARLY: the GPU may start a kernel as soon as every program of the one before it in its stream has read what it reads, or ended
-(programmatic dependent launch). Such a kernel waits for the end of the one before ahead of its first access to memory. Earlier
-starts make steps much longer: programs that wait fill the multiprocessors that have room, and later share those.
+EARLY: the GPU may start a kernel as soon as every program of the one before it in its stream has ended, or, if that one TRIGGERS,
+has read what it reads (programmatic dependent launch). Such a kernel waits for the end of the one before ahead of its first
+access to memory. Earlier starts make steps much longer: programs that wait fill the multiprocessors that have room, and later
+share those.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def linear_kernel(
     ADDED: tl.constexpr,
     GATED: tl.constexpr,
     PREPARES: tl.constexpr,
+    TRIGGERS: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """``out`` [rows, outputs] of ``x`` [rows, inputs] times ``weight`` [outputs, inputs] transposed, for rows <= BLOCK_M.
@@ -88,7 +90,7 @@ def linear_kernel(
                 second = tl.dot(v, tl.trans(given), second, input_precision="ieee")
             else:
                 second = tl.dot(given, tl.trans(v), second, input_precision="ieee")
-    if EARLY:
+    if TRIGGERS:
         gdc_launch_dependents()
     result = tl.trans(total) if SWAPPED else total
     at = m[:, None] * outputs + n[None, :]
@@ -229,6 +231,7 @@ def attend_kernel(
     BLOCK_T: tl.constexpr,
     ROTATED: tl.constexpr,
     WHOLE: tl.constexpr,
+    TRIGGERS: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """Attention of one token's queries that share a kv head over one of ``splits`` parts of its context (flash decoding).
@@ -293,7 +296,7 @@ def attend_kernel(
         total = total * shrink + tl.sum(weights, 1)
         found = found * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
-    if EARLY:
+    if TRIGGERS:
         gdc_launch_dependents()
     seen = tl.where(total > 0, total, 1.0)
     found /= seen[:, None]
@@ -316,6 +319,7 @@ def join_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    TRIGGERS: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     """Join the parts of ``attend_kernel`` to ``out`` [rows, heads x head size]; zeros for rows without a context."""
@@ -330,6 +334,8 @@ def join_kernel(
     weights = tl.exp(logs - top)
     total = tl.sum(weights, 0)
     each = tl.load(parts + (place * splits + s)[:, None] * DIM + d[None, :], mask=made[:, None] & (d < DIM)[None, :], other=0.0)
+    if TRIGGERS:
+        gdc_launch_dependents()
     found = tl.sum(each * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + place * DIM + d, found.to(out.dtype.element_ty), mask=d < DIM)
 

@@ -14,10 +14,11 @@ from lambdascale.checkpoints import Architecture
 from lambdascale.checkpoints.architecture import parse_architecture
 from lambdascale.checkpoints.synthetic import PRESETS
 from lambdascale.inference.compiling import rehearse
-from lambdascale.inference.fused import MOST_ROWS, TritonOperators, has_triton
+from lambdascale.inference.fused import TritonOperators, has_triton
 from lambdascale.inference.operators import TorchOperators
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.stage import rope_tables
+from lambdascale.inference.tiles import MOST_ROWS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="needs a GPU")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ from lambdascale.checkpoints.synthetic import PRESETS
 from lambdascale.inference import fused
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.stage import rope_tables
+from lambdascale.inference.tiles import TUNED, Choice, Tile
 
 CPU = torch.device("cpu")
 
@@ -69,6 +71,20 @@ def test_kernels_of_one_row_start_early(
     for name in ("rotate", "attend", "join", "linear"):
         (settings,) = getattr(kernels, f"{name}_kernel").launches
         assert (settings["EARLY"], settings.get("launch_pdl", False)) == (early, early)
+        assert settings.get("TRIGGERS", False) == (early and name in ("attend", "linear"))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_other_kernels_let_the_next_one_start(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Kernels that trigger are launched to wait, too: the one after the next relies on that."""
+    monkeypatch.setattr(fused, "can_start_early", lambda device: True)
+    monkeypatch.setattr(fused.TritonOperators, "tuning", replace(TUNED, early_rows=8, triggers=frozenset({"join"})))
+    step(rows)
+    early = [
+        {name for name in ("attend", "join", "linear") if getattr(kernels, f"{name}_kernel").launches[0][setting]}
+        for setting in ("EARLY", "TRIGGERS")
+    ]
+    assert early == ([{"attend", "join", "linear"}, {"join"}] if rows <= 8 else [set(), set()])
 
 
 def test_an_older_triton_starts_nothing_early(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +98,21 @@ def test_contexts_that_are_not_divided_are_not_joined(kernels: Any) -> None:
     step(200)
     assert kernels.attend_kernel.launches[0]["WHOLE"]
     assert not kernels.join_kernel.launches
+
+
+def test_a_norm_sums_the_parts_that_products_leave(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of a product leaves one sum for its outputs, however many a tile has."""
+    few = replace(TUNED, added=(Choice(Tile(16, 16, 256, 4, 5)),))
+    monkeypatch.setattr(fused.TritonOperators, "tuning", few)
+    found = operators()
+    a = found.architecture
+    hidden, weight, norm = torch.zeros(2, a.hidden), torch.zeros(a.hidden, a.hidden), torch.ones(a.hidden)
+    found.norm(hidden, norm)
+    found.add_product(hidden, hidden, weight, None, norm)
+    found.logits(hidden, norm, weight)
+    assert [launch["SUMMED"] for launch in kernels.norm_kernel.launches + kernels.linear_kernel.launches] == [16, 16, 16]
+    assert kernels.linear_kernel.launches[0]["BLOCK_N"] == 16
+    assert kernels.linear_kernel.launches[1]["BLOCK_S"] == a.hidden // 16
 
 
 @pytest.mark.parametrize(("dtype", "norms"), [(torch.bfloat16, [0, 0, 1, 2, 3]), (torch.float16, [1, 2, 3, 4, 5])], ids=str)
