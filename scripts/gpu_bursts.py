@@ -2,8 +2,8 @@
 
 python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
     [--outputs 64] [--bursts 5] [--repeat 1] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster measured/h200]
-    [--kv recompute,copy] [--no-pairs] [--device cuda] [--transport cuda_ipc] [--out results/tables] [--timelines DIR]
-    [--limit-s 540] [--period-s S]
+    [--kv recompute,copy] [--no-pairs] [--no-warm-up] [--device cuda] [--transport cuda_ipc] [--out results/tables]
+    [--timelines DIR] [--limit-s 540] [--period-s S]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which needs
 all nodes; in between, nodes are released. --period-s is the time from one burst to the next: by default what both sides of a pair
@@ -111,6 +111,9 @@ def main() -> int:
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
+    parser.add_argument(
+        "--warm-up", action=argparse.BooleanOptionalAction, default=True, help="a burst first that is not counted"
+    )
     parser.add_argument("--bursts", type=int, default=5, help="bursts of a run, on the same processes")
     parser.add_argument("--period-s", type=float, help="seconds from a burst to the next (default: by simulation)")
     parser.add_argument("--repeat", type=int, default=1, help="runs of a setting, on new processes")
@@ -132,7 +135,7 @@ def main() -> int:
     found: list[dict[str, Any]] = []
     began, left, failed = time.monotonic(), 0, 0
     for place, (run, seed) in enumerate(orders(arguments)):
-        if place == 0:
+        if place == 0 and arguments.warm_up:
             one(arguments, run, 0, 1)
         if time.monotonic() - began > arguments.limit_s:
             left += 1

@@ -35,6 +35,7 @@ from lambdascale.experiments.gpu_bursts import paired, ratio
 from lambdascale.experiments.paper_table import gpu_title, p90_ratio, p90_title, without
 from lambdascale.experiments.sensitivity import conclusions
 from lambdascale.experiments.starts_text import by_multicast
+from lambdascale.metrics.intervals import over_draws
 
 TEMPLATE = "beliefs.md.j2"
 BLOCK = "beliefs"
@@ -146,10 +147,12 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
 
     def with_memory(system: str, memory: str) -> str:
         runs = tables["beyond_host_memory"]
-        p90 = runs[(runs.system == system) & (runs.host_memory == memory)].ttft_p90_s
-        if p90.empty:
+        runs = runs[runs.host_memory == memory]
+        p90 = runs.pivot_table(index="seed", columns="system", values="ttft_p90_s")
+        if not {system, "lambdascale"} <= {*p90.columns}:
             raise UserError(f"{TEMPLATE}: no rows of beyond_host_memory for {system}, {memory}")
-        return _with_interval(p90.median(), p90.min(), p90.max())
+        found = over_draws((p90[system] / p90.lambdascale).dropna().tolist())
+        return _with_interval(found.value, found.low, found.high)
 
     def count(verdict: str | None = None) -> int:
         verdicts = tables["paper_vs_ours"].verdict

@@ -84,12 +84,18 @@ class Tuning:
         return tuple(sorted({_LEAST_ROWS, MOST_ROWS, self.early_rows, *(each.rows for each in self.added)}))
 
 
-# Chosen by measurement on an H200, for the products of a 7B Llama and 1, 8 and 32 rows (results/LOG.md). From 8 rows on, steps
-# became longer when kernels started early.
+# Chosen by measurement on an H200, for products of 7B and 13B Llamas and 1, 8 and 32 rows (results/LOG.md). Up to 4,224 outputs
+# give each of 132 multiprocessors one program; of more, two have to fit one, or some wait for others to end: 7 % of 13B's step.
+_ONE_EACH = 132 * 32
 TUNED = Tuning(
-    added=(Choice(Tile(16, 32, 512, 4, 4), rows=_LEAST_ROWS), Choice(Tile(32, 32, 256, 4, 5))),
-    early_rows=1,
-    triggers=frozenset({"linear", "attend"}),
+    added=(
+        Choice(Tile(16, 32, 512, 4, 4), rows=_LEAST_ROWS, outputs=_ONE_EACH),
+        Choice(Tile(16, 32, 256, 4, 5), rows=_LEAST_ROWS),
+        Choice(Tile(32, 32, 256, 4, 5), outputs=_ONE_EACH),
+        Choice(Tile(32, 32, 256, 4, 4)),
+    ),
+    early_rows=MOST_ROWS,
+    triggers=frozenset({"linear", "attend", "join"}),
 )
 
 
