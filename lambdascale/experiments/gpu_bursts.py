@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,11 +17,20 @@ from lambdascale.core.events import BlockArrived, Event, RequestArrived, Request
 from lambdascale.core.plan import NodeId
 from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
-from lambdascale.experiments.gpu_runs import CONFIGURED, NO_FILES, UNPACED, DisturbedRunError, Site, check_undisturbed, network
+from lambdascale.experiments.gpu_runs import (
+    BURST_AT_S,
+    CONFIGURED,
+    NO_FILES,
+    UNPACED,
+    DisturbedRunError,
+    Site,
+    check_undisturbed,
+    network,
+)
 from lambdascale.experiments.runner import drive_experiment
 from lambdascale.metrics.intervals import Interval, over_draws
 
-LEAD_S = 1.0  # from the beginning of a run to its first burst
+_LOOK_S = 0.1  # of autoscaler.interval_s
 KEEP_ALIVE_S = 0.3  # of replicas between bursts
 _LONG_S = 1e4  # longer than any burst
 Row = dict[str, Any]
@@ -68,7 +78,7 @@ class BurstRun:
         where = [] if timeline is None else [f"backend.timeline={timeline}"]
         return build(compose([*self._shared(bursts, period_s), f"seed={seed}", *how, *where]))
 
-    def simulated(self, blocks: int, *, bursts: int = 1, period_s: float = LEAD_S) -> Experiment:
+    def simulated(self, blocks: int, *, bursts: int = 1, period_s: float = _LONG_S) -> Experiment:
         """Return the simulation of them; UserError for a model without known sizes."""
         require(self.model in CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(CONFIGURED)}")
         sizes = [f"model={CONFIGURED[self.model]}", f"system.blocks={blocks}", f"cluster.nodes={self.nodes}"]
@@ -87,9 +97,10 @@ class BurstRun:
             "cluster.ssd_bytes_per_s=50GB/s",
             f"system.autoscaler.min_replicas={self.sources}",
             f"system.autoscaler.keep_alive_s={KEEP_ALIVE_S}",
+            f"system.autoscaler.interval_s={_LOOK_S}",
             "workload=burst",
             f"workload.count={self.count}",
-            f"workload.at_s={LEAD_S}",
+            f"workload.at_s={BURST_AT_S}",
             f"workload.repeat={bursts}",
             f"workload.period_s={period_s}",
             f"workload.prompt_tokens={self.prompt_tokens}",
@@ -215,12 +226,13 @@ def measure(run: BurstRun, experiment: Experiment, observers: Sequence[Observer]
 def period_s(run: BurstRun, blocks: int) -> float:
     """Return the seconds from one burst to the next in which both sides of a pair end and release their nodes.
 
-    An eighth more than the longer one takes in a simulation, and half a second. UserError for a model without known sizes.
+    An eighth more than the longer one takes in a simulation, and half a second, in whole looks of the autoscaler, so that all
+    bursts wait alike for it. UserError for a model without known sizes.
     """
     both = [replace(run, pipelines=on) for on in (True, False)]
     found = [measure(side, side.simulated(blocks, bursts=2, period_s=_LONG_S))[0] for side in both]
     longest = max(max(each["all_finished_s"], each["released_s"] or 0.0) for each in found)
-    return float(round(1.125 * longest + 0.5, 2))
+    return round(_LOOK_S * math.ceil((1.125 * longest + 0.5) / _LOOK_S), 1)
 
 
 #: Columns that the two sides of a pair have in common, but for kv: without pipelines nothing switches mode.

@@ -155,19 +155,23 @@ def _measures(summary: Row, requests: pd.DataFrame, scale_out: Row) -> Row:
     }
 
 
-def requests_of(run: FigureRun, rows: pd.DataFrame, model: str) -> list[TracedRequest]:
-    """Return the requests of a live run from its rows, for a simulation of ``model``."""
-    found = zip(rows.request_id.tolist(), rows.arrival_s.tolist(), strict=True)
+def requests_of(run: FigureRun, rows: pd.DataFrame, model: str, late_s: float = 0.0) -> list[TracedRequest]:
+    """Return the requests of a live run from its rows, ``late_s`` later, for a simulation of ``model``."""
+    found = zip(rows.request_id.tolist(), (rows.arrival_s + late_s).tolist(), strict=True)
     return [traced(number, at_s, model, run.prompt_tokens, run.output_tokens) for number, at_s in found]
 
 
-def simulated(run: FigureRun, rows: pd.DataFrame, *, nodes: int, blocks: int) -> list[Outcome]:
-    """Simulate the requests of a live run, as often as something is drawn."""
+def simulated(run: FigureRun, rows: pd.DataFrame, *, nodes: int, blocks: int, late_s: float = 0.0) -> list[Outcome]:
+    """Simulate the requests of a live run, as often as something is drawn.
+
+    A burst comes when the live front end had it, ``late_s`` after its time: so the autoscaler's next look is the same one.
+    """
+    late_s = late_s if run.kind == "burst" else 0.0
     found = []
     for draw in range(_DRAWS.get(run.system, 1)):
         each = replace(run, seed=run.seed + draw)
         experiment = each.simulated(nodes, blocks)
-        found.append(carried_out(each, experiment, requests_of(run, rows, experiment.models[0].name)))
+        found.append(carried_out(each, experiment, requests_of(run, rows, experiment.models[0].name, late_s)))
     return found
 
 
@@ -214,7 +218,8 @@ def pairs(rows: pd.DataFrame, requests: pd.DataFrame, gpus: pd.DataFrame) -> Ite
         if len(mine) != row["requests"]:
             raise UserError(f"run {row['run']} has {row['requests']} requests, and {len(mine)} rows of them are in the table")
         live = Outcome(row, mine, used)
-        sim = simulated(FigureRun.of_row(row), mine, nodes=int(row["nodes"]), blocks=int(row["blocks"]))
+        run, size = FigureRun.of_row(row), {"nodes": int(row["nodes"]), "blocks": int(row["blocks"])}
+        sim = simulated(run, mine, **size, late_s=float(row["late_s"]))
         yield Pair(row, live, sim)
 
 

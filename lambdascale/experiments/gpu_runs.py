@@ -11,6 +11,9 @@ from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
 
 UNPACED = "none"
+#: Seconds into a run at which a burst comes: between two looks of an autoscaler that looks every 0.1 s. At one, a live burst is
+#: some milliseconds late for it, and waits 0.1 s longer than a simulated one.
+BURST_AT_S = 1.05
 # No run folder is written, and machines that are lent for minutes may lack what writes one.
 NO_FILES = "logger._target_=builtins.dict"
 #: Sizes of Llama 2 as scripts pack them -> models of conf/.
@@ -142,7 +145,7 @@ class FigureRun:
     def _requests(self) -> list[str]:
         lengths = [f"workload.prompt_tokens={self.prompt_tokens}", f"workload.output_tokens={self.output_tokens}"]
         if self.arrivals == "burst":
-            return [*lengths, f"workload.count={self.count}", "workload.at_s=1.0"]
+            return [*lengths, f"workload.count={self.count}", f"workload.at_s={BURST_AT_S}"]
         window = f"workload.duration_s={self.length_s * self.compression}"
         lengths += [window, f"workload.time_compression={self.compression}"]
         if self.arrivals == "generated":

@@ -30,9 +30,8 @@ def test_every_burst_of_a_run_is_like_a_run_of_its_own() -> None:
     for row in together:
         assert row["requests"] == row["finished"] == 120
         assert row["first_tokens_of_pipelines"] == alone["first_tokens_of_pipelines"] > 0
-        # The autoscaler looks every 0.1 s, so that a burst waits for it for 0 to 0.1 s.
-        assert row["ttft_p90_s"] == pytest.approx(alone["ttft_p90_s"], abs=0.1)
-        assert row["last_block_s"] == pytest.approx(alone["last_block_s"], abs=0.1)
+        assert row["ttft_p90_s"] == pytest.approx(alone["ttft_p90_s"], abs=0.01)  # waits for the autoscaler are alike
+        assert row["last_block_s"] == pytest.approx(alone["last_block_s"], abs=0.01)
 
 
 def test_bursts_that_meet_do_not_count() -> None:

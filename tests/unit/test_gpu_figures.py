@@ -13,7 +13,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.core import UserError
 from lambdascale.core.events import NodeJoined, NodeLost
 from lambdascale.experiments.gpu_figures import Outcome, Pair, Tables, curves, errors, orders, pairs, simulated, with_ramps
-from lambdascale.experiments.gpu_runs import DisturbedRunError, FigureRun, Site, check_undisturbed, network
+from lambdascale.experiments.gpu_runs import BURST_AT_S, DisturbedRunError, FigureRun, Site, check_undisturbed, network
 from lambdascale.figures.registry import FIGURES, figures_in, load_table, render
 from lambdascale.metrics.over_time import reached_s, token_rates
 
@@ -70,7 +70,7 @@ def test_settings_of_both_backends() -> None:
     assert live.cluster == sim.cluster, "both decide by the same profile"
     requests = live.workload.load(models=["m"], seed=1).requests
     assert [(len(requests), each.arrival_s, each.prompt_tokens, each.output_tokens) for each in requests[:1]] == [
-        (40, 1, 128, 64)
+        (40, BURST_AT_S, 128, 64)
     ]
     with pytest.raises(UserError, match="tiny cannot be simulated"):
         replace(burst, model="tiny").simulated(4, 8)
@@ -94,6 +94,16 @@ def test_a_simulation_of_itself_has_no_error(tmp_path: Path) -> None:
     assert table.times_reference["lambdascale"].tolist() == pytest.approx([1.0] * 6)
     assert table.times_reference["ideal", "ttft_p50_s"] < 1.0
     assert table.live["ideal", "ramp_s"] < table.live["lambdascale", "ramp_s"]
+
+
+def test_a_simulated_burst_is_as_late_as_the_live_one() -> None:
+    """A live burst at a look of the autoscaler is some milliseconds late for it: both wait for the next one."""
+
+    def last_s(late_s: float) -> float:
+        run = replace(BURST, system="faasnet")
+        return float(simulated(run, arrivals(40), nodes=4, blocks=16, late_s=late_s)[0].measures["ttft_max_s"])
+
+    assert last_s(0.006) == pytest.approx(last_s(0.0) + 0.1, abs=0.01)
 
 
 def test_errors_are_of_the_simulation_in_per_cent_of_live(tmp_path: Path) -> None:
