@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lambdascale.inference.sampling import Sampling
     from lambdascale.inference.stage import TransformerStage
     from lambdascale.inference.store import BlockInUseError, BlockStore, StoreConfig
-    from lambdascale.inference.warmup import compile_kernels, warm_up
+    from lambdascale.inference.warmup import compile_kernels, reserve_kv, warm_up
     from lambdascale.inference.weights import BlockWeights, load_blocks
 
 _MODULES = {
@@ -40,6 +40,7 @@ _MODULES = {
     "TransformerStage": "stage",
     "compile_kernels": "warmup",
     "load_blocks": "weights",
+    "reserve_kv": "warmup",
     "warm_up": "warmup",
 }
 
@@ -62,6 +63,7 @@ __all__ = [
     "TransformerStage",
     "compile_kernels",
     "load_blocks",
+    "reserve_kv",
     "warm_up",
 ]
 

@@ -148,9 +148,11 @@ class TransformerStage:
         return found
 
     @torch.inference_mode()
-    def rehearse(self, batch: StageBatch, inputs: Tensor) -> Tensor:
-        """Run one iteration by torch's operators, which loads their libraries and compiles nothing."""
+    def rehearse(self, batch: StageBatch, inputs: Tensor, *, kernels: bool = False) -> Tensor:
+        """Run one iteration without replays, by torch's operators or by the ``kernels``, which are compiled. Compile nothing."""
         devices.use(self.device)
+        if kernels:
+            self._operators = self._kernels()
         return self._iterate(batch, inputs)
 
     def prepare(self, forms: Iterable[Form] = ()) -> None:
@@ -189,8 +191,11 @@ class TransformerStage:
 
     def _use_kernels(self) -> None:
         """Use the kernels, which are compiled, from now on."""
-        self._operators = TritonOperators(self.architecture, self._tables, self._operators.scratch)
+        self._operators = self._kernels()
         self._replays = self._no_replays()
+
+    def _kernels(self) -> TritonOperators:
+        return TritonOperators(self.architecture, self._tables, self._operators.scratch)
 
     # -- replays -----------------------------------------------------------------------------------------------------
 

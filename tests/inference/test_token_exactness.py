@@ -24,6 +24,7 @@ from lambdascale.inference import (
     load_blocks,
     warm_up,
 )
+from lambdascale.inference.warmup import rehearse_prompts
 
 from .conftest import VARIANTS, Answer
 
@@ -237,3 +238,4 @@ def test_a_device_is_warmed_up_with_any_model(blocks: int, models: Callable[[str
     """Tied embeddings and one block for all are the odd cases."""
     pack(models("llama_tied"), tmp_path / "packed", blocks)
     warm_up(PackedModel.open(tmp_path / "packed"), "cpu")
+    rehearse_prompts(PackedModel.open(tmp_path / "packed"), "cpu", kernels=False)

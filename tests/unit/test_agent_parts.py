@@ -276,9 +276,10 @@ def test_host_memory_of_a_gpu_node_is_for_what_others_write_there(
 
 def test_kernels_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile them once nothing is being loaded, and not at all in a node that leaves before."""
-    loading, compiled = [True, True, False], []
+    loading, compiled, reserved = [True, True, False], [], []
     monkeypatch.setattr(start, "_QUIET_S", 0.001)
     monkeypatch.setattr(inference, "compile_kernels", lambda model, device: compiled.append((model, str(device))))
+    monkeypatch.setattr(inference, "reserve_kv", lambda *arguments: reserved.append(arguments[2:]))
 
     class Store:
         models = ("m",)
@@ -288,8 +289,8 @@ def test_kernels_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
             return loading.pop(0)
 
     leaving: Any = threading.Event()
-    start.compile_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
-    assert (compiled, loading) == ([("m", "cuda:1")], [])
+    start.compile_when_quiet(Store(), 1, leaving, 8, 100)  # type: ignore[arg-type]  # a stand-in
+    assert (compiled, loading, reserved) == ([("m", "cuda:1")], [], [(8, 100)])
     leaving.set()
-    start.compile_when_quiet(Store(), 1, leaving)  # type: ignore[arg-type]  # a stand-in
+    start.compile_when_quiet(Store(), 1, leaving, 8, 100)  # type: ignore[arg-type]  # a stand-in
     assert len(compiled) == 1

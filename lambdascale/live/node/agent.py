@@ -224,7 +224,7 @@ class Agent:
         for model in models:
             self.store.add(model)
         if gpu is not None and warmed is not None:
-            given = self.store, gpu, self._leaving
+            given = self.store, gpu, self._leaving, config.limits.max_batch, config.slot_tokens
             threading.Thread(target=compile_when_quiet, args=given, name="kernels", daemon=True).start()
         if config.preloaded:
             with parts.part("preload"):

@@ -71,16 +71,21 @@ def warm(models: Iterable[PackedModel], gpu: int, *, kernels: bool) -> None:
         warm_up(model, f"cuda:{gpu}", kernels=kernels)
 
 
-def compile_when_quiet(store: BlockStore, gpu: int, leaving: threading.Event) -> None:
-    """Compile the kernels of a store's models once nothing has to be loaded, unless the node is ``leaving`` before."""
+def compile_when_quiet(store: BlockStore, gpu: int, leaving: threading.Event, slots: int, slot_tokens: int) -> None:
+    """Compile the kernels of a store's models once nothing has to be loaded, unless the node is ``leaving`` before.
+
+    Also reserve memory for the KV of a replica: ``slots`` of ``slot_tokens`` tokens.
+    """
     import torch
 
-    from lambdascale.inference import compile_kernels
+    from lambdascale.inference import compile_kernels, reserve_kv
 
+    device = torch.device("cuda", gpu)
     while not leaving.wait(_QUIET_S):
         if not store.loading:
             for model in store.models:
-                compile_kernels(model, torch.device("cuda", gpu))
+                compile_kernels(model, device)
+                reserve_kv(model, device, slots, slot_tokens)
             break
 
 
