@@ -31,6 +31,8 @@ from lambdascale.inference import (
 from lambdascale.inference.digest import block_digest, part_digests
 from lambdascale.inference.forms import Form, usual_forms
 from lambdascale.inference.sampling import GREEDY
+from lambdascale.live import wire
+from lambdascale.live.node.runners import TorchExecutor, TorchRunner
 from lambdascale.transport import gpu_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")]
@@ -121,6 +123,31 @@ def test_blocks_that_others_write_into_the_device_arena(model: PackedModel) -> N
         assert store.free_bytes("gpu") == arena
     del landing
     gpu_of(0).free(memory)
+
+
+def test_a_model_that_comes_back_has_its_recordings(model: PackedModel) -> None:
+    """Evicted and loaded again, to the same memory, it answers alike with the graphs of before, and nothing is recorded."""
+    with store_for(model) as store:
+        executor, found, recorded = TorchExecutor(store, 256), [], []
+        for _ in range(2):
+            store.load(model.name, range(BLOCKS)).wait(60)
+            runner = executor.runner(model.name, 0, BLOCKS - 1, 4)
+            assert isinstance(runner, TorchRunner)
+            runner._stage.prepare()
+            tokens = [5, 9, 2]
+            prompt = StageBatch((Segment(0, 0, 3),), 0, (2,))
+            answers = runner.run(wire.Pass(prompt, 3, 3, 6, (GREEDY,), (3,)), tokens)
+            for at in range(3, 8):
+                assert isinstance(answers, list)
+                decode = StageBatch((Segment(0, at, 1),), 1, (0,))
+                tokens.append(answers[-1])
+                answers = runner.run(wire.Pass(decode, 0, at, at, (GREEDY,), (at + 1,)), tokens[-1:])
+            found.append(tokens)
+            recorded.append(runner._stage.recordings)
+            runner.close()
+            assert store.evict(model.name, "gpu")
+        assert found[0] == found[1]
+        assert recorded[0] == recorded[1] > 0
 
 
 @pytest.mark.parametrize("keep_host", [True, False])

@@ -15,6 +15,7 @@ from lambdascale.core import NodeSpec
 from lambdascale.core.checks import require
 from lambdascale.core.timing import ComputeModel
 from lambdascale.inference import BlockStore, TransformerStage
+from lambdascale.inference.kept import KeptStages
 from lambdascale.live.node.memory import tensor_of
 from lambdascale.live.wire import Pass
 from lambdascale.transport import Memory
@@ -80,6 +81,7 @@ class TorchExecutor:
     def __init__(self, store: BlockStore, slot_tokens: int) -> None:
         self._store = store
         self._slot_tokens = slot_tokens
+        self._kept = KeptStages()
 
     def layers(self, model: str, first_block: int, last_block: int) -> range:
         """See Executor."""
@@ -87,23 +89,31 @@ class TorchExecutor:
 
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
         """See Executor."""
-        return TorchRunner(self._store, model, range(first_block, last_block + 1), slots, self._slot_tokens)
+        return TorchRunner(self._store, model, range(first_block, last_block + 1), slots, self._slot_tokens, self._kept)
 
 
 class TorchRunner:
-    """A stage of the engine; hidden states are the raw bytes of its element type."""
+    """A stage of the engine, which goes back to ``kept``; hidden states are the raw bytes of its element type."""
 
-    def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int) -> None:
+    def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int, kept: KeptStages) -> None:
         packed = store.model(model)
         self._store = store
         self._architecture = packed.architecture
         self._dtype = TORCH_TYPES[packed.dtype]
         self._stack = ExitStack()
         weights = self._stack.enter_context(store.weights(model, list(blocks)))
-        self._stage = TransformerStage(packed.architecture, weights, slots, slot_tokens)
         self.layers = _layers(packed, blocks.start, blocks.stop - 1)
         self.slots = slots
         self.kv_bytes = packed.spec.kv_bytes_per_token // packed.architecture.layers
+        places = tuple(block.buffer.data_ptr() for block in weights)
+        self._stage = self._stack.enter_context(
+            kept.borrowed(
+                (model, blocks, slots, places),
+                lambda: TransformerStage(packed.architecture, weights, slots, slot_tokens),
+                self.kv_bytes * len(self.layers) * slots * slot_tokens,
+                store.device,
+            )
+        )
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | torch.Tensor:
         """See Runner."""

@@ -68,14 +68,14 @@ class RecordedExecutor(TorchExecutor):
         layers = len(self.layers(model, first_block, last_block))
         with self._timeline.part("make runner", layers=layers):
             blocks = range(first_block, last_block + 1)
-            return RecordedRunner(self._store, model, blocks, slots, self._slot_tokens, self._timeline)
+            return RecordedRunner(self._store, model, blocks, slots, self._slot_tokens, self._kept, timeline=self._timeline)
 
 
 class RecordedRunner(TorchRunner):
     """A TorchRunner that records its passes, the steps it prepares for replay, and KV that is read and written."""
 
-    def __init__(self, store: BlockStore, model: str, blocks: range, slots: int, slot_tokens: int, timeline: Timeline) -> None:
-        super().__init__(store, model, blocks, slots, slot_tokens)
+    def __init__(self, *arguments: Any, timeline: Timeline) -> None:
+        super().__init__(*arguments)
         self._timeline = timeline
 
     def run(self, work: wire.Pass, inputs: Sequence[int] | Hidden) -> list[int] | torch.Tensor:
