@@ -36,6 +36,11 @@ class AutoscalingPolicy(Protocol):
         """True if the number of replicas never changes."""
         ...
 
+    @property
+    def in_turn(self) -> bool:
+        """True if a model's replicas stay as they are while one of its transfers is under way."""
+        ...
+
     def desired(self, queued: int, running: int) -> int:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         ...
@@ -73,6 +78,11 @@ class Autoscaler:
         """True if the number of replicas never changes."""
         return self.max_replicas == self.min_replicas
 
+    @property
+    def in_turn(self) -> bool:
+        """False: scale-outs overlap."""
+        return False
+
     def desired(self, queued: int, running: int) -> int:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         wanted, most = -(-(queued + running) // self.target_per_replica), self.max_replicas
@@ -98,4 +108,24 @@ class PlannedAutoscaler(Autoscaler):
     def desired(self, queued: int, running: int) -> int:
         """See AutoscalingPolicy."""
         wanted = max(super().desired(queued, running), self.burst_replicas if queued else 0)
+        return wanted if self.max_replicas is None else min(wanted, self.max_replicas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnAutoscaler(Autoscaler):
+    """The rule of the prototype's controller: no scale-out begins, and nothing is released, before the last one has ended.
+
+    It adds floor(queued / target_per_replica) replicas to those in use, where target_per_replica is the number of requests that
+    a node runs at once (its GPUs: the queue is divided by them in the authors' repository, lambda-scale/lambda-scale, controller.py).
+    """
+
+    @property
+    def in_turn(self) -> bool:
+        """True."""
+        return True
+
+    def desired(self, queued: int, running: int) -> int:
+        """See AutoscalingPolicy."""
+        used = -(-running // self.target_per_replica)
+        wanted = max(used + queued // self.target_per_replica, self.min_replicas)
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)
