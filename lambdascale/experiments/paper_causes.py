@@ -15,7 +15,8 @@ class Cause:
 
     ``run`` is empty for a reason that no run can remove; the sentence then says why. ``instead``: the column that is read in the
     place of the time of the last first token; ``any_model``: the runs are of another model than the row. ``value``: what the
-    authors' own measured times give for the row, if these contradict the published number; then there is no run.
+    authors' own measured times give for the row, if these contradict the published number; then there is no run. ``bound``: the
+    runs go beyond what is known of the prototype: they say what could be, not what was.
     """
 
     sentence: str
@@ -23,6 +24,7 @@ class Cause:
     instead: str = ""
     any_model: bool = False
     value: float | None = None
+    bound: bool = False
 
     @property
     def note(self) -> str:
@@ -122,13 +124,15 @@ ZERO = Cause(
 )
 PLAN = Cause(
     run="plan",
+    bound=True,
     sentence=(
         "The prototype has plans of large scale-outs (3 to 8 nodes), but for fixed rates, and for the first two or three only. "
-        "Without: every node is wanted while a request waits, a bound that no plan reaches."
+        "Without: every node is wanted while a request waits, which no plan of the prototype does (a bound)."
     ),
 )
 PLAN_LOOK = Cause(
     run="plan_look",
+    bound=True,
     sentence="Look and plan at once: a bound, as before. Without: a look every 0.1 s, at which every node is wanted.",
 )
 SECOND = Cause(
@@ -196,6 +200,17 @@ UNITS_KEPT = Cause(
 SLOTS_SLEEPS = Cause(
     run="slots_sleeps",
     sentence="A request for each GPU, and NCCL's sleeps, at once. Without: four requests on a node, broadcasts as in the script.",
+)
+WHOLE = Cause(
+    run="whole",
+    sentence=(
+        "All that is known of the prototype's trace runs at once. Without: turns, no replica kept (70B: one, with four requests "
+        "on a node and its rule), NCCL's sleeps."
+    ),
+)
+WHOLE_KEPT = Cause(
+    run="whole_kept",
+    sentence="All at once, with its keep-alive. Without: as before, copies lost after 15 s but for two nodes of λScale's.",
 )
 PROTOTYPES_SLOTS = Cause(
     run="prototypes_slots",

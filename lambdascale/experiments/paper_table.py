@@ -63,7 +63,8 @@ def _row(line: Line, table: pd.DataFrame, explanations: pd.DataFrame) -> dict[st
     ours, least, most = float(values.median()), float(values.min()), float(values.max())
     error, distance = claim.error(ours)
     tried = [_tried(line, cause, explanations) for cause in line.causes[: 1 if distance <= 1 else None] if cause.run]
-    verdict, closest = _verdict(distance, [each.distance for each in tried]), _closest(tried) if tried else None
+    verdict = _verdict(distance, tried)
+    closest = _closest(tried, bounds=verdict == "by a bound") if tried else None
     if distance > 1 and line.causes and line.causes[-1].value is not None:
         tried.append(_by_files(claim, line.causes[-1].value))
         if verdict != "explained" and _agree(claim, ours, line.causes[-1].value):
@@ -101,7 +102,7 @@ def _tried(line: Line, cause: Cause, explanations: pd.DataFrame) -> Tried:
     value = float(values.median())
     left, distance = line.claim.error(value)
     interval = _span(*sorted(line.bounds(rows))) if line.bounds else _over_seeds(values)
-    return Tried(value=f"{value:.3g}", interval=interval, left=left, distance=distance)
+    return Tried(value=f"{value:.3g}", interval=interval, left=left, distance=distance, bound=cause.bound)
 
 
 def _by_files(claim: Claim, value: float) -> Tried:
@@ -115,9 +116,12 @@ def _agree(claim: Claim, ours: float, value: float) -> bool:
     return replace(claim, low=value, high=value).error(ours)[1] <= 1
 
 
-def _closest(tried: Sequence[Tried]) -> int:
-    """Index of the cause without which least is left of a difference, or most of an agreement's loss is seen: the first such."""
-    return min(range(len(tried)), key=lambda index: tried[index].distance)
+def _closest(tried: Sequence[Tried], *, bounds: bool) -> int:
+    """Index of the cause without which least is left of a difference, or most of an agreement's loss is seen: the first such.
+
+    Bounds come after all others, unless the verdict rests on them.
+    """
+    return min(range(len(tried)), key=lambda index: (tried[index].bound and not bounds, tried[index].distance))
 
 
 def _setup(table: pd.DataFrame) -> str:
@@ -135,13 +139,17 @@ def without(explanations: pd.DataFrame, run: str, figure: str) -> pd.DataFrame:
     return rows
 
 
-def _verdict(distance: float, left: Sequence[float]) -> str:
+def _verdict(distance: float, tried: Sequence[Tried]) -> str:
     """Fate of a difference, or of an agreement, when its causes are removed one by one; in units of what needs no explanation."""
+    least = min((each.distance for each in tried), default=math.inf)
+    known = min((each.distance for each in tried if not each.bound), default=math.inf)
     if distance <= 1:
-        return "agrees, not tested" if not left else "coincidence" if min(left) > 1 else "agrees"
-    if not left:
+        return "agrees, not tested" if not tried else "coincidence" if least > 1 else "agrees"
+    if not tried:
         return "not tested"
-    return "explained" if min(left) <= 1 else "in part" if min(left) < distance / 2 else "not explained"
+    if known <= 1:
+        return "explained"
+    return "in part" if known < distance / 2 else "by a bound" if least < distance / 2 else "not explained"
 
 
 def _interval(line: Line, values: pd.Series) -> str:
@@ -279,13 +287,14 @@ def _reference(system: str) -> str:
 # and at their best.
 _SAVED = {"faasnet": 17.8, "nccl": 18.1, "serverlessllm": 31.3}
 _UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER, causes.ZERO, causes.PLAN, causes.PLAN_LOOK]
-_SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND, causes.TURNS]
+_WHOLE = [causes.WHOLE, causes.WHOLE_KEPT]
+_SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND, causes.TURNS, *_WHOLE]
 _PROTOTYPES = {
     "faasnet_prototype": [causes.LOOK, causes.EXPIRY, *_SMALLER],
     "nccl_prototype": [causes.SLEEPS, causes.LOOK, causes.EXPIRY, *_SMALLER],
     "serverlessllm_prototype": [causes.EXPIRY, causes.LOOK, *_SMALLER],
 }
-_LARGER = [causes.TURNS, causes.SLOTS, causes.UNITS, causes.UNITS_EXPIRY, causes.UNITS_KEPT]
+_LARGER = [causes.TURNS, causes.SLOTS, causes.UNITS, causes.UNITS_EXPIRY, causes.UNITS_KEPT, *_WHOLE]
 _LARGE_PROTOTYPES = {name: [causes.OVERLOAD, causes.LOOK, causes.EXPIRY, *_UNKNOWN, *_LARGER] for name in _PROTOTYPES}
 _LARGE_PROTOTYPES["nccl_prototype"] = [causes.SLEEPS, *_LARGE_PROTOTYPES["nccl_prototype"], causes.SLOTS_SLEEPS]
 _ALWAYS = [causes.PROTOTYPES, causes.ZERO, causes.PLAN]

@@ -237,6 +237,8 @@ def test_lives_of_host_copies() -> None:
     assert loads_by_tier(frame) == {"loads_host": 1, "loads_ssd": 1, "loads_multicast": 0}
     forever = host_copies(frame, None)
     assert set(zip(forever.begin_s, forever.end_s, strict=True)) == {(0.0, 26.0), (20.0, 22.0)}
+    lasting = {(row.node, row.begin_s): row.end_s for row in host_copies(frame, 10.0, lasting_nodes=1).itertuples()}
+    assert lasting == {(0, 0.0): 26.0, (1, 20.0): 22.0}, "on node 0 only"
 
 
 # -- the comparison with the paper ---------------------------------------------------------------------------------------
@@ -330,6 +332,48 @@ def test_a_difference_is_worth_the_best_of_its_causes_and_shows_all() -> None:
     assert "1 x (" not in closest
     assert "2.4 x (2.25 to 2.75), inside" in everything
     assert "-58 %" in everything, "the engine's"
+
+
+@pytest.mark.parametrize(
+    ("others", "bound", "verdict"),
+    [(1.5, 2.4, "by a bound"), (1.5, 2.1, "by a bound"), (2.4, 2.4, "explained"), (2.1, 2.4, "in part"), (1.5, 1.6, "not explained")],
+)
+def test_a_bound_explains_nothing_by_itself(others: float, bound: float, verdict: str) -> None:
+    """FaaSNet as a prototype, 13B: ours is 1.5, runs beyond what is known of the prototype give ``bound``, all others ``others``."""
+    tables = load_tables(TABLES)
+    frames = {name: tables[name].copy() for name in ("explanations", "paper_trace")}
+    for name, frame in frames.items():
+        mine = (frame.model == "llama2_13b") & frame.system.isin(["faasnet_prototype", "lambdascale_prototype"])
+        bounds = frame[mine].run.str.contains("/plan") if name == "explanations" else [None] * int(mine.sum())
+        frame.loc[mine, "ttft_p90_s"] = [
+            1.0 if system.startswith("lambdascale") else 1.5 if is_bound is None else bound if is_bound else others
+            for system, is_bound in zip(frame[mine].system, bounds, strict=True)
+        ]
+    rows = paper_table(tables | frames)
+    what = "P90 TTFT, FaaSNet (prototype) over λScale (prototype)"
+    found = rows[(rows.what == what) & (rows.model == "llama2_13b")].iloc[0]
+    assert found.verdict == verdict
+    closest = parts(found.without)[int(found.closest)]
+    assert closest == f"{bound if verdict == 'by a bound' else others:.3g}", "a bound is shown where nothing else is known"
+
+
+def test_published_numbers_that_the_authors_own_files_contradict() -> None:
+    """Figure 7's gains and figure 8's time and NCCL's ratio follow from one file; figure 8's ratio of FaaSNet does not."""
+    times = causes.EIGHT_NODES_S
+    gains = {system: round(times[system] / times["lambdascale"], 2) for system in ("faasnet", "nccl_broadcast")}
+    assert gains == {"faasnet": 1.83, "nccl_broadcast": 1.53}, "published: 1.82 and 1.53"
+    assert [f"{causes.burst_ratio(system):.2f}" for system in ("lambdascale", "nccl_broadcast", "faasnet")] == ["1.00", "1.38", "1.60"]
+    for number in ("0.80", "1.4622", "1.2227"):
+        assert number in causes.MULTICAST_FILES.sentence
+        assert number in causes.BURST_FILES.sentence
+    tables = load_tables(TABLES)
+    row = paper_table(tables).set_index("what").loc["the same, FaaSNet over λScale"]
+    assert (row.verdict, parts(row.why)[int(row.closest)]) == ("contradicted", causes.BURST_FILES.note)
+    # Where ours agrees with neither, the files do not speak for it.
+    slow = tables["fig08_rampup"].copy()
+    slow.loc[(slow.system == "faasnet") & (slow.model == "llama2_13b"), "first_token_s"] *= 0.9
+    row = paper_table(tables | {"fig08_rampup": slow}).set_index("what").loc["the same, FaaSNet over λScale"]
+    assert row.verdict == "not explained", "1.49"
 
 
 def test_other_measures_and_models_may_stand_for_a_row() -> None:
