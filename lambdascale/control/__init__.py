@@ -23,6 +23,7 @@ __all__ = [
     "PlannedAutoscaler",
     "ServingSystem",
     "SystemConfig",
+    "TurnAutoscaler",
     "build_system",
     "drive",
 ]

@@ -95,7 +95,7 @@ class Autoscaler:
 class PlannedAutoscaler(Autoscaler):
     """An Autoscaler that wants at least ``burst_replicas`` replicas while requests wait, whatever their number.
 
-    The prototype overrides its rule with fixed plans for each model and rate (reference, section 4); they are not known.
+    A bound of what the prototype's plans do (reference, section 4): these are for fixed rates and a run's first scale-outs.
     """
 
     burst_replicas: int = 12
@@ -116,7 +116,7 @@ class TurnAutoscaler(Autoscaler):
     """The rule of the prototype's controller: no scale-out begins, and nothing is released, before the last one has ended.
 
     It adds floor(queued / target_per_replica) replicas to those in use, where target_per_replica is the number of requests that
-    a node runs at once (its GPUs: the queue is divided by them in the authors' repository, lambda-scale/lambda-scale, controller.py).
+    a node runs at once: the authors' controller.py (github.com/lambda-scale/lambda-scale) divides the queue by a node's GPUs.
     """
 
     @property

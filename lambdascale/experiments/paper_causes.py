@@ -15,8 +15,8 @@ class Cause:
 
     ``run`` is empty for a reason that no run can remove; the sentence then says why. ``instead``: the column that is read in the
     place of the time of the last first token; ``any_model``: the runs are of another model than the row. ``value``: what the
-    authors' own measured times give for the row, if these contradict the published number; then there is no run. ``bound``: the
-    runs go beyond what is known of the prototype: they say what could be, not what was.
+    authors' own measured times give for the row, if these contradict the published number, without a run. ``bound``: the runs
+    go beyond what is known of the prototype; they say what could be, not what was.
     """
 
     sentence: str
@@ -222,7 +222,7 @@ TRACE_LOADER = Cause(
 )
 LOADER_ZERO = Cause(
     run="loader_zero",
-    sentence="Loader and kept replica at once. Without: SSD and PCIe one after the other, no replica kept; both as the prototype.",
+    sentence="Loader and kept replica at once. Without: SSD and PCIe one after the other, no replica kept, as the prototype.",
 )
 HOST_READS = Cause(
     run="host_reads",

@@ -117,9 +117,7 @@ def host_copies(
     return pd.DataFrame(ended, columns=["node", "model", "begin_s", "end_s"])
 
 
-def host_byte_seconds(
-    events: pa.Table, keep_alive_s: float | None, sizes: Mapping[str, int], *, lasting_nodes: int = 0
-) -> float:
+def host_byte_seconds(events: pa.Table, keep_alive_s: float | None, sizes: Mapping[str, int], *, lasting_nodes: int = 0) -> float:
     """Bytes of host memory that copies of models take, times seconds, over the whole run. ``sizes``: bytes of each model."""
     rows = events.filter(pc.is_in(events["kind"], pa.array(_ABOUT_COPIES))).to_pandas()
     if rows.empty:
