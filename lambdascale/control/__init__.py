@@ -4,7 +4,7 @@ It turns events into commands. It must not know what carries them out: no clock,
 """
 
 from lambdascale.control.assembly import build_system
-from lambdascale.control.autoscaler import Autoscaler, AutoscalingPolicy, PlannedAutoscaler
+from lambdascale.control.autoscaler import Autoscaler, AutoscalingPolicy, PlannedAutoscaler, TurnAutoscaler
 from lambdascale.control.batching import BatchedRequest, BatchLimits, BatchScheduler, Iteration
 from lambdascale.control.loop import Backend, Observer, ServingSystem, drive
 from lambdascale.control.plane import ControlPlane
@@ -23,6 +23,7 @@ __all__ = [
     "PlannedAutoscaler",
     "ServingSystem",
     "SystemConfig",
+    "TurnAutoscaler",
     "build_system",
     "drive",
 ]

@@ -36,6 +36,11 @@ class AutoscalingPolicy(Protocol):
         """True if the number of replicas never changes."""
         ...
 
+    @property
+    def in_turn(self) -> bool:
+        """True if a model's replicas stay as they are while one of its transfers is under way."""
+        ...
+
     def desired(self, queued: int, running: int) -> int:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         ...
@@ -73,6 +78,11 @@ class Autoscaler:
         """True if the number of replicas never changes."""
         return self.max_replicas == self.min_replicas
 
+    @property
+    def in_turn(self) -> bool:
+        """False: scale-outs overlap."""
+        return False
+
     def desired(self, queued: int, running: int) -> int:
         """Return the replicas wanted for ``queued`` + ``running`` requests of one model."""
         wanted, most = -(-(queued + running) // self.target_per_replica), self.max_replicas
@@ -85,7 +95,7 @@ class Autoscaler:
 class PlannedAutoscaler(Autoscaler):
     """An Autoscaler that wants at least ``burst_replicas`` replicas while requests wait, whatever their number.
 
-    The prototype overrides its rule with fixed plans for each model and rate (reference, section 4); they are not known.
+    A bound of what the prototype's plans do (reference, section 4): these are for fixed rates and a run's first scale-outs.
     """
 
     burst_replicas: int = 12
@@ -98,4 +108,24 @@ class PlannedAutoscaler(Autoscaler):
     def desired(self, queued: int, running: int) -> int:
         """See AutoscalingPolicy."""
         wanted = max(super().desired(queued, running), self.burst_replicas if queued else 0)
+        return wanted if self.max_replicas is None else min(wanted, self.max_replicas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnAutoscaler(Autoscaler):
+    """The rule of the prototype's controller: no scale-out begins, and nothing is released, before the last one has ended.
+
+    It adds floor(queued / target_per_replica) replicas to those in use, where target_per_replica is the number of requests that
+    a node runs at once: the authors' controller.py (github.com/lambda-scale/lambda-scale) divides the queue by a node's GPUs.
+    """
+
+    @property
+    def in_turn(self) -> bool:
+        """True."""
+        return True
+
+    def desired(self, queued: int, running: int) -> int:
+        """See AutoscalingPolicy."""
+        used = -(-running // self.target_per_replica)
+        wanted = max(used + queued // self.target_per_replica, self.min_replicas)
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

@@ -58,7 +58,7 @@ class ControlPlane:
         self._provisioned = False
         # Read once: every tick needs them.
         autoscaler = config.autoscaler
-        self._desired, self._fixed = autoscaler.desired, autoscaler.fixed
+        self._desired, self._fixed, self._in_turn = autoscaler.desired, autoscaler.fixed, autoscaler.in_turn
         self._interval_s, self._min_replicas = autoscaler.interval_s, autoscaler.min_replicas
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             NodeJoined: self._node_joined,
@@ -204,7 +204,9 @@ class ControlPlane:
                 return
 
     def _evaluate(self, state: ModelState) -> None:
-        """Let the model have as many replicas as its load wants now."""
+        """Let the model have as many replicas as its load wants now, or wait its turn."""
+        if self._in_turn and any(transfer.model == state.spec.name for transfer in self.fleet.transfers.values()):
+            return
         desired = self._desired(len(state.queue), state.running)
         more = desired - state.replicas
         if more <= 0 and state.queue and self.fleet.lacking(state):

@@ -186,8 +186,9 @@ _WINDOW_S = 10.0
 def _host_cache(folder: Path) -> pd.DataFrame:
     """One row: loads by tier, and lifetimes of host copies in seconds."""
     events = pd.read_parquet(folder / "events.parquet")
-    keep_alive_s = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "system.memory.keep_alive_s")
-    copies = host_copies(events, keep_alive_s)
+    config = OmegaConf.load(folder / "config.yaml")
+    keep_alive_s, lasting = (OmegaConf.select(config, f"system.memory.{key}") for key in ("keep_alive_s", "lasting_nodes"))
+    copies = host_copies(events, keep_alive_s, lasting_nodes=lasting or 0)
     lives = copies.end_s - copies.begin_s
     row = loads_by_tier(events) | {
         "copies": len(copies),

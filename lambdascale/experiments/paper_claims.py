@@ -74,10 +74,11 @@ class Line:
 class Tried:
     """Our value in the runs without a cause, as text, with its interval of 95 % and what is left of the difference.
 
-    ``distance``: the same in units of a difference that needs no explanation.
+    ``distance``: the same in units of a difference that needs no explanation. ``bound``: see Cause.
     """
 
     value: str
     interval: str
     left: str
     distance: float
+    bound: bool = False

@@ -192,8 +192,10 @@ def _host_memory(experiment: Experiment, events: pa.Table) -> HostMemoryUse:
     """Host memory that copies of models took, and its price."""
     sizes = {model.name: model.size_bytes for model in experiment.models}
     # Host memories without a keep-alive keep their copies.
-    keep_alive_s = getattr(experiment.system.memory, "keep_alive_s", None)
-    return HostMemoryUse(host_byte_seconds(events, keep_alive_s, sizes), experiment.cluster.usd_per_host_gb_hour)
+    memory = experiment.system.memory
+    keep_alive_s, lasting = getattr(memory, "keep_alive_s", None), getattr(memory, "lasting_nodes", 0)
+    held = host_byte_seconds(events, keep_alive_s, sizes, lasting_nodes=lasting)
+    return HostMemoryUse(held, experiment.cluster.usd_per_host_gb_hour)
 
 
 def _warn_of_failures(summary: dict[str, Any]) -> None:

@@ -19,13 +19,14 @@ from lambdascale.core.checks import check_types, require
 class HostCacheConfig:
     """``budget`` of host memory per node for copies (None: all of it); copies unused for ``keep_alive_s`` expire (None: never).
 
-    ``initial_copies`` nodes hold each model from the start (the warm part of the cluster), node 0 first. Without ``enabled``
-    no copy is kept.
+    ``initial_copies`` nodes hold each model from the start (the warm part of the cluster), node 0 first. On the first
+    ``lasting_nodes`` nodes copies never expire. Without ``enabled`` no copy is kept.
     """
 
     budget: int | str | None = None
     keep_alive_s: float | None = None
     initial_copies: int = 1
+    lasting_nodes: int = 0
     enabled: bool = True
 
     def __post_init__(self) -> None:
@@ -38,6 +39,7 @@ class HostCacheConfig:
             self.keep_alive_s is None or self.keep_alive_s >= 0, f"memory.keep_alive_s must not be negative: {self.keep_alive_s}"
         )
         require(self.initial_copies >= 0, f"memory.initial_copies must not be negative, not {self.initial_copies}")
+        require(self.lasting_nodes >= 0, f"memory.lasting_nodes must not be negative, not {self.lasting_nodes}")
 
     def room_bytes(self, host_memory_bytes: int) -> int:
         """See HostMemoryConfig."""
@@ -57,7 +59,7 @@ class HostCaches:
         least = min(host_memory_bytes.values())
         if config.budget is not None and int(config.budget) > least:
             raise UserError(f"memory.budget {config.budget} exceeds a node's host memory of {least} bytes")
-        self._keep_alive_s = config.keep_alive_s
+        self._keep_alive_s, self._lasting_nodes = config.keep_alive_s, config.lasting_nodes
         self._budgets = {node: config.room_bytes(size) for node, size in host_memory_bytes.items()}
         self._nodes: dict[NodeId, OrderedDict[str, tuple[int, float]]] = {}
         self._used: dict[NodeId, int] = {}
@@ -73,7 +75,7 @@ class HostCaches:
         entry = cache.get(model) if cache else None
         if entry is None:
             return False
-        return self._keep_alive_s is None or now - entry[1] <= self._keep_alive_s or (node, model) in self._pins
+        return not self._expired(node, entry[1], now) or (node, model) in self._pins
 
     def holders(self, nodes: Iterable[NodeId], model: str, now: float) -> list[NodeId]:
         """Nodes among ``nodes`` that hold a usable copy of ``model``."""
@@ -123,7 +125,7 @@ class HostCaches:
     def expire(self, node: NodeId, now: float) -> list[str]:
         """Evict copies whose keep-alive has passed; return their models."""
         cache = self._nodes.get(node, OrderedDict())
-        expired = [name for name, (_, used) in cache.items() if self._expired(used, now) and not self._pinned(node, name)]
+        expired = [name for name, (_, used) in cache.items() if self._expired(node, used, now) and not self._pinned(node, name)]
         for name in expired:
             self._drop(node, name)
         return expired
@@ -134,8 +136,8 @@ class HostCaches:
         self._used.pop(node, None)
         self._pins = {key: count for key, count in self._pins.items() if key[0] != node}
 
-    def _expired(self, used: float, now: float) -> bool:
-        return self._keep_alive_s is not None and now - used > self._keep_alive_s
+    def _expired(self, node: NodeId, used: float, now: float) -> bool:
+        return self._keep_alive_s is not None and now - used > self._keep_alive_s and node >= self._lasting_nodes
 
     def _pinned(self, node: NodeId, model: str) -> bool:
         return (node, model) in self._pins

@@ -66,25 +66,29 @@ class _Copy:
     used_s: float
 
 
-def host_copies(events: pd.DataFrame, keep_alive_s: float | None, end_s: float | None = None) -> pd.DataFrame:
+def host_copies(
+    events: pd.DataFrame, keep_alive_s: float | None, end_s: float | None = None, *, lasting_nodes: int = 0
+) -> pd.DataFrame:
     """One row per host copy of the run: node, model, ``begin_s`` and ``end_s``.
 
     A copy begins when it is placed or kept on a release. Another release and every block read from it renew it. It ends when
-    it is evicted, ``keep_alive_s`` after its last use (None: never), when its node is lost, or with the run, at ``end_s`` (None:
-    the time of the last row).
+    it is evicted, ``keep_alive_s`` after its last use (None, and on the first ``lasting_nodes`` nodes: never), when its node is
+    lost, or with the run, at ``end_s`` (None: the time of the last row).
     """
-    keep_s = inf if keep_alive_s is None else keep_alive_s
     copies: dict[tuple[int, str], _Copy] = {}
     readers: dict[int, list[int]] = {}
     ended: list[tuple[int, str, float, float]] = []
 
+    def expiry_s(key: tuple[int, str]) -> float:
+        return inf if keep_alive_s is None or key[0] < lasting_nodes else copies[key].used_s + keep_alive_s
+
     def end(key: tuple[int, str], at_s: float) -> None:
-        copy = copies.pop(key, None)
-        if copy is not None:
-            ended.append((*key, copy.begin_s, min(at_s, copy.used_s + keep_s)))
+        if key in copies:
+            ended.append((*key, copies[key].begin_s, min(at_s, expiry_s(key))))
+            del copies[key]
 
     def use(key: tuple[int, str], at_s: float, *, fresh: bool = False) -> None:
-        if key in copies and at_s > copies[key].used_s + keep_s:
+        if key in copies and at_s > expiry_s(key):
             end(key, at_s)
         if key in copies:
             copies[key].used_s = at_s
@@ -113,12 +117,12 @@ def host_copies(events: pd.DataFrame, keep_alive_s: float | None, end_s: float |
     return pd.DataFrame(ended, columns=["node", "model", "begin_s", "end_s"])
 
 
-def host_byte_seconds(events: pa.Table, keep_alive_s: float | None, sizes: Mapping[str, int]) -> float:
+def host_byte_seconds(events: pa.Table, keep_alive_s: float | None, sizes: Mapping[str, int], *, lasting_nodes: int = 0) -> float:
     """Bytes of host memory that copies of models take, times seconds, over the whole run. ``sizes``: bytes of each model."""
     rows = events.filter(pc.is_in(events["kind"], pa.array(_ABOUT_COPIES))).to_pandas()
     if rows.empty:
         return 0.0
-    copies = host_copies(rows, keep_alive_s, events["at_s"][-1].as_py())
+    copies = host_copies(rows, keep_alive_s, events["at_s"][-1].as_py(), lasting_nodes=lasting_nodes)
     return math.fsum((copies.end_s - copies.begin_s) * copies.model.map(sizes))
 
 

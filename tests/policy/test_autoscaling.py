@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lambdascale.control import TurnAutoscaler
 from lambdascale.core.events import NodeJoined, TimerFired, TokensProduced
 from tests.policy.world import World, without
 
@@ -87,6 +88,42 @@ def test_no_more_than_max_replicas() -> None:
     world = World(nodes=4, max_replicas=2)
     world.arrive(20)
     assert without(world.tick(), "multicast", "timer") == ["allocate 1"]
+
+
+@pytest.mark.parametrize(("autoscaler", "then"), [("queue", ["allocate 2"]), ("turns", [])])
+def test_a_scale_out_waits_its_turn(autoscaler: str, then: list[str]) -> None:
+    """Mutations: scale-outs that overlap, or a turn that never comes."""
+    world = World("serverlessllm", nodes=4, autoscaler=autoscaler, max_batch=1, target=1)
+    world.arrive(2)
+    assert without(world.tick(), "load", "timer") == ["allocate 1"]
+    world.arrive(1)
+    assert without(world.tick(), "load", "timer") == then
+    world.deliver("t2")
+    assert without(world.tick(), "load", "timer") == ([] if then else ["allocate 2"]), "the last one has ended"
+
+
+@pytest.mark.parametrize(("autoscaler", "meanwhile", "after"), [("queue", 1, 1), ("turns", 0, 2)])
+def test_nothing_is_released_before_a_scale_out_has_ended(autoscaler: str, meanwhile: int, after: int) -> None:
+    """Mutation: turns for scale-outs only."""
+    world = World("serverlessllm", nodes=4, autoscaler=autoscaler, max_batch=1, target=1, keep_alive_s=0.0)
+    world.arrive(2)
+    world.tick()
+    world.deliver("t2")
+    world.arrive(1)
+    assert without(world.tick(), "load", "timer") == ["allocate 2"]
+    world.finish(0)  # request 2 runs there now
+    world.finish(1)
+    assert sum(line.startswith("release") for line in world.tick()) == meanwhile
+    world.deliver("t3")
+    assert sum(line.startswith("release") for line in world.tick()) == after
+
+
+@pytest.mark.parametrize(
+    ("queued", "running", "wanted"), [(0, 0, 1), (3, 4, 1), (4, 4, 2), (7, 4, 2), (8, 4, 3), (0, 5, 2), (4, 5, 3), (40, 0, 6)]
+)
+def test_a_queue_is_divided_by_what_a_node_runs_at_once(queued: int, running: int, wanted: int) -> None:
+    """Mutation: the default's rule, which rounds the sum up."""
+    assert TurnAutoscaler(target_per_replica=4, max_replicas=6).desired(queued, running) == wanted
 
 
 # -- scale-in --------------------------------------------------------------------------------------------------------

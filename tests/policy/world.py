@@ -72,6 +72,7 @@ _KEYS = {
     "host_keep_alive_s": "system.memory.keep_alive_s",
     "host_budget": "system.memory.budget",
     "host_copies": "system.memory.enabled",
+    "autoscaler": "autoscaler@system.autoscaler",
     "target": "system.autoscaler.target_per_replica",
     "keep_alive_s": "system.autoscaler.keep_alive_s",
     "min_replicas": "system.autoscaler.min_replicas",

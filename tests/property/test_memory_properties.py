@@ -96,3 +96,15 @@ def test_disabled_keeps_nothing() -> None:
     caches = HostCaches(HostCacheConfig(enabled=False), {0: 1000})
     caches.put(0, "a", 1, 0.0)
     assert not caches.has(0, "a", 0.0)
+
+
+def test_copies_on_lasting_nodes_never_expire() -> None:
+    """Mutations: no node, or one too many, is spared."""
+    caches = HostCaches(HostCacheConfig(keep_alive_s=KEEP_S, lasting_nodes=2), dict.fromkeys(range(4), 1000))
+    for node in range(4):
+        caches.put(node, "a", 1, 0.0)
+    late = 10 * KEEP_S
+    assert [caches.has(node, "a", late) for node in range(4)] == [True, True, False, False]
+    assert [caches.expire(node, late) for node in range(4)] == [[], [], ["a"], ["a"]]
+    with pytest.raises(UserError, match=r"memory\.lasting_nodes must not be negative, not -1"):
+        HostCacheConfig(lasting_nodes=-1)
