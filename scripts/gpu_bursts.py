@@ -136,7 +136,7 @@ def one(arguments: argparse.Namespace, system: str, pipelines: bool, setting: Se
     experiment = build(compose(overrides))
     names = [model.name for model in experiment.models]
     requests = experiment.workload.requests(models=names, seed=seed)
-    plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
+    plane = build_system(experiment.system, cluster=experiment.seen, models=experiment.models)
     backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=seed
     )
