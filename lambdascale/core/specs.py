@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
@@ -274,6 +274,11 @@ class NodeOverride:
         return replace(common, nic_bytes_per_s=rate, **changes)
 
 
+# The way of a request's KV to another node: through the "network" and nothing else, as it is simulated; to "places" in memory
+# that the receiver grants between two iterations, as it is live; in "messages", where there is no such memory, at no known rate.
+KvPath = Literal["network", "places", "messages"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """A cluster of nodes that are equal except for ``overrides``.
@@ -284,6 +289,7 @@ class ClusterSpec:
     next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
     ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store. ``usd_per_host_gb_hour``: price of host
     memory that copies of models take, per 10^9 bytes. ``start``: the start of a process on a node, where that is simulated.
+    ``kv_path``: the way of a request's KV to another node, which a live cluster says itself: see KvPath.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -306,6 +312,7 @@ class ClusterSpec:
     nics_per_node: int = 1
     overrides: tuple[NodeOverride, ...] = ()
     start: ProcessStart | None = None
+    kv_path: KvPath = "network"
     provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:

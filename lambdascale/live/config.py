@@ -158,7 +158,12 @@ class LiveConfig:
         return tuple(replace(spec, name=model.name) for model in models)
 
     def seen(self, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig) -> ClusterSpec:
-        """Return the cluster as the control plane has to see it: without the memory of GPUs that peers write to beside blocks."""
+        """Return the cluster as the control plane has to see it: with the way of KV that these nodes have.
+
+        Without the memory of GPUs that peers write to beside blocks.
+        """
+        areas = [self._areas(models, system, cluster.nodes, int(kind.gpu.memory_bytes)) for kind in cluster.kinds]
+        cluster = replace(cluster, kv_path="places" if all(each.kv_places for each in areas) else "messages")
         if self.transport != "cuda_ipc":
             return cluster
 

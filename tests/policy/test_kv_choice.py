@@ -79,6 +79,41 @@ def test_a_measured_prefill_decides_and_a_tie_is_recomputed() -> None:
     assert choice(network(20_971_520, 1 / 63), *ALL, prompt=10) == "copy"
 
 
+@pytest.mark.parametrize(
+    ("path", "rate", "with_token", "expected"),
+    [
+        # One of each node's two requests has KV, 163,840 bytes for the other node. A prefill takes 4/128 s longer than a decode,
+        # 1/128 s: 8/128 s for both that run there. The other request's takes 5/128 s, half of which is waited for thrice.
+        ("places", 41_943_041, (4, 5), "copy"),  # 3.9 ms
+        ("places", 41_943_040, (4, 5), "recompute"),
+        ("network", 2_621_441, (4, 5), "copy"),  # 62.5 ms
+        ("network", 2_621_440, (4, 5), "recompute"),
+        # All have KV: nothing runs meanwhile, so that nobody waits for it.
+        ("places", 10_485_760, ALL, "recompute"),  # 31.25 ms for each
+        ("places", 10_485_761, ALL, "copy"),
+        # There is no memory to write to: how long messages take is not known.
+        ("messages", 1e15, ALL, "recompute"),
+    ],
+)
+def test_places_are_granted_between_iterations(path: str, rate: float, with_token: tuple[int, ...], expected: str) -> None:
+    assert choice(network(rate, 1 / 32) | {"kv_path": path}, *with_token, prompt=10) == expected
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(52_428_801, "copy"), (52_428_800, "recompute")])
+def test_what_comes_from_the_queue_is_waited_for(rate: float, expected: str) -> None:
+    """Request 8 comes to node 3 at once, where 5 goes on alone: its prefill keeps the KV of 5, and that for node 2, waiting.
+
+    Two requests wait for 327,680 bytes and half a prefill of 5/128 s, one for 163,840 bytes and two halves, against 12/128 s.
+    """
+    world = pipelined(kv="cheapest", cluster=network(rate, 1 / 32) | {"kv_path": "places"}, prompt=10)
+    world.first_token(*ALL)
+    (pipeline,) = (each for each in world.plane.fleet.instances.values() if each.is_pipeline)
+    pipeline.open = False
+    world.finish(6)
+    lines = [line for line in world.deliver("t3") if line.startswith(("switch", "dispatch"))]
+    assert lines == [f"switch i3 4>i4,5>i5,7>i4 {expected}", "dispatch i5 8"]
+
+
 def test_latency_counts() -> None:
     assert choice(network(20_971_521, 1 / 64) | {"link_latency_s": 0.001}, *ALL, prompt=10) == "recompute"
 
@@ -176,6 +211,12 @@ def reshaped(cluster: dict[str, Any], *with_token: int, kv: str = "cheapest") ->
 )
 def test_the_way_at_a_moved_boundary(rate: float, with_token: tuple[int, ...], expected: str) -> None:
     assert reshaped(network(rate), *with_token) == expected
+
+
+def test_a_moved_boundary_recomputes_where_kv_goes_in_messages() -> None:
+    assert reshaped(network(1e12), 0, 1) == "copy"
+    assert reshaped(network(1e12) | {"kv_path": "messages"}, 0, 1) == "recompute"
+    assert reshaped(network(1e12) | {"kv_path": "messages"}, 0, 1, kv="copy") == "copy", "nobody is to choose"
 
 
 def test_fixed_policies_ask_for_no_prediction() -> None:

@@ -65,6 +65,23 @@ def test_host_memory_is_not_taken_from_a_gpu(transport: Any) -> None:
     assert live.seen(cluster, [("m", builtin_model("tiny", 4))], system).gpu == cluster.gpu
 
 
+@pytest.mark.parametrize(
+    ("transport", "kv", "path"),
+    [
+        ("shm", "cheapest", "places"),
+        ("tcp", "copy", "places"),
+        ("rdma", "cheapest", "messages"),
+        ("shm", "recompute", "messages"),
+    ],
+)
+def test_the_control_plane_hears_how_kv_moves(transport: Any, kv: str, path: str) -> None:
+    """Data of the transport and its places: the control plane knows no backend."""
+    composed = compose(["cluster=desk", f"system.kv={kv}", "system.blocks=4"])
+    cluster, system = instantiate(composed.cluster, _convert_="all"), instantiate(composed.system, _convert_="all")
+    assert cluster.kv_path == "network"
+    assert LiveConfig(transport=transport).seen(cluster, [("m", builtin_model("tiny", 4))], system).kv_path == path
+
+
 def test_a_run_s_control_plane_sees_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the cluster that it decides for and in the limits of answers; the nodes are told of the whole GPU."""
     changes = ["cluster=desk", "backend=live", "transport=cuda_ipc", "system.blocks=4", "system.kv=copy"]
