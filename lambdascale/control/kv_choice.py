@@ -131,9 +131,12 @@ class KvChoice:
         return Iteration(prefill, attended, len(decodes), sum(self._context(instance, number) for number in decodes))
 
     def _nic_s(self, node: NodeId, port: Literal["nic_in", "nic_out"], size_bytes: float) -> float:
-        """Seconds for KV through a NIC, beside the blocks that it has still to move: these get an equal part of its rate."""
+        """Seconds for KV through a NIC, beside the blocks that it has still to move: these get an equal part of its rate.
+
+        What is written to places goes ahead of blocks.
+        """
         cluster = self._fleet.cluster
-        beside = min(size_bytes, self._fleet.traffic.left(node, port))
+        beside = min(size_bytes, self._fleet.traffic.left(node, port)) if cluster.kv_path == "network" else 0
         return (size_bytes + beside) / (cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency)
 
     def _recompute_s(self, state: ModelState, stages: Sequence[Stage], contexts: Sequence[int], running: int) -> float:
