@@ -275,7 +275,8 @@ class NodeOverride:
 
 
 # The way of a request's KV to another node: through the "network" and nothing else, as it is simulated; to "places" in memory
-# that the receiver grants between two iterations, as it is live; in "messages", where there is no such memory, at no known rate.
+# that the receiver grants between two iterations, as it is live; in "messages", whose rate nothing says, where nodes have no
+# such memory.
 KvPath = Literal["network", "places", "messages"]
 
 

@@ -91,7 +91,7 @@ def test_a_measured_prefill_decides_and_a_tie_is_recomputed() -> None:
         # All have KV: nothing runs meanwhile, so that nobody waits for it.
         ("places", 10_485_760, ALL, "recompute"),  # 31.25 ms for each
         ("places", 10_485_761, ALL, "copy"),
-        # There is no memory to write to: how long messages take is not known.
+        # Nodes have no memory to write to: nothing says how long messages take.
         ("messages", 1e15, ALL, "recompute"),
     ],
 )

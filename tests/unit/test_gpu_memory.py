@@ -83,7 +83,7 @@ def test_the_control_plane_hears_how_kv_moves(transport: Any, kv: str, path: str
 
 
 def test_a_run_s_control_plane_sees_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the cluster that it decides for and in the limits of answers; the nodes are told of the whole GPU."""
+    """Set-aside memory counts in the cluster that it decides for and in the limits of answers; nodes hear of the whole GPU."""
     changes = ["cluster=desk", "backend=live", "transport=cuda_ipc", "system.blocks=4", "system.kv=copy"]
     experiment = build(compose([*changes, "backend.device=cuda", "backend.checkpoint=tiny"]))
     assert 0 < int(experiment.seen.gpu.set_aside_bytes) < int(experiment.seen.gpu.memory_bytes)

@@ -45,7 +45,7 @@ class Switching:
 
     @property
     def sender(self) -> KvSender:
-        """What sends this node's KV to others."""
+        """The sender of this node's KV to others."""
         return self._kv.sender
 
     def close(self) -> None:
