@@ -221,8 +221,9 @@ def cluster(model: PackedModel, directory: Path, options: argparse.Namespace, wa
         restarts=1_000_000,
         spares=2,
     )
-    plane = build_system(system, cluster=spec, models=[model.spec])
-    backend = live.start(cluster=spec, models=[("tiny", model)], system=system, open_ended=True)
+    models = [("tiny", model)]
+    plane = build_system(system, cluster=live.seen(spec, models, system), models=[model.spec])
+    backend = live.start(cluster=spec, models=models, system=system, open_ended=True)
     thread = threading.Thread(target=drive, args=(plane, backend, [watch]), name="control")
     thread.start()
     try:

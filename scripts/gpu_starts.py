@@ -57,7 +57,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.warm:
         requests.append(traced(1, _SPARE_S, name, _PROMPT, _OUTPUT))
     imported = time.monotonic()
-    plane = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
+    plane = build_system(experiment.system, cluster=experiment.seen, models=experiment.models)
     backend = experiment.backend.build(
         cluster=experiment.cluster, models=experiment.models, requests=requests, system=experiment.system, seed=0
     )

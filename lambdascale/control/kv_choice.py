@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from itertools import islice
 from typing import Literal
 
 from lambdascale.control.batching import BatchLimits
@@ -20,9 +21,10 @@ _Flows = Mapping[tuple[NodeId, NodeId], float]  # bytes by sender and receiver
 class KvChoice:
     """The way that KV takes, by ``rule``. With "cheapest" it is chosen by predicted waiting, in seconds times requests.
 
-    A copy keeps those waiting whose KV is on its way, as long as the busiest NIC that it needs. A recomputation keeps everything
-    waiting that runs on its node, by as much as it takes longer than a decode: like that it ends with a token. Ties are
-    recomputed, which needs nothing of the network.
+    A copy keeps those waiting whose KV is on its way: as long as the busiest NIC that it needs takes, and as messages about
+    places for it wait for iterations. Where KV would go in messages, whose rate is not known, it is recomputed. A recomputation
+    keeps everything waiting that runs on its node, by as much as it takes longer than a decode: like that it ends with a token.
+    Ties are recomputed, which needs nothing of the network.
 
     Contexts count with the tokens that the control plane has heard of: backends report a request's first token, and need not
     report later ones. Both ways take longer in proportion to those. Requests without a token are prefilled either way.
@@ -35,8 +37,8 @@ class KvChoice:
 
     def at_switch(self, state: ModelState, pipeline: Instance, moves: Sequence[tuple[int, int]]) -> KvPolicy:
         """Choose for a dissolved pipeline whose requests are with their targets already. Targets that are pipelines recompute."""
-        if self._rule != "cheapest":
-            return self._rule
+        if (fixed := self._fixed()) is not None:
+            return fixed
         contexts: dict[int, list[int]] = defaultdict(list)
         for request_id, target in moves:
             if request_id in self._fleet.produced and not state.instances[target].is_pipeline:
@@ -47,17 +49,18 @@ class KvChoice:
             for stage in pipeline.stages:
                 if stage.node != home:
                     flows[stage.node, home] += _kv_bytes(state, stage, each)
+        moved = {request_id for request_id, _ in moves if request_id in self._fleet.produced}
         copied = recomputed = 0.0
         for target, each in contexts.items():
             stages, running = state.instances[target].stages, len(state.instances[target].outstanding)
-            copied += len(each) * self._copy_s(flows, stages[0].node)
+            copied += len(each) * (self._copy_s(flows, stages[0].node) + self._grants_s(state, flows, stages[0].node, moved))
             recomputed += running * self._recompute_s(state, stages, each, running)
         return "copy" if copied < recomputed else "recompute"
 
     def at_repartition(self, state: ModelState, instance: Instance, stages: Sequence[Stage]) -> KvPolicy:
         """Choose for an instance that is to move to ``stages``: all its requests wait, whichever way it is."""
-        if self._rule != "cheapest":
-            return self._rule
+        if (fixed := self._fixed()) is not None:
+            return fixed
         contexts = [self._context(instance, request) for request in instance.outstanding if request in self._fleet.produced]
         if not contexts:
             return "recompute"
@@ -71,6 +74,12 @@ class KvChoice:
         recomputed = self._recompute_s(state, stages, contexts, len(instance.outstanding))
         return "copy" if copied < recomputed else "recompute"
 
+    def _fixed(self) -> KvPolicy | None:
+        """Return the way that is taken without a prediction, None if one decides."""
+        if self._rule != "cheapest":
+            return self._rule
+        return "recompute" if self._fleet.cluster.kv_path == "messages" else None
+
     def _context(self, instance: Instance, request_id: int) -> int:
         return instance.outstanding[request_id].prompt_tokens + self._fleet.produced[request_id]
 
@@ -83,10 +92,51 @@ class KvChoice:
         into = self._nic_s(home, "nic_in", sum(size for (_, dst), size in flows.items() if dst == home))
         return self._fleet.cluster.link_latency_s + max(into, *out)
 
+    def _grants_s(self, state: ModelState, flows: _Flows, home: NodeId, moved: Set[int]) -> float:
+        """Seconds that three messages wait for iterations: the request for places, their grant, and the last part's arrival.
+
+        Compute threads read them between two iterations; a grant comes to every sender. Waits for further grants pass while other
+        parts are under way.
+        """
+        senders = {src for src, dst in flows if dst == home}
+        if self._fleet.cluster.kv_path != "places" or not senders:
+            return 0.0
+        return 2 * self._turn_s(state, home, moved) + max(self._turn_s(state, node, moved) for node in senders)
+
+    def _turn_s(self, state: ModelState, node: NodeId, moved: Set[int]) -> float:
+        """Mean seconds that a message to a node waits: half of the longest iteration that the node may be at, 0 if of none.
+
+        Requests that have ``moved`` with their KV are in none yet.
+        """
+        allocation = state.allocations.get(node)
+        model = ComputeModel(self._fleet.cluster.node(node), state.spec)
+        longest = 0.0
+        for instance in () if allocation is None else allocation.instances.values():
+            iteration = self._coming(state, instance, moved)
+            if iteration.prefill_tokens or iteration.decodes:
+                share = sum(_share(state, stage) for stage in instance.stages if stage.node == node)
+                longest = max(longest, model.iteration_s(iteration, share))
+        return longest / 2
+
+    def _coming(self, state: ModelState, instance: Instance, moved: Set[int]) -> Iteration:
+        """Return an instance's next iteration, with the requests that come from the queue at once."""
+        here = [request for number, request in instance.outstanding.items() if number not in moved]
+        decodes = [request.request_id for request in here if request.request_id in self._fleet.produced]
+        places = max(0, instance.capacity - len(instance.outstanding))
+        prompts = [request.prompt_tokens for request in here if request.request_id not in self._fleet.produced]
+        prompts += [request.prompt_tokens for request in islice(state.queue, places)]
+        tokens = sum(prompts)
+        prefill = min(tokens, self._batching.max_tokens)
+        attended = prefill * sum(prompt * (prompt + 1) // 2 for prompt in prompts) // tokens if tokens else 0
+        return Iteration(prefill, attended, len(decodes), sum(self._context(instance, number) for number in decodes))
+
     def _nic_s(self, node: NodeId, port: Literal["nic_in", "nic_out"], size_bytes: float) -> float:
-        """Seconds for KV through a NIC, beside the blocks that it has still to move: these get an equal part of its rate."""
+        """Seconds for KV through a NIC, beside the blocks that it has still to move: these get an equal part of its rate.
+
+        What is written to places goes ahead of blocks.
+        """
         cluster = self._fleet.cluster
-        beside = min(size_bytes, self._fleet.traffic.left(node, port))
+        beside = min(size_bytes, self._fleet.traffic.left(node, port)) if cluster.kv_path == "network" else 0
         return (size_bytes + beside) / (cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency)
 
     def _recompute_s(self, state: ModelState, stages: Sequence[Stage], contexts: Sequence[int], running: int) -> float:

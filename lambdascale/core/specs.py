@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
@@ -127,25 +127,31 @@ class ModelSpec:
         return tuple(cuts)
 
 
-# Share of a GPU's memory for weights and KV; the rest is for all else, a live node's places for hidden states and KV included.
+# Share of a GPU's memory for weights, KV and what is set aside; the rest is for all else.
 MEMORY_UTILISATION = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """Data sheet of a GPU: memory (bytes), memory bandwidth (bytes/s), dense 16-bit matrix rate (FLOP/s)."""
+    """Data sheet of a GPU: memory (bytes), memory bandwidth (bytes/s), dense 16-bit matrix rate (FLOP/s).
+
+    ``set_aside_bytes``: memory that weights and KV do not get. Live nodes add what others write to beside blocks.
+    """
 
     name: str
     memory_bytes: int | str
     hbm_bytes_per_s: float | str
     peak_flops: float
+    set_aside_bytes: int | str = 0
 
     def __post_init__(self) -> None:
         """Normalise sizes and validate."""
         check_types(self)
         object.__setattr__(self, "memory_bytes", parse_size(self.memory_bytes))
+        object.__setattr__(self, "set_aside_bytes", parse_size(self.set_aside_bytes))
         object.__setattr__(self, "hbm_bytes_per_s", parse_rate(self.hbm_bytes_per_s))
         _positive(self, "memory_bytes", "hbm_bytes_per_s", "peak_flops")
+        require(int(self.set_aside_bytes) >= 0, f"GpuSpec.set_aside_bytes must not be negative, not {self.set_aside_bytes!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,14 +228,14 @@ class NodeSpec:
     host_memory_bytes: int
 
     def kv_tokens(self, model: ModelSpec, memory_utilisation: float = MEMORY_UTILISATION) -> int:
-        """Tokens of KV cache for each batch of a replica, beside the weights; 0 or less if the weights do not fit.
+        """Tokens of KV cache for each batch of a replica, beside the weights and what is set aside; 0 or less: they do not fit.
 
         The GPUs of a replica work on as many batches at once, and share the memory that the weights leave among them.
         """
         gpus = model.gpus_per_replica
         if gpus > self.gpus:
             return 0
-        memory = int(self.gpu.memory_bytes) * gpus * memory_utilisation
+        memory = int(self.gpu.memory_bytes) * gpus * memory_utilisation - gpus * int(self.gpu.set_aside_bytes)
         return int((memory - model.size_bytes) // (gpus * model.kv_bytes_per_token))
 
 
@@ -268,6 +274,12 @@ class NodeOverride:
         return replace(common, nic_bytes_per_s=rate, **changes)
 
 
+# The way of a request's KV to another node: through the "network" and nothing else, as it is simulated; to "places" in memory
+# that the receiver grants between two iterations, as it is live; in "messages", whose rate nothing says, where nodes have no
+# such memory.
+KvPath = Literal["network", "places", "messages"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """A cluster of nodes that are equal except for ``overrides``.
@@ -278,6 +290,7 @@ class ClusterSpec:
     next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
     ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store. ``usd_per_host_gb_hour``: price of host
     memory that copies of models take, per 10^9 bytes. ``start``: the start of a process on a node, where that is simulated.
+    ``kv_path``: the way of a request's KV to another node, which a live cluster says itself: see KvPath.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -300,6 +313,7 @@ class ClusterSpec:
     nics_per_node: int = 1
     overrides: tuple[NodeOverride, ...] = ()
     start: ProcessStart | None = None
+    kv_path: KvPath = "network"
     provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:
@@ -356,5 +370,6 @@ class ClusterSpec:
             raise CapacityError(
                 f"{model.name} ({model.size_bytes / 1e9:.2f} GB on {model.gpus_per_replica} GPUs) does not fit a node of "
                 f"{self.name}: {self.gpus_per_node} x {int(self.gpu.memory_bytes) / 1e9:.1f} GB, 90% usable"
+                + (f", {int(self.gpu.set_aside_bytes) / 1e9:.2f} GB set aside" if self.gpu.set_aside_bytes else "")
             )
         return min(fitting)

@@ -42,6 +42,14 @@ class Experiment:
             return self.configured
         return self.backend.specs(self.configured, self.system.blocks)
 
+    @cached_property
+    def seen(self) -> ClusterSpec:
+        """The cluster as the control plane sees it: live nodes set aside some of their GPUs' memory."""
+        if isinstance(self.backend, SimConfig):
+            return self.cluster
+        packed = self.backend.packed(self.system.blocks)
+        return self.backend.seen(self.cluster, [(model.name, packed) for model in self.models], self.system)
+
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group; UserError for values that their classes refuse."""

@@ -229,7 +229,7 @@ def drive_experiment(
     """
     if isinstance(experiment.backend, SimConfig):
         check_requests(experiment, requests, max_events)
-    system = build_system(experiment.system, cluster=experiment.cluster, models=experiment.models)
+    system = build_system(experiment.system, cluster=experiment.seen, models=experiment.models)
     requests, cut = _bounded(experiment, requests)
     with ExitStack() as stack:
         if isinstance(experiment.backend, SimConfig):
@@ -272,7 +272,7 @@ def _communicator(experiment: Experiment) -> str | None:
 
 def _bounded(experiment: Experiment, requests: Sequence[TracedRequest]) -> tuple[Sequence[TracedRequest], int]:
     """Requests with limits that the KV memory of the largest node can hold, and the number of answers that this cuts."""
-    cluster = experiment.cluster
+    cluster = experiment.seen
     room = {model.name: max(kind.kv_tokens(model) for kind in cluster.kinds) for model in experiment.models}
     return bounded(requests, room)
 

@@ -17,7 +17,7 @@ from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control import SystemConfig
 from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.specs import MEMORY_UTILISATION
+from lambdascale.core.specs import GpuSpec
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
 from lambdascale.live.communicator_choice import Kind, choose
@@ -25,7 +25,7 @@ from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
 from lambdascale.live.controller.pulse import PATIENCE_S
-from lambdascale.live.node_config import NodeConfig
+from lambdascale.live.node_config import Areas, NodeConfig
 from lambdascale.transport.cuda import count_gpus
 from lambdascale.transport.rdma import RdmaOptions
 
@@ -157,6 +157,23 @@ class LiveConfig:
         spec = self.packed(blocks).spec
         return tuple(replace(spec, name=model.name) for model in models)
 
+    def seen(self, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig) -> ClusterSpec:
+        """Return the cluster as the control plane has to see it: with the way of KV that these nodes have.
+
+        Without the memory of GPUs that peers write to beside blocks.
+        """
+        areas = [self._areas(models, system, cluster.nodes, int(kind.gpu.memory_bytes)) for kind in cluster.kinds]
+        cluster = replace(cluster, kv_path="places" if all(each.kv_places for each in areas) else "messages")
+        if self.transport != "cuda_ipc":
+            return cluster
+
+        def less(gpu: GpuSpec) -> GpuSpec:
+            areas = self._areas(models, system, cluster.nodes, int(gpu.memory_bytes))
+            return replace(gpu, set_aside_bytes=int(gpu.set_aside_bytes) + areas.nbytes)
+
+        overrides = tuple(each if each.gpu is None else replace(each, gpu=less(each.gpu)) for each in cluster.overrides)
+        return replace(cluster, gpu=less(cluster.gpu), overrides=overrides)
+
     def build(
         self,
         *,
@@ -257,7 +274,6 @@ class LiveConfig:
         # Loads of a GPU's node need no room in host memory, what others send it does.
         landing = sizes[0] if lands_on_host and cluster.nodes > 1 and system.start.multicast is not None else 0
         hardware = cluster.node(node)
-        kv_places, kv_place_bytes = self._kv_places(models, system, cluster.nodes, int(hardware.gpu.memory_bytes))
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
@@ -281,12 +297,15 @@ class LiveConfig:
             rdma=self.rdma,
             collective=collective,
             verify=self.verify,
-            place_bytes=self._place_bytes(models, system, cluster.nodes),
-            kv_places=kv_places,
-            kv_place_bytes=kv_place_bytes,
+            areas=self._areas(models, system, cluster.nodes, int(hardware.gpu.memory_bytes)),
             kernels=self.kernels,
             timeline=self.timeline,
         )
+
+    def _areas(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int, gpu_bytes: int) -> Areas:
+        """Return a node's memory for what others write there beside blocks."""
+        number, size = self._kv_places(models, system, nodes, gpu_bytes)
+        return Areas(self._place_bytes(models, system, nodes), number, size)
 
     def _place_bytes(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> int:
         """Return the memory of a node for the hidden states that others send it: for two pipelines, up to a bound."""
@@ -300,8 +319,8 @@ class LiveConfig:
     ) -> tuple[int, int]:
         """Return the number and size of a node's places for KV; (0, 0) where it travels in messages, or none moves.
 
-        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages. On a GPU of
-        ``gpu_bytes`` places take at most a quarter of what the budget for weights and KV leaves.
+        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages. On a GPU
+        places take at most a fortieth of its ``gpu_bytes``.
         """
         if nodes == 1 or self.transport == "rdma" or system.kv == "recompute":
             return 0, 0
@@ -310,7 +329,7 @@ class LiveConfig:
         layer = max(whole // layers for whole, layers in longest)
         size = max(layer, min(_KV_PART[on_gpu], max(whole for whole, _ in longest)))
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        most = min(_MOST_KV[on_gpu], int(gpu_bytes * (1 - MEMORY_UTILISATION)) // 4) if on_gpu else _MOST_KV[on_gpu]
+        most = min(_MOST_KV[on_gpu], gpu_bytes // 40) if on_gpu else _MOST_KV[on_gpu]
         number = min(_KV_PLACES, most // size)
         return (number, size) if number else (0, 0)
 

@@ -30,12 +30,38 @@ class Access(Struct, frozen=True):
     start_patience_s: float
 
 
+class Areas(Struct, frozen=True):
+    """A node's registered memory for what others write there beside blocks: behind the arena that blocks land in.
+
+    ``hidden_bytes`` for hidden states, 0: they travel in messages; ``kv_places`` of ``kv_place_bytes`` each for KV at mode
+    switches, likewise. On a GPU it is memory that weights and KV do not get (see LiveConfig.seen).
+    """
+
+    hidden_bytes: int = 0
+    kv_places: int = 0
+    kv_place_bytes: int = 0
+
+    @property
+    def kv_begin(self) -> int:
+        """First byte of the places for KV, behind those for hidden states."""
+        return -(-self.hidden_bytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def kv_bytes(self) -> int:
+        """Size of all places for KV."""
+        return self.kv_places * self.kv_place_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all of it."""
+        return self.kv_begin + self.kv_bytes
+
+
 class NodeConfig(Struct, frozen=True):
     """All an agent needs to know; plain values.
 
     Rates in bytes/s, None: as fast as it goes; ``remote`` None: no remote store. ``verify``: see StoreConfig.
-    ``place_bytes``: registered memory for hidden states, 0: they travel in messages; ``kv_places`` places of ``kv_place_bytes``
-    each for KV at mode switches, likewise. ``generation`` is the number of processes that the node has had before this one.
+    ``generation`` is the number of processes that the node has had before this one.
     ``kernels``: see LiveConfig.
     ``timeline``: folder for the compute thread's timeline, None: it keeps none.
     """
@@ -62,18 +88,6 @@ class NodeConfig(Struct, frozen=True):
     rdma: rdma.RdmaOptions = rdma.RdmaOptions()
     collective: Literal["nccl", "gloo"] = "gloo"
     verify: Verify = "full"
-    place_bytes: int = 0
-    kv_places: int = 0
-    kv_place_bytes: int = 0
+    areas: Areas = Areas()
     kernels: Literal["first", "behind"] = "behind"
     timeline: str | None = None
-
-    @property
-    def kv_begin(self) -> int:
-        """First byte of the places for KV, behind those for hidden states."""
-        return -(-self.place_bytes // ALIGNMENT) * ALIGNMENT
-
-    @property
-    def kv_bytes(self) -> int:
-        """Size of all places for KV."""
-        return self.kv_places * self.kv_place_bytes

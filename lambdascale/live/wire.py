@@ -262,7 +262,10 @@ class MoveBatch(Message, frozen=True, tag=True):
 
 
 class SlotKv(Message, frozen=True, tag=True):
-    """The KV of a slot of ``batch`` in ``layers`` layers from ``first_layer`` on, for partition ``version``."""
+    """The KV of a slot of ``batch`` in ``layers`` layers from ``first_layer`` on, for partition ``version``.
+
+    ``data`` and ``grant``: see KvPart.
+    """
 
     instance: int
     batch: int
@@ -270,7 +273,8 @@ class SlotKv(Message, frozen=True, tag=True):
     slot: int
     first_layer: int
     layers: int
-    data: bytes
+    data: bytes | Landed
+    grant: int = -1
 
 
 class Handover(Message, frozen=True, tag=True):

@@ -41,7 +41,7 @@ class Vacate(Message, frozen=True, tag=True):
 
 
 class AskForPlaces(Message, frozen=True, tag=True):
-    """``node`` has KV of a dissolved pipeline, ``instance``, for the receiver, in so many parts: each needs a place."""
+    """``node`` has KV of ``instance``, dissolved or moving, for the receiver, in so many parts: each needs a place."""
 
     instance: int
     node: NodeId
@@ -49,7 +49,7 @@ class AskForPlaces(Message, frozen=True, tag=True):
 
 
 class Grant(Message, frozen=True, tag=True):
-    """The place at ``offset`` of ``node``'s memory is for one part of a pipeline's KV; answered by KvPart or GiveBack.
+    """The place at ``offset`` of ``node``'s memory is for one part of KV; answered by KvPart, SlotKv or GiveBack.
 
     ``number`` is that of no other grant, of this process or an earlier one of the node.
     """

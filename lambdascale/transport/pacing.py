@@ -33,10 +33,11 @@ class TokenBucket:
         require(bytes_per_s > 0, f"a link's rate must be positive, not {bytes_per_s}")
         self.bytes_per_s = bytes_per_s
         self._clock, self._sleep = clock, sleep
-        # Guards all below: what is granted is through at _busy_until; _queued pieces of work are not yet done, none since
-        # _idle_at.
+        # Guards all below: what is granted is through at _busy_until, what has cut in at _ahead_until; _queued pieces of work
+        # are not yet done, none since _idle_at.
         self._lock = threading.Lock()
         self._busy_until = 0.0
+        self._ahead_until = 0.0
         self._queued = 0
         self._idle_at = 0.0
 
@@ -81,10 +82,16 @@ class TokenBucket:
             return size, max(0.0, self._book(begin, size) - now)
 
     def cut_in(self, size_bytes: int) -> None:
-        """Wait until the link has had time for ``size_bytes``, which go ahead of all that has been granted before."""
+        """Wait until the link has had time for ``size_bytes``, which go ahead of all that has been granted before.
+
+        Behind what other senders have cut in with.
+        """
         with self._lock:
-            self._book(self._begin(self._clock()), size_bytes)
-        self._sleep(size_bytes / self.bytes_per_s)
+            now = self._clock()
+            self._book(self._begin(now), size_bytes)
+            self._ahead_until = max(self._ahead_until, now) + size_bytes / self.bytes_per_s
+            wait_s = self._ahead_until - now
+        self._sleep(wait_s)
 
     def take(self, size_bytes: int) -> None:
         """Wait until the link has had time for ``size_bytes``."""

@@ -18,7 +18,7 @@ from lambdascale.inference.fused import TritonOperators, has_triton
 from lambdascale.inference.operators import TorchOperators
 from lambdascale.inference.scratch import Scratch
 from lambdascale.inference.stage import rope_tables
-from lambdascale.inference.tiles import MOST_ROWS
+from lambdascale.inference.tiles import MOST_ROWS, Choice, Tile, Tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="needs a GPU")]
@@ -96,6 +96,14 @@ def test_products(rows: int, biased: bool, dtype: torch.dtype) -> None:
     logits = fused.logits(hidden, weights.input_norm, head)
     assert logits.dtype is torch.float32
     near(logits, reference.logits(hidden, weights.input_norm, head), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32])
+def test_products_with_other_tiles_and_starts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms over sums of 16 outputs instead of 32, and kernels of up to 8 rows that start when those before end."""
+    added = (Choice(Tile(16, 16, 256, 4, 5), rows=16), Choice(Tile(32, 32, 256, 4, 4)))
+    monkeypatch.setattr(TritonOperators, "tuning", Tuning(added, early_rows=8, triggers=frozenset()))
+    test_products(rows, False, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -79,7 +79,7 @@ def test_all_programs_of_a_product_that_adds_run_at_once(rows: int, outputs: int
 
 def test_the_first_choice_that_serves() -> None:
     found = [OTHER.adding(rows, 4096) for rows in (1, 8, 9, 17)]
-    assert [each and each.inputs for each in found] == [256] * 4
+    assert found == [OTHER.added[0].tile, OTHER.added[0].tile, OTHER.added[1].tile, OTHER.added[2].tile]
     assert [OTHER.summed(rows, 4096) for rows in (1, 8, 9, 17)] == [16, 16, 32, 32]
     assert OTHER.adding(16, 4224) != OTHER.adding(16, 4225)
     assert OTHER.adding(33, 4096) is None

@@ -90,10 +90,22 @@ def test_kv_travels_and_nothing_is_prefilled_again() -> None:
     story.repartition(SOURCE_FIRST, "copy")
     sent = cluster.run_noting()
     cluster.check()
-    assert [part.first_layer for part in sent if isinstance(part, wire.SlotKv)] == [4]
+    parts = [message for message in sent if isinstance(message, wire.SlotKv)]
+    assert [layer for part in parts for layer in range(part.first_layer, part.first_layer + part.layers)] == [4, 5, 6, 7]
+    assert all(isinstance(part.data, wire.Landed) for part in parts)
+    assert sum(isinstance(message, wire.Grant) for message in sent) == len(parts)
+    at_rest(cluster)
     forwards = [message for message in sent if isinstance(message, wire.Forward)]
     assert forwards
     assert all(forward.work.prefill_tokens == 0 for forward in forwards)
+
+
+def at_rest(cluster: FakeCluster) -> None:
+    """No KV waits for anything, and nobody has a place."""
+    for node in cluster.nodes:
+        assert len(node._switching.sender) == 0
+        assert node._switching._kv.landing.free == cluster.kv_places
+        assert not node._switching._kv.landing._asked
 
 
 def test_with_recompute_no_kv_travels() -> None:
@@ -288,7 +300,7 @@ def test_any_history_in_any_order(
     KV memory comes and goes with the stages: room for all requests of a batch, or for one at its longest.
     """
     parts, policies, pauses = history
-    cluster = FakeCluster(3, kv_tokens=kv_tokens[0])
+    cluster = FakeCluster(3, kv_tokens=kv_tokens[0], kv_places=rng.choice((0, 1, 2)))
     story = Story(cluster, parts[0])
     story.assign(1, 2, 3)
     for number, (part, kv, pause) in enumerate(zip(parts[1:], policies, pauses, strict=True)):
@@ -305,6 +317,7 @@ def test_any_history_in_any_order(
         assert instance is None or list(instance.partitions) == [len(parts) - 1]
         assert instance is None or not instance._held
         assert instance is None or not instance._came
+    at_rest(cluster)
     story.cluster.stop(1, *story.nodes)
     cluster.run(rng)
     assert not any(executor.open for executor in cluster.executors)

@@ -79,29 +79,65 @@ def test_a_measured_prefill_decides_and_a_tie_is_recomputed() -> None:
     assert choice(network(20_971_520, 1 / 63), *ALL, prompt=10) == "copy"
 
 
+@pytest.mark.parametrize(
+    ("path", "rate", "with_token", "expected"),
+    [
+        # One of each node's two requests has KV, 163,840 bytes for the other node. A prefill takes 4/128 s longer than a decode,
+        # 1/128 s: 8/128 s for both that run there. The other request's takes 5/128 s, half of which is waited for thrice.
+        ("places", 41_943_041, (4, 5), "copy"),  # 3.9 ms
+        ("places", 41_943_040, (4, 5), "recompute"),
+        ("network", 2_621_441, (4, 5), "copy"),  # 62.5 ms
+        ("network", 2_621_440, (4, 5), "recompute"),
+        # All have KV: nothing runs meanwhile, so that nobody waits for it.
+        ("places", 10_485_760, ALL, "recompute"),  # 31.25 ms for each
+        ("places", 10_485_761, ALL, "copy"),
+        # Nodes have no memory to write to: nothing says how long messages take.
+        ("messages", 1e15, ALL, "recompute"),
+    ],
+)
+def test_places_are_granted_between_iterations(path: str, rate: float, with_token: tuple[int, ...], expected: str) -> None:
+    assert choice(network(rate, 1 / 32) | {"kv_path": path}, *with_token, prompt=10) == expected
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(52_428_801, "copy"), (52_428_800, "recompute")])
+def test_what_comes_from_the_queue_is_waited_for(rate: float, expected: str) -> None:
+    """Request 8 comes to node 3 at once, where 5 goes on alone: its prefill keeps the KV of 5, and that for node 2, waiting.
+
+    Two requests wait for 327,680 bytes and half a prefill of 5/128 s, one for 163,840 bytes and two halves, against 12/128 s.
+    """
+    world = pipelined(kv="cheapest", cluster=network(rate, 1 / 32) | {"kv_path": "places"}, prompt=10)
+    world.first_token(*ALL)
+    (pipeline,) = (each for each in world.plane.fleet.instances.values() if each.is_pipeline)
+    pipeline.open = False
+    world.finish(6)
+    lines = [line for line in world.deliver("t3") if line.startswith(("switch", "dispatch"))]
+    assert lines == [f"switch i3 4>i4,5>i5,7>i4 {expected}", "dispatch i5 8"]
+
+
 def test_latency_counts() -> None:
     assert choice(network(20_971_521, 1 / 64) | {"link_latency_s": 0.001}, *ALL, prompt=10) == "recompute"
 
 
 @pytest.mark.parametrize(
-    ("rate", "left", "expected"),
+    ("path", "rate", "left", "expected"),
     [
-        (22e7, 0, "copy"),
-        (22e7, 2_000_000, "copy"),
-        (22e7, 2_500_000, "recompute"),
-        (22e7, 1 << 40, "recompute"),
-        (25e7, 1 << 40, "copy"),
+        ("network", 22e7, 0, "copy"),
+        ("network", 22e7, 2_000_000, "copy"),
+        ("network", 22e7, 2_500_000, "recompute"),
+        ("network", 22e7, 1 << 40, "recompute"),
+        ("network", 25e7, 1 << 40, "copy"),
+        ("places", 22e7, 1 << 40, "copy"),  # ahead of the blocks
     ],
 )
 @pytest.mark.parametrize(("sender", "receiver"), [(2, 1), (0, 3)])
 def test_blocks_still_to_be_moved_take_an_equal_part_of_a_link(
-    rate: float, left: int, expected: str, sender: int, receiver: int
+    path: str, rate: float, left: int, expected: str, sender: int, receiver: int
 ) -> None:
     """The KV for node 3 crosses node 2's way out and its own way in: at most twice 14.9 or 13.1 ms; node 2's does neither.
 
     Two requests wait for each, against four that wait 20.4 ms: 14.9 + 14.9 + 9.1 is less than 40.8, 14.9 + 14.9 + 11.4 is not.
     """
-    world = pipelined(kv="cheapest", cluster=network(rate), prompt=100)
+    world = pipelined(kv="cheapest", cluster=network(rate) | {"kv_path": path}, prompt=100)
     world.first_token(*ALL)
     world.deliver("t3", 3)
     world.plane.fleet.traffic.add(sender, ("nic_out",), receiver, left)
@@ -176,6 +212,12 @@ def reshaped(cluster: dict[str, Any], *with_token: int, kv: str = "cheapest") ->
 )
 def test_the_way_at_a_moved_boundary(rate: float, with_token: tuple[int, ...], expected: str) -> None:
     assert reshaped(network(rate), *with_token) == expected
+
+
+def test_a_moved_boundary_recomputes_where_kv_goes_in_messages() -> None:
+    assert reshaped(network(1e12), 0, 1) == "copy"
+    assert reshaped(network(1e12) | {"kv_path": "messages"}, 0, 1) == "recompute"
+    assert reshaped(network(1e12) | {"kv_path": "messages"}, 0, 1, kv="copy") == "copy", "nobody is to choose"
 
 
 def test_fixed_policies_ask_for_no_prediction() -> None:

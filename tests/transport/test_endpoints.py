@@ -297,6 +297,18 @@ class TestPacing:
             assert now[0] - 100.0 == pytest.approx(0.001)
             assert bucket.grant(20_000)[1] == pytest.approx(wait_s + 0.002)
 
+    def test_what_goes_ahead_to_several_peers_shares_the_link(self) -> None:
+        """Large things do, such as KV for two nodes: each peer has a sender of its own."""
+        bucket, now = self.bucket(1e7)
+        waits: list[float] = []
+        bucket._sleep = waits.append
+        for _ in range(3):
+            bucket.cut_in(10_000)
+        assert waits == pytest.approx([0.001, 0.002, 0.003])
+        now[0] += 0.003
+        bucket.cut_in(10_000)
+        assert waits[-1] == pytest.approx(0.001)
+
     def test_idle_time_is_not_saved_up(self) -> None:
         bucket, now = self.bucket(1000.0)
         bucket.take(10)

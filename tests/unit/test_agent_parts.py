@@ -23,6 +23,7 @@ from lambdascale.live.node import agent as module
 from lambdascale.live.node import start
 from lambdascale.live.node.agent import Agent, make_endpoint, make_store, pick_gpu
 from lambdascale.live.node.start import StartParts
+from lambdascale.live.node_config import Areas
 from lambdascale.transport import Handlers, TransportError
 
 NOBODY = Handlers(on_write=lambda *_: None, on_message=lambda *_: None, on_lost=lambda *_: None)
@@ -178,7 +179,7 @@ def test_what_is_verified(verify: Any) -> None:
         register=lambda memory: None,
         register_source=lambda memory: None,
     )
-    sizes = {"host_bytes": 0, "device_bytes": 0, "kv_begin": 0, "kv_bytes": 0}
+    sizes = {"host_bytes": 0, "device_bytes": 0, "areas": Areas()}
     told = config(device="cpu", verify=verify, collective="gloo", **sizes)
     store, _, _ = make_store(told, endpoint, "cpu")
     assert store.config.verify == verify
@@ -194,10 +195,10 @@ def test_hidden_states_land_behind_the_arena() -> None:
         register=registered.append,
         register_source=lambda memory: None,
     )
-    told = config(device="cpu", verify="off", collective="gloo", host_bytes=0, device_bytes=8192 + 5, kv_begin=60, kv_bytes=40)
-    store, area, first = make_store(told, endpoint, "cpu")
-    assert (first, area.nbytes, registered[0].nbytes) == (12288, 100, 12388)
-    area[:] = bytes([255]) * 100
+    sizes = {"host_bytes": 0, "device_bytes": 8192 + 5, "areas": Areas(60, 2, 20)}
+    store, area, first = make_store(config(device="cpu", verify="off", collective="gloo", **sizes), endpoint, "cpu")
+    assert (first, area.nbytes, registered[0].nbytes) == (12288, 4096 + 40, 12288 + 4096 + 40)
+    area[:] = bytes([255]) * area.nbytes
     assert bytes(registered[0][first:]) == bytes(area)
     assert not store._tiers["gpu"].arena.bytes.any()
     store.close()
@@ -245,10 +246,10 @@ def test_what_a_node_is_told(rate: str, remote: float | None) -> None:
     hub = SimpleNamespace(access=None)
     told = live._node(0, hub, cluster, [("m", model)], system, "gloo")
     assert (told.remote, told.verify, told.ssd) == (remote, "sampled", None)
-    assert told.place_bytes == 2 * cluster.nodes * (system.batching.max_tokens * 64 * 2 + 4096), "two pipelines' batches"
+    assert told.areas.hidden_bytes == 2 * cluster.nodes * (system.batching.max_tokens * 64 * 2 + 4096), "two pipelines' batches"
     over_rdma = replace(live, transport="rdma")._node(0, hub, cluster, [("m", model)], system, "gloo")
     alone = live._node(0, hub, replace(cluster, nodes=1), [("m", model)], system, "gloo")
-    assert (over_rdma.place_bytes, alone.place_bytes) == (0, 0)
+    assert (over_rdma.areas.hidden_bytes, alone.areas.hidden_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize(

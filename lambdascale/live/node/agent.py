@@ -94,7 +94,7 @@ def make_store(config: NodeConfig, endpoint: Endpoint, device: str) -> tuple[Blo
     by_nccl = store_config.land_on_device and not on_device  # blocks do not come over the endpoint
     arena_bytes = 0 if by_nccl else config.device_bytes if on_device else config.host_bytes
     first = -(-arena_bytes // ALIGNMENT) * ALIGNMENT
-    landing = endpoint.allocate(first + config.kv_begin + config.kv_bytes)
+    landing = endpoint.allocate(first + config.areas.nbytes)
     endpoint.register(landing)
     if by_nccl:
         return BlockStore(store_config), landing, first
@@ -256,7 +256,7 @@ class Agent:
             preloaded=config.preloaded,
         )
         places = Area(self.endpoint, area, first)
-        hidden, kv = places.part(0, config.place_bytes), places.part(config.kv_begin, config.kv_bytes)
+        hidden, kv = places.part(0, config.areas.hidden_bytes), places.part(config.areas.kv_begin, config.areas.kv_bytes)
         compute: Callable[..., Compute] = Compute
         executor: Executor
         if config.timeline is not None:
@@ -281,7 +281,7 @@ class Agent:
             lambda tell: Parcels(
                 config.node, hidden, lambda model: config.limits.max_tokens * self.store.model(model).row_bytes, tell
             ),
-            lambda tell, *heard: KvTraffic(config.node, kv, config.kv_place_bytes, tell, *heard),
+            lambda tell, *heard: KvTraffic(config.node, kv, config.areas.kv_place_bytes, tell, *heard),
         )
         self.compute.start()
         self._commands: dict[type, Callable[[Any], object]] = {

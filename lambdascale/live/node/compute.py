@@ -19,7 +19,7 @@ from lambdascale.core.commands import KvPolicy, Serve
 from lambdascale.core.events import CommandFailed
 from lambdascale.inference.batch import Batch
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Head, Instance, pass_of, record_ahead
+from lambdascale.live.node.instance import Head, Instance, SlotData, pass_of, record_ahead
 from lambdascale.live.node.parcels import Parcels
 from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
@@ -54,11 +54,11 @@ class Compute:
         self._report, self._send = report, send
         self._instances: dict[int, Instance] = {}
         self._ended: Recent[int] = Recent()
-        self._early: dict[int, list[wire.ForInstance]] = {}  # for instances not yet started here
+        self._early: dict[int, list[wire.ForInstance | SlotData]] = {}  # for instances not yet started here
         self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
-        self._repartitioner = Repartitioner(node, executor, self._tell)
         self._parcels = parcels(self._tell)
         self._switching = self._new_switching(kv)
+        self._repartitioner = Repartitioner(node, executor, self._tell, self._switching.sender)
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
@@ -66,7 +66,7 @@ class Compute:
             wire.Forward: lambda instance, message: self._turns.add_pass(instance.number, message),
             wire.Chosen: self._chosen,
             wire.MoveBatch: self._take_move,
-            wire.SlotKv: self._repartitioner.take_kv,
+            SlotData: self._repartitioner.take_kv,
             wire.Handover: self._switching.take_over,
             wire.Collect: self._switching.collect,
             wire.Offer: lambda _, message: self._parcels.offered(message),
@@ -109,7 +109,7 @@ class Compute:
 
     def take(self, message: wire.ForInstance) -> None:
         """Take a message of another node, or requests for an instance whose head is this node."""
-        self.post(lambda: self._take(message), message.instance)
+        self.post(lambda: self._arrive(message), message.instance)
 
     def stop(self, instance: int) -> Future[None]:
         """Forget an instance and all its requests."""
@@ -257,7 +257,13 @@ class Compute:
         size, vocab = self._limits.max_batch, self._vocab(instance.model)
         return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, vocab, instance.kv_tokens)
 
-    def _take(self, message: wire.ForInstance) -> None:
+    def _arrive(self, message: wire.ForInstance) -> None:
+        """Take a message; KV that has been written to this node's memory is copied out first, whatever becomes of it."""
+        here = self._switching.arrived(message) if isinstance(message, wire.SlotKv) else message
+        if here is not None:
+            self._take(here)
+
+    def _take(self, message: wire.ForInstance | SlotData) -> None:
         """Handle a message of an instance, and what has waited for it; keep it if something else must come first.
 
         Messages of instances that have ended are dropped, of instances not yet started they wait.
@@ -265,6 +271,8 @@ class Compute:
         instance = self._instances.get(message.instance)
         if isinstance(message, wire.OfKv):  # also of instances that have ended, as are the next
             self._switching.take(message)
+            if instance is not None:
+                self._sent(instance)
         elif isinstance(message, wire.Vacate):
             self._parcels.vacated(message)
         elif isinstance(message, wire.Handover) and self._switching.send_on(message):
@@ -274,8 +282,13 @@ class Compute:
             self._drain(instance)
         elif message.instance not in self._ended:
             self._early.setdefault(message.instance, []).append(message)
-        else:
+        elif not isinstance(message, SlotData):
             self._parcels.refuse(message)
+
+    def _sent(self, instance: Instance) -> None:
+        """Do what has waited until KV that moves was sent: a node keeps a partition, and collects no pipeline, before."""
+        self._parcels.settle(instance)
+        self._drain(instance)
 
     def _drain(self, instance: Instance) -> None:
         while (message := instance.next_held()) is not None:
@@ -308,7 +321,8 @@ class Compute:
     def _drop(self, number: int) -> None:
         self._ended.add(number)
         for message in self._early.pop(number, ()):
-            self._parcels.refuse(message)
+            if not isinstance(message, SlotData):
+                self._parcels.refuse(message)
         self._turns.remove(number)
         self._switching.forget(number)
         instance = self._instances.pop(number, None)
@@ -331,6 +345,8 @@ class Compute:
         """Drop the instances whose head is lost; requests that wait for KV of the node are prefilled instead."""
         self._parcels.lost(peer)
         self._switching.lost(peer)
+        for instance in list(self._instances.values()):
+            self._sent(instance)  # nothing is owed to the node any more
         for number, messages in self._early.items():  # its next process lays its places out anew
             self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
         for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:

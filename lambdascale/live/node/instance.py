@@ -7,8 +7,11 @@ left it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import KvPolicy
@@ -18,7 +21,19 @@ from lambdascale.inference.batch import Batch, BatchPlan, Ticket
 from lambdascale.live import wire
 from lambdascale.live.node.runners import Runner
 
-Place = tuple[int, int]  # of KV on its way: slot, first layer
+Place = tuple[int, int]  # of KV on its way: slot, layer
+
+
+@dataclass(frozen=True)
+class SlotData:
+    """KV of a slot of ``batch`` in some layers, for partition ``version``, as it has come to this node."""
+
+    instance: int
+    batch: int
+    version: int
+    slot: int
+    layers: range
+    data: bytes | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,8 @@ class Instance:
     """``head_node`` owns the batches; ``head`` has them if that is this node.
 
     ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots and ``kv_tokens`` tokens of KV in
-    them; ``at`` is the partition that each is on as far as this node knows.
+    them; ``at`` is the partition that each is on as far as this node knows. ``owing``: moves from each partition of whose KV this
+    node has still to send some.
     """
 
     number: int
@@ -142,8 +158,9 @@ class Instance:
     head: Head | None = None
     partitions: dict[int, Partition] = field(default_factory=dict)
     at: dict[int, int] = field(default_factory=dict)
+    owing: Counter[int] = field(default_factory=Counter)
     _nodes: dict[NodeId, None] = field(default_factory=dict)
-    _held: list[wire.ForInstance] = field(default_factory=list)
+    _held: list[wire.ForInstance | SlotData] = field(default_factory=list)
     _missing: dict[int, set[Place]] = field(default_factory=dict)
     _came: dict[tuple[int, int], set[Place]] = field(default_factory=dict)
 
@@ -178,11 +195,11 @@ class Instance:
 
     # -- the order of messages ---------------------------------------------------------------------------------------
 
-    def hold(self, message: wire.ForInstance) -> None:
+    def hold(self, message: wire.ForInstance | SlotData) -> None:
         """Keep a message until what it builds on has happened: messages of different senders overtake each other."""
         self._held.append(message)
 
-    def next_held(self) -> wire.ForInstance | None:
+    def next_held(self) -> wire.ForInstance | SlotData | None:
         """Take out the first message that can be handled now; or None."""
         moved: set[int] = set()
         for place, message in enumerate(self._held):
@@ -192,7 +209,7 @@ class Instance:
                 moved.add(message.batch)
         return None
 
-    def _can_take(self, message: wire.ForInstance, held_back: set[int]) -> bool:
+    def _can_take(self, message: wire.ForInstance | SlotData, held_back: set[int]) -> bool:
         """True if nothing that the message builds on is still to come.
 
         A pass runs when its batch is on its partition with all KV; KV needs the partition; a batch leaves a partition that it
@@ -201,13 +218,13 @@ class Instance:
         """
         if isinstance(message, wire.Forward):
             return self.ready(message.batch, message.version, (segment.slot for segment in message.work.batch.segments))
-        if isinstance(message, wire.SlotKv):
+        if isinstance(message, SlotData):
             return message.version in self.partitions
         if isinstance(message, wire.MoveBatch):
             return message.version in self.partitions and message.batch not in held_back and self._may_leave(message)
         if isinstance(message, wire.Collect):
             complete = all(self.ready(m.batch, m.version, [m.slot]) for m in message.moves if self._has_stage(m.version))
-            return complete and not held_back
+            return complete and not held_back and not self.owing
         return True
 
     def _may_leave(self, move: wire.MoveBatch) -> bool:
@@ -234,16 +251,26 @@ class Instance:
         self.at[batch] = version
         self._missing[batch] = expected - self._came.pop((batch, version), set())
 
-    def kv_came(self, batch: int, version: int, place: Place) -> None:
+    def kv_came(self, batch: int, version: int, places: Iterable[Place]) -> None:
         """Take note of KV from another node, which may come before its batch has moved."""
         if self.at.get(batch) == version:
-            self._missing[batch].discard(place)
+            self._missing[batch].difference_update(places)
         else:
-            self._came.setdefault((batch, version), set()).add(place)
+            self._came.setdefault((batch, version), set()).update(places)
+
+    def owe(self, version: int) -> None:
+        """Keep a partition until this node has sent what a move takes from it."""
+        self.owing[version] += 1
+
+    def paid(self, version: int) -> None:
+        """Take note that this node has sent what a move takes from a partition, or will not."""
+        self.owing[version] -= 1
+        self.owing = +self.owing
+        self.drop_unused()
 
     def drop_unused(self) -> None:
-        """Close the runners of partitions that every batch has left."""
-        oldest = min(self.at.get(batch, 0) for batch in range(self.batches))
+        """Close the runners of partitions that every batch has left, and all KV that goes to other nodes."""
+        oldest = min((*(self.at.get(batch, 0) for batch in range(self.batches)), *self.owing), default=0)
         self._close([version for version in self.partitions if version < oldest])
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""KV of dissolved pipelines, written into the memory of the nodes that take their requests over.
+"""KV of dissolved pipelines, and of batches that move to other stages, written into the memory of the nodes that take it over.
 
 A node with KV for another asks for places there. Its peer grants them one at a time to all that have asked, in turn, as they come
 free; the node writes a part of the KV there and says so, and the peer copies it out. So however much KV moves, the places are
@@ -11,48 +11,44 @@ nothing of it is written any more. Nothing else ends with an instance: parts are
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import torch
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Instance
+from lambdascale.live.node.instance import Instance, SlotData
 from lambdascale.live.node.memory import at_rest, copy_of, to_bytes
 from lambdascale.live.node.mode_switch import KvData
 from lambdascale.live.node.places import Area, Tell
 from lambdascale.live.node.runners import Runner
 
+# From a part, its KV or the place where it has been written, and that place's grant to what tells its new node of it.
+Message = Callable[["Part", bytes | wire.Landed, int], wire.Peer]
+
 
 @dataclass(frozen=True)
 class Part:
-    """KV of a request in some of the layers of a runner of a dissolved pipeline, as yet in a slot."""
+    """KV of a slot's first ``tokens`` tokens in some of a runner's layers."""
 
-    move: wire.KvMove
     runner: Runner
     layers: range
+    slot: int
+    tokens: int
+    message: Message
 
     @property
     def nbytes(self) -> int:
         """Size of the KV."""
-        return self.move.tokens * self.runner.kv_bytes * len(self.layers)
+        return self.tokens * self.runner.kv_bytes * len(self.layers)
 
     def read(self) -> bytes | torch.Tensor:
         """Return the KV as a runner takes it."""
-        return self.runner.read_kv(self.move.slot, self.move.tokens, self.layers)
-
-
-def parts_of(pipeline: Instance, moves: Sequence[wire.KvMove], place_bytes: int) -> Iterator[Part]:
-    """Yield what this node's stages have of the KV, in parts of as many layers as fit into a place."""
-    for move in moves:
-        partition = pipeline.partitions.get(move.version)
-        for runner in () if partition is None else partition.runners.values():
-            step = place_bytes // (move.tokens * runner.kv_bytes) or len(runner.layers)
-            for first in range(0, len(runner.layers), step):
-                yield Part(move, runner, runner.layers[first : first + step])
+        return self.runner.read_kv(self.slot, self.tokens, self.layers)
 
 
 class KvLanding:
@@ -115,27 +111,47 @@ class KvLanding:
 
 
 @dataclass
-class _Leaving:
-    """A dissolved pipeline with KV to send: parts by node, and the runners that have them, open until all is sent."""
+class _Sending:
+    """Parts of an instance's KV by node. ``ends`` are called when all is sent, or no more will be.
 
-    runners: Sequence[Runner]
-    parts: dict[NodeId, deque[Part]]
+    ``dissolved``: of a pipeline that is no more.
+    """
+
+    dissolved: bool
+    parts: dict[NodeId, deque[Part]] = field(default_factory=dict)
+    ends: list[Callable[[], None]] = field(default_factory=list)
 
 
 class KvSender:
-    """KV of dissolved pipelines on its way to other nodes' places. For the compute thread.
+    """KV of dissolved pipelines, and of batches that move, on its way to other nodes' places. For the compute thread.
 
-    ``place_bytes``: the size of every node's places, 0 where nothing can be placed. ``bring`` takes KV that stays on this node.
+    ``place_bytes``: the size of every node's places, 0 where nothing can be placed. ``bring`` takes KV of a dissolved pipeline
+    that stays on this node.
     """
 
     def __init__(self, node: NodeId, area: Area, place_bytes: int, tell: Tell, bring: Callable[[KvData], None]) -> None:
         self._node, self._area, self._place_bytes = node, area, place_bytes
         self._tell, self._bring = tell, bring
-        self._leaving: dict[int, _Leaving] = {}
+        # By instance. One that is dissolved is collected when all that its batches' moves owe has been sent (see Instance).
+        self._sending: dict[int, _Sending] = {}
 
     def __len__(self) -> int:
-        """Number of pipelines with KV to send."""
-        return len(self._leaving)
+        """Number of instances with KV to send."""
+        return len(self._sending)
+
+    def parts(self, runner: Runner, layers: range, slot: int, tokens: int, message: Message) -> Iterator[Part]:
+        """Yield a slot's KV in parts of as many layers as fit into a place."""
+        step = self._place_bytes // (tokens * runner.kv_bytes) or len(layers)
+        for first in range(0, len(layers), step):
+            yield Part(runner, layers[first : first + step], slot, tokens, message)
+
+    def send(self, instance: int, parts: Mapping[NodeId, Iterable[Part]], end: Callable[[], None]) -> None:
+        """Send KV that a batch's move takes to other nodes. Call ``end`` when all is sent, or no more will be."""
+        sending = self._sending.setdefault(instance, _Sending(dissolved=False))
+        assert not sending.dissolved, "batches of dissolved pipelines do not move"
+        sending.ends.append(end)
+        self._ask(instance, sending, parts)
+        self._end_if_sent(instance)
 
     def leave(self, pipeline: Instance, moves: Sequence[wire.KvMove]) -> None:
         """Send this node's KV of a dissolved pipeline, from which its runners are taken, to the requests' new nodes.
@@ -149,28 +165,40 @@ class KvSender:
             raise
 
     def _leave(self, pipeline: Instance, moves: Sequence[wire.KvMove]) -> None:
-        left: dict[NodeId, deque[Part]] = {}
-        for part in parts_of(pipeline, moves, self._place_bytes):
-            move = part.move
-            if move.node == self._node:
-                data = at_rest(part.read())
-                self._bring(KvData(move.instance, move.request_id, pipeline.number, part.layers, data))
-            elif part.nbytes <= self._place_bytes:
-                left.setdefault(move.node, deque()).append(part)
-            else:
-                self._send(pipeline.number, part, to_bytes(part.read()))
-        leaving = _Leaving(pipeline.take_runners(), left)
-        self._leaving[pipeline.number] = leaving
-        for node, parts in list(left.items()):
-            if not self._tell(node, wire.AskForPlaces(pipeline.number, self._node, len(parts))):
-                del left[node]
-        self._close_if_sent(pipeline.number)
+        left: dict[NodeId, list[Part]] = defaultdict(list)
+        for move in moves:
+            partition = pipeline.partitions.get(move.version)
+            for runner in () if partition is None else partition.runners.values():
+                message = partial(_part_of, move, pipeline.number)
+                for part in self.parts(runner, runner.layers, move.slot, move.tokens, message):
+                    if move.node == self._node:
+                        data = at_rest(part.read())
+                        self._bring(KvData(move.instance, move.request_id, pipeline.number, part.layers, data))
+                    else:
+                        left[move.node].append(part)
+        sending = self._sending[pipeline.number] = _Sending(dissolved=True)
+        sending.ends.append(partial(_close, pipeline.take_runners()))
+        self._ask(pipeline.number, sending, left)
+        self._end_if_sent(pipeline.number)
+
+    def _ask(self, instance: int, sending: _Sending, parts: Mapping[NodeId, Iterable[Part]]) -> None:
+        """Ask for places for parts; send at once what no place has room for."""
+        for node, each in parts.items():
+            fitting = [part for part in each if not self._send_if_large(node, part)]
+            if fitting and self._tell(node, wire.AskForPlaces(instance, self._node, len(fitting))):
+                sending.parts.setdefault(node, deque()).extend(fitting)
+
+    def _send_if_large(self, node: NodeId, part: Part) -> bool:
+        if part.nbytes <= self._place_bytes:
+            return False
+        self._tell(node, part.message(part, to_bytes(part.read()), -1))
+        return True
 
     def granted(self, message: wire.Grant) -> None:
-        """Write a part to the place granted for it. If that fails, no node waits for the pipeline's KV any more."""
-        leaving = self._leaving.get(message.instance)
-        parts = None if leaving is None else leaving.parts.get(message.node)
-        if leaving is None or not parts:
+        """Write a part to the place granted for it. If that fails, no node waits for a dissolved pipeline's KV any more."""
+        sending = self._sending.get(message.instance)
+        parts = None if sending is None else sending.parts.get(message.node)
+        if sending is None or not parts:
             self._tell(message.node, wire.GiveBack(message.instance, message.number))
             return
         part = parts.popleft()
@@ -178,42 +206,53 @@ class KvSender:
             landed = self._area.write(message.node, part.read(), message.offset)
         except Exception:
             self._tell(message.node, wire.GiveBack(message.instance, message.number))
-            self._give_up(message.instance, set(leaving.parts))
+            if sending.dissolved:
+                self._give_up(message.instance, set(sending.parts))
             raise
         if landed is not None:
-            self._send(message.instance, part, landed, message.number)
-        self._close_if_sent(message.instance)
+            self._tell(message.node, part.message(part, landed, message.number))
+        self._end_if_sent(message.instance)
 
-    def _send(self, pipeline: int, part: Part, data: bytes | wire.Landed, grant: int = -1) -> None:
-        move, layers = part.move, part.layers
-        message = wire.KvPart(move.instance, move.request_id, pipeline, layers.start, len(layers), data, grant)
-        self._tell(move.node, message)
-
-    def _close_if_sent(self, pipeline: int) -> None:
-        if not any(self._leaving[pipeline].parts.values()):
-            self.stop(pipeline)
+    def _end_if_sent(self, instance: int) -> None:
+        if not any(self._sending[instance].parts.values()):
+            self.stop(instance)
 
     def _give_up(self, pipeline: int, nodes: Iterable[NodeId]) -> None:
         for node in sorted(nodes):
             self._tell(node, wire.NoMoreKv(pipeline))
         self.stop(pipeline)
 
-    def stop(self, pipeline: int) -> None:
-        """Send no more of a pipeline's KV, and close its runners."""
-        leaving = self._leaving.pop(pipeline, None)
-        for runner in () if leaving is None else leaving.runners:
-            runner.close()
+    def stop(self, instance: int) -> None:
+        """Send no more of an instance's KV."""
+        sending = self._sending.pop(instance, None)
+        for end in () if sending is None else sending.ends:
+            end()
+
+    def forget(self, instance: int) -> None:
+        """Send no more of the KV that moves of an instance's batches take along: the instance ends. A dissolved one's goes on."""
+        sending = self._sending.get(instance)
+        if sending is not None and not sending.dissolved:
+            self.stop(instance)
 
     def lost(self, peer: NodeId) -> None:
         """Send nothing more to a node that is lost."""
-        for pipeline, leaving in list(self._leaving.items()):
-            leaving.parts.pop(peer, None)
-            self._close_if_sent(pipeline)
+        for instance, sending in list(self._sending.items()):
+            sending.parts.pop(peer, None)
+            self._end_if_sent(instance)
 
     def close(self) -> None:
-        """Close the runners of all pipelines."""
-        for pipeline in list(self._leaving):
-            self.stop(pipeline)
+        """Send nothing more."""
+        for instance in list(self._sending):
+            self.stop(instance)
+
+
+def _part_of(move: wire.KvMove, pipeline: int, part: Part, data: bytes | wire.Landed, grant: int) -> wire.Peer:
+    return wire.KvPart(move.instance, move.request_id, pipeline, part.layers.start, len(part.layers), data, grant)
+
+
+def _close(runners: Sequence[Runner]) -> None:
+    for runner in runners:
+        runner.close()
 
 
 class KvTraffic:
@@ -250,8 +289,17 @@ class KvTraffic:
             case wire.NoMoreKv():
                 self._no_more(message.instance)
 
+    def arrived(self, part: wire.SlotKv) -> SlotData | None:
+        """Copy out KV for a batch that moves. None if it is void (see KvLanding)."""
+        data = self._data(part)
+        layers = range(part.first_layer, part.first_layer + part.layers)
+        return None if data is None else SlotData(part.instance, part.batch, part.version, part.slot, layers, data)
+
+    def _data(self, part: wire.KvPart | wire.SlotKv) -> bytes | torch.Tensor | None:
+        return self.landing.take(part.grant, part.data) if isinstance(part.data, wire.Landed) else part.data
+
     def _came(self, part: wire.KvPart) -> None:
-        data = self.landing.take(part.grant, part.data) if isinstance(part.data, wire.Landed) else part.data
+        data = self._data(part)
         if data is not None:
             layers = range(part.first_layer, part.first_layer + part.layers)
             self._bring(KvData(part.instance, part.request_id, part.pipeline, layers, data))

@@ -8,24 +8,27 @@ before and after tell each node what to send and what to wait for.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import KvPolicy
 from lambdascale.core.plan import Stage
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Instance, Partition
-from lambdascale.live.node.memory import to_bytes
+from lambdascale.live.node.instance import Instance, Partition, SlotData
+from lambdascale.live.node.kv_places import KvSender, Part
 from lambdascale.live.node.runners import Executor, Runner
 
 
 class Repartitioner:
-    """``tell`` sends to any node, this one too."""
+    """``tell`` sends to any node, this one too; ``sender`` sends KV."""
 
-    def __init__(self, node: NodeId, executor: Executor, tell: Callable[[NodeId, wire.Peer], object]) -> None:
+    def __init__(self, node: NodeId, executor: Executor, tell: Callable[[NodeId, wire.Peer], object], sender: KvSender) -> None:
         self._node = node
         self._executor = executor
         self._tell = tell
+        self._sender = sender
 
     def add(self, instance: Instance, version: int, stages: tuple[Stage, ...], kv: KvPolicy = "copy") -> None:
         """Add a partition with runners for this node's stages.
@@ -91,6 +94,7 @@ class Repartitioner:
     def take_move(self, instance: Instance, move: wire.MoveBatch) -> None:
         """Send the KV that other nodes take over, copy what stays here, and note what others send."""
         after = instance.partitions[move.version].stages
+        parts: dict[NodeId, list[Part]] = defaultdict(list)
         for old_index, old, new_index, new in _pairs(move.stages_before, after):
             if old.node == self._node and move.kv:
                 layers = self._shared_layers(instance.model, old, new)
@@ -98,29 +102,38 @@ class Repartitioner:
                 if new.node == self._node:
                     _copy(source, instance.partitions[move.version].runners[new_index], move.kv, layers)
                 else:
-                    self._send(new.node, source, move, layers)
+                    parts[new.node] += self._parts(source, move, layers)
         expected = {
-            (slot, self._shared_layers(instance.model, old, new).start)
+            (slot, layer)
             for _, old, _, new in _pairs(move.stages_before, after)
             if new.node == self._node and old.node != self._node
+            for layer in self._shared_layers(instance.model, old, new)
             for slot, _ in move.kv
         }
         instance.moved(move.batch, move.version, expected)
+        if parts:
+            # What the batch leaves behind stays as it is: no later iteration writes to its slots in that partition.
+            instance.owe(move.before)
+            self._sender.send(instance.number, parts, partial(instance.paid, move.before))
         instance.drop_unused()
 
-    def _send(self, node: NodeId, source: Runner, move: wire.MoveBatch, layers: range) -> None:
+    def _parts(self, source: Runner, move: wire.MoveBatch, layers: range) -> Iterator[Part]:
         for slot, tokens in move.kv:
-            data = to_bytes(source.read_kv(slot, tokens, layers))
-            self._tell(node, wire.SlotKv(move.instance, move.batch, move.version, slot, layers.start, len(layers), data))
 
-    def take_kv(self, instance: Instance, part: wire.SlotKv) -> None:
+            def message(part: Part, data: bytes | wire.Landed, grant: int, slot: int = slot) -> wire.Peer:
+                first, count = part.layers.start, len(part.layers)
+                return wire.SlotKv(move.instance, move.batch, move.version, slot, first, count, data, grant)
+
+            yield from self._sender.parts(source, layers, slot, tokens, message)
+
+    def take_kv(self, instance: Instance, part: SlotData) -> None:
         """Write KV that another node had."""
-        layers = range(part.first_layer, part.first_layer + part.layers)
+        layers = part.layers
         runners = instance.partitions[part.version].runners.values()
         taking = [runner for runner in runners if layers.start in runner.layers]
         assert len(taking) == 1, f"layers {layers} of instance {instance.number} were sent to node {self._node}, which lacks them"
         taking[0].write_kv(part.slot, layers, part.data)
-        instance.kv_came(part.batch, part.version, (part.slot, part.first_layer))
+        instance.kv_came(part.batch, part.version, {(part.slot, layer) for layer in layers})
 
     def _shared_layers(self, model: str, old: Stage, new: Stage) -> range:
         first, last = max(old.first_block, new.first_block), min(old.last_block, new.last_block)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from lambdascale.core import NodeId
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
-from lambdascale.live.node.instance import Instance
-from lambdascale.live.node.kv_places import KvTraffic
+from lambdascale.live.node.instance import Instance, SlotData
+from lambdascale.live.node.kv_places import KvSender, KvTraffic
 from lambdascale.live.node.mode_switch import KvData, KvInbox, hand_over
 from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
@@ -42,6 +42,11 @@ class Switching:
         self._inbox = KvInbox()
         self._dissolved: OrderedDict[int, wire.Switch] = OrderedDict()  # the last ones, by pipeline
         self._kv = kv(tell, self._kv_came, self._no_more_kv)
+
+    @property
+    def sender(self) -> KvSender:
+        """The sender of this node's KV to others."""
+        return self._kv.sender
 
     def close(self) -> None:
         """Close the runners of pipelines whose KV is still to be sent."""
@@ -123,6 +128,10 @@ class Switching:
         """Take a message of another node about KV."""
         self._kv.take(message)
 
+    def arrived(self, part: wire.SlotKv) -> SlotData | None:
+        """Copy out KV for a batch that moves. None if it is void."""
+        return self._kv.arrived(part)
+
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def joined(self, nodes: Sequence[NodeId]) -> None:
@@ -143,8 +152,9 @@ class Switching:
         self._kv.sender.stop(number)
 
     def forget(self, number: int) -> None:
-        """Drop the KV for an instance that has ended."""
+        """Drop the KV for an instance that has ended, and what its batches' moves have still to send."""
         self._inbox.forget(number)
+        self._kv.sender.forget(number)
 
     # -- KV ----------------------------------------------------------------------------------------------------------
 

@@ -50,9 +50,10 @@ class Service:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.text = Text(model.directory)
-        plane = build_system(system, cluster=cluster, models=[model.spec])
+        named = [(model.name, model)]
+        plane = build_system(system, cluster=config.seen(cluster, named, system), models=[model.spec])
         self.state = ClusterState(len(model.blocks))
-        self.backend: LiveBackend = config.start(cluster=cluster, models=[(model.name, model)], system=system, open_ended=True)
+        self.backend: LiveBackend = config.start(cluster=cluster, models=named, system=system, open_ended=True)
         self._model = model.name
         self._to_zero = system.autoscaler.min_replicas == 0
         self._stopping = False
