@@ -232,7 +232,7 @@ def period_s(run: BurstRun, blocks: int) -> float:
     both = [replace(run, pipelines=on) for on in (True, False)]
     found = [measure(side, side.simulated(blocks, bursts=2, period_s=_LONG_S))[0] for side in both]
     longest = max(max(each["all_finished_s"], each["released_s"] or 0.0) for each in found)
-    return round(_LOOK_S * math.ceil((1.125 * longest + 0.5) / _LOOK_S), 1)
+    return float(round(_LOOK_S * math.ceil((1.125 * longest + 0.5) / _LOOK_S), 1))
 
 
 #: Columns that the two sides of a pair have in common, but for kv: without pipelines nothing switches mode.
