@@ -83,9 +83,12 @@ def _first_token(stage: TransformerStage, prompt: torch.Tensor) -> None:
 
 
 def prefill_rows(model: str, stage: TransformerStage, lengths: tuple[int, ...]) -> Iterator[Row]:
-    """Return ms from a prompt to its token on the host, beside those of the matrix products of its layers alone."""
-    stage.prepare()
+    """Return ms from a prompt to its token on the host, beside those of the matrix products of its layers alone.
+
+    Prompts that replicas record in spare time are replayed.
+    """
     for tokens in lengths:
+        stage.prepare_for(prefill(tokens))
         took = probes.seconds(partial(_first_token, stage, torch.arange(tokens)), stage.device)
         products = probes.seconds(_products(stage, tokens), stage.device)
         yield {"model": model, "tokens": tokens, "ms": 1e3 * took, "products_ms": 1e3 * products, "ratio": took / products}

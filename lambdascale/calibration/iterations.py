@@ -95,19 +95,21 @@ def measure_blocks(architecture: Architecture, blocks: Sequence[BlockWeights], g
 def measure_whole(architecture: Architecture, blocks: Sequence[BlockWeights], grid: Grid) -> BlockTimes:
     """Time iterations of the whole model as they are served, from token to token on the host.
 
-    Decode steps are replays, prepared beforehand for each number of rows.
+    Decode steps and prompts that replicas record in spare time are replays, prepared beforehand.
     """
     longest = min(architecture.max_position, _PROMPT, max(grid.prefill_tokens))
     stage = TransformerStage(architecture, blocks, -(-max(grid.prefill_tokens) // longest), longest)
-    stage.prepare()
-    prefills = [median(_answered(stage, prompts(tokens, longest), grid.rounds)) for tokens in grid.prefill_tokens]
+    prefills = []
+    for batch in (prompts(tokens, longest) for tokens in grid.prefill_tokens):
+        stage.prepare_for(batch)
+        prefills.append(median(_answered(stage, batch, grid.rounds)))
     del stage
     slot = min(architecture.max_position, max(grid.contexts) + 1)
     stage = TransformerStage(architecture, blocks, max(grid.decode_batch), slot)
     decodes = []
-    for batch in grid.decode_batch:
-        stage.prepare([Form(batch)])
-        decodes.append(tuple(median(_answered(stage, decode(batch, context), grid.rounds)) for context in grid.contexts))
+    for size in grid.decode_batch:
+        stage.prepare([Form(size)])
+        decodes.append(tuple(median(_answered(stage, decode(size, context), grid.rounds)) for context in grid.contexts))
     return BlockTimes(None, tuple(prefills), tuple(decodes))
 
 

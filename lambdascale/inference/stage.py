@@ -166,6 +166,11 @@ class TransformerStage:
                 for form in forms:
                     self._replays.record(form)
 
+    def prepare_for(self, batch: StageBatch) -> None:
+        """Do the same for the form of an iteration, if it has one."""
+        form = form_of(batch, self._most_replayed)
+        self.prepare([] if form is None else [form])
+
     def record_next(self, urgent: Callable[[], bool]) -> bool:
         """Record one more form ahead of its first use, unless ``urgent`` between two layers. Return False if nothing is left.
 
