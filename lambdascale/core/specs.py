@@ -344,7 +344,7 @@ class ClusterSpec:
         nics, rate = self.nics_per_node, float(self.nic_bytes_per_s)
         return {node: each.apply(self._common, nics, rate) for each in self.overrides for node in each.nodes}
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[NodeSpec, ...]:
         """Distinct kinds of hardware among the nodes."""
         alike = (self._common,) if len(self._specs) < self.nodes else ()
