@@ -54,10 +54,10 @@ class ControlPlane:
         self._scale_in = ScaleIn(fleet, allocations, self._serving, config.autoscaler)
         self._recovery = Recovery(fleet, self._router, transfers, allocations, self._serving)
         self._tick = 0
-        self._armed = -inf, 0  # time of the last timer, and its place on the grid
+        self._armed_s, self._armed_index = -inf, 0  # time of the last timer, and its place on the grid
         self._provisioned = False
         # Read once: every tick needs them.
-        autoscaler = config.autoscaler
+        autoscaler, self._states = config.autoscaler, tuple(fleet.models.values())
         self._desired, self._fixed, self._in_turn = autoscaler.desired, autoscaler.fixed, autoscaler.in_turn
         self._interval_s, self._min_replicas = autoscaler.interval_s, autoscaler.min_replicas
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
@@ -83,8 +83,8 @@ class ControlPlane:
         if not fleet.out:
             return ()
         commands, fleet.out = fleet.out, []
-        if len(commands) > 1 or type(commands[0]) is not SetTimer:  # a timer alone changes nothing that waits or runs
-            fleet.costs.clear()
+        if fleet.costs and (len(commands) > 1 or type(commands[0]) is not SetTimer):
+            fleet.costs.clear()  # a timer alone changes nothing that waits or runs
         return commands
 
     def _ignore(self, event: Event) -> None:
@@ -175,8 +175,8 @@ class ControlPlane:
         """Set the timer for the next evaluation, on the grid of the interval; ``after``: strictly later than now."""
         fleet, interval = self.fleet, self._interval_s
         now = fleet.at
-        if after and now == self._armed[0]:  # the common case: it fires on time
-            index = self._armed[1] + 1
+        if after and now == self._armed_s:  # the common case: it fires on time
+            index = self._armed_index + 1
         else:
             position = now / interval
             index = floor(position + _TICK_TOLERANCE)
@@ -185,7 +185,7 @@ class ControlPlane:
         at = index * interval
         if at < now:
             at = now
-        self._armed = at, index
+        self._armed_s, self._armed_index = at, index
         self._tick = tick = fleet.new_id()
         fleet.out.append(SetTimer(tick, at))
 
@@ -193,13 +193,12 @@ class ControlPlane:
         if event.timer_id != self._tick:
             return
         self._tick = 0
-        models, is_calm = self.fleet.models.values(), self._scale_in.is_calm
-        for state in models:
+        is_calm = self._scale_in.is_calm
+        for state in self._states:
             if not is_calm(state):
                 self._evaluate(state)
-        changing = not self._fixed
-        for state in models:
-            if (changing and state.running) or self._unsettled(state):
+        for state in self._states:
+            if (state.running and not self._fixed) or self._unsettled(state):
                 self._arm(after=True)
                 return
 

@@ -35,26 +35,36 @@ class ScaleIn:
 
     def is_calm(self, state: ModelState) -> bool:
         """Record the load; return True if a look is known to decide nothing (see Calm)."""
-        calm, at, looks, queued, running = state.calm, self._fleet.at, state.looks, len(state.queue), state.running
-        begin, load = at - self._keep_alive_s - _TOLERANCE, queued + running
-        # Descending: a look that a later one exceeds can never be the highest again.
-        while looks and looks[-1][1] + looks[-1][2] <= load:
-            looks.pop()
-        looks.append((at, queued, running))
-        while looks[0][0] < begin:
+        calm, looks, at = state.calm, state.looks, self._fleet.at
+        queued, running = len(state.queue), state.running
+        _, last_queued, last_running = looks[-1]
+        if running != last_running or queued != last_queued:
+            self._record(state, queued, running)
+        state.looked_s = at
+        while len(looks) > 1 and looks[1][0] < at - self._keep_alive_s - _TOLERANCE:
             looks.popleft()
+        if len(state.allocations) != calm.allocations or state.spared != calm.spared or state.draining != calm.draining:
+            return False
+        if queued and state.queue[0].kv_tokens > state.least_kv_tokens:
+            return False
+        if running > calm.running or queued > calm.queued:
+            if self._desired(queued, running) > calm.enough:
+                return False
+            calm.running, calm.queued = running, queued
         _, peak_queued, peak_running = looks[0]
-        return (
-            len(state.allocations) == calm.allocations
-            and state.spared == calm.spared
-            and (state.draining == calm.draining == 0 or self._is_draining(state))
-            and ((running <= calm.running and queued <= calm.queued) or self._desired(queued, running) <= calm.enough)
-            and (
-                (at <= calm.until and peak_running >= calm.peak_running and peak_queued >= calm.peak_queued)
-                or self._desired(peak_queued, peak_running) >= calm.serving
-            )
-            and (not queued or state.queue[0].kv_tokens <= state.least_kv_tokens)
-        )
+        if at > calm.until or peak_running < calm.peak_running or peak_queued < calm.peak_queued:
+            if self._desired(peak_queued, peak_running) < calm.serving:
+                return False
+            calm.until, calm.peak_queued, calm.peak_running = inf, peak_queued, peak_running
+        return not calm.draining or self._is_draining(state)
+
+    @staticmethod
+    def _record(state: ModelState, queued: int, running: int) -> None:
+        """Record another load than at the last look. Descending: a look that a later one exceeds is never the highest again."""
+        looks, load, before_s = state.looks, queued + running, state.looked_s
+        while looks and looks[-1][1] + looks[-1][2] <= load:
+            before_s, _, _ = looks.pop()
+        looks.append((before_s, queued, running))
 
     @staticmethod
     def _is_draining(state: ModelState) -> bool:

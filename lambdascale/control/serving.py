@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 from lambdascale.control.allocations import Allocations
 from lambdascale.control.batching import BatchLimits
@@ -36,7 +37,8 @@ class Serving:
         self._router = router
         self._transfers = transfers
         self._allocations = allocations
-        self._gradual = start if isinstance(start, GradualStart) else None
+        # By its one method: isinstance would look at all members of the protocol, for as long as 20 events take.
+        self._gradual = cast(GradualStart, start) if hasattr(start, "advance") else None
         self._batching = batching
         self._kv = KvChoice(fleet, kv, batching)
 
@@ -64,14 +66,14 @@ class Serving:
         held.add(block)
         if allocation.incoming:
             self._transfers.block_arrived(allocation, block, state.block_bytes[block])
-        if len(held) == allocation.total:
+        complete = len(held) == allocation.total
+        if complete:
             self._node_complete(state, allocation)
-        else:
-            if state.pending:
-                self._advance(state, node, block)
-            if allocation.instances:
-                self._let_go(state, allocation)
+        elif state.pending:
+            self._advance(state, node, block)
         if allocation.instances:
+            if not complete:
+                self._let_go(state, allocation)
             for instance in allocation.instances.values():
                 if instance.limited:
                     self._look_ahead(state, instance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from lambdascale.control.calm import Calm
 from lambdascale.control.prospects import Passes
@@ -119,8 +120,9 @@ class ModelState:
 
     ``spared``: blocks that its shares leave out. ``kv_tokens``: tokens of KV memory beside the model on each
     node whose GPUs can hold it; ``least_kv_tokens``: the least of them.
-    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: (time, queued, running
-    requests) of the looks that no later one exceeds; ``draining``: number of drained instances, at most. ``calm``: see Calm.
+    ``unfit``: nodes on which its instances keep failing; ``reason``: the last failure. ``looks``: the loads that no later one
+    exceeds, as (time of the last look at the load before it, queued, running requests); the last one is that of ``looked_s``,
+    the time of the last look. ``draining``: number of drained instances, at most. ``calm``: see Calm.
     """
 
     spec: ModelSpec
@@ -134,7 +136,8 @@ class ModelState:
     reason: str = ""
     running: int = 0
     spared: int = 0
-    looks: deque[tuple[float, int, int]] = field(default_factory=deque)
+    looks: deque[tuple[float, int, int]] = field(default_factory=lambda: deque([(-inf, 0, 0)]))
+    looked_s: float = -inf
     draining: int = 0
     calm: Calm = field(default_factory=Calm)
     least_kv_tokens: int = field(init=False)

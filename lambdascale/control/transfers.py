@@ -92,7 +92,7 @@ class Transfers:
                 for block, sender in blocks.items():
                     sizes[sender] = sizes.get(sender, 0) + block_bytes[block]
             elif transfer.ports[receiver]:
-                sizes[receiver] = sum(block_bytes[block] for block in blocks)
+                sizes[receiver] = sum(map(block_bytes.__getitem__, blocks))
             for sender, size_bytes in sizes.items():
                 self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), receiver, sign * size_bytes)
 
@@ -101,8 +101,8 @@ class Transfers:
         node, through = allocation.node, False
         for transfer in allocation.incoming.values():
             left = transfer.waiting[node]
-            if block in left:
-                sender = left.pop(block)
+            sender = left.pop(block, None)
+            if sender is not None:
                 self._fleet.traffic.add(sender, transfer.ports.get(sender, _FORWARDING), node, -size_bytes)
             if not left:
                 through = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heapreplace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -109,15 +109,16 @@ class ModelSpec:
 
     def _cut(self, blocks: int) -> tuple[BlockSpec, ...]:
         """Assign each layer in turn to the smallest block so far, which minimises the size of the largest block."""
-        body = self.size_bytes - 2 * self.embedding_bytes
-        extra = [self.embedding_bytes * ((index == 0) + (index == blocks - 1)) for index in range(blocks)]
+        embedding, layer = self.embedding_bytes, self.layer_bytes
+        body = self.size_bytes - 2 * embedding
+        extra = [embedding * ((index == 0) + (index == blocks - 1)) for index in range(blocks)]
         layers = [1] * blocks
-        smallest = [(extra[index] + self.layer_bytes, index) for index in range(blocks)]
+        smallest = [(extra[index] + layer, index) for index in range(blocks)]
         heapify(smallest)
         for _ in range(self.layers - blocks):
-            size, index = heappop(smallest)
+            size, index = smallest[0]
             layers[index] += 1
-            heappush(smallest, (size + self.layer_bytes, index))
+            heapreplace(smallest, (size + layer, index))
         cuts, begin = [], 0
         for index, count in enumerate(layers):
             end = begin + count
@@ -357,7 +358,7 @@ class ClusterSpec:
         nics, rate = self.nics_per_node, float(self.nic_bytes_per_s)
         return {node: each.apply(self._common, nics, rate) for each in self.overrides for node in each.nodes}
 
-    @property
+    @cached_property
     def kinds(self) -> tuple[NodeSpec, ...]:
         """Distinct kinds of hardware among the nodes."""
         alike = (self._common,) if len(self._specs) < self.nodes else ()

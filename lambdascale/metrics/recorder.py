@@ -20,14 +20,12 @@ class Recorder:
         self.log: list[Event | float | Command] = []
         self._entries: list[tuple[float, Event | Command]] = []
         self._read = 0  # entries of the log that are in ``_entries``
-        self._append = self.log.append
+        self._extend = self.log.extend
         self.on_event: Callable[[Event], None] = self.log.append
 
     def on_command(self, at: float, command: Command) -> None:
         """Record a command issued at ``at`` (seconds of the run)."""
-        append = self._append
-        append(at)
-        append(command)
+        self._extend((at, command))
 
     def __iter__(self) -> Iterator[tuple[float, Event | Command]]:
         """Yield the entries without keeping them all in memory a second time."""

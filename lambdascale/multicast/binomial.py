@@ -109,6 +109,8 @@ class _Vertex:
 
     def mirror(self, sender: int | None, *, both: bool) -> list[tuple[int, int, int]]:
         """Return sends of unmirrored blocks, none from ``sender``; one way only unless ``both`` may receive."""
+        if not any(self.alone):
+            return []
         sides = [side for side in (0, 1) if side != sender and self.alone[side]]
         return [
             (self.nodes[side], self.nodes[1 - side], self.alone[side].bit_length() - 1) for side in (sides if both else sides[:1])
@@ -120,7 +122,6 @@ class _Vertex:
 
     def apply(self, mirrored: Sequence[tuple[int, int, int]], received: int | None) -> int:
         """Note a round's mirroring and the block that came in; return the node (0 or 1) that received the latter."""
-        busy = {self.nodes.index(dst) for _, dst, _ in mirrored}
         for src, _, _ in mirrored:
             self.alone[self.nodes.index(src)] = 0
         if received is None:
@@ -128,6 +129,7 @@ class _Vertex:
         self.held |= 1 << received
         if len(self.nodes) == 1:
             return 0
+        busy = {self.nodes.index(dst) for _, dst, _ in mirrored}
         side = min((0, 1), key=lambda s: (s in busy, self.alone[s] != 0, s))
         assert not self.alone[side], "a node holds at most one block its mirror lacks"
         self.alone[side] = 1 << received

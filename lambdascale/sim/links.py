@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from itertools import repeat
 from math import inf
+from operator import attrgetter
 
 from msgspec import Struct
 
@@ -30,7 +31,7 @@ class Port:
         assert bytes_per_s > 0, f"port {name} has no rate"
         self.name = name
         self.bytes_per_s = bytes_per_s
-        self.flows: dict[int, Flow] = {}
+        self.flows: dict[Flow, None] = {}
 
 
 class FlowGroup:
@@ -106,14 +107,14 @@ class LinkNetwork:
 
     def _enter(self, flow: Flow) -> None:
         """Number a flow, put it on its ports and share them."""
-        self._next_id = flow.flow_id = flow_id = self._next_id + 1
+        self._next_id = flow.flow_id = self._next_id + 1
         flow.settled_s = self._kernel.now
         alone, rate = True, flow.cap
         for port, weight in zip(flow.ports, flow.weights or _EVEN):  # noqa: B905 - _EVEN has no end
             flows = port.flows
             if flows:
                 alone = False
-            flows[flow_id] = flow
+            flows[flow] = None
             most = port.bytes_per_s / weight
             if most < rate:
                 rate = most
@@ -124,7 +125,7 @@ class LinkNetwork:
 
     def cancel(self, flow: Flow) -> None:
         """Take a flow off its ports; it never completes. Nothing happens if it has completed."""
-        if flow.flow_id in flow.ports[0].flows:
+        if flow in flow.ports[0].flows:
             self._leave(flow)
 
     def set_rate(self, port: Port, bytes_per_s: float) -> None:
@@ -139,7 +140,7 @@ class LinkNetwork:
         flow.version += 1
         crowded = False
         for port in flow.ports:
-            del port.flows[flow.flow_id]
+            del port.flows[flow]
             if port.flows:
                 crowded = True
         if crowded:
@@ -150,18 +151,17 @@ class LinkNetwork:
         if flow.version != version:
             return
         if flow.in_parts:
-            self._finish_part(flow)
+            self._finish_part(flow, entry)
             return
         self._leave(flow)
         if flow.group is not None:
             del flow.group.flows[flow]
         flow.on_done()
 
-    def _finish_part(self, flow: Flow) -> None:
+    def _finish_part(self, flow: Flow, entry: tuple[Flow, int]) -> None:
         """Let the next part take a part's place. By itself on its ports, its rate is the same, and it need not leave them."""
-        ports = flow.ports
         alone = self.grants is None
-        for port in ports:
+        for port in flow.ports:
             if len(port.flows) > 1:
                 alone = False
         if not alone:
@@ -173,12 +173,10 @@ class LinkNetwork:
             if flow.group is not None:
                 del flow.group.flows[flow]
         elif alone:
-            before, self._next_id = flow.flow_id, self._next_id + 1
-            flow.flow_id = number = self._next_id
-            for port in ports:
-                port.flows[number] = port.flows.pop(before)
-            flow.remaining, flow.settled_s = size_bytes, self._kernel.now
-            self._grant(flow, flow.rate)
+            kernel = self._kernel
+            self._next_id = flow.flow_id = self._next_id + 1
+            flow.remaining, flow.settled_s = size_bytes, kernel.now
+            kernel.at(kernel.now + size_bytes / flow.rate, self._finish, entry)  # the flow has no other
         else:
             flow.remaining, flow.rate = size_bytes, 0.0
             self._enter(flow)
@@ -210,17 +208,17 @@ class LinkNetwork:
 
 def _connected(ports: tuple[Port, ...]) -> list[Flow]:
     """Flows that share ports with ``ports``, directly or through other flows, in the order of their ids."""
-    found: dict[int, Flow] = {}
+    found: dict[Flow, None] = {}
     seen = set(ports)
     todo = list(seen)
     while todo:
-        for flow in todo.pop().flows.values():
-            if flow.flow_id not in found:
-                found[flow.flow_id] = flow
+        for flow in todo.pop().flows:
+            if flow not in found:
+                found[flow] = None
                 fresh = [port for port in flow.ports if port not in seen]
                 seen.update(fresh)
                 todo.extend(fresh)
-    return [found[flow_id] for flow_id in sorted(found)]
+    return sorted(found, key=attrgetter("flow_id"))
 
 
 def _fair_rates(flows: list[Flow]) -> list[tuple[Flow, float]]:

@@ -97,21 +97,18 @@ class Load(FlowGroup):
         self._fabric.flow(self, self._nodes, way.ports, first / way.goodput, self._arrived, way.cap, way.weights, in_parts=True)
 
     def _arrived(self) -> float | None:
-        """Deliver the next block; return what the one behind it takes of the way, None if none is to follow.
-
-        Nothing is delivered, and nothing follows, if the load or its node has come to nothing.
-        """
-        command, left, fabric = self._command, self._left, self._fabric
-        block, lost = left.popleft(), self.cancelled or (fabric.lost and not fabric.alive(self._nodes))
-        if not lost:
-            self._deliver(command.transfer_id, command.node, command.model, block)
-        if not left:
-            self._on_end(command.transfer_id)
-        elif not lost:
+        """Deliver the next block; return what the one behind it takes of the way, None if none is to follow."""
+        command, left = self._command, self._left
+        self._deliver(command.transfer_id, command.node, command.model, left.popleft())
+        if left:
             return command.block_bytes[left[0]] / self._way.goodput
+        self._on_end(command.transfer_id)
         return None
 
     def _all_arrived(self, _: object) -> None:
+        """Deliver all blocks, none if the load or its node has come to nothing: no flow ends with them here."""
+        if self.cancelled or not self._fabric.alive(self._nodes):
+            self._left.clear()
         if not self._left:
             self._on_end(self._command.transfer_id)
         while self._left:

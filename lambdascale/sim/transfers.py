@@ -233,10 +233,10 @@ class TransferEngine:
             self._send_next(transfer, destination)
         if receives and receives[0][0] != number:
             due = receives[0][0]
-            for index in range(len(receives)):
-                if receives[index][0] != due:
+            for number, sender in receives:
+                if number != due:
                     break
-                self._send_next(transfer, receives[index][1])
+                self._send_next(transfer, sender)
 
     def _received(self, transfer: _Multicast, node: _Member, block: int) -> None:
         node.held.add(block)
@@ -298,9 +298,11 @@ class TransferEngine:
         return min(self._cluster.node(node).nic_bytes_per_s for node in nodes)
 
     def _sizes(self, command: StartMulticast) -> tuple[float, ...]:
-        """Return what each block of a multicast takes of a NIC, if all NICs of the cluster are alike."""
+        """Return what each block of a multicast takes of a NIC, if it moves by itself and all NICs of the cluster are alike."""
         rate = self._rate
-        return tuple(self._line_bytes(command, block, rate) for block in range(command.plan.blocks)) if rate else ()
+        if rate is None or command.plan.streaming:
+            return ()
+        return tuple([self._line_bytes(command, block, rate) for block in range(command.plan.blocks)])
 
     def _line_bytes(self, command: StartMulticast, block: int, rate: float) -> float:
         """Return a block's bytes at the line rate ``rate`` that take as long as the block with all that it costs besides."""

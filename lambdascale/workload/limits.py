@@ -17,7 +17,8 @@ def bounded(requests: Sequence[TracedRequest], kv_tokens: Mapping[str, int]) -> 
     """
     found, cut = [], 0
     for traced in requests:
-        request, room = traced.request, kv_tokens[traced.request.model]
+        request = traced.request
+        room = kv_tokens[request.model]
         if request.prompt_tokens + request.max_tokens <= room:
             found.append(traced)
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from math import inf
 from unittest.mock import patch
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambdascale.control.scale_in import ScaleIn
+from lambdascale.core import Request
 from lambdascale.core.events import NodeJoined
 from tests.policy.world import World
 
@@ -67,6 +69,30 @@ def _ticked(world: World, ticks: int) -> list[str]:
     return [line for _ in range(ticks) if world.ticking for line in world.tick()]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    keep_alive_s=st.sampled_from([0.0, 0.35, 1.0]),
+    loads=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 2), st.integers(0, 3)), max_size=25),
+)
+def test_the_peak_is_the_highest_load_of_all_looks_that_count(keep_alive_s: float, loads: list[tuple[int, int, int]]) -> None:
+    """Looks at an unchanged load are not recorded one by one. Of equal loads the last one counts.
+
+    Mutations: a load counts from its first look on, or until the next change; the highest is forgotten with a lower one.
+    """
+    world = World(keep_alive_s=keep_alive_s)
+    scale_in, fleet = world.plane._scale_in, world.plane.fleet
+    (state,) = fleet.models.values()
+    looks: list[tuple[float, int, int]] = []
+    for ticks, queued, running in loads:
+        state.queue, state.running = deque([Request(0, 0.0, "a", 1, 1)] * queued), running
+        for _ in range(ticks):
+            fleet.at += 0.1
+            looks.append((fleet.at, queued, running))
+            scale_in.is_calm(state)
+            recent = [look[1:] for look in looks if look[0] >= fleet.at - keep_alive_s - 1e-9]
+            assert state.looks[0][1:] == max(reversed(recent), key=sum)
+
+
 @pytest.mark.parametrize(
     "field", ["until", "queued", "running", "peak_queued", "peak_running", "allocations", "spared", "draining"]
 )
@@ -105,17 +131,18 @@ def test_looks_are_calm_while_drained_replicas_have_requests(field: str) -> None
         state.draining = 2
     elif field == "instances":
         state.calm.instances += 1
-    assert scale_in._is_draining(state) is (field == "")
+    assert scale_in._is_draining(state) is scale_in.is_calm(state) is (field == "")
 
 
 @pytest.mark.parametrize("keep_alive_s", [0.0, 1.0])
 def test_looks_at_a_steady_load_are_calm(keep_alive_s: float) -> None:
-    """Else the property above would say nothing; a load beyond the one known ends it."""
-    world = World(min_replicas=2, keep_alive_s=keep_alive_s)
+    """Else the property above would say nothing; a load that wants more ends it, beside what is known of a lower one."""
+    world = World(min_replicas=2, keep_alive_s=keep_alive_s, max_batch=5)
     world.arrive(3)
     scale_in, (state,) = world.plane._scale_in, world.plane.fleet.models.values()
     assert not scale_in.is_calm(state)
     world.tick()
     assert scale_in.is_calm(state)
-    world.arrive(2)
-    assert not scale_in.is_calm(state)
+    for _ in range(2):
+        world.arrive(1)
+        assert scale_in.is_calm(state) is (state.running == 4)

@@ -7,10 +7,11 @@ from fractions import Fraction
 from itertools import pairwise
 from math import inf, isclose
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lambdascale.sim.kernel import Kernel
+from lambdascale.sim.links import Flow as Present
 from lambdascale.sim.links import Grant, LinkNetwork, Port
 
 RATES = [1.0, 2.0, 3.5, 10.0]
@@ -147,22 +148,28 @@ CHAIN = st.tuples(
     st.dictionaries(st.integers(0, 3), st.sampled_from([1.0, 0.5]), min_size=1, max_size=3),  # ports and weights
     st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=1, max_size=4),  # bytes of flows, each begun when the last one is done
     st.sampled_from([inf, 0.4]),
+    st.sampled_from([None, None, 1.0, 2.5]),  # cancelled at
 )
+Chain = tuple[float, dict[int, float], list[float], float, float | None]
+CHANGE = st.tuples(st.sampled_from([0.5, 0.75, 2.0]), st.integers(0, 3), st.sampled_from(RATES))  # at, port, new rate
+Change = tuple[float, int, float]
 
 
-def chains(script: list[tuple[float, dict[int, float], list[float], float]], *, in_parts: bool) -> list[tuple[int, float]]:
+def chains(script: list[Chain], changes: list[Change], *, in_parts: bool) -> list[tuple[int, float]]:
     """Ends of the flows of each chain; ``in_parts``: one flow takes the place of the one before."""
     kernel = Kernel()
     links = LinkNetwork(kernel)
     ports = [Port(f"p{i}", rate) for i, rate in enumerate(RATES)]
     ends: list[tuple[int, float]] = []
+    present: dict[int, Present] = {}
 
     def start(index: int) -> None:
-        _, used, sizes, cap = script[index]
+        _, used, sizes, cap, _ = script[index]
         left = list(sizes[1:])
 
         def begin(size: float) -> None:
-            links.start(tuple(ports[p] for p in used), size, done, cap, weights=tuple(used.values()), in_parts=in_parts)
+            crossed, weights = tuple(ports[p] for p in used), tuple(used.values())
+            present[index] = links.start(crossed, size, done, cap, weights=weights, in_parts=in_parts)
 
         def done() -> float | None:
             ends.append((index, kernel.now))
@@ -174,16 +181,21 @@ def chains(script: list[tuple[float, dict[int, float], list[float], float]], *, 
 
         begin(sizes[0])
 
-    for index, (at, *_) in enumerate(script):
+    for index, (at, *_, cancel_at) in enumerate(script):
         kernel.at(at, start, index)
+        if cancel_at is not None:
+            kernel.at(cancel_at, lambda number: links.cancel(present[number]), index)
+    for at, port, rate in changes:
+        kernel.at(at, lambda change: links.set_rate(ports[change[0]], change[1]), (port, rate))
     while kernel.step():
         pass
     return ends
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(CHAIN, max_size=6))
-def test_a_flow_in_the_place_of_another_is_like_a_new_one(
-    script: list[tuple[float, dict[int, float], list[float], float]],
-) -> None:
-    assert chains(script, in_parts=True) == chains(script, in_parts=False)
+@settings(max_examples=300, deadline=None)
+@given(st.lists(CHAIN, max_size=6), st.lists(CHANGE, max_size=2))
+# The third flow lets the other two end together, in the order in which they are numbered: the first one's second part comes last.
+@example([(0.0, {0: 1.0}, [1, 2], inf, None), (0.5, {1: 2.0}, [2.5], inf, None), (2.0, {0: 1.0, 1: 2.0}, [3], inf, None)], [])
+def test_a_flow_in_the_place_of_another_is_like_a_new_one(script: list[Chain], changes: list[Change]) -> None:
+    """Mutations: a part keeps the number, the time or the end of the one before; it goes on after a cancel or at an old rate."""
+    assert chains(script, changes, in_parts=True) == chains(script, changes, in_parts=False)

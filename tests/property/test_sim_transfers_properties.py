@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from baselines.faasnet import BalancedTree
 from lambdascale.core import ClusterSpec, ComputeSpec, GpuSpec, MulticastPlan, Send
-from lambdascale.core.commands import StartMulticast
+from lambdascale.core.commands import LoadBlocks, StartMulticast
 from lambdascale.multicast import BinomialPipeline, validate_plan
 from lambdascale.multicast.base import MulticastPlanner
 from lambdascale.sim.kernel import Kernel
@@ -149,6 +149,38 @@ def test_after_a_cancel_and_a_loss_nothing_more_of_them_arrives(
     assert max(Counter(entry[1:] for entry in world.arrived).values(), default=0) <= 1
     if lost not in second.members:
         assert world.engine.active == (), "a node that takes no part does not stall anybody"
+
+
+LOAD = st.tuples(
+    st.integers(0, 2),  # node
+    st.sampled_from([("instant", "pipelined"), ("host", "pipelined"), ("ssd", "pipelined"), ("ssd", "sequential")]),
+    st.integers(1, 4),  # blocks
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(LOAD, min_size=1, max_size=5), st.integers(0, 40), st.sampled_from(["cancel", "lost"]), st.integers(0, 2))
+def test_no_block_of_a_load_that_is_cut_off_arrives(
+    loads: list[tuple[int, tuple[str, str], int]], steps: int, end: str, struck: int
+) -> None:
+    """A load asks nothing when a block is through: no flow ends with it once it is cancelled or its node is lost.
+
+    The cut comes between any two steps, also of the same time.
+    """
+    world = Deliveries()
+    for number, (node, (tier, loader), blocks) in enumerate(loads):
+        world.engine.load(LoadBlocks(number, "m", node, tuple(range(blocks)), (BLOCK,) * blocks, tier, loader))
+    for _ in range(steps):
+        world.kernel.step()
+    before = len(world.arrived)
+    getattr(world.engine, end)(struck)
+    world.run()
+    cut = {number for number, (node, *_) in enumerate(loads) if (number if end == "cancel" else node) == struck}
+    assert all(transfer not in cut for _, transfer, _, _ in world.arrived[before:])
+    arrived = Counter((transfer, block) for _, transfer, _, block in world.arrived)
+    whole = {(number, block) for number, (_, _, blocks) in enumerate(loads) if number not in cut for block in range(blocks)}
+    assert max(arrived.values(), default=0) <= 1
+    assert whole <= set(arrived), "the others are not disturbed"
 
 
 @settings(max_examples=20, deadline=None)
