@@ -20,7 +20,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class KeptStages:
-    """At most ``most`` stages with recordings, the newest ones. Used by one thread.
+    """The newest stages with recordings, at most ``most``. Used by one thread.
 
     A recording reads weights and KV at fixed addresses and takes 20 to 40 ms under load, for each form of iterations
     (results/LOG.md). A model that comes back to a node mostly gets the memory that it had. ``free``: free bytes of a device.

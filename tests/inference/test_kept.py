@@ -32,7 +32,7 @@ def use(
     kept: KeptStages, key: str, make: Callable[[], TransformerStage] = new_stage, *, replayed: bool = True
 ) -> TransformerStage:
     with kept.borrowed(key, make, KV_BYTES, CPU) as stage:
-        assert not stage.kv.both.any(), "the KV of the use before is gone"
+        assert not stage.kv.both.any(), "KV is cleared"
         if replayed:
             stage.run(StageBatch((Segment(0, 0, 1),), 1, (0,)), torch.tensor([3]))
             stage.kv.both.fill_(1.0)
