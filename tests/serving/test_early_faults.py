@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
 def make(model: PackedModel) -> Callable[[BaseException], tuple[Service, Backend]]:
     def service(error: BaseException) -> tuple[Service, Backend]:
         backend = Backend(error)
-        config: Any = SimpleNamespace(start=lambda **_: backend, slot_tokens=64)
+        config: Any = SimpleNamespace(start=lambda **_: backend, slot_tokens=64, seen=lambda cluster, *_: cluster)
         arguments = argparse.Namespace(system="lambdascale", min_nodes=1, keep_alive=7.0, overrides=[])
         system = _system(arguments, len(model.blocks))
         made = Service(config=config, model=model, cluster=small_cluster(), system=system, options=HttpOptions(port=0))
