@@ -11,7 +11,6 @@
 - ``removed(cause, system, model)``: the ratio of P90 TTFT in the runs explanations/CAUSE/10;
 - ``changed(fate)``: results under other assumptions with that fate (holds, halved, undecided, reversed), of ``changed()``;
 - ``step(system, model)``: P90 TTFT in seconds of a step of the attribution, on the authors' trace;
-- ``starts(model)``: λScale's node starts from a source with more than one destination, of all, on the authors' trace;
 - ``with_memory(system, memory)``: the ratio of P90 TTFT with twelve models and so much host memory;
 - ``on_gpus(model, link, sources)``: per cent by which pipelines lower P90 TTFT in bursts on GPUs, with the interval of pairs;
 - ``live(executes, sources)``: times that serving after loading takes until all of a live burst are served, with the interval;
@@ -34,7 +33,6 @@ from lambdascale.core import UserError
 from lambdascale.experiments.gpu_bursts import paired, ratio
 from lambdascale.experiments.paper_table import gpu_title, p90_ratio, p90_title, without
 from lambdascale.experiments.sensitivity import conclusions
-from lambdascale.experiments.starts_text import by_multicast
 from lambdascale.metrics.intervals import over_draws
 
 TEMPLATE = "beliefs.md.j2"
@@ -174,7 +172,6 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         "on_gpus": on_gpus,
         "live": live,
         "with_memory": with_memory,
-        "starts": lambda model: by_multicast(tables["paper_trace"], "lambdascale", model),
         "step": lambda system, model: cell("attribution", "ttft_p90_s", trace=_AUTHORS, system=system, model=model),
         "seeds": seeds,
         "p90": lambda system, model: compared(p90_title(system), model),
