@@ -12,7 +12,7 @@ import pandas as pd
 
 from lambdascale.control import Observer
 from lambdascale.core.checks import require
-from lambdascale.core.commands import AllocateNode, Command, ReleaseNode, Serve, SwitchMode
+from lambdascale.core.commands import AllocateNode, Command, ReleaseNode, Serve
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 from lambdascale.core.plan import NodeId
 from lambdascale.experiments.build import Experiment, build
@@ -119,7 +119,6 @@ class _Burst:
     ends: list[float] = field(default_factory=list)
     began: float | None = None
     formed: list[float] = field(default_factory=list)
-    switched: list[float] = field(default_factory=list)
     last_block: float = 0.0
     released: float = 0.0
 
@@ -188,8 +187,6 @@ class BurstTimes:
             burst.released = at
         elif isinstance(command, Serve) and command.is_pipeline:
             burst.formed.append(at)
-        elif isinstance(command, SwitchMode):
-            burst.switched.append(at)
 
     def rows(self) -> list[Row]:
         """Return the measures of each burst that counts: TTFT in seconds, and times since its scale-out began."""
