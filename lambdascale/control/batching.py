@@ -36,6 +36,7 @@ class BatchLimits:
 
     ``max_batch`` sequences, ``max_tokens`` tokens (prompts longer than what is left are prefilled in chunks).
     ``mode`` "static" is the prototype's: a batch is formed when the last one has ended, prefilled whole and never joined.
+    A node has a batch in flight for each GPU that it holds a model's layers on, in either mode.
     """
 
     mode: Literal["continuous", "static"] = "continuous"
@@ -50,10 +51,6 @@ class BatchLimits:
             self.max_tokens >= self.max_batch,
             f"BatchLimits.max_tokens ({self.max_tokens}) must not be below max_batch ({self.max_batch})",
         )
-
-    def batches(self, gpus: int) -> int:
-        """Number of batches in flight on a node that holds a model's layers on ``gpus`` GPUs: one each; one in mode "static"."""
-        return 1 if self.mode == "static" else gpus
 
 
 class BatchedRequest:

@@ -145,7 +145,7 @@ class KvChoice:
         They are divided among as many batches as the stages have in flight.
         """
         nodes = len({stage.node for stage in stages})
-        batches = nodes * self._batching.batches(state.spec.gpus_per_replica)
+        batches = nodes * state.spec.gpus_per_replica
         tokens, attended = sum(contexts), sum(context * (context + 1) // 2 for context in contexts)
         decode = Iteration(decodes=-(-running // batches), context_tokens=tokens // batches)
         prefill_s: dict[NodeId, float] = defaultdict(float)

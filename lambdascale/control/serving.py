@@ -182,7 +182,7 @@ class Serving:
 
     def _places(self, state: ModelState, nodes: int) -> int:
         """Number of requests that instances on so many nodes take at once."""
-        return nodes * self._batching.batches(state.spec.gpus_per_replica) * self._batching.max_batch
+        return nodes * state.spec.gpus_per_replica * self._batching.max_batch
 
     @staticmethod
     def _kv_tokens(state: ModelState, stages: Sequence[Stage]) -> int:

@@ -173,48 +173,33 @@ TURNS = Cause(
         "prototype's controller."
     ),
 )
-SLOTS = Cause(
-    run="slots",
+NODE_EACH = Cause(
+    run="node_each",
+    sentence="Another node is wanted for every four requests, as many as one runs. Without: for every request.",
+)
+SINGLE = Cause(
+    run="single",
     sentence=(
-        "A node runs one request at a time here. Without: one for each of the four GPUs over which 70B's layers are split, as "
-        "the prototype's controller has it (an execution unit for each GPU)."
+        "A node runs a request on each of the four GPUs over which 70B's layers are split, as the prototype's controller has it; "
+        "the paper has no number. Without: one request a node."
     ),
 )
-UNITS = Cause(
-    run="units",
+KEPT = Cause(
+    run="kept",
     sentence=(
-        "The same, and its rule. Without: four requests at once on a node, and another node for every four (the prototype "
-        "divides its queue by a node's GPUs)."
+        "Host copies are kept for ever here. Without: for 15 s, with the prototype's exception, which spares two nodes of "
+        "λScale's and none of a baseline's."
     ),
-)
-UNITS_EXPIRY = Cause(
-    run="units_expiry", sentence="Four requests on a node and host copies at once. Without: as before, copies lost after 15 s."
-)
-UNITS_KEPT = Cause(
-    run="units_kept",
-    sentence=(
-        "The same, with the prototype's exception: its keep-alive of host copies spares two nodes of λScale's, and none of a "
-        "baseline's. Without: as before, but λScale's copies on two nodes stay."
-    ),
-)
-SLOTS_SLEEPS = Cause(
-    run="slots_sleeps",
-    sentence="A request for each GPU, and NCCL's sleeps, at once. Without: four requests on a node, broadcasts as in the script.",
 )
 WHOLE = Cause(
     run="whole",
     sentence=(
-        "All that is known of the prototype's trace runs at once. Without: turns, no replica kept (70B: one, with four requests "
-        "on a node and its rule), NCCL's sleeps."
+        "All that is known of the prototype's trace runs at once. Without: turns, no replica kept (70B: one), NCCL's sleeps."
     ),
 )
 WHOLE_KEPT = Cause(
     run="whole_kept",
     sentence="All at once, with its keep-alive. Without: as before, copies lost after 15 s but for two nodes of λScale's.",
-)
-PROTOTYPES_SLOTS = Cause(
-    run="prototypes_slots",
-    sentence="Each system is the best it can be here, one request on a node. Without: as the authors ran them, four on a node.",
 )
 TRACE_LOADER = Cause(
     run="loader",

@@ -288,23 +288,23 @@ def _reference(system: str) -> str:
 _SAVED = {"faasnet": 17.8, "nccl": 18.1, "serverlessllm": 31.3}
 _UNKNOWN = [causes.NO_COPIES, causes.ENGINE, causes.TOGETHER, causes.ZERO, causes.PLAN, causes.PLAN_LOOK]
 _WHOLE = [causes.WHOLE, causes.WHOLE_KEPT]
-_SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND, causes.TURNS, *_WHOLE]
+_SMALLER = [causes.HOST_RATE, *_UNKNOWN, causes.SECOND, causes.TURNS, causes.KEPT, *_WHOLE]
 _PROTOTYPES = {
     "faasnet_prototype": [causes.LOOK, causes.EXPIRY, *_SMALLER],
     "nccl_prototype": [causes.SLEEPS, causes.LOOK, causes.EXPIRY, *_SMALLER],
     "serverlessllm_prototype": [causes.EXPIRY, causes.LOOK, *_SMALLER],
 }
-_LARGER = [causes.TURNS, causes.SLOTS, causes.UNITS, causes.UNITS_EXPIRY, causes.UNITS_KEPT, *_WHOLE]
+_LARGER = [causes.TURNS, causes.KEPT, *_WHOLE, causes.NODE_EACH, causes.SINGLE]
 _LARGE_PROTOTYPES = {name: [causes.OVERLOAD, causes.LOOK, causes.EXPIRY, *_UNKNOWN, *_LARGER] for name in _PROTOTYPES}
-_LARGE_PROTOTYPES["nccl_prototype"] = [causes.SLEEPS, *_LARGE_PROTOTYPES["nccl_prototype"], causes.SLOTS_SLEEPS]
+_LARGE_PROTOTYPES["nccl_prototype"] = [causes.SLEEPS, *_LARGE_PROTOTYPES["nccl_prototype"]]
 _ALWAYS = [causes.PROTOTYPES, causes.ZERO, causes.PLAN]
 _FAIR = {
     "faasnet": [causes.SOURCES, *_ALWAYS],
     "nccl_broadcast": [causes.SETUP, *_ALWAYS],
     "serverlessllm": [causes.COPIES, *_ALWAYS, causes.TRACE_LOADER, causes.LOADER_ZERO],
 }
-_LARGE_FAIR = {name: [causes.OVERLOAD, *_ALWAYS, causes.SLOTS, causes.UNITS, causes.PROTOTYPES_SLOTS] for name in _FAIR}
-_LARGE_FAIR["nccl_broadcast"] = [*_LARGE_FAIR["nccl_broadcast"], causes.SLEEPS, causes.SLOTS_SLEEPS]
+_LARGE_FAIR = {name: [causes.OVERLOAD, *_ALWAYS, causes.NODE_EACH, causes.SINGLE] for name in _FAIR}
+_LARGE_FAIR["nccl_broadcast"] = [*_LARGE_FAIR["nccl_broadcast"], causes.SLEEPS]
 
 
 def _trace(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:

@@ -258,7 +258,7 @@ class SimBackend:
             emit=self._events.append,
             copy_kv=self._transfers.copy,
             limits=self._limits,
-            batches=self._limits.batches(model.gpus_per_replica),
+            batches=model.gpus_per_replica,
             kv_bytes_per_token=model.kv_bytes_per_token,
             hop_s=self._cluster.hop_latency_s,
             block_bytes=command.block_bytes,
@@ -270,7 +270,7 @@ class SimBackend:
         ports = self._ports[node]
         if name not in ports:
             pace = self._cores if self._paces is None else self._paces[node]
-            ports[name] = ComputePort(self.kernel, pace, self._limits.batches(model.gpus_per_replica))
+            ports[name] = ComputePort(self.kernel, pace, model.gpus_per_replica)
             for _ in range(self._taken[node]):
                 ports[name].occupy(True)
         return ports[name]

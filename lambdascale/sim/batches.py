@@ -27,8 +27,8 @@ CopyKv = Callable[[NodeId, NodeId, float, Callable[[], None]], None]
 class Surroundings:
     """The cluster as the instances of a model see it. ``timing``: the compute model of each node for the model.
 
-    ``batches``: batches in flight for each node (see BatchLimits.batches). ``replicas``: the layouts of one stage asked for so
-    far; a layout is never changed, and neither are the ports and compute models of nodes.
+    ``batches``: batches in flight for each node, one for each GPU that holds layers of the model. ``replicas``: the layouts of
+    one stage asked for so far; a layout is never changed, and neither are the ports and compute models of nodes.
     """
 
     kernel: Kernel

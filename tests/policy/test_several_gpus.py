@@ -7,7 +7,6 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from lambdascale.control import BatchLimits
 from lambdascale.core import NodeOverride, UserError
 from lambdascale.core.commands import Dispatch, StopInstance
 from lambdascale.testing.systems import small_cluster, small_model
@@ -28,12 +27,14 @@ def test_a_request_alone_takes_as_long_as_on_one_gpu_that_held_everything() -> N
     assert shown(two) == shown(one) == [(0.1, "TokensProduced", 0), (0.3, "RequestFinished", 0)]
 
 
-def test_two_batches_are_on_the_two_gpus_of_a_node_at_once() -> None:
+@pytest.mark.parametrize("mode", ["continuous", "static"])
+def test_two_batches_are_on_the_two_gpus_of_a_node_at_once(mode: str) -> None:
     """Each GPU takes 0.05 s of a prefill and 0.01 s of a step; one after the other the two requests take 0.28 s.
 
-    Request 1 is prefilled from 0.05 to 0.15 s; request 0 waits behind it with its first step (until 0.16 s).
+    Request 1 is prefilled from 0.05 to 0.15 s; request 0 waits behind it with its first step (until 0.16 s). Fixed batches are
+    no exception: the prototype has an execution unit for each GPU. Mutation: one that has all GPUs to itself.
     """
-    events = pairs().at(0.0, serve(1, 0), Dispatch(1, (request(0, 3), request(1, 3)))).events()
+    events = pairs(mode=mode).at(0.0, serve(1, 0), Dispatch(1, (request(0, 3), request(1, 3)))).events()
     assert shown(events) == [
         *[(0.1, "TokensProduced", 0), (0.15, "TokensProduced", 1), (0.18, "RequestFinished", 0), (0.19, "RequestFinished", 1)],
     ]
@@ -69,11 +70,6 @@ def test_a_pipeline_over_nodes_of_two_gpus_has_four_batches_in_flight() -> None:
     assert [at for at, kind, _ in shown(events) if kind == "TokensProduced"] == [0.12, 0.145, 0.17, 0.195]
 
 
-def test_fixed_batches_have_all_gpus_of_a_node_to_themselves_as_in_the_prototype() -> None:
-    events = pairs(mode="static").at(0.0, serve(1, 0), Dispatch(1, (request(0, 3), request(1, 3)))).events()
-    assert shown(events)[1::2] == [(0.14, "RequestFinished", 0), (0.28, "RequestFinished", 1)]
-
-
 def test_models_on_different_gpus_of_a_node_do_not_wait_for_each_other() -> None:
     other = msgspec.structs.replace(serve(2, 0), model="other")
     table = replace(TABLE, model="other")
@@ -96,10 +92,10 @@ def test_the_router_gives_a_replica_a_batch_for_each_of_its_gpus() -> None:
     assert set(world.at_instance) == {0, 1, 2, 3}
 
 
-def test_a_replica_takes_a_batch_for_each_gpu() -> None:
-    limits = BatchLimits(max_batch=8)
-    assert [limits.batches(gpus) for gpus in (1, 2, 4)] == [1, 2, 4]
-    assert replace(limits, mode="static").batches(4) == 1
+def test_fixed_batches_are_one_for_each_gpu() -> None:
+    """Mutation: fixed batches that have all GPUs of a replica to themselves."""
+    world = World(nodes=1, gpus=4, gpus_per_replica=4, max_batch=1, mode="static")
+    assert [bool(world.arrive()) for _ in range(5)] == [True] * 4 + [False], "the fifth waits"
 
 
 def test_the_batches_of_a_replica_share_the_memory_beside_the_weights() -> None:

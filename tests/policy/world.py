@@ -68,6 +68,7 @@ _KEYS = {
     "switch": "+system.start.pipelines.switch",
     "blocks": "system.blocks",
     "max_batch": "system.batching.max_batch",
+    "mode": "system.batching.mode",
     "copies": "system.memory.initial_copies",
     "host_keep_alive_s": "system.memory.keep_alive_s",
     "host_budget": "system.memory.budget",
