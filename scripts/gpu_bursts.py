@@ -2,11 +2,12 @@
 
 python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,100Gb/s,25Gb/s] [--sources 1,2] [--counts 50,200]
     [--outputs 64] [--bursts 5] [--repeat 1] [--systems lambdascale,nccl_broadcast,serverlessllm] [--cluster measured/h200]
-    [--kv recompute,copy] [--no-pairs] [--no-warm-up] [--device cuda] [--transport cuda_ipc] [--out results/tables]
+    [--kv recompute,copy] [--host] [--no-pairs] [--no-warm-up] [--device cuda] [--transport cuda_ipc] [--out results/tables]
     [--timelines DIR] [--limit-s 540] [--period-s S]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which needs
-all nodes; in between, nodes are released. --period-s is the time from one burst to the next: by default what both sides of a pair
+all nodes; in between, nodes are released. With --host there is no replica to begin with: every node has the model in host memory,
+and --links are rates of PCIe. --period-s is the time from one burst to the next: by default what both sides of a pair
 need in the simulation on --cluster, and some more. The pairs alternate on the same machine, after a burst that is not counted: in
 a machine's first run, kernels are compiled while it serves. Adds a row a burst to gpu_bursts.csv, or to gpu_bursts_shared.csv
 where nodes share GPUs, and prints the ratios of this call. Bursts that met others do not count. Once --limit-s is over, no more
@@ -38,7 +39,7 @@ def orders(arguments: argparse.Namespace) -> Iterator[tuple[BurstRun, int]]:
 
     Without pipelines nothing switches mode, so that one run counts for every ``kv``.
     """
-    axes = (arguments.links.split(","), arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
+    axes = (arguments.links.split(","), [0] if arguments.host else arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
     settings = [_run(arguments, *values) for values in product(*axes)]
     systems, first = arguments.systems.split(","), settings[0].kv
     for seed in range(1, arguments.repeat + 1):
@@ -65,6 +66,7 @@ def _run(arguments: argparse.Namespace, link: str, sources: int, count: int, out
         prompt_tokens=arguments.prompt,
         output_tokens=output_tokens,
         kv=kv,
+        tier="host" if arguments.host else "gpu",
     )
 
 
@@ -91,7 +93,7 @@ def ratios(runs: pd.DataFrame) -> pd.DataFrame:
     """Return, by setting, the ratio of each measure with pipelines over without, and its interval of 95 %."""
     found = []
     for setting, pairs in paired(runs):
-        varied = {key: setting[key] for key in ("model", "link", "sources", "count", "output_tokens", "kv")}
+        varied = {key: setting[key] for key in ("model", "tier", "link", "sources", "count", "output_tokens", "kv")}
         for name in MEASURES:
             typical = ratio(pairs, name)
             interval = {"ratio": typical.value, "low": typical.low, "high": typical.high}
@@ -110,6 +112,7 @@ def main() -> int:
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
+    parser.add_argument("--host", action="store_true", help="start from copies in host memory, one on each node")
     parser.add_argument("--pairs", action=argparse.BooleanOptionalAction, default=True, help="runs without pipelines, too")
     parser.add_argument(
         "--warm-up", action=argparse.BooleanOptionalAction, default=True, help="a burst first that is not counted"

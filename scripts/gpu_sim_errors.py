@@ -91,7 +91,8 @@ def bursts(profile: str, tables: Path, card: str) -> Iterator[Row]:
     for _, runs in found.groupby([*BurstRun.__dataclass_fields__], sort=False):
         run = replace(BurstRun.of_row(dict(runs.iloc[0].items())), cluster=f"measured/{profile}")
         how = "pipelines" if run.pipelines else "no pipelines"
-        what = f"{run.link}, {run.sources} to {run.nodes - run.sources}, {run.count} requests, {run.output_tokens} tokens, {how}"
+        start = f"host memory of {run.nodes}" if run.tier == "host" else f"{run.sources} to {run.nodes - run.sources}"
+        what = f"{run.link}, {start}, {run.count} requests, {run.output_tokens} tokens, {how}"
         simulated = simulation(run)
         for name in ("p50", "p90"):
             value = float(simulated[f"ttft_{name}_s"])

@@ -26,6 +26,7 @@ from lambdascale.experiments.gpu_runs import (
     Site,
     check_undisturbed,
     network,
+    settings,
 )
 from lambdascale.experiments.runner import drive_experiment
 from lambdascale.metrics.intervals import Interval, over_draws
@@ -33,6 +34,7 @@ from lambdascale.metrics.intervals import Interval, over_draws
 _LOOK_S = 0.1  # of autoscaler.interval_s
 KEEP_ALIVE_S = 0.3  # of replicas between bursts
 _LONG_S = 1e4  # longer than any burst
+_PCIE = "50GB/s"  # of an H200, about
 Row = dict[str, Any]
 
 
@@ -40,8 +42,9 @@ Row = dict[str, Any]
 class BurstRun:
     """Bursts of ``count`` equal requests on a cluster that holds ``sources`` replicas when each begins.
 
-    ``cluster``: a choice of conf/cluster, on which live runs decide and simulations run. ``link``: the rate of every node's
-    links, "none" for no limit. ``kv``: what becomes of KV at mode switches. With ``pipelines`` false, λScale's nodes serve once
+    ``tier`` "host": no replica, but a copy in every node's host memory; "gpu": no copies in host memory. ``cluster``: a choice of
+    conf/cluster, on which live runs decide and simulations run. ``link``: the rate of every node's links, or, from host memory, of
+    its PCIe; "none" for no limit. ``kv``: what becomes of KV at mode switches. With ``pipelines`` false, λScale's nodes serve once
     they are complete.
     """
 
@@ -56,12 +59,17 @@ class BurstRun:
     prompt_tokens: int
     output_tokens: int
     kv: str
+    tier: str = "gpu"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.tier in ("gpu", "host"), f"tier must be gpu or host, not {self.tier}")
+        require(self.tier == "gpu" or self.sources == 0, "copies in host memory are of every node: sources must be 0")
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> BurstRun:
         """Return the run of a table's row."""
-        kinds = {"int": int, "bool": bool, "str": str}
-        return cls(**{name: kinds[str(each.type)](row[name]) for name, each in cls.__dataclass_fields__.items()})
+        return cls(**settings(cls, row))
 
     def row(self) -> Row:
         """Return the settings as columns of a table."""
@@ -70,7 +78,8 @@ class BurstRun:
     def __str__(self) -> str:
         how = "pipelines" if self.pipelines else "none"
         link = self.link.replace("/", "")
-        return f"{self.model}-{self.system}-{how}-{link}-{self.sources}-{self.count}-{self.output_tokens}-{self.kv}"
+        sources = "host" if self.tier == "host" else self.sources
+        return f"{self.model}-{self.system}-{how}-{link}-{sources}-{self.count}-{self.output_tokens}-{self.kv}"
 
     def live(self, site: Site, *, bursts: int, period_s: float, seed: int, timeline: str | None = None) -> Experiment:
         """Return ``bursts`` of these on real processes, one every ``period_s``."""
@@ -89,11 +98,9 @@ class BurstRun:
         return [
             f"cluster={self.cluster}",
             f"system={self.system}",
-            "system.memory.enabled=false",
             *([f"system.kv={self.kv}"] if ours else []),  # others have no mode switches
             *([] if self.pipelines or not ours else ["system.start.pipelines._target_=lambdascale.pipelines.NoPipelines"]),
-            *network(self.link),
-            "cluster.pcie_bytes_per_s=50GB/s",
+            *self._held(),
             "cluster.ssd_bytes_per_s=50GB/s",
             f"system.autoscaler.min_replicas={self.sources}",
             f"system.autoscaler.keep_alive_s={KEEP_ALIVE_S}",
@@ -106,6 +113,13 @@ class BurstRun:
             f"workload.prompt_tokens={self.prompt_tokens}",
             f"workload.output_tokens={self.output_tokens}",
         ]
+
+    def _held(self) -> list[str]:
+        if self.tier == "gpu":
+            return ["system.memory.enabled=false", *network(self.link), f"cluster.pcie_bytes_per_s={_PCIE}"]
+        rate = _PCIE if self.link == UNPACED else self.link
+        kept = ["system.memory.keep_alive_s=null", f"system.memory.initial_copies={self.nodes}"]
+        return [*kept, f"cluster.pcie_bytes_per_s={rate}"]
 
 
 @dataclass
@@ -233,7 +247,7 @@ def period_s(run: BurstRun, blocks: int) -> float:
 
 
 #: Columns that the two sides of a pair have in common, but for kv: without pipelines nothing switches mode.
-SETTING = ["model", "nodes", "cluster", "link", "sources", "count", "prompt_tokens", "output_tokens", "measured_on"]
+SETTING = ["model", "nodes", "cluster", "tier", "link", "sources", "count", "prompt_tokens", "output_tokens", "measured_on"]
 MEASURES = ("ttft_p50_s", "ttft_p90_s", "ttft_max_s", "all_finished_s")
 
 

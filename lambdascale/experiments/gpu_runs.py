@@ -20,6 +20,12 @@ NO_FILES = "logger._target_=builtins.dict"
 CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
 
+def settings(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dataclass of numbers and texts from a table's row, each in its type."""
+    kinds = {"int": int, "float": float, "bool": bool, "str": str}
+    return {name: kinds[str(each.type)](row[name]) for name, each in kind.__dataclass_fields__.items()}
+
+
 def numbers(text: str) -> list[int]:
     """Return the whole numbers of a comma-separated list."""
     return [int(part) for part in text.split(",")]
@@ -100,9 +106,7 @@ class FigureRun:
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> FigureRun:
         """Return the run of a table's row."""
-        texts = {name: row[name] for name in cls.__dataclass_fields__}
-        kinds = {"int": int, "float": float, "bool": bool, "str": str}
-        return cls(**{name: kinds[str(each.type)](texts[name]) for name, each in cls.__dataclass_fields__.items()})
+        return cls(**settings(cls, row))
 
     def row(self) -> dict[str, Any]:
         """Return the run's settings as columns of a table."""

@@ -103,3 +103,24 @@ def test_rows_name_their_run() -> None:
 
 def test_before_the_first_request_nothing_counts() -> None:
     assert BurstTimes(1).rows() == []
+
+
+HOST = replace(RUN, tier="host", nodes=2, sources=0, link="3GB/s", count=40)
+
+
+def test_from_host_memory_every_burst_begins_with_copies_and_no_replica() -> None:
+    """Each node loads a half first, so that a pipeline forms after half of 7B at 3 GB/s, 2.25 s."""
+    rows = bursts(HOST, 2, period_s(HOST, 16))
+    assert [row["burst"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["pipeline_formed_s"] == pytest.approx(13.48 / 3 / 2, rel=0.02)
+        assert row["last_block_s"] == pytest.approx(13.48 / 3, rel=0.02)
+    (without,) = bursts(replace(HOST, pipelines=False), 1, 1.0)
+    assert without["last_block_s"] == pytest.approx(rows[0]["last_block_s"], rel=0.01)
+    assert without["ttft_p50_s"] > rows[0]["ttft_p50_s"] + 1.0
+
+
+@pytest.mark.parametrize(("wrong", "message"), [({"tier": "disk"}, "gpu or host"), ({"tier": "host"}, "sources must be 0")])
+def test_where_copies_lie_is_checked(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(RUN, **wrong)  # type: ignore[arg-type]  # texts
