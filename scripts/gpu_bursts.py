@@ -39,7 +39,8 @@ def orders(arguments: argparse.Namespace) -> Iterator[tuple[BurstRun, int]]:
 
     Without pipelines nothing switches mode, so that one run counts for every ``kv``.
     """
-    axes = (arguments.links.split(","), [0] if arguments.host else arguments.sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
+    sources = [0] if arguments.host else arguments.sources
+    axes = (arguments.links.split(","), sources, arguments.counts, arguments.outputs, arguments.kv.split(","))
     settings = [_run(arguments, *values) for values in product(*axes)]
     systems, first = arguments.systems.split(","), settings[0].kv
     for seed in range(1, arguments.repeat + 1):

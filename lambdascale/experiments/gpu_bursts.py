@@ -42,10 +42,10 @@ Row = dict[str, Any]
 class BurstRun:
     """Bursts of ``count`` equal requests on a cluster that holds ``sources`` replicas when each begins.
 
-    ``tier`` "host": no replica, but a copy in every node's host memory; "gpu": no copies in host memory. ``cluster``: a choice of
-    conf/cluster, on which live runs decide and simulations run. ``link``: the rate of every node's links, or, from host memory, of
-    its PCIe; "none" for no limit. ``kv``: what becomes of KV at mode switches. With ``pipelines`` false, λScale's nodes serve once
-    they are complete.
+    ``tier`` "host": no replica, but a copy in every node's host memory; "gpu": no copies in host memory. ``cluster``: a choice
+    of conf/cluster, on which live runs decide and simulations run. ``link``: the rate of every node's links, or, from host
+    memory, of its PCIe; "none" for no limit. ``kv``: what becomes of KV at mode switches. With ``pipelines`` false, λScale's
+    nodes serve once they are complete.
     """
 
     model: str
