@@ -19,6 +19,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
 from lambdascale.inference import devices
+from lambdascale.inference.copies import Copies
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
 from lambdascale.inference.staging import Staging
@@ -144,6 +145,7 @@ class Loader:
         self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
         self._digest = digest
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
+        self._copies = Copies(device, self._stream)
         self._staging = None
         if device.type != "cpu" if staged is None else staged:
             self._staging = Staging(device, self._stream, 2 * reader.threads, reader.chunk_bytes)
@@ -201,8 +203,7 @@ class Loader:
         except Exception as failure:  # raised again by ``wait``, also if on_block raised it
             error = failure
         finally:
-            if self._stream is not None:
-                self._stream.synchronize()  # after a failure, copies may still write to memory that is freed now
+            self._copies.wait()  # after a failure, copies may still write to memory that is freed now
             with self._lock:
                 self._settle(job)
                 self._loads.discard(job.load)
@@ -268,16 +269,11 @@ class Loader:
         return move
 
     def _copier(self, key: Key, size: int) -> Callable[[int, int], None]:
-        """Return a function that copies a range of a block from host to device memory; to a GPU, without waiting for the copy."""
+        """Return a function that begins to copy a range of a block from host to device memory."""
         host, device = self._tiers["host"], self._tiers["gpu"]
         source, target = host.arena.view(host.offsets[key], size), device.arena.view(device.offsets[key], size)
 
-        def copy(begin: int, end: int) -> None:
-            devices.use(self._device)  # this is one of the reader's threads
-            with torch.cuda.stream(self._stream):
-                target[begin:end].copy_(source[begin:end], non_blocking=True)
-
-        return copy
+        return lambda begin, end: self._copies.start(target[begin:end], source[begin:end])
 
     def _finish(self, job: _Job, move: _Move) -> None:
         """Wait for a block's chunks and make the block resident."""
@@ -293,8 +289,7 @@ class Loader:
             raise BlockError(*key, move.path, f"cannot be read: {error}") from error
         finally:
             move.abandon()
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._copies.wait()
         self._compare(job, move)
         with self._lock:
             for tier in _ON_THE_WAY[job.to]:

@@ -19,6 +19,7 @@ from lambdascale.core import parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference import devices
 from lambdascale.inference.arena import Arena
+from lambdascale.inference.copies import Copies
 from lambdascale.inference.digest import block_digest
 from lambdascale.inference.loading import BlockError, Load, Loader, OnBlock
 from lambdascale.inference.reader import ChunkReader, Direct
@@ -88,6 +89,8 @@ class BlockStore:
         self._lands_on_gpu = self.device.type != "cpu" and config.land_on_device
         # A stream of their own, so that digests do not wait for what the default stream computes.
         self._digests = torch.cuda.Stream(self.device) if self.device.type != "cpu" else None
+        # Copies to host memory, likewise, in pieces.
+        self._down = Copies(self.device, torch.cuda.Stream(self.device) if self.device.type != "cpu" else None)
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))
@@ -239,8 +242,12 @@ class BlockStore:
                 missing = [(name, block) for block in sorted(self.resident(name, "gpu") - self.resident(name, "host"))]
                 host.take_all(model, missing)
                 sources = stack.enter_context(self.using(name, [block for _, block in missing]))
+            step = int(self.config.chunk_bytes)
             for key, source in zip(missing, sources, strict=True):
-                host.arena.view(host.offsets[key], source.numel()).copy_(source)
+                target = host.arena.view(host.offsets[key], source.numel())
+                for piece, begin in zip(source.split(step), range(0, source.numel(), step), strict=True):
+                    self._down.start(target[begin : begin + step], piece)
+            self._down.wait()
             with self._lock:
                 host.complete.update(missing)
         return sum(model.block_bytes[block] for _, block in missing)
