@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,33 @@ def test_hidden_states_go_where_they_are_read() -> None:
     assert forwards
     assert all(isinstance(message.inputs, wire.Landed) for message in forwards)
     assert cluster.landed() == len(forwards) == sum(isinstance(message, Placed) for message in sent)
+
+
+def test_offers_that_come_while_the_first_stage_runs_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: offers wait until the stage has run and been sent, and the first iteration's hidden states go in a message."""
+    cluster = FakeCluster(2)
+    cluster.serve(1, *HALVES)
+    cluster.obey(0)
+    (first,) = cluster.executors[0].made
+    run = first.run
+
+    def meanwhile(*work: Any) -> Any:
+        cluster.obey(1)
+        deliver = cluster.wires[1, 0]
+        while deliver:
+            message = deliver.popleft()
+            assert isinstance(message, wire.Offer)
+            cluster.nodes[0].take(message)
+        return run(*work)
+
+    monkeypatch.setattr(first, "run", meanwhile)
+    cluster.assign(1, 0, 1)
+    cluster.obey(0)
+    cluster.nodes[0].step()
+    monkeypatch.undo()
+    forwards = [message for message in cluster.run_noting() if isinstance(message, wire.Forward)]
+    cluster.check()
+    assert all(isinstance(message.inputs, wire.Landed) for message in forwards)
 
 
 @pytest.mark.parametrize("places", [0, 1, 2])

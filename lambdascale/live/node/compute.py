@@ -7,6 +7,7 @@ runs next. All state belongs to the worker's thread; others post jobs, which run
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -20,6 +21,7 @@ from lambdascale.core.events import CommandFailed
 from lambdascale.inference.batch import Batch
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Head, Instance, SlotData, pass_of, record_ahead
+from lambdascale.live.node.memory import await_computed
 from lambdascale.live.node.parcels import Parcels
 from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
@@ -56,6 +58,8 @@ class Compute:
         self._ended: Recent[int] = Recent()
         self._early: dict[int, list[wire.ForInstance | SlotData]] = {}  # for instances not yet started here
         self._turns: ComputeTurns[int, wire.Forward] = ComputeTurns()
+        # Offers that have come, until the thread takes them: between two stages, or while one runs and is to send to a place.
+        self._offers: queue.SimpleQueue[wire.Offer] = queue.SimpleQueue()
         self._parcels = parcels(self._tell)
         self._switching = self._new_switching(kv)
         self._repartitioner = Repartitioner(node, executor, self._tell, self._switching.sender)
@@ -69,7 +73,6 @@ class Compute:
             SlotData: self._repartitioner.take_kv,
             wire.Handover: self._switching.take_over,
             wire.Collect: self._switching.collect,
-            wire.Offer: lambda _, message: self._parcels.offered(message),
         }
 
     def _new_switching(self, kv: MakeKv) -> Switching:
@@ -109,7 +112,11 @@ class Compute:
 
     def take(self, message: wire.ForInstance) -> None:
         """Take a message of another node, or requests for an instance whose head is this node."""
-        self.post(lambda: self._arrive(message), message.instance)
+        if isinstance(message, wire.Offer):
+            self._offers.put(message)
+            self.post(self._take_offers, message.instance)
+        else:
+            self.post(lambda: self._arrive(message), message.instance)
 
     def stop(self, instance: int) -> Future[None]:
         """Forget an instance and all its requests."""
@@ -185,6 +192,8 @@ class Compute:
             return
         following = forward.stage + 1
         node = partition.stages[following].node
+        await_computed(output)
+        self._take_offers()  # a pipeline's first ones come while its first iteration runs
         sent = self._parcels.send(node, forward.instance, forward.batch, output)
         self._tell(node, wire.Forward(forward.instance, forward.batch, forward.version, following, forward.work, sent))
 
@@ -263,6 +272,10 @@ class Compute:
         if here is not None:
             self._take(here)
 
+    def _take_offers(self) -> None:
+        while not self._offers.empty():  # nobody else takes them
+            self._take(self._offers.get())
+
     def _take(self, message: wire.ForInstance | SlotData) -> None:
         """Handle a message of an instance, and what has waited for it; keep it if something else must come first.
 
@@ -277,6 +290,8 @@ class Compute:
             self._parcels.vacated(message)
         elif isinstance(message, wire.Handover) and self._switching.send_on(message):
             pass  # its pipeline has been dissolved meanwhile
+        elif instance is not None and isinstance(message, wire.Offer):
+            self._parcels.offered(message)
         elif instance is not None:
             instance.hold(message)
             self._drain(instance)

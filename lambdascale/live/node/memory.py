@@ -30,6 +30,12 @@ def to_bytes(data: bytes | torch.Tensor) -> bytes:
     return data if isinstance(data, bytes) else data.cpu().numpy().tobytes()
 
 
+def await_computed(data: bytes | torch.Tensor) -> None:
+    """Wait until a GPU has computed data in the current stream."""
+    if isinstance(data, torch.Tensor) and data.device.type == "cuda":
+        torch.cuda.current_stream(data.device).synchronize()
+
+
 def copy_of(memory: Memory) -> bytes | torch.Tensor:
     """Return a copy of memory, on the same device if that has room to spare. The copy is complete when this returns."""
     if isinstance(memory, memoryview):

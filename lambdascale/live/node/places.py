@@ -10,7 +10,7 @@ import torch
 
 from lambdascale.core import NodeId
 from lambdascale.live import wire
-from lambdascale.live.node.memory import memory_of
+from lambdascale.live.node.memory import await_computed, memory_of
 from lambdascale.transport import Memory, TransportError
 
 # Sends a message to a node; False if the node is lost.
@@ -65,10 +65,7 @@ class Area:
         """Return data in memory that the endpoint writes from: a GPU's only where peers write to a GPU's."""
         if isinstance(data, bytes):
             return memoryview(data)
-        return memory_of(data.cpu() if isinstance(self._memory, memoryview) else _computed(data))
-
-
-def _computed(data: torch.Tensor) -> torch.Tensor:
-    if data.device.type == "cuda":
-        torch.cuda.current_stream(data.device).synchronize()
-    return data
+        if isinstance(self._memory, memoryview):
+            return memory_of(data.cpu())
+        await_computed(data)
+        return memory_of(data)
