@@ -6,7 +6,7 @@ python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,
     [--timelines DIR] [--limit-s 540] [--period-s S]
 
 Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which needs
-all nodes; in between, nodes are released. With --host there is no replica to begin with: every node has the model in host memory,
+all nodes; in between, nodes are released. With --host no replica exists before a burst, every node has the model in host memory,
 and --links are rates of PCIe. --period-s is the time from one burst to the next: by default what both sides of a pair
 need in the simulation on --cluster, and some more. The pairs alternate on the same machine, after a burst that is not counted: in
 a machine's first run, kernels are compiled while it serves. Adds a row a burst to gpu_bursts.csv, or to gpu_bursts_shared.csv

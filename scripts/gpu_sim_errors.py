@@ -5,7 +5,8 @@ python scripts/gpu_sim_errors.py [--profile h200] [--card H200] [--tables result
 Reads gpu_decode.csv, gpu_prefill.csv, gpu_multicast.csv and gpu_bursts.csv, rows of the card alone. Decode steps and prefills
 come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or the paced
 rate, bursts from a simulation of the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
-over models, links, sources, sizes and answers, with pipelines and without, and writes gpu_map_simulated.csv.
+over models, links, sources, sizes and answers, with pipelines and without, and writes gpu_map_simulated.csv: from GPUs to four
+nodes, and from host copies on each of two.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.multicast import BinomialPipeline
 
 BLOCKS = 16
-SETTING = ["model", "link", "sources", "count", "output_tokens"]
+SETTING = ["tier", "nodes", "sources", "model", "link", "count", "output_tokens"]
+# Nodes, sources and rates of the map: from GPUs, over links; from a host copy on each of two nodes, over PCIe.
+FROM_GPUS = ("gpu", 4), (1, 2), ("none", "400Gb/s", "100Gb/s", "25Gb/s"), (50, 100, 200, 400)
+FROM_HOSTS = ("host", 2), (0,), ("none", "12.5GB/s", "6GB/s", "3GB/s"), (10, 25, 50, 100)
 Row = dict[str, Any]
 
 
@@ -110,12 +114,18 @@ def mapped(profile: str) -> Iterator[Row]:
         **{"model": "7B", "system": "lambdascale", "pipelines": True, "nodes": 4, "cluster": f"measured/{profile}"},
         **{"link": "none", "sources": 1, "count": 50, "prompt_tokens": 512, "output_tokens": 16, "kv": "recompute"},
     )
-    axes = (SHAPES, ("none", "400Gb/s", "100Gb/s", "25Gb/s"), (1, 2), (50, 100, 200, 400), (16, 64, 256))
-    for values in product(*axes):
-        setting = dict(zip(SETTING, values, strict=True))
-        ours, without = (simulation(replace(base, **setting, pipelines=on)) for on in (True, False))
-        found = {f"{name}_s": ours[f"ttft_{name}_s"] - without[f"ttft_{name}_s"] for name in ("p50", "p90")}
-        yield setting | found | {"p90_percent": 100 * found["p90_s"] / without["ttft_p90_s"], "backend": "sim"}
+    for (tier, nodes), sources, links, counts in (FROM_GPUS, FROM_HOSTS):
+        for values in product(sources, SHAPES, links, counts, (16, 64, 256)):
+            setting = dict(zip(SETTING, (tier, nodes, *values), strict=True))
+            yield changed(base, setting)
+
+
+def changed(base: BurstRun, setting: Row) -> Row:
+    """Simulate a burst with pipelines and without; return the seconds, and the share of P90, that they change the TTFT by."""
+    ours, without = (simulation(replace(base, **setting, pipelines=on)) for on in (True, False))
+    found = {f"{name}_s": ours[f"ttft_{name}_s"] - without[f"ttft_{name}_s"] for name in ("p50", "p90")}
+    shares = {f"{name}_percent": 100 * found[f"{name}_s"] / without[f"ttft_{name}_s"] for name in ("p50", "p90")}
+    return setting | found | shares | {"backend": "sim"}
 
 
 def measured(tables: Path, name: str, card: str) -> pd.DataFrame:
