@@ -305,6 +305,7 @@ _FAIR = {
 }
 _LARGE_FAIR = {name: [causes.OVERLOAD, *_ALWAYS, causes.NODE_EACH, causes.SINGLE] for name in _FAIR}
 _LARGE_FAIR["nccl_broadcast"] = [*_LARGE_FAIR["nccl_broadcast"], causes.SLEEPS]
+_LARGE_FAIR["serverlessllm"] = [*_LARGE_FAIR["serverlessllm"], causes.TRACE_LOADER, causes.LOADER_ZERO]
 
 
 def _trace(table: pd.DataFrame, intervals: pd.DataFrame) -> Iterator[Line]:
