@@ -26,13 +26,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 # Files that take longest, longest first: two workers (.ci/run) begin with these, so that neither is left with one at the end.
 LONGEST = (
     "conf/test_configurations.py",
-    "conformance/test_systems.py",
-    "inference/test_real_model.py",
     "docs/test_docs.py",
-    "inference/test_token_exactness.py",
-    "runs/test_launchers.py",
-    "unit/test_studies.py",
     "unit/test_figures.py",
+    "inference/test_real_model.py",
+    "inference/test_token_exactness.py",
+    "property/test_multicast_binomial.py",
+    "unit/test_studies.py",
+    "runs/test_runs.py",
+    "runs/test_launchers.py",
 )
 
 

@@ -13,6 +13,8 @@ from lambdascale.multicast import MulticastPlanner, completion_rounds
 from lambdascale.testing.planners import PlannerConformance
 from lambdascale.testing.systems import SystemConformance
 
+LAMBDASCALE = build(compose(["system=lambdascale"])).system
+
 
 class TestStar(PlannerConformance):
     def make_planner(self) -> MulticastPlanner:
@@ -25,5 +27,4 @@ class TestStar(PlannerConformance):
 
 class TestStarSystem(SystemConformance):
     def make_system(self) -> SystemConfig:
-        config = build(compose(["system=lambdascale"])).system
-        return replace(config, start=replace(config.start, planner=Star()))
+        return replace(LAMBDASCALE, start=replace(LAMBDASCALE.start, planner=Star()))

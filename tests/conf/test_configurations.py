@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -90,12 +91,15 @@ def test_every_experiment_runs(experiment: str, tmp_path: Path) -> None:
     assert result.summary["requests"]["completed"] == result.summary["requests"]["submitted"] > 0
 
 
+@cache
 def study(experiment: str) -> Study:
+    """The study of an experiment, composed once for all tests of it."""
     found = load_study([f"experiment={experiment}"])
     assert found is not None
     return found
 
 
+@cache
 def written(experiment: str) -> dict[str, Any]:
     """The study of a file, read without composing anything."""
     return OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / f"{experiment}.yaml")).get("study", {})

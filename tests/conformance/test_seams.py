@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -16,18 +17,24 @@ from lambdascale.testing.starts import CooperativeStart, SpreadStart, WithHolder
 from lambdascale.testing.systems import SystemConformance, burst, small_cluster, small_model
 
 
+@cache
+def configured(*overrides: str) -> SystemConfig:
+    """A system of frozen parts, composed once."""
+    return build(compose(overrides)).system
+
+
 def cooperative(**changes: object) -> SystemConfig:
-    base = build(compose(["system=lambdascale"])).system
+    base = configured("system=lambdascale")
     return replace(base, name="cooperative", start=CooperativeStart(), kv="copy", **changes)
 
 
 def spread(**changes: object) -> SystemConfig:
-    base = build(compose(["system=lambdascale", "system.memory.initial_copies=0"])).system
+    base = configured("system=lambdascale", "system.memory.initial_copies=0")
     return replace(base, name="spread", start=SpreadStart(), kv="copy", **changes)
 
 
 def with_holders() -> SystemConfig:
-    base = build(compose(["system=lambdascale", "system.kv=copy"])).system
+    base = configured("system=lambdascale", "system.kv=copy")
     assert isinstance(base.start, MulticastStart)
     return replace(base, name="with_holders", start=replace(base.start, pipelines=WithHolders()))
 
@@ -122,7 +129,7 @@ def test_a_node_of_a_spread_replica_dies(node: int, at_s: float) -> None:
 
 def test_storage_may_be_remote() -> None:
     """Nodes without a host copy load from the remote store, at its rate; a cluster without one is refused."""
-    base = build(compose(["system=serverlessllm", "system.start.storage=remote", "system.memory.initial_copies=0"])).system
+    base = configured("system=serverlessllm", "system.start.storage=remote", "system.memory.initial_copies=0")
     with pytest.raises(UserError, match="remote_bytes_per_s=0"):
         build_system(base, cluster=small_cluster(), models=[small_model()])
     _, recorder = Suite(base).run(burst(30), cluster=replace(small_cluster(), remote_bytes_per_s=2e8), min_replicas=0)

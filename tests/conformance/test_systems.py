@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -17,7 +18,9 @@ from lambdascale.testing.systems import SystemConformance, burst, small_cluster
 SYSTEMS = sorted(path.stem for path in (conf_dir() / "system").glob("*.yaml"))
 
 
+@cache
 def configured(name: str, *overrides: str) -> SystemConfig:
+    """The system of a name, composed once: its parts are frozen, and composing takes as long as a test's run."""
     return build(compose([f"system={name}", *overrides])).system
 
 

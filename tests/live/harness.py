@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from hydra.utils import instantiate
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.control import BatchLimits, SystemConfig, build_system, drive
-from lambdascale.core import TracedRequest, traced
+from lambdascale.core import ClusterSpec, TracedRequest, traced
 from lambdascale.core.commands import Command
 from lambdascale.core.events import Event
 from lambdascale.experiments.compose import compose
@@ -76,12 +77,20 @@ class Watcher:
             timer.start()
 
 
+@cache
 def system_of(name: str, *overrides: str) -> SystemConfig:
-    """A system as configured, for the tiny model's eight blocks."""
+    """A system as configured, for the tiny model's eight blocks; composed once, its parts are frozen."""
     group = compose([f"system={name}", "system.blocks=8", "system.batching.max_batch=4", *overrides]).system
     built = instantiate(group, _convert_="all")
     assert isinstance(built, SystemConfig)
     return built
+
+
+@cache
+def _desk() -> ClusterSpec:
+    cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
+    assert isinstance(cluster, ClusterSpec)
+    return cluster
 
 
 def pack_tiny(root: Path) -> Path:
@@ -129,7 +138,7 @@ def run(
 ) -> Outcome:
     """Start a cluster, serve the requests, check what no system may do, and end it."""
     model = PackedModel.open(directory, "tiny")
-    cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
+    cluster = _desk()
     changes = {"nodes": nodes, "nic_bytes_per_s": link, "pcie_bytes_per_s": "1GB/s", "ssd_bytes_per_s": "1GB/s"}
     compute = replace(cluster.compute, iteration_overhead_s=ITERATION_S)
     cluster = replace(cluster, compute=compute, **changes | (cluster_changes or {}))

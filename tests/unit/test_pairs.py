@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -26,18 +28,25 @@ TABLES = conf_dir().parent / "results" / "tables"
 # -- pairs of runs -------------------------------------------------------------------------------------------------------
 
 
-def folder(tmp_path: Path, *overrides: str) -> Path:
-    small = ["experiment=quickstart", "workload.duration_s=240", f"results={tmp_path}"]
-    return run(compose([*small, *overrides])).folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folder of a run with overrides, made once for all tests: they only read it."""
+    small = ["experiment=quickstart", "workload.duration_s=240", f"results={tmp_path_factory.mktemp('results')}"]
+
+    @cache
+    def made(*overrides: str) -> Path:
+        return run(compose([*small, *overrides])).folder
+
+    return made
 
 
 STUDY = Study(rows="pairs", reference="lambdascale", columns={"compression": "workload.time_compression"}, grids=({"seed": 1},))
 
 
-def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(tmp_path: Path) -> None:
+def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(folder: Callable[..., Path]) -> None:
     systems = ("lambdascale", "serverlessllm")
-    runs = [folder(tmp_path, f"system={system}", f"seed={seed}") for system in systems for seed in (1, 2)]
-    runs += [folder(tmp_path, f"system={system}", "workload.time_compression=1") for system in systems]
+    runs = [folder(f"system={system}", f"seed={seed}") for system in systems for seed in (1, 2)]
+    runs += [folder(f"system={system}", "workload.time_compression=1") for system in systems]
     table = study_table(STUDY, runs).set_index("compression")
     assert table.system.tolist() == ["serverlessllm"] * 2
     assert table.traces.to_dict() == {3.0: 2, 1.0: 1}
@@ -60,9 +69,11 @@ def test_each_system_is_paired_with_the_references_run_of_its_seed_and_columns(t
         (["pool@backend.pool=none", "backend.pool.keep_alive_s=60", "system.memory.keep_alive_s=40"], 60.0),
     ],
 )
-def test_blocks_are_as_long_as_the_longest_keep_alive_of_either_system(tmp_path: Path, kept: list[str], block_s: float) -> None:
-    runs = [folder(tmp_path, "system=lambdascale", *kept), folder(tmp_path, "system=ideal", *kept)]
-    other = folder(tmp_path, "system=ideal")
+def test_blocks_are_as_long_as_the_longest_keep_alive_of_either_system(
+    folder: Callable[..., Path], kept: list[str], block_s: float
+) -> None:
+    runs = [folder("system=lambdascale", *kept), folder("system=ideal", *kept)]
+    other = folder("system=ideal")
     own = paired([(run_rows(runs[0]), run_rows(runs[1]))], memory_s=block_s)
     row = study_table(STUDY, runs).iloc[0]
     assert (row.block_s, row.blocks) == (block_s, own.blocks)
@@ -71,10 +82,10 @@ def test_blocks_are_as_long_as_the_longest_keep_alive_of_either_system(tmp_path:
     assert mixed.block_s == block_s, "that of one of the two counts"
 
 
-def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
+def test_a_system_may_have_a_reference_of_its_own(folder: Callable[..., Path]) -> None:
     study = replace(STUDY, references={"ideal_prototype": "lambdascale_prototype"})
     systems = ("lambdascale", "ideal", "lambdascale_prototype", "ideal_prototype")
-    runs = {system: folder(tmp_path, f"system={system}") for system in systems}
+    runs = {system: folder(f"system={system}") for system in systems}
     table = study_table(study, list(runs.values())).set_index("system")
     wanted = {"ideal": "lambdascale", "lambdascale_prototype": "lambdascale", "ideal_prototype": "lambdascale_prototype"}
     assert table.reference.to_dict() == wanted
@@ -86,13 +97,9 @@ def test_a_system_may_have_a_reference_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", ["outcome", "parts"])
-def test_single_runs_have_the_intervals_of_their_pairs_beside_them(tmp_path: Path, rows: str) -> None:
+def test_single_runs_have_the_intervals_of_their_pairs_beside_them(folder: Callable[..., Path], rows: str) -> None:
     """Mutation: the interval of another system, or of another value of a column, or none where a column is empty."""
-    runs = [
-        folder(tmp_path, f"system={system}", f"workload.time_compression={c}")
-        for system in ("lambdascale", "ideal")
-        for c in (1, 3)
-    ]
+    runs = [folder(f"system={system}", f"workload.time_compression={c}") for system in ("lambdascale", "ideal") for c in (1, 3)]
     pairs = study_table(STUDY, runs).set_index("compression")
     columns = {"compression": "workload.time_compression", "pool": "backend.pool._target_", "kept_s": "backend.pool.keep_alive_s"}
     table = study_table(replace(STUDY, rows=rows, columns=columns), runs).set_index(["system", "compression"])
@@ -116,12 +123,12 @@ def test_rows_name_set_ups_that_were_not_measured(tmp_path: Path) -> None:
     assert pairs.to_dict() == {"nccl_broadcast": "up to 9 ranks: one sample", "faasnet": ""}
 
 
-def test_a_system_without_its_reference_is_an_error(tmp_path: Path) -> None:
+def test_a_system_without_its_reference_is_an_error(folder: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="no run of lambdascale to compare with: ideal"):
-        study_table(STUDY, [folder(tmp_path, "system=ideal")])
-    runs = [folder(tmp_path, "system=lambdascale", f"seed={seed}") for seed in (1, 2)]
+        study_table(STUDY, [folder("system=ideal")])
+    runs = [folder("system=lambdascale", f"seed={seed}") for seed in (1, 2)]
     with pytest.raises(UserError, match="seed 3"):
-        study_table(STUDY, [*runs, folder(tmp_path, "system=ideal", "seed=3")])
+        study_table(STUDY, [*runs, folder("system=ideal", "seed=3")])
 
 
 @pytest.mark.parametrize("broken", ["{grids: [{seed: 1}], rows: pairs}", "{grids: [{seed: 1}], rows: summary, reference: x}"])
