@@ -95,15 +95,15 @@ class KvCopies:
 
         Compute threads read messages between two iterations. The request for places, the first grants and the arrival of the last
         parts wait for half an iteration each. Where more parts come than a node has places, further grants follow: both ends look
-        for messages once an iteration, so that places are granted anew no sooner than after the longer of their iterations, and
-        after what was written to them was on the link.
+        for messages once an iteration, so that a place is granted anew after the longer of their iterations. Meanwhile parts for
+        the other places are on the link.
         """
         home_s = self._iteration_s(home)
         senders_s = max(self._iteration_s(node) for node in senders)
         parts = sum(flow.parts for (_, dst), flow in self._flows.items() if dst == home)
         places = self._fleet.cluster.kv_places or parts
         further = -(-parts // places) - 1
-        return home_s + senders_s / 2 + further * max(0.0, max(home_s, senders_s) - link_s * places / parts)
+        return home_s + senders_s / 2 + further * max(0.0, max(home_s, senders_s) - link_s * (places - 1) / parts)
 
     def _iteration_s(self, node: NodeId) -> float:
         """Seconds of the longest iteration that a node may be at, 0 if of none."""

@@ -122,14 +122,16 @@ LAYER = 16_383 * 2_048  # bytes of KV of a prompt of 16,383 tokens in each of 16
         (1, 2 * LAYER - 1, 1e18, 0.0, 16_383, "recompute"),
         (1, 3 * LAYER, 1e18, 0.0, 16_383, "copy"),
         (1, 8 * LAYER, 1e18, 0.0, 16_383, "copy"),
-        # What is on the link meanwhile is not waited for: 8 parts, one at a time, and 4,096 tokens more: 48/128 s. The link's
-        # time t, 3/128 s for its latency, 7.5/128 s, and 7 times what t/8 is less than 5/128 s; together t/8 + 45.5/128 s.
-        (1, 20_479 * 2_048, 2.16e9, 3 / 128, 20_479, "copy"),  # t: 19.9/128 s
-        (1, 20_479 * 2_048, 2.13e9, 3 / 128, 20_479, "recompute"),  # 20.2/128 s
-        # Two places: 3 times what t/4 is less than 5/128 s; together 3/128 + t/4 + 22.5/128 s, and from t = 20/128 s on
-        # t + 10.5/128 s: the link is never idle.
-        (2, 20_479 * 2_048, 1.15e9, 3 / 128, 20_479, "copy"),  # t: 37.3/128 s
-        (2, 20_479 * 2_048, 1.14e9, 3 / 128, 20_479, "recompute"),  # 37.7/128 s
+        # A fifth iteration for 4,096 tokens more: 48/128 s. The link's time t, 3/128 s for its latency, 7.5/128 s, and, with one
+        # place, 7 times 5/128 s: t + 45.5/128 s.
+        (1, 20_479 * 2_048, 17.3e9, 3 / 128, 20_479, "copy"),  # t: 2.48/128 s
+        (1, 20_479 * 2_048, 17.0e9, 3 / 128, 20_479, "recompute"),  # 2.53/128 s
+        # With two, 3 times what the other one's part, t/8, leaves of 5/128 s: 5/8 t + 25.5/128 s.
+        (2, 20_479 * 2_048, 1.20e9, 3 / 128, 20_479, "copy"),  # t: 35.8/128 s
+        (2, 20_479 * 2_048, 1.19e9, 3 / 128, 20_479, "recompute"),  # 36.1/128 s
+        # Four keep such a link busy: t + 10.5/128 s.
+        (4, 20_479 * 2_048, 1.15e9, 3 / 128, 20_479, "copy"),  # t: 37.3/128 s
+        (4, 20_479 * 2_048, 1.14e9, 3 / 128, 20_479, "recompute"),  # 37.7/128 s
     ],
 )
 def test_places_are_granted_anew_once_they_are_read(
@@ -144,7 +146,7 @@ def test_both_ends_of_a_grant_may_be_busy(latency_s: float, expected: str) -> No
     """Request 6 alone has no token: node 2, which gets the KV of 4 and sends that of 5 and 7, has an iteration of 5/128 s.
 
     Node 3 has none. Two places: 3 further rounds of grants for 4, 7 for 5 and 7. So 4 waits for 5/128 and 15/128 s, each of the
-    others for 2.5/128 and 35/128 s, all three for the latency: 95/128 s and that. Prefills take 2 x 19/128 and 2 x 39/128 s longer
+    others for 2.5/128 and 35/128 s, all three for the latency: 95/128 s and that. Prefills take 2 x 19/128 and 2 x 39/128 s more
     than decodes.
     """
     cluster = places(1e18, 1 / 32, kv_places=2, kv_place_bytes=LAYER, link_latency_s=latency_s)
