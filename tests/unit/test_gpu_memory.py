@@ -90,6 +90,17 @@ def test_weights_of_all_models_and_kv_fit_a_gpu(transport: Any, sizes: tuple[int
     fits_exactly(live, models, f"system={system}", f"cluster.gpus_per_node={gpus}", "cluster.gpu.memory_bytes=600MB")
 
 
+def test_a_node_that_counts_for_more_gpus_than_others() -> None:
+    """Node 1 serves two models at once: it keeps room for the weights of three, and each has half of what is left for KV."""
+    models = [packed(name, 40) for name in "abcd"]
+    cluster, system = desk("cluster.gpu.memory_bytes=600MB")
+    seen = LiveConfig(device="cuda").seen(replace(cluster, overrides=(NodeOverride(nodes=(1,), gpus=2),)), models, system)
+    spec = models[0][1].spec
+    for node, weights, parts in ((0, 2, 1), (1, 3, 2)):
+        kv = seen.node(node).kv_tokens(spec) * spec.kv_bytes_per_token
+        assert 0 <= (540e6 - weights * (40 << 20)) / parts - kv < spec.kv_bytes_per_token + weights * 4 * ALIGNMENT
+
+
 @pytest.mark.parametrize(("gpus", "sharing"), [(0, 1), (1, 4), (2, 2), (3, 2), (4, 1), (8, 1)])
 def test_nodes_that_share_a_gpu_share_its_memory(gpus: int, sharing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four nodes take turns at as many GPUs. Ray gives each its own."""
