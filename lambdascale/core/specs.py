@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 from lambdascale.core.checks import check_types, require
 from lambdascale.core.errors import CapacityError, UserError
+from lambdascale.core.kv_path import KvPath
 from lambdascale.core.process_start import ProcessStart
 from lambdascale.core.units import parse_rate, parse_size
 
@@ -137,6 +138,8 @@ class GpuSpec:
     """Data sheet of a GPU: memory (bytes), memory bandwidth (bytes/s), dense 16-bit matrix rate (FLOP/s).
 
     ``set_aside_bytes``: memory that weights and KV do not get. Live nodes add what others write to beside blocks.
+    ``weights_bytes``: memory that weights get, whichever model is served; None: as much as that takes. Live nodes say how much:
+    they keep room for further models.
     """
 
     name: str
@@ -144,6 +147,7 @@ class GpuSpec:
     hbm_bytes_per_s: float | str
     peak_flops: float
     set_aside_bytes: int | str = 0
+    weights_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
         """Normalise sizes and validate."""
@@ -152,6 +156,9 @@ class GpuSpec:
         object.__setattr__(self, "set_aside_bytes", parse_size(self.set_aside_bytes))
         object.__setattr__(self, "hbm_bytes_per_s", parse_rate(self.hbm_bytes_per_s))
         _positive(self, "memory_bytes", "hbm_bytes_per_s", "peak_flops")
+        if self.weights_bytes is not None:
+            object.__setattr__(self, "weights_bytes", parse_size(self.weights_bytes))
+            _positive(self, "weights_bytes")
         require(int(self.set_aside_bytes) >= 0, f"GpuSpec.set_aside_bytes must not be negative, not {self.set_aside_bytes!r}")
 
 
@@ -236,8 +243,9 @@ class NodeSpec:
         gpus = model.gpus_per_replica
         if gpus > self.gpus:
             return 0
+        weights = model.size_bytes if self.gpu.weights_bytes is None else gpus * int(self.gpu.weights_bytes)
         memory = int(self.gpu.memory_bytes) * gpus * memory_utilisation - gpus * int(self.gpu.set_aside_bytes)
-        return int((memory - model.size_bytes) // (gpus * model.kv_bytes_per_token))
+        return int((memory - weights) // (gpus * model.kv_bytes_per_token))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,12 +283,6 @@ class NodeOverride:
         return replace(common, nic_bytes_per_s=rate, **changes)
 
 
-# The way of a request's KV to another node: through the "network" and nothing else, as it is simulated; to "places" in memory
-# that the receiver grants between two iterations, as it is live; in "messages", whose rate nothing says, where nodes have no
-# such memory.
-KvPath = Literal["network", "places", "messages"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """A cluster of nodes that are equal except for ``overrides``.
@@ -291,7 +293,8 @@ class ClusterSpec:
     next stage; between GPUs of a node they take none. ``pcie_bytes_per_s`` (host to GPU) and ``ssd_bytes_per_s`` are per node;
     ``remote_bytes_per_s`` is the remote store's rate to one node, 0 without a store. ``usd_per_host_gb_hour``: price of host
     memory that copies of models take, per 10^9 bytes. ``start``: the start of a process on a node, where that is simulated.
-    ``kv_path``: the way of a request's KV to another node, which a live cluster says itself: see KvPath.
+    ``kv_path``: the way of a request's KV to another node, which a live cluster says itself: see KvPath; with "places",
+    ``kv_places`` of ``kv_place_bytes`` on each node, 0: as many as it needs.
     ``provenance`` names the origin of the numbers.
     """
 
@@ -315,6 +318,8 @@ class ClusterSpec:
     overrides: tuple[NodeOverride, ...] = ()
     start: ProcessStart | None = None
     kv_path: KvPath = "network"
+    kv_places: int = 0
+    kv_place_bytes: int | str = 0
     provenance: str = "configured: conf/cluster and overrides"
 
     def __post_init__(self) -> None:
@@ -322,7 +327,8 @@ class ClusterSpec:
         check_types(self)
         for name in ("nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s", "remote_bytes_per_s"):
             object.__setattr__(self, name, parse_rate(getattr(self, name)))
-        object.__setattr__(self, "host_memory_bytes", parse_size(self.host_memory_bytes))
+        for name in ("host_memory_bytes", "kv_place_bytes"):
+            object.__setattr__(self, name, parse_size(getattr(self, name)))
         _positive(self, "nodes", "gpus_per_node", "nics_per_node", "nic_bytes_per_s", "pcie_bytes_per_s", "ssd_bytes_per_s")
         for name in ("rdma_efficiency", "collective_efficiency"):
             value = getattr(self, name)
@@ -331,6 +337,11 @@ class ClusterSpec:
         for name in ("link_latency_s", "hop_latency_s", "remote_bytes_per_s", "host_memory_bytes", *prices):
             value = getattr(self, name)
             require(value >= 0, f"ClusterSpec.{name} must not be negative, not {value!r}")
+        places = self.kv_places, int(self.kv_place_bytes)
+        require(
+            places == (0, 0) or (min(places) > 0 and self.kv_path == "places"),
+            f"cluster.kv_places and cluster.kv_place_bytes must be positive, with kv_path=places, or both be 0, not {places}",
+        )
 
         known = [node for override in self.overrides for node in override.nodes]
         for node in known:
@@ -372,5 +383,6 @@ class ClusterSpec:
                 f"{model.name} ({model.size_bytes / 1e9:.2f} GB on {model.gpus_per_replica} GPUs) does not fit a node of "
                 f"{self.name}: {self.gpus_per_node} x {int(self.gpu.memory_bytes) / 1e9:.1f} GB, 90% usable"
                 + (f", {int(self.gpu.set_aside_bytes) / 1e9:.2f} GB set aside" if self.gpu.set_aside_bytes else "")
+                + (f", {int(self.gpu.weights_bytes) / 1e9:.2f} GB for weights of all models" if self.gpu.weights_bytes else "")
             )
         return min(fitting)

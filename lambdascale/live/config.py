@@ -13,11 +13,9 @@ import numpy as np
 
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
-from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.control import SystemConfig
-from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, UserError
+from lambdascale.core import CapacityError, ClusterSpec, ModelSpec, TracedRequest, UserError
 from lambdascale.core.checks import check_types, require
-from lambdascale.core.specs import GpuSpec
 from lambdascale.inference.batch import Ticket
 from lambdascale.inference.verification import Verify
 from lambdascale.live.communicator_choice import Kind, choose
@@ -25,18 +23,14 @@ from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher, LocalLauncher
 from lambdascale.live.controller.pulse import PATIENCE_S
-from lambdascale.live.node_config import Areas, NodeConfig
+from lambdascale.live.node_config import NodeConfig
+from lambdascale.live.node_memory import NodeMemory
 from lambdascale.transport.cuda import count_gpus
 from lambdascale.transport.rdma import RdmaOptions
 
 # Prompts of traces are random tokens: the low ids of a tokenizer are its control tokens.
 _FIRST_TOKEN, _TRACE_STREAM = 64, 7
 _SERVER_RESTARTS = 5
-# Nodes of a pipeline, and so its batches in flight, that memory is set aside for; and the most of it in bytes.
-_PIPELINE, _MOST_PLACES = 4, {"cpu": 256 << 20, "cuda": 1 << 30}
-# Places for KV on a node, in host memory and on a GPU: their number, the size that parts of it are cut to, and the most bytes.
-# A part takes milliseconds from grant to grant, most of it the wait for a turn, and a GPU copies 300 GB/s.
-_KV_PLACES, _KV_PART, _MOST_KV = 16, {False: 8 << 20, True: 64 << 20}, {False: 128 << 20, True: 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,21 +152,34 @@ class LiveConfig:
         return tuple(replace(spec, name=model.name) for model in models)
 
     def seen(self, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig) -> ClusterSpec:
-        """Return the cluster as the control plane has to see it: with the way of KV that these nodes have.
+        """Return the cluster as the control plane has to see it. See NodeMemory."""
+        return self.memory(models, system, cluster.nodes).seen(cluster)
 
-        Without the memory of GPUs that peers write to beside blocks.
-        """
-        areas = [self._areas(models, system, cluster.nodes, int(kind.gpu.memory_bytes)) for kind in cluster.kinds]
-        cluster = replace(cluster, kv_path="places" if all(each.kv_places for each in areas) else "messages")
-        if self.transport != "cuda_ipc":
-            return cluster
+    def memory(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> NodeMemory:
+        """Return the division of the nodes' memory. Nodes of this machine take turns at its GPUs; Ray gives each its own."""
+        gpus = count_gpus() if self.device == "cuda" and self.launcher == "local" else 0
+        return NodeMemory(
+            models=models,
+            system=system,
+            nodes=nodes,
+            transport=self.transport,
+            device=self.device,
+            slot_tokens=self.slot_tokens,
+            sharing=-(-nodes // gpus) if gpus else 1,
+        )
 
-        def less(gpu: GpuSpec) -> GpuSpec:
-            areas = self._areas(models, system, cluster.nodes, int(gpu.memory_bytes))
-            return replace(gpu, set_aside_bytes=int(gpu.set_aside_bytes) + areas.nbytes)
-
-        overrides = tuple(each if each.gpu is None else replace(each, gpu=less(each.gpu)) for each in cluster.overrides)
-        return replace(cluster, gpu=less(cluster.gpu), overrides=overrides)
+    def check_slots(self, cluster: ClusterSpec, models: Sequence[tuple[str, PackedModel]], system: SystemConfig) -> None:
+        """Raise CapacityError if a GPU that is to serve a model lacks room for a replica's KV, which is reserved as a whole."""
+        if self.device == "cpu" or self.executor == "timed":
+            return
+        slots = system.batching.max_batch
+        for kind in self.seen(cluster, models, system).kinds:
+            for name, model in models:
+                if 0 < (room := kind.kv_tokens(model.spec)) < slots * self.slot_tokens:
+                    raise CapacityError(
+                        f"a replica's {slots} slots of {self.slot_tokens} tokens are more KV than a GPU of {cluster.name} has "
+                        f"room for, {room} tokens of {name}: lower system.batching.max_batch or backend.slot_tokens"
+                    )
 
     def build(
         self,
@@ -212,13 +219,14 @@ class LiveConfig:
         open_ended: bool = False,
         token_times: bool = False,
     ) -> LiveBackend:
-        """Launch the nodes and wait for them. UserError for settings that contradict the packed models."""
+        """Launch the nodes and wait for them. UserError for settings that contradict the packed models, or exceed the GPUs."""
         for name, model in models:
             require(
                 len(model.blocks) == system.blocks, f"{name} has {len(model.blocks)} blocks, the system moves {system.blocks}"
             )
             limit = model.architecture.max_position
             require(self.slot_tokens <= limit, f"backend.slot_tokens {self.slot_tokens} exceeds the {limit} positions of {name}")
+        self.check_slots(cluster, models, system)
         collective, why = self.communicator(system, cluster.nodes)
         if why:
             print(f"broadcasts go by gloo, through host memory, and not by NCCL: {why}", file=sys.stderr)
@@ -263,17 +271,8 @@ class LiveConfig:
         collective: Kind,
     ) -> NodeConfig:
         """Return the configuration of one node."""
-        sizes = sorted((_room(model) for _, model in models), reverse=True)
-        at_once = max(1, cluster.node(node).gpus)
-        preloaded = system.start.instant
-        # With several models, leave room for one more than run: memory comes back in pieces.
-        device = sum(sizes) if preloaded else sum(sizes[: at_once + 1])
-        room = system.memory.room_bytes(cluster.node(node).host_memory_bytes)
-        wanted = (sum(sizes) if room else 0) + (sizes[0] if system.start.loader == "sequential" else 0)
+        hardware, memory = cluster.node(node), self.memory(models, system, cluster.nodes)
         lands_on_host = self.device != "cpu" and self.transport != "cuda_ipc" and collective != "nccl"
-        # Loads of a GPU's node need no room in host memory, what others send it does.
-        landing = sizes[0] if lands_on_host and cluster.nodes > 1 and system.start.multicast is not None else 0
-        hardware = cluster.node(node)
         network = hardware.nic_bytes_per_s * cluster.rdma_efficiency
         return NodeConfig(
             node=node,
@@ -285,63 +284,27 @@ class LiveConfig:
             executor=self.executor,
             device=self.device,
             slot_tokens=self.slot_tokens,
-            host_bytes=max(min(wanted, room + sizes[0]), landing),
-            device_bytes=device,
+            host_bytes=memory.host_bytes(hardware, lands_on_host=lands_on_host),
+            device_bytes=memory.weights_bytes(hardware.gpus),
             threads=self.threads or max(1, (os.cpu_count() or 1) // cluster.nodes),
             link=network if self.paced else None,
             ssd=hardware.ssd_bytes_per_s if self.paced else None,
             pcie=hardware.pcie_bytes_per_s if self.paced else None,
             # Always paced: the store is this machine's checkpoint folder, as far away as the cluster says.
             remote=float(cluster.remote_bytes_per_s) or None,
-            preloaded=preloaded,
+            preloaded=system.start.instant,
             rdma=self.rdma,
             collective=collective,
             verify=self.verify,
-            areas=self._areas(models, system, cluster.nodes, int(hardware.gpu.memory_bytes)),
+            areas=memory.areas(hardware.gpu),
             kernels=self.kernels,
             timeline=self.timeline,
         )
-
-    def _areas(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int, gpu_bytes: int) -> Areas:
-        """Return a node's memory for what others write there beside blocks."""
-        number, size = self._kv_places(models, system, nodes, gpu_bytes)
-        return Areas(self._place_bytes(models, system, nodes), number, size)
-
-    def _place_bytes(self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int) -> int:
-        """Return the memory of a node for the hidden states that others send it: for two pipelines, up to a bound."""
-        if nodes == 1 or self.transport == "rdma":
-            return 0
-        one = system.batching.max_tokens * max((model.row_bytes for _, model in models), default=0)
-        return min(2 * min(nodes, _PIPELINE) * (one + ALIGNMENT), _MOST_PLACES[self.device])
-
-    def _kv_places(
-        self, models: Sequence[tuple[str, PackedModel]], system: SystemConfig, nodes: int, gpu_bytes: int
-    ) -> tuple[int, int]:
-        """Return the number and size of a node's places for KV; (0, 0) where it travels in messages, or none moves.
-
-        A place holds at least a layer of the longest sequence. If that exceeds the bound, KV travels in messages. On a GPU
-        places take at most a fortieth of its ``gpu_bytes``.
-        """
-        if nodes == 1 or self.transport == "rdma" or system.kv == "recompute":
-            return 0, 0
-        on_gpu = self.transport == "cuda_ipc"
-        longest = [(model.spec.kv_bytes_per_token * self.slot_tokens, model.architecture.layers) for _, model in models]
-        layer = max(whole // layers for whole, layers in longest)
-        size = max(layer, min(_KV_PART[on_gpu], max(whole for whole, _ in longest)))
-        size = -(-size // ALIGNMENT) * ALIGNMENT
-        most = min(_MOST_KV[on_gpu], gpu_bytes // 40) if on_gpu else _MOST_KV[on_gpu]
-        number = min(_KV_PLACES, most // size)
-        return (number, size) if number else (0, 0)
 
 
 def _places(models: Sequence[tuple[str, PackedModel]]) -> tuple[tuple[str, str], ...]:
     """Names and directories of models."""
     return tuple((name, str(model.directory.resolve())) for name, model in models)
-
-
-def _room(model: PackedModel) -> int:
-    """Bytes of arena that a model takes: blocks begin on pages."""
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in model.block_bytes)
 
 
 def _no_tickets(traced: TracedRequest) -> Ticket:

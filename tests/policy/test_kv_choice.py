@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hydra.errors import InstantiationException
 
-from lambdascale.core import ComputeTable, UserError
+from lambdascale.core import ComputeTable, NodeOverride, UserError
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.testing.starts import CooperativeStart
@@ -33,6 +33,12 @@ def network(rate: float, prefill_s: float | None = None) -> dict[str, Any]:
         )
         compute = replace(compute, measured=(table,))
     return {"nic_bytes_per_s": rate, "rdma_efficiency": 1.0, "link_latency_s": 0.0, "compute": compute}
+
+
+def places(rate: float, prefill_s: float | None = None, **fields: Any) -> dict[str, Any]:
+    """A network with places for KV, and memory in which copies take no time."""
+    gpu = replace(small_cluster().gpu, hbm_bytes_per_s=1e18)
+    return network(rate, prefill_s) | {"kv_path": "places", "gpu": gpu} | fields
 
 
 def choice(cluster: dict[str, Any], *with_token: int, prompt: int) -> str:
@@ -96,16 +102,93 @@ def test_a_measured_prefill_decides_and_a_tie_is_recomputed() -> None:
     ],
 )
 def test_places_are_granted_between_iterations(path: str, rate: float, with_token: tuple[int, ...], expected: str) -> None:
-    assert choice(network(rate, 1 / 32) | {"kv_path": path}, *with_token, prompt=10) == expected
+    assert choice(places(rate, 1 / 32, kv_path=path), *with_token, prompt=10) == expected
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(52_428_801, "copy"), (52_428_800, "recompute")])
-def test_what_comes_from_the_queue_is_waited_for(rate: float, expected: str) -> None:
+LAYER = 16_383 * 2_048  # bytes of KV of a prompt of 16,383 tokens in each of 16 layers
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "rate", "latency_s", "prompt", "expected"),
+    [
+        # Requests 4 and 5 have 16,383 tokens of KV, whose prefill takes 4 x 5/128 s, 19/128 s longer than a decode: 38/128 s for
+        # both that run there. Their 8 layers go in as many parts as places have room for: all at once, or further grants wait for
+        # 5/128 s each, beside 7.5/128 s for the first: at most 6 of them.
+        (0, 0, 1e18, 0.0, 16_383, "copy"),
+        (8, LAYER, 1e18, 0.0, 16_383, "copy"),
+        (2, LAYER, 1e18, 0.0, 16_383, "copy"),  # 4 times 2
+        (1, LAYER, 1e18, 0.0, 16_383, "recompute"),  # 8 times 1
+        (1, 2 * LAYER, 1e18, 0.0, 16_383, "copy"),  # 4 times 1
+        (1, 2 * LAYER - 1, 1e18, 0.0, 16_383, "recompute"),
+        (1, 3 * LAYER, 1e18, 0.0, 16_383, "copy"),
+        (1, 8 * LAYER, 1e18, 0.0, 16_383, "copy"),
+        # A fifth iteration for 4,096 tokens more: 48/128 s. The link's time t, 3/128 s for its latency, 7.5/128 s, and, with one
+        # place, 7 times 5/128 s: t + 45.5/128 s.
+        (1, 20_479 * 2_048, 17.3e9, 3 / 128, 20_479, "copy"),  # t: 2.48/128 s
+        (1, 20_479 * 2_048, 17.0e9, 3 / 128, 20_479, "recompute"),  # 2.53/128 s
+        # With two, 3 times what the other one's part, t/8, leaves of 5/128 s: 5/8 t + 25.5/128 s.
+        (2, 20_479 * 2_048, 1.20e9, 3 / 128, 20_479, "copy"),  # t: 35.8/128 s
+        (2, 20_479 * 2_048, 1.19e9, 3 / 128, 20_479, "recompute"),  # 36.1/128 s
+        # Four keep such a link busy: t + 10.5/128 s.
+        (4, 20_479 * 2_048, 1.15e9, 3 / 128, 20_479, "copy"),  # t: 37.3/128 s
+        (4, 20_479 * 2_048, 1.14e9, 3 / 128, 20_479, "recompute"),  # 37.7/128 s
+    ],
+)
+def test_places_are_granted_anew_once_they_are_read(
+    number: int, size: int, rate: float, latency_s: float, prompt: int, expected: str
+) -> None:
+    cluster = places(rate, 1 / 32, kv_places=number, kv_place_bytes=size, link_latency_s=latency_s)
+    assert choice(cluster, 4, 5, prompt=prompt) == expected
+
+
+@pytest.mark.parametrize(("latency_s", "expected"), [(6 / 128, "copy"), (8 / 128, "recompute")])
+def test_both_ends_of_a_grant_may_be_busy(latency_s: float, expected: str) -> None:
+    """Request 6 alone has no token: node 2, which gets the KV of 4 and sends that of 5 and 7, has an iteration of 5/128 s.
+
+    Node 3 has none. Two places: 3 further rounds of grants for 4, 7 for 5 and 7. So 4 waits for 5/128 and 15/128 s, each of the
+    others for 2.5/128 and 35/128 s, all three for the latency: 95/128 s and that. Prefills take 2 x 19/128 and 2 x 39/128 s more
+    than decodes.
+    """
+    cluster = places(1e18, 1 / 32, kv_places=2, kv_place_bytes=LAYER, link_latency_s=latency_s)
+    assert choice(cluster, 4, 5, 7, prompt=16_383) == expected
+
+
+@pytest.mark.parametrize(
+    ("with_token", "slow", "rate", "expected"),
+    [
+        # A token of each node's requests is 16,384 bytes, of two prompts of 10 tokens 327,680. Memory reads and writes half of
+        # its data sheet's rate. All have KV: nothing runs, and the others take 1/32 s longer. All of 3 copies, each a read and a
+        # write: 1,966,080 bytes, for both nodes alike.
+        (ALL, (2, 3), 125_829_120, "recompute"),
+        (ALL, (2, 3), 125_829_121, "copy"),
+        # Node 2's memory alone: 2 of them wait for its 4 reads and writes, 2 for its 2; half of it each in the mean.
+        (ALL, (2,), 62_914_560, "recompute"),
+        (ALL, (2,), 62_914_561, "copy"),
+        # One that waits, 1/256 s less than two that run: see above. Node 2 gets 163,840 bytes, or sends them.
+        ((4,), (2,), 335_544_320, "recompute"),
+        ((4,), (2,), 335_544_321, "copy"),
+        ((5,), (2,), 167_772_160, "recompute"),
+        ((5,), (2,), 167_772_161, "copy"),
+    ],
+)
+def test_copies_in_memory_take_time(with_token: tuple[int, ...], slow: tuple[int, ...], rate: float, expected: str) -> None:
+    gpu = replace(small_cluster().gpu, hbm_bytes_per_s=rate)
+    cluster = places(1e18, 1 / 32, overrides=(NodeOverride(nodes=slow, gpu=gpu),))
+    assert choice(cluster, *with_token, prompt=10) == expected
+    assert choice(cluster | {"kv_path": "network"}, *with_token, prompt=10) == "copy", "simulated KV is in no memory"
+
+
+@pytest.mark.parametrize(
+    ("rate", "number", "expected"), [(52_428_801, 8, "copy"), (52_428_800, 8, "recompute"), (1e18, 7, "recompute")]
+)
+def test_what_comes_from_the_queue_is_waited_for(rate: float, number: int, expected: str) -> None:
     """Request 8 comes to node 3 at once, where 5 goes on alone: its prefill keeps the KV of 5, and that for node 2, waiting.
 
     Two requests wait for 327,680 bytes and half a prefill of 5/128 s, one for 163,840 bytes and two halves, against 12/128 s.
+    Node 2's come in 8 parts: if one more has to wait until node 3 reads its grant, that is another 5/128 s for two.
     """
-    world = pipelined(kv="cheapest", cluster=network(rate, 1 / 32) | {"kv_path": "places"}, prompt=10)
+    at = {"kv_places": number, "kv_place_bytes": 40_960}
+    world = pipelined(kv="cheapest", cluster=places(rate, 1 / 32, **at), prompt=10)
     world.first_token(*ALL)
     (pipeline,) = (each for each in world.plane.fleet.instances.values() if each.is_pipeline)
     pipeline.open = False
@@ -212,6 +295,24 @@ def reshaped(cluster: dict[str, Any], *with_token: int, kv: str = "cheapest") ->
 )
 def test_the_way_at_a_moved_boundary(rate: float, with_token: tuple[int, ...], expected: str) -> None:
     assert reshaped(network(rate), *with_token) == expected
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(332e6, "recompute"), (341e6, "copy")])
+def test_a_moved_boundary_s_copies_take_time_in_memory(rate: float, expected: str) -> None:
+    """1.69 MB, thrice copied, at half of the rate, against two prefills of 5/128 s, the second of which waits for node 0.
+
+    That has 74.2 % of the blocks, and the decode is 1/128 s less: 60.2 ms. Nothing of the instance runs meanwhile.
+    """
+    gpu = replace(small_cluster().gpu, hbm_bytes_per_s=rate)
+    assert reshaped(places(1e18, 1 / 32, gpu=gpu), 0, 1) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "number", "size"), [("places", 0, 5), ("places", 5, 0), ("places", -1, -1), ("network", 1, 1), ("messages", 1, 1)]
+)
+def test_places_that_nobody_can_write_to_are_refused(path: Any, number: int, size: int) -> None:
+    with pytest.raises(UserError, match=r"cluster\.kv_places"):
+        replace(small_cluster(), kv_path=path, kv_places=number, kv_place_bytes=size)
 
 
 def test_a_moved_boundary_recomputes_where_kv_goes_in_messages() -> None:

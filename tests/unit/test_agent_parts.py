@@ -233,7 +233,8 @@ def test_places_for_kv(changes: dict[str, Any], kv_bytes_per_token: int, expecte
     gpu_bytes = changes.pop("gpu", 80 * 10**9)
     spec, architecture = SimpleNamespace(kv_bytes_per_token=kv_bytes_per_token), SimpleNamespace(layers=32)
     model: Any = SimpleNamespace(spec=spec, architecture=architecture)
-    assert LiveConfig(slot_tokens=1024, **changes)._kv_places([("m", model)], system, nodes, gpu_bytes) == expected
+    memory = LiveConfig(slot_tokens=1024, **changes).memory([("m", model)], cast(Any, system), nodes)
+    assert memory.kv_places(gpu_bytes) == expected
 
 
 @pytest.mark.parametrize(("rate", "remote"), [("0", None), ("2MB/s", 2e6)])

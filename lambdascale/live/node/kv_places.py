@@ -20,6 +20,7 @@ from itertools import count
 import torch
 
 from lambdascale.core import NodeId
+from lambdascale.core.kv_path import layers_of_part
 from lambdascale.live import wire
 from lambdascale.live.node.instance import Instance, SlotData
 from lambdascale.live.node.memory import at_rest, copy_of, to_bytes
@@ -141,7 +142,7 @@ class KvSender:
 
     def parts(self, runner: Runner, layers: range, slot: int, tokens: int, message: Message) -> Iterator[Part]:
         """Yield a slot's KV in parts of as many layers as fit into a place."""
-        step = self._place_bytes // (tokens * runner.kv_bytes) or len(layers)
+        step = layers_of_part(self._place_bytes, tokens * runner.kv_bytes) or len(layers)
         for first in range(0, len(layers), step):
             yield Part(runner, layers[first : first + step], slot, tokens, message)
 
