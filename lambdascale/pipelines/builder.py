@@ -13,12 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice, repeat, zip_longest
+from typing import Literal
 
 from lambdascale.core import FormRule, MulticastPlan, NodeId, PipelinePlan, PlanError, Stage, SwitchRule
 from lambdascale.core.checks import check_types, require
 from lambdascale.multicast import arrival_rounds
 from lambdascale.pipelines.costs import IN_ROUNDS, Costs
 
+# "cheapest": predicted for each set of nodes, see ComplementaryPipelines.
+LeaveRule = Literal["all", "each", "cheapest"]
 _Arrivals = Mapping[NodeId, Mapping[int, int]]
 _Late = Mapping[NodeId, tuple[int, ...]]  # the round of each block
 _Cut = tuple[int, int, int]  # index of a node, first block, last block
@@ -54,12 +57,15 @@ class ComplementaryPipelines:
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
     when "all" its nodes hold the whole model, or "each" leaves when it does, if the others can go on without it: they hold the
     model together and bring the running requests that they keep to a token before the next of them is complete. Otherwise it
-    leaves when the complete nodes have places for all running requests.
+    leaves when the complete nodes have places for all running requests. With "cheapest" a pipeline lasts
+    as with "all", but is chosen by what it saves against each node's serving alone once that node is complete: one that is
+    complete early is joined to late ones only where tokens come so much sooner. "all" and "each" are chosen as if no node could
+    serve alone before the mode switch, of the last node or the first.
     """
 
     max_stages: int = 8
     form: FormRule = "useful"
-    switch: SwitchRule = "each"
+    switch: LeaveRule = "each"
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -91,18 +97,27 @@ class ComplementaryPipelines:
 
     def _joint(self, nodes: Sequence[NodeId], late: _Late, costs: Costs, batch: int) -> tuple[float, list[PipelinePlan]]:
         """Return the seconds saved by the best pipeline of all ``nodes``, and that pipeline, if any is useful."""
-        rows = tuple(late[node] for node in nodes)
-        complete = [max(row) for row in rows]
-        end_s = costs.round_s * (max(complete) if self.switch == "all" else min(complete))
+        alone_from_s = self._alone_from_s(nodes, late, costs)
+        every_s = sorted(alone_from_s.values())
+        switch: SwitchRule = "each" if self.switch == "each" else "all"
         best, saved = None, 0.0
-        for ready, cuts in _divisions(rows):
-            if best is not None and costs.most_saved_s(len(nodes), costs.round_s * ready, end_s, batch) <= saved:
+        for ready, cuts in _divisions(tuple(late[node] for node in nodes)):
+            if best is not None and costs.most_saved_s(every_s, costs.round_s * ready, batch) <= saved:
                 break
             stages = tuple([Stage(nodes[index], first, last) for index, first, last in cuts])
-            saves = costs.saved_s(stages, costs.round_s * ready, end_s, batch)
+            alone = sorted([alone_from_s[node] for node in {stage.node for stage in stages}])
+            saves = costs.saved_s(stages, costs.round_s * ready, alone, batch)
             if saves > saved or (best is None and self.form == "always"):
-                best, saved = PipelinePlan(ready, stages, self.form, self.switch), saves
+                best, saved = PipelinePlan(ready, stages, self.form, switch), max(saves, 0.0)
         return saved, [] if best is None else [best]
+
+    def _alone_from_s(self, nodes: Sequence[NodeId], late: _Late, costs: Costs) -> dict[NodeId, float]:
+        """Return the seconds from which each node would serve alone, without a pipeline: see ``switch``."""
+        complete = {node: costs.round_s * max(late[node]) for node in nodes}
+        if self.switch == "cheapest":
+            return complete
+        same = max(complete.values()) if self.switch == "all" else min(complete.values())
+        return dict.fromkeys(nodes, same)
 
     def _sets(self, plan: MulticastPlan) -> list[list[NodeId]]:
         """Disjoint sets of destinations, taken evenly from the sub-groups."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 
 from msgspec import Struct
 
@@ -63,25 +62,25 @@ class Costs(Struct, frozen=True, kw_only=True):
         fitting = (batch for batch in range(len(self.batch_s), 0, -1) if self.last_s(stages, batch) <= left_s)
         return nodes * next(fitting, 0)
 
-    def saved_s(self, stages: Sequence[Stage], ready_s: float, end_s: float, batch: int) -> float:
-        """Seconds of waiting that a pipeline saves a batch of requests for each of its nodes, until its mode switch at ``end_s``.
+    def saved_s(self, stages: Sequence[Stage], ready_s: float, alone_from_s: Sequence[float], batch: int) -> float:
+        """Seconds of waiting that a pipeline saves a batch of requests for each of its nodes.
 
-        It begins at ``ready_s``; without it each node begins its batch at ``end_s``. Batches without a token by then count
-        nothing: they begin anew.
+        It begins at ``ready_s``, and its mode switch is at the last of ``alone_from_s``: the times, in order, at which without it
+        each of its nodes would begin a batch alone. Batches without a token by the mode switch begin anew then.
         """
-        nodes = len({stage.node for stage in stages})
-        first, period = ready_s + self.pass_s(stages, batch), self.period_s(stages, batch)
-        otherwise = end_s + self.alone_s(batch)
-        tokens = (first + index * period for index in range(nodes))
-        return batch * sum(otherwise - at for at in tokens if at <= end_s)
+        first, period, alone = ready_s + self.pass_s(stages, batch), self.period_s(stages, batch), self.alone_s(batch)
+        end_s = alone_from_s[-1]
+        tokens = (first + index * period for index in range(len(alone_from_s)))
+        pairs = zip(alone_from_s, tokens, strict=True)
+        return batch * sum(from_s + alone - (at if at <= end_s else end_s + alone) for from_s, at in pairs)
 
-    def most_saved_s(self, nodes: int, ready_s: float, end_s: float, batch: int) -> float:
-        """Bound ``saved_s`` of every pipeline of ``nodes`` nodes at ``ready_s`` or later: as if one pass brought all tokens.
+    def most_saved_s(self, alone_from_s: Sequence[float], ready_s: float, batch: int) -> float:
+        """Bound ``saved_s`` of every pipeline at ``ready_s`` or later on some of these nodes: as if one pass brought all tokens.
 
         No pipeline has fewer than two stages. Rounded as ``saved_s`` is, so that no rounding makes the bound too low.
         """
-        first = ready_s + (2 * self.overhead_s + self.batch_s[batch - 1] + 2 * self.hop_s[batch - 1])
-        return batch * sum(repeat(end_s + self.alone_s(batch) - first, nodes))
+        first, alone = ready_s + (2 * self.overhead_s + self.batch_s[batch - 1] + 2 * self.hop_s[batch - 1]), self.alone_s(batch)
+        return batch * sum(max(0.0, from_s + alone - first) for from_s in alone_from_s)
 
 
 IN_ROUNDS = Costs()

@@ -64,7 +64,21 @@ def test_a_pipeline_gets_what_it_can_bring_to_first_tokens(requests: int, left_s
     ],
 )
 def test_waiting_saved_until_the_mode_switch(ready_s: float, end_s: float, saved: float) -> None:
-    assert TIMES.saved_s(TWO, ready_s, end_s, 2) == pytest.approx(saved)
+    assert TIMES.saved_s(TWO, ready_s, (end_s, end_s), 2) == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("alone_from_s", "saved"),
+    [
+        # Tokens at 6 and 8.5; alone the nodes would have theirs 4.5 after they are complete.
+        ((2.0, 10.0), 2 * (0.5 + 6.0)),
+        ((1.0, 10.0), 2 * (-0.5 + 6.0)),  # the early node loses
+        ((2.0, 8.0), 2 * (0.5 + 0.0)),  # the second batch is too late and begins anew
+        ((2.0, 5.0), 2 * (6.5 - 9.5)),  # both do: the early node has waited for nothing
+    ],
+)
+def test_waiting_saved_against_nodes_that_serve_alone_once_complete(alone_from_s: tuple[float, float], saved: float) -> None:
+    assert TIMES.saved_s(TWO, 0.0, alone_from_s, 2) == pytest.approx(saved)
 
 
 # In turn after 4 rounds, one stage each after 5, complete after 8.
@@ -114,7 +128,7 @@ def test_nodes_are_ordered_by_what_they_hold_so_that_each_has_one_stage() -> Non
     assert divide({1: {2, 3, 4, 5}, 2: {0, 1}}, 6) == (Stage(2, 0, 1), Stage(1, 2, 5))
 
 
-@pytest.mark.parametrize(("switch", "expected"), [("all", ["2 1:0-1 2:2-3"]), ("each", [])])
+@pytest.mark.parametrize(("switch", "expected"), [("all", ["2 1:0-1 2:2-3"]), ("each", []), ("cheapest", ["2 1:0-1 2:2-3"])])
 def test_a_pipeline_lasts_until_all_its_nodes_are_complete_or_the_first_one(switch: str, expected: list[str]) -> None:
     """A pass takes three rounds from round 2 on; node 1 is complete after round 4, node 2 after round 8."""
     pairs = {1: [(1, 0), (2, 2)], 2: [(1, 1), (2, 3)], 3: [(1, 2)], 4: [(1, 3)], 7: [(2, 0)], 8: [(2, 1)]}
@@ -124,6 +138,28 @@ def test_a_pipeline_lasts_until_all_its_nodes_are_complete_or_the_first_one(swit
     )
     builder = ComplementaryPipelines(switch=switch)  # type: ignore[arg-type]  # a parameter's type is any text
     assert shown(builder.pipelines(plan, (), Costs(batch_s=(3.0,)))) == expected
+
+
+TWO_PIPELINES = ["2 1:0-1 2:2-3", "4 3:0-1 4:2-3"]
+
+
+@pytest.mark.parametrize(
+    ("switch", "expected"),
+    [("all", ["2 1:0-0 1:1-1 2:2-2 2:3-3"]), ("each", TWO_PIPELINES), ("cheapest", TWO_PIPELINES)],
+)
+def test_early_nodes_are_not_counted_as_late_as_those_beside_them(switch: str, expected: list[str]) -> None:
+    """Nodes 1 and 2 are complete after round 3, nodes 3 and 4 after 12: these gain most, in a pipeline of their own.
+
+    Mutations: the last node's time for all, stages or not; the nodes without a stage counted as well.
+    """
+    late = {1: (1, 2, 3, 3), 2: (3, 3, 1, 2), 3: (2, 4, 12, 12), 4: (12, 12, 2, 4)}
+    sends = [[Send(0, node, block) for node in late for block in range(4) if late[node][block] == r] for r in range(1, 13)]
+    orders = [sorted(range(4), key=rounds.__getitem__) for rounds in late.values()]
+    plan = structs.replace(by_arrivals(*orders), rounds=tuple(map(tuple, sends)))
+    builder = ComplementaryPipelines(switch=switch)  # type: ignore[arg-type]  # a parameter's type is any text
+    found = builder.pipelines(plan)
+    assert shown(found) == expected
+    assert {p.switch for p in found} == {"each" if switch == "each" else "all"}
 
 
 @pytest.mark.parametrize(("requests", "batch"), [(1, 1), (2, 1), (3, 2), (4, 2), (9, 4), (0, 1)])
@@ -222,8 +258,9 @@ def trio(*, prompt: int = 10, **settings: Any) -> World:
     return world
 
 
-def test_all_nodes_switch_together() -> None:
-    world = trio(switch="all")
+@pytest.mark.parametrize("switch", ["all", "cheapest"])
+def test_all_nodes_switch_together(switch: str) -> None:
+    world = trio(switch=switch)
     assert world.block(1, 3, 0) + world.block(0, 1, 2, 3) == []
     assert world.block(2, 0, 1) == [
         *["serve i2 0", "serve i3 1", "serve i4 2"],

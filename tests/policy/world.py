@@ -65,7 +65,7 @@ _KEYS = {
     "kv": "system.kv",
     "order": "system.start.planner.order",
     "form": "+system.start.pipelines.form",
-    "switch": "+system.start.pipelines.switch",
+    "switch": "++system.start.pipelines.switch",
     "blocks": "system.blocks",
     "max_batch": "system.batching.max_batch",
     "mode": "system.batching.mode",

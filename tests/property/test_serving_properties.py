@@ -17,6 +17,7 @@ SYSTEMS = (
     ("lambdascale", {"form": "useful", "switch": "all"}),
     ("lambdascale", {"form": "useful", "switch": "each"}),
     ("lambdascale_tuned", {"form": "always", "switch": "each"}),
+    ("lambdascale_tuned", {"form": "useful", "switch": "cheapest"}),
     ("faasnet", {}),
     ("nccl_broadcast", {}),
     ("serverlessllm", {}),
