@@ -111,7 +111,7 @@ LOADER = Cause(
 OVERLOAD = Cause(
     run="overload",
     sentence=(
-        "Six nodes at 9 s a request queue on this trace. Without: gaps stretched four times, so that hardly any request waits "
+        "Loads that take seconds meet on six nodes here. Without: gaps stretched four times, so that hardly any request waits "
         "for another."
     ),
 )
