@@ -37,8 +37,19 @@ LONGEST = (
 )
 
 
+# Marks of tests that CI runs apart from the others, in files that it finds by this text.
+APART = {mark: f"pytest.mark.{mark}" for mark in ("live", "rdma")}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first; the others, and the tests of each file, in their order."""
+    """Run the longest files first; the others, and the tests of each file, in their order.
+
+    UsageError for a file whose tests CI would not find.
+    """
+    marked = {(item.path, mark) for item in items for mark in APART if item.get_closest_marker(mark)}
+    hidden = sorted(str(path) for path, mark in marked if APART[mark] not in path.read_text())
+    if hidden:
+        raise pytest.UsageError(f"write pytest.mark.live or pytest.mark.rdma out, so that .ci/run finds {', '.join(hidden)}")
     folder = Path(__file__).parent
     ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))

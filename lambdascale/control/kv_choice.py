@@ -22,8 +22,7 @@ class KvChoice:
 
     A copy keeps those waiting whose KV is on its way: see KvCopies. Where KV would go in messages, whose rate is not known, it is
     recomputed. A recomputation keeps everything waiting that runs on its node, by as much as it takes longer than a decode: like
-    that it ends with a token.
-    Ties are recomputed, which needs nothing of the network.
+    that it ends with a token. Ties are recomputed, which needs nothing of the network.
 
     Contexts count with the tokens that the control plane has heard of: backends report a request's first token, and need not
     report later ones. Both ways take longer in proportion to those. Requests without a token are prefilled either way.

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 MOST = 4
 
 
-class Copies:
+class BoundedCopies:
     """Copies in ``stream`` (None: on a CPU, where each is complete at once), at most ``most`` under way. Thread-safe.
 
     A GPU does the copies of one direction one after the other, whatever streams they are in. The few bytes that every iteration

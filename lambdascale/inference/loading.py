@@ -19,7 +19,7 @@ from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.safetensors_file import ALIGNMENT
 from lambdascale.core import UserError
 from lambdascale.inference import devices
-from lambdascale.inference.copies import Copies
+from lambdascale.inference.copies import BoundedCopies
 from lambdascale.inference.reader import ChecksumError, ChunkReader, Parts
 from lambdascale.inference.residency import Key, Residency, StoreTier
 from lambdascale.inference.staging import Staging
@@ -145,7 +145,7 @@ class Loader:
         self._tiers, self._lock, self._device, self._reader, self._verify = tiers, lock, device, reader, verify
         self._digest = digest
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)
-        self._copies = Copies(device, self._stream)
+        self._copies = BoundedCopies(device, self._stream)
         self._staging = None
         if device.type != "cpu" if staged is None else staged:
             self._staging = Staging(device, self._stream, 2 * reader.threads, reader.chunk_bytes)

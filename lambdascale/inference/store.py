@@ -19,7 +19,7 @@ from lambdascale.core import parse_size
 from lambdascale.core.checks import check_types, require
 from lambdascale.inference import devices
 from lambdascale.inference.arena import Arena
-from lambdascale.inference.copies import Copies
+from lambdascale.inference.copies import BoundedCopies
 from lambdascale.inference.digest import block_digest
 from lambdascale.inference.loading import BlockError, Load, Loader, OnBlock
 from lambdascale.inference.reader import ChunkReader, Direct
@@ -90,7 +90,7 @@ class BlockStore:
         # A stream of their own, so that digests do not wait for what the default stream computes.
         self._digests = torch.cuda.Stream(self.device) if self.device.type != "cpu" else None
         # Copies to host memory, likewise, in pieces.
-        self._down = Copies(self.device, torch.cuda.Stream(self.device) if self.device.type != "cpu" else None)
+        self._down = BoundedCopies(self.device, torch.cuda.Stream(self.device) if self.device.type != "cpu" else None)
         given = {self.landing_tier: landing}
         host = Arena(int(config.host_bytes), torch.device("cpu"), "a host arena", given.get("host"))
         device = Arena(int(config.device_bytes), self.device, "a device arena", given.get("gpu"))

@@ -57,10 +57,10 @@ class ComplementaryPipelines:
     such a pipeline gets only as many requests as it can bring to their first tokens by then. ``switch``: a pipeline dissolves
     when "all" its nodes hold the whole model, or "each" leaves when it does, if the others can go on without it: they hold the
     model together and bring the running requests that they keep to a token before the next of them is complete. Otherwise it
-    leaves when the complete nodes have places for all running requests. With "cheapest" a pipeline lasts
-    as with "all", but is chosen by what it saves against each node's serving alone once that node is complete: one that is
-    complete early is joined to late ones only where tokens come so much sooner. "all" and "each" are chosen as if no node could
-    serve alone before the mode switch, of the last node or the first.
+    leaves when the complete nodes have places for all running requests. With "cheapest" a pipeline lasts as with "all", but is
+    chosen by what it saves against each node's serving alone once that node is complete: one that is complete early is joined to
+    late ones only where tokens come so much sooner. "all" and "each" are chosen as if no node could serve alone before the mode
+    switch, of the last node or the first.
     """
 
     max_stages: int = 8

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lambdascale.inference import devices
-from lambdascale.inference.copies import Copies
+from lambdascale.inference.copies import BoundedCopies
 
 
 class Event:
@@ -40,7 +40,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_copy_begins_once_fewer_than_the_most_are_under_way(log: list[str]) -> None:
     """Mutation: all copies of a model queued at once, before the token ids of an iteration."""
-    down = Copies(torch.device("cuda", 0), object(), most=2)
+    down = BoundedCopies(torch.device("cuda", 0), object(), most=2)
     for number in range(3):
         down.start(torch.zeros(1), torch.full((1,), float(number)))
     # Events that nothing was recorded behind are complete.
@@ -50,7 +50,7 @@ def test_a_copy_begins_once_fewer_than_the_most_are_under_way(log: list[str]) ->
 
 
 def test_a_copy_that_fails_leaves_its_turn_to_others(log: list[str]) -> None:
-    down = Copies(torch.device("cuda", 0), object(), most=1)
+    down = BoundedCopies(torch.device("cuda", 0), object(), most=1)
     with pytest.raises(RuntimeError):
         down.start(torch.zeros(2), torch.zeros(3))
     down.start(torch.zeros(2), torch.ones(2))
@@ -59,7 +59,7 @@ def test_a_copy_that_fails_leaves_its_turn_to_others(log: list[str]) -> None:
 
 def test_on_a_cpu_a_copy_is_complete_at_once() -> None:
     target = torch.zeros(3)
-    copy = Copies(torch.device("cpu"), None)
+    copy = BoundedCopies(torch.device("cpu"), None)
     copy.start(target, torch.ones(3))
     assert target.tolist() == [1.0, 1.0, 1.0]
     copy.wait()
