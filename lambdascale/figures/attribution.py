@@ -19,8 +19,8 @@ _STEPS = {
     "pipelines": "+ execution pipelines",
     "host_sources": "+ host copies as sources",
     "eager": "+ eager data plane",
-    "lambdascale_tuned": "+ copies loaded where faster",
-    "lambdascale": "or: loaded always (paper)",
+    "lambdascale_tuned": "+ rules of lambdascale_tuned",
+    "lambdascale": "or: the paper's rules",
 }
 _MEASURES = (("ttft_p90_s", "P90 TTFT [s]"), ("gpu_seconds", "GPU time [s]"))
 # End of the name of a trace's class -> its title.
