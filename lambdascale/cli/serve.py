@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lambdascale.core import ClusterSpec, UserError, parse_rate
+from lambdascale.core import ClusterSpec, UserError, parse_rate, parse_size
 from lambdascale.live.forkserver import prepare
 from lambdascale.live.serving.options import KEY_VARIABLE, HttpOptions, bind, read_keys
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lambdascale.control import SystemConfig
     from lambdascale.live.config import LiveConfig
 
-# Rates and memory that limit nothing.
+# Rates and memory that limit nothing. A GPU's memory does: the smallest's, if this machine has any.
 _FAST, _PLENTY = "1TB/s", "1TiB"
 
 
@@ -274,7 +274,7 @@ def _as_run(arguments: argparse.Namespace, config: LiveConfig, model: str, block
         run = compose([*chosen, "backend=live", "name=serve", *_settings(arguments), *arguments.overrides])
     with open_dict(run):
         run.model.name, run.system.blocks, run.out = model, blocks, str(arguments.record)
-        for group, changes in (("cluster", _rates(arguments)), ("cluster.gpu", {"memory_bytes": _PLENTY})):
+        for group, changes in (("cluster", _rates(arguments)), ("cluster.gpu", {"memory_bytes": _gpu_bytes(arguments)})):
             for name, value in changes.items():
                 OmegaConf.update(run, f"{group}.{name}", value)
         for field in fields(config):
@@ -329,8 +329,16 @@ def _cluster(arguments: argparse.Namespace) -> ClusterSpec:
     from lambdascale.experiments.compose import compose
 
     cluster = instantiate(compose(["cluster=desk"]).cluster, _convert_="all")
-    changed: ClusterSpec = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=_PLENTY), **_rates(arguments))
+    changed: ClusterSpec = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=_gpu_bytes(arguments)), **_rates(arguments))
     return changed
+
+
+def _gpu_bytes(arguments: argparse.Namespace) -> int:
+    """Return the memory of a node's GPU. Not limited for nodes on CPUs, and on other machines than this one."""
+    from lambdascale.transport.cuda import gpu_sizes
+
+    sizes = gpu_sizes() if arguments.device == "cuda" and arguments.launcher == "local" else []
+    return min(sizes, default=parse_size(_PLENTY))
 
 
 def _rates(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -178,7 +178,8 @@ class LiveConfig:
                 if 0 < (room := kind.kv_tokens(model.spec)) < slots * self.slot_tokens:
                     raise CapacityError(
                         f"a replica's {slots} slots of {self.slot_tokens} tokens are more KV than a GPU of {cluster.name} has "
-                        f"room for, {room} tokens of {name}: lower system.batching.max_batch or backend.slot_tokens"
+                        f"room for, {room} tokens of {name}: lower system.batching.max_batch or backend.slot_tokens (serve: "
+                        "--slot-tokens)"
                     )
 
     def build(

@@ -41,6 +41,9 @@ class FakeCuda:
     def _cuDeviceGetCount(self, count: Any) -> None:
         count._obj.value = self.devices
 
+    def _cuDeviceTotalMem(self, size: Any, device: Any) -> None:
+        size._obj.value = self.capacity
+
     def _cuGetErrorString(self, status: Any, text: Any) -> None:
         text._obj.value = b"status %d of a fake" % status.value
 

@@ -47,15 +47,29 @@ class IpcHandle(ctypes.Structure):
     _fields_ = (("reserved", c_ubyte * HANDLE_BYTES),)
 
 
-def count_gpus() -> int:
-    """Number of GPUs that CUDA lets this process use, 0 without CUDA. Needs no torch, which takes seconds to import."""
+def gpu_sizes() -> list[int]:
+    """Bytes of memory of each GPU that CUDA lets this process use, none without CUDA.
+
+    Needs no torch, which takes seconds to import.
+    """
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0
-    count = c_int()
-    found = library.cuInit(c_uint(0)) == 0 and library.cuDeviceGetCount(byref(count)) == 0
-    return count.value if found else 0
+        return []
+    count, device, size = c_int(), c_int(), c_size_t()
+    if library.cuInit(c_uint(0)) or library.cuDeviceGetCount(byref(count)):
+        return []
+    sizes = []
+    for ordinal in range(count.value):
+        if library.cuDeviceGet(byref(device), c_int(ordinal)) or library.cuDeviceTotalMem_v2(byref(size), device):
+            return []
+        sizes.append(size.value)
+    return sizes
+
+
+def count_gpus() -> int:
+    """Number of GPUs that CUDA lets this process use, 0 without CUDA."""
+    return len(gpu_sizes())
 
 
 @cache

@@ -110,9 +110,10 @@ class TestCuts:
 
     @staticmethod
     def ends(driver: FakeCuda) -> tuple[Node, Node]:
-        heard = [Heard(), Heard()]
+        """Two connected nodes, each with a driver of its own, ``driver`` that of the first, node 1."""
         two, one = (
-            Node(CudaIpcEndpoint(node, each.handlers(), KEY, gpu=Gpu(0, driver)), each, 1000) for node, each in enumerate(heard)
+            Node(CudaIpcEndpoint(node, heard.handlers(), KEY, gpu=Gpu(0, own)), heard, 1000)
+            for node, (heard, own) in enumerate([(Heard(), FakeCuda()), (Heard(), driver)])
         )
         one.endpoint.connect(0, two.endpoint.address)
         return one, two
@@ -241,11 +242,13 @@ class TestDriver:
             Gpu(2, FakeCuda(devices=2))
 
     def test_gpus_are_counted_without_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        driver = FakeCuda(devices=3)
+        driver = FakeCuda(devices=3, capacity=80 << 30)
         monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: driver)
         assert cuda.count_gpus() == 3
-        driver.failing["cuInit"] = 100
-        assert cuda.count_gpus() == 0
+        assert cuda.gpu_sizes() == [80 << 30] * 3
+        for function in ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceTotalMem_v2"):
+            driver.failing = {function: 100}
+            assert cuda.count_gpus() == 0
 
     def test_no_room(self) -> None:
         gpu = Gpu(0, FakeCuda(capacity=4 << 20))

@@ -183,7 +183,8 @@ class TestStrangers:
 
 
 @pytest.mark.live
-def test_a_killed_process_is_noticed_within_two_seconds() -> None:
+def test_a_killed_process_is_noticed() -> None:
+    """Its peer hears of it in the middle of a write."""
     code = (
         "import sys, time\n"
         "from lambdascale.testing.transports import Heard\n"
@@ -202,9 +203,7 @@ def test_a_killed_process_is_noticed_within_two_seconds() -> None:
         future = endpoint.write(0, memoryview(bytes(1 << 28)), 0, 1)
         time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
-        begin = time.monotonic()
         heard.wait(lambda heard: bool(heard.lost))
-        assert time.monotonic() - begin < 2
         with pytest.raises(TransportError):
             future.result(5)
         endpoint.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lambdascale.cli.serve import _system
+from lambdascale.cli.serve import _cluster, _system
 from lambdascale.control import SystemConfig
 from lambdascale.core import UserError
 from lambdascale.core.commands import Serve, StopInstance
@@ -21,10 +21,29 @@ from lambdascale.live.config import LiveConfig
 from lambdascale.live.serving.options import HttpOptions
 from lambdascale.live.serving.server import Service, _Server, window_of
 from lambdascale.live.serving.state import ClusterState
+from lambdascale.transport import cuda
 
 
 def system(choice: str | Path, *overrides: str) -> SystemConfig:
     return _system(argparse.Namespace(system=str(choice), min_nodes=1, keep_alive=7.0, overrides=list(overrides)), 8)
+
+
+@pytest.mark.parametrize(
+    ("device", "launcher", "sizes", "memory"),
+    [
+        ("cuda", "local", [80 << 30, 24 << 30], 24 << 30),
+        ("cuda", "local", [], 1 << 40),
+        ("cuda", "ray", [24 << 30], 1 << 40),
+        ("cpu", "local", [24 << 30], 1 << 40),
+    ],
+    ids=["the smallest GPU's", "no GPU: its nodes will say so", "GPUs of other machines", "none is used"],
+)
+def test_memory_that_decisions_count_on(
+    device: str, launcher: str, sizes: list[int], memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "gpu_sizes", lambda: sizes)
+    arguments = argparse.Namespace(device=device, launcher=launcher, nodes=2, link=None, disk=None)
+    assert _cluster(arguments).gpu.memory_bytes == memory
 
 
 class TestSystem:
