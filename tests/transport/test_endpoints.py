@@ -184,7 +184,7 @@ class TestStrangers:
 
 @pytest.mark.live
 def test_a_killed_process_is_noticed() -> None:
-    """Its peer hears of it in the middle of a write."""
+    """The peer hears of the loss in the middle of a write."""
     code = (
         "import sys, time\n"
         "from lambdascale.testing.transports import Heard\n"
