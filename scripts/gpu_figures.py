@@ -35,9 +35,8 @@ import pandas as pd
 from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
 from lambdascale.core import UserError
-from lambdascale.experiments.compose import names
 from lambdascale.experiments.gpu_figures import SYSTEMS, Tables, carried_out, curves, errors, orders, pairs
-from lambdascale.experiments.gpu_runs import FigureRun, Site
+from lambdascale.experiments.gpu_runs import FigureRun, Site, profile_of
 
 TRACE = "lambdascale_30min_arrivals.txt"
 # Seconds beyond those expected after which a run is given up.
@@ -116,14 +115,6 @@ def measure(arguments: argparse.Namespace) -> int:
     if left:
         print(f"{len(left)} runs left out for lack of time; the first: {left[0]}")
     return int(failed > 0)
-
-
-def profile_of(card: str) -> str:
-    """Return the measured profile of a card; UserError for an unknown one."""
-    known = [name for name in names("cluster/measured") if name.upper() in card]
-    if not known:
-        raise UserError(f"no profile of {card} in conf/cluster/measured: name one with --profile")
-    return known[0]
 
 
 def wanted(arguments: argparse.Namespace, profile: str, authors: bool) -> Iterator[FigureRun]:

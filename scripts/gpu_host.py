@@ -3,12 +3,12 @@
 python scripts/gpu_host.py [--models 7B,13B,70B] [--groups 2,4,8] [--sources 1,2,4] [--blocks 8,16,32,64] [--repeat 3]
     [--memory /dev/shm] [--device cuda] [--transport cuda_ipc] [--limit-s 540] [--out results/tables]
 
-For 7B and 13B: λScale and FaaSNet with every number of blocks; for all, in 16 blocks, λScale, FaaSNet, NCCL (its communicator
-apart) and nodes that load their own host copies; on eight GPUs the 70B shape in quarters, from a node of four GPUs to another
-whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan at the
-rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and named;
-so is what --limit-s has left no time for. Models of random weights are packed under --memory, which takes 14, 26 and 138 GB,
-and twice that for the time of packing; existing ones are kept. «small» is for rehearsals on CPUs:
+For 7B and 13B: λScale and FaaSNet with every number of blocks; for all, if 16 is one of them, λScale, FaaSNet, NCCL (its
+communicator apart) and nodes that load their own host copies; on eight GPUs the 70B shape in quarters, from a node of four GPUs
+to another whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan
+at the rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and
+named; so is what --limit-s has left no time for. Models of random weights are packed under --memory, which takes 14, 26 and 138
+GB, and twice that for the time of packing; existing ones are kept. «small» is for rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
 
@@ -29,7 +29,7 @@ import torch
 
 from lambdascale.calibration import random_models
 from lambdascale.calibration.multicast_rates import link_rate, planned_s
-from lambdascale.calibration.multicast_runs import Timed, Trial
+from lambdascale.calibration.multicast_runs import OWN_COPIES, Timed, Trial
 from lambdascale.checkpoints import PackedModel, model_spec, parse_architecture
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting, run_trials
@@ -37,7 +37,7 @@ from lambdascale.core import MulticastPlan
 from lambdascale.experiments.gpu_runs import numbers
 from lambdascale.live.forkserver import prepare
 
-ONE_SIDED, OWN = ("lambdascale", "faasnet"), "own copies"
+ONE_SIDED = ("lambdascale", "faasnet")
 USUAL = 16  # blocks of NCCL's and of own copies' rows
 QUARTERS = 4
 # Of a GPU's memory, what its context, digests and places for KV need besides blocks.
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """A packed model, and the clusters that use it one after the other: the systems of each, or OWN."""
+    """A packed model, and the clusters that use it one after the other: the systems of each, or OWN_COPIES."""
 
     model: str
     blocks: int
@@ -65,9 +65,9 @@ class Job:
 
 def jobs(models: list[str], blocks: list[int], gpus: int) -> list[Job]:
     """Return what to pack and run: systems beside each other first, then quarters, then other numbers of blocks."""
-    usual = [Job(model, USUAL, (ONE_SIDED, ("nccl_broadcast",), (OWN,))) for model in models]
+    usual = [Job(model, USUAL, (ONE_SIDED, ("nccl_broadcast",), (OWN_COPIES,))) for model in models if USUAL in blocks]
     others = [Job(model, n, (ONE_SIDED,)) for model in models for n in blocks if n != USUAL and model not in random_models.LARGE]
-    large = [model for model in models if model in random_models.LARGE and gpus == 2 * QUARTERS]
+    large = [model for model in models if model in random_models.LARGE and gpus == 2 * QUARTERS and USUAL in blocks]
     return [*usual, *(Job(model, USUAL, (("lambdascale",),), quarters=True) for model in large), *others]
 
 
@@ -86,7 +86,7 @@ def trials(
         return [(system, Trial(plans, repeat=repeat)) for system in systems]
     found = []
     for system in systems:
-        own = system == OWN
+        own = system == OWN_COPIES
         for k, destinations in groups:
             if own and k > 1:
                 continue  # nobody sends
@@ -133,8 +133,8 @@ def rows_of(job: Job, arguments: argparse.Namespace, gpus: int, model: PackedMod
     names = [f"{model.name}-{index}" for index in range(QUARTERS if job.quarters else 1)]
     groups = sizes(arguments.groups, arguments.sources, gpus)
     for systems in job.clusters:
-        system = systems[0] if systems[0] != OWN else "lambdascale"
-        setting = Setting(system, gpus, arguments.transport, arguments.device, copies=OWN in systems)
+        system = systems[0] if systems[0] != OWN_COPIES else "lambdascale"
+        setting = Setting(system, gpus, arguments.transport, arguments.device, copies=OWN_COPIES in systems)
         planned = trials(job, systems, names, setting, groups, arguments.repeat)
         found, _ = run_trials(setting, dict.fromkeys(names, model), [trial for _, trial in planned])
         for (name, trial), timed in zip(planned, found, strict=True):

@@ -2,9 +2,10 @@
 
 python scripts/gpu_sim_errors.py [--profile h200] [--card H200] [--tables results/tables] [--map]
 
-Reads gpu_decode.csv, gpu_prefill.csv, gpu_multicast.csv and gpu_bursts.csv, rows of the card alone. Decode steps and prefills
-come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or the paced
-rate, bursts from a simulation of the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
+Reads gpu_decode.csv, gpu_prefill.csv, gpu_multicast.csv, gpu_host.csv and gpu_bursts.csv, rows of the card alone. Decode steps
+and prefills come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or
+the paced rate, on a whole host broadcasts at the rate of collectives and own copies at that of PCIe, bursts from a simulation of
+the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
 over models, links, sources, sizes and answers, with pipelines and without, and writes gpu_map_simulated.csv: from GPUs to four
 nodes, and from host copies on each of two.
 """
@@ -12,7 +13,8 @@ nodes, and from host copies on each of two.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,8 +23,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lambdascale.calibration.multicast_rates import planned_s
+from lambdascale.calibration.multicast_runs import OWN_COPIES
 from lambdascale.calibration.random_models import SHAPES
-from lambdascale.core import ClusterSpec, ModelSpec
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.multicast import Setting
+from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.core.timing import ComputeModel, Iteration
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
@@ -83,9 +89,29 @@ def multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
         paced = not np.isnan(each.paced_gb_per_s)
         rate = 1e9 * each.paced_gb_per_s if paced else float(cluster.node(0).nic_bytes_per_s)
         plan = BinomialPipeline().plan(sources=each.sources, destinations=each.destinations, blocks=BLOCKS)
-        rounds_s = [max(spec.partition(BLOCKS)[send.block].size_bytes for send in sends) / rate for sends in plan.rounds]
+        sizes = [block.size_bytes for block in spec.partition(BLOCKS)]
         what = f"{each.sources} to {each.destinations}" + (f" at {each.paced_gb_per_s:g} GB/s" if paced else "")
-        yield row("multicast", each.model, what, sum(rounds_s), each.later_s)
+        yield row("multicast", each.model, what, planned_s(plan, sizes, rate), each.later_s)
+
+
+def host_multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
+    """Compare verified multicasts of a whole host, after the first; broadcasts without the set-up of their communicators."""
+    found = measured(tables, "host", card)
+    for each in found[found.model.isin(list(CONFIGURED))].itertuples():
+        cluster, spec = specs(profile, each.model)
+        node, sizes = cluster.node(0), [block.size_bytes for block in spec.partition(each.blocks)]
+        later_s, rate = each.later_s, float(node.nic_bytes_per_s)
+        if each.system == OWN_COPIES:
+            simulated_s = sum(sizes) / float(node.pcie_bytes_per_s)
+        else:
+            if not np.isnan(each.without_set_up_s):
+                later_s, rate = each.without_set_up_s, rate * cluster.collective_efficiency
+            nodes = each.sources + each.destinations
+            planner = Setting(each.system, nodes, "cuda_ipc", "cuda")
+            plan = planner.plan(sources=each.sources, destinations=each.destinations, blocks=each.blocks)
+            simulated_s = planned_s(plan, sizes, rate)
+        what = f"{each.system}, {each.sources} to {each.destinations}, {each.blocks} blocks"
+        yield row("host", each.model, what, simulated_s, later_s)
 
 
 def bursts(profile: str, tables: Path, card: str) -> Iterator[Row]:
@@ -128,6 +154,15 @@ def changed(base: BurstRun, setting: Row) -> Row:
     return setting | found | shares | {"backend": "sim"}
 
 
+#: Tables, and what compares them.
+COMPARED: dict[tuple[str, ...], Callable[[str, Path, str], Iterator[Row]]] = {
+    ("decode", "prefill"): iterations,
+    ("multicast",): multicasts,
+    ("host",): host_multicasts,
+    ("bursts",): bursts,
+}
+
+
 def measured(tables: Path, name: str, card: str) -> pd.DataFrame:
     """Return the rows of a table that were measured on the card."""
     table = pd.read_csv(tables / f"gpu_{name}.csv")
@@ -149,8 +184,16 @@ def main() -> None:
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
         return
     given = arguments.profile, arguments.tables, arguments.card
-    found = pd.DataFrame([*iterations(*given), *multicasts(*given), *bursts(*given)])
-    found = found.assign(profile=arguments.profile)
+    rows: list[Row] = []
+    for names, compared in COMPARED.items():
+        lacking = [name for name in names if not (arguments.tables / f"gpu_{name}.csv").exists()]
+        if lacking:
+            print(f"left out: {arguments.tables} has no gpu_{lacking[0]}.csv")
+        else:
+            rows += compared(*given)
+    if not rows:
+        raise UserError(f"{arguments.tables} has nothing of {arguments.card} to compare")
+    found = pd.DataFrame(rows).assign(profile=arguments.profile)
     path = arguments.tables / "gpu_sim_errors.csv"
     if path.exists():
         before = pd.read_csv(path)
@@ -161,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main))

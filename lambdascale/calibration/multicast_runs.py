@@ -11,6 +11,8 @@ from lambdascale.core import MulticastPlan, NodeId
 from lambdascale.core.commands import Command, LoadBlocks, MulticastKind, ReleaseNode, SetTimer, StartMulticast, Tier
 from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoined, NodeLost, SetUpDone, TimerFired
 
+#: In tables, the system of nodes that load their own host copies.
+OWN_COPIES = "own copies"
 _TIMER = 1
 # Pause in which blocks of the last multicast are released, so that the nodes are idle when the next begins.
 _PAUSE_S = 0.5

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lambdascale.core import UserError
 from lambdascale.core.checks import require
 from lambdascale.core.events import NodeLost
 from lambdascale.experiments.build import Experiment, build
-from lambdascale.experiments.compose import compose
+from lambdascale.experiments.compose import compose, names
 
 UNPACED = "none"
 #: Seconds into a run at which a burst comes: between two looks of an autoscaler that looks every 0.1 s. At one, a live burst is
@@ -29,6 +30,14 @@ def settings(kind: type[Any], row: dict[str, Any]) -> dict[str, Any]:
 def numbers(text: str) -> list[int]:
     """Return the whole numbers of a comma-separated list."""
     return [int(part) for part in text.split(",")]
+
+
+def profile_of(card: str) -> str:
+    """Return the measured profile of a card; UserError for an unknown one."""
+    known = [name for name in names("cluster/measured") if name.upper() in card]
+    if not known:
+        raise UserError(f"no profile of {card} in conf/cluster/measured: name one with --profile")
+    return known[0]
 
 
 class DisturbedRunError(RuntimeError):
