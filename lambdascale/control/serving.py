@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -187,16 +186,8 @@ class Serving:
 
     @staticmethod
     def _kv_tokens(state: ModelState, stages: Sequence[Stage]) -> int:
-        """Tokens of KV memory for each batch of an instance; no more than any of its nodes has alone, since they part some time.
-
-        A pipeline has a batch in flight for each node. A node keeps the KV of its own layers for all of them: one that has more
-        than its part of the layers has room for fewer tokens of each.
-        """
-        blocks, layers = state.spec.partition(state.blocks), Counter[NodeId]()
-        for stage in stages:
-            layers[stage.node] += blocks[stage.last_block].last_layer - blocks[stage.first_block].first_layer + 1
-        whole = state.spec.layers
-        return min(state.kv_tokens[node] * whole // max(whole, len(layers) * own) for node, own in layers.items())
+        """KV memory of an instance: the least of its nodes'."""
+        return min(state.kv_tokens[stage.node] for stage in stages)
 
     def _reshape(self, state: ModelState, instance: Instance, change: Reshape) -> None:
         """Move an instance to other stages; requests that may need more KV memory than those have are restarted elsewhere."""

@@ -94,8 +94,8 @@ class Serve(Command, frozen=True, gc=False, tag=True):
     """Serve ``model`` as ``instance``: the nodes of ``stages`` hold their blocks. A replica is an instance of one stage.
 
     ``stages`` cover the model once, in order; a node may have several. ``block_bytes`` as in StartMulticast. ``kv_tokens``:
-    tokens of KV memory of each of its batches, which fit beside the model on all of its nodes: a node keeps the KV of its own
-    layers only, and the instance has one batch in flight per node.
+    tokens of KV memory of each of its batches, the least that its nodes have beside the model. Every batch has it: a node keeps
+    the KV of its own layers only, and the instance has one batch in flight per node.
     """
 
     instance: int

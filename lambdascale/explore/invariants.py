@@ -53,7 +53,7 @@ INVARIANTS = {
     "planned anew once": "a failed multicast is planned anew once; what fails then is loaded",
     "instances": "requests go to instances in service only; ids are used once",
     "capacity": "no instance has more requests than its batches hold",
-    "KV memory": "every request fits the KV memory of its instance, up to its limit, and each node what an instance is promised",
+    "KV memory": "every request fits the KV memory of its instance, up to its limit",
     "stages": "the stages of an instance cover the model once",
     "held": "nothing is served by a node that does not hold it, verified",
     "plans": "every plan brings every block once, from nodes that hold it",
@@ -83,11 +83,7 @@ class Watched:
         assert isinstance(autoscaler, Autoscaler), "every explored system has it"
         self._minimum = autoscaler.min_replicas
         self._checker = InvariantChecker(
-            scenario.cluster,
-            system.blocks,
-            desired=autoscaler.desired,
-            max_batch=system.batching.max_batch,
-            models=scenario.models,
+            scenario.cluster, system.blocks, desired=autoscaler.desired, max_batch=system.batching.max_batch
         )
         self._answers = {each.request_id: each.answer_tokens for each in scenario.requests}
         self._begun: set[int] = set()

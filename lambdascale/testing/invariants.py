@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from lambdascale.core import ClusterSpec, ModelSpec, NodeId, Request, Stage
+from lambdascale.core import ClusterSpec, NodeId, Request, Stage
 from lambdascale.core.commands import (
     AllocateNode,
     CancelTransfer,
@@ -72,7 +72,7 @@ class InvariantChecker:
     loaded. With ``desired`` (replicas wanted for so many queued and running requests: the autoscaler's), a timer takes no replica
     from a model that needs it, and those that still load do not count. With ``max_batch``, an instance never has more requests
     than that for each of its GPUs. Every request fits the KV memory of its instance up to its limit, and nobody is told where
-    its answer ends. With ``models``, their instances are promised no more KV than every node has for the layers of its stages.
+    its answer ends.
     """
 
     def __init__(
@@ -82,10 +82,8 @@ class InvariantChecker:
         *,
         desired: Callable[[int, int], int] | None = None,
         max_batch: int | None = None,
-        models: Sequence[ModelSpec] = (),
     ) -> None:
         self._blocks = blocks
-        self._specs = {model.name: model for model in models}
         self._desired = desired
         self._max_batch = max_batch
         self._gpus_of: dict[tuple[NodeId, str], int] = {}
@@ -324,19 +322,6 @@ class InvariantChecker:
         for stage in stages:
             needed = set(range(stage.first_block, stage.last_block + 1))
             assert needed <= self._held[stage.node, model], Named("held", f"node {stage.node} lacks blocks of its stage")
-        if model in self._specs:
-            self._check_promise(instance, stages, self._specs[model])
-
-    def _check_promise(self, instance: int, stages: tuple[Stage, ...], model: ModelSpec) -> None:
-        """Assert that every node has the KV, in tokens of one layer, of all batches: one in flight for each node."""
-        nodes, promised = self._instances[instance], self._kv_tokens[instance]
-        cuts = model.partition(self._blocks)
-        for node in nodes:
-            own = [cut for stage in stages if stage.node == node for cut in cuts[stage.first_block : stage.last_block + 1]]
-            kept = len(nodes) * promised * sum(cut.last_layer - cut.first_layer + 1 for cut in own)
-            assert kept <= self._cluster.node(node).kv_tokens(model) * model.layers, Named(
-                "KV memory", f"node {node} has no room for the {promised} tokens of each batch of instance {instance}"
-            )
 
     def finish(self) -> None:
         """Assert that every request that arrived was answered or failed, and none both."""

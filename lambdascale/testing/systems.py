@@ -64,9 +64,8 @@ def burst(count: int, at_s: float = 0.0, first_id: int = 0, model: str = "small"
     return [traced(first_id + i, at_s, model, 20 + 7 * (i % 5), 5 + 11 * (i % 4), LIMIT) for i in range(count)]
 
 
-def _checker(config: SystemConfig, cluster: ClusterSpec, models: Sequence[ModelSpec]) -> InvariantChecker:
-    desired, max_batch = config.autoscaler.desired, config.batching.max_batch
-    return InvariantChecker(cluster, config.blocks, desired=desired, max_batch=max_batch, models=models)
+def _checker(config: SystemConfig, cluster: ClusterSpec) -> InvariantChecker:
+    return InvariantChecker(cluster, config.blocks, desired=config.autoscaler.desired, max_batch=config.batching.max_batch)
 
 
 class Damaging:
@@ -133,7 +132,7 @@ class SystemConformance:
         backend = SimConfig(transfers=TransferOptions(**(transfers or {})), node_failures=tuple(failures)).build(
             cluster=cluster, models=models, requests=requests, batching=config.batching, seed=seed
         )
-        checker, recorder = _checker(config, cluster, models), Recorder()
+        checker, recorder = _checker(config, cluster), Recorder()
         drive(build_system(config, cluster=cluster, models=models), backend, [checker, recorder])
         checker.finish()
         assert not checker.failed
@@ -202,7 +201,7 @@ class SystemConformance:
         backend = SimConfig(node_failures=((0, 0.1), (1, 0.1), (2, 0.15))).build(
             cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0
         )
-        checker = _checker(config, cluster, [small_model()])
+        checker = _checker(config, cluster)
         drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         checker.finish()
         assert {30, 31} <= checker.failed
@@ -213,7 +212,7 @@ class SystemConformance:
         """The transfer, and also the one that makes up for it, may fail: what is missing is brought another way."""
         config, cluster, requests = self.make_system(), small_cluster(), burst(60)
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
-        damaging, checker, recorder = Damaging(backend, times, arrival), _checker(config, cluster, [small_model()]), Recorder()
+        damaging, checker, recorder = Damaging(backend, times, arrival), _checker(config, cluster), Recorder()
         drive(build_system(config, cluster=cluster, models=[small_model()]), damaging, [checker, recorder])
         checker.finish()
         assert checker.finished == {request.request_id: request.output_tokens for request in requests}
@@ -229,7 +228,7 @@ class SystemConformance:
         config, cluster = self.make_system(), small_cluster()
         requests = [traced(0, 0.0, "small", 10_000_000, 5), traced(1, 0.0, "small", 10, 5)]
         backend = SimConfig().build(cluster=cluster, models=[small_model()], requests=requests, batching=config.batching, seed=0)
-        checker = _checker(config, cluster, [small_model()])
+        checker = _checker(config, cluster)
         drive(build_system(config, cluster=cluster, models=[small_model()]), backend, [checker])
         assert checker.failed == {0}
         assert checker.finished == {1: 5}

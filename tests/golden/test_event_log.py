@@ -36,7 +36,7 @@ def log(
     backend = SimConfig(node_failures=tuple(failures)).build(
         cluster=cluster, models=models, requests=requests, batching=system.batching, seed=0
     )
-    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks, models=models)
+    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
     drive(build_system(system, cluster=cluster, models=models), backend, [recorder, checker])
     checker.finish()
     lines = []

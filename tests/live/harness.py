@@ -146,7 +146,7 @@ def run(
     live = LiveConfig(checkpoint=str(directory), executor=executor, slot_tokens=SLOT_TOKENS, threads=1, **config)
     tokens = prompts(requests)
     tickets = {r.request_id: Ticket(r.request_id, list(tokens[r.request_id]), r.prompt_tokens, r.output_tokens) for r in requests}
-    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks, models=[model.spec])
+    recorder, checker = Recorder(), InvariantChecker(cluster, system.blocks)
     plane = build_system(system, cluster=cluster, models=[model.spec])
     backend = live.start(
         cluster=cluster,

@@ -140,7 +140,7 @@ class World:
         specs = [replace(small_model(name), gpus_per_replica=each[name]) for name in models]
         self.plane = build_system(self.config, cluster=hardware, models=specs)
         desired, max_batch = self.config.autoscaler.desired, self.config.batching.max_batch
-        self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch, models=specs)
+        self.checker = InvariantChecker(hardware, self.config.blocks, desired=desired, max_batch=max_batch)
         self.at = 0.0
         self.commands: list[Command] = []
         self._transfers: dict[int, str] = {}

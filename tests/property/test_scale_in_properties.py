@@ -39,7 +39,7 @@ def test_constant_load_does_not_flap(system: str, rate_rps: float, tokens: int, 
     requests = [traced(i, i / rate_rps, "small", 20, tokens) for i in range(int(LAST_S * rate_rps))]
     cluster, models = small_cluster(6), [small_model()]
     backend = SimConfig().build(cluster=cluster, models=models, requests=requests, batching=config.batching, seed=0)
-    checker, recorder = InvariantChecker(cluster, config.blocks, desired=config.autoscaler.desired, models=models), Recorder()
+    checker, recorder = InvariantChecker(cluster, config.blocks, desired=config.autoscaler.desired), Recorder()
     drive(build_system(config, cluster=cluster, models=models), backend, [checker, recorder])
     checker.finish()
     late = [entry for at, entry in recorder.entries if SETTLED_S < at < LAST_S - 2.0]
