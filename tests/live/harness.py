@@ -155,7 +155,13 @@ def run(
         trace=sorted(requests, key=lambda r: r.arrival_s),
         ticket_of=lambda request: tickets[request.request_id],
     )
-    guard = threading.Timer(PATIENCE_S, backend.end)  # a run that hangs fails
+    hung = threading.Event()
+
+    def give_up() -> None:
+        hung.set()
+        backend.end()
+
+    guard = threading.Timer(PATIENCE_S, give_up)
     guard.daemon = True
     guard.start()
     try:
@@ -165,6 +171,7 @@ def run(
     finally:
         guard.cancel()
         backend.close()
+    assert not hung.is_set(), "the run does not end by itself"
     checker.finish()
     rows = requests_table(recorder, system.name).to_pandas()
     return Outcome({number: ticket.output for number, ticket in tickets.items()}, rows, recorder, backend)

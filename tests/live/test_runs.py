@@ -18,6 +18,7 @@ from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.runner import run
+from tests.ray_turn import ray_turn
 
 pytestmark = pytest.mark.live
 TINY = ["backend.checkpoint=tiny", "system.blocks=8", "cluster.nic_bytes_per_s=1MB/s", "workload.count=24"]
@@ -85,9 +86,10 @@ def ray_cluster() -> Iterator[None]:
     if not ray.exists():
         pytest.skip("Ray is not installed (extra ray)")
     options = ["--head", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
-    subprocess.run([ray, "start", *options], check=True, capture_output=True, timeout=120)
-    yield
-    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, timeout=120)
+    with ray_turn():
+        subprocess.run([ray, "start", *options], check=True, capture_output=True, timeout=120)
+        yield
+        subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, timeout=120)
 
 
 @pytest.mark.slow
@@ -109,6 +111,7 @@ def test_nodes_placed_by_ray(ray_cluster: None, tmp_path: Path) -> None:
 def test_without_a_ray_cluster(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/run.py", *LIVE, "backend.launcher=ray", f"out={tmp_path / 'run'}"]
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    with ray_turn():
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "ray start --head" in done.stderr or "lambdascale[ray]" in done.stderr

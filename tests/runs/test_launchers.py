@@ -14,6 +14,7 @@ import yaml
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
 from lambdascale.experiments.search import objective_value
+from tests.ray_turn import ray_turn
 
 RUN = conf_dir().parent / "scripts" / "run.py"
 SMALL = ["workload.duration_s=20"]
@@ -88,7 +89,9 @@ class TestSubmitit:
 @pytest.mark.slow
 def test_ray(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs the extra ray")
-    done = script(tmp_path, *SMALL, "system.blocks=16,4096", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "-m")
+    options = ["system.blocks=16,4096", "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "-m"]
+    with ray_turn():
+        done = script(tmp_path, *SMALL, *options)
     assert done.returncode == 2
     assert "4096" in done.stderr
     assert len(runs_of(tmp_path)) == 1

@@ -355,6 +355,27 @@ def test_a_transfer_that_ends_early_is_forgotten(rig: Rig, how: str) -> None:
     assert rig.backend._idle()
 
 
+@pytest.mark.parametrize("how", ["load", "multicast"])
+def test_a_block_told_of_while_its_transfer_fails_is_not_waited_for_again(rig: Rig, how: str) -> None:
+    """A node reports a block once. The control plane hears of the failure first, and plans the block anew."""
+    load(rig, 3)
+    failure = CommandFailed(0.0, "LoadBlocks", "damaged", transfer_id=3)
+    rig.say(1, wire.Happened(failure), wire.Happened(BlockArrived(0.0, 3, 1, "m", 0)))
+    for _ in range(2):
+        rig.backend._listen(0.0)
+    assert isinstance(rig.backend.next_event(), CommandFailed)
+    if how == "load":
+        load(rig, 4)
+    else:
+        plan = MulticastPlan((0, 1), (0,), 2, ((Send(0, 1, 0),), (Send(0, 1, 1),)))
+        rig.backend.submit(StartMulticast(4, "m", plan, (10, 10), ("gpu",), "one_sided"))
+    assert [type(event) for event in rig.events()] == [BlockArrived]
+    assert not rig.backend._idle(), "of the other block nobody has told"
+    rig.say(1, wire.Happened(BlockArrived(0.0, 4, 1, "m", 1)))
+    assert [type(event) for event in rig.events()] == [BlockArrived]
+    assert rig.backend._idle()
+
+
 def test_a_cancelled_transfer_is_cancelled_everywhere(rig: Rig) -> None:
     """A node that has no part in it any more hears of it, too: it may wait for a lost one."""
     rig.backend.submit(CancelTransfer(7))

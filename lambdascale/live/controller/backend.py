@@ -35,6 +35,7 @@ from lambdascale.core.commands import (
     SwitchMode,
 )
 from lambdascale.core.events import (
+    BlockArrived,
     CommandFailed,
     ConnectionLost,
     Event,
@@ -57,7 +58,7 @@ from lambdascale.live.controller.hub import Hub
 from lambdascale.live.controller.launch import Launcher
 from lambdascale.live.controller.log import Log
 from lambdascale.live.controller.roster import Roster
-from lambdascale.live.controller.transfers import Transfers
+from lambdascale.live.controller.transfers import Pair, Transfers
 from lambdascale.live.node_config import NodeConfig
 
 _LISTEN_S = 0.25
@@ -348,13 +349,18 @@ class LiveBackend:
         self._tell(command.node, wire.Do(command))
 
     def _multicast(self, command: StartMulticast) -> None:
-        self._transfers.multicast(command, self._roster.alive)
+        self._transfers.multicast(command, self._roster.alive, self._told(command.model))
         for node in command.plan.members:
             self._tell(node, wire.Do(command))
 
     def _load(self, command: LoadBlocks) -> None:
-        self._transfers.load(command, self._roster.alive, initial=command.tier == "instant" and self._started is None)
+        initial = command.tier == "instant" and self._started is None
+        self._transfers.load(command, self._roster.alive, self._told(command.model), initial=initial)
         self._tell(command.node, wire.Do(command))
+
+    def _told(self, model: str) -> set[Pair]:
+        """Return the blocks whose arrival the control plane has yet to hear of; nodes do not report them again."""
+        return {(e.node, e.block) for e in self._events if isinstance(e, BlockArrived) and e.model == model}
 
     def _cancel(self, command: CancelTransfer) -> None:
         """Tell every node: the members of a transfer are not recorded here, and other nodes ignore the id."""

@@ -35,19 +35,19 @@ class Transfers:
         """True while initial loads or host copies are under way."""
         return bool(self._copies) or any(transfer.initial for transfer in self._transfers.values())
 
-    def multicast(self, command: StartMulticast, alive: set[NodeId]) -> None:
-        """Begin a multicast; blocks for nodes that are not ``alive`` are not waited for."""
+    def multicast(self, command: StartMulticast, alive: set[NodeId], told: set[Pair]) -> None:
+        """Begin a multicast. Blocks for nodes that are not ``alive`` are not waited for, nor those ``told`` of already."""
         pairs = {(send.dst, send.block) for round_ in command.plan.rounds for send in round_}
-        self._begin(command.transfer_id, command.model, pairs, alive, initial=False)
+        self._begin(command.transfer_id, command.model, pairs, alive, told, initial=False)
 
-    def load(self, command: LoadBlocks, alive: set[NodeId], *, initial: bool) -> None:
-        """Begin a load."""
+    def load(self, command: LoadBlocks, alive: set[NodeId], told: set[Pair], *, initial: bool) -> None:
+        """Begin a load; ``alive`` and ``told`` as for a multicast."""
         pairs = {(command.node, block) for block in command.blocks}
-        self._begin(command.transfer_id, command.model, pairs, alive, initial=initial)
+        self._begin(command.transfer_id, command.model, pairs, alive, told, initial=initial)
 
-    def _begin(self, number: int, model: str, pairs: set[Pair], alive: set[NodeId], *, initial: bool) -> None:
+    def _begin(self, number: int, model: str, pairs: set[Pair], alive: set[NodeId], told: set[Pair], *, initial: bool) -> None:
         self._asked |= {(node, model, block) for node, block in pairs}
-        waiting = {pair for pair in pairs if pair[0] in alive}
+        waiting = {pair for pair in pairs - told if pair[0] in alive}
         if waiting:
             self._transfers[number] = _Transfer(model, waiting, initial)
 
