@@ -142,21 +142,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("results/tables"))
     arguments = parser.parse_args()
     nodes = arguments.nodes or count_gpus()
-    if nodes < 2:
-        parser.error("two GPUs are needed, or --device cpu --transport shm --nodes N")
     if arguments.profile is None:
-        if arguments.device == "cpu":
-            parser.error("--device cpu needs --profile: decisions follow a card's rates")
+        if arguments.device == "cpu" or not count_gpus():
+            parser.error("without a GPU --profile is needed: decisions follow a card's rates")
         arguments.profile = profile_of(card_name())
-    every = parts(arguments, nodes)
-    names = [part.name for part in every] if arguments.parts is None else arguments.parts.split(",")
-    unknown = [name for name in names if name not in [part.name for part in every]]
+    every = {part.name: part for part in parts(arguments, nodes)}
+    names = list(every) if arguments.parts is None else arguments.parts.split(",")
+    unknown = [name for name in names if name not in every]
     if unknown:
-        parser.error(f"--parts: no part is named {unknown[0]}: {', '.join(part.name for part in every)}")
+        parser.error(f"--parts: no part is named {unknown[0]}: {', '.join(every)}")
+    if nodes < 2 and names != ["errors"]:
+        parser.error("two GPUs are needed, or --device cpu --transport shm --nodes N")
     began = time.monotonic()
     if {"multicasts", "bursts", "traces"} & set(names):
         name_models(arguments.models.split(","), arguments.memory)
-    chosen = [part for part in every if part.name in names]
+    chosen = [part for part in every.values() if part.name in names]
     left_out, failed = carry_out(chosen, arguments.limit_s - (time.monotonic() - began))
     for line in left_out:
         print(f"left out for lack of time: {line}")
