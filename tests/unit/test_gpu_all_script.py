@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,18 +11,7 @@ import pandas as pd
 import pytest
 
 from lambdascale.core import UserError
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def loaded(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from tests.unit.scripts_loaded import SCRIPTS, loaded
 
 
 @pytest.fixture(scope="module")

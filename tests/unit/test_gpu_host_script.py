@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -13,18 +10,12 @@ import pytest
 from lambdascale.calibration.multicast_runs import Timed
 from lambdascale.checkpoints import PackedModel
 from lambdascale.cli.multicast import Setting
+from tests.unit.scripts_loaded import loaded
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "gpu_host.py"
-    spec = importlib.util.spec_from_file_location("gpu_host", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return loaded("gpu_host")
 
 
 def test_only_eight_gpus_are_two_nodes_of_four(script: ModuleType) -> None:
