@@ -7,7 +7,8 @@ For 7B and 13B: λScale and FaaSNet with every number of blocks; for all, if 16 
 communicator apart) and nodes that load their own host copies; on eight GPUs the 70B shape in quarters, from a node of four GPUs
 to another whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan
 at the rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and
-named; so is what --limit-s has left no time for. Models of random weights are packed under --memory, which takes 14, 26 and 138
+named; so is what --limit-s has left no time for. NCCL makes its connections with a communicator's first broadcast, or, with
+NCCL_RUNTIME_CONNECT=0 in the environment, with the communicator: measured_on says so then. Models of random weights are packed under --memory, which takes 14, 26 and 138
 GB, and twice that for the time of packing; existing ones are kept. «small» is for rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
@@ -15,6 +16,7 @@ GB, and twice that for the time of packing; existing ones are kept. «small» is
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ import torch
 
 from lambdascale.calibration import random_models
 from lambdascale.calibration.multicast_rates import link_rate, planned_s
-from lambdascale.calibration.multicast_runs import OWN_COPIES, Timed, Trial
+from lambdascale.calibration.multicast_runs import CONNECTED, OWN_COPIES, Timed, Trial
 from lambdascale.checkpoints import PackedModel, model_spec, parse_architecture
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting, run_trials
@@ -161,6 +163,7 @@ def main() -> None:
     if gpus < 2:
         parser.error("two GPUs are needed, or --device cpu --transport shm --nodes N")
     card = f"{gpus} CPU processes" if arguments.device == "cpu" else f"{gpus} x {torch.cuda.get_device_name(0)}"
+    connected = f"; {CONNECTED}" if os.environ.get("NCCL_RUNTIME_CONNECT") == "0" else ""
     prepare()
     began, rate, rows, left = time.monotonic(), link_rate(arguments.transport), [], []
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +179,7 @@ def main() -> None:
         models = random_models.packed([job.packed], arguments.memory, job.blocks)
         model = PackedModel.open(models[job.packed])
         for each in rows_of(job, arguments, gpus, model, rate):
-            rows.append(each | {"measured_on": f"{card}, torch {torch.__version__}"})
+            rows.append(each | {"measured_on": f"{card}, torch {torch.__version__}{connected}"})
             pd.concat([before, pd.DataFrame(rows)]).to_csv(path, index=False, float_format="%.4g")
         if job.model in random_models.LARGE:
             rmtree(model.directory)  # two of them exceed memory

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from lambdascale.calibration.multicast_rates import planned_s
-from lambdascale.calibration.multicast_runs import OWN_COPIES
+from lambdascale.calibration.multicast_runs import CONNECTED, OWN_COPIES
 from lambdascale.calibration.random_models import SHAPES
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting
@@ -95,8 +95,12 @@ def multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
 
 
 def host_multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
-    """Compare verified multicasts of a whole host, after the first; broadcasts without the set-up of their communicators."""
+    """Compare verified multicasts of a whole host, after the first; broadcasts without the set-up of their communicators.
+
+    Broadcasts that make NCCL's connections are left out: they take several times as long as the bytes.
+    """
     found = measured(tables, "host", card)
+    found = found[(found.system != "nccl_broadcast") | found.measured_on.str.contains(CONNECTED)]
     for each in found[found.model.isin(list(CONFIGURED))].itertuples():
         cluster, spec = specs(profile, each.model)
         node, sizes = cluster.node(0), [block.size_bytes for block in spec.partition(each.blocks)]

@@ -13,6 +13,8 @@ from lambdascale.core.events import BlockArrived, CommandFailed, Event, NodeJoin
 
 #: In tables, the system of nodes that load their own host copies.
 OWN_COPIES = "own copies"
+#: In tables, part of ``measured_on`` where NCCL makes its connections with a communicator, not with the first broadcast.
+CONNECTED = "NCCL_RUNTIME_CONNECT=0"
 _TIMER = 1
 # Pause in which blocks of the last multicast are released, so that the nodes are idle when the next begins.
 _PAUSE_S = 0.5

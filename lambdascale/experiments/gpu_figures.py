@@ -30,7 +30,7 @@ MEASURES = {
     "burst": ("ttft_p50_s", "ttft_p90_s", "ttft_max_s", "ramp_s", "peak_tokens_per_s", "all_finished_s"),
 }
 # What tells the runs of a setting apart from those of another; seeds are draws of one.
-_SETTING = ["kind", "model", "system", "sources", "link", "host_copies", "profile", "measured_on"]
+_SETTING = ["kind", "model", "system", "sources", "link", "host_copies", "host_source", "profile", "measured_on"]
 _REQUESTS = ["request_id", "arrival_s", "first_token_s", "finished_s", "output_tokens", "first_token_mode"]
 # Set-ups of communicators are drawn: so many simulations of a broadcast.
 _DRAWS = {"nccl_broadcast": 5}

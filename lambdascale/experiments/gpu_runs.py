@@ -17,6 +17,7 @@ UNPACED = "none"
 BURST_AT_S = 1.05
 # No run folder is written, and machines that are lent for minutes may lack what writes one.
 NO_FILES = "logger._target_=builtins.dict"
+_UNLIMITED = "1TB/s"  # faster than any link
 #: Sizes of Llama 2 as scripts pack them -> models of conf/.
 CONFIGURED = {"7B": "llama2_7b", "13B": "llama2_13b", "smollm2": "smollm2"}
 
@@ -90,7 +91,8 @@ class FigureRun:
     ``profile``: of conf/cluster/measured, on which live runs decide and simulations run. ``link``, ``pcie`` and ``ssd``: rates,
     ``link`` "none" for the machine's own. ``arrivals``: "authors" (``length_s`` of their trace, gaps divided by ``compression``,
     from ``start_s`` of it), "generated", or "burst" of ``count`` requests. ``host_copies``: released replicas leave a copy in
-    host memory, and one node begins with one. ``switch``: of λScale's pipelines (see ComplementaryPipelines).
+    host memory, and one node begins with one. ``switch``: of λScale's pipelines (see ComplementaryPipelines). ``host_source``:
+    what paces a source that sends from its host copy, "pcie" beside its link; "link" alone in live runs until 2026-11-28.
     """
 
     kind: str
@@ -111,6 +113,7 @@ class FigureRun:
     output_tokens: int
     host_copies: bool
     switch: str = "each"
+    host_source: str = "pcie"
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> FigureRun:
@@ -127,7 +130,8 @@ class FigureRun:
         return 8.0 + 8.0 * self.host_copies + (self.length_s if self.kind == "trace" else 4.0)
 
     def live(self, site: Site, traces: str) -> Experiment:
-        """Return the run on real processes; ``traces`` is the folder of the authors' trace."""
+        """Return the run on real processes; ``traces`` is the folder of the authors' trace. UserError for an earlier pacing."""
+        require(self.host_source == "pcie", f"nothing paces host copies by the {self.host_source} alone any more")
         slot = self.prompt_tokens + self.output_tokens
         how = site.overrides(paced=self.link != UNPACED, slot_tokens=slot)
         return build(compose([*self._shared(), *self._requests(), f"traces={traces}", *how]))
@@ -135,7 +139,8 @@ class FigureRun:
     def simulated(self, nodes: int, blocks: int) -> Experiment:
         """Return the simulation of the run, whose requests the caller has; UserError for a model without known sizes."""
         require(self.model in CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(CONFIGURED)}")
-        return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", NO_FILES]))
+        unpaced = [f"backend.transfers.host_source_bytes_per_s={_UNLIMITED}"] if self.host_source == "link" else []
+        return build(compose([*self._shared(), f"cluster.nodes={nodes}", f"system.blocks={blocks}", NO_FILES, *unpaced]))
 
     def _shared(self) -> list[str]:
         leave = [f"+system.start.pipelines.switch={self.switch}"] if self.system == "lambdascale" else []

@@ -12,22 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lambdascale.figures.grid import checked
-from lambdascale.figures.style import PAGE_IN, looks, require_columns, say_backend, sizes_in_order
+from lambdascale.figures.style import PAGE_IN, looks, say_backend, sizes_in_order
 
 _PANELS = ("rampup", "ttft", "gpus")
 _SIDES: dict[str, dict[str, Any]] = {"live": {"linewidth": 1.6}, "simulated": {"linewidth": 0.8, "dashes": (2, 1)}}
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table's curves; UserError unless a panel has those of all systems for each of its models."""
-    require_columns(frame, ["panel"], "gpu_live")
-    values = ["at", "live", "simulated"]
-    parts = [checked(part, ["model", "system"], values, "gpu_live").assign(panel=panel) for panel, part in frame.groupby("panel")]
-    return pd.concat(parts, ignore_index=True)
+    """Return the table's curves; UserError for missing columns or values. A panel's title names the systems that it lacks."""
+    return checked(frame, ["panel", "model", "system"], ["at", "live", "simulated"], "gpu_live", complete=False)
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """A row per model: tokens per second after a burst, share of requests that wait longer, GPU-seconds so far."""
+    """Draw a row per model: tokens per second after a burst, share of requests that wait longer, GPU-seconds so far."""
     models = sizes_in_order(frame)
     size = (PAGE_IN, 2.0 * len(models) + 0.4)
     figure, axes = plt.subplots(len(models), len(_PANELS), figsize=size, squeeze=False, layout="constrained")
@@ -41,11 +38,14 @@ def draw(frame: pd.DataFrame) -> Figure:
                 _curve(gpus, mine[mine.panel == "gpus"], "at", side, look.color, style)
                 tail = mine[mine.panel == "ttft"].assign(longer=lambda part: 1 - part["at"])
                 _curve(ttft, tail[tail.longer > 0], side, "longer", look.color, style)
-        rampup.set(title=model, xlabel="time since the burst [s]", ylabel="tokens / s", ylim=(0, None))
-        ttft.set(title=model, xlabel="TTFT [s]", ylabel="share waiting longer", xscale="log", yscale="log")
-        gpus.set(title=model, xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
-        for axis in (rampup, ttft, gpus):
-            axis.set_visible(any(len(line.get_xdata()) for line in axis.lines))
+        rampup.set(xlabel="time since the burst [s]", ylabel="tokens / s", ylim=(0, None))
+        ttft.set(xlabel="TTFT [s]", ylabel="share waiting longer", xscale="log", yscale="log")
+        gpus.set(xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
+        for panel, axis in zip(_PANELS, (rampup, ttft, gpus), strict=True):
+            drawn = set(rows[rows.panel == panel].system)
+            lacking = [look.label for system, look in systems.items() if system not in drawn]
+            axis.set_title(f"{model}, not run: {', '.join(lacking)}" if lacking else model)
+            axis.set_visible(bool(drawn))
     handles = [Line2D([], [], color=look.color, label=look.label, linewidth=1.6) for look in systems.values()]
     handles += [Line2D([], [], color="0.3", label=side, **style) for side, style in _SIDES.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))

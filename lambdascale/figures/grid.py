@@ -21,15 +21,20 @@ def require_grid(frame: pd.DataFrame, keys: Sequence[str], figure: str) -> None:
             raise UserError(f"{figure}: no rows for {', '.join(str(value) for value in wanted)}")
 
 
-def checked(frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], figure: str) -> pd.DataFrame:
-    """Select the columns a figure needs; UserError for missing columns, combinations or values, and for mixed backends."""
+def checked(
+    frame: pd.DataFrame, keys: Sequence[str], values: Sequence[str], figure: str, *, complete: bool = True
+) -> pd.DataFrame:
+    """Return the columns a figure needs; UserError for missing columns or values, for mixed backends, and, if the table is to be
+    ``complete``, for missing combinations of ``keys``.
+    """
     needed = [*keys, *values, "backend"]
     require_columns(frame, needed, figure)
     if "system" in keys:
         require_one_backend(frame, figure)
     elif len(set(frame.backend)) > 1:
         raise UserError(f"{figure}: the table has rows of several backends; filter it first")
-    require_grid(frame, keys, figure)
+    if complete:
+        require_grid(frame, keys, figure)
     bad = frame[frame[list(values)].isna().any(axis=1)]
     if len(bad):
         raise UserError(f"{figure}: no value for {', '.join(str(bad.iloc[0][key]) for key in keys)}")

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from lambdascale.core import NodeId
 from lambdascale.transport.cuda import DeviceMemory
+from lambdascale.transport.pacing import TokenBucket
 
 # Memory of the host, or of a GPU.
 Memory = memoryview | DeviceMemory
@@ -89,11 +90,12 @@ class Endpoint(Protocol):
         """Undo one ``admit``, after all of the peer's writes have arrived (or it has announced that it writes no more)."""
         ...
 
-    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
         """Write ``data`` to byte ``offset`` of the peer's registered memory, then notify it with ``immediate`` (64 bits, >= 0).
 
-        ``data`` is host memory, or GPU memory if ``on_device``. The call returns at once; the future is done when ``data`` may be
-        changed again, or has a TransportError.
+        ``data`` is host memory, or GPU memory if ``on_device``. ``over``: paces the write beside the link, as PCIe does what is
+        sent from host memory. The call returns at once; the future is done when ``data`` may be changed again, or has a
+        TransportError.
         """
         ...
 

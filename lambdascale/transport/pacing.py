@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lambdascale.core.checks import require
@@ -17,6 +17,9 @@ _LATE_S = 0.25
 # Longest gap, in seconds, between two pieces of work that counts as work: a receiver asks for its next block when it has noted
 # the one before, which takes some messages and threads. Links without pacing have the next write queued by then.
 _TURN_S = 0.01
+# Most pieces of the slowest of several ways that are granted at once. Each of them is late while another one is waited for; what
+# it may make up by one larger piece would be most of a block, and messages would wait for that.
+_TOGETHER = 4
 
 
 class TokenBucket:
@@ -95,11 +98,15 @@ class TokenBucket:
 
     def take(self, size_bytes: int) -> None:
         """Wait until the link has had time for ``size_bytes``."""
-        with self._lock:
-            now = self._clock()
-            wait_s = self._book(self._begin(now), size_bytes) - now
+        wait_s = self.reserve(size_bytes)
         if wait_s > 0:
             self._sleep(wait_s)
+
+    def reserve(self, size_bytes: int) -> float:
+        """Return the seconds until the link has had time for ``size_bytes`` (0 or more). The caller waits."""
+        with self._lock:
+            now = self._clock()
+            return max(0.0, self._book(self._begin(now), size_bytes) - now)
 
     def _begin(self, now: float) -> float:
         """Return when the next bytes are on the link's schedule. Called with the lock."""
@@ -109,3 +116,24 @@ class TokenBucket:
         """Put bytes on the schedule; return when they are through. Called with the lock."""
         self._busy_until = begin + size_bytes / self.bytes_per_s
         return self._busy_until
+
+
+def grant(ways: Sequence[TokenBucket], most_bytes: int) -> tuple[int, float]:
+    """Return the size of the next piece, of ``most_bytes``, and the seconds until all ``ways`` have had time for it (0 or more).
+
+    The piece takes all ways at once, so that the slowest of them counts; without any, all goes at once. The caller waits.
+    """
+    if not ways:
+        return most_bytes, 0.0
+    slowest, *others = sorted(ways, key=lambda way: way.bytes_per_s)
+    if others:
+        most_bytes = min(most_bytes, _TOGETHER * slowest.piece_bytes)
+    size, wait_s = slowest.grant(most_bytes)
+    return size, max([wait_s, *(way.reserve(size) for way in others)])
+
+
+def take(ways: Sequence[TokenBucket], size_bytes: int) -> None:
+    """Wait until all ``ways`` have had time for ``size_bytes``, which take them at once."""
+    wait_s = max((way.reserve(size_bytes) for way in ways), default=0.0)
+    if wait_s > 0:
+        time.sleep(wait_s)

@@ -10,7 +10,7 @@ import mmap
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -43,8 +43,8 @@ class Connection(Protocol):
         """Free everything; it has never been started."""
         ...
 
-    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
-        """See Endpoint."""
+    def write(self, data: Memory, offset: int, immediate: int, ways: Sequence[TokenBucket]) -> Future[None]:
+        """See Endpoint. ``ways``: all that pace the write, the link among them."""
         ...
 
     def send(self, data: bytes) -> Future[None]:
@@ -231,33 +231,23 @@ class SocketEndpoint(ABC, Generic[C]):
     def dismiss(self, peer: NodeId) -> None:
         """See Endpoint."""
 
-    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: NodeId, data: Memory, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
         """See Endpoint."""
-        connection = self._connection(peer)
-        return self._queued(lambda: connection.write(data, offset, immediate))
+        connection, ways = self._connection(peer), [way for way in (self.link, over) if way is not None]
+        return _queued(ways, lambda: connection.write(data, offset, immediate, ways))
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:
         """See Endpoint."""
         connection = self._connection(peer)
-        return self._queued(lambda: connection.send(data))
+        return _queued(self._link(), lambda: connection.send(data))
 
     def place(self, peer: NodeId, data: Memory, offset: int) -> Future[None]:
         """See Endpoint."""
         connection = self._connection(peer)
-        return self._queued(lambda: connection.place(data, offset))
+        return _queued(self._link(), lambda: connection.place(data, offset))
 
-    def _queued(self, give: Callable[[], Future[None]]) -> Future[None]:
-        """Give a connection work, which a paced link knows of until it is done: a sender that is late then makes that up."""
-        link = self.link
-        if link is None:
-            return give()
-        with ExitStack() as undo:
-            link.queued()
-            undo.callback(link.done)
-            future = give()
-            undo.pop_all()
-        future.add_done_callback(lambda _: link.done())
-        return future
+    def _link(self) -> list[TokenBucket]:
+        return [] if self.link is None else [self.link]
 
     def disconnect(self, peer: NodeId) -> None:
         """See Endpoint."""
@@ -361,3 +351,15 @@ class SocketEndpoint(ABC, Generic[C]):
         finally:
             with self._lock:
                 del self._admitting[threading.current_thread()]
+
+
+def _queued(ways: Sequence[TokenBucket], give: Callable[[], Future[None]]) -> Future[None]:
+    """Give a connection work, which paced ways know of until it is done: a sender that is late then makes that up."""
+    with ExitStack() as ended:
+        for way in ways:
+            way.queued()
+            ended.callback(way.done)
+        future = give()
+        done = ended.pop_all()
+    future.add_done_callback(lambda _: done.close())
+    return future

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import xxhash
 
 from lambdascale.core import NodeId
 from lambdascale.transport.base import Memory, TransportError
+from lambdascale.transport.pacing import TokenBucket, grant
 from lambdascale.transport.sockets import TIMEOUT_S, SocketEndpoint, fill, flat
 
 _HEAD = struct.Struct("!BQQQ")  # kind, immediate, offset, size
@@ -63,12 +64,13 @@ class Reachable(Protocol):
 
 @dataclass
 class _Job:
-    """A write or message to send."""
+    """A write or message to send. ``ways``: all that pace a write."""
 
     kind: int
     immediate: int
     offset: int
     payload: Memory
+    ways: Sequence[TokenBucket] = ()
     done: Future[None] = field(default_factory=Future)
 
 
@@ -114,9 +116,9 @@ class _Connection:
         if self._theirs is not None:
             self._theirs.close()
 
-    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, offset: int, immediate: int, ways: Sequence[TokenBucket]) -> Future[None]:
         """See Connection."""
-        return self._give(_WRITTEN, immediate, offset, data)
+        return self._give(_WRITTEN, immediate, offset, data, ways)
 
     def send(self, data: bytes) -> Future[None]:
         """See Connection."""
@@ -126,9 +128,9 @@ class _Connection:
         """See Connection."""
         return self._give(_PLACED, 0, offset, flat(data))
 
-    def _give(self, kind: int, immediate: int, offset: int, payload: Memory) -> Future[None]:
+    def _give(self, kind: int, immediate: int, offset: int, payload: Memory, ways: Sequence[TokenBucket] = ()) -> Future[None]:
         """Queue a write or message; return its future."""
-        job = _Job(kind, immediate, offset, payload)
+        job = _Job(kind, immediate, offset, payload, ways)
         with self._given:
             if self._reason:
                 job.done.set_exception(TransportError(f"node {self.peer}: {self._reason}"))
@@ -235,7 +237,7 @@ class _Connection:
         if theirs is not None:
             self._check_room(theirs, job)
         data, step = flat(job.payload), _PIECE_BYTES if theirs is None else theirs.step_bytes
-        for place in self._steps(len(data), step):
+        for place in self._steps(len(data), step, job.ways):
             self._check_whole()
             piece = data[place.start : place.stop]
             if theirs is None:
@@ -259,11 +261,11 @@ class _Connection:
         if job.offset + job.payload.nbytes > theirs.nbytes:
             raise EOFError(f"a write to bytes {job.offset} to {job.offset + job.payload.nbytes} of {theirs.nbytes}")
 
-    def _steps(self, size: int, largest: int) -> Iterator[range]:
-        """Yield the places of ``size`` bytes in steps of at most ``largest``, each when the link has had time for it."""
-        bucket, at = self._endpoint.link, 0
+    def _steps(self, size: int, largest: int, ways: Sequence[TokenBucket]) -> Iterator[range]:
+        """Yield the places of ``size`` bytes in steps of at most ``largest``, each when all ``ways`` have had time for it."""
+        at = 0
         while at < size:
-            granted, wait_s = (size - at, 0.0) if bucket is None else bucket.grant(size - at)
+            granted, wait_s = grant(ways, size - at)
             self._rest(wait_s)
             for begin in range(at, at + granted, largest):
                 yield range(begin, min(begin + largest, at + granted))

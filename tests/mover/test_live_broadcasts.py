@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from lambdascale.live.node.loads import Links
 from lambdascale.live.node.sending import BLOCK_BITS
+from lambdascale.transport import TokenBucket
 from tests.unit.node_doubles import BLOCKS, Node, chain, multicast, start
 
 ALL = list(range(BLOCKS))
@@ -19,7 +21,7 @@ def test_a_broadcast_to_a_node_that_holds_a_copy(make: Callable[..., Node], held
     command = multicast(1, chain(0, 1), kind="collective")
     start(command, node)
     node.run()
-    assert node.broadcasts == [(command, "host")]
+    assert node.broadcasts == [(command, "host", None)]
     assert node.arrived == (ALL if held else [])
     if not held:
         for block in ALL:
@@ -41,7 +43,17 @@ def test_a_source_of_a_broadcast_copies_its_blocks_to_where_they_are_sent_from(m
     assert node.broadcasts == []
     node.run()
     assert node.store.resident("tiny", "host") == set(ALL)
-    assert [tier for _, tier in node.broadcasts] == ["host"]
+    assert [tier for _, tier, _ in node.broadcasts] == ["host"]
+
+
+@pytest.mark.parametrize(("number", "tier", "paced"), [(0, "host", True), (0, "gpu", False), (1, "host", False)])
+def test_a_broadcast_from_a_host_copy_is_paced_by_pcie(make: Callable[..., Node], number: int, tier: str, paced: bool) -> None:
+    """Its source takes PCIe beside its link; one that sends from its GPU does not, and no destination does."""
+    pcie = TokenBucket(1e9)
+    node = make(number, lands="gpu", held="" if number else tier, links=Links(pcie=pcie))
+    start(multicast(1, chain(0, 1), tier=tier, kind="collective"), node)
+    node.run()
+    assert [over for *_, over in node.broadcasts] == [pcie if paced else None]
 
 
 def test_a_broken_broadcast(make: Callable[..., Node]) -> None:

@@ -10,7 +10,9 @@ from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import EvictBlocks, LoadBlocks
 from lambdascale.core.plan import Send
 from lambdascale.live import wire
+from lambdascale.live.node.loads import Links
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
+from lambdascale.transport import TokenBucket
 from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, start
 
 ALL = list(range(BLOCKS))
@@ -27,6 +29,21 @@ def test_a_chain_of_three(network: Network, make: Callable[..., Node], lands: st
         assert node.store.resident("tiny", "gpu") == set(ALL)
         assert node.endpoint.admitted == []
     assert not any(node.failed or node.faults for node in nodes)
+
+
+@pytest.mark.parametrize("lands", ["gpu", "host"])
+@pytest.mark.parametrize("tier", ["gpu", "host"])
+def test_what_a_source_sends_from_its_host_copy_is_paced_by_pcie(
+    network: Network, make: Callable[..., Node], tier: str, lands: str
+) -> None:
+    """As in the simulator. Where a source's GPU has the blocks, or blocks are passed on, the link alone paces them."""
+    pcie = [TokenBucket(1e9) for _ in range(3)]
+    nodes = [make(n, lands=lands, held="" if n else tier, links=Links(pcie=pcie[n])) for n in range(3)]
+    start(multicast(1, chain(0, 1, 2), tier=tier), *nodes)
+    network.run()
+    assert nodes[2].arrived == ALL
+    assert nodes[0].endpoint.over == [pcie[0] if tier == "host" else None] * BLOCKS
+    assert nodes[1].endpoint.over == [None] * BLOCKS
 
 
 @pytest.mark.parametrize("middle", ["host", "gpu"])

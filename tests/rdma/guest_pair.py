@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from lambdascale.testing.transports import TransportConformance
+from lambdascale.testing.transports import Node, TransportConformance
 from lambdascale.transport import Endpoint, Handlers
 from lambdascale.transport.rdma import load
 from tests.rdma.remote import KEY, STANDING, RemoteEndpoint, break_off, reach
@@ -30,6 +30,10 @@ class TestAcrossGuests(TransportConformance):
         if node % 2:
             return RemoteEndpoint(self.other, node, handlers, THERE)
         return load()(node, handlers, KEY, host=HERE, options=STANDING)
+
+    @pytest.mark.skip(reason="a bucket paces the threads of its own process, and the writing endpoint is in another guest")
+    def test_a_write_takes_every_way(self, nodes: Callable[..., list[Node]]) -> None:
+        pass
 
     def break_off(self, endpoint: Endpoint) -> None:
         endpoint.break_off() if isinstance(endpoint, RemoteEndpoint) else break_off(endpoint)

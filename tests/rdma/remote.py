@@ -14,7 +14,7 @@ from multiprocessing.managers import BaseManager
 from typing import Any
 
 from lambdascale.core import NodeId
-from lambdascale.transport import Endpoint, Handlers, TransportError
+from lambdascale.transport import Endpoint, Handlers, TokenBucket, TransportError
 from lambdascale.transport.rdma import RdmaOptions, load
 
 KEY = b"k" * 32
@@ -171,7 +171,8 @@ class RemoteEndpoint:
     def connect(self, peer: NodeId, address: str) -> None:
         self._host.call(self._number, "connect", peer, address)
 
-    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: NodeId, data: memoryview, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
+        assert over is None, "a bucket paces threads of its own process"
         return self._give("write", peer, bytes(data), offset, immediate)
 
     def send(self, peer: NodeId, data: bytes) -> Future[None]:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
 from lambdascale.testing.transports import Heard, TransportConformance
 from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint, TokenBucket, TransportError
+from lambdascale.transport.pacing import grant, take
 
 KEY = b"k" * 32
 
@@ -329,3 +330,60 @@ class TestPacing:
     def test_a_rate_of_nothing(self) -> None:
         with pytest.raises(ValueError, match="must be positive"):
             TokenBucket(0)
+
+
+class TestSeveralWays:
+    """Pieces that take several paced ways at once."""
+
+    @staticmethod
+    def ways(*rates: float) -> tuple[list[TokenBucket], list[float]]:
+        now = [100.0]
+        return [TokenBucket(rate, clock=lambda: now[0]) for rate in rates], now
+
+    def move(self, ways: list[TokenBucket], now: list[float], size: int, late_s: float = 0.0) -> list[int]:
+        """Move ``size`` bytes as a connection does, each piece ``late_s`` later than it could; return the pieces."""
+        pieces = []
+        with ExitStack() as ended:
+            for way in ways:
+                ended.enter_context(way.busy())
+            while size:
+                piece, wait_s = grant(ways, size)
+                now[0] += wait_s + late_s
+                pieces.append(piece)
+                size -= piece
+        return pieces
+
+    @pytest.mark.parametrize("rates", [(50e9, 26e9), (26e9, 50e9), (1e12, 26e9), (26e9, 26e9), (26e9,)])
+    @pytest.mark.parametrize("late_s", [0.0, 0.001])
+    def test_the_slowest_counts(self, rates: tuple[float, ...], late_s: float) -> None:
+        """26 GB at the rate of the slowest take a second, also by a thread that is late with every piece."""
+        ways, now = self.ways(*rates)
+        self.move(ways, now, 26_000_000_000, late_s)
+        assert now[0] - 100.0 == pytest.approx(1.0, abs=0.02)
+
+    def test_pieces_stay_small(self) -> None:
+        """The faster way is late with every piece, which it does not make up by one large piece: messages would wait for it."""
+        ways, now = self.ways(1e12, 26e9)
+        assert max(self.move(ways, now, 2_600_000_000)) <= 4 * ways[1].piece_bytes
+
+    def test_a_way_that_others_use(self) -> None:
+        """A link half of whose time goes to somebody else leaves its half, whatever PCIe could carry."""
+        (link, pcie), now = self.ways(50e9, 40e9)
+        size = 25_000_000_000
+        with link.busy(), pcie.busy():
+            while size:
+                link.reserve(min(size, 50_000_000))
+                piece, wait_s = grant([link, pcie], min(size, 50_000_000))
+                now[0] += wait_s
+                size -= piece
+        assert now[0] - 100.0 == pytest.approx(1.0, abs=0.02)
+
+    def test_no_way(self) -> None:
+        assert grant([], 5) == (5, 0.0)
+
+    def test_waiting_for_all(self) -> None:
+        ways = [TokenBucket(1e9), TokenBucket(1e6)]
+        begin = time.monotonic()
+        take(ways, 50_000)
+        assert time.monotonic() - begin >= 0.045
+        take([], 50_000)

@@ -21,7 +21,7 @@ from lambdascale.live import wire
 from lambdascale.live.node.loads import Links
 from lambdascale.live.node.mover import Mover
 from lambdascale.testing.executors import Steps
-from lambdascale.transport import TransportError
+from lambdascale.transport import TokenBucket, TransportError
 
 BLOCKS = 8
 
@@ -67,6 +67,7 @@ class FakeEndpoint:
         self.admitted: list[int] = []
         self.asked: list[wire.Ready] = []
         self.lost: set[int] = set()
+        self.over: list[TokenBucket | None] = []  # what paces each write beside the link
 
     def send(self, peer: int, data: bytes) -> None:
         self._check(peer)
@@ -76,8 +77,9 @@ class FakeEndpoint:
         if peer in self._network.nodes:
             self._network.nodes[peer].mover.ready(self._node, message)
 
-    def write(self, peer: int, data: memoryview, offset: int, immediate: int) -> Future[None]:
+    def write(self, peer: int, data: memoryview, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
         self._check(peer)
+        self.over.append(over)
         future = Future[None]()
         self._network.writes.append((self._node, peer, bytes(data), offset, immediate, future))
         return future
@@ -108,7 +110,7 @@ class Node:
         self.timers = deque[Callable[[], object]]()
         self.events: list[Any] = []
         self.faults: list[str] = []
-        self.broadcasts: list[tuple[StartMulticast, str]] = []
+        self.broadcasts: list[tuple[StartMulticast, str, TokenBucket | None]] = []
         self.endpoint = FakeEndpoint(network, number)
         self.mover = Mover(
             number,
@@ -119,7 +121,7 @@ class Node:
             window=1,
             links=options.pop("links", Links()),
             **options,
-            collective=lambda command, tier: self.broadcasts.append((command, tier)),
+            collective=lambda command, tier, over: self.broadcasts.append((command, tier, over)),
             thread=self.thread,
             worker=self.worker,
             timer=lambda delay_s, job: self.timers.append(job),

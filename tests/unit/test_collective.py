@@ -18,6 +18,7 @@ from lambdascale.core.events import SetUpDone
 from lambdascale.core.plan import Send
 from lambdascale.live.node.collective import Collective, Outlet
 from lambdascale.live.wire import Rendezvous
+from lambdascale.testing.transports import Counting
 from tests.live.harness import listening
 
 
@@ -98,7 +99,7 @@ class TestBroadcasts:
         )
         collective = Collective(node, "127.0.0.1", store, None, outlet)
 
-        def one(command: Any, block: int, root: int, group: Any, data: Any) -> None:
+        def one(root: int, group: Any, data: Any, ways: Any) -> None:
             if error is not None:
                 raise error
             told.tensors.append(data)
@@ -106,8 +107,21 @@ class TestBroadcasts:
         collective._communicator = lambda command: nullcontext()
         collective._one = one
         plan = MulticastPlan((0, 1), (0,), 3, tuple((Send(0, 1, block),) for block in range(3)))
-        collective._run(StartMulticast(4, "m", plan, (8, 8, 8), ("gpu",), "collective"), "host")
+        collective._run(StartMulticast(4, "m", plan, (8, 8, 8), ("gpu",), "collective"), "host", None)
         return told
+
+    @pytest.mark.parametrize("root", [True, False])
+    def test_a_block_takes_all_ways_of_its_root(self, root: bool) -> None:
+        """Each of them has had time for all of its bytes, and for nothing at other members; all take the same pieces."""
+        link, pcie = Counting(1e9), Counting(1e8)
+        collective = Collective(0, "127.0.0.1", None, link, None)
+        pieces: list[int] = []
+        group = SimpleNamespace(broadcast=lambda piece, rank: pieces.append((piece.numel(), rank)))
+        collective._one(0 if root else 1, group, torch.empty(30_000_001, dtype=torch.uint8), [link, pcie] if root else [])
+        assert [size for size, _ in pieces] == [20_000_000, 10_000_001]
+        assert {rank for _, rank in pieces} == {0 if root else 1}
+        assert (link.bytes, pcie.bytes) == ((30_000_001,) * 2 if root else (0, 0))
+        assert link.most_at_once == pcie.most_at_once == root
 
     def test_a_destination(self) -> None:
         """A block it holds, one it waits for, and one that it has on the device only: its bytes come, and are dropped."""

@@ -14,6 +14,7 @@ from lambdascale.core import UserError
 from lambdascale.core.events import NodeJoined, NodeLost
 from lambdascale.experiments.gpu_figures import Outcome, Pair, Tables, curves, errors, orders, pairs, simulated, with_ramps
 from lambdascale.experiments.gpu_runs import BURST_AT_S, DisturbedRunError, FigureRun, Site, check_undisturbed, network
+from lambdascale.figures import gpu_live
 from lambdascale.figures.registry import FIGURES, figures_in, load_table, render
 from lambdascale.metrics.over_time import reached_s, token_rates
 
@@ -52,6 +53,14 @@ def test_the_most_valuable_runs_come_first() -> None:
     assert {run.seed for run in found[:12]} == {1}
     assert {run.seed for run in found[12:]} == {2}
     assert len(set(found)) == len(found) == 24
+
+
+def test_host_copies_that_were_paced_by_the_link_alone() -> None:
+    """Live runs until 2026-11-28: FaaSNet's host copies fed others at 50 instead of 26 GB/s. No live run is such any more."""
+    paces = [replace(BASE, host_source=source).simulated(4, 16).backend.transfers for source in ("pcie", "link")]
+    assert [each.host_source_bytes_per_s for each in paces] == [None, 1e12]
+    with pytest.raises(UserError, match="nothing paces host copies by the link alone any more"):
+        replace(BASE, host_source="link").live(Site(checkpoint="x", nodes=4, blocks=16, device="cpu", transport="shm"), "")
 
 
 def test_every_seed_has_its_window_and_13b_half_the_compression() -> None:
@@ -146,7 +155,7 @@ def test_a_ramp_is_to_the_rate_of_the_fastest_system() -> None:
 
     def pair(system: str, rate: int) -> Pair:
         row = {"kind": "burst", "model": "7B", "system": system, "sources": 1, "seed": 1, "link": "none", "host_copies": False}
-        row |= {"profile": "h200"}
+        row |= {"profile": "h200", "host_source": "pcie"}
         run = Outcome(row | {"measured_on": "x", "peak_tokens_per_s": float(rate)}, requests((2.0, 3.0, rate)), pd.DataFrame())
         return Pair(run.measures, run, [run])
 
@@ -175,13 +184,22 @@ def test_the_figure(drawn: pd.DataFrame, tmp_path: Path) -> None:
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
     render("gpu_live", drawn[(drawn.panel != "rampup") | (drawn.model == "7B")], tmp_path / "c")
     broken = {
-        "no rows for 13B, ideal": drawn[(drawn.system != "ideal") | (drawn.model == "7B") | (drawn.panel == "gpus")],
+        "no value for .*, ideal": drawn.assign(live=drawn.live.where(drawn.system != "ideal")),
         "lacks the columns panel": drawn.drop(columns="panel"),
         "no rows": drawn.iloc[:0],
     }
     for message, table in broken.items():
         with pytest.raises(UserError, match=message):
             render("gpu_live", table, tmp_path / "d")
+
+
+def test_a_panel_names_the_systems_that_were_not_run(drawn: pd.DataFrame) -> None:
+    """Their curves are missing in that panel, and in no other."""
+    lacking = drawn[(drawn.system != "ideal") | (drawn.model == "7B") | (drawn.panel != "ttft")]
+    figure = gpu_live.draw(gpu_live.tidy(lacking))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert [title for title in titles if "not run" in title] == ["13B, not run: Ideal"]
+    assert titles.count("13B") == titles.count("7B") - 1 == 2
 
 
 def test_a_measured_figure_is_drawn_where_its_table_is(drawn: pd.DataFrame, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from lambdascale.live.communicator_choice import Kind
 from lambdascale.live.node.communicators import TIMEOUT_S, Communicator, Gloo, Nccl
 from lambdascale.live.wire import Peer, Rendezvous
 from lambdascale.transport import TokenBucket
+from lambdascale.transport.pacing import take
 
 _PACED_S = 0.02  # a paced broadcast moves in pieces of this duration
 _MEETINGS = 64
@@ -75,9 +76,9 @@ class Collective:
         self._lock = threading.Lock()
         self._meetings: OrderedDict[int, _Meeting] = OrderedDict()
 
-    def start(self, command: StartMulticast, tier: StoreTier) -> None:
-        """Take part; ``tier`` is where this node has the blocks it holds."""
-        threading.Thread(target=self._run, args=(command, tier), name="collective", daemon=True).start()
+    def start(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None = None) -> None:
+        """Take part; ``tier`` is where this node has the blocks it holds, ``over`` what paces them beside the link."""
+        threading.Thread(target=self._run, args=(command, tier, over), name="collective", daemon=True).start()
 
     def rendezvous(self, message: Rendezvous) -> None:
         """Note where the members of a broadcast meet."""
@@ -97,11 +98,11 @@ class Collective:
                 self._meetings.popitem(last=False)
             return meeting
 
-    def _run(self, command: StartMulticast, tier: StoreTier) -> None:
+    def _run(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None) -> None:
         error = ""
         try:
             self._store.use_device()
-            self._broadcast(command, tier)
+            self._broadcast(command, tier, over)
         except Exception as failure:  # any exception: the controller must not wait for this broadcast
             if not isinstance(failure, RuntimeError | ValueError | queue.Empty):
                 traceback.print_exc()
@@ -113,13 +114,15 @@ class Collective:
                 self._meetings.pop(command.transfer_id, None)
             self._outlet.ended(command.transfer_id, error)
 
-    def _broadcast(self, command: StartMulticast, tier: StoreTier) -> None:
+    def _broadcast(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None) -> None:
+        ways = [way for way in (self._link, over) if way is not None]
         with self._communicator(command) as group, self._occupied(command):
             if self._node in command.plan.destinations:
                 self._outlet.report(SetUpDone(0.0, command.transfer_id, self._node))
             for block, root in roots(command):
                 with ExitStack() as stack:
-                    self._one(command, block, root, group, self._tensor(command, block, tier, stack))
+                    data = self._tensor(command, block, tier, stack)
+                    self._one(command.plan.members.index(root), group, data, ways if self._node == root else [])
                 if self._node != root:
                     self._outlet.written(command.transfer_id, block)
 
@@ -173,16 +176,17 @@ class Collective:
         device = self._store.device if tier == "gpu" else torch.device("cpu")
         return torch.empty(self._store.model(model).block_bytes[block], dtype=torch.uint8, device=device)
 
-    def _one(self, command: StartMulticast, block: int, root: NodeId, group: Communicator, data: torch.Tensor) -> None:
-        rank = command.plan.members.index(root)
+    def _one(self, root: int, group: Communicator, data: torch.Tensor, ways: Sequence[TokenBucket]) -> None:
+        """Broadcast a block from a rank, over what paces this node's sends if it is the root."""
+        # All ranks take the same pieces.
         step = data.numel() if self._link is None else max(1 << 16, int(self._link.bytes_per_s * _PACED_S))
-        pace = self._link if self._node == root else None
-        with nullcontext() if pace is None else pace.busy():
+        with ExitStack() as ended:
+            for way in ways:
+                ended.enter_context(way.busy())
             for begin in range(0, data.numel(), step):
                 piece = data[begin : begin + step]
-                if pace is not None:
-                    pace.take(piece.numel())
-                group.broadcast(piece, rank)
+                take(ways, piece.numel())
+                group.broadcast(piece, root)
 
 
 def roots(command: StartMulticast) -> Iterator[tuple[int, NodeId]]:

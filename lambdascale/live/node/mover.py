@@ -16,7 +16,7 @@ from lambdascale.live.node.multicasts import Multicasts, number_of
 from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.wire import Ready
-from lambdascale.transport import Endpoint
+from lambdascale.transport import Endpoint, TokenBucket
 
 
 class Mover:
@@ -36,7 +36,7 @@ class Mover:
         *,
         window: int,
         links: Links,
-        collective: Callable[[StartMulticast, StoreTier], None],
+        collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
         preloaded: bool = False,
         thread: Executor | None = None,
         worker: Executor | None = None,
@@ -52,7 +52,14 @@ class Mover:
         self._order = Order(reports.failed)
         self._loads = Loads(store, reports, self._jobs, self._order, links=links, preloaded=preloaded)
         self._multicasts = Multicasts(
-            store, endpoint, reports, self._jobs, window=window, collective=collective, freed=self._order.retry
+            store,
+            endpoint,
+            reports,
+            self._jobs,
+            window=window,
+            pcie=links.pcie,
+            collective=collective,
+            freed=self._order.retry,
         )
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from lambdascale.live.node.receiving import Receiving
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE, Sending
 from lambdascale.live.wire import Ready
-from lambdascale.transport import Endpoint
+from lambdascale.transport import Endpoint, TokenBucket
 
 __all__ = ["BLOCK_BITS", "Multicasts"]
 
@@ -26,8 +26,9 @@ __all__ = ["BLOCK_BITS", "Multicasts"]
 class Multicasts:
     """``freed(model)`` is called when memory that was reserved for a transfer has been given up. For the jobs' thread.
 
-    ``window``: number of this node's sends that may be under way at once, and of its receives. ``collective`` carries broadcasts
-    out; it reports its progress by ``written`` and ``broadcast_ended``, as a peer would.
+    ``window``: number of this node's sends that may be under way at once, and of its receives. ``pcie`` paces, beside the link,
+    what a source sends from its host copy. ``collective`` carries broadcasts out, over what paces them; it reports its progress
+    by ``written`` and ``broadcast_ended``, as a peer would.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class Multicasts:
         jobs: Jobs,
         *,
         window: int,
-        collective: Callable[[StartMulticast, StoreTier], None],
+        pcie: TokenBucket | None,
+        collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
         freed: Callable[[str], None],
     ) -> None:
-        self._node = reports.node
+        self._node, self._pcie = reports.node, pcie
         self._store, self._reports, self._jobs = store, reports, jobs
         self._collective = collective
         self._joining: set[int] = set()  # broadcasts whose blocks are being copied to where they are sent from
@@ -59,7 +61,7 @@ class Multicasts:
             self.receiving.start(command, receives)
         sends = deque(send for send in everything if send.src == self._node)
         if sends:
-            self.sending.start(command, sends, self._source_tier(command))
+            self.sending.start(command, sends, self._source_tier(command), self._over(command))
 
     def cancel(self, number: int) -> None:
         """Stop a multicast."""
@@ -84,11 +86,18 @@ class Multicasts:
         else:
             self.receiving.written(peer, number, block, xxh3_64)
 
-    def _source_tier(self, command: StartMulticast) -> StoreTier:
+    def _tier(self, command: StartMulticast) -> Tier:
+        """Return where this node has the blocks that it sends, as the control plane knows it."""
         tiers: dict[NodeId, Tier] = dict(zip(command.plan.sources, command.source_tiers, strict=True))
         # A destination passes on what it has received: blocks stay where they land at least until the multicast ends.
-        tier = tiers.get(self._node, self._store.landing_tier)
-        return "host" if tier == "host" or self._store.landing_tier == "host" else "gpu"
+        return tiers.get(self._node, "gpu")
+
+    def _source_tier(self, command: StartMulticast) -> StoreTier:
+        return "host" if self._tier(command) == "host" or self._store.landing_tier == "host" else "gpu"
+
+    def _over(self, command: StartMulticast) -> TokenBucket | None:
+        """Return what paces this node's sends beside its link: PCIe, from a host copy, as in the simulator."""
+        return self._pcie if self._tier(command) == "host" else None
 
     # -- broadcasts --------------------------------------------------------------------------------------------------
 
@@ -114,7 +123,7 @@ class Multicasts:
         tier = self._source_tier(command)
         if self._node not in command.plan.sources:
             self.receiving.join(command, sorted({send.block for sends in command.plan.rounds for send in sends}))
-        self._collective(command, tier)
+        self._collective(command, tier, self._over(command))
 
 
 def number_of(immediate: int) -> int:

@@ -21,7 +21,7 @@ from lambdascale.live.node.jobs import About, Jobs
 from lambdascale.live.node.memory import memory_of
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.wire import Ready
-from lambdascale.transport import Endpoint, TransportError
+from lambdascale.transport import Endpoint, TokenBucket, TransportError
 
 BLOCK_BITS = 24
 FENCE = (1 << BLOCK_BITS) - 1  # in place of a block's number
@@ -30,11 +30,12 @@ _REMEMBERED = 1024
 
 @dataclass
 class _Outgoing:
-    """The sends of this node in a multicast."""
+    """The sends of this node in a multicast. ``over``: paces them beside the link."""
 
     command: StartMulticast
     tier: StoreTier
     sends: deque[Send]
+    over: TokenBucket | None
     in_flight: int = 0
     cancelled: bool = False
 
@@ -51,9 +52,12 @@ class Sending:
         # time, in which no thousand multicasts end.
         self._ended: OrderedDict[int, None] = OrderedDict()
 
-    def start(self, command: StartMulticast, sends: deque[Send], tier: StoreTier) -> None:
-        """Begin a multicast's sends, from ``tier``. Blocks on a GPU that no endpoint reads are copied to the host first."""
-        out = self._outgoing[command.transfer_id] = _Outgoing(command, tier, sends)
+    def start(self, command: StartMulticast, sends: deque[Send], tier: StoreTier, over: TokenBucket | None = None) -> None:
+        """Begin a multicast's sends, from ``tier``. Blocks on a GPU that no endpoint reads are copied to the host first.
+
+        ``over``: see Endpoint.write.
+        """
+        out = self._outgoing[command.transfer_id] = _Outgoing(command, tier, sends, over)
         if self._store.landing_tier == "host":
             about = About("StartMulticast", command.transfer_id, command.model)
             self._jobs.work(about, partial(self._store.mirror, command.model), partial(self._prepared, about, out))
@@ -134,7 +138,8 @@ class Sending:
             self._jobs.do(about, lambda: self._sent(number, out))
 
         try:
-            self._endpoint.write(send.dst, memory_of(data), offset, number << BLOCK_BITS | send.block).add_done_callback(sent)
+            written = self._endpoint.write(send.dst, memory_of(data), offset, number << BLOCK_BITS | send.block, out.over)
+            written.add_done_callback(sent)
         except TransportError:
             # The receiver is lost: the controller plans anew, and the sends to others go on.
             stack.close()

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Protocol
 from lambdascale.core import NodeId
 from lambdascale.transport.base import Handlers, Memory, TransportError
 from lambdascale.transport.cuda import address_of
-from lambdascale.transport.pacing import TokenBucket
+from lambdascale.transport.pacing import TokenBucket, take
 from lambdascale.transport.rdma.device import Region
 from lambdascale.transport.rdma.frames import Card
 from lambdascale.transport.rdma.gate import Gate
@@ -106,10 +106,10 @@ class RdmaConnection:
         """See Connection."""
         self._free()
 
-    def write(self, data: Memory, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, offset: int, immediate: int, ways: Sequence[TokenBucket]) -> Future[None]:
         """See Connection."""
         source = self._endpoint.source(address_of(flat(data)), data.nbytes)
-        future = self._give(lambda: self._outbox.write(data, source, offset, immediate))
+        future = self._give(lambda: self._outbox.write(data, source, offset, immediate, ways))
         if future is None:
             source.release()
         return future or self._refusal()
@@ -182,8 +182,8 @@ class RdmaConnection:
 
     def _take(self, step: Step) -> None:
         link = self._endpoint.link
-        if link is not None and step.paced_bytes:
-            link.take(step.paced_bytes)
+        if step.paced_bytes:
+            take(step.ways or ([] if link is None else [link]), step.paced_bytes)
         with self._changed:
             if not self._reason:
                 step.post()

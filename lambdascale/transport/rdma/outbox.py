@@ -17,6 +17,7 @@ from lambdascale.transport.rdma import frames
 from lambdascale.transport.rdma.frames import Card, Chunk, Frame, Kind
 
 if TYPE_CHECKING:
+    from lambdascale.transport.pacing import TokenBucket
     from lambdascale.transport.rdma.lane import Lane, Window
     from lambdascale.transport.rdma.slots import Slots
 
@@ -44,6 +45,7 @@ class Write:
     pieces: Iterator[Chunk]
     left: int  # number of rails whose last chunk has not arrived
     rails: int
+    ways: Sequence[TokenBucket] = ()
     serial: int = -1
     done: Future[None] = field(default_factory=Future)
 
@@ -62,10 +64,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A work request that can be posted now. ``paced_bytes``: the bytes that a paced link counts."""
+    """A work request that can be posted now. ``paced_bytes``: the bytes that ``ways`` count, or without any a paced link."""
 
     paced_bytes: int
     post: Callable[[], None]
+    ways: Sequence[TokenBucket] = ()
 
 
 class Outbox:
@@ -88,11 +91,11 @@ class Outbox:
 
     # -- queueing ----------------------------------------------------------------------------------------------------
 
-    def write(self, data: Memory, source: Source, offset: int, immediate: int) -> Future[None]:
+    def write(self, data: Memory, source: Source, offset: int, immediate: int, ways: Sequence[TokenBucket] = ()) -> Future[None]:
         """Queue a write; the future is done once it has arrived."""
         size, count = source.size, len(self._lanes)
         used = frames.rails_used(size, self._step_bytes, count)
-        job = Write(data, source, offset, immediate, frames.chunks(size, self._step_bytes, count), used, used)
+        job = Write(data, source, offset, immediate, frames.chunks(size, self._step_bytes, count), used, used, ways)
         self._writes.append(job)
         self._incomplete.add(job)
         return job.done
@@ -203,7 +206,7 @@ class Outbox:
         lane = self._lanes[chunk.rail]
         if not lane.has_room or (chunk.last and not lane.receives.credits):
             return None
-        return Step(chunk.size, lambda: self._post_chunk(job, chunk, lane))
+        return Step(chunk.size, lambda: self._post_chunk(job, chunk, lane), job.ways)
 
     def _post_chunk(self, job: Write, chunk: Chunk, lane: Lane) -> None:
         job.next = next(job.pieces, None)
