@@ -8,8 +8,9 @@ communicator apart) and nodes that load their own host copies; on eight GPUs the
 to another whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan
 at the rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and
 named; so is what --limit-s has left no time for. NCCL makes its connections with a communicator's first broadcast, or, with
-NCCL_RUNTIME_CONNECT=0 in the environment, with the communicator: measured_on says so then. Models of random weights are packed under --memory, which takes 14, 26 and 138
-GB, and twice that for the time of packing; existing ones are kept. «small» is for rehearsals on CPUs:
+NCCL_RUNTIME_CONNECT=0 in the environment, with the communicator: measured_on says so then. Models of random weights are packed
+under --memory, which takes 14, 26 and 138 GB, and twice that for the time of packing; existing ones are kept. «small» is for
+rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
 

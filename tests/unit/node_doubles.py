@@ -20,6 +20,7 @@ from lambdascale.inference import BlockStore, StoreConfig
 from lambdascale.live import wire
 from lambdascale.live.node.loads import Links
 from lambdascale.live.node.mover import Mover
+from lambdascale.live.node.window import PACED
 from lambdascale.testing.executors import Steps
 from lambdascale.transport import TokenBucket, TransportError
 
@@ -118,7 +119,7 @@ class Node:
             self.endpoint,
             self.events.append,
             self.faults.append,
-            window=1,
+            window=options.pop("window", PACED),
             links=options.pop("links", Links()),
             **options,
             collective=lambda command, tier, over: self.broadcasts.append((command, tier, over)),

@@ -183,6 +183,7 @@ class Agent:
         from lambdascale.live.node.parcels import Parcels
         from lambdascale.live.node.places import Area
         from lambdascale.live.node.runners import Executor, PacedExecutor, TimedExecutor, TorchExecutor
+        from lambdascale.live.node.window import PACED, UNPACED
 
         torch.set_num_threads(config.threads)
         self._config = config
@@ -243,14 +244,13 @@ class Agent:
             report=self._report,
         )
         self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
-        # One send at a time fills a paced link; without pacing, the next is under way before the last is through.
         self.mover = Mover(
             config.node,
             self.store,
             self.endpoint,
             self._report,
             self._fault,
-            window=2 if link is None else 1,
+            window=UNPACED if link is None else PACED,
             links=buckets,
             collective=self.collective.start,
             preloaded=config.preloaded,

@@ -15,6 +15,7 @@ from lambdascale.live.node.loads import Links, Loads
 from lambdascale.live.node.multicasts import Multicasts, number_of
 from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
+from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready
 from lambdascale.transport import Endpoint, TokenBucket
 
@@ -34,7 +35,7 @@ class Mover:
         report: Callable[[BlockArrived | CommandFailed], None],
         fault: Callable[[str], None],
         *,
-        window: int,
+        window: Window,
         links: Links,
         collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
         preloaded: bool = False,

@@ -17,6 +17,7 @@ from lambdascale.live.node.jobs import About, Jobs
 from lambdascale.live.node.receiving import Receiving
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE, Sending
+from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready
 from lambdascale.transport import Endpoint, TokenBucket
 
@@ -26,7 +27,7 @@ __all__ = ["BLOCK_BITS", "Multicasts"]
 class Multicasts:
     """``freed(model)`` is called when memory that was reserved for a transfer has been given up. For the jobs' thread.
 
-    ``window``: number of this node's sends that may be under way at once, and of its receives. ``pcie`` paces, beside the link,
+    ``window``: see Window. ``pcie`` paces, beside the link,
     what a source sends from its host copy. ``collective`` carries broadcasts out, over what paces them; it reports its progress
     by ``written`` and ``broadcast_ended``, as a peer would.
     """
@@ -38,7 +39,7 @@ class Multicasts:
         reports: Reports,
         jobs: Jobs,
         *,
-        window: int,
+        window: Window,
         pcie: TokenBucket | None,
         collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
         freed: Callable[[str], None],

@@ -1,9 +1,9 @@
 """A node's receives in multicasts and broadcasts: whose turn it is, verification beside the turns, and memory until nobody
 writes.
 
-A receiver tells a sender whose turn it is where it wants the block. So later rounds never overtake earlier ones, and a paced link
-carries one block at a time in each direction. A block is verified before it counts and before it is passed on. A cancelled
-multicast keeps its memory until every sender whose turn it was has written or has sent a fence (see sending).
+A receiver tells a sender whose turn it is where it wants the block. So no sender's later rounds overtake its earlier ones, and a
+paced link carries one block at a time in each direction. A block is verified before it counts and before it is passed on. A
+cancelled multicast keeps its memory until every sender whose turn it was has written or has sent a fence (see sending).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lambdascale.inference.reception import BlockState, Reception
 from lambdascale.inference.store import BlockStore
 from lambdascale.live.node.jobs import About, Jobs
 from lambdascale.live.node.reports import Reports
+from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready, encode
 from lambdascale.transport import Endpoint, TransportError
 
@@ -56,7 +57,7 @@ class _Incoming:
 
 
 class Receiving:
-    """``window``: number of blocks that may be written to this node at once for a multicast. For the jobs' thread.
+    """``window``: see Window. For the jobs' thread.
 
     ``usable()`` is called when a block can be sent on; ``freed(model)`` when a transfer is over, and its memory no longer
     reserved.
@@ -69,7 +70,7 @@ class Receiving:
         reports: Reports,
         jobs: Jobs,
         *,
-        window: int,
+        window: Window,
         usable: Callable[[], None],
         freed: Callable[[str], None],
     ) -> None:
@@ -108,9 +109,13 @@ class Receiving:
         self._settle(incoming)
 
     def _take_turns(self, incoming: _Incoming) -> None:
-        """Let the next senders write, in the plan's order, as far as the window allows."""
-        while incoming.turns and not incoming.cancelled and len(incoming.granted) < self._window:
-            send = incoming.turns.popleft()
+        """Let the next senders write, in the plan's order for each of them, as far as the window allows."""
+        for send in () if incoming.cancelled else tuple(incoming.turns):
+            if not self._window.has_room(send.src, incoming.granted.values()):
+                if self._window.in_order:
+                    break
+                continue
+            incoming.turns.remove(send)
             offset = incoming.reception.offsets.get(send.block) if send.block in incoming.missing else None
             with suppress(TransportError):  # it is lost: the controller plans anew
                 self._endpoint.send(send.src, encode(Ready(incoming.about.transfer_id, send.block, offset)))

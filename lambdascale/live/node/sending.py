@@ -1,4 +1,5 @@
-"""A node's sends in one-sided multicasts: in the plan's order, each when its block is verified and its receiver has asked for it.
+"""A node's sends in one-sided multicasts: in the plan's order for each receiver, each when its block is verified and its receiver
+has asked for it.
 
 A one-sided write cannot be called back. A sender whose multicast is cancelled tells every receiver that has asked it for a block
 that it writes no more: a fence, an empty write behind all its others.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from lambdascale.core import NodeId
@@ -20,6 +21,7 @@ from lambdascale.inference.store import BlockStore
 from lambdascale.live.node.jobs import About, Jobs
 from lambdascale.live.node.memory import memory_of
 from lambdascale.live.node.reports import Reports
+from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready
 from lambdascale.transport import Endpoint, TokenBucket, TransportError
 
@@ -36,14 +38,14 @@ class _Outgoing:
     tier: StoreTier
     sends: deque[Send]
     over: TokenBucket | None
-    in_flight: int = 0
+    in_flight: list[NodeId] = field(default_factory=list)  # the receiver of each block under way
     cancelled: bool = False
 
 
 class Sending:
-    """``window``: number of sends that may be under way at once in a multicast. For the jobs' thread."""
+    """``window``: see Window. For the jobs' thread."""
 
-    def __init__(self, store: BlockStore, endpoint: Endpoint, reports: Reports, jobs: Jobs, *, window: int) -> None:
+    def __init__(self, store: BlockStore, endpoint: Endpoint, reports: Reports, jobs: Jobs, *, window: Window) -> None:
         self._store, self._endpoint, self._reports, self._jobs = store, endpoint, reports, jobs
         self._window = window
         self._outgoing: dict[int, _Outgoing] = {}
@@ -106,12 +108,18 @@ class Sending:
             self._pump(number)
 
     def _pump(self, number: int) -> None:
-        """Start the next sends, in order, as far as the window, the blocks and the receivers' requests allow."""
+        """Start the next sends, in each receiver's order, as far as the window, the blocks and the receivers' requests allow."""
         out = self._outgoing.get(number)
         if out is None:
             return
-        while out.sends and out.in_flight < self._window and self._may_send(number, out, out.sends[0]):
-            send = out.sends.popleft()
+        held_up: set[NodeId] = set()
+        for send in tuple(out.sends):
+            if send.dst in held_up or not self._may_send(number, out, send):
+                if self._window.in_order:
+                    break
+                held_up.add(send.dst)
+                continue
+            out.sends.remove(send)
             offset = self._asked[number][send.dst].pop(send.block)
             if offset is not None:  # otherwise the receiver has it already, and the send's turn is over
                 self._send(number, out, send, offset)
@@ -120,22 +128,22 @@ class Sending:
             self._end(number, fence=out.cancelled)
 
     def _may_send(self, number: int, out: _Outgoing, send: Send) -> bool:
-        """Return True if the receiver has asked for the block and this node has it, verified."""
+        """Return True if the window has room, the receiver has asked for the block and this node has it, verified."""
         asked = self._asked.get(number, {}).get(send.dst, {})
-        if send.block not in asked:
+        if send.block not in asked or not self._window.has_room(send.dst, out.in_flight):
             return False
         return asked[send.block] is None or self._store.holds(out.command.model, send.block, out.tier)
 
     def _send(self, number: int, out: _Outgoing, send: Send, offset: int) -> None:
         stack = ExitStack()
         (data,) = stack.enter_context(self._store.using(out.command.model, [send.block], out.tier))
-        out.in_flight += 1
+        out.in_flight.append(send.dst)
         about = About("StartMulticast", number, out.command.model)
 
         def sent(future: Future[None]) -> None:
             # A failure is the connection's, whose loss is reported by itself.
             stack.close()
-            self._jobs.do(about, lambda: self._sent(number, out))
+            self._jobs.do(about, lambda: self._sent(number, out, send.dst))
 
         try:
             written = self._endpoint.write(send.dst, memory_of(data), offset, number << BLOCK_BITS | send.block, out.over)
@@ -143,10 +151,10 @@ class Sending:
         except TransportError:
             # The receiver is lost: the controller plans anew, and the sends to others go on.
             stack.close()
-            out.in_flight -= 1
+            out.in_flight.remove(send.dst)
 
-    def _sent(self, number: int, out: _Outgoing) -> None:
-        out.in_flight -= 1
+    def _sent(self, number: int, out: _Outgoing, receiver: NodeId) -> None:
+        out.in_flight.remove(receiver)
         self._pump(number)
 
     def _end(self, number: int, *, fence: bool) -> None:

@@ -1,0 +1,42 @@
+"""How many blocks of a multicast a node sends, and receives, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lambdascale.core import NodeId
+from lambdascale.core.checks import require
+
+
+@dataclass(frozen=True)
+class Window:
+    """Blocks of one multicast that may be under way, in each direction: ``peer`` with each other node, ``node`` in all.
+
+    With ``node`` None there is no such limit, and what a peer holds up holds up no other one. Otherwise blocks go in the plan's
+    order, whatever their peers. UserError for a limit below one.
+    """
+
+    peer: int
+    node: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.peer > 0 and (self.node is None or self.node > 0), "a window lets at least one block through")
+
+    @property
+    def in_order(self) -> bool:
+        """True if what one peer holds up holds up all."""
+        return self.node is not None
+
+    def has_room(self, peer: NodeId, under_way: Iterable[NodeId]) -> bool:
+        """Return True if one more block may be under way with ``peer``; ``under_way``: the peer of each that is."""
+        peers = list(under_way)
+        return peers.count(peer) < self.peer and (self.node is None or len(peers) < self.node)
+
+
+#: A paced link carries one block at a time in each direction, in the plan's order: so rounds take what the plan says.
+PACED = Window(peer=1, node=1)
+#: Without pacing, a peer's next blocks are under way before its last one is through. A limit for all peers together would have
+#: two senders of different rounds share a receiver's link while another link idles (tests/mover/test_round_times.py).
+UNPACED = Window(peer=3)
