@@ -128,11 +128,11 @@ def _functions(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         return _with_interval(found.p90_ratio, found.p90_low, found.p90_high)
 
     def on_gpus(model: str, link: str, sources: int, count: int = 200) -> str:
-        """Percentage by which pipelines lower P90 on GPUs, from pairs since kernels are rehearsed. No source: host memory."""
+        """Return the per cent by which pipelines lower P90 on GPUs, of pairs of the present engine. No source: host memory."""
         runs = tables["gpu_bursts" if sources else "gpu_bursts_shared"]
         runs = runs[(runs.tier == ("gpu" if sources else "host")) & (runs.kv == "recompute") & (runs.output_tokens == 64)]
         runs = runs[(runs.model == model) & (runs.link == link) & (runs.sources == sources) & (runs["count"] == count)]
-        runs = runs[~runs.measured_on.str.contains("before kernels")]
+        runs = runs[~runs.measured_on.str.contains("before")]
         pairs = [each for _, each in paired(runs)]
         if not pairs:
             return "? % (0 pairs)"

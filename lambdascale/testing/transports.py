@@ -11,55 +11,10 @@ from contextlib import ExitStack
 import pytest
 import xxhash
 
-from lambdascale.transport import Endpoint, Handlers, Memory, TokenBucket, TransportError
+from lambdascale.testing.pacing import Counting
+from lambdascale.transport import Endpoint, Handlers, Memory, TransportError
 
 _WAIT_S = 30.0
-
-
-class Counting(TokenBucket):
-    """A bucket that counts the ``bytes`` it has had time for, and the work that waited for it ``most_at_once``."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        super().__init__(bytes_per_s)
-        self.bytes = self.most_at_once = self._waiting = 0
-        # Guards the counts.
-        self._counted = threading.Condition()
-
-    def grant(self, most_bytes: int) -> tuple[int, float]:
-        """See TokenBucket."""
-        size, wait_s = super().grant(most_bytes)
-        self._count(size)
-        return size, wait_s
-
-    def reserve(self, size_bytes: int) -> float:
-        """See TokenBucket."""
-        self._count(size_bytes)
-        return super().reserve(size_bytes)
-
-    def _count(self, size_bytes: int) -> None:
-        with self._counted:
-            self.bytes += size_bytes
-
-    def queued(self) -> None:
-        """See TokenBucket."""
-        super().queued()
-        self._wait(1)
-
-    def done(self) -> None:
-        """See TokenBucket."""
-        super().done()
-        self._wait(-1)
-
-    def _wait(self, change: int) -> None:
-        with self._counted:
-            self._waiting += change
-            self.most_at_once = max(self.most_at_once, self._waiting)
-            self._counted.notify_all()
-
-    def settled(self, seconds: float) -> None:
-        """Wait until no work waits for it any more; AssertionError after ``seconds``."""
-        with self._counted:
-            assert self._counted.wait_for(lambda: not self._waiting, seconds), f"{self._waiting} pieces of work are not done"
 
 
 class Heard:
@@ -171,7 +126,7 @@ class TransportConformance:
         assert bytes(two.memory[:size]) == data
 
     def test_a_write_takes_every_way(self, nodes: Callable[..., list[Node]]) -> None:
-        """What paces a write beside the link has had time for all of its bytes, and for no others, and is busy meanwhile."""
+        """A way beside the link has had time for all bytes of the writes over it, and for no others; it is busy meanwhile."""
         one, two = self.pair(nodes)
         data, over = random.Random(3).randbytes(300_001), Counting(100e6)
         writes = [

@@ -48,7 +48,7 @@ def test_a_source_of_a_broadcast_copies_its_blocks_to_where_they_are_sent_from(m
 
 @pytest.mark.parametrize(("number", "tier", "paced"), [(0, "host", True), (0, "gpu", False), (1, "host", False)])
 def test_a_broadcast_from_a_host_copy_is_paced_by_pcie(make: Callable[..., Node], number: int, tier: str, paced: bool) -> None:
-    """Its source takes PCIe beside its link; one that sends from its GPU does not, and no destination does."""
+    """A source that has its blocks in host memory takes PCIe beside its link; others and destinations do not."""
     pcie = TokenBucket(1e9)
     node = make(number, lands="gpu", held="" if number else tier, links=Links(pcie=pcie))
     start(multicast(1, chain(0, 1), tier=tier, kind="collective"), node)

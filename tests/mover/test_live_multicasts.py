@@ -6,14 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from lambdascale.core import MulticastPlan, UserError
+from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import EvictBlocks, LoadBlocks
 from lambdascale.core.plan import Send
 from lambdascale.live import wire
-from lambdascale.live.node.loads import Links
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
-from lambdascale.live.node.window import PACED, UNPACED, Window
-from lambdascale.transport import TokenBucket
 from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, start
 
 ALL = list(range(BLOCKS))
@@ -30,21 +27,6 @@ def test_a_chain_of_three(network: Network, make: Callable[..., Node], lands: st
         assert node.store.resident("tiny", "gpu") == set(ALL)
         assert node.endpoint.admitted == []
     assert not any(node.failed or node.faults for node in nodes)
-
-
-@pytest.mark.parametrize("lands", ["gpu", "host"])
-@pytest.mark.parametrize("tier", ["gpu", "host"])
-def test_what_a_source_sends_from_its_host_copy_is_paced_by_pcie(
-    network: Network, make: Callable[..., Node], tier: str, lands: str
-) -> None:
-    """As in the simulator. Where a source's GPU has the blocks, or blocks are passed on, the link alone paces them."""
-    pcie = [TokenBucket(1e9) for _ in range(3)]
-    nodes = [make(n, lands=lands, held="" if n else tier, links=Links(pcie=pcie[n])) for n in range(3)]
-    start(multicast(1, chain(0, 1, 2), tier=tier), *nodes)
-    network.run()
-    assert nodes[2].arrived == ALL
-    assert nodes[0].endpoint.over == [pcie[0] if tier == "host" else None] * BLOCKS
-    assert nodes[1].endpoint.over == [None] * BLOCKS
 
 
 @pytest.mark.parametrize("middle", ["host", "gpu"])
@@ -369,32 +351,6 @@ def test_one_send_at_a_time(network: Network, make: Callable[..., Node]) -> None
         network.settle()
         assert [write[1] for write in network.writes] == [receiver]
         network.deliver()
-
-
-@pytest.mark.parametrize(
-    ("window", "sent"), [(PACED, []), (UNPACED, [(2, 0), (2, 1), (2, 2)]), (Window(peer=2), [(2, 0), (2, 1)])]
-)
-def test_a_receiver_that_has_not_asked(
-    network: Network, make: Callable[..., Node], window: Window, sent: list[tuple[int, int]]
-) -> None:
-    """It holds up the others in the plan's order only; each receiver's blocks keep theirs, as many at once as the window lets."""
-    rounds = tuple((Send(0, 1 + block % 2, block // 2),) for block in range(2 * BLOCKS))
-    source = make(0, held="gpu", window=window)
-    start(multicast(1, MulticastPlan((0, 1, 2), (0,), BLOCKS, rounds)), source)
-    for block in (2, 0, 3, 1):
-        source.mover.ready(2, wire.Ready(1, block, 0))
-    source.run()
-    assert [(write[1], write[4] & FENCE) for write in network.writes] == sent
-    for block in ALL:
-        source.mover.ready(1, wire.Ready(1, block, 0))
-    source.run()
-    assert [write[1] for write in network.writes].count(1) == window.peer
-
-
-def test_a_window_of_nothing() -> None:
-    for limits in ({"peer": 0}, {"peer": 1, "node": 0}):
-        with pytest.raises(UserError, match="at least one block"):
-            Window(**limits)
 
 
 def test_a_lost_receiver_holds_up_nobody(network: Network, make: Callable[..., Node]) -> None:

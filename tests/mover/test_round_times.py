@@ -185,7 +185,7 @@ SETTINGS += [("faasnet", 4, 1), ("faasnet", 8, 1), ("faasnet", 4, 2)]
 def test_a_window_for_each_peer_takes_no_longer_than_one_for_all(
     of_plan: Callable[..., float], system: str, nodes: int, sources: int, slow: float
 ) -> None:
-    """For any system, but for 3 %: what one peer holds up does not keep the link from another."""
+    """The time of any plan is at most 3 % longer: a block that cannot go yet keeps no other peer waiting."""
     given = system, nodes, sources
     assert of_plan(*given, UNPACED, slow=slow) <= 1.03 * of_plan(*given, TOGETHER, slow=slow)
 
@@ -210,5 +210,5 @@ def test_unpaced_multicasts_stay_near_their_plan(
 
 @pytest.mark.parametrize("nodes", [3, 4, 7, 8])
 def test_in_the_plans_order_rounds_take_what_the_plan_says(of_plan: Callable[..., float], nodes: int) -> None:
-    """As on paced links, whose lateness is made up: without delays no link ever waits for another."""
+    """No link waits for another without delays, as on paced links, whose lateness is made up."""
     assert of_plan("lambdascale", nodes, 1, PACED, slow=0.001) == pytest.approx(1.0, abs=0.01)

@@ -18,7 +18,7 @@ from lambdascale.core.events import SetUpDone
 from lambdascale.core.plan import Send
 from lambdascale.live.node.collective import Collective, Outlet
 from lambdascale.live.wire import Rendezvous
-from lambdascale.testing.transports import Counting
+from lambdascale.testing.pacing import Counting
 from tests.live.harness import listening
 
 

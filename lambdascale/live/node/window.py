@@ -1,4 +1,4 @@
-"""How many blocks of a multicast a node sends, and receives, at once."""
+"""Limits of the blocks of a multicast that a node sends, and receives, at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from lambdascale.core.checks import require
 class Window:
     """Blocks of one multicast that may be under way, in each direction: ``peer`` with each other node, ``node`` in all.
 
-    With ``node`` None there is no such limit, and what a peer holds up holds up no other one. Otherwise blocks go in the plan's
-    order, whatever their peers. UserError for a limit below one.
+    With a limit for all peers, blocks go in the plan's order, and all wait for the next one. Without it (``node`` None) they go
+    in the plan's order for each peer, and a block that cannot go yet keeps no other peer waiting. UserError for a limit below
+    one.
     """
 
     peer: int
@@ -26,7 +27,7 @@ class Window:
 
     @property
     def in_order(self) -> bool:
-        """True if what one peer holds up holds up all."""
+        """True if blocks for all peers wait for the next one of the plan."""
         return self.node is not None
 
     def has_room(self, peer: NodeId, under_way: Iterable[NodeId]) -> bool:
