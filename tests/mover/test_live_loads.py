@@ -39,9 +39,10 @@ class Counted(TokenBucket):
         self.passed: list[int] = []
         self.queues: list[int] = []
 
-    def take(self, size_bytes: int) -> None:
+    def reserve(self, size_bytes: int) -> float:
         self.passed.append(size_bytes)
         self.queues.append(self._queued)
+        return 0.0
 
 
 class TestLoads:
@@ -79,17 +80,21 @@ class TestLoads:
         assert node.arrived == []
         assert node.store.resident("tiny", "host") == frozenset()
 
-    @pytest.mark.parametrize(("tier", "link"), [("ssd", "ssd"), ("host", "pcie"), ("remote", "remote"), ("instant", None)])
-    def test_the_link_of_a_tier(self, make: Callable[..., Node], tier: str, link: str | None) -> None:
+    @pytest.mark.parametrize("loader", ["pipelined", "sequential"])
+    @pytest.mark.parametrize(
+        ("tier", "ways"), [("ssd", {"ssd", "pcie"}), ("host", {"pcie"}), ("remote", {"remote", "pcie"}), ("instant", set())]
+    )
+    def test_the_ways_of_a_tier(self, make: Callable[..., Node], tier: str, ways: set[str], loader: str) -> None:
+        """Storage and PCIe at once, or one after the other; PCIe alone from host memory, as in the simulator."""
         links = {name: Counted() for name in ("ssd", "pcie", "remote")}
         node = make(links=Links(**links), held="host" if tier == "host" else "")
-        node.mover.load(load(7, tier))
+        node.mover.load(load(7, tier, loader))
         node.finish_loads()
         assert node.arrived == ALL
-        assert {name for name, bucket in links.items() if bucket.passed} == ({link} if link else set())
-        if link:
-            assert links[link].passed == list(node.model.block_bytes)
-            assert (set(links[link].queues), links[link]._queued) == ({1}, 0), "the link is busy between blocks, not afterwards"
+        assert {name for name, bucket in links.items() if bucket.passed} == ways
+        for way in ways:
+            assert links[way].passed == list(node.model.block_bytes)
+            assert (set(links[way].queues), links[way]._queued) == ({1}, 0), "it is busy between blocks, not afterwards"
 
     def test_a_cluster_without_a_remote_store(self, make: Callable[..., Node]) -> None:
         node = make()

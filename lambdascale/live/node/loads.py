@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from lambdascale.live.node.jobs import About, Jobs
 from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
 from lambdascale.transport import TokenBucket
+from lambdascale.transport.pacing import take
 
 _RETRY_S = 0.01
 _RETRIES = 3000
@@ -85,46 +86,44 @@ class Loads:
         if command.loader == "sequential" and not from_host:
             self._load_twice(command)
         else:
-            self._load_up(command, self._pace(command))
+            self._load_up(command, [*self._storage(command), *_given(self._links.pcie)])
 
     def _is_near(self, model: str, block: int) -> bool:
         return self._store.holds(model, block, "host") or self._store.holds(model, block, "gpu")
 
-    def _pace(self, command: LoadBlocks) -> TokenBucket | None:
-        """Return the link that a command's blocks come over."""
-        paces = {"host": self._links.pcie, "ssd": self._links.ssd, "remote": self._links.remote}
-        return paces.get(command.tier)
+    def _storage(self, command: LoadBlocks) -> list[TokenBucket]:
+        """Return what paces the way of a command's blocks into host memory; nothing if they are there."""
+        return _given({"ssd": self._links.ssd, "remote": self._links.remote}.get(command.tier))
 
-    def _load_up(self, command: LoadBlocks, pace: TokenBucket | None) -> Load:
-        """Load to the device, and report each block."""
+    def _load_up(self, command: LoadBlocks, ways: Sequence[TokenBucket]) -> Load:
+        """Load to the device over ``ways`` at once, and report each block. What is there "instantly" takes none."""
         about = _about(command)
 
         def arrived(model: str, block: int) -> None:
             self._jobs.do(about, lambda: self._reports.arrived(command.transfer_id, model, block))
 
-        load = self._paced(command, pace, "gpu", arrived)
+        load = self._paced(command, () if command.tier == "instant" else ways, "gpu", arrived)
         self._watch(command, load)
         return load
 
     def _paced(
-        self, command: LoadBlocks, pace: TokenBucket | None, to: StoreTier, then: Callable[[str, int], None] = lambda *_: None
+        self, command: LoadBlocks, ways: Sequence[TokenBucket], to: StoreTier, then: Callable[[str, int], None] = lambda *_: None
     ) -> Load:
-        """Load blocks over a link: ``then(model, block)`` follows each once it has landed and the link has had time for it."""
+        """Load blocks: ``then(model, block)`` follows each once it has landed and all ``ways`` have had time for it."""
         store, model = self._store, command.model
-        if pace is None:
-            return store.load(model, command.blocks, to=to, keep_host=False, on_block=then)
         sizes = store.model(model).block_bytes
 
         def arrived(model: str, block: int) -> None:
-            pace.take(sizes[block])
+            take(ways, sizes[block])
             then(model, block)
 
-        with ExitStack() as undo:
-            pace.queued()  # the link is busy from now on, while blocks are read as well as between them
-            undo.callback(pace.done)
+        with ExitStack() as ended:
+            for way in ways:
+                way.queued()  # it is busy from now on, while blocks are read as well as between them
+                ended.callback(way.done)
             load = store.load(model, command.blocks, to=to, keep_host=False, on_block=arrived)
-            undo.pop_all()
-        load.when_ended(lambda _: pace.done())
+            done = ended.pop_all()
+        load.when_ended(lambda _: done.close())
         return load
 
     def _load_twice(self, command: LoadBlocks) -> None:
@@ -135,14 +134,14 @@ class Loads:
             up = None
             try:
                 if error is None and not first.cancelled:
-                    up = self._load_up(command, self._links.pcie)
+                    up = self._load_up(command, _given(self._links.pcie))
             finally:
                 if up is None:
                     self._evict(dropping, "host")
                 else:
                     self._when_ended(up, dropping, lambda _: self._evict(dropping, "host"))
 
-        first = self._paced(command, self._pace(command), "host")
+        first = self._paced(command, self._storage(command), "host")
         self._watch(command, first, second)
 
     def _watch(self, command: LoadBlocks, load: Load, then: Callable[[Exception | None], None] | None = None) -> None:
@@ -232,6 +231,10 @@ class Loads:
                 self._order.let_go(about.model)
         if again:
             self._jobs.later(_RETRY_S, about, lambda: self._try_to_evict(about, tier, tries - 1))
+
+
+def _given(way: TokenBucket | None) -> list[TokenBucket]:
+    return [] if way is None else [way]
 
 
 def _about(command: LoadBlocks) -> About:
