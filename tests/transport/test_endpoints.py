@@ -381,6 +381,25 @@ class TestSeveralWays:
     def test_no_way(self) -> None:
         assert grant([], 5) == (5, 0.0)
 
+    def test_work_that_shares_a_way_gets_half_of_it(self) -> None:
+        """A load of large blocks beside a send of small pieces, over the same PCIe: neither waits for the other's end."""
+        pcie, ends = TokenBucket(10e6), {}
+
+        def move(name: str, pieces: list[int]) -> None:
+            with pcie.busy():
+                for piece in pieces:
+                    take([pcie], piece)
+            ends[name] = time.monotonic() - begin
+
+        begin = time.monotonic()
+        threads = [threading.Thread(target=move, args=each) for each in (("load", [1_000_000] * 2), ("send", [20_000] * 50))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert ends["send"] < ends["load"], "a million bytes before two million"
+        assert ends["load"] >= 0.29
+
     def test_waiting_for_all(self) -> None:
         ways = [TokenBucket(1e9), TokenBucket(1e6)]
         begin = time.monotonic()
