@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +15,13 @@ from hydra.errors import HydraException
 
 from lambdascale.checkpoints.builtin import builtin_model
 from lambdascale.core import UserError
-from lambdascale.experiments.build import build
+from lambdascale.core.commands import LoadBlocks, StartMulticast
+from lambdascale.core.events import BlockArrived
+from lambdascale.experiments.build import Experiment, build
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.mistakes import user_message
-from lambdascale.experiments.runner import run
+from lambdascale.experiments.runner import drive_experiment, run
+from lambdascale.metrics import Recorder
 from tests.ray_turn import ray_turn
 
 pytestmark = pytest.mark.live
@@ -35,6 +39,41 @@ def test_a_run_folder_like_any_other(tmp_path: Path) -> None:
     assert (rows.output_tokens == 100).all()
     assert (rows.ttft_s > 0).all()
     assert run(compose([*LIVE, f"out={tmp_path / 'run'}"])).reused
+
+
+# A host copy feeds others, and is loaded beside that; a GPU and a host copy feed one node each; nodes load from storage.
+SLOW_PCIE = ["cluster.pcie_bytes_per_s=0.3MB/s", "cluster.ssd_bytes_per_s=0.5MB/s", "system.memory.enabled=true"]
+SLOW_PCIE += ["system.memory.keep_alive_s=null", "system.memory.initial_copies=1", "cluster.rdma_efficiency=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("system", "replicas"), [("lambdascale", 0), ("faasnet", 1), ("faasnet", 0), ("serverlessllm", 0), ("nccl_broadcast", 0)]
+)
+def test_no_transfer_is_faster_than_simulated(system: str, replicas: int) -> None:
+    """Each takes every way that it takes in the simulator, but for 10 %: link, PCIe and storage, alone or beside another."""
+    shared = [*LIVE, *SLOW_PCIE, f"system={system}", f"system.autoscaler.min_replicas={replicas}", "cluster.nodes=4"]
+    shared += ["workload.at_s=1.05", "logger._target_=builtins.dict"]
+    live_run = build(compose([*shared, "backend.executor=timed"]))
+    simulation = replace(live_run, backend=build(compose(["backend=sim"])).backend, configured=live_run.models)
+    live, simulated = transfers_s(live_run), transfers_s(simulation)
+    assert live.keys() == simulated.keys()
+    for key, took_s in simulated.items():
+        assert live[key] >= 0.9 * took_s, f"{key}: {live} {simulated}"
+
+
+def transfers_s(experiment: Experiment) -> dict[tuple[str, int], float]:
+    """Return the seconds from each command of a transfer to the last block of each node that it brings blocks to."""
+    recorder = Recorder()
+    requests = experiment.workload.requests(models=[model.name for model in experiment.models], seed=1)
+    drive_experiment(experiment, requests, 1, recorder)
+    began, took = {}, {}
+    for at, entry in recorder.entries:
+        if isinstance(entry, StartMulticast | LoadBlocks):
+            began[entry.transfer_id] = type(entry).__name__, at
+        elif isinstance(entry, BlockArrived):
+            kind, since = began[entry.transfer_id]
+            took[kind, entry.node] = at - since
+    return took
 
 
 @pytest.mark.parametrize(("system", "communicator"), [("lambdascale", None), ("nccl_broadcast", "gloo")])
