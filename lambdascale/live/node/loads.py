@@ -92,11 +92,11 @@ class Loads:
         return self._store.holds(model, block, "host") or self._store.holds(model, block, "gpu")
 
     def _storage(self, command: LoadBlocks) -> list[TokenBucket]:
-        """Return what paces the way of a command's blocks into host memory; nothing if they are there."""
+        """Return the pacing of a command's blocks on their way into host memory; none if they are in it already."""
         return _given({"ssd": self._links.ssd, "remote": self._links.remote}.get(command.tier))
 
     def _load_up(self, command: LoadBlocks, ways: Sequence[TokenBucket]) -> Load:
-        """Load to the device over ``ways`` at once, and report each block. What is there "instantly" takes none."""
+        """Load to the device over ``ways`` at once, and report each block. The tier "instant" takes none of them."""
         about = _about(command)
 
         def arrived(model: str, block: int) -> None:
