@@ -3,14 +3,14 @@
 python scripts/gpu_host.py [--models 7B,13B,70B] [--groups 2,4,8] [--sources 1,2,4] [--blocks 8,16,32,64] [--repeat 3]
     [--memory /dev/shm] [--device cuda] [--transport cuda_ipc] [--limit-s 540] [--out results/tables]
 
-For 7B and 13B: λScale and FaaSNet with every number of blocks; for all, if 16 is one of them, λScale, FaaSNet, NCCL (its
-communicator apart) and nodes that load their own host copies; on eight GPUs the 70B shape in quarters, from a node of four GPUs
-to another whose GPUs receive at once. Every block is verified. Adds a row for each to gpu_host.csv, beside the time of its plan
-at the rate of a copy between two GPUs, measured in this run, and prints a table. Models that a GPU cannot hold are left out and
-named; so is what --limit-s has left no time for. NCCL makes its connections with a communicator's first broadcast, or, with
-NCCL_RUNTIME_CONNECT=0 in the environment, with the communicator: measured_on says so then. Models of random weights are packed
-under --memory, which takes 14, 26 and 138 GB, and twice that for the time of packing; existing ones are kept. «small» is for
-rehearsals on CPUs:
+For 7B and 13B: λScale and FaaSNet with every number of blocks, and λScale without verification; for all, if 16 is one of them,
+λScale, FaaSNet, NCCL (its communicator apart) and nodes that load their own host copies; on eight GPUs the 70B shape in quarters,
+from a node of four GPUs to another whose GPUs receive at once. All else verifies every block. Adds a row for each to
+gpu_host.csv, beside the time of its plan at the rate of a copy between two GPUs, measured in this run, and prints a table. Models
+that a GPU cannot hold are left out and named; so is what --limit-s has left no time for. NCCL makes its connections with a
+communicator's first broadcast, or, with NCCL_RUNTIME_CONNECT=0 in the environment, with the communicator: measured_on says so
+then. Models of random weights are packed under --memory, which takes 14, 26 and 138 GB, and twice that for the time of packing;
+existing ones are kept. «small» is for rehearsals on CPUs:
 --models small --device cpu --transport shm --nodes 4 --groups 2,4 --memory /tmp
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -56,6 +56,7 @@ class Job:
     blocks: int
     clusters: tuple[tuple[str, ...], ...]
     quarters: bool = False
+    verify: Literal["full", "off"] = "full"
 
     @property
     def packed(self) -> str:
@@ -63,12 +64,17 @@ class Job:
         return f"{self.model}/{QUARTERS}" if self.quarters else self.model
 
     def __str__(self) -> str:
-        return f"{self.model} in {self.blocks} blocks" + (", in quarters" if self.quarters else "")
+        unverified = ", not verified" if self.verify == "off" else ""
+        return f"{self.model} in {self.blocks} blocks{unverified}" + (", in quarters" if self.quarters else "")
 
 
 def jobs(models: list[str], blocks: list[int], gpus: int) -> list[Job]:
-    """Return what to pack and run: systems beside each other first, then quarters, then other numbers of blocks."""
-    usual = [Job(model, USUAL, (ONE_SIDED, ("nccl_broadcast",), (OWN_COPIES,))) for model in models if USUAL in blocks]
+    """Return what to pack and run: systems beside each other and unverified, then quarters, then other numbers of blocks."""
+    usual = []
+    for model in models if USUAL in blocks else ():
+        usual.append(Job(model, USUAL, (ONE_SIDED, ("nccl_broadcast",), (OWN_COPIES,))))
+        if model not in random_models.LARGE:
+            usual.append(Job(model, USUAL, (("lambdascale",),), verify="off"))
     others = [Job(model, n, (ONE_SIDED,)) for model in models for n in blocks if n != USUAL and model not in random_models.LARGE]
     large = [model for model in models if model in random_models.LARGE and gpus == 2 * QUARTERS and USUAL in blocks]
     return [*usual, *(Job(model, USUAL, (("lambdascale",),), quarters=True) for model in large), *others]
@@ -111,6 +117,7 @@ def row(job: Job, system: str, trial: Trial, timed: Timed, model: PackedModel, r
         "sources": len(trial.sources),
         "destinations": len(trial.destinations),
         "blocks": job.blocks,
+        "verify": job.verify,
         "first_s": timed.seconds[0],
         "later_s": later,
         "set_up_s": set_up,
@@ -137,7 +144,7 @@ def rows_of(job: Job, arguments: argparse.Namespace, gpus: int, model: PackedMod
     groups = sizes(arguments.groups, arguments.sources, gpus)
     for systems in job.clusters:
         system = systems[0] if systems[0] != OWN_COPIES else "lambdascale"
-        setting = Setting(system, gpus, arguments.transport, arguments.device, copies=OWN_COPIES in systems)
+        setting = Setting(system, gpus, arguments.transport, arguments.device, copies=OWN_COPIES in systems, verify=job.verify)
         planned = trials(job, systems, names, setting, groups, arguments.repeat)
         found, _ = run_trials(setting, dict.fromkeys(names, model), [trial for _, trial in planned])
         for (name, trial), timed in zip(planned, found, strict=True):

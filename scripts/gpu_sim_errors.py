@@ -101,6 +101,7 @@ def host_multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
     """
     found = measured(tables, "host", card)
     found = found[(found.system != "nccl_broadcast") | found.measured_on.str.contains(CONNECTED)]
+    found = found[found.verify == "full"]
     for each in found[found.model.isin(list(CONFIGURED))].itertuples():
         cluster, spec = specs(profile, each.model)
         node, sizes = cluster.node(0), [block.size_bytes for block in spec.partition(each.blocks)]

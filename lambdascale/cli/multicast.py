@@ -35,8 +35,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "multicast",
         help="time one multicast between real node processes",
         description="Start node processes on this machine, send a packed model from the sources to the other nodes, and print "
-        "the time until the last node holds every block, verified. Beside it: the time of the plan at the rate of the link, "
-        "measured in the same run.",
+        "the time until the last node holds every block, verified unless --verify says otherwise. Beside it: the time of the "
+        "plan at the rate of the link, measured in the same run.",
     )
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
     parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
@@ -50,6 +50,9 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--link", metavar="RATE", help="pace every node's link, for example 12.5GB/s (default: not paced)")
     parser.add_argument(
         "--repeat", type=int, default=5, metavar="R", help="multicasts one after the other (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--verify", choices=("full", "sampled", "off"), default="full", help="blocks that receivers verify (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
@@ -83,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = _open(arguments.model, arguments.blocks)
     link = None if arguments.link is None else parse_rate(arguments.link)
     device: Literal["cpu", "cuda"] = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
-    setting = Setting(arguments.system, arguments.nodes, arguments.transport, device, link)
+    setting = Setting(arguments.system, arguments.nodes, arguments.transport, device, link, verify=arguments.verify)
     sizes = {"sources": arguments.sources, "destinations": arguments.nodes - arguments.sources}
     plan = setting.plan(**sizes, blocks=len(model.blocks))
     rate = link or link_rate(arguments.transport)
@@ -95,6 +98,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **sizes,
         "transport": arguments.transport,
         "device": device,
+        "verify": arguments.verify,
         "seconds": timed.seconds,
         "set_up_s": timed.set_up_s,
         "start_parts_s": start_parts,
@@ -107,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 class Setting:
     """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system.
 
-    ``link``: a rate in bytes/s to pace at, None: not paced. ``copies``: nodes may keep host copies.
+    ``link``: a rate in bytes/s to pace at, None: not paced. ``copies``: nodes may keep host copies. ``verify``: see LiveConfig.
     """
 
     system: str
@@ -116,6 +120,7 @@ class Setting:
     device: Literal["cpu", "cuda"]
     link: float | None = None
     copies: bool = False
+    verify: Literal["full", "sampled", "off"] = "full"
 
     def config(self, blocks: int) -> tuple[ClusterSpec, SystemConfig]:
         """Return the cluster and the system, which moves models of so many blocks. UserError if it has no multicast."""
@@ -160,6 +165,7 @@ def run_trials(
         paced=setting.link is not None,
         slot_tokens=64,
         executor="timed",
+        verify=setting.verify,
     )
     plane = Repeated(models, trials, setting.nodes, system.start.multicast or "one_sided")
     backend = live.start(cluster=cluster, models=list(models.items()), system=system)
@@ -181,7 +187,7 @@ def _show(found: dict[str, Any]) -> None:
     seconds, size = found["seconds"], found["bytes"]
     title = (
         f"{found['model']} ({size / _GB:.2f} GB, {found['blocks']} blocks), {found['sources']} to {found['destinations']} nodes, "
-        f"{found['transport']} on {found['device']}"
+        f"{found['transport']} on {found['device']}" + ("" if found["verify"] == "full" else f", verified: {found['verify']}")
     )
     table = Table("multicast", "seconds", "GB/s per destination", title=title)
     rows = [("first", seconds[0])]

@@ -38,8 +38,8 @@ class LiveConfig:
     """Real node processes. ``checkpoint``: a packed model, or a built-in one's name (smollm2, small, tiny).
 
     ``executor`` "timed" only takes the time that the cluster's compute model says; "paced" computes and takes at least that time.
-    ``paced``: links, disks and host-to-device
-    copies are made as slow as the cluster's configuration says, otherwise they are as fast as this machine is.
+    ``paced``: links, disks and PCIe (loads to the device, and what is sent from host copies) are as slow as the cluster's
+    configuration says, otherwise they are as fast as this machine is.
     A sequence has at most ``slot_tokens`` tokens. ``threads`` per node, None: the machine's divided among the nodes.
     ``rdma`` is for the transport of that name. ``collective``: what the NCCL baseline broadcasts by; "auto" is NCCL where every
     node has a GPU of its own, else gloo.

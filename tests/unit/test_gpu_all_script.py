@@ -117,7 +117,7 @@ def test_multicasts_of_a_host_beside_the_profile(tmp_path: Path) -> None:
     ]
     columns = ["model", "system", "sources", "destinations", "blocks", "later_s", "without_set_up_s"]
     rows.append(("7B", "nccl_broadcast", 1, 7, 16, 2.0, 1.5))
-    table = pd.DataFrame(rows, columns=columns).assign(measured_on="8 x NVIDIA H200")
+    table = pd.DataFrame(rows, columns=columns).assign(measured_on="8 x NVIDIA H200", verify="full")
     table.loc[1, "measured_on"] = "8 x NVIDIA H200; NCCL_RUNTIME_CONNECT=0"
     table.to_csv(tmp_path / "gpu_host.csv")
     binomial, nccl, own = errors.host_multicasts("h200", tmp_path, "H200")

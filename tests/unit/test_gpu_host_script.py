@@ -21,6 +21,7 @@ def script() -> ModuleType:
 def test_only_eight_gpus_are_two_nodes_of_four(script: ModuleType) -> None:
     assert [str(job) for job in script.jobs(["7B", "70B"], [8, 16], 8)] == [
         "7B in 16 blocks",
+        "7B in 16 blocks, not verified",
         "70B in 16 blocks",
         "70B in 16 blocks, in quarters",
         "7B in 8 blocks",

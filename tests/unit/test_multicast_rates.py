@@ -173,6 +173,19 @@ def test_only_the_links_are_paced(model: PackedModel, monkeypatch: pytest.Monkey
     assert cluster.nic_bytes_per_s == (1e12 if link is None else 12.5e9)
 
 
+@pytest.mark.parametrize("verify", ["full", "sampled", "off"])
+def test_nodes_verify_what_the_command_says(model: PackedModel, monkeypatch: pytest.MonkeyPatch, verify: str) -> None:
+    configs = []
+
+    def start(config: LiveConfig, **_: object) -> None:
+        configs.append(config)
+        raise UserError("enough")
+
+    monkeypatch.setattr(LiveConfig, "start", start)
+    assert main(["multicast", "--model", str(model.directory), *([] if verify == "full" else ["--verify", verify])]) == 2
+    assert [config.verify for config in configs] == [verify]
+
+
 @pytest.mark.parametrize("wrong", [["--sources", "4"], ["--sources", "0"], ["--repeat", "0"]])
 def test_mistakes_are_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["multicast", "--model", "tiny", *wrong]) == 2
