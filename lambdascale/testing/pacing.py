@@ -22,10 +22,10 @@ class Counting(TokenBucket):
         self._count(size)
         return size, wait_s
 
-    def reserve(self, size_bytes: int) -> float:
+    def reserve(self, size_bytes: int, **late: float) -> float:
         """See TokenBucket."""
         self._count(size_bytes)
-        return super().reserve(size_bytes)
+        return super().reserve(size_bytes, **late)
 
     def _count(self, size_bytes: int) -> None:
         with self._counted:

@@ -110,15 +110,18 @@ class TokenBucket:
         if wait_s > 0:
             self._sleep(wait_s)
 
-    def reserve(self, size_bytes: int) -> float:
-        """Return the seconds until the link has had time for ``size_bytes`` (0 or more). The caller waits."""
+    def reserve(self, size_bytes: int, *, late_s: float = _LATE_S) -> float:
+        """Return the seconds until the link has had time for ``size_bytes`` (0 or more). The caller waits.
+
+        ``late_s``: at most so much of the link's idle time is made up while work is queued.
+        """
         with self._lock:
             now = self._clock()
-            return max(0.0, self._book(self._begin(now), size_bytes) - now)
+            return max(0.0, self._book(self._begin(now, late_s), size_bytes) - now)
 
-    def _begin(self, now: float) -> float:
+    def _begin(self, now: float, late_s: float = _LATE_S) -> float:
         """Return when the next bytes are on the link's schedule. Called with the lock."""
-        return max(self._busy_until, now - (_LATE_S if self._queued else _BURST_S))
+        return max(self._busy_until, now - (late_s if self._queued else _BURST_S))
 
     def _book(self, begin: float, size_bytes: int) -> float:
         """Put bytes on the schedule; return when they are through. Called with the lock."""
@@ -129,7 +132,8 @@ class TokenBucket:
 def grant(ways: Sequence[TokenBucket], most_bytes: int) -> tuple[int, float]:
     """Return the size of the next piece, of ``most_bytes``, and the seconds until all ``ways`` have had time for it (0 or more).
 
-    The piece takes all ways at once, so that the slowest of them counts; without any, all goes at once. The caller waits.
+    The piece takes all ways at once, so that the slowest of them counts; without any, all goes at once. The caller waits. The
+    others idle between pieces: nobody makes that up.
     """
     if not ways:
         return most_bytes, 0.0
@@ -137,18 +141,21 @@ def grant(ways: Sequence[TokenBucket], most_bytes: int) -> tuple[int, float]:
     if others:
         most_bytes = min(most_bytes, _TOGETHER * slowest.piece_bytes)
     size, wait_s = slowest.grant(most_bytes)
-    return size, max([wait_s, *(way.reserve(size) for way in others)])
+    return size, max([wait_s, *(way.reserve(size, late_s=_BURST_S) for way in others)])
 
 
 def take(ways: Sequence[TokenBucket], size_bytes: int) -> None:
     """Wait until all ``ways`` have had time for ``size_bytes``, which take them at once.
 
-    In pieces, so that other work for one of them gets as much of it.
+    In pieces, so that other work for one of them gets as much of it. See grant.
     """
-    while ways and size_bytes > 0:
+    if not ways:
+        return
+    slowest, *others = sorted(ways, key=lambda way: way.bytes_per_s)
+    while size_bytes > 0:
         pieces = 1 if any(way.is_shared for way in ways) else _ALONE
-        size = min(size_bytes, pieces * min(way.piece_bytes for way in ways))
-        wait_s = max(way.reserve(size) for way in ways)
+        size = min(size_bytes, pieces * slowest.piece_bytes)
+        wait_s = max([slowest.reserve(size), *(way.reserve(size, late_s=_BURST_S) for way in others)])
         if wait_s > 0:
             time.sleep(wait_s)
         size_bytes -= size

@@ -39,7 +39,7 @@ class Counted(TokenBucket):
         self.passed = 0
         self.queues: list[int] = []
 
-    def reserve(self, size_bytes: int) -> float:
+    def reserve(self, size_bytes: int, **_: float) -> float:
         self.passed += size_bytes
         self.queues.append(self._queued)
         return 0.0

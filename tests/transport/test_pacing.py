@@ -180,6 +180,14 @@ class TestSeveralWays:
                 size -= piece
         assert now[0] - 100.0 == pytest.approx(1.0, abs=0.02)
 
+    def test_the_faster_way_saves_no_time_up(self) -> None:
+        """PCIe waits for the link between pieces: a load that begins meanwhile takes its own time of it."""
+        (link, pcie), now = self.ways(1e6, 10e6)
+        with link.busy(), pcie.busy():
+            for _ in range(100):
+                now[0] += grant([link, pcie], 5_000)[1]
+            assert pcie.reserve(1_000_000) == pytest.approx(0.1, abs=0.01)
+
     def test_no_way(self) -> None:
         assert grant([], 5) == (5, 0.0)
 
