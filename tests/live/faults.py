@@ -23,6 +23,7 @@ from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.live.node import agent
 from lambdascale.live.node.multicasts import BLOCK_BITS
 from lambdascale.live.node_config import NodeConfig
+from lambdascale.transport import TokenBucket
 from tests.live.harness import Outcome, of
 
 
@@ -43,12 +44,12 @@ class Damage:
     def put_into(self, endpoint: Any, node: int) -> None:
         intact, left = endpoint.write, self.times
 
-        def write(peer: int, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        def write(peer: int, data: memoryview, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
             nonlocal left
             if data.nbytes and left and immediate % (1 << BLOCK_BITS) == self.block:
                 left -= 1
                 data = memoryview(bytes([data[0] ^ 1]) + bytes(data[1:]))
-            future: Future[None] = intact(peer, data, offset, immediate)
+            future: Future[None] = intact(peer, data, offset, immediate, over)
             return future
 
         if self.node in (None, node):
@@ -67,10 +68,10 @@ class Break:
     def put_into(self, endpoint: Any, node: int) -> None:
         intact, left = endpoint.write, self.after
 
-        def write(peer: int, data: memoryview, offset: int, immediate: int) -> Future[None]:
+        def write(peer: int, data: memoryview, offset: int, immediate: int, over: TokenBucket | None = None) -> Future[None]:
             nonlocal left
             connection = endpoint._connections.get(peer)
-            future: Future[None] = intact(peer, data, offset, immediate)
+            future: Future[None] = intact(peer, data, offset, immediate, over)
             if peer == self.peer:
                 left -= 1
                 if not left or (self.always and left < 0):
