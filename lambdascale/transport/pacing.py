@@ -102,13 +102,7 @@ class TokenBucket:
             self._book(self._begin(now), size_bytes)
             self._ahead_until = max(self._ahead_until, now) + size_bytes / self.bytes_per_s
             wait_s = self._ahead_until - now
-        self._sleep(wait_s)
-
-    def take(self, size_bytes: int) -> None:
-        """Wait until the link has had time for ``size_bytes``."""
-        wait_s = self.reserve(size_bytes)
-        if wait_s > 0:
-            self._sleep(wait_s)
+        self.rest(wait_s)
 
     def reserve(self, size_bytes: int, *, late_s: float = _LATE_S) -> float:
         """Return the seconds until the link has had time for ``size_bytes`` (0 or more). The caller waits.
@@ -118,6 +112,11 @@ class TokenBucket:
         with self._lock:
             now = self._clock()
             return max(0.0, self._book(self._begin(now, late_s), size_bytes) - now)
+
+    def rest(self, wait_s: float) -> None:
+        """Wait so many seconds, by this bucket's clock; not at all if they are none or less."""
+        if wait_s > 0:
+            self._sleep(wait_s)
 
     def _begin(self, now: float, late_s: float = _LATE_S) -> float:
         """Return when the next bytes are on the link's schedule. Called with the lock."""
@@ -156,6 +155,5 @@ def take(ways: Sequence[TokenBucket], size_bytes: int) -> None:
         pieces = 1 if any(way.is_shared for way in ways) else _ALONE
         size = min(size_bytes, pieces * slowest.piece_bytes)
         wait_s = max([slowest.reserve(size), *(way.reserve(size, late_s=_BURST_S) for way in others)])
-        if wait_s > 0:
-            time.sleep(wait_s)
+        slowest.rest(wait_s)
         size_bytes -= size

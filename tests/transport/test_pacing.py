@@ -25,14 +25,14 @@ class TestPacing:
     def test_the_rate_is_kept(self) -> None:
         bucket, now = self.bucket(1000.0)
         for _ in range(100):
-            bucket.take(50)
+            take([bucket], 50)
         assert now[0] - 100.0 == pytest.approx(5.0, abs=0.01)
 
     def test_oversleeping_is_made_up(self) -> None:
         bucket, now = self.bucket(1000.0, oversleeps=0.03)
         with bucket.busy():
             for _ in range(100):
-                bucket.take(50)
+                take([bucket], 50)
         assert now[0] - 100.0 == pytest.approx(5.0, abs=0.05)
 
     @pytest.mark.parametrize("late_s", [0.0005, 0.005, 0.05])
@@ -60,7 +60,7 @@ class TestPacing:
         """Work that comes after a pause has the burst only, also after earlier work."""
         bucket, now = self.bucket(1e7)
         with bucket.busy():
-            bucket.take(10_000)
+            take([bucket], 10_000)
         now[0] += 0.1
         with bucket.busy():
             assert bucket.grant(1_000_000) == (20_000, pytest.approx(0.0, abs=1e-9))
@@ -113,16 +113,16 @@ class TestPacing:
 
     def test_idle_time_is_not_saved_up(self) -> None:
         bucket, now = self.bucket(1000.0)
-        bucket.take(10)
+        take([bucket], 10)
         now[0] += 50.0
         begin = now[0]
-        bucket.take(1000)
+        take([bucket], 1000)
         assert now[0] - begin == pytest.approx(1.0, abs=0.01)
 
     def test_sharers_share(self) -> None:
         bucket = TokenBucket(50e6)
         begin = time.monotonic()
-        threads = [threading.Thread(target=lambda: [bucket.take(bucket.piece_bytes) for _ in range(25)]) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: [take([bucket], bucket.piece_bytes) for _ in range(25)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
