@@ -25,7 +25,10 @@ _RETRIES = 3000
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Rates to which storage is paced; None: not paced. ``remote`` None: the cluster has no remote store."""
+    """Pacing of storage and of PCIe, which sends from host copies take too; None: not paced.
+
+    ``remote`` None: the cluster has no remote store.
+    """
 
     ssd: TokenBucket | None = None
     pcie: TokenBucket | None = None

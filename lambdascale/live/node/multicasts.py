@@ -27,9 +27,8 @@ __all__ = ["BLOCK_BITS", "Multicasts"]
 class Multicasts:
     """``freed(model)`` is called when memory that was reserved for a transfer has been given up. For the jobs' thread.
 
-    ``window``: see Window. ``pcie`` paces, beside the link,
-    what a source sends from its host copy. ``collective`` carries broadcasts out, over what paces them; it reports its progress
-    by ``written`` and ``broadcast_ended``, as a peer would.
+    ``window``: see Window. ``pcie`` paces, beside the link, what a source sends from its host copy. ``collective`` carries
+    broadcasts out, over what paces them; it reports its progress by ``written`` and ``broadcast_ended``, as a peer would.
     """
 
     def __init__(
