@@ -3,9 +3,8 @@
 python scripts/gpu_sim_errors.py [--profile h200] [--card H200] [--tables results/tables] [--map]
 
 Reads gpu_decode.csv, gpu_prefill.csv, gpu_multicast.csv, gpu_host.csv and gpu_bursts.csv, rows of the card alone. Decode steps
-and prefills come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts from their plan at the profile's network or
-the paced rate, on a whole host broadcasts at the rate of collectives and own copies at that of PCIe, bursts from a simulation of
-the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
+and prefills come from ComputeModel on conf/cluster/measured/PROFILE.yaml, multicasts and broadcasts from the simulated data plane
+at the profile's network or the paced rate, own copies from the rate of PCIe, bursts from a simulation of the run. Adds the profile's rows to gpu_sim_errors.csv. With --map it simulates bursts instead,
 over models, links, sources, sizes and answers, with pipelines and without, and writes gpu_map_simulated.csv: from GPUs to four
 nodes, and from host copies on each of two.
 """
@@ -23,18 +22,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lambdascale.calibration.multicast_rates import planned_s
 from lambdascale.calibration.multicast_runs import CONNECTED, OWN_COPIES
 from lambdascale.calibration.random_models import SHAPES
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting
-from lambdascale.core import ClusterSpec, ModelSpec, UserError
+from lambdascale.core import ClusterSpec, ModelSpec, MulticastPlan, UserError
+from lambdascale.core.commands import MulticastKind
 from lambdascale.core.timing import ComputeModel, Iteration
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.gpu_bursts import BurstRun, measure
 from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.multicast import BinomialPipeline
+from lambdascale.sim.measure import multicast_times
+from lambdascale.sim.options import TransferOptions
 
 BLOCKS = 16
 SETTING = ["tier", "nodes", "sources", "model", "link", "count", "output_tokens"]
@@ -80,18 +81,25 @@ def iterations(profile: str, tables: Path, card: str) -> Iterator[Row]:
             yield row(table, each.model, what, models[each.model].iteration_s(size), each.ms / 1e3)
 
 
+def transferred_s(cluster: ClusterSpec, plan: MulticastPlan, sizes: list[int], kind: MulticastKind = "one_sided") -> float:
+    """Return the seconds that a multicast takes on an idle simulated cluster, without the set-up of a communicator."""
+    times = multicast_times(plan, sizes, replace(cluster, nodes=len(plan.members)), TransferOptions(), multicast=kind)
+    return times.total_s - times.setup_s
+
+
 def multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
-    """Compare verified multicasts with their plans: rounds of the largest block."""
+    """Compare verified multicasts with simulated ones."""
     found = measured(tables, "multicast", card)
     found = found[(found.system == "lambdascale") & (found.verification == "digest")]
     for each in found.itertuples():
         cluster, spec = specs(profile, each.model)
         paced = not np.isnan(each.paced_gb_per_s)
-        rate = 1e9 * each.paced_gb_per_s if paced else float(cluster.node(0).nic_bytes_per_s)
+        if paced:
+            cluster = replace(cluster, nic_bytes_per_s=1e9 * each.paced_gb_per_s)
         plan = BinomialPipeline().plan(sources=each.sources, destinations=each.destinations, blocks=BLOCKS)
         sizes = [block.size_bytes for block in spec.partition(BLOCKS)]
         what = f"{each.sources} to {each.destinations}" + (f" at {each.paced_gb_per_s:g} GB/s" if paced else "")
-        yield row("multicast", each.model, what, planned_s(plan, sizes, rate), each.later_s)
+        yield row("multicast", each.model, what, transferred_s(cluster, plan, sizes), each.later_s)
 
 
 def host_multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
@@ -104,19 +112,17 @@ def host_multicasts(profile: str, tables: Path, card: str) -> Iterator[Row]:
     found = found[found.verify == "full"]
     for each in found[found.model.isin(list(CONFIGURED))].itertuples():
         cluster, spec = specs(profile, each.model)
-        node, sizes = cluster.node(0), [block.size_bytes for block in spec.partition(each.blocks)]
-        later_s, rate = each.later_s, float(node.nic_bytes_per_s)
+        sizes = [block.size_bytes for block in spec.partition(each.blocks)]
+        broadcast = not np.isnan(each.without_set_up_s)
         if each.system == OWN_COPIES:
-            simulated_s = sum(sizes) / float(node.pcie_bytes_per_s)
+            simulated_s = sum(sizes) / float(cluster.node(0).pcie_bytes_per_s)
         else:
-            if not np.isnan(each.without_set_up_s):
-                later_s, rate = each.without_set_up_s, rate * cluster.collective_efficiency
             nodes = each.sources + each.destinations
             planner = Setting(each.system, nodes, "cuda_ipc", "cuda")
             plan = planner.plan(sources=each.sources, destinations=each.destinations, blocks=each.blocks)
-            simulated_s = planned_s(plan, sizes, rate)
+            simulated_s = transferred_s(cluster, plan, sizes, "collective" if broadcast else "one_sided")
         what = f"{each.system}, {each.sources} to {each.destinations}, {each.blocks} blocks"
-        yield row("host", each.model, what, simulated_s, later_s)
+        yield row("host", each.model, what, simulated_s, each.without_set_up_s if broadcast else each.later_s)
 
 
 def bursts(profile: str, tables: Path, card: str) -> Iterator[Row]:

@@ -8,17 +8,25 @@ from collections.abc import Sequence
 import torch
 
 from lambdascale.calibration import probes
-from lambdascale.core import MulticastPlan
+from lambdascale.core import MulticastPlan, NodeId
 
 
 def planned_s(plan: MulticastPlan, block_bytes: Sequence[int], bytes_per_s: float) -> float:
-    """Return the seconds of a plan's rounds over links of this rate, each as long as its largest block takes.
+    """Return the seconds that a plan takes over links of this rate in each direction, and nothing else.
 
-    A streaming plan forwards small pieces: it takes as long as the model.
+    A block is sent as soon as its sender has it and neither its sender nor its receiver is busy with a block before it: rounds
+    have no barrier between them. A streaming plan forwards small pieces: it takes as long as the model.
     """
     if plan.streaming:
         return sum(block_bytes) / bytes_per_s
-    return sum(max(block_bytes[send.block] for send in sends) for sends in plan.rounds) / bytes_per_s
+    sent: dict[NodeId, float] = {}  # seconds until the node's last send, so far, is through
+    received: dict[NodeId, float] = {}
+    held: dict[tuple[NodeId, int], float] = {}  # until a node has a block
+    for send in (send for sends in plan.rounds for send in sends):
+        begin = max(sent.get(send.src, 0.0), received.get(send.dst, 0.0), held.get((send.src, send.block), 0.0))
+        end = begin + block_bytes[send.block] / bytes_per_s
+        sent[send.src] = received[send.dst] = held[send.dst, send.block] = end
+    return max(received.values(), default=0.0)
 
 
 def link_rate(transport: str, size_bytes: int = 1 << 30) -> float | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from baselines.faasnet import BalancedTree
 from baselines.nccl_broadcast import Chain
 from lambdascale.calibration.multicast_rates import link_rate, planned_s
 from lambdascale.calibration.multicast_runs import Repeated, Trial
@@ -13,11 +17,15 @@ from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.main import main
 from lambdascale.cli.multicast import Setting, run_trials
-from lambdascale.core import ClusterSpec, UserError
+from lambdascale.core import ClusterSpec, MulticastPlan, Send, UserError
 from lambdascale.core.commands import LoadBlocks, MulticastKind, ReleaseNode, SetTimer, StartMulticast
 from lambdascale.core.events import BlockArrived, CommandFailed, NodeJoined, SetUpDone, TimerFired
 from lambdascale.live.config import LiveConfig
 from lambdascale.multicast import BinomialPipeline
+from lambdascale.multicast.base import MulticastPlanner
+from lambdascale.sim.measure import multicast_times
+from lambdascale.sim.options import TransferOptions
+from tests.unit.transfers_rig import CLUSTER
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +150,24 @@ def test_models_of_one_cluster_have_as_many_blocks(model: PackedModel, tmp_path:
         run_trials(Setting("lambdascale", 2, "shm", "cpu"), {"a": model, "b": PackedModel.open(tmp_path / "packed")}, [])
 
 
-def test_a_plan_takes_its_rounds() -> None:
+def test_a_plan_takes_its_sends() -> None:
     plan = BinomialPipeline().plan(sources=1, destinations=1, blocks=3)
     assert planned_s(plan, [10, 20, 30], 10.0) == pytest.approx(6.0)
     ring = Chain().plan(sources=1, destinations=3, blocks=3)
     assert planned_s(ring, [10, 20, 30], 10.0) == pytest.approx(6.0), "pieces are forwarded, not blocks"
+    halves = MulticastPlan((0, 1, 2), (0, 1), 2, ((Send(0, 2, 0),), (Send(1, 2, 1),)))
+    assert planned_s(halves, [10, 20], 10.0) == pytest.approx(3.0), "a receiver takes one block at a time"
+
+
+@pytest.mark.parametrize("planner", [BinomialPipeline(), BalancedTree()])
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 8))
+def test_plans_take_what_they_take_simulated(
+    planner: MulticastPlanner, sizes: list[int], sources: int, destinations: int
+) -> None:
+    """Rounds have no barrier between them: blocks of unequal sizes take less than the largest of each round."""
+    plan = planner.plan(sources=sources, destinations=destinations, blocks=len(sizes))
+    found = multicast_times(plan, sizes, replace(CLUSTER, nodes=12, rdma_efficiency=1.0), TransferOptions()).total_s
+    assert planned_s(plan, sizes, 100.0) == pytest.approx(found)
 
 
 def test_links_of_other_hosts_are_not_guessed() -> None:
