@@ -5,14 +5,15 @@ python scripts/gpu_bursts.py --model DIR|NAME [--nodes 4] [--links none,400Gb/s,
     [--kv recompute,copy] [--host] [--no-pairs] [--no-warm-up] [--device cuda] [--transport cuda_ipc] [--out results/tables]
     [--timelines DIR] [--limit-s 540] [--period-s S]
 
-Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which needs
-all nodes; in between, nodes are released. With --host no replica exists before a burst, every node has the model in host memory,
-and --links are rates of PCIe. --period-s is the time from one burst to the next: by default what both sides of a pair
-need in the simulation on --cluster, and some more. The pairs alternate on the same machine, after a burst that is not counted: in
-a machine's first run, kernels are compiled while it serves. Adds a row a burst to gpu_bursts.csv, or to gpu_bursts_shared.csv
-where nodes share GPUs, and prints the ratios of this call. Bursts that met others do not count. Once --limit-s is over, no more
-runs begin, and the output says how many were left out. With --timelines every run also leaves a folder of what the controller and
-the nodes' compute threads did when: scripts/scaleout_parts.py prints it.
+Each run starts real node processes, one per GPU, with as many replicas as sources, and sends --bursts bursts, each of which
+needs all nodes; in between, nodes are released. With --host no replica exists before a burst, every node has the model in host
+memory, and --links are rates of PCIe. --period-s is the time from one burst to the next: by default what both sides of a pair
+need in the simulation on --cluster, twice that where two nodes share a GPU, and some more. The pairs alternate on the same
+machine, after a burst that is not counted: in a machine's first run, kernels are compiled while it serves. Adds a row a burst
+to gpu_bursts.csv, or to gpu_bursts_shared.csv where nodes share GPUs, and prints the ratios of this call. Bursts that met
+others do not count. Once --limit-s is over, no more runs begin, and the output says how many were left out. With --timelines
+every run also leaves a folder of what the controller and the nodes' compute threads did when: scripts/scaleout_parts.py prints
+it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def one(arguments: argparse.Namespace, run: BurstRun, seed: int, bursts: int) ->
         device=arguments.device,
         transport=arguments.transport,
     )
-    period = 1.0 if bursts == 1 else arguments.period_s or period_s(run, arguments.blocks)  # one burst has none
+    period = 1.0  # which one burst does not need
+    if bursts > 1:
+        period = arguments.period_s or period_s(run, arguments.blocks, sharing=sharing(arguments))
     folder = None if arguments.timelines is None else arguments.timelines / f"{run}-{seed}"
     experiment = run.live(site, bursts=bursts, period_s=period, seed=seed, timeline=None if folder is None else str(folder))
     rows = None if folder is None else ControllerRows()
@@ -88,6 +91,13 @@ def one(arguments: argparse.Namespace, run: BurstRun, seed: int, bursts: int) ->
     if folder is not None and rows is not None:
         rows.write(folder)
     return [{**run.row(), "seed": seed, **each, "backend": "live"} for each in found]
+
+
+def sharing(arguments: argparse.Namespace) -> int:
+    """Return how many nodes share a GPU at most; 1 on CPUs."""
+    import torch
+
+    return 1 if arguments.device == "cpu" else -(-arguments.nodes // max(1, torch.cuda.device_count()))
 
 
 def ratios(runs: pd.DataFrame) -> pd.DataFrame:
@@ -133,8 +143,7 @@ def main() -> int:
 
     card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     arguments.out.mkdir(parents=True, exist_ok=True)
-    shared = arguments.device == "cuda" and arguments.nodes > torch.cuda.device_count()
-    path = arguments.out / ("gpu_bursts_shared.csv" if shared else "gpu_bursts.csv")
+    path = arguments.out / ("gpu_bursts_shared.csv" if sharing(arguments) > 1 else "gpu_bursts.csv")
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
     found: list[dict[str, Any]] = []
     began, left, failed = time.monotonic(), 0, 0
@@ -150,7 +159,10 @@ def main() -> int:
             failed += 1
             print(f"{run}-{seed} FAILED: {error}", flush=True)
             continue
-        found += [{**row, "measured_on": f"{card}, torch {torch.__version__}"} for row in rows]
+        where = f"{card}, torch {torch.__version__}"
+        if sharing(arguments) > 1:
+            where += f"; {arguments.nodes} nodes"
+        found += [{**row, "measured_on": where} for row in rows]
         times = ", ".join(" ".join(f"{row[name]:.3g}" for name in MEASURES) for row in rows)
         print(f"{time.monotonic() - began:.1f} {run}-{seed}: {times}", flush=True)
         pd.concat([before, pd.DataFrame(found)]).to_csv(path, index=False, float_format="%.4g")

@@ -96,25 +96,29 @@ def tokens_by(controller: pd.DataFrame, times_s: list[float]) -> pd.DataFrame:
 
 
 def gaps(controller: pd.DataFrame, nodes: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each new replica, the seconds from the command to its parts: runner made, first pass begun and ended, token."""
+    """Return, for each new replica and pipeline, when it was commanded, and milliseconds from then on its first layers' node.
+
+    ``start_ms``: until it is started, which takes ``made_ms``; ``first_pass_ms``: until its first pass begins, which takes
+    ``first_pass_took_ms``; ``first_token_ms``: until its first token. The command follows the last block that it needs.
+    """
     found = []
-    for replica in controller[(controller.what == "replica") & (controller.at_s > 0)].itertuples():
-        mine = nodes[(nodes.node == replica.first) & (nodes.at_s >= replica.at_s)]
-        start = mine[(mine.what == "start") & (mine.instance == replica.second)]
-        passes = mine[(mine.what == "pass") & (mine.instance == replica.second)]
-        token = controller[(controller.what == "token") & (controller.second == replica.second)].at_s.min()
+    for command in controller[controller.what.isin(["replica", "pipeline"]) & (controller.at_s > 0)].itertuples():
+        mine = nodes[(nodes.node == command.first) & (nodes.instance == command.second) & (nodes.at_s >= command.at_s)]
+        start, passes = mine[mine.what == "start"], mine[mine.what == "pass"]
+        token = controller[(controller.what == "token") & (controller.second == command.second)].at_s.min()
         if len(start) and len(passes):
             began, one = start.iloc[0], passes.iloc[0]
             found.append(
                 {
-                    "node": replica.first,
-                    "instance": replica.second,
-                    "served_s": replica.at_s,
-                    "start_ms": 1e3 * (began.at_s - replica.at_s),
+                    "what": command.what,
+                    "node": command.first,
+                    "instance": command.second,
+                    "served_s": command.at_s,
+                    "start_ms": 1e3 * (began.at_s - command.at_s),
                     "made_ms": 1e3 * began.took_s,
-                    "first_pass_ms": 1e3 * (one.at_s - replica.at_s),
+                    "first_pass_ms": 1e3 * (one.at_s - command.at_s),
                     "first_pass_took_ms": 1e3 * one.took_s,
-                    "first_token_ms": 1e3 * (token - replica.at_s),
+                    "first_token_ms": 1e3 * (token - command.at_s),
                 }
             )
     return pd.DataFrame(found)

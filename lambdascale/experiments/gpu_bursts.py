@@ -234,15 +234,16 @@ def measure(run: BurstRun, experiment: Experiment, observers: Sequence[Observer]
     return rows
 
 
-def period_s(run: BurstRun, blocks: int) -> float:
+def period_s(run: BurstRun, blocks: int, *, sharing: int = 1) -> float:
     """Return the seconds from one burst to the next in which both sides of a pair end and release their nodes.
 
     An eighth more than the longer one takes in a simulation, and half a second, in whole looks of the autoscaler, so that all
-    bursts wait alike for it. UserError for a model without known sizes.
+    bursts wait alike for it. ``sharing`` nodes on one GPU take so many times as long, at most. UserError for a model without
+    known sizes.
     """
     both = [replace(run, pipelines=on) for on in (True, False)]
     found = [measure(side, side.simulated(blocks, bursts=2, period_s=_LONG_S))[0] for side in both]
-    longest = max(max(each["all_finished_s"], each["released_s"] or 0.0) for each in found)
+    longest = sharing * max(max(each["all_finished_s"], each["released_s"] or 0.0) for each in found)
     return float(round(_LOOK_S * math.ceil((1.125 * longest + 0.5) / _LOOK_S), 1))
 
 

@@ -49,6 +49,7 @@ def test_a_burst_that_begins_with_other_replicas_does_not_count() -> None:
 def test_the_period_is_long_enough_for_both_sides() -> None:
     slow = bursts(replace(RUN, pipelines=False), 1, 1.0)[0]["all_finished_s"]
     assert period_s(RUN, 16) == period_s(replace(RUN, pipelines=False), 16) > slow
+    assert period_s(RUN, 16, sharing=2) > 2 * slow
 
 
 def test_models_of_unknown_size_cannot_be_simulated() -> None:

@@ -36,8 +36,14 @@ def folder(tmp_path: Path) -> Path:
     rows.on_event(RequestFinished(4.0, 6, 7, 2))
     rows.write(tmp_path)
     # A part ends after what it contains.
-    times = ticking([103.01, 103.02, 103.05, 103.06, 103.10, 103.11, 103.25, 103.26, 103.5, 103.6])
+    times = ticking(
+        [101.004, 101.008, 101.012, 101.2, 103.01, 103.02, 103.05, 103.06, 103.10, 103.11, 103.25, 103.26, 103.5, 103.6]
+    )
     timeline = Timeline(tmp_path, 1, clock=lambda: next(times))
+    with timeline.part("start", instance=5):
+        pass
+    with timeline.part("pass", instance=5):
+        pass
     with timeline.part("start", instance=6), timeline.part("make runner", layers=4):
         pass
     with timeline.part("pass", instance=6), timeline.part("run", prefilled=9, decodes=0) as row:
@@ -62,9 +68,21 @@ def test_steps_in_order_from_the_first_request(folder: Path) -> None:
     ]
 
 
-def test_a_replica_s_parts(folder: Path) -> None:
-    (gap,) = scaleout_parts.gaps(*scaleout_parts.read(folder)).round(3).to_dict("records")
-    assert gap == {
+def test_an_instance_s_parts(folder: Path) -> None:
+    pipeline, replica = scaleout_parts.gaps(*scaleout_parts.read(folder)).round(3).to_dict("records")
+    assert pipeline == {
+        "what": "pipeline",
+        "node": 1,
+        "instance": 5,
+        "served_s": 1.0,
+        "start_ms": 4.0,
+        "made_ms": 4.0,
+        "first_pass_ms": 12.0,
+        "first_pass_took_ms": 188.0,
+        "first_token_ms": 400.0,
+    }
+    assert replica == {
+        "what": "replica",
         "node": 1,
         "instance": 6,
         "served_s": 3.0,
