@@ -319,6 +319,40 @@ def test_a_switch_whose_head_is_dead_already() -> None:
     assert answers._switches == {}
 
 
+@pytest.mark.parametrize("heard", ["before", "after"])
+@pytest.mark.parametrize("broken", ["failed", "connection", "node"])
+def test_a_pipeline_that_has_failed_may_be_dissolved_before_the_control_plane_hears_of_it(heard: str, broken: str) -> None:
+    """Its requests come from the controller: a head whose start failed has none, and KV of lost messages never completes."""
+    answers = table(serve(1, 0, 1), serve(2, 2))
+    client = answers.request(7, 1)
+    answers.take(wire.Do)
+    switch = SwitchMode(1, ((7, 2),), "copy")
+    if heard == "after":
+        answers.switch_mode(switch)
+    if broken == "failed":
+        answers.instance_failed(1)
+    elif broken == "connection":
+        answers.connection_lost(0, 1)
+    else:
+        answers.alive -= {0}
+        answers.node_lost(0)
+    if heard == "before":
+        answers.switch_mode(switch)
+    assert [m for node, m in answers.take(wire.Assign)] == [wire.Assign(2, (Ticket(7, [1, 2, 3], 3, 5),))]
+    assert answers._switches == {}
+    answers.say(2, 7, (0, 10), finished=True)
+    assert client.finished
+
+
+def test_a_failure_of_another_instance_or_of_none_changes_no_switch() -> None:
+    answers, _ = switching()
+    answers.take(wire.Do)
+    for instance in (-1, 2, 9):
+        answers.instance_failed(instance)
+    assert answers.told == []
+    assert set(answers._switches) == {1}
+
+
 # -- repartitions --------------------------------------------------------------------------------------------------------
 
 
