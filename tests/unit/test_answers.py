@@ -369,7 +369,7 @@ def test_all_nodes_old_and_new_hear_of_new_stages() -> None:
     answers = repartitioned()
     told = answers.take(wire.NewStages)
     assert [(node, m.version) for node, m in told] == [(0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
-    assert {(m.head, m.model) for _, m in told} == {(0, "m")}
+    assert {m.first.instance for _, m in told} == {1}
     assert [m.batches for _, m in told] == [2] * 8, "slots for as many batches as there ever were"
 
 

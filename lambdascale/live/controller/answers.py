@@ -66,13 +66,13 @@ class _Answer:
 
 @dataclass
 class _Served:
-    """An instance in service. ``nodes``: all that have had stages of it, the head (owner of its batches) first.
+    """An instance in service, started by ``first``. ``nodes``: all that have had stages, the head (owner of its batches) first.
 
     ``version`` counts its partitions; ``batches`` is the largest number of batches it has had in flight. ``broken``: it has
     failed, or lost messages of its own; the control plane may not have heard of that.
     """
 
-    model: str
+    first: Serve
     stages: tuple[Stage, ...]
     nodes: tuple[NodeId, ...]
     batches: int
@@ -251,7 +251,7 @@ class Answers:
     def serve(self, command: Serve) -> None:
         """Start an instance on the nodes of its stages."""
         nodes = _nodes(command.stages)
-        self._instances[command.instance] = _Served(command.model, command.stages, nodes, len(nodes))
+        self._instances[command.instance] = _Served(command, command.stages, nodes, len(nodes))
         for node in nodes:
             self._tell(node, wire.Do(command))
 
@@ -263,7 +263,7 @@ class Answers:
         served.version += 1
         served.batches = max(served.batches, len(nodes))
         served.nodes = tuple(dict.fromkeys((*served.nodes, *nodes)))
-        message = wire.NewStages(command, served.version, served.model, served.head, served.batches)
+        message = wire.NewStages(command, served.version, served.first, served.batches)
         for node in served.nodes:
             self._tell(node, message)
 

@@ -141,6 +141,11 @@ class KvSender:
         """Number of instances with KV to send."""
         return len(self._sending)
 
+    @property
+    def dissolved(self) -> bool:
+        """True if KV of a dissolved pipeline is still to be sent: its runners have their memory."""
+        return any(sending.dissolved for sending in self._sending.values())
+
     def parts(self, runner: Runner, layers: range, slot: int, tokens: int, message: Message) -> Iterator[Part]:
         """Yield a slot's KV in parts of as many layers as fit into a place."""
         step = layers_of_part(self._place_bytes, tokens * runner.kv_bytes) or len(layers)
