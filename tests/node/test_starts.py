@@ -45,7 +45,7 @@ def tight(nodes: int, max_batch: int = 2) -> FakeCluster:
     ids=str,
 )
 def test_slots_of_a_batch(most: int, kv_tokens: int, layers: list[int], slots: int) -> None:
-    """With nine of 16 layers in a pipeline of two, a node keeps an eighth more KV than a replica does; one slot is the least."""
+    """Nodes with nine of 16 layers in a pipeline of two keep an eighth more KV than a replica does; one slot is the least."""
     assert batch_slots(most, kv_tokens, 512, layers) == slots
     if slots > 1:
         assert all(len(layers) * slots * 512 * own <= kv_tokens * 16 for own in layers)
@@ -53,7 +53,7 @@ def test_slots_of_a_batch(most: int, kv_tokens: int, layers: list[int], slots: i
 
 @pytest.mark.parametrize("uneven", [stages((0, 0, 2), (1, 3, 3)), stages((0, 0, 0), (1, 1, 1), (0, 2, 3))], ids=["cut", "twice"])
 def test_a_pipeline_of_uneven_stages_has_fewer_slots(uneven: tuple[Stage, ...]) -> None:
-    """Six of eight layers for two batches: one slot each. The others wait, and all are answered; a replica has both slots."""
+    """One slot for each of two batches on a node with six of eight layers: the others wait. A replica has both slots."""
     cluster = tight(2)
     cluster.serve(1, *uneven)
     cluster.assign(1, 0, 1, 2, 3, 4, 5)
@@ -112,7 +112,7 @@ def test_a_replica_waits_for_the_memory_of_its_node_s_pipeline(kv: KvPolicy, mom
 
 
 def test_memory_comes_when_the_node_that_was_to_take_kv_is_lost() -> None:
-    """It grants no places any more, and nothing else happens on the node whose replica waits."""
+    """Nothing else happens on the node whose replica waits: the lost one grants no places any more."""
     cluster = tight(3)
     cluster.serve(1, *HALVES)
     cluster.assign(1, 0, 1)
@@ -151,7 +151,7 @@ def test_a_pipeline_waits_for_the_one_before() -> None:
 
 @pytest.mark.parametrize("change", ["switch", "stages"])
 def test_an_instance_that_changes_before_it_has_had_room_fails(change: str) -> None:
-    """Its requests are not in a batch yet: the controller looks after them (see Answers)."""
+    """No batch has its requests yet: the controller looks after them (see Answers)."""
     cluster = waiting()
     if change == "switch":
         cluster.switch(2, 1, [(1, 3), (2, 3)], {3: 1}, "copy")
@@ -182,7 +182,7 @@ def test_an_instance_that_ends_while_it_waits_does_not_start(end: str) -> None:
 
 
 def test_a_stage_without_room_gives_its_weights_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while its error is kept, as a future keeps it: the model could not be evicted."""
+    """Evict works while the error is kept, as a future keeps it."""
     model = pack_tiny(tmp_path)
 
     def full(*_: object) -> None:
