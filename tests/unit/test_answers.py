@@ -322,7 +322,7 @@ def test_a_switch_whose_head_is_dead_already() -> None:
 @pytest.mark.parametrize("heard", ["before", "after"])
 @pytest.mark.parametrize("broken", ["failed", "connection", "node"])
 def test_a_pipeline_that_has_failed_may_be_dissolved_before_the_control_plane_hears_of_it(heard: str, broken: str) -> None:
-    """Its requests come from the controller: a head whose start failed has none, and KV of lost messages never completes."""
+    """Requests come from the controller: a head whose start failed has none, and KV of lost messages never completes."""
     answers = table(serve(1, 0, 1), serve(2, 2))
     client = answers.request(7, 1)
     answers.take(wire.Do)

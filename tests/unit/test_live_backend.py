@@ -171,7 +171,7 @@ class TestCalls:
         assert sink.finished
 
     def test_a_pipeline_that_did_not_start_is_dissolved_before_its_failure_is_heard_of(self, rig: Rig) -> None:
-        """Its head has none of its requests: they waited for a handover for ever."""
+        """The head has none of its requests: they waited for a handover for ever."""
         sink = rig.offer(1)
         rig.events()
         rig.backend.submit(Serve(5, "m", (Stage(0, 0, 0), Stage(1, 1, 1)), (10, 10), 100))
