@@ -64,7 +64,7 @@ class Starts:
         return waits
 
     def room_came(self) -> None:
-        """Take note that an instance, or KV that was to be sent, has gone: retry, unless more KV is to go."""
+        """Take note that an instance has ended, or KV has been sent: retry, unless more KV is to be sent."""
         if self._waiting and not self._sender.dissolved:
             self._retry()
 
