@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lambdascale.core import NodeId
+from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import SetUpDone
 from lambdascale.inference.residency import StoreTier
@@ -59,11 +59,27 @@ class _Meeting:
     lost: set[NodeId] = field(default_factory=set)
 
 
+def paced_pieces(cluster: ClusterSpec) -> int:
+    """Return the bytes that a paced broadcast moves at once: what the cluster's slowest link takes 20 ms for."""
+    slowest = min(kind.nic_bytes_per_s for kind in cluster.kinds) * cluster.rdma_efficiency
+    return max(1 << 16, int(slowest * _PACED_S))
+
+
 class Collective:
-    """A node's part in broadcasts. Each runs in a thread of its own."""
+    """A node's part in broadcasts. Each runs in a thread of its own.
+
+    ``piece_bytes``: a block moves in pieces of so many bytes (None: as a whole); the same for all members, whatever their links.
+    """
 
     def __init__(
-        self, node: NodeId, host: str, store: BlockStore, link: TokenBucket | None, outlet: Outlet, kind: Kind = "gloo"
+        self,
+        node: NodeId,
+        host: str,
+        store: BlockStore,
+        link: TokenBucket | None,
+        outlet: Outlet,
+        kind: Kind = "gloo",
+        piece_bytes: int | None = None,
     ) -> None:
         self._node = node
         self._host = host
@@ -71,6 +87,7 @@ class Collective:
         self._link = link
         self._outlet = outlet
         self._kind = kind
+        self._piece_bytes = piece_bytes
         # Guards the table, which other threads look up and change. A rendezvous may come before its broadcast starts here, or
         # after it has failed: of those without a broadcast, the oldest are dropped.
         self._lock = threading.Lock()
@@ -178,8 +195,7 @@ class Collective:
 
     def _one(self, root: int, group: Communicator, data: torch.Tensor, ways: Sequence[TokenBucket]) -> None:
         """Broadcast a block from a rank, over what paces this node's sends if it is the root."""
-        # All ranks take the same pieces.
-        step = data.numel() if self._link is None else max(1 << 16, int(self._link.bytes_per_s * _PACED_S))
+        step = self._piece_bytes or data.numel()
         with ExitStack() as ended:
             for way in ways:
                 ended.enter_context(way.busy())
