@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from lambdascale.core.commands import LoadBlocks
 from lambdascale.live.node.sending import BLOCK_BITS, FENCE
 from lambdascale.live.node.window import PACED, UNPACED, Window
 from tests.unit.node_doubles import BLOCKS, Network, Node, chain, multicast, start
@@ -80,12 +81,24 @@ def test_an_old_sender_that_writes_no_more_lets_the_new_one_write(
     assert sorted(node.arrived) == ALL
 
 
-def test_a_new_plan_does_not_wait_for_a_broadcast(network: Network, make: Callable[..., Node]) -> None:
-    """A broadcast whose set-up never ends writes nothing."""
+@pytest.mark.parametrize("after", ["multicast", "load"])
+def test_what_follows_a_broadcast_waits_until_it_has_been_given_up(
+    network: Network, make: Callable[..., Node], after: str
+) -> None:
+    """A broadcast is given up at once before its blocks move: its set-up may never end."""
     source, node = make(0, held="gpu"), make(1)
     start(multicast(1, chain(0, 1), kind="collective"), node)
     node.run()
     node.mover.cancel(1)
-    start(multicast(2, chain(0, 1)), source, node)
+    if after == "load":
+        node.mover.load(LoadBlocks(2, "tiny", 1, tuple(ALL), (1,) * BLOCKS, "ssd", "pipelined"))
+    else:
+        start(multicast(2, chain(0, 1)), source, node)
     network.run()
+    assert node.arrived == []
+    assert node.collective.cancelled == [1]
+    node.mover.broadcast_ended(1, "it was cancelled")
+    network.run()
+    node.finish_loads()
     assert node.arrived == ALL
+    assert node.failed == []

@@ -44,6 +44,43 @@ def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
     assert collective._meeting(999).addresses.get_nowait() == "host:1"
 
 
+@pytest.mark.parametrize("met", [False, True])
+def test_a_broadcast_is_given_up_before_its_blocks_move(met: bool) -> None:
+    """A root that died left the others 20 s in their set-up, and for ever where NCCL makes it: loads of the model waited."""
+    told: list[tuple[int, str]] = []
+    store: Any = SimpleNamespace(use_device=lambda: None)
+    outlet: Any = SimpleNamespace(ended=lambda number, error: told.append((number, error)), report=told.append)
+    collective = Collective(1, "127.0.0.1", store, None, outlet)
+    going_on = threading.Event()
+
+    @contextmanager
+    def slow(command: StartMulticast) -> Iterator[None]:
+        assert going_on.wait(60)
+        yield
+
+    if met:
+        collective._communicator = slow  # a set-up that takes long
+    command = StartMulticast(4, "m", MulticastPlan((0, 1), (0,), 1, ((Send(0, 1, 0),),)), (8,), ("gpu",), "collective")
+    collective.start(command, "gpu")
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "collective"]
+    collective.cancel(4)
+    assert told == [(4, "it was cancelled during its set-up")]
+    going_on.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert told[1:] == [(4, "the broadcast broke: it was cancelled during its set-up")]
+    assert not collective._meetings
+
+
+def test_a_broadcast_whose_blocks_move_goes_on() -> None:
+    collective = Collective(1, "127.0.0.1", None, None, None)
+    collective._meeting(4)
+    with collective._begun(4):
+        collective.cancel(4)
+    collective.cancel(5)
+    assert not collective._meeting(4).cancelled
+
+
 def test_nothing_listens_beyond_the_nodes_address() -> None:
     """The rendezvous took callers at all of the machine's addresses, and so did gloo's pairs at that of its name."""
     before = listening(os.getpid())

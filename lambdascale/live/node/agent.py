@@ -253,7 +253,7 @@ class Agent:
             self._fault,
             window=UNPACED if link is None else PACED,
             links=buckets,
-            collective=self.collective.start,
+            collective=self.collective,
             preloaded=config.preloaded,
         )
         places = Area(self.endpoint, area, first)

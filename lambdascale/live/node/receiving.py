@@ -125,16 +125,14 @@ class Receiving:
                     incoming.granted[send.block] = send.src
 
     def _may_take(self, incoming: _Incoming, send: Send) -> bool:
-        """Return True if the window has room, and no sender of a cancelled multicast may still write to the block.
+        """Return True if the window has room, and nobody may still write to the block for a cancelled transfer.
 
-        What came behind another sender's block, to the same memory, would not be verified. A broadcast is not waited for: its
-        set-up may never end, and until then it writes nothing.
+        What came behind another sender's block, to the same memory, would not be verified.
         """
         if not self._window.has_room(send.src, incoming.granted.values()):
             return False
-        here = self._reports.node
         return send.block not in incoming.missing or not any(
-            other.cancelled and (send.block in other.landing or other.granted.get(send.block, here) != here)
+            other.cancelled and (send.block in other.landing or send.block in other.granted)
             for other in self._incoming.values()
             if other.about.model == incoming.about.model
         )
