@@ -31,9 +31,8 @@ class TestExtents:
         assert extents.take(2 * PAGE) == third
         assert second == 4 * PAGE
 
-
     def test_a_piece_goes_back_to_its_home(self) -> None:
-        """If nobody has any of it; what is left of the hole stays free, on both sides."""
+        """The home must be free as a whole; what is left of its hole stays free, on both sides."""
         extents = Extents(10 * PAGE)
         assert extents.take(2 * PAGE, home=3 * PAGE) == 3 * PAGE
         assert extents.take(PAGE, home=4 * PAGE) == 0, "another piece lies there: the smallest hole that fits"
