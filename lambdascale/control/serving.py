@@ -186,7 +186,11 @@ class Serving:
 
     @staticmethod
     def _kv_tokens(state: ModelState, stages: Sequence[Stage]) -> int:
-        """KV memory of an instance: the least of its nodes'."""
+        """KV memory of an instance: the least of its nodes'.
+
+        A node with more than its part of a pipeline's layers holds less for each batch. The promise does not say so, since mode
+        switches move requests to pipelines cut otherwise: a live one runs fewer requests at once there, and the others wait.
+        """
         return min(state.kv_tokens[stage.node] for stage in stages)
 
     def _reshape(self, state: ModelState, instance: Instance, change: Reshape) -> None:

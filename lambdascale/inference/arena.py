@@ -41,18 +41,24 @@ class Extents:
         """Number of free bytes, in all holes together."""
         return sum(size for _, size in self._holes)
 
-    def take(self, size: int) -> int | None:
-        """Take a piece of ``size`` bytes, rounded up to whole pages; return its offset, None if no hole is large enough."""
+    def take(self, size: int, home: int | None = None) -> int | None:
+        """Take a piece of ``size`` bytes, rounded up to whole pages; return its offset, None if no hole is large enough.
+
+        At ``home`` if all of that is free.
+        """
         size = -(-size // ALIGNMENT) * ALIGNMENT
         fitting = [(hole, offset) for offset, hole in self._holes if hole >= size]
         if not fitting:
             return None
-        hole, offset = min(fitting)
+        around = [(hole, at) for hole, at in fitting if home is not None and at <= home <= at + hole - size]
+        hole, offset = min(around or fitting)
+        begin = home if around and home is not None else offset
         self._holes.remove((offset, hole))
-        if hole > size:
-            insort(self._holes, (offset + size, hole - size))
-        self._taken[offset] = size
-        return offset
+        for left, end in ((offset, begin), (begin + size, offset + hole)):
+            if left < end:
+                insort(self._holes, (left, end - left))
+        self._taken[begin] = size
+        return begin
 
     def give_back(self, offset: int) -> None:
         """Free the piece at ``offset``."""

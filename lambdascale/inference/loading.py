@@ -179,7 +179,7 @@ class Loader:
         via_host = keep_host or to == "host"
         job = _Job(model, load, to, keep_host)
         try:
-            for key in [(model.name, block) for block in load.blocks]:
+            for key in self._tiers[to].in_order([(model.name, block) for block in load.blocks]):
                 there = key in self._tiers[to].complete
                 for tier in _ON_THE_WAY[to]:
                     if key in self._tiers[tier].complete:

@@ -24,23 +24,30 @@ class Residency:
     offsets: dict[Key, int] = field(default_factory=dict)
     complete: set[Key] = field(default_factory=set)
     uses: dict[Key, int] = field(default_factory=dict)
+    # Where each block was last: those of a model that are missing fit where they were, and not in any order anywhere, since
+    # blocks differ in size. Bounded: at most every block of every model.
+    _homes: dict[Key, int] = field(default_factory=dict)
 
     def take(self, model: PackedModel, key: Key) -> None:
         """Reserve memory for a block. CapacityError without room, UserError if it has memory already."""
         size = model.block_bytes[key[1]]
         require(key not in self.offsets, f"block {key[1]} of {key[0]} is being loaded already")
-        offset = self.arena.extents.take(size)
+        offset = self.arena.extents.take(size, self._homes.get(key))
         if offset is None:
             free = self.arena.extents.free_bytes
             why = f"{free} bytes are free" + (", in pieces too small" if free >= size else "")
             raise CapacityError(f"no room for block {key[1]} of {key[0]} ({size} bytes) in {self.name} memory: {why}")
-        self.offsets[key] = offset
+        self.offsets[key] = self._homes[key] = offset
+
+    def in_order(self, keys: Sequence[Key]) -> list[Key]:
+        """Return keys in the order in which to take memory: no new block gets what one that comes again had."""
+        return sorted(keys, key=lambda key: key not in self._homes)
 
     def take_all(self, model: PackedModel, keys: Sequence[Key]) -> None:
         """Reserve memory for all of these blocks or, with an error as ``take``, for none."""
         taken: list[Key] = []
         try:
-            for key in keys:
+            for key in self.in_order(keys):
                 self.take(model, key)
                 taken.append(key)
         except ValueError:

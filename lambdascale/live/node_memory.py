@@ -21,6 +21,18 @@ _PIPELINE, _MOST_PLACES = 4, {"cpu": 256 << 20, "cuda": 1 << 30}
 _KV_PLACES, _KV_PART, _MOST_KV = 16, {False: 8 << 20, True: 64 << 20}, {False: 128 << 20, True: 1 << 30}
 
 
+def batch_slots(most: int, kv_tokens: int, slot_tokens: int, layers: Sequence[int]) -> int:
+    """Return the KV slots of each batch of an instance: ``most``, or as many as have room on each of its nodes; at least one.
+
+    ``layers``: number of the model's layers on each node, for one batch in flight per node. ``kv_tokens``: KV memory of the node
+    that has least, in tokens of all layers, as the control plane promises it: a node with more than its part of the layers
+    keeps more than its part of the KV. A slot has ``slot_tokens`` tokens, so that every request fits one: with fewer slots,
+    requests wait for each other, and none is lost. One slot may be too many for a pipeline of more nodes than ``most``, with
+    nearly all layers on one: its start fails, and its requests go elsewhere, three times at most.
+    """
+    return max(1, min(most, kv_tokens * sum(layers) // (len(layers) * max(layers) * slot_tokens)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class NodeMemory:
     """Sizes for a cluster of ``nodes`` nodes that serves ``models``; ``sharing`` of them have a GPU together.

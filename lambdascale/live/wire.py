@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 from msgspec import Meta, MsgspecError, Struct, field, msgpack, structs
 
-from lambdascale.core.commands import AnyCommand, Repartition, SwitchMode
+from lambdascale.core.commands import AnyCommand, Repartition, Serve, SwitchMode
 from lambdascale.core.events import CommandFailed, Mode, NodeEvent
 from lambdascale.core.plan import NodeId, Stage
 from lambdascale.core.text import one_line
@@ -76,14 +76,13 @@ class Switch(Message, frozen=True, tag=True):
 class NewStages(Message, frozen=True, tag=True):
     """A repartition, for all nodes that have or had stages of the instance.
 
-    ``version`` numbers the instance's partitions; it was started with number 0. ``head`` owns its batches; ``batches`` is the
-    largest number of them that any partition so far keeps in flight.
+    ``version`` numbers the instance's partitions; ``first`` started it with number 0. ``batches`` is the largest number of
+    batches that any partition so far keeps in flight.
     """
 
     command: Repartition
     version: int
-    model: str
-    head: NodeId
+    first: Serve
     batches: int
 
 

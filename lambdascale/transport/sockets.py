@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ from lambdascale.transport.pacing import TokenBucket
 TIMEOUT_S = 20.0
 # Connections that may be in their handshake at once. A cluster has 256 nodes at most; strangers get no more threads than this.
 _MOST_ADMITTING = 512
+# From a call that could not be accepted to the next: descriptors may be lacking for a while.
+_AGAIN_S = 0.01
 # What the end that listens sends when it knows a connection. Only then does ``connect`` return: both ends may use it at once.
 _WELCOME = b"+"
 _REPLACED = "its process has been replaced"
@@ -321,11 +324,16 @@ class SocketEndpoint(ABC, Generic[C]):
             self._cut(before, _REPLACED)
 
     def _accept_all(self) -> None:
+        """Let callers in until the endpoint is closed. A call that fails for itself, or for lack of descriptors, ends nothing."""
         while True:
             try:
                 sock, _ = self._server.accept()
             except OSError:
-                return
+                with self._lock:
+                    if self._closed:
+                        return
+                time.sleep(_AGAIN_S)
+                continue
             thread = threading.Thread(target=self._admit, args=(sock,), name="admit", daemon=True)
             with self._lock:
                 full = len(self._admitting) >= _MOST_ADMITTING

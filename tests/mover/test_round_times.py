@@ -27,6 +27,7 @@ from lambdascale.live.node.window import PACED, UNPACED, Window
 from lambdascale.sim.kernel import Kernel
 from lambdascale.sim.links import LinkNetwork, Port
 from lambdascale.transport import TokenBucket
+from tests.unit.node_doubles import FakeBroadcasts
 
 BLOCKS = 16
 T_MS, DELAY_MS, VERIFY_MS = 2.2, 0.1, 0.4
@@ -78,7 +79,7 @@ class Host:
                     pytest.fail,
                     window=window,
                     links=Links(),
-                    collective=lambda *_: None,
+                    collective=FakeBroadcasts(),
                     thread=Later(self.kernel, delay_ms),
                     worker=Later(self.kernel, verify_ms),
                     timer=lambda delay_s, job: None,

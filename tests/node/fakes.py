@@ -1,4 +1,4 @@
-"""Nodes' compute without threads, processes or torch: a tiny model whose every token depends on all KV of its request."""
+"""Nodes' compute without threads, processes or tensors: a tiny model whose every token depends on all KV of its request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from zlib import crc32
+
+from torch import OutOfMemoryError
 
 from lambdascale.control.batching import BatchLimits
 from lambdascale.core.commands import KvPolicy, Repartition, Serve, StopInstance, SwitchMode
@@ -114,9 +116,11 @@ class FakeRunner:
 
 
 class FakeExecutor:
-    """Makes fake runners, except for models in ``too_large``."""
+    """Makes fake runners, except for models in ``too_large``, and as long as ``room`` has the KV slots of all their layers."""
 
     def __init__(self) -> None:
+        self.room = 1 << 30
+        self.reserves = False
         self.made: list[FakeRunner] = []
         self.log: list[str] = []
         self.too_large: set[str] = set()
@@ -127,8 +131,11 @@ class FakeExecutor:
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> FakeRunner:
         if model in self.too_large:
             raise MemoryError(f"{slots} KV slots do not fit")
-        self.made.append(FakeRunner(range(first_block, last_block + 1), slots, self.log))
-        return self.made[-1]
+        runner = FakeRunner(range(first_block, last_block + 1), slots, self.log)
+        if sum(each.slots * len(each.layers) for each in (*self.open, runner)) > self.room:
+            raise OutOfMemoryError("no room")
+        self.made.append(runner)
+        return runner
 
     @property
     def open(self) -> list[FakeRunner]:
@@ -188,6 +195,7 @@ class FakeCluster:
         self.nodes = [self._node(node, limits) for node in range(nodes)]
         self.orders: list[deque[tuple[str, object]]] = [deque() for _ in range(nodes)]  # from the controller
         self.tickets: dict[int, Ticket] = {}
+        self.served: dict[int, Serve] = {}
 
     def _node(self, node: int, limits: BatchLimits) -> Compute:
         def send(peer: int, message: wire.Peer) -> bool:
@@ -219,8 +227,9 @@ class FakeCluster:
         self.orders[node].append((method, message))
 
     def serve(self, instance: int, *stages: Stage) -> None:
+        command = self.served[instance] = Serve(instance, "tiny", stages, (1,) * BLOCKS, self.kv_tokens)
         for node in dict.fromkeys(stage.node for stage in stages):
-            self.order(node, "serve", Serve(instance, "tiny", stages, (1,) * BLOCKS, self.kv_tokens))
+            self.order(node, "serve", command)
 
     def assign(self, instance: int, head: int, *requests: int) -> None:
         for request_id in requests:
@@ -231,7 +240,9 @@ class FakeCluster:
     def repartition(
         self, instance: int, version: int, head: int, nodes: Sequence[int], batches: int, kv: KvPolicy, *stages: Stage
     ) -> None:
-        message = wire.NewStages(Repartition(instance, stages, kv, self.kv_tokens), version, "tiny", head, batches)
+        first = self.served[instance]
+        assert first.stages[0].node == head
+        message = wire.NewStages(Repartition(instance, stages, kv, self.kv_tokens), version, first, batches)
         for node in nodes:
             self.order(node, "repartition", message)
 
@@ -265,7 +276,7 @@ class FakeCluster:
         living = [node for node in range(len(self.nodes)) if node not in self.dead]
         found = [("deliver", src, dst) for (src, dst), queue in sorted(self.wires.items()) if queue and dst in living]
         found += [("obey", node, 0) for node in living if self.orders[node]]
-        return found + [("step", node, 0) for node in living if self.nodes[node]._may_run()]
+        return found + [("step", node, 0) for node in living if self.nodes[node]._worker._due()]
 
     def happen(self, choice: tuple[str, int, int]) -> None:
         kind, first, second = choice

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lambdascale.core.commands import Repartition
+from lambdascale.core.commands import Repartition, Serve
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
-from tests.node.fakes import FakeCluster, FakeRunner, expected_answer, replica, run_until_tokens, stages
+from tests.node.fakes import BLOCKS, FakeCluster, FakeRunner, expected_answer, replica, run_until_tokens, stages
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
 
@@ -54,7 +54,8 @@ def test_messages_of_an_ended_instance_are_dropped() -> None:
 
 
 def _new_stages(instance: int) -> wire.NewStages:
-    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy", 100), 1, "tiny", 0, 1)
+    first = Serve(instance, "tiny", stages(replica(0)), (1,) * BLOCKS, 100)
+    return wire.NewStages(Repartition(instance, stages(replica(0)), "copy", 100), 1, first, 1)
 
 
 def test_memory_of_ended_instances_is_bounded() -> None:

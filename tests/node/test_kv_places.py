@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lambdascale.live import wire
+from lambdascale.live.node import kv_places
 from lambdascale.live.node.kv_places import KvLanding
 from lambdascale.live.node.places import Area
 from lambdascale.transport import Endpoint, Handlers, ShmEndpoint, TcpEndpoint
@@ -229,6 +230,23 @@ def test_a_void_grant_is_not_read() -> None:
     assert places.take(new, wire.Landed(100, 5)) is None
     assert places.take(new, wire.Landed(100, 4)) == b"abcd"
     assert next(landing()[0]._numbers) != next(landing()[0]._numbers), "the next process counts from elsewhere"
+
+
+def test_a_part_that_cannot_be_copied_out_leaves_its_place_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU without room for the copy: one instance fails, and the KV of others still comes."""
+    places, granted, _ = landing()
+    places.asked(wire.AskForPlaces(7, 1, 1))
+    places.asked(wire.AskForPlaces(8, 2, 1))
+
+    def full(memory: object) -> bytes:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as now:
+        now.setattr(kv_places, "copy_of", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            places.take(granted[0][1].number, wire.Landed(100, 3))
+    assert [node for node, _ in granted] == [1, 2]
+    assert places.take(granted[1][1].number, wire.Landed(100, 3)) == b"abc"
 
 
 def test_a_node_that_is_lost_gets_no_place() -> None:

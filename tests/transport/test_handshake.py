@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hmac
 import os
 import socket
@@ -193,6 +194,36 @@ def test_a_storm_of_hang_ups_costs_nobody_a_connection(make: Make) -> None:
     one.heard.wait(lambda heard: len(heard.messages) == 1)
     assert [m.connected() for m in (zero, one, two)] == [{1, 2}, {0, 2}, {0, 1}]
     assert not any(m.heard.lost for m in (zero, one, two))
+
+
+class Unsteady(socket.socket):
+    """A listening socket whose first calls to ``accept`` fail, as if the caller had hung up or no descriptor was left."""
+
+    failures: list[int]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self.failures:
+            number = self.failures.pop()
+            raise OSError(number, os.strerror(number))
+        return super().accept()
+
+
+def test_a_call_that_cannot_be_accepted_does_not_end_the_listening(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node could not be connected to any more, and nobody was told."""
+
+    def unsteady(address: tuple[str, int]) -> socket.socket:
+        with real(address) as server:
+            made = Unsteady(fileno=server.detach())
+        made.failures = [errno.ECONNABORTED, errno.EMFILE]
+        return made
+
+    real = socket.create_server
+    with monkeypatch.context() as now:
+        now.setattr(sockets.socket, "create_server", unsteady)
+        low = make(0)
+    high = make(1)
+    high.endpoint.connect(0, low.endpoint.address)
+    assert low.connected() == {1}
 
 
 def test_a_living_peer_keeps_its_connection_against_its_double(make: Make) -> None:

@@ -97,6 +97,20 @@ class FakeEndpoint:
             raise TransportError(f"node {peer} is not connected")
 
 
+class FakeBroadcasts:
+    """Notes the broadcasts that a node has begun and given up."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[StartMulticast, str, TokenBucket | None]] = []
+        self.cancelled: list[int] = []
+
+    def start(self, command: StartMulticast, tier: str, over: TokenBucket | None) -> None:
+        self.begun.append((command, tier, over))
+
+    def cancel(self, number: int) -> None:
+        self.cancelled.append(number)
+
+
 class Node:
     """A mover with a real store. ``lands`` on the device, or in host memory beside it as with a GPU that no NIC writes to."""
 
@@ -111,7 +125,7 @@ class Node:
         self.timers = deque[Callable[[], object]]()
         self.events: list[Any] = []
         self.faults: list[str] = []
-        self.broadcasts: list[tuple[StartMulticast, str, TokenBucket | None]] = []
+        self.collective = FakeBroadcasts()
         self.endpoint = FakeEndpoint(network, number)
         self.mover = Mover(
             number,
@@ -122,7 +136,7 @@ class Node:
             window=options.pop("window", PACED),
             links=options.pop("links", Links()),
             **options,
-            collective=lambda command, tier, over: self.broadcasts.append((command, tier, over)),
+            collective=self.collective,
             thread=self.thread,
             worker=self.worker,
             timer=lambda delay_s, job: self.timers.append(job),
@@ -152,6 +166,11 @@ class Node:
         for job in timers:
             job()
         self.run()
+
+    @property
+    def broadcasts(self) -> list[tuple[StartMulticast, str, TokenBucket | None]]:
+        """Broadcasts that have begun: what is sent, from where, over what beside the link."""
+        return self.collective.begun
 
     @property
     def arrived(self) -> list[int]:

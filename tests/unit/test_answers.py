@@ -319,6 +319,40 @@ def test_a_switch_whose_head_is_dead_already() -> None:
     assert answers._switches == {}
 
 
+@pytest.mark.parametrize("heard", ["before", "after"])
+@pytest.mark.parametrize("broken", ["failed", "connection", "node"])
+def test_a_pipeline_that_has_failed_may_be_dissolved_before_the_control_plane_hears_of_it(heard: str, broken: str) -> None:
+    """Requests come from the controller: a head whose start failed has none, and KV of lost messages never completes."""
+    answers = table(serve(1, 0, 1), serve(2, 2))
+    client = answers.request(7, 1)
+    answers.take(wire.Do)
+    switch = SwitchMode(1, ((7, 2),), "copy")
+    if heard == "after":
+        answers.switch_mode(switch)
+    if broken == "failed":
+        answers.instance_failed(1)
+    elif broken == "connection":
+        answers.connection_lost(0, 1)
+    else:
+        answers.alive -= {0}
+        answers.node_lost(0)
+    if heard == "before":
+        answers.switch_mode(switch)
+    assert [m for node, m in answers.take(wire.Assign)] == [wire.Assign(2, (Ticket(7, [1, 2, 3], 3, 5),))]
+    assert answers._switches == {}
+    answers.say(2, 7, (0, 10), finished=True)
+    assert client.finished
+
+
+def test_a_failure_of_another_instance_or_of_none_changes_no_switch() -> None:
+    answers, _ = switching()
+    answers.take(wire.Do)
+    for instance in (-1, 2, 9):
+        answers.instance_failed(instance)
+    assert answers.told == []
+    assert set(answers._switches) == {1}
+
+
 # -- repartitions --------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +369,7 @@ def test_all_nodes_old_and_new_hear_of_new_stages() -> None:
     answers = repartitioned()
     told = answers.take(wire.NewStages)
     assert [(node, m.version) for node, m in told] == [(0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3)]
-    assert {(m.head, m.model) for _, m in told} == {(0, "m")}
+    assert {m.first.instance for _, m in told} == {1}
     assert [m.batches for _, m in told] == [2] * 8, "slots for as many batches as there ever were"
 
 

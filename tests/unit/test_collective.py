@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,11 @@ from lambdascale.core import MulticastPlan
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import SetUpDone
 from lambdascale.core.plan import Send
-from lambdascale.live.node.collective import Collective, Outlet
+from lambdascale.core.specs import NodeOverride
+from lambdascale.live.node.collective import Collective, Outlet, paced_pieces
 from lambdascale.live.wire import Rendezvous
 from lambdascale.testing.pacing import Counting
+from lambdascale.testing.systems import small_cluster
 from tests.live.harness import listening
 
 
@@ -39,6 +42,43 @@ def test_meetings_without_a_broadcast_are_not_kept_for_ever() -> None:
         collective.rendezvous(Rendezvous(number, "host:1"))
     assert len(collective._meetings) <= 64
     assert collective._meeting(999).addresses.get_nowait() == "host:1"
+
+
+@pytest.mark.parametrize("met", [False, True])
+def test_a_broadcast_is_given_up_before_its_blocks_move(met: bool) -> None:
+    """A root that died left the others 20 s in their set-up, and for ever where NCCL makes it: loads of the model waited."""
+    told: list[tuple[int, str]] = []
+    store: Any = SimpleNamespace(use_device=lambda: None)
+    outlet: Any = SimpleNamespace(ended=lambda number, error: told.append((number, error)), report=told.append)
+    collective = Collective(1, "127.0.0.1", store, None, outlet)
+    going_on = threading.Event()
+
+    @contextmanager
+    def slow(command: StartMulticast) -> Iterator[None]:
+        assert going_on.wait(60)
+        yield
+
+    if met:
+        collective._communicator = slow  # a set-up that takes long
+    command = StartMulticast(4, "m", MulticastPlan((0, 1), (0,), 1, ((Send(0, 1, 0),),)), (8,), ("gpu",), "collective")
+    collective.start(command, "gpu")
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "collective"]
+    collective.cancel(4)
+    assert told == [(4, "it was cancelled during its set-up")]
+    going_on.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert told[1:] == [(4, "the broadcast broke: it was cancelled during its set-up")]
+    assert not collective._meetings
+
+
+def test_a_broadcast_whose_blocks_move_goes_on() -> None:
+    collective = Collective(1, "127.0.0.1", None, None, None)
+    collective._meeting(4)
+    with collective._begun(4):
+        collective.cancel(4)
+    collective.cancel(5)
+    assert not collective._meeting(4).cancelled
 
 
 def test_nothing_listens_beyond_the_nodes_address() -> None:
@@ -114,7 +154,7 @@ class TestBroadcasts:
     def test_a_block_takes_all_ways_of_its_root(self, root: bool) -> None:
         """Each of them has had time for all of its bytes, and for nothing at other members; all take the same pieces."""
         link, pcie = Counting(1e9), Counting(1e8)
-        collective = Collective(0, "127.0.0.1", None, link, None)
+        collective = Collective(0, "127.0.0.1", None, link, None, piece_bytes=20_000_000)
         pieces: list[int] = []
         group = SimpleNamespace(broadcast=lambda piece, rank: pieces.append((piece.numel(), rank)))
         collective._one(0 if root else 1, group, torch.empty(30_000_001, dtype=torch.uint8), [link, pcie] if root else [])
@@ -122,6 +162,20 @@ class TestBroadcasts:
         assert {rank for _, rank in pieces} == {0 if root else 1}
         assert (link.bytes, pcie.bytes) == ((30_000_001,) * 2 if root else (0, 0))
         assert link.most_at_once == pcie.most_at_once == root
+
+    def test_members_with_different_links_take_the_same_pieces(self) -> None:
+        """Each took what its own network card moves in 20 ms: gloo ends the process for a piece of another size than expected."""
+        cluster = replace(small_cluster(2), overrides=(NodeOverride(nodes=(1,), nic_bytes_per_s=4e6),))
+        sizes = []
+        for node in (0, 1):
+            link = Counting(cluster.node(node).nic_bytes_per_s * cluster.rdma_efficiency)
+            collective = Collective(node, "127.0.0.1", None, link, None, piece_bytes=paced_pieces(cluster))
+            pieces: list[int] = []
+            group = SimpleNamespace(broadcast=lambda piece, rank, pieces=pieces: pieces.append(piece.numel()))
+            collective._one(0, group, torch.empty(300_000, dtype=torch.uint8), [])
+            sizes.append(pieces)
+        assert sizes[0] == sizes[1]
+        assert len(sizes[0]) > 1
 
     def test_a_destination(self) -> None:
         """A block it holds, one it waits for, and one that it has on the device only: its bytes come, and are dropped."""

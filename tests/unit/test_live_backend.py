@@ -18,6 +18,7 @@ from lambdascale.core.commands import (
     Serve,
     StartMulticast,
     StopInstance,
+    SwitchMode,
 )
 from lambdascale.core.events import (
     BlockArrived,
@@ -168,6 +169,18 @@ class TestCalls:
         assert rig.sent() == []
         assert [(type(event), event.instance) for event in rig.events()] == [(TokensProduced, 5), (RequestFinished, 6)]
         assert sink.finished
+
+    def test_a_pipeline_that_did_not_start_is_dissolved_before_its_failure_is_heard_of(self, rig: Rig) -> None:
+        """The head has none of its requests: they waited for a handover for ever."""
+        rig.offer(1)
+        rig.events()
+        rig.backend.submit(Serve(5, "m", (Stage(0, 0, 0), Stage(1, 1, 1)), (10, 10), 100))
+        dispatch(rig, 1)
+        rig.say(0, wire.Happened(CommandFailed(0.0, "Compute", "no room", instance=5)))
+        rig.backend._listen(0)
+        serve(rig, node=1, instance=6)
+        rig.backend.submit(SwitchMode(5, ((1, 6),), "recompute"))
+        assert wire.Assign(6, (ticket(1),)) in rig.sent(1)
 
     def test_an_end_fails_all_that_wait(self, rig: Rig) -> None:
         """The request under way, the one not heard of, and one that comes later; each once."""

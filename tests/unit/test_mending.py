@@ -119,6 +119,21 @@ def test_a_peer_that_cannot_be_reached_is_tried_again(cluster: Cluster) -> None:
     assert mending.cut_off() == {3}
 
 
+def test_an_end_that_refuses_since_it_has_not_noticed_is_not_tried_again(cluster: Cluster) -> None:
+    """A directory for somebody else made node 3 connect too early. Node 1's report came after the next try, and undid it."""
+    mending = cluster.mending
+    mending.severed(3, 1)
+    assert cluster.took() == [("sever", 1, 3)]
+    mending.unreached(3, 1)
+    assert cluster.took() == []
+    assert not mending.trying
+    mending.severed(1, 3)
+    assert cluster.took() == [("announce", 11, 0)]
+    assert mending.trying
+    mending.connected(3, 11)
+    assert mending.take_mended() == [PAIR]
+
+
 def test_patience_grows_with_that_for_silent_nodes() -> None:
     """Connections may take longer where nodes may be silent for minutes."""
     cluster = Cluster(silence_s=120.0)

@@ -10,6 +10,7 @@ import pytest
 from lambdascale.core import UserError, traced
 from lambdascale.core.events import (
     BlockArrived,
+    ConnectionLost,
     NodeGivenUp,
     NodeJoined,
     NodeLost,
@@ -79,6 +80,42 @@ class TestRestarts:
         assert [type(event) for event in rig.after(5.0, [1])] == [NodeJoined]
         assert rig.launcher.started[-1] == (0, 2)
         assert rig.backend._roster.alive == {0, 1}
+
+    def test_a_node_that_dies_keeps_no_newcomer_from_joining(self) -> None:
+        """Node 2 could not connect to it and to nobody after it: it waited for a directory that did not come, for 120 s."""
+        rig = Rig(3, restarts=1)
+        rig.events()
+        rig.hub.answering = False
+        rig.launcher.ended.add(2)
+        rig.after(2.0, [0, 1])
+        assert wire.Directory(2, {0: "0.0", 1: "1.0", 2: "2.1"}, {0: 0, 1: 0, 2: 1}) in rig.sent(2)
+        rig.launcher.stillborn = True
+        for node in (0, 1):
+            rig.say(node, wire.Connected(node, 2))
+        rig.launcher.ended.add(0)
+        rig.after(1.25, [1])
+        rig.say(2, wire.Unreached(0, "refused"))
+        rig.after(1.0, [1])
+        last = [message for message in rig.sent(2) if isinstance(message, wire.Directory)][-1]
+        assert set(last.addresses) == {1, 2}
+        rig.say(2, wire.Connected(2, last.number))
+        assert [(type(event), event.node) for event in rig.events() if not isinstance(event, NodeGivenUp)] == [(NodeJoined, 2)]
+
+    def test_a_node_that_dies_keeps_no_connection_from_being_mended(self) -> None:
+        """Node 2 tries the dead node 0 first, and stopped there: the connection to node 1 cost one of two living nodes."""
+        rig = Rig(3)
+        rig.events()
+        rig.hub.answering = False
+        for node, peer in ((1, 2), (2, 1)):
+            rig.say(node, wire.Severed(peer, "reset"))
+        rig.launcher.ended.add(0)
+        rig.say(2, wire.Unreached(0, "refused"))
+        assert [(type(event), event.node) for event in rig.after(1.25, [1, 2])] == [(NodeLost, 0)]
+        last = [message for message in rig.sent(2) if isinstance(message, wire.Directory)][-1]
+        assert set(last.addresses) == {1, 2}
+        rig.say(2, wire.Connected(2, last.number))
+        assert [type(event) for event in rig.after(6.0, [1, 2])] == [ConnectionLost]
+        assert rig.backend._roster.alive == {1, 2}
 
     def test_a_node_that_keeps_dying_is_given_up(self, capsys: pytest.CaptureFixture[str]) -> None:
         """The node is given up after as many restarts as allowed, with twice the delay each time, and with one line."""

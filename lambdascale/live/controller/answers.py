@@ -66,16 +66,18 @@ class _Answer:
 
 @dataclass
 class _Served:
-    """An instance in service. ``nodes``: all that have had stages of it, the head (owner of its batches) first.
+    """An instance in service, started by ``first``. ``nodes``: all that have had stages, the head (owner of its batches) first.
 
-    ``version`` counts its partitions; ``batches`` is the largest number of batches it has had in flight.
+    ``version`` counts its partitions; ``batches`` is the largest number of batches it has had in flight. ``broken``: it has
+    failed, or lost messages of its own; the control plane may not have heard of that.
     """
 
-    model: str
+    first: Serve
     stages: tuple[Stage, ...]
     nodes: tuple[NodeId, ...]
     batches: int
     version: int = 0
+    broken: bool = False
 
     @property
     def head(self) -> NodeId:
@@ -249,7 +251,7 @@ class Answers:
     def serve(self, command: Serve) -> None:
         """Start an instance on the nodes of its stages."""
         nodes = _nodes(command.stages)
-        self._instances[command.instance] = _Served(command.model, command.stages, nodes, len(nodes))
+        self._instances[command.instance] = _Served(command, command.stages, nodes, len(nodes))
         for node in nodes:
             self._tell(node, wire.Do(command))
 
@@ -261,7 +263,7 @@ class Answers:
         served.version += 1
         served.batches = max(served.batches, len(nodes))
         served.nodes = tuple(dict.fromkeys((*served.nodes, *nodes)))
-        message = wire.NewStages(command, served.version, served.model, served.head, served.batches)
+        message = wire.NewStages(command, served.version, served.first, served.batches)
         for node in served.nodes:
             self._tell(node, message)
 
@@ -282,11 +284,11 @@ class Answers:
         if command.kv == "recompute":
             for node in served.nodes[1:]:
                 self._tell(node, wire.Do(StopInstance(command.pipeline)))
-        if served.head not in self._alive():
+        if served.broken or served.head not in self._alive():
             self._redo_switch(command.pipeline)
 
     def _redo_switch(self, pipeline: int) -> None:
-        """Hand over from here what the lost head of a dissolved pipeline still had.
+        """Hand over from here what the head of a dissolved pipeline had: it is lost, or it may have lost that.
 
         StopInstance goes to every node: KV of the pipeline may be on its way to any of them.
         """
@@ -312,6 +314,16 @@ class Answers:
         for node in served.nodes:
             self._tell(node, wire.Do(command))
 
+    def instance_failed(self, instance: int) -> None:
+        """Take note that an instance has failed, which the control plane hears of later, and may have dissolved meanwhile.
+
+        The head of a pipeline that did not start has none of its requests to hand over.
+        """
+        if instance in self._instances:
+            self._instances[instance].broken = True
+        elif instance in self._switches:
+            self._redo_switch(instance)
+
     def connection_lost(self, node: NodeId, peer: NodeId) -> None:
         """Redo the mode switches whose messages may be lost; report the instances that the two nodes shared, and share no more.
 
@@ -322,7 +334,10 @@ class Answers:
                 self._redo_switch(pipeline)
         pair = {node, peer}
         for number, served in self._instances.items():
-            if pair <= set(served.nodes) and not pair <= set(_nodes(served.stages)):
+            if not pair <= set(served.nodes):
+                continue
+            served.broken = True
+            if not pair <= set(_nodes(served.stages)):
                 reason = f"nodes {node} and {peer} lost their connection, and owed each other parts of instance {number}"
                 self._emit(CommandFailed(0.0, "Repartition", reason, instance=number))
 
@@ -337,7 +352,10 @@ class Answers:
             if switch.head == node:
                 self._redo_switch(pipeline)
         for number, served in self._instances.items():
-            if node in served.nodes and node not in _nodes(served.stages):
+            if node not in served.nodes:
+                continue
+            served.broken = True
+            if node not in _nodes(served.stages):
                 reason = f"node {node} was lost, which had stages of instance {number} before"
                 self._emit(CommandFailed(0.0, "Repartition", reason, instance=number))
 

@@ -330,6 +330,7 @@ class LiveBackend:
             self._roster.doom(node, f"{event.command} failed: {event.reason}")
             return
         self._transfers.end(event.transfer_id)
+        self._answers.instance_failed(event.instance)
         self._events.append(event)
 
     # -- commands ----------------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ class Joining:
         """Nodes that were launched and have not joined yet."""
         return self._deadlines.keys()
 
+    @property
+    def connecting(self) -> bool:
+        """True if a node in the directory has not joined yet."""
+        return not self._directory.keys().isdisjoint(self._deadlines)
+
     def launch(self, configs: Sequence[NodeConfig]) -> None:
         """Start processes. From now on nothing is heard from earlier processes of these nodes."""
         for config in configs:

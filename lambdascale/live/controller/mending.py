@@ -58,6 +58,11 @@ class Mending:
         """True while a connection is missing."""
         return bool(self._cases)
 
+    @property
+    def trying(self) -> bool:
+        """True while a connection is being made again."""
+        return any(case.number is not None for case in self._cases.values())
+
     def severed(self, node: NodeId, peer: NodeId) -> bool:
         """Take note that a member has lost its connection to another one; True if that is news."""
         pair = frozenset((node, peer))
@@ -78,10 +83,13 @@ class Mending:
         return news
 
     def unreached(self, node: NodeId, peer: NodeId) -> None:
-        """Take note that a member could not connect to another one."""
+        """Take note that a member could not connect to another one.
+
+        If that has been told to end the connection, and has not yet, it refuses for this: its report is waited for.
+        """
         pair = frozenset((node, peer))
         case = self._cases.setdefault(pair, _Case(self._clock(), set(pair)))
-        if self._may_try(pair):
+        if case.heard == pair and self._may_try(pair):
             self._try(pair, case)
 
     def _may_try(self, pair: Pair) -> bool:

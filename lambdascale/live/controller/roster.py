@@ -171,6 +171,9 @@ class Roster:
         lost = cut_off | self._membership.lost(ended=ended) | failed | doomed
         members = set(self.alive)
         returns = {node: self._remove(node, lost[node]) for node in sorted(lost.keys() & (members | coming))}
+        if returns and (self._joining.connecting or self._mending.trying):
+            # A node stops connecting at the first one that it cannot reach: it goes on by a directory without that.
+            self._joining.announce()
         self._restart()
         return Changes(
             joined=tuple(joined),

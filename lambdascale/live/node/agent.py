@@ -174,7 +174,7 @@ class Agent:
 
             import lambdascale.live.node.preload  # noqa: F401  imported for its effect
 
-        from lambdascale.live.node.collective import Collective, Outlet
+        from lambdascale.live.node.collective import Collective, Outlet, paced_pieces
         from lambdascale.live.node.compute import Compute
         from lambdascale.live.node.kv_places import KvTraffic
         from lambdascale.live.node.loads import Links
@@ -243,7 +243,8 @@ class Agent:
             send=self._send,
             report=self._report,
         )
-        self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective)
+        pieces = None if link is None else paced_pieces(config.cluster)
+        self.collective = Collective(config.node, config.host, self.store, link, outlet, config.collective, pieces)
         self.mover = Mover(
             config.node,
             self.store,
@@ -252,7 +253,7 @@ class Agent:
             self._fault,
             window=UNPACED if link is None else PACED,
             links=buckets,
-            collective=self.collective.start,
+            collective=self.collective,
             preloaded=config.preloaded,
         )
         places = Area(self.endpoint, area, first)

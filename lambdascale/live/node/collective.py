@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from lambdascale.core import NodeId
+from lambdascale.core import ClusterSpec, NodeId
 from lambdascale.core.commands import StartMulticast
 from lambdascale.core.events import SetUpDone
 from lambdascale.inference.residency import StoreTier
@@ -34,6 +34,7 @@ from lambdascale.transport.pacing import take
 
 _PACED_S = 0.02  # a paced broadcast moves in pieces of this duration
 _MEETINGS = 64
+_CANCELLED = "it was cancelled during its set-up"
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,38 @@ class Outlet:
 
 @dataclass
 class _Meeting:
-    """A broadcast that is expected or under way: its rendezvous, and the members that were lost meanwhile."""
+    """A broadcast that is expected or under way: its rendezvous, and the members that were lost meanwhile.
+
+    ``begun``: blocks are moving; ``cancelled`` before that.
+    """
 
     addresses: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)
     lost: set[NodeId] = field(default_factory=set)
+    begun: bool = False
+    cancelled: bool = False
+
+
+def paced_pieces(cluster: ClusterSpec) -> int:
+    """Return the bytes that a paced broadcast moves at once: what the cluster's slowest link takes 20 ms for."""
+    slowest = min(kind.nic_bytes_per_s for kind in cluster.kinds) * cluster.rdma_efficiency
+    return max(1 << 16, int(slowest * _PACED_S))
 
 
 class Collective:
-    """A node's part in broadcasts. Each runs in a thread of its own."""
+    """A node's part in broadcasts. Each runs in a thread of its own.
+
+    ``piece_bytes``: a block moves in pieces of so many bytes (None: as a whole); the same for all members, whatever their links.
+    """
 
     def __init__(
-        self, node: NodeId, host: str, store: BlockStore, link: TokenBucket | None, outlet: Outlet, kind: Kind = "gloo"
+        self,
+        node: NodeId,
+        host: str,
+        store: BlockStore,
+        link: TokenBucket | None,
+        outlet: Outlet,
+        kind: Kind = "gloo",
+        piece_bytes: int | None = None,
     ) -> None:
         self._node = node
         self._host = host
@@ -71,6 +93,7 @@ class Collective:
         self._link = link
         self._outlet = outlet
         self._kind = kind
+        self._piece_bytes = piece_bytes
         # Guards the table, which other threads look up and change. A rendezvous may come before its broadcast starts here, or
         # after it has failed: of those without a broadcast, the oldest are dropped.
         self._lock = threading.Lock()
@@ -78,7 +101,21 @@ class Collective:
 
     def start(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None = None) -> None:
         """Take part; ``tier`` is where this node has the blocks it holds, ``over`` what paces them beside the link."""
+        self._meeting(command.transfer_id)  # what is begun here can be cancelled
         threading.Thread(target=self._run, args=(command, tier, over), name="collective", daemon=True).start()
+
+    def cancel(self, number: int) -> None:
+        """Give a broadcast up whose set-up is under way: it writes nothing any more, however long that takes.
+
+        One whose blocks are moving goes on to its end, as all its members do.
+        """
+        with self._lock:
+            meeting = self._meetings.get(number)
+            if meeting is None or meeting.begun:
+                return
+            meeting.cancelled = True
+        meeting.addresses.put("")  # a member that waits for the rendezvous waits no longer
+        self._outlet.ended(number, _CANCELLED)
 
     def rendezvous(self, message: Rendezvous) -> None:
         """Note where the members of a broadcast meet."""
@@ -116,7 +153,7 @@ class Collective:
 
     def _broadcast(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None) -> None:
         ways = [way for way in (self._link, over) if way is not None]
-        with self._communicator(command) as group, self._occupied(command):
+        with self._communicator(command) as group, self._begun(command.transfer_id), self._occupied(command):
             if self._node in command.plan.destinations:
                 self._outlet.report(SetUpDone(0.0, command.transfer_id, self._node))
             for block, root in roots(command):
@@ -125,6 +162,16 @@ class Collective:
                     self._one(command.plan.members.index(root), group, data, ways if self._node == root else [])
                 if self._node != root:
                     self._outlet.written(command.transfer_id, block)
+
+    @contextmanager
+    def _begun(self, number: int) -> Iterator[None]:
+        """Let blocks move from now on; RuntimeError if the broadcast was cancelled before."""
+        meeting = self._meeting(number)
+        with self._lock:
+            if meeting.cancelled:
+                raise RuntimeError(_CANCELLED)
+            meeting.begun = True
+        yield
 
     @contextmanager
     def _occupied(self, command: StartMulticast) -> Iterator[None]:
@@ -152,7 +199,10 @@ class Collective:
             for other in members[1:]:
                 self._outlet.send(other, Rendezvous(command.transfer_id, f"{self._host}:{store.port}"))
         else:
-            host, _, port = meeting.addresses.get(timeout=TIMEOUT_S).rpartition(":")
+            address = meeting.addresses.get(timeout=TIMEOUT_S)
+            if not address:
+                raise RuntimeError(_CANCELLED)
+            host, _, port = address.rpartition(":")
             store = tcp_store(host, int(port), size, False, timeout)
         if self._kind == "gloo":
             return Gloo(store, rank, size, self._host)
@@ -178,8 +228,7 @@ class Collective:
 
     def _one(self, root: int, group: Communicator, data: torch.Tensor, ways: Sequence[TokenBucket]) -> None:
         """Broadcast a block from a rank, over what paces this node's sends if it is the root."""
-        # All ranks take the same pieces.
-        step = data.numel() if self._link is None else max(1 << 16, int(self._link.bytes_per_s * _PACED_S))
+        step = self._piece_bytes or data.numel()
         with ExitStack() as ended:
             for way in ways:
                 ended.enter_context(way.busy())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from lambdascale.live.node.places import Tell
 from lambdascale.live.node.recent import Recent
 from lambdascale.live.node.repartition import Repartitioner
 from lambdascale.live.node.runners import Executor
+from lambdascale.live.node.starts import Starts
 from lambdascale.live.node.switching import MakeKv, Switching
 from lambdascale.live.node.worker import NO_INSTANCE, Worker
 
@@ -63,6 +65,14 @@ class Compute:
         self._parcels = parcels(self._tell)
         self._switching = self._new_switching(kv)
         self._repartitioner = Repartitioner(node, executor, self._tell, self._switching.sender)
+        self._starts = Starts(
+            executor,
+            limits.max_batch,
+            slot_tokens,
+            self._instances,
+            self._switching.sender,
+            lambda: self.post(self._start_waiting),
+        )
         self._occupied = 0
         self._worker = Worker("compute", self._may_run, self._run_turn, self._failed, self._record_ahead)
         self._handlers: dict[type, Callable[[Instance, Any], None]] = {
@@ -128,7 +138,7 @@ class Compute:
 
     def switch(self, message: wire.Switch) -> None:
         """Dissolve a pipeline whose head is this node."""
-        self.post(lambda: self._switching.switch(message), message.command.pipeline)
+        self.post(lambda: self._switch(message), message.command.pipeline)
 
     def occupy(self, busy: bool) -> Future[None]:
         """Keep the device free for something else: nothing runs until all who took it have given it back."""
@@ -223,28 +233,42 @@ class Compute:
     # -- instances ---------------------------------------------------------------------------------------------------
 
     def _start(self, command: Serve) -> None:
-        """Make runners for this node's stages of a new instance, and take what came for it before."""
-        head, nodes = command.stages[0].node, len({stage.node for stage in command.stages})
-        instance = Instance(command.instance, command.model, head, self._limits.max_batch, command.kv_tokens, nodes)
-        self._instances[command.instance] = instance
+        """Make runners for this node's stages of a new instance, and take what came for it before; or wait for memory."""
+        instance = self._instances[command.instance] = self._starts.instance(command)
         try:
             self._divide(instance, 0, command.stages)
-        except Exception:
-            self._drop(command.instance)
-            raise
-        instance.at = dict.fromkeys(range(nodes), 0)
+        except Exception as error:
+            if not self._starts.wait(command, error):
+                self._drop(command.instance)
+                raise
+            del self._instances[command.instance]
+            return
+        instance.at = dict.fromkeys(range(instance.batches), 0)
         if instance.head is not None:
-            instance.head.versions = [0] * nodes
+            instance.head.versions = [0] * instance.batches
         self._switching.joined(instance.nodes)
         self._take_early(instance)
 
+    def _start_waiting(self) -> None:
+        for command in self._starts.take():
+            self._worker.guarded(partial(self._start, command), command.instance)
+
+    def _switch(self, message: wire.Switch) -> None:
+        self._need_start(message.command.pipeline)
+        self._switching.switch(message)
+
+    def _need_start(self, number: int) -> None:
+        """Give an instance up that waits for memory, so that the controller takes care of its requests. RuntimeError then."""
+        if number in self._starts:
+            self._drop(number)
+            raise RuntimeError(f"instance {number} has had no room to start before it changes")
+
     def _new_stages(self, message: wire.NewStages) -> None:
         command = message.command
+        self._need_start(command.instance)
         if command.instance in self._ended:
             return
-        instance = self._instances.setdefault(
-            command.instance, Instance(command.instance, message.model, message.head, self._limits.max_batch, command.kv_tokens)
-        )
+        instance = self._instances.setdefault(command.instance, self._starts.instance(message.first))
         instance.batches, instance.kv_tokens = message.batches, command.kv_tokens
         self._divide(instance, message.version, command.stages, command.kv)
         self._switching.stages_changed(command.instance)
@@ -263,8 +287,9 @@ class Compute:
             instance.head.resize(len({stage.node for stage in stages}), instance.kv_tokens)
 
     def _make_batch(self, instance: Instance, index: int) -> Batch:
-        size, vocab = self._limits.max_batch, self._vocab(instance.model)
-        return Batch(self._limits, range(index * size, (index + 1) * size), self._slot_tokens, vocab, instance.kv_tokens)
+        size, vocab = instance.slots_per_batch, self._vocab(instance.model)
+        limits, slots = replace(self._limits, max_batch=size), range(index * size, (index + 1) * size)
+        return Batch(limits, slots, self._slot_tokens, vocab, instance.kv_tokens)
 
     def _arrive(self, message: wire.ForInstance) -> None:
         """Take a message; KV that has been written to this node's memory is copied out first, whatever becomes of it."""
@@ -286,6 +311,7 @@ class Compute:
             self._switching.take(message)
             if instance is not None:
                 self._sent(instance)
+            self._starts.room_came()
         elif isinstance(message, wire.Vacate):
             self._parcels.vacated(message)
         elif isinstance(message, wire.Handover) and self._switching.send_on(message):
@@ -335,6 +361,7 @@ class Compute:
 
     def _drop(self, number: int) -> None:
         self._ended.add(number)
+        self._starts.forget(number)
         for message in self._early.pop(number, ()):
             if not isinstance(message, SlotData):
                 self._parcels.refuse(message)
@@ -344,6 +371,7 @@ class Compute:
         if instance is not None:
             instance.close()
             self._parcels.settle(instance)
+        self._starts.room_came()
 
     def _abort(self, request_id: int) -> None:
         for number, instance in self._instances.items():
@@ -364,6 +392,8 @@ class Compute:
             self._sent(instance)  # nothing is owed to the node any more
         for number, messages in self._early.items():  # its next process lays its places out anew
             self._early[number] = [m for m in messages if not (isinstance(m, wire.Offer) and m.node == peer)]
-        for number in [number for number, instance in self._instances.items() if instance.head_node == peer]:
+        ended = [number for number, instance in self._instances.items() if instance.head_node == peer]
+        for number in (*ended, *self._starts.led_by(peer)):
             self._drop(number)
         self._switching.prefill_without(peer)
+        self._starts.room_came()

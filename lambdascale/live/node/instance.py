@@ -144,9 +144,9 @@ def pass_of(plan: BatchPlan) -> wire.Pass:
 class Instance:
     """``head_node`` owns the batches; ``head`` has them if that is this node.
 
-    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots and ``kv_tokens`` tokens of KV in
-    them; ``at`` is the partition that each is on as far as this node knows. ``owing``: moves from each partition of whose KV this
-    node has still to send some.
+    ``batches`` is the largest number of them so far, each with ``slots_per_batch`` KV slots (the same on all nodes, as long as
+    the instance lives) and ``kv_tokens`` tokens of KV in them; ``at`` is the partition that each is on as far as this node knows.
+    ``owing``: moves from each partition of whose KV this node has still to send some.
     """
 
     number: int
@@ -167,6 +167,11 @@ class Instance:
     def __post_init__(self) -> None:
         """Count the head among the nodes: it may have no stage in later partitions."""
         self._nodes[self.head_node] = None
+
+    @property
+    def is_pipeline(self) -> bool:
+        """True if one of its partitions has several stages."""
+        return any(len(partition.stages) > 1 for partition in self.partitions.values())
 
     @property
     def newest(self) -> int:

@@ -86,16 +86,17 @@ class KvLanding:
             self._asked.append(wire.AskForPlaces(asked.instance, asked.node, asked.parts - 1))
 
     def take(self, grant: int, landed: wire.Landed) -> bytes | torch.Tensor | None:
-        """Copy out what has been written to a granted place, which is free afterwards. None if the grant is void.
+        """Copy out what has been written to a granted place, which is free afterwards, also if that fails. None for a void grant.
 
         It is void if the connection that it went over has been lost: others may write to the place by now.
         """
         granted = self._granted.get(grant)
         if granted is None or landed.offset != self._area.first + granted[1] or landed.size > self._place_bytes:
             return None
-        data = copy_of(self._area.read(landed))
-        self.given_back(grant)
-        return data
+        try:
+            return copy_of(self._area.read(landed))
+        finally:
+            self.given_back(grant)
 
     def given_back(self, grant: int) -> None:
         """Take note that a granted place is not used."""
@@ -139,6 +140,11 @@ class KvSender:
     def __len__(self) -> int:
         """Number of instances with KV to send."""
         return len(self._sending)
+
+    @property
+    def dissolved(self) -> bool:
+        """True if KV of a dissolved pipeline is still to be sent: its runners have their memory."""
+        return any(sending.dissolved for sending in self._sending.values())
 
     def parts(self, runner: Runner, layers: range, slot: int, tokens: int, message: Message) -> Iterator[Part]:
         """Yield a slot's KV in parts of as many layers as fit into a place."""

@@ -12,12 +12,12 @@ from lambdascale.inference.residency import StoreTier
 from lambdascale.inference.store import BlockStore
 from lambdascale.live.node.jobs import About, Job, Jobs, start_timer
 from lambdascale.live.node.loads import Links, Loads
-from lambdascale.live.node.multicasts import Multicasts, number_of
+from lambdascale.live.node.multicasts import Broadcasts, Multicasts, number_of
 from lambdascale.live.node.order import Order
 from lambdascale.live.node.reports import Reports
 from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready
-from lambdascale.transport import Endpoint, TokenBucket
+from lambdascale.transport import Endpoint
 
 
 class Mover:
@@ -37,7 +37,7 @@ class Mover:
         *,
         window: Window,
         links: Links,
-        collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
+        collective: Broadcasts,
         preloaded: bool = False,
         thread: Executor | None = None,
         worker: Executor | None = None,

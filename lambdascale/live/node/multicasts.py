@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from lambdascale.core import NodeId
 from lambdascale.core.commands import StartMulticast, Tier
@@ -21,14 +22,25 @@ from lambdascale.live.node.window import Window
 from lambdascale.live.wire import Ready
 from lambdascale.transport import Endpoint, TokenBucket
 
-__all__ = ["BLOCK_BITS", "Multicasts"]
+__all__ = ["BLOCK_BITS", "Broadcasts", "Multicasts"]
+
+
+class Broadcasts(Protocol):
+    """Carries broadcasts out; reports their progress by ``written`` and ``broadcast_ended``, as a peer would."""
+
+    def start(self, command: StartMulticast, tier: StoreTier, over: TokenBucket | None) -> None:
+        """Take part in one: ``tier`` is where this node has the blocks it holds, ``over`` what paces them beside the link."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Give one up before its blocks move; do nothing otherwise."""
+        ...
 
 
 class Multicasts:
     """``freed(model)`` is called when memory that was reserved for a transfer has been given up. For the jobs' thread.
 
-    ``window``: see Window. ``pcie`` paces, beside the link, what a source sends from its host copy. ``collective`` carries
-    broadcasts out, over what paces them; it reports its progress by ``written`` and ``broadcast_ended``, as a peer would.
+    ``window``: see Window. ``pcie`` paces, beside the link, what a source sends from its host copy.
     """
 
     def __init__(
@@ -40,7 +52,7 @@ class Multicasts:
         *,
         window: Window,
         pcie: TokenBucket | None,
-        collective: Callable[[StartMulticast, StoreTier, TokenBucket | None], None],
+        collective: Broadcasts,
         freed: Callable[[str], None],
     ) -> None:
         self._node, self._pcie = reports.node, pcie
@@ -68,6 +80,7 @@ class Multicasts:
         self._joining.discard(number)
         self.sending.cancel(number)
         self.receiving.cancel(number)
+        self._collective.cancel(number)
 
     def lost(self, peer: NodeId) -> None:
         """Expect nothing of a lost node any more; the controller will say what follows."""
@@ -123,7 +136,7 @@ class Multicasts:
         tier = self._source_tier(command)
         if self._node not in command.plan.sources:
             self.receiving.join(command, sorted({send.block for sends in command.plan.rounds for send in sends}))
-        self._collective(command, tier, self._over(command))
+        self._collective.start(command, tier, self._over(command))
 
 
 def number_of(immediate: int) -> int:

@@ -109,11 +109,13 @@ class Receiving:
         self._settle(incoming)
 
     def _take_turns(self, incoming: _Incoming) -> None:
-        """Let the next senders write, in the plan's order for each of them, as far as the window allows."""
+        """Let the next senders write, in the plan's order for each of them, as far as the window and older writes allow."""
+        held_up: set[NodeId] = set()
         for send in () if incoming.cancelled else tuple(incoming.turns):
-            if not self._window.has_room(send.src, incoming.granted.values()):
+            if send.src in held_up or not self._may_take(incoming, send):
                 if self._window.in_order:
                     break
+                held_up.add(send.src)
                 continue
             incoming.turns.remove(send)
             offset = incoming.reception.offsets.get(send.block) if send.block in incoming.missing else None
@@ -121,6 +123,19 @@ class Receiving:
                 self._endpoint.send(send.src, encode(Ready(incoming.about.transfer_id, send.block, offset)))
                 if offset is not None:
                     incoming.granted[send.block] = send.src
+
+    def _may_take(self, incoming: _Incoming, send: Send) -> bool:
+        """Return True if the window has room, and nobody may still write to the block for a cancelled transfer.
+
+        What came behind another sender's block, to the same memory, would not be verified.
+        """
+        if not self._window.has_room(send.src, incoming.granted.values()):
+            return False
+        return send.block not in incoming.missing or not any(
+            other.cancelled and (send.block in other.landing or send.block in other.granted)
+            for other in self._incoming.values()
+            if other.about.model == incoming.about.model
+        )
 
     def written(self, peer: NodeId, number: int, block: int, xxh3_64: int | None) -> None:
         """Note that a peer's write of a block is complete; ``xxh3_64`` as in Reception. Ignored unless it is the peer's turn."""
@@ -155,15 +170,20 @@ class Receiving:
         """Report a block that is verified and on the device; whatever else was to bring it need not."""
         model = incoming.about.model
         self._reports.arrived(incoming.about.transfer_id, model, block)
-        for other in list(self._incoming.values()):
-            if other.about.model == model and block in other.missing:
-                other.missing.discard(block)
-                self._settle(other)
+        waited = [other for other in self._incoming.values() if other.about.model == model and block in other.missing]
+        for other in waited:
+            other.missing.discard(block)
+        for other in waited:
+            self._settle(other)
         self._usable_now()
 
     def _settle(self, incoming: _Incoming) -> None:
         """End a transfer that is over: its memory is an ordinary block's, or free."""
         number = incoming.about.transfer_id
+        if incoming.cancelled:  # others may have waited for its senders
+            for other in list(self._incoming.values()):
+                if other.about.model == incoming.about.model:
+                    self._take_turns(other)
         if self._incoming.get(number) is not incoming or not incoming.is_over:
             return
         del self._incoming[number]

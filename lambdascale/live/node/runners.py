@@ -59,14 +59,16 @@ class Runner(Protocol):
 
 
 class Executor(Protocol):
-    """Makes runners for a node."""
+    """Makes runners for a node. ``reserves``: a runner takes all its KV memory when it is made."""
+
+    reserves: bool
 
     def layers(self, model: str, first_block: int, last_block: int) -> range:
         """Return the layers in a range of blocks."""
         ...
 
     def runner(self, model: str, first_block: int, last_block: int, slots: int) -> Runner:
-        """Make a runner with ``slots`` KV slots for blocks that the node holds. Raises if the KV memory does not fit."""
+        """Make a runner with ``slots`` KV slots for blocks that the node holds. OutOfMemoryError if a GPU lacks the memory."""
         ...
 
 
@@ -82,6 +84,7 @@ class TorchExecutor:
         self._store = store
         self._slot_tokens = slot_tokens
         self._kept = KeptStages()
+        self.reserves = store.device.type != "cpu"  # there the system commits memory page by page, as tokens are written
 
     def layers(self, model: str, first_block: int, last_block: int) -> range:
         """See Executor."""
@@ -100,20 +103,21 @@ class TorchRunner:
         self._store = store
         self._architecture = packed.architecture
         self._dtype = TORCH_TYPES[packed.dtype]
-        self._stack = ExitStack()
-        weights = self._stack.enter_context(store.weights(model, list(blocks)))
         self.layers = _layers(packed, blocks.start, blocks.stop - 1)
         self.slots = slots
         self.kv_bytes = packed.spec.kv_bytes_per_token // packed.architecture.layers
-        places = tuple(block.buffer.data_ptr() for block in weights)
-        self._stage = self._stack.enter_context(
-            kept.borrowed(
-                (model, blocks, slots, places),
-                lambda: TransformerStage(packed.architecture, weights, slots, slot_tokens),
-                self.kv_bytes * len(self.layers) * slots * slot_tokens,
-                store.device,
+        with ExitStack() as stack:
+            weights = stack.enter_context(store.weights(model, list(blocks)))
+            places = tuple(block.buffer.data_ptr() for block in weights)
+            self._stage = stack.enter_context(
+                kept.borrowed(
+                    (model, blocks, slots, places),
+                    lambda: TransformerStage(packed.architecture, weights, slots, slot_tokens),
+                    self.kv_bytes * len(self.layers) * slots * slot_tokens,
+                    store.device,
+                )
             )
-        )
+            self._stack = stack.pop_all()
 
     def run(self, work: Pass, inputs: Sequence[int] | Hidden) -> list[int] | torch.Tensor:
         """See Runner."""
@@ -171,6 +175,7 @@ class PacedExecutor:
         self._store = store
         self._hardware = hardware
         self._inner = TorchExecutor(store, slot_tokens)
+        self.reserves = self._inner.reserves
 
     def layers(self, model: str, first_block: int, last_block: int) -> range:
         """See Executor."""
@@ -216,6 +221,8 @@ class PacedRunner:
 
 class TimedExecutor:
     """Runners that take the profile's time and yield made-up tokens: messages and transfers are real, arithmetic is not."""
+
+    reserves = False
 
     def __init__(self, store: BlockStore, hardware: NodeSpec, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._store = store
