@@ -219,6 +219,15 @@ def test_a_node_that_is_given_up_takes_its_part_of_a_pipeline_with_it() -> None:
     assert world.deliver("t1") == ["serve i2 0", "dispatch i2 0,1"]
 
 
+def test_only_the_model_whose_load_failed_gives_its_node_up() -> None:
+    """Mutation: b's load on the same node cancelled as well."""
+    world = World("serverlessllm", nodes=1, gpus=2, models="ab", min_replicas=0)
+    world.arrive(1, "a")
+    world.arrive(1, "b")
+    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 0b ssd 0123"]
+    assert world.fail(transfer="t1") == ["cancel t1", "release 0"]
+
+
 @pytest.mark.parametrize("failed", ["t2", "t99"])
 def test_a_failure_of_a_transfer_that_has_ended_is_ignored(failed: str) -> None:
     world = multicasting()

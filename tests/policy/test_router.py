@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lambdascale.core.commands import FailRequest, Serve
-from lambdascale.core.events import NodeGivenUp
+from lambdascale.core.events import NodeGivenUp, NodeJoined
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, pipelined, without
 
@@ -73,6 +73,16 @@ def test_without_a_node_requests_are_refused_and_the_queue_is_given_up() -> None
     assert world.arrive()[0] == "fail 4"
 
 
+def test_a_refused_request_is_not_queued() -> None:
+    """Mutation: it waits all the same, and gets an answer after its failure."""
+    world = World(nodes=1)
+    world.lose(0)
+    assert world.arrive()[0] == "fail 0"
+    world.play(NodeJoined(world.at, 0))
+    world.tick()
+    assert world.deliver("t2") == ["serve i2 0"]
+
+
 def test_requests_of_a_lost_instance_go_to_the_head_of_the_queue_oldest_first() -> None:
     world = World(nodes=2, min_replicas=2)
     world.arrive(6)  # 0 and 2 on i1, 1 and 3 on i2, 4 and 5 wait
@@ -122,8 +132,8 @@ def test_a_moved_request_that_is_restarted_ends_where_it_is_now() -> None:
 
 
 def test_requests_that_wait_again_no_longer_run() -> None:
-    """Two of six: four run and two wait, three replicas are wanted."""
-    world = World(nodes=4, min_replicas=3)
+    """Two of six: four run and two wait, three replicas are wanted. Mutation: the two counted twice, and two nodes taken."""
+    world = World(nodes=5, min_replicas=3)
     world.arrive(6)
     world.lose(0)
     assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 1:gpu>3"]
@@ -158,6 +168,17 @@ def test_only_what_fits_no_node_is_refused() -> None:
     failures = [command.failure for command in world.commands if isinstance(command, FailRequest)]
     assert [failure.text.rsplit(" ", 1)[1] for failure in failures] == ["79345", "300", "300"]
     assert {failure.reason for failure in failures} == {"too_large"}
+
+
+def test_what_fits_a_living_node_exactly_is_not_given_up() -> None:
+    """Mutation: a request that needs all of a node's KV memory counted as too large for it."""
+    world = mixed((0,), nodes=2, min_replicas=2)
+    world.arrive(4)
+    world.arrive(prompt=290, output=10)
+    world.arrive(prompt=290, output=11)
+    assert world.lose(1) == ["stop i2", "fail 5"]
+    world.finish(0, 2, 1)
+    assert world.at_instance[4] == world.at_instance[3] == world.at_instance[0], "on node 0"
 
 
 def test_a_request_that_fits_no_replica_gets_a_node_that_it_fits() -> None:

@@ -145,6 +145,15 @@ def test_the_least_loaded_is_drained() -> None:
     assert drained(world) == [2]
 
 
+def test_of_equally_loaded_busy_ones_the_older_is_drained() -> None:
+    """Both have a request, and neither was ever idle. Mutation: the last answer taken for the beginning of idleness."""
+    world, (first, second) = loaded(2, 2)
+    for world.at, request in ((0.05, second[0]), (0.06, first[0])):
+        world.finish(request)
+    world.tick()
+    assert drained(world) == [1]
+
+
 def test_a_surplus_must_have_lasted_its_keep_alive() -> None:
     """Mutation: the load of the moment instead of the highest in the keep-alive."""
     world, _ = loaded(2, 2, 1, keep_alive_s=0.25)
