@@ -146,10 +146,13 @@ def test_a_complete_node_of_a_broken_pipeline_serves_alone_at_once() -> None:
     assert without(world.lose(3), "timer") == ["cancel t3", "stop i3", "serve i4 2", "dispatch i4 4,5"]
 
 
-def test_a_pending_pipeline_with_a_lost_node_never_forms() -> None:
+@pytest.mark.parametrize("there", [(), (2,), (2, 3)])
+def test_a_pending_pipeline_with_a_lost_node_never_forms(there: tuple[int, ...]) -> None:
+    """Mutation: it forms, with a node that is gone, where that held its blocks by then."""
     world = World(nodes=4, min_replicas=2)
     world.arrive(9)
     world.tick()
+    world.block(3, *there)
     world.block(2, 0)
     world.lose(3)
     assert world.block(2, 1, 2) == []
@@ -234,6 +237,17 @@ def test_a_failure_of_a_transfer_that_has_ended_is_ignored(failed: str) -> None:
     world.deliver("t2")
     event = CommandFailed(world.at, "StartMulticast", "late", 99 if failed == "t99" else world.command("t2").transfer_id)
     assert world.play(event) == []
+
+
+def test_a_host_copy_does_not_expire_while_its_own_node_loads_it() -> None:
+    """Read until 8.0. Mutation: unused since the start, and gone at 5.0."""
+    world = World("serverlessllm", nodes=1, copies=1, min_replicas=0, host_keep_alive_s=5.0)
+    world.at = 4.0
+    world.arrive()
+    assert world.tick()[1] == "load t1 0 host 0123"
+    world.at = 8.0
+    world.fail(transfer="t1")
+    assert world.tick(8.0)[1] == "load t2 0 host 0123"
 
 
 def test_a_failed_host_load_unpins_its_copy() -> None:

@@ -80,3 +80,13 @@ def test_only_nodes_that_were_to_serve_with_a_lost_one_load_the_rest_of_the_mode
         *["load t1 0 ssd 01", "load t2 1 ssd 23", "load t3 2 ssd 01", "load t4 3 ssd 23"]
     ]
     assert world.lose(0) == ["cancel t1", "load t5 1 ssd 01"]
+
+
+def test_nodes_that_load_the_rest_of_the_model_are_replicas() -> None:
+    """Four shares, one is lost: three nodes load everything. Mutation: they count as three quarters of a replica."""
+    world = World(nodes=8, min_replicas=0, start=SpreadStart())
+    world.arrive(2)
+    world.tick()
+    assert without(world.lose(1), "timer", "cancel") == ["load t5 0 ssd 123", "load t6 2 ssd 013", "load t7 3 ssd 012"]
+    world.arrive(4)
+    assert without(world.tick(), "timer") == [], "six requests want three replicas"

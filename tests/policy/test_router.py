@@ -194,6 +194,14 @@ def test_a_request_that_fits_no_replica_gets_a_node_that_it_fits() -> None:
     assert without(world.tick(world.at + 2), "timer") == ["stop i1", "release 0 keep"]
 
 
+def test_one_idle_replica_is_to_spare_whatever_the_others_do() -> None:
+    """Mutation: a node with more memory taken only once all replicas are idle."""
+    world = mixed((0, 1), min_replicas=2)
+    world.arrive(1)
+    assert world.arrive(prompt=290, output=11) == []
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
+
+
 def test_replicas_that_are_wanted_anyway_are_started_where_the_queue_fits() -> None:
     world = mixed((0, 1, 2), nodes=4, min_replicas=1)
     world.arrive(2)
@@ -209,14 +217,16 @@ def test_a_pipeline_has_the_least_memory_of_its_nodes() -> None:
     assert [command.kv_tokens for command in world.commands if isinstance(command, Serve)] == [79_345, 79_345, 300]
 
 
-def test_idle_replicas_of_other_models_make_room_on_the_nodes_that_the_queue_fits() -> None:
+@pytest.mark.parametrize(("prompt", "output"), [(290, 11), (79_000, 345)])
+def test_idle_replicas_of_other_models_make_room_on_the_nodes_that_the_queue_fits(prompt: int, output: int) -> None:
+    """Mutation: a node passed over whose memory is exactly as large as needed."""
     world = mixed((0,), nodes=2, models="ab", min_replicas=0, keep_alive_s=100.0)
     for model, node in (("a", 0), ("b", 1)):
         world.arrive(model=model)
         assert f"allocate {node}{'' if model == 'a' else model}" in world.tick()
         world.deliver(world.open_transfers()[0])
     world.finish(0, 1)
-    world.arrive(prompt=290, output=11)
+    world.arrive(prompt=prompt, output=output)
     assert without(world.tick(), "timer")[:3] == ["stop i2", "release 1b keep", "allocate 1"]
 
 
