@@ -92,6 +92,20 @@ def test_spread_replicas_are_released_together() -> None:
     assert world.tick() == ["stop i1", "release 0 keep"]
 
 
+def test_consolidated_replicas_are_whole() -> None:
+    """Mutation: each still counted as the share that it began with, so that none is ever to spare."""
+    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, start=SpreadStart(nodes=2), kv="copy")
+    world.arrive(4)
+    world.tick()
+    while transfers := world.open_transfers():
+        for transfer in transfers:
+            world.deliver(transfer)
+    assert sorted(world.plane.fleet.models["a"].allocations) == [0, 2]
+    assert without(world.tick(), "timer") == []
+    world.finish(0, 1)
+    assert without(world.tick(), "timer") == ["stop i2", "release 2 keep"], "i1 has both requests that are left"
+
+
 def cooperating(requests: int = 4) -> World:
     """Replica i1 on node 0 with requests 0 and 1; t2 brings the model to node 1 in order."""
     world = World(nodes=2, start=CooperativeStart(), kv="copy")
@@ -131,3 +145,13 @@ def test_a_boundary_that_moves_to_less_kv_memory_restarts_the_requests_that_may_
     assert world.deliver("t2", 1) == ["stop i1", "serve i2 1:0-0,0:1-3"]
     assert world.deliver("t2", 2)[-1] == "reshape i2 1:0-2,0:3-3 copy"
     assert world.deliver("t2") == ["serve i3 1", "serve i4 0", "switch i2  copy", "dispatch i4 0,3", "dispatch i3 1,2"]
+
+
+def test_a_boundary_moves_to_memory_that_a_request_fits_exactly() -> None:
+    """Mutation: it is restarted."""
+    overrides = with_kv_tokens(small_cluster(), 300, (1,)).overrides
+    world = World(nodes=2, start=CooperativeStart(), kv="copy", cluster={"overrides": overrides})
+    world.arrive(1, prompt=290, output=10)
+    world.arrive(3)
+    world.tick()
+    assert world.deliver("t2", 1)[0] == "reshape i1 1:0-0,0:1-3 copy"
