@@ -236,7 +236,8 @@ class ControlPlane:
         """True if a later evaluation could change something for this model without a further event that sets the timer."""
         least = self._min_replicas
         if state.queue or state.running:
-            return not self._fixed or state.replicas < least or self.fleet.lacking(state) > 0
+            # A fixed number is another one for a while where requests need nodes with more KV memory.
+            return not self._fixed or state.replicas != least or self.fleet.lacks_room(state)
         if state.replicas < least:
             return bool(self.fleet.free_nodes(state))
         return state.replicas > least

@@ -202,6 +202,23 @@ def test_one_idle_replica_is_to_spare_whatever_the_others_do() -> None:
     assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
 
 
+def test_a_fixed_number_goes_to_where_the_queue_fits_and_is_the_same_again() -> None:
+    """Mutations: no look any more once the head of the queue fits, though a request behind it does not, which waits for ever;
+
+    nor once that one runs, so that there are two replicas for ever.
+    """
+    world = mixed((0,), nodes=2, min_replicas=1, max_replicas=1, keep_alive_s=0.0)
+    world.arrive(3)
+    assert world.arrive(prompt=290, output=11) == []
+    assert without(world.tick(), "timer") == [], "2 is the head, and fits"
+    world.finish(0, 1)
+    assert without(world.tick(), "timer") == [], "node 0 is busy with 2"
+    world.finish(2)
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
+    assert world.deliver("t2") == ["serve i2 1", "dispatch i2 3"]
+    assert world.tick() == ["stop i1", "release 0 keep"], "one replica: nothing to look for"
+
+
 def test_replicas_that_are_wanted_anyway_are_started_where_the_queue_fits() -> None:
     world = mixed((0, 1, 2), nodes=4, min_replicas=1)
     world.arrive(2)
