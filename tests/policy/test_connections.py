@@ -68,3 +68,7 @@ def test_a_lost_connection_does_not_count_among_the_failures_of_a_request() -> N
     world.finish(4, 5, 6, 7)
     assert "dispatch i3 0,2" in world.lose(0)
     assert not [line for line in world.play(ConnectionLost(world.at, 2, 3)) if line.startswith("fail")]
+
+
+def test_a_lost_connection_sets_the_timer() -> None:
+    assert World(nodes=2, min_replicas=2).play(ConnectionLost(0.0, 0, 1)) == ["timer 0"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lambdascale.core.commands import FailRequest, Serve
-from lambdascale.core.events import NodeGivenUp, NodeJoined
+from lambdascale.core.events import NodeGivenUp, NodeJoined, TokensProduced
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, pipelined, without
 
@@ -103,6 +103,18 @@ def test_an_answer_of_a_request_that_was_restarted_is_ignored() -> None:
     assert world.stale(stale[0], 0) == []
     assert world.stale(10_000, 2) == [], "nor one of an instance nobody knows"
     assert world.arrive(1) == [], "no slot was freed by it"
+
+
+def test_late_news_of_a_request_changes_nothing() -> None:
+    """Its tokens from an instance that is gone, and its end from one that goes on. Mutations: either ends the run."""
+    world = World(nodes=2, min_replicas=2)
+    world.arrive(3)
+    gone, goes_on = world.at_instance[0], world.at_instance[1]
+    assert world.lose(0) == ["stop i1", "dispatch i2 0"]
+    assert world.play(TokensProduced(world.at, gone, 0, 1, "local")) == []
+    assert world.finish(1) == ["dispatch i2 2"]
+    assert world.stale(goes_on, 1) == [], "told twice"
+    assert world.finish(0, 2) == []
 
 
 def test_a_request_that_a_mode_switch_moved_may_end_under_the_pipelines_name() -> None:
