@@ -206,6 +206,18 @@ def test_a_request_that_fits_no_replica_gets_a_node_that_it_fits() -> None:
     assert without(world.tick(world.at + 2), "timer") == ["stop i1", "release 0 keep"]
 
 
+@pytest.mark.parametrize(("prompt", "output"), [(290, 11), (79_000, 345)])
+def test_a_request_waits_for_the_node_that_it_fits_if_the_model_has_one(prompt: int, output: int) -> None:
+    """Mutations: another node taken because an idle replica has less memory; one whose memory is just enough not counted."""
+    world = mixed((0, 1), nodes=4, min_replicas=1, max_batch=1)
+    world.arrive(prompt=prompt, output=output)
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t2 0:gpu>2"]
+    assert world.deliver("t2") == ["serve i2 2", "dispatch i2 0"]
+    world.arrive(prompt=prompt, output=output)
+    assert without(world.tick(), "timer") == [], "i1 is idle, and request 1 waits for i2"
+    assert world.finish(0) == ["dispatch i2 1"]
+
+
 def test_one_idle_replica_is_to_spare_whatever_the_others_do() -> None:
     """Mutation: a node with more memory taken only once all replicas are idle."""
     world = mixed((0, 1), min_replicas=2)

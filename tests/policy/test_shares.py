@@ -33,6 +33,15 @@ def test_shares_add_up_to_one_replica() -> None:
     assert world.tick() == ["timer 0.2"], "one replica is wanted, four quarters are on their way"
 
 
+def test_shares_of_one_replica_are_not_taken_for_several() -> None:
+    """Four quarters, and two replicas wanted. Mutations: a share counted as a replica, or as more."""
+    world = World(nodes=8, min_replicas=0, start=SpreadStart())
+    world.arrive(2)
+    world.tick()
+    world.arrive(2)
+    assert without(world.tick(), "timer", "load") == ["allocate 4", "allocate 5", "allocate 6", "allocate 7"]
+
+
 def test_a_spread_replica_is_consolidated_onto_its_first_node() -> None:
     world = spread_serving()
     assert world.open_transfers() == ["t5"]
