@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lambdascale.testing.starts import CooperativeStart, SpreadStart
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, without
@@ -78,15 +80,16 @@ def test_a_failed_load_of_a_share_gives_its_node_up_and_makes_the_others_whole()
     ]
 
 
-def test_loads_of_shares_that_fail_before_the_pipeline_forms() -> None:
+@pytest.mark.parametrize(("copies", "tier"), [(0, "ssd"), (4, "host")])
+def test_loads_of_shares_that_fail_before_the_pipeline_forms(copies: int, tier: str) -> None:
     """Mutations: the other shares left to wait for ever; a node released while the load of the rest is under way on it."""
-    world = World("serverlessllm", min_replicas=0, start=SpreadStart())
+    world = World("serverlessllm", min_replicas=0, copies=copies, start=SpreadStart())
     world.arrive(1)
     world.tick()
     world.block(2, 2)
     assert world.fail(transfer="t1") == [
         *("cancel t1", "release 0"),
-        *("load t5 1 ssd 023", "load t6 2 ssd 013", "load t7 3 ssd 012"),
+        *(f"load t5 1 {tier} 023", f"load t6 2 {tier} 013", f"load t7 3 {tier} 012"),
     ]
     assert world.fail(transfer="t2") == ["cancel t2", "cancel t5", "release 1"]
     assert world.deliver("t6") == ["serve i1 2", "dispatch i1 0"]
