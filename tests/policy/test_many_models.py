@@ -151,3 +151,9 @@ def test_a_run_with_fewer_nodes_than_models_left_ends(system: str) -> None:
     rows = requests_table(recorder, system).to_pandas()
     assert set(rows.model) == {model.name for model in models}
     assert set(rows.status) == {"ok"}
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    """Mutation: the second takes the first one's place, and its requests."""
+    with pytest.raises(UserError, match="model names must differ, got \\['a', 'a'\\]"):
+        World(models="aa")
