@@ -1,7 +1,7 @@
 """Every invariant under seeded faults for parts and settings that the exploration itself does not draw.
 
-Rules of autoscaling with bounds, the cheapest ways of KV and of leaving pipelines, standing trees, mixtures of parts, gradual starts,
-plans of one block, empty workloads, arrivals at the same times, and nodes that die around the end of a multicast.
+Rules of autoscaling with bounds, the cheapest ways of KV and of leaving pipelines, standing trees, mixtures of parts, gradual
+starts, plans of one block, empty workloads, arrivals at the same times, and nodes that die around the end of a multicast.
 """
 
 from __future__ import annotations

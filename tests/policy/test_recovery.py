@@ -222,32 +222,12 @@ def test_a_node_that_is_given_up_takes_its_part_of_a_pipeline_with_it() -> None:
     assert world.deliver("t1") == ["serve i2 0", "dispatch i2 0,1"]
 
 
-def test_only_the_model_whose_load_failed_gives_its_node_up() -> None:
-    """Mutation: b's load on the same node cancelled as well."""
-    world = World("serverlessllm", nodes=1, gpus=2, models="ab", min_replicas=0)
-    world.arrive(1, "a")
-    world.arrive(1, "b")
-    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 0b ssd 0123"]
-    assert world.fail(transfer="t1") == ["cancel t1", "release 0"]
-
-
 @pytest.mark.parametrize("failed", ["t2", "t99"])
 def test_a_failure_of_a_transfer_that_has_ended_is_ignored(failed: str) -> None:
     world = multicasting()
     world.deliver("t2")
     event = CommandFailed(world.at, "StartMulticast", "late", 99 if failed == "t99" else world.command("t2").transfer_id)
     assert world.play(event) == []
-
-
-def test_a_host_copy_does_not_expire_while_its_own_node_loads_it() -> None:
-    """Read until 8.0. Mutation: unused since the start, and gone at 5.0."""
-    world = World("serverlessllm", nodes=1, copies=1, min_replicas=0, host_keep_alive_s=5.0)
-    world.at = 4.0
-    world.arrive()
-    assert world.tick()[1] == "load t1 0 host 0123"
-    world.at = 8.0
-    world.fail(transfer="t1")
-    assert world.tick(8.0)[1] == "load t2 0 host 0123"
 
 
 def test_a_failed_host_load_unpins_its_copy() -> None:

@@ -90,3 +90,12 @@ def test_nodes_that_load_the_rest_of_the_model_are_replicas() -> None:
     assert without(world.lose(1), "timer", "cancel") == ["load t5 0 ssd 123", "load t6 2 ssd 013", "load t7 3 ssd 012"]
     world.arrive(4)
     assert without(world.tick(), "timer") == [], "six requests want three replicas"
+
+
+def test_only_the_model_whose_load_failed_gives_its_node_up() -> None:
+    """Mutation: b's load on the same node cancelled as well."""
+    world = World("serverlessllm", nodes=1, gpus=2, models="ab", min_replicas=0)
+    world.arrive(1, "a")
+    world.arrive(1, "b")
+    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 0b ssd 0123"]
+    assert world.fail(transfer="t1") == ["cancel t1", "release 0"]

@@ -10,7 +10,6 @@ import pytest
 from lambdascale.control.start import MulticastStart
 from lambdascale.core import MulticastPlan, NodeId, PipelinePlan
 from lambdascale.core.commands import LoadBlocks, StartMulticast
-from lambdascale.core.events import NodeJoined
 from lambdascale.core.specs import NodeOverride
 from lambdascale.multicast import validate_plan
 from lambdascale.pipelines import IN_ROUNDS, Costs
@@ -56,38 +55,6 @@ def test_host_copies_do_not_feed_where_the_system_has_none_as_sources() -> None:
     world = World(nodes=3, copies=1, min_replicas=0, source_rule="GpuSources")
     world.arrive(3)
     assert [line.split()[3] for line in without(world.tick(), "allocate", "timer")] == ["ssd", "ssd"], "nobody can feed"
-
-
-@pytest.mark.parametrize("system", ["lambdascale", "faasnet", "nccl_broadcast"])
-def test_of_idle_replicas_the_node_with_the_smallest_id_feeds(system: str) -> None:
-    """Node 0 came back and joined after 1. Mutation: sources in the order in which they joined."""
-    world = World(system, nodes=3, min_replicas=2)
-    world.play(NodeJoined(0.0, 0))
-    assert without(world.tick(), "timer") == ["allocate 0", "multicast t3 1:gpu>0"]
-    world.deliver("t3")
-    world.arrive(5)
-    assert without(world.tick(), "timer") == ["allocate 2", "multicast t4 0:gpu>2"]
-
-
-def test_a_node_waits_for_one_that_still_loads_its_host_copy() -> None:
-    """Mutation: node 0 no holder of its copy while it loads it, and node 1 sent to its SSD."""
-    world = World("lambdascale", nodes=3, copies=1, min_replicas=0)
-    world.arrive(2)
-    assert without(world.tick(), "timer") == ["allocate 0", "load t1 0 host 0123"]
-    world.arrive(2)
-    assert without(world.tick(), "timer") == []
-    world.deliver("t1")
-    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
-
-
-def test_a_standing_tree_has_no_place_for_nodes_that_load_from_storage() -> None:
-    """Node 1 still loads. Mutation: it is a parent in the tree."""
-    world = World("faasnet", nodes=4, min_replicas=0, target=1, source_rule="StandingTree")
-    world.arrive(2)
-    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 1 ssd 0123"]
-    world.deliver("t1")
-    world.arrive(2)
-    assert without(world.tick(), "timer", "allocate") == ["multicast t3 0:gpu>2,3"]
 
 
 def test_an_expired_host_copy_feeds_nobody() -> None:
