@@ -62,6 +62,19 @@ def test_without_a_queue_they_are_those_of_what_runs_and_follow_it() -> None:
     assert prompt_and_requests() == (1, 1)
 
 
+def test_predictions_follow_requests_that_new_replicas_take() -> None:
+    """Nothing arrives or ends meanwhile. Mutation: a prediction kept although commands were given since."""
+    world = World(nodes=2, max_batch=1, target=1)
+    fleet = world.plane.fleet
+    for prompt in (100, 200, 300):
+        world.arrive(prompt=prompt)
+    world.tick()
+    assert costs_now(fleet, fleet.models["a"]).requests == 2
+    assert world.deliver("t2") == ["serve i2 1", "dispatch i2 1"]
+    costs = costs_now(fleet, fleet.models["a"])
+    assert (costs.requests, round((costs.hop_s[0] - 1e-4) / HOP_S)) == (1, 300)
+
+
 def test_the_slowest_kind_of_node_is_what_passes_are_predicted_for() -> None:
     """Mutations: the fastest kind, or the first."""
     slow = ComputeSpec(flops_efficiency=0.25, bandwidth_efficiency=0.5, iteration_overhead_s=0.1)
