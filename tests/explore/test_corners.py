@@ -132,13 +132,22 @@ def dying(scenario: Scenario, rng: Random) -> Scenario:
     return replace(scenario, faults=scenario.faults + deaths)
 
 
+def together(scenario: Scenario, rng: Random) -> Scenario:
+    """Several of these at once."""
+    scenario = rng.choice((mixed, gradual, cheapest, standing))(scenario, rng)
+    for vary in (bounded, small, dying):
+        if rng.random() < 0.6:
+            scenario = vary(scenario, rng)
+    return scenario
+
+
 def holds(vary: Callable[[Scenario, Random], Scenario], seed: int) -> None:
     scenario = vary(draw(seed), Random(f"{vary.__name__} {seed}"))
     outcome = run(scenario)
     assert not outcome.broken, f"{vary.__name__}, {scenario.summary}: {outcome}"
 
 
-@pytest.mark.parametrize("vary", [bounded, cheapest, mixed, standing, gradual, small, dying])
+@pytest.mark.parametrize("vary", [bounded, cheapest, mixed, standing, gradual, small, dying, together])
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 @example(seed=16)  # bounded: looks ended although a request behind the queue's head needed another node

@@ -130,7 +130,7 @@ def test_a_queue_is_divided_by_what_a_node_runs_at_once(queued: int, running: in
     ("queued", "running", "wanted"), [(0, 0, 0), (1, 0, 1), (3, 0, 1), (4, 0, 1), (8, 0, 2), (3, 1, 1), (0, 1, 1)]
 )
 def test_a_few_requests_get_a_first_replica_under_the_rule_that_rounds_down(queued: int, running: int, wanted: int) -> None:
-    """Without a minimum. Mutation: fewer requests than a node runs at once wait for ever, and the run does not end."""
+    """No minimum is kept. Mutation: fewer requests than a node runs at once wait for ever, and the run does not end."""
     assert TurnAutoscaler(target_per_replica=4, min_replicas=0).desired(queued, running) == wanted
 
 

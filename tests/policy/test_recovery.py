@@ -148,7 +148,7 @@ def test_a_complete_node_of_a_broken_pipeline_serves_alone_at_once() -> None:
 
 @pytest.mark.parametrize("there", [(), (2,), (2, 3)])
 def test_a_pending_pipeline_with_a_lost_node_never_forms(there: tuple[int, ...]) -> None:
-    """Mutation: it forms, with a node that is gone, where that held its blocks by then."""
+    """Mutation: a pipeline with a lost node forms where that node held its blocks by then."""
     world = World(nodes=4, min_replicas=2)
     world.arrive(9)
     world.tick()

@@ -106,7 +106,7 @@ def test_an_answer_of_a_request_that_was_restarted_is_ignored() -> None:
 
 
 def test_late_news_of_a_request_changes_nothing() -> None:
-    """Its tokens from an instance that is gone, and its end from one that goes on. Mutations: either ends the run."""
+    """Tokens from a stopped instance, and a second end from a serving one. Mutations: either raises an error."""
     world = World(nodes=2, min_replicas=2)
     world.arrive(3)
     gone, goes_on = world.at_instance[0], world.at_instance[1]
@@ -115,6 +115,28 @@ def test_late_news_of_a_request_changes_nothing() -> None:
     assert world.finish(1) == ["dispatch i2 2"]
     assert world.stale(goes_on, 1) == [], "told twice"
     assert world.finish(0, 2) == []
+
+
+def test_a_request_that_waits_again_may_end_under_the_name_of_the_pipeline_it_was_moved_from() -> None:
+    """The word of it came late, when the replica that it was moved to was lost. Mutation: it is sent to another instance."""
+    world = pipelined()
+    pipeline = world.at_instance[4]
+    world.deliver("t3")
+    assert world.lose(2)[0] == "stop i4"
+    assert [request.request_id for request in world.plane.fleet.models["a"].queue] == [4, 6, 8]
+    assert world.finish_at(pipeline, 4) == []
+    assert world.finish(0) == ["dispatch i1 6"]
+    assert world.finish_at(world.at_instance[6], 6) == ["dispatch i1 8"]
+
+
+def test_an_end_of_the_head_of_the_queue_lets_the_next_one_go() -> None:
+    """The head fits no node that is left but for the one that returns. Mutation: the next one waits beside free slots."""
+    world = mixed((0,), nodes=2, min_replicas=2)
+    assert world.arrive(prompt=290, output=11)[0] == "dispatch i2 0"
+    gone = world.at_instance[0]
+    assert world.lose(1, returns=True) == ["stop i2"]
+    assert world.arrive(1) == []
+    assert world.finish_at(gone, 0) == ["dispatch i1 1"]
 
 
 def test_a_request_that_a_mode_switch_moved_may_end_under_the_pipelines_name() -> None:
@@ -227,9 +249,8 @@ def test_one_idle_replica_is_to_spare_whatever_the_others_do() -> None:
 
 
 def test_a_fixed_number_goes_to_where_the_queue_fits_and_is_the_same_again() -> None:
-    """Mutations: no look any more once the head of the queue fits, though a request behind it does not, which waits for ever;
-
-    nor once that one runs, so that there are two replicas for ever.
+    """Mutations: looks end when the head of the queue fits, although a later request does not, and waits for ever; looks end when
+    that one runs, so that two replicas stay.
     """
     world = mixed((0,), nodes=2, min_replicas=1, max_replicas=1, keep_alive_s=0.0)
     world.arrive(3)

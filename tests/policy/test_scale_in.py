@@ -167,7 +167,7 @@ def test_the_least_loaded_is_drained() -> None:
 
 
 def test_of_equally_loaded_busy_ones_the_older_is_drained() -> None:
-    """Both have a request, and neither was ever idle. Mutation: the last answer taken for the beginning of idleness."""
+    """Replicas have a request each, and neither was ever idle. Mutation: the last answer taken for the beginning of idleness."""
     world, (first, second) = loaded(2, 2)
     for world.at, request in ((0.05, second[0]), (0.06, first[0])):
         world.finish(request)

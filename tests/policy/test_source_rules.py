@@ -41,7 +41,7 @@ def test_a_standing_tree_has_no_place_for_nodes_that_load_from_storage() -> None
 
 
 def test_a_host_copy_does_not_expire_while_its_own_node_loads_it() -> None:
-    """Read until 8.0. Mutation: unused since the start, and gone at 5.0."""
+    """Read until 8.0. Mutation: counted as unused since the start, and expired at 5.0."""
     world = World("serverlessllm", nodes=1, copies=1, min_replicas=0, host_keep_alive_s=5.0)
     world.at = 4.0
     world.arrive()
