@@ -60,14 +60,10 @@ ROOMS = {
     "control": Room(
         ("lambdascale/control/*",),
         (
-            *("tests/policy/test_router.py", "tests/policy/test_scale_out.py", "tests/policy/test_recovery.py"),
-            *("tests/policy/test_scale_out_serving.py", "tests/policy/test_recovery_joined.py", "tests/policy/test_scale_in.py"),
-            *("tests/policy/test_autoscaling.py", "tests/policy/test_batching.py", "tests/unit/test_control_batching.py"),
-            *("tests/unit/test_control_autoscaler.py", "tests/unit/test_control_turns.py", "tests/policy/test_shares.py"),
-            *("tests/policy/test_loop.py", "tests/policy/test_returning.py", "tests/policy/test_traffic.py"),
-            *("tests/policy/test_several_gpus.py", "tests/policy/test_pipeline_rules.py"),
-            "tests/property/test_control_batching_properties.py",
-            *("tests/property/test_scale_in_properties.py", "tests/property/test_traffic_properties.py", "tests/golden"),
+            *("tests/policy", "tests/unit/test_control_batching.py", "tests/unit/test_control_autoscaler.py"),
+            *("tests/unit/test_control_turns.py", "tests/property/test_control_batching_properties.py"),
+            *("tests/property/test_calm_properties.py", "tests/property/test_scale_in_properties.py"),
+            *("tests/property/test_traffic_properties.py", "tests/golden"),
         ),
     ),
     "sim": Room(

@@ -117,6 +117,7 @@ class TurnAutoscaler(Autoscaler):
 
     It adds floor(queued / target_per_replica) replicas to those in use, where target_per_replica is the number of requests that
     a node runs at once: the authors' controller.py (github.com/lambda-scale/lambda-scale) divides the queue by a node's GPUs.
+    Where nothing is in use, requests that wait get a replica however few they are: nothing else would ever serve them.
     """
 
     @property
@@ -127,5 +128,5 @@ class TurnAutoscaler(Autoscaler):
     def desired(self, queued: int, running: int) -> int:
         """See AutoscalingPolicy."""
         used = -(-running // self.target_per_replica)
-        wanted = max(used + queued // self.target_per_replica, self.min_replicas)
+        wanted = max(used + queued // self.target_per_replica, self.min_replicas, int(queued > 0))
         return wanted if self.max_replicas is None else min(wanted, self.max_replicas)

@@ -140,10 +140,13 @@ class ControlPlane:
         fleet.produced.pop(event.request_id, None)
         moved_to = fleet.moved.pop(event.request_id, event.instance) if fleet.moved else event.instance
         instance = fleet.instances.get(moved_to)
-        # An answer may still come in from an instance that was given up; its request has been restarted by then.
+        # An answer may still come in from an instance that was given up; its request has been restarted, or waits, by then.
         if instance is not None and event.request_id in instance.outstanding:
             fleet.costs.clear()
             self._router.finish(instance, event.request_id)
+        elif instance is None:
+            fleet.costs.clear()
+            self._router.answered(event.request_id)
 
     def _node_lost(self, event: NodeLost) -> None:
         self._recovery.node_lost(event.node, returns=event.returns)
@@ -236,7 +239,8 @@ class ControlPlane:
         """True if a later evaluation could change something for this model without a further event that sets the timer."""
         least = self._min_replicas
         if state.queue or state.running:
-            return not self._fixed or state.replicas < least or self.fleet.lacking(state) > 0
+            # A fixed number is another one for a while where requests need nodes with more KV memory.
+            return not self._fixed or state.replicas != least or self.fleet.lacks_room(state)
         if state.replicas < least:
             return bool(self.fleet.free_nodes(state))
         return state.replicas > least

@@ -163,13 +163,11 @@ class Recovery:
         self._router.requeue(state, instance, failed=failed)
 
     def _replan(self, transfer: TransferState, *, again: bool) -> None:
-        """Bring what a broken transfer still owes: from what the survivors hold, else from each node's own storage."""
+        """Bring what a broken multicast still owes: from what the survivors hold, else from each node's own storage."""
         state = self._fleet.models[transfer.model]
         destinations = sorted(transfer.waiting)
         holdings, tiers = self._holdings(state, destinations)
         try:
-            if not transfer.multicast:
-                raise PlanError("a load has no other source")
             plan = plan_from_holdings(holdings, destinations, state.blocks)
         except PlanError:
             for node in destinations:

@@ -76,6 +76,15 @@ class Router:
         if not instance.outstanding:
             instance.idle_since = self._fleet.at
 
+    def answered(self, request_id: int) -> None:
+        """Drop a request from the queue: an instance that serves no more has answered it. Nothing happens if it does not wait."""
+        for state in self._fleet.models.values():
+            request = next((request for request in state.queue if request.request_id == request_id), None)
+            if request is not None:
+                state.queue.remove(request)
+                self._fleet.failures.pop(request_id, None)
+                self.fill(state)
+
     def fill(self, state: ModelState) -> None:
         """Give queued requests to free slots, one Dispatch per instance."""
         chosen: dict[int, list[Request]] = {}

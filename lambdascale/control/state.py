@@ -252,6 +252,11 @@ class Fleet:
             return 0
         return needed
 
+    def lacks_room(self, state: ModelState) -> bool:
+        """True if a request in the queue may need KV tokens that no node allocated to the model has: its head, or a later one."""
+        most = max((state.kv_tokens[node] for node in state.allocations), default=state.least_kv_tokens)
+        return any(request.kv_tokens > most for request in state.queue)
+
     def is_warm(self, state: ModelState, node: NodeId) -> bool:
         """True if the node has a host copy of the model."""
         return self.host.has(node, state.spec.name, self.at)

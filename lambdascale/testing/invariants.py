@@ -237,7 +237,7 @@ class InvariantChecker:
         copies = {node for node, tier in zip(plan.sources, command.source_tiers, strict=True) if tier == "host"}
         left = {(send.dst, send.block) for sends in plan.rounds for send in sends}
         cancelled = [(n, t) for n, t in self._cancelled.items() if t.model == command.model]
-        again = {n: t.tries for n, t in cancelled if t.members.issuperset(plan.destinations)}
+        again = {n: t.tries for n, t in cancelled if {node for node, _ in t.left}.issuperset(plan.destinations)}
         # One that was called off because a node that fed it was given up has not failed itself.
         failed = isinstance(self._event, CommandFailed) and self._event.transfer_id in again
         tries = max(again.values(), default=0) + failed

@@ -126,6 +126,35 @@ def test_a_queue_is_divided_by_what_a_node_runs_at_once(queued: int, running: in
     assert TurnAutoscaler(target_per_replica=4, max_replicas=6).desired(queued, running) == wanted
 
 
+@pytest.mark.parametrize(
+    ("queued", "running", "wanted"), [(0, 0, 0), (1, 0, 1), (3, 0, 1), (4, 0, 1), (8, 0, 2), (3, 1, 1), (0, 1, 1)]
+)
+def test_a_few_requests_get_a_first_replica_under_the_rule_that_rounds_down(queued: int, running: int, wanted: int) -> None:
+    """No minimum is kept. Mutation: fewer requests than a node runs at once wait for ever, and the run does not end."""
+    assert TurnAutoscaler(target_per_replica=4, min_replicas=0).desired(queued, running) == wanted
+
+
+@pytest.mark.parametrize("requests", [0, 1])
+def test_a_fixed_number_that_is_not_reached_is_looked_for_again(requests: int) -> None:
+    """Node 4 waits for node 0, which feeds 3. Mutations: no further look while requests run, or while none does."""
+    world = World("faasnet", nodes=5, min_replicas=3, max_replicas=3, source_rule="GpuAndHostSources")
+    world.arrive(requests)
+    world.lose(1)
+    assert without(world.tick(), "timer") == ["allocate 3", "multicast t4 0:gpu>3"]
+    world.lose(2)
+    assert world.tick() == ["timer 0.1"]
+    world.deliver("t4")
+    assert world.tick()[:2] == ["allocate 4", "multicast t5 0:gpu>4"]
+
+
+def test_a_node_holds_one_replica_of_a_model() -> None:
+    """Mutation: the node's other GPU allocated to the same model, whose record is lost."""
+    world = World(nodes=2, gpus=2)
+    world.arrive(8)
+    assert without(world.tick(), "timer") == ["allocate 1", "multicast t2 0:gpu>1"]
+    assert without(world.tick(), "timer") == []
+
+
 # -- scale-in --------------------------------------------------------------------------------------------------------
 
 

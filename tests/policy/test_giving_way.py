@@ -46,9 +46,11 @@ def test_nothing_gives_way_while_a_replica_of_the_model_is_on_its_way_or_a_node_
     assert without(world.tick(), "timer") == []
 
 
-def test_the_node_that_can_hold_the_request_is_the_one_that_is_freed() -> None:
+@pytest.mark.parametrize("prompt", [300, 79_335])
+def test_the_node_that_can_hold_the_request_is_the_one_that_is_freed(prompt: int) -> None:
+    """Memory for 79,345 tokens is just enough."""
     world = World(nodes=3, models="abc", min_replicas=1, cluster=scarce(3, 0, 1))
-    assert world.arrive(model="a", prompt=300) == ["timer 0"]
+    assert world.arrive(model="a", prompt=prompt) == ["timer 0"]
     lines = without(world.tick(), "timer")
     assert lines == ["stop i3", "release 2c keep", "allocate 2", "multicast t4 0:gpu>2"]
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 from hydra.errors import InstantiationException
 
-from lambdascale.core import ComputeTable, NodeOverride, UserError
+from lambdascale.control.kv_choice import KvChoice
+from lambdascale.core import ComputeTable, NodeOverride, Stage, UserError
 from lambdascale.experiments.build import build
 from lambdascale.experiments.compose import compose
 from lambdascale.testing.starts import CooperativeStart
-from lambdascale.testing.systems import small_cluster
+from lambdascale.testing.systems import small_cluster, small_model
 from tests.policy.test_pipeline_rules import trio
 from tests.policy.world import World, pipelined, without
 
@@ -336,3 +337,45 @@ def choice_of(kv: str, cluster: dict[str, Any]) -> str:
 def test_any_other_policy_is_refused() -> None:
     with pytest.raises((UserError, InstantiationException), match=r"kv|recompute"):
         build(compose(["system.kv=cheap"]))
+
+
+# -- what a recomputation takes ----------------------------------------------------------------------------------------
+
+TOKEN_S = 2 * small_model().params / 5e12  # a token prefilled, at half of 1e13 FLOPs
+PAIR_S = 4 * 16 * 1024 / 5e12  # a token attended to, 16 layers of 1,024 units
+WEIGHTS_S, KV_S = 1e9 / 5e10, 32_768 / 5e10  # the model read, and a token's KV, at half of 100 GB/s
+WHOLE, HALVES = (Stage(0, 0, 3),), (Stage(0, 0, 1), Stage(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("stages", "contexts", "running", "max_tokens", "tokens", "attended", "decode_s"),
+    [
+        # Two contexts of 1,001 tokens; three requests run, which a decode of 20 ms and the contexts' KV serves.
+        (WHOLE, (1001, 1001), 3, 4096, 2002, 2 * 501_501, WEIGHTS_S + 2002 * KV_S),
+        (WHOLE, (1001, 1001), 3, 1001, 2002, 2 * 501_501, WEIGHTS_S + 2002 * KV_S),  # two iterations
+        (WHOLE, (1001, 999), 300, 4096, 2000, 501_501 + 499_500, 300 * TOKEN_S + 2000 * KV_S),  # a decode bound by FLOPs
+        # Two batches; while the second node has the first one, the first has the second: one and a half times a batch.
+        (HALVES, (1001, 1001), 3, 4096, 1.5 * 1001, 1.5 * 501_501, WEIGHTS_S + 1001 * KV_S),
+        (HALVES, (1001, 1001), 401, 4096, 1.5 * 1001, 1.5 * 501_501, 201 * TOKEN_S + 1001 * KV_S),  # of 201 and of 200
+    ],
+)
+def test_a_recomputation_takes_a_prefill_less_a_decode(
+    stages: tuple[Stage, ...],
+    contexts: tuple[int, ...],
+    running: int,
+    max_tokens: int,
+    tokens: float,
+    attended: float,
+    decode_s: float,
+) -> None:
+    """Mutations: contexts not attended to, or to themselves alone; what runs not divided among batches, or rounded down."""
+    world = World(nodes=2)
+    rule = KvChoice(world.plane.fleet, "cheapest", replace(world.config.batching, max_tokens=max_tokens))
+    found = rule._recompute_s(world.plane.fleet.models["a"], stages, contexts, running)
+    assert found == pytest.approx(tokens * TOKEN_S + attended * PAIR_S - decode_s, rel=1e-9 if stages is WHOLE else 1e-3)
+
+
+def test_a_recomputation_beside_longer_decodes_takes_no_time() -> None:
+    world = World(nodes=1)
+    rule = KvChoice(world.plane.fleet, "cheapest", world.config.batching)
+    assert rule._recompute_s(world.plane.fleet.models["a"], WHOLE, (10,), 400) == 0.0

@@ -86,6 +86,32 @@ def test_idle_replicas_of_a_node_give_way_together(busy: str, released: list[str
     assert without(world.tick(), "timer", "load", "stop") == released
 
 
+def idle_from(world: World, **times: float) -> None:
+    """Every model's replica answers a request at its time, and is idle from then on."""
+    for model, world.at in sorted(times.items(), key=lambda item: item[1]):
+        world.arrive(1, model)
+        world.finish(world.requests - 1)
+
+
+def test_of_several_idle_on_a_node_the_one_idle_longest_gives_way() -> None:
+    """a and c are on node 0. Mutation: the model that is configured first."""
+    world = World(nodes=2, gpus=2, models="abcd")
+    world.lose(1)
+    idle_from(world, a=4.0, c=2.0)
+    world.arrive(1, "b")
+    assert without(world.tick(), "timer", "load", "stop") == ["release 0c keep", "allocate 0b"]
+
+
+@pytest.mark.parametrize(("d", "freed"), [(5.0, ["release 2c keep"]), (2.0, ["release 0 keep", "release 0d keep"])])
+def test_a_node_is_idle_from_the_last_of_those_that_give_way_together(d: float, freed: list[str]) -> None:
+    """e needs two GPUs: those of a and d on node 0, or that of c and a free one on node 2. Mutation: the first decides."""
+    world = World(nodes=3, gpus=2, models="abcde", gpus_per_replica={"a": 1, "b": 1, "c": 1, "d": 1, "e": 2})
+    assert without(world.start, "load", "serve") == ["allocate 0", "allocate 1b", "allocate 2c", "allocate 0d"]
+    idle_from(world, a=1.0, b=6.0, c=3.0, d=d)
+    world.arrive(1, "e")
+    assert without(world.tick(), "timer", "load", "stop") == [*freed, f"allocate {freed[0].split()[1][0]}e"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -125,3 +151,9 @@ def test_a_run_with_fewer_nodes_than_models_left_ends(system: str) -> None:
     rows = requests_table(recorder, system).to_pandas()
     assert set(rows.model) == {model.name for model in models}
     assert set(rows.status) == {"ok"}
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    """Mutation: the second takes the first one's place, and its requests."""
+    with pytest.raises(UserError, match="model names must differ, got \\['a', 'a'\\]"):
+        World(models="aa")

@@ -230,6 +230,16 @@ def test_a_pipeline_gets_no_requests_that_it_would_not_bring_to_a_token() -> Non
     assert world.block(3, 1) == ["serve i4 2", "serve i5 3", "switch i3 5>i4 recompute", "dispatch i5 7", "dispatch i4 8"]
 
 
+@pytest.mark.parametrize(("switch", "expected"), [("all", ["dispatch i3 7"]), ("cheapest", ["dispatch i3 7"]), ("each", [])])
+def test_the_look_ahead_is_to_the_node_at_which_the_pipeline_ends(switch: str, expected: list[str]) -> None:
+    """Node 2 is complete in 0.07 s, less than a pass takes, node 3 in 0.28 s. Mutations: the other node's time; either's."""
+    world, _ = arriving(0.13, switch=switch)
+    assert world.finish(4) == ["dispatch i3 6"]
+    world.at += 0.01
+    assert world.block(2, 2) == []
+    assert world.finish(6) == expected
+
+
 def test_a_closed_pipeline_takes_requests_again_when_the_mode_switch_is_further_off() -> None:
     """The last block but one takes a second longer than expected. Mutation: a pipeline once closed stays so."""
     world, _ = arriving(0.13, switch="all")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lambdascale.core import NodeOverride
 from tests.policy.test_scale_out import FAST_PCIE, scaled
 from tests.policy.world import World, without
 
@@ -23,6 +24,12 @@ def test_a_models_own_copy_is_what_makes_a_node_warm(system: str, cluster: dict[
 
 def test_copies_are_spared_where_they_do_more_good_as_sources() -> None:
     assert scaled(3, nodes=5, copies=2) == ["allocate 3", "multicast t2 2:gpu>3"]
+
+
+def test_copies_are_spared_where_the_network_is_faster_than_some_nodes_pcie() -> None:
+    """Mutation: one node with a fast PCIe decides for all."""
+    fast = {"overrides": (NodeOverride(nodes=(4,), pcie_bytes_per_s=8e9),)}
+    assert scaled(3, nodes=5, copies=2, cluster=fast) == ["allocate 3", "multicast t2 2:gpu>3"]
 
 
 @pytest.mark.parametrize(("system", "cluster"), [("lambdascale", None), ("lambdascale", FAST_PCIE), ("serverlessllm", None)])

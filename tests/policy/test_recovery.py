@@ -146,10 +146,13 @@ def test_a_complete_node_of_a_broken_pipeline_serves_alone_at_once() -> None:
     assert without(world.lose(3), "timer") == ["cancel t3", "stop i3", "serve i4 2", "dispatch i4 4,5"]
 
 
-def test_a_pending_pipeline_with_a_lost_node_never_forms() -> None:
+@pytest.mark.parametrize("there", [(), (2,), (2, 3)])
+def test_a_pending_pipeline_with_a_lost_node_never_forms(there: tuple[int, ...]) -> None:
+    """Mutation: a pipeline with a lost node forms where that node held its blocks by then."""
     world = World(nodes=4, min_replicas=2)
     world.arrive(9)
     world.tick()
+    world.block(3, *there)
     world.block(2, 0)
     world.lose(3)
     assert world.block(2, 1, 2) == []

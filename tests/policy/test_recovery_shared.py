@@ -7,7 +7,8 @@ import pytest
 from lambdascale.control.start import MulticastStart
 from lambdascale.core.events import ConnectionLost
 from lambdascale.multicast import BinomialPipeline
-from lambdascale.testing.starts import WithHolders
+from lambdascale.testing.starts import SpreadStart, WithHolders
+from tests.policy.test_scale_out import FAST_PCIE
 from tests.policy.world import World, without
 
 
@@ -58,3 +59,43 @@ def test_blocks_of_an_unfinished_load_are_no_source_of_a_new_plan() -> None:
     world = loading_and_feeding()
     world.block(0, 2)
     assert world.play(ConnectionLost(world.at, 0, 1)) == ["cancel t2", "multicast t3 0:host>1"]
+
+
+def test_a_complete_node_takes_the_requests_of_a_pipeline_over_whose_other_node_is_given_up() -> None:
+    """Mutation: they wait beside the free replica until something else happens."""
+    world = World(nodes=4, copies=2, min_replicas=0, cluster=FAST_PCIE)
+    world.arrive(4)
+    assert without(world.tick(), "timer", "allocate") == ["load t1 0 host 0123", "load t2 1 host 2301"]
+    world.deliver("t2", 2)
+    world.deliver("t1")
+    assert {world.at_instance[request] for request in range(4)} == {world.at_instance[0]}, "pipeline i1 has them"
+    assert world.fail(transfer="t2") == ["cancel t2", "stop i1", "release 1", "serve i2 0", "dispatch i2 0,1"]
+
+
+def test_only_nodes_that_were_to_serve_with_a_lost_one_load_the_rest_of_the_model() -> None:
+    """Shares on nodes 0 and 1, and on 2 and 3. Mutation: 2 and 3, whose pipeline can still form, load everything."""
+    world = World(nodes=4, min_replicas=0, start=SpreadStart(nodes=2))
+    world.arrive(4)
+    assert without(world.tick(), "timer", "allocate") == [
+        *["load t1 0 ssd 01", "load t2 1 ssd 23", "load t3 2 ssd 01", "load t4 3 ssd 23"]
+    ]
+    assert world.lose(0) == ["cancel t1", "load t5 1 ssd 01"]
+
+
+def test_nodes_that_load_the_rest_of_the_model_are_replicas() -> None:
+    """Four shares, one is lost: three nodes load everything. Mutation: they count as three quarters of a replica."""
+    world = World(nodes=8, min_replicas=0, start=SpreadStart())
+    world.arrive(2)
+    world.tick()
+    assert without(world.lose(1), "timer", "cancel") == ["load t5 0 ssd 123", "load t6 2 ssd 013", "load t7 3 ssd 012"]
+    world.arrive(4)
+    assert without(world.tick(), "timer") == [], "six requests want three replicas"
+
+
+def test_only_the_model_whose_load_failed_gives_its_node_up() -> None:
+    """Mutation: b's load on the same node cancelled as well."""
+    world = World("serverlessllm", nodes=1, gpus=2, models="ab", min_replicas=0)
+    world.arrive(1, "a")
+    world.arrive(1, "b")
+    assert without(world.tick(), "timer", "allocate") == ["load t1 0 ssd 0123", "load t2 0b ssd 0123"]
+    assert world.fail(transfer="t1") == ["cancel t1", "release 0"]

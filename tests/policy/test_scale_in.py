@@ -13,6 +13,7 @@ from lambdascale.metrics import Recorder, gpu_usage
 from lambdascale.metrics.tables import gpu_seconds
 from lambdascale.sim import SimConfig
 from lambdascale.testing.starts import SpreadStart
+from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, without
 
 
@@ -111,6 +112,9 @@ def drained(world: World) -> list[int]:
         # Two of four at once: three requests become four and a half with two of three left, then nine with one of two.
         ((1, 1, 1, 1), [1, 2]),
         ((4,), []),
+        # With four of five, thirteen become 16.25, which want five, and twelve become fifteen.
+        ((3, 3, 3, 2, 2), []),
+        ((3, 3, 2, 2, 2), [3]),
     ],
 )
 def test_a_busy_replica_is_drained_if_the_others_will_not_need_it_back(requests: tuple[int, ...], expected: list[int]) -> None:
@@ -138,11 +142,37 @@ def test_replicas_that_were_not_in_use_need_no_look_ahead() -> None:
     assert without(world.tick(), "timer") == ["stop i3", "release 2 keep"]
 
 
+def test_a_replica_that_still_loads_does_none_of_the_others_work() -> None:
+    """Three requests on two of three: two could do with answers half as long again, one not with answers twice as long.
+
+    Mutation: what loads counted among those that take the drained one's work over.
+    """
+    world = World("serverlessllm", nodes=3, target=4, max_batch=8, keep_alive_s=0.0)
+    world.arrive(12)
+    assert without(world.tick(), "timer", "allocate") == ["load t2 1 ssd 0123", "load t3 2 ssd 0123"]
+    world.deliver("t2")
+    world.finish(*range(2, 8), *range(9, 12))
+    assert world.at_instance[0] == world.at_instance[1] != world.at_instance[8]
+    world.tick()
+    assert drained(world) == []
+    world.deliver("t3")
+    assert without(world.tick(), "timer") == ["stop i3", "release 2 keep"]
+
+
 def test_the_least_loaded_is_drained() -> None:
     """The longest idle of several idle ones goes first: test_autoscaling."""
     world, _ = loaded(2, 1, 2)
     world.tick()
     assert drained(world) == [2]
+
+
+def test_of_equally_loaded_busy_ones_the_older_is_drained() -> None:
+    """Replicas have a request each, and neither was ever idle. Mutation: the last answer taken for the beginning of idleness."""
+    world, (first, second) = loaded(2, 2)
+    for world.at, request in ((0.05, second[0]), (0.06, first[0])):
+        world.finish(request)
+    world.tick()
+    assert drained(world) == [1]
 
 
 def test_a_surplus_must_have_lasted_its_keep_alive() -> None:
@@ -170,6 +200,21 @@ def test_a_look_at_more_load_starts_the_keep_alive_anew() -> None:
     assert drained(world) == [3], "at 0.5"
 
 
+def test_a_drained_replica_that_feeds_another_node_is_released_when_that_has_ended() -> None:
+    """Requests wait for a node with more memory, which is fed by i1. Mutation: released in the middle of the transfer."""
+    few = with_kv_tokens(small_cluster(3), 100, (0, 1)).overrides
+    world, ((one,), (other,)) = loaded(1, 1, nodes=3, cluster={"overrides": few})
+    world.tick()
+    assert drained(world) == [1]
+    world.finish(other)
+    assert world.arrive(prompt=300) == []
+    assert without(world.tick(), "timer") == ["allocate 2", "multicast t3 0:gpu>2"]
+    world.finish(one)
+    assert without(world.tick(), "timer") == []
+    assert world.deliver("t3")[-1] == "dispatch i3 16"
+    assert without(world.tick(), "timer") == ["stop i2", "release 1 keep", "stop i1", "release 0 keep"], "longest idle first"
+
+
 # -- back into service -------------------------------------------------------------------------------------------------
 
 
@@ -184,15 +229,17 @@ def test_a_drained_replica_serves_again_when_it_is_needed_and_no_node_is_taken()
     assert world.arrive(1) == ["dispatch i3 28"]
 
 
-def test_as_many_serve_again_as_are_needed_the_fullest_first() -> None:
-    """Mutations: all of them; the emptiest first."""
-    world, (_, (one,), *_) = loaded(1, 1, 1, 1)
+@pytest.mark.parametrize("emptier", [0, 1])
+def test_as_many_serve_again_as_are_needed_the_fullest_first(emptier: int) -> None:
+    """Mutations: all of them; the emptiest first; the oldest."""
+    world, requests = loaded(1, 1, 1, 1)
     world.tick()
     assert drained(world) == [1, 2]
     world.arrive(6)
-    world.finish(one)
+    world.finish(*requests[emptier])
     world.arrive(1)
-    assert without(world.tick(), "timer") == ["stop i2", "release 1 keep"], "ten requests want three"
+    released = [f"stop i{emptier + 1}", f"release {emptier} keep"]
+    assert without(world.tick(), "timer") == released, "ten requests want three"
     assert drained(world) == []
 
 
@@ -254,6 +301,14 @@ def test_busy_replicas_of_other_models_are_drained_to_make_room() -> None:
     world.finish(*last)
     assert without(world.tick(), "timer")[:3] == ["stop i3", "release 2 keep", "allocate 2b"]
     assert drained(world) == [], "no more than b lacks"
+
+
+def test_as_many_are_drained_as_the_other_model_lacks() -> None:
+    """Mutation: one at a look."""
+    world, _ = two_models(1, 1, 1, 1)
+    world.arrive(5, "b")
+    world.tick()
+    assert drained(world) == [1, 2]
 
 
 def test_what_is_drained_already_makes_room_too() -> None:

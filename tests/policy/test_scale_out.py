@@ -237,6 +237,16 @@ def test_loads_are_described_to_pipeline_builders_as_a_valid_plan() -> None:
     assert lines == [f"load t{node + 1} {node} ssd 0123" for node in range(3)]
     assert [plan.destinations for plan in seen.plans] == [(0, 1, 2)]
     validate_plan(seen.plans[0])
+    assert len(seen.plans[0].rounds) == 4, "a block a round"
+
+
+def test_loads_beside_a_multicast_are_counted_in_its_rounds() -> None:
+    """PCIe is two and a half times as fast as the network. Mutation: rounds at the rate of the loads."""
+    seen, lines = seen_by_builders(5, nodes=5, copies=2, cluster=FAST_PCIE)
+    assert lines == ["load t2 1 host 0123", "multicast t3 0:gpu>2"]
+    assert seen.round_s == [pytest.approx(1e-5 + 0.25819e9 / 3.2e9, rel=0.001)]
+    received = {send.block: number for number, sends in enumerate(seen.plans[0].rounds, 1) for send in sends if send.dst == 1}
+    assert [received[block] for block in seen.plans[0].orders[-1]] == [1, 1, 2, 2]
 
 
 def test_a_single_node_loads_in_order() -> None:

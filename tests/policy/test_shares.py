@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lambdascale.testing.starts import CooperativeStart, SpreadStart
 from lambdascale.testing.systems import small_cluster, with_kv_tokens
 from tests.policy.world import World, without
@@ -31,6 +33,15 @@ def spread_serving(**settings: object) -> World:
 def test_shares_add_up_to_one_replica() -> None:
     world = spread()
     assert world.tick() == ["timer 0.2"], "one replica is wanted, four quarters are on their way"
+
+
+def test_shares_of_one_replica_are_not_taken_for_several() -> None:
+    """Four quarters, and two replicas wanted. Mutations: a share counted as a replica, or as more."""
+    world = World(nodes=8, min_replicas=0, start=SpreadStart())
+    world.arrive(2)
+    world.tick()
+    world.arrive(2)
+    assert without(world.tick(), "timer", "load") == ["allocate 4", "allocate 5", "allocate 6", "allocate 7"]
 
 
 def test_a_spread_replica_is_consolidated_onto_its_first_node() -> None:
@@ -69,15 +80,16 @@ def test_a_failed_load_of_a_share_gives_its_node_up_and_makes_the_others_whole()
     ]
 
 
-def test_loads_of_shares_that_fail_before_the_pipeline_forms() -> None:
+@pytest.mark.parametrize(("copies", "tier"), [(0, "ssd"), (4, "host")])
+def test_loads_of_shares_that_fail_before_the_pipeline_forms(copies: int, tier: str) -> None:
     """Mutations: the other shares left to wait for ever; a node released while the load of the rest is under way on it."""
-    world = World("serverlessllm", min_replicas=0, start=SpreadStart())
+    world = World("serverlessllm", min_replicas=0, copies=copies, start=SpreadStart())
     world.arrive(1)
     world.tick()
     world.block(2, 2)
     assert world.fail(transfer="t1") == [
         *("cancel t1", "release 0"),
-        *("load t5 1 ssd 023", "load t6 2 ssd 013", "load t7 3 ssd 012"),
+        *(f"load t5 1 {tier} 023", f"load t6 2 {tier} 013", f"load t7 3 {tier} 012"),
     ]
     assert world.fail(transfer="t2") == ["cancel t2", "cancel t5", "release 1"]
     assert world.deliver("t6") == ["serve i1 2", "dispatch i1 0"]
@@ -90,6 +102,20 @@ def test_spread_replicas_are_released_together() -> None:
     assert world.tick() == ["timer 0.2"], "node 0 is still loading"
     world.deliver("t5")
     assert world.tick() == ["stop i1", "release 0 keep"]
+
+
+def test_consolidated_replicas_are_whole() -> None:
+    """Mutation: each still counted as the share that it began with, so that none is ever to spare."""
+    world = World(nodes=4, min_replicas=0, keep_alive_s=0.0, start=SpreadStart(nodes=2), kv="copy")
+    world.arrive(4)
+    world.tick()
+    while transfers := world.open_transfers():
+        for transfer in transfers:
+            world.deliver(transfer)
+    assert sorted(world.plane.fleet.models["a"].allocations) == [0, 2]
+    assert without(world.tick(), "timer") == []
+    world.finish(0, 1)
+    assert without(world.tick(), "timer") == ["stop i2", "release 2 keep"], "i1 has both requests that are left"
 
 
 def cooperating(requests: int = 4) -> World:
@@ -131,3 +157,13 @@ def test_a_boundary_that_moves_to_less_kv_memory_restarts_the_requests_that_may_
     assert world.deliver("t2", 1) == ["stop i1", "serve i2 1:0-0,0:1-3"]
     assert world.deliver("t2", 2)[-1] == "reshape i2 1:0-2,0:3-3 copy"
     assert world.deliver("t2") == ["serve i3 1", "serve i4 0", "switch i2  copy", "dispatch i4 0,3", "dispatch i3 1,2"]
+
+
+def test_a_boundary_moves_to_memory_that_a_request_fits_exactly() -> None:
+    """Mutation: it is restarted."""
+    overrides = with_kv_tokens(small_cluster(), 300, (1,)).overrides
+    world = World(nodes=2, start=CooperativeStart(), kv="copy", cluster={"overrides": overrides})
+    world.arrive(1, prompt=290, output=10)
+    world.arrive(3)
+    world.tick()
+    assert world.deliver("t2", 1)[0] == "reshape i1 1:0-0,0:1-3 copy"
