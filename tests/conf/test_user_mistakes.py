@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.main import main as lambdascale_main
+from lambdascale.experiments.jobs import failed
+from lambdascale.experiments.outcomes import Outcome
 from lambdascale.experiments.sweep import main as run_main
 
 MISTAKES = {
@@ -16,7 +19,22 @@ MISTAKES = {
     "no trace named": (["workload=azure"], "workload.path"),
     "a misspelt key": (["sede=2"], "sede"),
     "a misspelt key in a group": (["system.blokcs=3"], "blokcs"),
-    "a misspelt group": (["sytem=faasnet"], "sytem"),
+    "a misspelt group": (["sytem=faasnet"], "unknown key sytem; did you mean system?"),
+    "a misspelt part": (["system.strat.sources=2"], "unknown key system.strat; did you mean system.start? (+system.strat=VALUE"),
+    "a key unlike all": (["foo=2"], "unknown key foo; a run has backend, cluster"),
+    "a key that is added to the run": (["+sede=2"], "unknown key sede"),
+    "a key that is added to a part that has no such": (["+system.start.foo=1"], "system.start: MulticastStart has no key foo"),
+    "a key of another workload": (["workload=run", "workload.path=x", "+workload.lengths=azure"], "no key lengths (an"),
+    "a word that sets nothing": (["e2e_trace"], "'e2e_trace' is not a setting KEY=VALUE: missing EQUAL"),
+    "two equal signs": (["a=b=c"], "'a=b=c' is not a setting KEY=VALUE"),
+    "a number as a choice": (["backend@x=1"], "a choice of a group is a name"),
+    "an unknown option": (["--mulirun"], "unknown option --mulirun"),
+    "options between settings": (["workload=burst", "--cfg", "job", "system.blokcs=3"], "blokcs"),
+    "a search path that is none": (["hydra.searchpath=[/nowhere]"], "hydra.searchpath: /nowhere is not a folder"),
+    "a module that is none": (["system.start.planner._target_=starr.Star"], "cannot import starr.Star: No module named 'starr'"),
+    "a class that is none": (["system.start.planner._target_=errno.Star"], "cannot import errno.Star: module 'errno' has no"),
+    "a module with a fault": (["system.start.planner._target_=faulty.Star"], "cannot import faulty.Star: NameError: name 'Tru'"),
+    "a planner that plans nothing": (["system.start.planner._target_=faulty2.Star"], "faulty2.Star lacks plan of Multicast"),
     "a setting of an earlier version": (["workload=burstgpt", "workload.drop_failures=true"], "workload.failures=drop"),
     "another setting of an earlier version": (
         ["workload=azure", "+workload.zero_tokens=drop", "workload.path=x"],
@@ -57,6 +75,15 @@ MISTAKES = {
     "a folder that holds something else": (["out=OUT"], "out="),
     "a path that no system has": (['out="a\0b"'], "out must not contain a null byte"),
 }
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of a user's on Python's path."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "faulty.py").write_text("shift = Tru\n")
+    (folder / "faulty2.py").write_text("class Star:\n    def __init__(self, **_): pass\n")
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -112,3 +139,21 @@ def test_a_simulation_that_does_not_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert "has had max_events=700 events" in complaint
     assert complaint.count("\n") == 1
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_output_that_nobody_reads() -> None:
+    """A command whose output is cut by another (``| head``) ends without a word."""
+    code = "import sys; from lambdascale.cli.guard import run_guarded; sys.exit(run_guarded(lambda: print('x\\n' * 1_000_000)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.readline()
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == 141
+
+
+def test_a_fault_of_a_job_says_where_to_look() -> None:
+    outcome = Outcome(0, "")
+    failed(outcome, KeyError("x"))
+    assert (outcome.status, outcome.error) == (1, "internal error: KeyError: 'x' (LAMBDASCALE_DEBUG=1 shows where)")
