@@ -6,13 +6,14 @@ from pathlib import Path
 
 from lambdascale.cli.guard import run_guarded
 from lambdascale.experiments.reference import reference
+from lambdascale.metrics import write_whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the reference of all configuration keys, from conf/ and the classes.")
-    parser.add_argument("--out", type=Path, default=Path("docs/reference.md"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("docs/reference.md"), metavar="FILE", help="(default: %(default)s)")
     arguments = parser.parse_args()
-    arguments.out.write_text(reference())
+    write_whole(arguments.out, reference())
     print(arguments.out)
 
 

@@ -90,8 +90,10 @@ def _kept(chosen: str, faults: int) -> list[int]:
 
 
 def _explore(seeds: range, system: str | None, jobs: int, out: Path | None) -> int:
-    from lambdascale.explore.explorer import add_to_table, explore
+    from lambdascale.explore.explorer import add_to_table, check_table, explore
 
+    if out is not None:
+        check_table(out)
     began = time.perf_counter()
     with JobProgress(len(seeds), "seeds") as shown:
 

@@ -21,6 +21,8 @@ _FORMER = {
     "use_trace_models": "workload.model_column=Model",
 }
 
+# What a system says of a place that the user chose: the package's own are made by itself.
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC)
 _TARGET = re.compile(r"Error locating target '([^']+)'")
 _ARGUMENTS = re.compile(r"(\w+)\.__init__\(\) (?:got an unexpected keyword argument '(\w+)'|missing .*arguments?: (.+))")
 _PLACE = re.compile(r"^full_key: (\S+)$", re.MULTILINE)
@@ -40,6 +42,8 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno == errno.ENAMETOOLONG:
             # Files that the package names itself have short names: this one is a setting's.
             return one_line(f"the name of a file or folder is too long: {cause.filename}")
+        if isinstance(cause, OSError) and cause.errno in _REFUSED and cause.filename is not None:
+            return one_line(f"{cause.filename}: {cause.strerror}")
     found = next(filter(None, (_plain(cause, chain) for cause in chain)), None) or _of_libraries(chain)
     message = one_line(found)
     now = next((f" ({name} is now {setting})" for name, setting in _FORMER.items() if name in message), "")

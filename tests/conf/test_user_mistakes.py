@@ -11,9 +11,11 @@ import pytest
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.main import main as lambdascale_main
 from lambdascale.experiments.jobs import failed
+from lambdascale.experiments.mistakes import user_message
 from lambdascale.experiments.outcomes import Outcome
 from lambdascale.experiments.sweep import main as run_main
 
+ROOT = Path(__file__).resolve().parents[2]
 MISTAKES = {
     "a missing trace": (["workload=azure", "workload.path=nowhere.csv"], "nowhere.csv"),
     "no trace named": (["workload=azure"], "workload.path"),
@@ -151,6 +153,28 @@ def test_output_that_nobody_reads() -> None:
         command.stdout.close()
         assert command.stderr.read() == ""
     assert command.returncode == 141
+
+
+@pytest.mark.parametrize("arguments", [["scripts/figures.py", "--only", "fig01_burstiness"], ["scripts/reference.py"]])
+def test_an_output_that_cannot_be_written(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, *arguments, "--out", str(tmp_path / "file" / "x")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert str(tmp_path / "file" / "x") in done.stderr
+
+
+def test_an_exploration_checks_its_table_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert lambdascale_main(["explore", "--seeds", "0:1000000", "--out", str(tmp_path / "file")]) == 2
+    assert "file/reliability.csv: " in capsys.readouterr().err
+
+
+def test_a_place_that_the_system_refuses() -> None:
+    """Permissions, a full disk: the user's to mend. A file that the package misses is a fault of the package."""
+    assert user_message(PermissionError(13, "Permission denied", "/x")) == "/x: Permission denied"
+    assert user_message(OSError(28, "No space left on device", "/x")) == "/x: No space left on device"
+    assert user_message(FileNotFoundError(2, "No such file or directory", "/x")) is None
 
 
 def test_a_fault_of_a_job_says_where_to_look() -> None:

@@ -90,6 +90,30 @@ def test_rows_of_two_backends_do_not_make_one_line(name: str, tables: dict[str, 
         render(name, table, tmp_path)
 
 
+def test_a_figure_is_drawn_as_a_whole_or_not_at_all(
+    tables: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle leaves the old file, and none that looks finished."""
+    old = tmp_path / "fig01_burstiness.png"
+    old.write_bytes(b"old")
+
+    def interrupted(figure: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render("fig01_burstiness", tables["fig01_burstiness"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+    assert old.read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_written(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        render("fig01_burstiness", tables["fig01_burstiness"], tmp_path / "file")
+
+
 def test_an_unknown_figure_and_a_missing_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose from fig01"):
         load_table(tmp_path, "../secrets")

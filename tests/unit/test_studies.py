@@ -165,6 +165,20 @@ def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
 
 
+def test_an_interrupted_table_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_frame(pd.DataFrame({"a": [1]}), tmp_path / "t")
+
+    def interrupted(self: pd.DataFrame, path: Path, **_: object) -> None:
+        path.write_text("a\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_frame(pd.DataFrame({"a": [2, 3]}), tmp_path / "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert old.read_text() == "a\n1\n"
+
+
 # -- rows of tables ------------------------------------------------------------------------------------------------------
 
 
