@@ -164,6 +164,25 @@ def test_an_output_that_cannot_be_written(arguments: list[str], tmp_path: Path) 
     assert str(tmp_path / "file" / "x") in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        (["quickstart.py", "system=faasnet"], "system=faasnet: the quickstart compares its five systems"),
+        (["quickstart.py", "--sytem"], "unrecognized arguments: --sytem (see quickstart --help)"),
+        (["log_wandb.py"], "FOLDER"),
+        (["figures.py", "--only", "fig99"], "unknown figure 'fig99'"),
+        (["scaleout_parts.py", "nowhere"], "nowhere has no timelines"),
+        (["tables.py", "--tables", "nowhere"], "no table"),
+    ],
+)
+def test_scripts(arguments: list[str], about: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert about in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_exploration_checks_its_table_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert lambdascale_main(["explore", "--seeds", "0:1000000", "--out", str(tmp_path / "file")]) == 2
