@@ -28,7 +28,9 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "0 nothing found, 1 something found.",
     )
     parser.add_argument("--seeds", required=True, metavar="A:B", help="seeds A to B-1, or one seed")
-    parser.add_argument("--system", metavar="NAME", help="a choice of conf/system (default: as the seed says)")
+    parser.add_argument(
+        "--system", metavar="NAME", help="a choice of conf/system, or a YAML file of a system (default: as the seed says)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
         "--faults", metavar="I,J,...|none|all", help="replay one seed with these of its faults alone, and print its timeline"

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lambdascale.control import SystemConfig, drive
 from lambdascale.core import ClusterSpec, MulticastPlan, UserError, parse_rate
-from lambdascale.experiments.compose import compose
+from lambdascale.experiments.compose import choosing, compose
 from lambdascale.live.forkserver import prepare
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--transport", choices=("shm", "tcp", "cuda_ipc"), default="shm", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda for cuda_ipc, else cpu)")
     parser.add_argument(
-        "--system", default="lambdascale", help="its plan is used; a choice of conf/system (default: %(default)s)"
+        "--system",
+        default="lambdascale",
+        help="its plan is used: a choice of conf/system, or a YAML file of a system (default: %(default)s)",
     )
     parser.add_argument("--link", metavar="RATE", help="pace every node's link, for example 12.5GB/s (default: not paced)")
     parser.add_argument(
@@ -109,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system.
+    """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system or the path of a YAML file.
 
     ``link``: a rate in bytes/s to pace at, None: not paced. ``copies``: nodes may keep host copies. ``verify``: see LiveConfig.
     """
@@ -125,7 +127,8 @@ class Setting:
     def config(self, blocks: int) -> tuple[ClusterSpec, SystemConfig]:
         """Return the cluster and the system, which moves models of so many blocks. UserError if it has no multicast."""
         enabled = str(self.copies).lower()
-        config = compose(["cluster=desk", f"system={self.system}", f"system.blocks={blocks}", f"system.memory.enabled={enabled}"])
+        with choosing("system", self.system) as chosen:
+            config = compose(["cluster=desk", *chosen, f"++system.blocks={blocks}", f"system.memory.enabled={enabled}"])
         cluster = replace(
             instantiate(config.cluster, _convert_="all"),
             nodes=self.nodes,

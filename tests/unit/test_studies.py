@@ -87,6 +87,15 @@ class TestCommandLines:
 
     def test_what_is_no_study(self) -> None:
         assert load_study(["experiment=quickstart"]) is None
+
+    def test_a_study_outside_the_checkout(self, tmp_path: Path) -> None:
+        (tmp_path / "experiment").mkdir()
+        text = (conf_dir() / "experiment" / "fig08_rampup.yaml").read_text()
+        (tmp_path / "experiment" / "mine.yaml").write_text(text)
+        found = load_study([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
+        assert found == load_study(["experiment=fig08_rampup"])
+        assert found is not None
+        assert all(in_pool(line) for line in command_lines(found, [f"hydra.searchpath=[{tmp_path}]", "experiment=mine"]))
         assert load_study(["experiment=fig07_multicast,fig08_rampup"]) is None
         assert load_study([]) is None
 
