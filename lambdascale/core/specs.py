@@ -167,8 +167,8 @@ class ComputeTable:
     """Iteration times measured for one model on one node: prefill over tokens, decode over batch size (short contexts).
 
     ``model``: name of the model that was measured. ``prefill_tokens``: tokens of the prefills, rising. ``prefill_s``: their
-    seconds. ``decode_batch``: sequences of the decode iterations, rising. ``decode_s``: their seconds. Each token of KV cache read
-    adds ``decode_s_per_context_token`` to a decode iteration.
+    seconds. ``decode_batch``: sequences of the decode iterations, rising. ``decode_s``: their seconds. Each token of KV cache
+    read adds ``decode_s_per_context_token`` to a decode iteration.
     """
 
     model: str
