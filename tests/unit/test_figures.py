@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
 from lambdascale.figures.registry import FIGURES, load_table, render
-from lambdascale.figures.style import looks, mark_setups, styled
+from lambdascale.figures.style import looks, mark_setups, say_backend, styled
 
 TABLES = conf_dir().parent / "results" / "tables"
 
@@ -142,3 +142,34 @@ def test_set_ups_that_were_not_measured_are_marked() -> None:
     shown = {text.get_text() for text in figure.findobj(Text)}
     assert {"NCCL†", "NCCL, no set-up", "λScale", "P90 TTFT, NCCL† / λScale"} <= shown
     assert any("up to 12 ranks: one sample" in text for text in shown)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text()]
+
+
+def test_rows_with_both_sides_are_live_and_simulated() -> None:
+    with styled():
+        figure = plt.figure()
+        say_backend(figure, pd.DataFrame({"backend": ["live and sim"]}))
+        assert texts(figure) == ["live and simulated"]
+        plt.close(figure)
+
+
+def test_bars_are_marked_as_the_legend_is(tables: dict[str, pd.DataFrame]) -> None:
+    table = tables["fig11_gpus"].assign(setup="")
+    table.loc[table.system == "nccl_broadcast", "setup"] = "up to 12 ranks: one sample"
+    with styled():
+        figure = FIGURES["fig11_gpus"].draw(FIGURES["fig11_gpus"].tidy(table))
+        mark_setups(figure, table)
+        assert texts(figure).count("NCCL†") == 1 + table.model.nunique(), "the legend, and the bars of each model"
+        plt.close(figure)
+
+
+def test_rings_and_areas_are_explained(tables: dict[str, pd.DataFrame]) -> None:
+    for name, explained in (("ablation_blocks", "fewest within 10% of the best"), ("sensitivity", "its interval of 95 %")):
+        with styled():
+            figure = FIGURES[name].draw(FIGURES[name].tidy(tables[name]))
+            assert explained in texts(figure)
+            assert "1e+03" not in texts(figure)
+            plt.close(figure)
