@@ -33,7 +33,9 @@ _PLACES = "hydra.searchpath"
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
+    """Runs behind a table: grids of settings, and the kind of rows that each run adds.
+
+    ``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
 
     ``live``: the grids for backend=live, at a scale for one machine. A grid that sets ``backend`` itself is run unless another
     backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see

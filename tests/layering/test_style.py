@@ -195,7 +195,7 @@ def test_reasons_pass() -> None:
 
 
 def test_every_option_has_a_help_text() -> None:
-    """Also those of scripts: a bare ``--nodes NODES`` tells neither the meaning nor the default."""
+    """Options of scripts included: a bare ``--nodes NODES`` tells neither the meaning nor the default."""
     lacking = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
