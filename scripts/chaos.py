@@ -48,7 +48,7 @@ from lambdascale.live.controller import supervisor
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.process_faults import Faults, Sample, sample, slopes
-from lambdascale.testing.reliability import Row, add_row
+from lambdascale.testing.reliability import Row, add_row, check_writable
 
 PROMPTS, ANSWER, SLOT_TOKENS, BLOCKS = 48, 90, 160, 8
 SILENCE_S = 2.0
@@ -329,6 +329,7 @@ def report(
 
 def chaos(options: argparse.Namespace) -> int:
     """Run; return the exit status."""
+    check_writable(options.out)
     supervisor.LONGEST_S = 1.0
     before = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ import numpy as np
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.parser import Parser
 from lambdascale.core import UserError
-from lambdascale.testing.reliability import Row, add_row
+from lambdascale.testing.reliability import Row, add_row, check_writable
 
 _EVERY_S = 0.25
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
@@ -93,6 +93,8 @@ async def main() -> int:
             pass
     except OSError as error:
         raise UserError(f"no server answers at {given.host}, port {given.port}: {error.strerror}") from error
+    if given.out is not None:
+        check_writable(given.out)
     crowd, other = Outcome(), Outcome()
     began = time.monotonic()
     streams = [
