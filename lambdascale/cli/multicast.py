@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +38,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "plan at the rate of the link, measured in the same run.",
     )
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, metavar="B", help="blocks of a built-in model (default: 16)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="sources and destinations (default: %(default)s)")
     parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
     parser.add_argument("--transport", choices=("shm", "tcp", "cuda_ipc"), default="shm", help="(default: %(default)s)")
@@ -84,8 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     # torch takes seconds to import: only here.
     from lambdascale.calibration.multicast_rates import link_rate, planned_s
     from lambdascale.calibration.multicast_runs import Trial
+    from lambdascale.checkpoints.builtin import open_model
 
-    model = _open(arguments.model, arguments.blocks)
+    model = open_model(arguments.model, arguments.blocks)
     link = None if arguments.link is None else parse_rate(arguments.link)
     device: Literal["cpu", "cuda"] = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
     setting = Setting(arguments.system, arguments.nodes, arguments.transport, device, link, verify=arguments.verify)
@@ -177,13 +177,6 @@ def run_trials(
     finally:
         backend.close()
     return plane.timed, backend.start_parts
-
-
-def _open(model: str, blocks: int) -> PackedModel:
-    from lambdascale.checkpoints import PackedModel
-    from lambdascale.checkpoints.builtin import NAMES, builtin_model
-
-    return builtin_model(model, blocks) if model in NAMES else PackedModel.open(Path(model))
 
 
 def _show(found: dict[str, Any]) -> None:
