@@ -36,6 +36,7 @@ from hydra.utils import instantiate
 from lambdascale.checkpoints import PackedModel, pack
 from lambdascale.checkpoints.synthetic import PRESETS, write_random
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.control import BatchLimits, build_system, drive
 from lambdascale.core import Failure, Request
 from lambdascale.core.commands import Command
@@ -47,7 +48,7 @@ from lambdascale.live.controller import supervisor
 from lambdascale.live.controller.backend import LiveBackend
 from lambdascale.live.controller.launch import LocalLauncher
 from lambdascale.testing.process_faults import Faults, Sample, sample, slopes
-from lambdascale.testing.reliability import Row, add_row
+from lambdascale.testing.reliability import Row, add_row, check_writable
 
 PROMPTS, ANSWER, SLOT_TOKENS, BLOCKS = 48, 90, 160, 8
 SILENCE_S = 2.0
@@ -328,6 +329,7 @@ def report(
 
 def chaos(options: argparse.Namespace) -> int:
     """Run; return the exit status."""
+    check_writable(options.out)
     supervisor.LONGEST_S = 1.0
     before = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as folder:
@@ -354,21 +356,25 @@ def chaos(options: argparse.Namespace) -> int:
 def main() -> int:
     """Run the script; return the exit status."""
     summary, _, more = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--faults",
         type=int,
         default=1000,
         help="end after so many faults; 0: bursts without faults (default: %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--transport", choices=["shm", "tcp"], default="shm")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--system", default="lambdascale")
-    parser.add_argument("--nodes", type=int, default=5)
-    parser.add_argument("--every-s", type=float, default=1.0)
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--minutes", type=float, default=5.0, help="end after so many minutes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults and of the requests (default: %(default)s)")
+    parser.add_argument(
+        "--transport", choices=["shm", "tcp"], default="shm", help="way of the blocks between nodes (default: %(default)s)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="nodes compute on (default: %(default)s)")
+    parser.add_argument("--system", default="lambdascale", help="a choice of conf/system (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=5, help="node processes (default: %(default)s)")
+    parser.add_argument("--every-s", type=float, default=1.0, help="mean seconds from a fault to the next (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/tables"), help="folder of reliability.csv (default: %(default)s)"
+    )
     options = parser.parse_args()
     return run_guarded(lambda: chaos(options))
 

@@ -7,7 +7,6 @@ Status 1 if a stream broke, or had another answer than 200 or 429.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import shlex
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.core import UserError
-from lambdascale.testing.reliability import Row, add_row
+from lambdascale.testing.reliability import Row, add_row, check_writable
 
 _EVERY_S = 0.25
 _QUANTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
@@ -81,18 +81,20 @@ async def ask(host: str, port: int, key: str, tokens: int, number: int, outcome:
 
 
 async def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--streams", type=int, default=300)
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--host", default="127.0.0.1", help="address of the server (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the server (default: %(default)s)")
+    parser.add_argument("--streams", type=int, default=300, help="requests of the crowd, all at once (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=16, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of reliability.csv (default: no row)")
     given = parser.parse_args()
     try:
         with socket.create_connection((given.host, given.port)):
             pass
     except OSError as error:
         raise UserError(f"no server answers at {given.host}, port {given.port}: {error.strerror}") from error
+    if given.out is not None:
+        check_writable(given.out)
     crowd, other = Outcome(), Outcome()
     began = time.monotonic()
     streams = [

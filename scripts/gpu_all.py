@@ -33,6 +33,7 @@ from pathlib import Path
 
 from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.core.checks import require
 from lambdascale.experiments.gpu_runs import profile_of
 from lambdascale.transport.cuda import count_gpus
@@ -128,7 +129,7 @@ def carry_out(chosen: Sequence[Part], limit_s: float) -> tuple[list[str], list[s
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(SHAPES), help="(default: %(default)s)")
     parser.add_argument("--parts", help="some of them, by name (default: all)")
     parser.add_argument("--limit-s", type=float, default=560.0, help="seconds for all parts (default: %(default)s)")
@@ -137,9 +138,9 @@ def main() -> int:
     traces = Path(os.environ.get("LAMBDASCALE_TRACES", "data/traces"))
     parser.add_argument("--traces", type=Path, default=traces, metavar="DIR", help="folder of the authors' trace")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="folder for packed models (default: %(default)s)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--transport", default="cuda_ipc")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="nodes compute on (default: %(default)s)")
+    parser.add_argument("--transport", default="cuda_ipc", help="way of the blocks between nodes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     arguments = parser.parse_args()
     nodes = arguments.nodes or count_gpus()
     if arguments.profile is None:

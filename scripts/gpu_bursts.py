@@ -31,6 +31,7 @@ import pandas as pd
 
 from lambdascale.calibration.scaleout_parts import ControllerRows
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.experiments.gpu_bursts import MEASURES, BurstRun, Row, measure, paired, period_s, ratio
 from lambdascale.experiments.gpu_runs import DisturbedRunError, Site, numbers
 
@@ -113,13 +114,15 @@ def ratios(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, metavar="DIR|NAME")
-    parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--nodes", type=int, default=4)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=4, help="node processes (default: %(default)s)")
     parser.add_argument("--cluster", default="measured/h200", help="a choice of conf/cluster, which decisions use")
-    parser.add_argument("--links", default="none,100Gb/s,25Gb/s")
-    parser.add_argument("--sources", type=numbers, default=[1])
+    parser.add_argument(
+        "--links", default="none,100Gb/s,25Gb/s", help="rates between nodes; none: not paced (default: %(default)s)"
+    )
+    parser.add_argument("--sources", type=numbers, default=[1], help="replicas before a burst (default: 1)")
     parser.add_argument("--counts", type=numbers, default=[200], help="requests of a burst")
     parser.add_argument("--outputs", type=numbers, default=[64], help="output tokens of a request")
     parser.add_argument("--kv", default="recompute", help="at mode switches: recompute, copy, cheapest")
@@ -131,17 +134,21 @@ def main() -> int:
     parser.add_argument("--bursts", type=int, default=5, help="bursts of a run, on the same processes")
     parser.add_argument("--period-s", type=float, help="seconds from a burst to the next (default: by simulation)")
     parser.add_argument("--repeat", type=int, default=1, help="runs of a setting, on new processes")
-    parser.add_argument("--systems", default="lambdascale,nccl_broadcast,serverlessllm")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--transport", default="cuda_ipc")
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument(
+        "--systems", default="lambdascale,nccl_broadcast,serverlessllm", help="choices of conf/system (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="nodes compute on (default: %(default)s)")
+    parser.add_argument("--transport", default="cuda_ipc", help="way of the blocks between nodes (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of a request (default: %(default)s)")
     parser.add_argument("--limit-s", type=float, default=540.0, help="seconds after which no run begins (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     parser.add_argument("--timelines", type=Path, metavar="DIR", help="keep every run's timeline there")
     arguments = parser.parse_args()
     import torch
 
-    card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    from lambdascale.calibration.cards import card
+
+    on = card(arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / ("gpu_bursts_shared.csv" if sharing(arguments) > 1 else "gpu_bursts.csv")
     before = pd.read_csv(path) if path.exists() else pd.DataFrame()
@@ -159,7 +166,7 @@ def main() -> int:
             failed += 1
             print(f"{run}-{seed} FAILED: {error}", flush=True)
             continue
-        where = f"{card}, torch {torch.__version__}"
+        where = f"{on}, torch {torch.__version__}"
         if sharing(arguments) > 1:
             where += f"; {arguments.nodes} nodes"
         found += [{**row, "measured_on": where} for row in rows]

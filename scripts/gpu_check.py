@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,9 +21,12 @@ import pandas as pd
 import torch
 
 from lambdascale.calibration import engine_rates, probes
+from lambdascale.calibration.cards import card
 from lambdascale.calibration.divergence import divergence_rows
 from lambdascale.calibration.engine_rates import Row
 from lambdascale.calibration.random_models import COMMAND, SHAPES, packed
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.inference import TransformerStage
 
 ALL = ("decode", "prefill", "digest", "tokens", "multicast")
@@ -87,21 +91,24 @@ def rows(arguments: argparse.Namespace, only: set[str]) -> Iterator[tuple[str, R
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
-    parser.add_argument("--only", default=",".join(ALL))
-    parser.add_argument("--models", default=",".join(SHAPES))
-    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
+    parser.add_argument("--only", default=",".join(ALL), help="parts to measure (default: %(default)s)")
+    parser.add_argument("--models", default=",".join(SHAPES), help="sizes (default: %(default)s)")
+    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="folder for packed models (default: %(default)s)")
     arguments = parser.parse_args()
-    card = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    for option, known in (("only", ALL), ("models", SHAPES)):
+        if strange := set(getattr(arguments, option).split(",")).difference(known):
+            parser.error(f"--{option} has {sorted(strange)[0]}; it may have {', '.join(known)}")
+    on = f"{card()}, torch {torch.__version__}"
     tables: dict[str, list[Row]] = {}
     for table, row in rows(arguments, set(arguments.only.split(","))):
         print(table, {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-        tables.setdefault(table, []).append(row | {"measured_on": card})
+        tables.setdefault(table, []).append(row | {"measured_on": on})
     arguments.out.mkdir(parents=True, exist_ok=True)
     for table, found in tables.items():
         pd.DataFrame(found).to_csv(arguments.out / f"gpu_{table}.csv", index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main))

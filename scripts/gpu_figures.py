@@ -34,6 +34,7 @@ import pandas as pd
 
 from lambdascale.calibration.random_models import SHAPES, packed
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.core import UserError
 from lambdascale.experiments.gpu_figures import SYSTEMS, Tables, carried_out, curves, errors, orders, pairs
 from lambdascale.experiments.gpu_runs import FigureRun, Site, profile_of
@@ -79,14 +80,16 @@ def measure(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     import torch
 
-    card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    measured_on, tables = f"{card}, torch {torch.__version__}", Tables(arguments.out)
+    from lambdascale.calibration.cards import card
+
+    on = card(arguments.device)
+    measured_on, tables = f"{on}, torch {torch.__version__}", Tables(arguments.out)
     authors = (arguments.traces / TRACE).is_file()
     if not authors:
         print(f"no {arguments.traces / TRACE}: the trace is a generated one (workload=bursty)", file=sys.stderr)
     sites = sites_of(arguments)
     print(f"{time.monotonic() - began:.1f} s: models are packed", flush=True)
-    profile = arguments.profile or profile_of(card)
+    profile = arguments.profile or profile_of(on)
     runs = [run for run in wanted(arguments, profile, authors) if run not in tables.done(measured_on)]
     left: list[str] = []
     failed = 0
@@ -170,13 +173,13 @@ def compare(folder: Path, profile: str | None) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--compare", action="store_true", help="simulate the runs of the tables, without a GPU")
     parser.add_argument("--models", default="7B,13B", help="sizes, names of built-in models, or folders (default: %(default)s)")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="folder for packed models (default: %(default)s)")
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--kinds", default="trace,burst")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help="choices of conf/system (default: %(default)s)")
+    parser.add_argument("--kinds", default="trace,burst", help="of runs (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of a setting, seed 1 first (default: %(default)s)")
     traces = Path(os.environ.get("LAMBDASCALE_TRACES", "data/traces"))
     parser.add_argument("--traces", type=Path, default=traces, metavar="DIR", help="folder of the authors' trace")
     parser.add_argument("--trace-s", type=float, default=30.0, help="seconds that a trace takes")
@@ -184,18 +187,18 @@ def main() -> int:
     parser.add_argument("--compression", type=float, default=18.0, help="what gaps are divided by; for 13B half of it")
     parser.add_argument("--host-copies", action=argparse.BooleanOptionalAction, default=True, help="in traces")
     parser.add_argument("--count", type=int, default=100, help="requests of a burst")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens of a request (default: %(default)s)")
+    parser.add_argument("--output", type=int, default=64, help="output tokens of a request (default: %(default)s)")
     parser.add_argument("--profile", metavar="NAME", help="of conf/cluster/measured (default: the card's; to compare: the runs')")
     parser.add_argument("--link", default="400Gb/s", help="rate between nodes, or none: nothing is paced (default: %(default)s)")
     parser.add_argument("--pcie", default="26GB/s", help="rate of loads from host memory; the testbed's")
     parser.add_argument("--ssd", default="5GB/s", help="rate of loads from disk; the testbed's")
-    parser.add_argument("--nodes", type=int, default=4)
-    parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--transport", default="cuda_ipc")
+    parser.add_argument("--nodes", type=int, default=4, help="node processes (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="nodes compute on (default: %(default)s)")
+    parser.add_argument("--transport", default="cuda_ipc", help="way of the blocks between nodes (default: %(default)s)")
     parser.add_argument("--limit-s", type=float, default=560.0, help="seconds within which runs end (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.compare:
         compare(arguments.out, arguments.profile)

@@ -36,6 +36,7 @@ from lambdascale.calibration.multicast_runs import CONNECTED, OWN_COPIES, Timed,
 from lambdascale.checkpoints import PackedModel, model_spec, parse_architecture
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting, run_trials
+from lambdascale.cli.parser import Parser
 from lambdascale.core import MulticastPlan
 from lambdascale.experiments.gpu_runs import numbers
 from lambdascale.live.forkserver import prepare
@@ -152,20 +153,25 @@ def rows_of(job: Job, arguments: argparse.Namespace, gpus: int, model: PackedMod
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(random_models.SHAPES | random_models.LARGE), help="(default: %(default)s)")
     parser.add_argument("--groups", type=numbers, default="2,4,8", help="nodes of a multicast (default: %(default)s)")
     parser.add_argument("--sources", type=numbers, default="1,2,4", help="(default: %(default)s)")
     parser.add_argument("--blocks", type=numbers, default="8,16,32,64", help="(default: %(default)s)")
     parser.add_argument("--nodes", type=int, help="(default: the GPUs of this machine)")
     parser.add_argument("--repeat", type=int, default=3, help="multicasts of each setting (default: %(default)s)")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--transport", default="cuda_ipc", choices=("cuda_ipc", "shm", "tcp"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="nodes compute on (default: %(default)s)")
+    parser.add_argument(
+        "--transport",
+        default="cuda_ipc",
+        choices=("cuda_ipc", "shm", "tcp"),
+        help="way of the blocks between nodes (default: %(default)s)",
+    )
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="folder for packed models (default: %(default)s)")
     parser.add_argument(
         "--limit-s", type=float, default=540.0, help="seconds after which no cluster starts (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     arguments = parser.parse_args()
     gpus = arguments.nodes or torch.cuda.device_count()
     if gpus < 2:

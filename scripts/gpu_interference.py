@@ -25,6 +25,10 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from lambdascale.calibration.cards import card
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
+
 _HIDDEN, _FFN = 4096, 11008
 _SIZES = {"decode of 1": 1, "decode of 8": 8, "decode of 32": 32, "prefill of 512": 512, "prefill of 2048": 2048}
 _CHUNK = 256 << 20
@@ -203,9 +207,11 @@ def receive(port: int) -> None:
 
 def main() -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("results/tables/gpu_interference.csv"))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model, of 32 (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/tables/gpu_interference.csv"), help="table to write (default: %(default)s)"
+    )
     parser.add_argument("--receive", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--broadcast", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -216,6 +222,7 @@ def main() -> None:
     if arguments.broadcast is not None:
         pd.DataFrame(broadcasts(arguments.layers, arguments.broadcast)).to_json(arguments.out, orient="records")
         return
+    on = card()
     rows = rows_of(arguments.layers, copies(), list(_SIZES))
     parts = [pd.DataFrame(rows)]
     if torch.cuda.device_count() > 1:
@@ -225,11 +232,10 @@ def main() -> None:
             subprocess.run(command, check=True, env=os.environ | environment, timeout=150)
             parts.append(pd.read_json(part))
             part.unlink()
-    count, gpu = torch.cuda.device_count(), torch.cuda.get_device_name(0)
-    table = pd.concat(parts).assign(measured_on=f"{count} x {gpu}, torch {torch.__version__}")
+    table = pd.concat(parts).assign(measured_on=f"{on}, torch {torch.__version__}")
     table.to_csv(arguments.out, index=False, float_format="%.4g")
     print(table.drop(columns="measured_on").to_string(index=False, float_format=lambda value: f"{value:.4g}"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main))

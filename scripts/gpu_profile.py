@@ -12,7 +12,6 @@ FILE.yaml has them as cluster.compute.measured of a profile, to replace those of
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -28,12 +27,15 @@ import yaml
 from hydra.utils import instantiate
 
 from lambdascale.calibration import engine_rates, probes
+from lambdascale.calibration.cards import card
 from lambdascale.calibration.iterations import GPU_GRID, Grid, decode, inputs_of, loaded, measure_whole, prefill, table
 from lambdascale.calibration.multicast_rates import link_rate
 from lambdascale.calibration.profile import ProfileRequest, measure, ms, plain, provenance, write
 from lambdascale.calibration.random_models import COMMAND
 from lambdascale.checkpoints import PackedModel
 from lambdascale.checkpoints.builtin import NAMES, builtin_model
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.core.timing import ComputeModel
 from lambdascale.experiments.gpu_runs import CONFIGURED
 from lambdascale.inference import StageBatch, TransformerStage
@@ -89,7 +91,8 @@ def timed(stage: TransformerStage, batch: StageBatch) -> float:
 
 def multicast_rows(model: str, blocks: int, transport: str, nodes: int) -> Iterator[Row]:
     """Compare a multicast from one node to the others, the median of all but the first, with its plan at the link's rate."""
-    asked = ["--model", model, "--blocks", str(blocks), "--nodes", str(nodes), "--transport", transport]
+    asked = ["--model", model, "--nodes", str(nodes), "--transport", transport]
+    asked += ["--blocks", str(blocks)] if model in NAMES else []  # a packed model has its own
     done = subprocess.run(
         [*COMMAND, "multicast", *asked, "--repeat", "5", "--json"], check=True, stdout=subprocess.PIPE, timeout=150
     )
@@ -111,17 +114,18 @@ def compute_tables(sizes: list[str], device: torch.device) -> list[dict[str, Any
 
 def main() -> None:
     """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", action="append", help="a packed model or a built-in one's name; repeatable")
     what.add_argument("--compute", metavar="SIZES", help="7B, 13B: measure iterations only")
     parser.add_argument("--blocks", type=int, default=16, help="number of blocks of a built-in model")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="YAML file to write: conf/cluster/measured/NAME.yaml")
     parser.add_argument("--errors", type=Path, help="default: results/tables/errors_<name of --out>.csv")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--disk", type=Path, default=Path("."))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="device to compute on (default: %(default)s)")
+    parser.add_argument("--disk", type=Path, default=Path("."), help="folder on the disk to measure (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="make fewer and smaller measurements, for a first impression")
     arguments = parser.parse_args()
+    card("cuda" if arguments.compute is not None else arguments.device)
     if arguments.compute is not None:
         tables = compute_tables(arguments.compute.split(","), torch.device("cuda:0"))
         arguments.out.write_text(f"# {provenance(torch.device('cuda:0'))}\n" + yaml.safe_dump(tables, sort_keys=False))
@@ -162,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded(main))

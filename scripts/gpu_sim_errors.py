@@ -12,7 +12,6 @@ two.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +26,7 @@ from lambdascale.calibration.multicast_runs import CONNECTED, OWN_COPIES
 from lambdascale.calibration.random_models import SHAPES
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.multicast import Setting
+from lambdascale.cli.parser import Parser
 from lambdascale.core import ClusterSpec, ModelSpec, MulticastPlan, UserError
 from lambdascale.core.commands import MulticastKind
 from lambdascale.core.timing import ComputeModel, Iteration
@@ -183,10 +183,10 @@ def measured(tables: Path, name: str, card: str) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="h200", metavar="NAME", help="of conf/cluster/measured")
     parser.add_argument("--card", default="H200", help="part of measured_on of the rows to compare")
-    parser.add_argument("--tables", type=Path, default=Path("results/tables"))
+    parser.add_argument("--tables", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     parser.add_argument("--map", action="store_true", help="simulate where pipelines help, and write gpu_map_simulated.csv")
     arguments = parser.parse_args()
     if not arguments.tables.is_dir():

@@ -111,11 +111,11 @@ def children(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, metavar="DIR|NAME")
-    parser.add_argument("--blocks", type=int, default=16)
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="nodes compute on (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="starts of each kind (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)  # a run of its own: when it was started
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -125,6 +125,8 @@ def main() -> None:
     import pandas as pd
     import torch
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no GPU on this machine; lambdascale doctor says more")
     card = "cpu" if arguments.device == "cpu" else f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "gpu_starts.csv"

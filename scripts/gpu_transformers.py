@@ -10,7 +10,7 @@ Compilation is not counted. Adds to gpu_transformers.csv what it does not have f
 
 from __future__ import annotations
 
-import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,10 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from lambdascale.calibration.cards import card
 from lambdascale.calibration.random_models import SHAPES, config
+from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 
 _CONTEXT, _FEW, _MANY, _ROUNDS = 512, 8, 40, 3
 _COLUMNS = ("what", "model", "batch", "tokens")
@@ -97,27 +100,29 @@ def time_s(model: Any, case: Case) -> float:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(SHAPES))
-    parser.add_argument("--batches", type=_numbers, default="1,8,32")
-    parser.add_argument("--prompts", type=_numbers, default="512,2048")
-    parser.add_argument("--what", default="decode,eager,compiled")
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("results/tables"))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default=",".join(SHAPES), help="sizes (default: %(default)s)")
+    parser.add_argument("--batches", type=_numbers, default="1,8,32", help="sequences of a decode step (default: %(default)s)")
+    parser.add_argument("--prompts", type=_numbers, default="512,2048", help="tokens of a prefill (default: %(default)s)")
+    parser.add_argument(
+        "--what", default="decode,eager,compiled", help="decode steps, and prefills eager and compiled (default: %(default)s)"
+    )
+    parser.add_argument("--again", action="store_true", help="measure what the table has, too")
+    parser.add_argument("--out", type=Path, default=Path("results/tables"), help="folder of the tables (default: %(default)s)")
     arguments = parser.parse_args()
-    card = f"1 x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    on = f"{card(count=1)}, torch {torch.__version__}"
     table = arguments.out / "gpu_transformers.csv"
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     known = {(*(row[column] for column in _COLUMNS), row["measured_on"]): row for row in rows}
     for size in arguments.models.split(","):
         asked = list(cases(size, arguments.what.split(","), arguments.batches, arguments.prompts))
-        left = [case for case in asked if arguments.again or (*case, card) not in known]
+        left = [case for case in asked if arguments.again or (*case, on) not in known]
         model = model_of(size) if left else None
         for case in left:
-            row = dict(zip(_COLUMNS, case, strict=True)) | {"ms": 1e3 * time_s(model, case), "measured_on": card}
+            row = dict(zip(_COLUMNS, case, strict=True)) | {"ms": 1e3 * time_s(model, case), "measured_on": on}
             print(row, flush=True)
-            known[*case, card] = row
+            known[*case, on] = row
             pd.DataFrame(known.values()).to_csv(table, index=False, float_format="%.4g")
         del model
         torch.cuda.empty_cache()
@@ -125,4 +130,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main()
+        sys.exit(run_guarded(main))

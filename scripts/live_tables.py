@@ -11,7 +11,6 @@ Overrides as for scripts/run.py choose or change runs (seed=1 takes a third of t
 its study, in results/raw, and does not replace the committed one.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.experiments.collect import table_folder
 from lambdascale.experiments.live_tables import LIVE_TABLES
 from lambdascale.experiments.study import as_published
@@ -26,9 +26,7 @@ from lambdascale.experiments.sweep import main as sweep
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Run live clusters on this machine and write their results beside those of simulations."
-    )
+    parser = Parser(description="Run live clusters on this machine and write their results beside those of simulations.")
     parser.add_argument("--only", choices=LIVE_TABLES, help="make this table only")
     parser.add_argument("--cluster", metavar="NAME", help="measured profile of this machine, for sim_vs_live")
     parser.add_argument("--results", default="results", metavar="DIR", help="folder of runs and tables (default: %(default)s)")

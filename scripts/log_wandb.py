@@ -3,7 +3,12 @@
 import sys
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.experiments.finished import log_to_wandb
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(lambda: log_to_wandb(sys.argv[1:])))
+    parser = Parser(description=__doc__.splitlines()[0].partition(":")[0] + ".")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run's folder, or one above several")
+    parser.add_argument("overrides", nargs="*", metavar="logger.KEY=VALUE", help="settings of the logger")
+    given = parser.parse_args()
+    sys.exit(run_guarded(lambda: log_to_wandb([*given.folders, *given.overrides])))

@@ -1,9 +1,9 @@
-"""Measure how many small faults the tests notice: python scripts/mutation.py [ROOM ...] [--sample N] [--work DIR] [--children N].
+"""Measure how many small faults the tests notice: python scripts/mutation.py [PART ...] [--sample N] [--work DIR] [--children N].
 
-Runs mutmut (pip install "mutmut>=3.8"; not part of the dev extra and not in CI) over a copy of the checkout, one room after
+Runs mutmut (pip install "mutmut>=3.8"; not part of the dev extra and not in CI) over a copy of the checkout, one part after
 another, each under the fast tests that concern it, and prints the share of killed mutants and the survivors. The copy is made in
 DIR (default: a temporary folder), where ``mutmut show NAME`` then shows a survivor. About a mutant a second on one core;
-``--sample N`` tries N mutants of each room, drawn with a fixed seed.
+``--sample N`` tries N mutants of each part, drawn with a fixed seed.
 
 Two departures from a plain ``mutmut run``: ``lru_cache`` decorators are removed in the copy, since mutmut skips decorated
 functions, and a cache filled before a mutant is switched on would hide it; lines of assertions are not mutated, since no test
@@ -30,15 +30,15 @@ COPIED = ("lambdascale", "baselines", "conf", "tests", "scripts", "pyproject.tom
 
 
 @dataclass(frozen=True)
-class Room:
+class Part:
     """Files to mutate, as patterns, and the tests that should notice, as arguments of pytest."""
 
     files: tuple[str, ...]
     tests: tuple[str, ...]
 
 
-ROOMS = {
-    "multicast": Room(
+PARTS = {
+    "multicast": Part(
         ("lambdascale/multicast/*", "baselines/*/planner.py"),
         (
             "tests/policy/test_planners.py",
@@ -56,8 +56,8 @@ ROOMS = {
             ),
         ),
     ),
-    "pipelines": Room(("lambdascale/pipelines/*",), ("tests/policy/test_pipelines.py", "tests/policy/test_pipeline_rules.py")),
-    "control": Room(
+    "pipelines": Part(("lambdascale/pipelines/*",), ("tests/policy/test_pipelines.py", "tests/policy/test_pipeline_rules.py")),
+    "control": Part(
         ("lambdascale/control/*",),
         (
             *("tests/policy", "tests/unit/test_control_batching.py", "tests/unit/test_control_autoscaler.py"),
@@ -66,7 +66,7 @@ ROOMS = {
             *("tests/property/test_traffic_properties.py", "tests/golden"),
         ),
     ),
-    "sim": Room(
+    "sim": Part(
         ("lambdascale/sim/*",),
         (
             *("tests/unit/test_sim_instances.py", "tests/unit/test_sim_transfers.py", "tests/unit/test_sim_loads.py"),
@@ -81,23 +81,23 @@ ROOMS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mutate the policy and the simulator, and count the mutants that tests kill.")
-    parser.add_argument("rooms", nargs="*", default=list(ROOMS), metavar="ROOM", help=f"of {', '.join(ROOMS)} (default: all)")
-    parser.add_argument("--sample", type=int, metavar="N", help="mutants to try in each room (default: all)")
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--sample", type=int, metavar="N", help="mutants to try in each part (default: all)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep the copies and results here")
     parser.add_argument("--children", type=int, default=1, metavar="N", help="mutants tested at once (default: %(default)s)")
     arguments = parser.parse_args()
-    if unknown := set(arguments.rooms) - set(ROOMS):
-        parser.error(f"no room named {', '.join(sorted(unknown))}; rooms are {', '.join(ROOMS)}")
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no part named {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     work = arguments.work or Path(tempfile.mkdtemp(prefix="mutation-"))
-    counts = {name: measure(ROOMS[name], work / name, arguments) for name in arguments.rooms}
+    counts = {name: measure(PARTS[name], work / name, arguments) for name in arguments.parts}
     for name, (killed, total) in counts.items():
         print(f"{name}: {killed} of {total} mutants killed, {killed / max(1, total):.1%}; survivors: {work / name}/survivors.txt")
 
 
-def measure(room: Room, folder: Path, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Mutate one room in ``folder``; return (mutants killed, mutants tried)."""
+def measure(part: Part, folder: Path, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Mutate one part in ``folder``; return (mutants killed, mutants tried)."""
     copy_tree(folder)
-    (folder / "setup.cfg").write_text(settings(room))
+    (folder / "setup.cfg").write_text(settings(part))
     chosen: list[str] = []
     if arguments.sample is not None:
         mutmut(folder, "run", "nothing.of.this.name", capture=True)  # makes the mutants and stops
@@ -135,14 +135,14 @@ def copy_tree(folder: Path) -> None:
         path.write_text(re.sub(r"^@lru_cache\(.*\)\n", "", path.read_text(), flags=re.MULTILINE))
 
 
-def settings(room: Room) -> str:
-    """Return mutmut's settings for a room."""
+def settings(part: Part) -> str:
+    """Return mutmut's settings for a part."""
     lists = {
         "source_paths": ("lambdascale", "baselines"),
-        "only_mutate": room.files,
+        "only_mutate": part.files,
         "also_copy": ("conf", "scripts"),
         "do_not_mutate_patterns": (r"^\s*assert ",),
-        "pytest_add_cli_args_test_selection": room.tests,
+        "pytest_add_cli_args_test_selection": part.tests,
     }
     lines = [f"{name} =\n" + "".join(f"    {entry}\n" for entry in entries) for name, entries in lists.items()]
     # Workers come from a server that has run no test: no planner, configuration or example is kept from an earlier run.

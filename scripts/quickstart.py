@@ -1,4 +1,4 @@
-"""The Python part of scripts/quickstart: five systems on a bursty trace, one table, two figures."""
+"""Simulate five systems on a bursty trace, print a table and draw two figures: the Python part of scripts/quickstart."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
+from lambdascale.core import UserError
 from lambdascale.experiments.collect import gpu_rows, request_rows
 from lambdascale.experiments.compose import compose
 from lambdascale.experiments.pairs import run_rows
@@ -18,14 +20,20 @@ SYSTEMS = ("lambdascale", "faasnet", "nccl_broadcast", "serverlessllm", "ideal")
 
 
 def main() -> None:
-    overrides = ["experiment=quickstart", *sys.argv[1:]]
+    parser = Parser(prog="quickstart", description=__doc__.partition(":")[0] + ".")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of all runs, as for scripts/run.py")
+    given = parser.parse_args().overrides
+    if fixed := [each for each in given if each.partition("=")[0].lstrip("+~") in ("experiment", "system", "out")]:
+        raise UserError(f"{fixed[0]}: the quickstart compares its five systems; scripts/run.py runs others")
+    overrides = ["experiment=quickstart", *given]
     results = [run(compose([*overrides, f"system={system}"]), group="quickstart") for system in SYSTEMS]
     console = Console(width=None if sys.stdout.isatty() else 130)
-    print_comparison(console, comparison([result.summary for result in results]), "30-minute bursty trace, Llama-2 13B, 12 nodes")
+    title = f"quickstart with {' '.join(given)}" if given else "30-minute bursty trace, Llama-2 13B, 12 nodes"
+    print_comparison(console, comparison([result.summary for result in results]), title)
     folders = [result.folder for result in results]
     for system, folder in zip(SYSTEMS[1:], folders[1:], strict=True):
         console.print(f"{system} / λScale, 95 %: {_ratios(folders[0], folder)}", highlight=False)
-    out = Path("results/raw/quickstart/figures")
+    out = folders[0].parent / "figures"
     figures = render("fig10_ttft", request_rows(folders), out) + render("fig11_gpus", gpu_rows(folders), out)
     for result in results:
         console.print(f"{'reused' if result.reused else 'wrote '} {result.folder}", highlight=False, soft_wrap=True)

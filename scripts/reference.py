@@ -1,18 +1,19 @@
 """Write the reference of all configuration keys: python scripts/reference.py [--out FILE]."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.experiments.reference import reference
+from lambdascale.metrics import write_whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the reference of all configuration keys, from conf/ and the classes.")
-    parser.add_argument("--out", type=Path, default=Path("docs/reference.md"), metavar="FILE")
+    parser = Parser(description="Write the reference of all configuration keys, from conf/ and the classes.")
+    parser.add_argument("--out", type=Path, default=Path("docs/reference.md"), metavar="FILE", help="(default: %(default)s)")
     arguments = parser.parse_args()
-    arguments.out.write_text(reference())
+    write_whole(arguments.out, reference())
     print(arguments.out)
 
 

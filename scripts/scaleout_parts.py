@@ -5,7 +5,6 @@ python scripts/scaleout_parts.py [--brief] FOLDER...
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,12 +12,13 @@ import numpy as np
 
 from lambdascale.calibration import scaleout_parts
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 
 
 def main() -> None:
     """Print each folder's tables; times in seconds since the first request unless a column says ms."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="timelines of a run")
     parser.add_argument("--brief", action="store_true", help="only the replicas' starts and the tokens by time")
     arguments = parser.parse_args()
     for folder in arguments.folders:

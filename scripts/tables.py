@@ -6,7 +6,6 @@ cold_start_ratios.csv; node starts, beside figure 10; the section «What we beli
 of departures in baselines/*/README.md. Simulated on the spot: multicast_vs_reference.csv.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from lambdascale.cli.guard import run_guarded
+from lambdascale.cli.parser import Parser
 from lambdascale.experiments import beliefs, cold_starts, departures, sensitivity, starts_text
 from lambdascale.experiments.multicast_study import reference_table
 from lambdascale.experiments.paper_table import load_tables, paper_table
@@ -21,14 +21,26 @@ from lambdascale.experiments.paper_text import markdown, with_block
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Compare the studies' tables with the paper and with the reference's measurements."
+    parser = Parser(description="Compare the studies' tables with the paper and with the reference's measurements.")
+    parser.add_argument(
+        "--tables", type=Path, default=Path("results/tables"), metavar="DIR", help="folder of the tables (default: %(default)s)"
     )
-    parser.add_argument("--tables", type=Path, default=Path("results/tables"), metavar="DIR")
-    parser.add_argument("--page", type=Path, default=Path("docs/paper.md"), metavar="FILE")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), metavar="FILE")
-    parser.add_argument("--beliefs", type=Path, default=Path("results") / beliefs.TEMPLATE, metavar="FILE")
-    parser.add_argument("--baselines", type=Path, default=Path("baselines"), metavar="DIR")
+    parser.add_argument(
+        "--page", type=Path, default=Path("docs/paper.md"), metavar="FILE", help="page of the comparison (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--readme", type=Path, default=Path("README.md"), metavar="FILE", help="page of the beliefs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--beliefs",
+        type=Path,
+        default=Path("results") / beliefs.TEMPLATE,
+        metavar="FILE",
+        help="template of the beliefs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--baselines", type=Path, default=Path("baselines"), metavar="DIR", help="folder of the baselines (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     tables, texts = arguments.tables, beliefs.Tables(arguments.tables)
     compared, varied = paper_table(load_tables(tables)), texts["sensitivity"]

@@ -74,7 +74,10 @@ def answers(
 
 
 def compared(model: str, what: str, found: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> Row:
-    """Return the share of tokens that are equal at their place, of answers that part, and where those do (median, earliest)."""
+    """Return a row: shares of equal tokens (position by position) and of diverging answers, and the positions of divergence.
+
+    The positions are the median and the earliest, counted from 0; None if no answer diverges.
+    """
     pairs = [[a == b for a, b in zip(one, two, strict=True)] for one, two in zip(found, wanted, strict=True)]
     parted = [equal.index(False) for equal in pairs if False in equal]
     tokens = sum(len(equal) for equal in pairs)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lambdascale.core import UserError
 from lambdascale.core.commands import AllocateNode, Command, Serve, SwitchMode
 from lambdascale.core.events import BlockArrived, Event, RequestArrived, RequestFinished, TokensProduced
 
@@ -54,7 +55,12 @@ class ControllerRows:
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the controller's rows, and those of all nodes, with ``at_s`` counted from the run's first request."""
+    """Return the controller's rows, and those of all nodes, with ``at_s`` counted from the run's first request.
+
+    UserError for a folder without timelines.
+    """
+    if not (folder / _CONTROLLER).is_file():
+        raise UserError(f"{folder} has no timelines: it lacks {_CONTROLLER}; scripts/gpu_bursts.py --timelines DIR keeps them")
     controller = pd.read_csv(folder / _CONTROLLER, keep_default_na=False)
     began = controller.clock_s[controller.what == "request"].min()
     nodes = pd.concat([pd.read_csv(path) for path in sorted(folder.glob("node-*.csv"))], ignore_index=True)

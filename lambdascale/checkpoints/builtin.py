@@ -12,6 +12,7 @@ from lambdascale.checkpoints.packing import pack
 from lambdascale.core import UserError
 
 NAMES = ("smollm2", "small", "tiny")
+USUAL_BLOCKS = 16
 _SEED = 0
 
 
@@ -58,3 +59,17 @@ def _write(name: str, directory: Path, dtype: str) -> None:
         write_smollm2(directory)
     else:
         write_random(PRESETS[name], directory, _SEED, SHORT_NAMES[dtype])
+
+
+def open_model(model: str, blocks: int | None = None, dtype: str | None = None) -> PackedModel:
+    """Return a built-in model, in ``blocks`` blocks (None: 16) of ``dtype`` (None: bf16), or the packed model in a folder.
+
+    UserError for a packed model with blocks or a type, since it has its own.
+    """
+    if model in NAMES:
+        return builtin_model(model, USUAL_BLOCKS if blocks is None else blocks, dtype or "bf16")
+    packed = PackedModel.open(Path(model))
+    for option, value in (("--blocks", blocks), ("--dtype", dtype)):
+        if value is not None:
+            raise UserError(f"{option} is for built-in models: {model} is packed as it is, in {len(packed.blocks)} blocks")
+    return packed

@@ -28,7 +28,9 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "0 nothing found, 1 something found.",
     )
     parser.add_argument("--seeds", required=True, metavar="A:B", help="seeds A to B-1, or one seed")
-    parser.add_argument("--system", metavar="NAME", help="a choice of conf/system (default: as the seed says)")
+    parser.add_argument(
+        "--system", metavar="NAME", help="a choice of conf/system, or a YAML file of a system (default: as the seed says)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
     parser.add_argument(
         "--faults", metavar="I,J,...|none|all", help="replay one seed with these of its faults alone, and print its timeline"
@@ -90,8 +92,10 @@ def _kept(chosen: str, faults: int) -> list[int]:
 
 
 def _explore(seeds: range, system: str | None, jobs: int, out: Path | None) -> int:
-    from lambdascale.explore.explorer import add_to_table, explore
+    from lambdascale.explore.explorer import add_to_table, check_table, explore
 
+    if out is not None:
+        check_table(out)
     began = time.perf_counter()
     with JobProgress(len(seeds), "seeds") as shown:
 

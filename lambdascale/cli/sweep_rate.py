@@ -31,7 +31,7 @@ def add_parser(subcommands: _SubParsersAction[argparse.ArgumentParser]) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="as for scripts/run.py (default: experiment=sweep_rate, Poisson arrivals)",
+        help="as for scripts/run.py (without experiment= and workload=: experiment=sweep_rate, Poisson arrivals)",
     )
     parser.set_defaults(run=run)
 

@@ -36,10 +36,15 @@ def _matches(value: object, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple) and _all_match(value, typing.get_args(hint))
     if getattr(hint, "_is_protocol", False):
-        return all(hasattr(value, name) for name in dir(hint) if not name.startswith("_"))
+        return not _lacking(value, hint)
     if origin is not None:
         return True
     return isinstance(value, hint) if isinstance(hint, type) else value is None and hint is None
+
+
+def _lacking(value: object, protocol: type) -> list[str]:
+    """Public members of a protocol that a value does not have."""
+    return [name for name in dir(protocol) if not name.startswith("_") and not hasattr(value, name)]
 
 
 def _is_quantity(value: float) -> bool:
@@ -58,8 +63,8 @@ def check_types(config: Any, *, any_size: Collection[str] = ()) -> None:
 
     Lists become tuples where a tuple is annotated, since Hydra passes lists. Numbers must be 0 or between ``SMALLEST`` and
     ``LARGEST`` in size: others are no quantity of a cluster, and overflow in places that cannot name them. Scalars, literals,
-    unions, tuples and protocols (names of their members) are checked; generic mappings are not. Numbers of
-    the fields ``any_size`` may have any size: their class bounds them.
+    unions, tuples and protocols (names of their members; the error names those lacking) are checked; generic mappings are not.
+    Numbers of the fields ``any_size`` may have any size: their class bounds them.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -73,6 +78,10 @@ def check_types(config: Any, *, any_size: Collection[str] = ()) -> None:
             wanted = str(field.type).replace("typing.", "")
             if isinstance(value, int | float) and not _is_quantity(value):
                 wanted += f", 0 or from {SMALLEST:g} to {LARGEST:g} in size"
+            if getattr(hints[field.name], "_is_protocol", False) and type(value).__module__ != "builtins":
+                part = f"{type(value).__module__}.{type(value).__qualname__}"
+                lacking = ", ".join(_lacking(value, hints[field.name]))
+                raise UserError(f"{type(config).__name__}.{field.name}: {part} lacks {lacking} of {wanted}")
             raise UserError(f"{type(config).__name__}.{field.name} must be {wanted}, not {shown(value)}")
 
 

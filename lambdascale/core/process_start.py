@@ -12,9 +12,9 @@ from lambdascale.core.units import parse_rate
 class ProcessStart:
     """Seconds of the parts of a process's start, in their order (as a live node starts, lambdascale/live/node/agent.py).
 
-    ``process_s``: a new process, its interpreter and libraries. ``context_s``: the context of its GPU. Then, beside each other,
-    ``kernels_s``, until kernels are loaded and buffers made, and memory for the model's weights, which is populated and
-    registered at ``registration_bytes_per_s`` (None: weights need no memory of their own on the host). Weights come only then.
+    ``process_s``: a new process, its interpreter and libraries. ``context_s``: the context of its GPU. Two parts follow beside
+    each other. ``kernels_s``: kernels are loaded and buffers made. ``registration_bytes_per_s``: the weights' memory is
+    populated and registered, at this rate; None: weights need no memory of their own on the host. Weights come only then.
     ``first_iteration_s``: the time by which the first iteration of the process is longer than later ones.
     """
 

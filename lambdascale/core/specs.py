@@ -166,7 +166,9 @@ class GpuSpec:
 class ComputeTable:
     """Iteration times measured for one model on one node: prefill over tokens, decode over batch size (short contexts).
 
-    Each token of KV cache read adds ``decode_s_per_context_token`` to a decode iteration.
+    ``model``: name of the model that was measured. ``prefill_tokens``: tokens of the prefills, rising. ``prefill_s``: their
+    seconds. ``decode_batch``: sequences of the decode iterations, rising. ``decode_s``: their seconds. Each token of KV cache
+    read adds ``decode_s_per_context_token`` to a decode iteration.
     """
 
     model: str
@@ -250,7 +252,12 @@ class NodeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOverride:
-    """Differences of the nodes with the ids ``nodes`` from the cluster's others; None keeps the cluster's value."""
+    """Differences of the nodes with the ids ``nodes`` from the cluster's others; None keeps the cluster's value.
+
+    ``gpus``: GPUs of each of these nodes. ``gpu``: their data sheet, a GpuSpec. ``compute``: their speed, a ComputeSpec.
+    ``nics_per_node``: their NICs. ``nic_bytes_per_s``: line rate of each NIC, per direction. ``pcie_bytes_per_s``: rate from host
+    memory to the GPUs. ``ssd_bytes_per_s``: rate of their SSD. ``host_memory_bytes``: memory of the host.
+    """
 
     nodes: tuple[int, ...]
     gpus: int | None = None

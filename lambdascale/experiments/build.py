@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lambdascale.control import SystemConfig
 from lambdascale.control.start import FreeMigration
 from lambdascale.core import ClusterSpec, ModelSpec, UserError
 from lambdascale.core.checks import shown
+from lambdascale.experiments.schema import RunConfig
 from lambdascale.experiments.work import check_size
 from lambdascale.metrics import Slo
 from lambdascale.sim import SimConfig
@@ -53,6 +54,7 @@ class Experiment:
 
 def build(config: DictConfig) -> Experiment:
     """Instantiate every group; UserError for values that their classes refuse."""
+    _check_keys(config)
     _check_texts(OmegaConf.to_container(config, resolve=True))
     for name in ("model_count", "max_events"):
         if config[name] < 1:
@@ -76,6 +78,12 @@ def build(config: DictConfig) -> Experiment:
         # A live cluster transfers hardly anything for them.
         token_times=not isinstance(backend, SimConfig) if config.token_times is None else config.token_times,
     )
+
+
+def _check_keys(config: DictConfig) -> None:
+    """Refuse keys that nothing reads, which Hydra adds to the root when they begin with +."""
+    if unread := sorted({str(key) for key in config} - {field.name for field in fields(RunConfig)}):
+        raise UserError(f"unknown key {unread[0]}: +KEY=VALUE adds keys to a part of a system or the backend, not to a run")
 
 
 def _check_texts(value: Any, key: str = "") -> None:

@@ -16,6 +16,7 @@ from lambdascale.experiments.folder import SUMMARY, read_json
 from lambdascale.experiments.pairs import pair_table, with_intervals
 from lambdascale.experiments.setups import setup_text
 from lambdascale.experiments.study import PAIRS, WITH_INTERVALS, Study
+from lambdascale.metrics import whole
 from lambdascale.metrics.scaleouts import host_copies, loads_by_tier, scale_out_durations, scale_out_times
 from lambdascale.metrics.ttft_parts import PARTS
 
@@ -90,13 +91,18 @@ def write_study(experiment: str, table: pd.DataFrame, results: Path, *, publishe
 
 
 def write_frame(table: pd.DataFrame, stem: Path) -> Path:
-    """Write a table as CSV or parquet, depending on its size; return the path. A file in the other format is deleted."""
+    """Write a table as CSV or parquet, depending on its size; return the path. A file in the other format is deleted.
+
+    It is written as a whole or not at all; UserError if that fails.
+    """
     csv, parquet = stem.with_name(f"{stem.name}.csv"), stem.with_name(f"{stem.name}.parquet")
     if len(table) > _CSV_ROWS:
-        table.to_parquet(parquet, index=False, compression="zstd")
+        with whole(parquet) as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd")
         csv.unlink(missing_ok=True)
         return parquet
-    table.to_csv(csv, index=False, float_format="%.6g")
+    with whole(csv) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
     parquet.unlink(missing_ok=True)
     return csv
 

@@ -88,7 +88,7 @@ class BurstRun:
         return build(compose([*self._shared(bursts, period_s), f"seed={seed}", *how, *where]))
 
     def simulated(self, blocks: int, *, bursts: int = 1, period_s: float = _LONG_S) -> Experiment:
-        """Return the simulation of them; UserError for a model without known sizes."""
+        """Return the same bursts as a simulated run of ``blocks`` blocks; UserError for a model without known sizes."""
         require(self.model in CONFIGURED, f"{self.model} cannot be simulated: known are {', '.join(CONFIGURED)}")
         sizes = [f"model={CONFIGURED[self.model]}", f"system.blocks={blocks}", f"cluster.nodes={self.nodes}"]
         return build(compose([*self._shared(bursts, period_s), *sizes, NO_FILES]))

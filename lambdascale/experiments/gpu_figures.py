@@ -60,7 +60,7 @@ class Tables:
         }
 
     def add(self, *frames: pd.DataFrame) -> None:
-        """Add rows to each of them, in their order, and write all."""
+        """Add one frame of rows to each of the tables, in the tables' order, and write all of them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for (name, digits), rows in zip(_TABLES.items(), frames, strict=True):
             self.frames[name] = pd.concat([self.frames[name], rows], ignore_index=True)

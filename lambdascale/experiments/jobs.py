@@ -6,7 +6,7 @@ import os
 
 from omegaconf import DictConfig
 
-from lambdascale.experiments.mistakes import user_message
+from lambdascale.experiments.mistakes import internal_error, user_message
 from lambdascale.experiments.outcomes import Outcome
 from lambdascale.experiments.runner import run
 from lambdascale.experiments.search import objective_value
@@ -29,5 +29,5 @@ def failed(outcome: Outcome, error: Exception) -> None:
     message = user_message(error)
     if message is None and os.environ.get("LAMBDASCALE_DEBUG"):
         raise error
-    outcome.error = message or f"internal error: {type(error).__name__}: {error}"
+    outcome.error = message or internal_error(error)
     outcome.status = 2 if message else 1

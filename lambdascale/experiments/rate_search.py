@@ -59,7 +59,7 @@ def search_rate(overrides: Sequence[str], refinements: int, report: Callable[[Po
     ``refinements``: rates to try between the two at the end. UserError for a workload without a rate, or one that no rate
     overloads.
     """
-    given = overrides if chosen(overrides, "experiment") is not None else ["experiment=sweep_rate", *overrides]
+    given = _with_workload(overrides)
     key, start = _rate_key(given)
     points: dict[float, Point] = {}
 
@@ -87,6 +87,14 @@ def _bracket(attempt: Callable[[float], Point]) -> tuple[float, float]:
             return min(before, factor), max(before, factor)
     what = "no rate up to" if step > 1 else "every rate down to"
     raise UserError(f"{what} {factor:g} times the configured one overloads the cluster: choose another rate to begin with")
+
+
+def _with_workload(overrides: Sequence[str]) -> list[str]:
+    """Return settings that choose a workload: those given, or else the constant rate of experiment=sweep_rate."""
+    if chosen(overrides, "experiment") is not None:
+        return [*overrides]
+    # The experiment's keys are those of its own workload.
+    return ["experiment=sweep_rate" if chosen(overrides, "workload") is None else "name=sweep_rate", *overrides]
 
 
 def _rate_key(overrides: Sequence[str]) -> tuple[str, float]:

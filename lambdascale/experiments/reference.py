@@ -186,7 +186,7 @@ def _class_tables(sections: Iterable[_Section]) -> Iterator[str]:
                 shown.add(cls)
                 yield _class_table(section, cls)
         for name, hint in typing.get_type_hints(section.cls).items():
-            for element in typing.get_args(hint):
+            for element in typing.get_args(hint) if typing.get_origin(hint) is tuple else ():
                 if isinstance(element, type) and dataclasses.is_dataclass(element) and element not in shown:
                     shown.add(element)
                     yield _class_table(_Section(element, f"{section.place}.{name}[]", {}), element)

@@ -28,11 +28,14 @@ PAIRS = "pairs"
 WITH_INTERVALS = ("outcome", "parts")
 # Overrides that do not change a study's results; any other override makes its table unfit to replace the committed one.
 _HARMLESS = ("results", "traces", "force", "logger", "hydra")
+_PLACES = "hydra.searchpath"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
+    """Runs behind a table: grids of settings, and the kind of rows that each run adds.
+
+    ``grids``: each maps configuration keys to values as on Hydra's command line (``a,b`` sweeps); all combinations are run.
 
     ``live``: the grids for backend=live, at a scale for one machine. A grid that sets ``backend`` itself is run unless another
     backend is chosen: such studies have simulated and live runs in one table. ``rows``: kind of rows a run adds to the table (see
@@ -81,7 +84,9 @@ def load_study(overrides: Sequence[str]) -> Study | None:
     experiment = chosen(overrides, "experiment")
     if experiment is None or "," in experiment:
         return None
-    return study_of(compose([f"experiment={experiment}"]), experiment)
+    # The folder of an experiment of the user's own is named by the same command line.
+    places = [override for override in overrides if override.startswith(f"{_PLACES}=")]
+    return study_of(compose([f"experiment={experiment}", *places]), experiment)
 
 
 def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
@@ -105,9 +110,11 @@ def command_lines(study: Study, overrides: Sequence[str]) -> list[list[str]]:
 def in_pool(line: Sequence[str]) -> bool:
     """True for a command line whose runs this package's processes make, false for one that is left to Hydra.
 
-    A live cluster needs the machine to itself; whoever sets something of Hydra's has chosen its launchers.
+    A live cluster needs the machine to itself; whoever sets something of Hydra's has chosen its launchers, unless it is a folder
+    of configurations.
     """
-    return chosen(line, "backend") != "live" and not any(override.lstrip("+~").startswith("hydra") for override in line)
+    of_hydra = [key for override in line if (key := override.lstrip("+~").partition("=")[0]).startswith("hydra")]
+    return chosen(line, "backend") != "live" and not set(of_hydra) - {_PLACES}
 
 
 def expand(line: Sequence[str]) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -45,16 +46,14 @@ def main(argv: list[str]) -> int:
     register_schema()
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _hush()
-    # argparse accepts overrides only as one contiguous group, while users write -m anywhere.
-    flags = [argument for argument in argv if argument in ("-m", "--multirun")]
-    overrides = [argument for argument in argv if argument not in flags]
-    asks_only = any(argument.startswith("-") for argument in overrides)
+    overrides, flags = _split(argv)
+    sweeps = [flag for flag in flags if flag in ("-m", "--multirun")]
     try:
-        study = None if asks_only else load_study(overrides)
+        study = None if flags != sweeps else load_study(overrides)
     except UserError as error:
         raise _with_hint(error) from error.__cause__
     with _sweep_folder() as folder:
-        if study is not None and flags:
+        if study is not None and sweeps:
             return run_study(study, overrides, lambda line, part: _part(line, Path(folder, part)), _stamp(folder))
         if study is not None and study.experiments:
             raise UserError(f"experiment={chosen(overrides, 'experiment')} consists of several studies: run it with -m")
@@ -64,6 +63,18 @@ def main(argv: list[str]) -> int:
     if failure is not None:
         raise failure
     return worst(outcomes)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the overrides of a command line, and Hydra's options; UserError for an unknown option.
+
+    argparse accepts overrides only as one contiguous group, while users write options anywhere.
+    """
+    known, rest = get_args_parser().parse_known_args(argv)
+    if strange := [argument for argument in rest if argument.startswith("-")]:
+        raise UserError(f"unknown option {strange[0]} (run.py --hydra-help shows all)")
+    overrides = [*known.overrides, *rest]
+    return overrides, [argument for argument in argv if argument not in overrides]
 
 
 @contextmanager
@@ -106,6 +117,8 @@ def _hush() -> None:
         logging.getLogger(name).addHandler(logging.NullHandler())
     for name in ("optuna.study", "optuna.storages"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A folder that does not exist is a mistake; Hydra only warns, and fails later for want of what is in it.
+    warnings.filterwarnings("error", message="provider=hydra.searchpath")
     # Hydra's sweeper needs Optuna 2, which was written for SQLAlchemy 1.
     warnings.filterwarnings("ignore", message="Deprecated API features detected")
 

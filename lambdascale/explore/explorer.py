@@ -13,7 +13,7 @@ from pathlib import Path
 from lambdascale.explore.run import run
 from lambdascale.explore.scenario import Scenario, draw, preset
 from lambdascale.explore.shrink import shrink
-from lambdascale.testing.reliability import Row, add_row
+from lambdascale.testing.reliability import Row, add_row, check_writable
 
 # Seeds that a process takes at a time.
 _CHUNK = 20
@@ -111,6 +111,11 @@ def explore(
         total.add(part)
         progress(part)
     return total
+
+
+def check_table(folder: Path) -> None:
+    """Raise UserError unless a row can be added to ``reliability.csv`` in a folder."""
+    check_writable(folder)
 
 
 def add_to_table(tally: Tally, folder: Path, command: str, system: str | None = None) -> None:

@@ -121,7 +121,7 @@ AnyFault = Loss | Cut | Slow | Late | Pause | Repeat | Broken | Poison | BadNode
 
 
 def victim(fault: Fault, near: tuple[NodeId, ...], nodes: int) -> NodeId:
-    """Return the node that a fault concerns: one of ``near``, if it is to be one of its trigger's and it has any."""
+    """Return the node that a fault concerns: if ``fault.near`` asks for it, one of ``near``, the nodes its trigger names."""
     return near[fault.pick % len(near)] if fault.near and near else fault.pick % nodes
 
 

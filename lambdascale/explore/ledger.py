@@ -78,7 +78,7 @@ class Ledger:
         return event
 
     def deliver(self, event: RequestFinished) -> RequestFinished | None:
-        """Return the end as the control plane has to hear it now; None if it has given the request up."""
+        """Return a request's end under the instance that the control plane now has it on; None if it gave the request up."""
         instance = self._ended.pop(event.request_id, None)
         return None if instance is None else structs.replace(event, instance=instance)
 

@@ -13,7 +13,7 @@ from lambdascale.control.start import MulticastStart
 from lambdascale.core import ClusterSpec, ModelSpec, TracedRequest, traced
 from lambdascale.core.plan import FormRule, SwitchRule
 from lambdascale.experiments.build import build
-from lambdascale.experiments.compose import compose, names
+from lambdascale.experiments.compose import choosing, compose, names
 from lambdascale.explore.faults import (
     AnyFault,
     BadNode,
@@ -124,8 +124,9 @@ class Scenario:
 
 @lru_cache(maxsize=64)
 def preset(name: str) -> SystemConfig:
-    """Return a system of conf/system."""
-    return build(compose([f"system={name}"])).system
+    """Return a system of conf/system, or of a YAML file; UserError if ``name`` is neither."""
+    with choosing("system", name) as chosen:
+        return build(compose(chosen)).system
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +136,7 @@ def presets() -> tuple[str, ...]:
 
 
 def draw(seed: int, system: str | None = None) -> Scenario:
-    """Return the scenario of a seed; ``system``: of conf/system, instead of the one the seed chooses."""
+    """Return the scenario of a seed; ``system``: of conf/system or a YAML file, instead of the one the seed chooses."""
     rng = Random(seed)
     with_pipelines = [each for each in presets() if each.startswith("lambdascale")]
     chosen = rng.choice(with_pipelines if rng.random() < 0.4 else presets())

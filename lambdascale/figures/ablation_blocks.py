@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from lambdascale.figures.grid import checked
@@ -15,6 +16,7 @@ from lambdascale.figures.style import PAGE_IN, require_columns, say_backend, siz
 
 _COLORS = {False: "#D55E00", True: "#0072B2"}
 _ENOUGH = 1.1
+_RING: dict[str, Any] = {"marker": "o", "markersize": 9, "fillstyle": "none", "color": "black", "linewidth": 0}
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
@@ -46,8 +48,9 @@ def draw(frame: pd.DataFrame) -> Figure:
         column[1].set_xlabel("blocks")
     axes[0][0].set_ylabel("time to all nodes [s]")
     axes[1][0].set_ylabel("until all are served [s]")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    handles, _ = axes[0][0].get_legend_handles_labels()
+    handles.append(Line2D([], [], label=f"fewest within {_ENOUGH - 1:.0%} of the best", **_RING))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     say_backend(figure, frame)
     return figure
 
@@ -62,9 +65,9 @@ def _lines(axis: Axes, rows: pd.DataFrame, value: str) -> None:
         color = _COLORS[bool(barrier)]
         axis.plot(line.blocks, line[value], color=color, marker=marker, dashes=(1, 0) if few else (3, 1.2), label=label)
         elbow = line[line[value] <= _ENOUGH * line[value].min()].iloc[0]
-        axis.plot(elbow.blocks, elbow[value], marker="o", markersize=9, fillstyle="none", color="black", linewidth=0)
+        axis.plot(elbow.blocks, elbow[value], **_RING)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(sorted(rows.blocks.unique())))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, 1.08 * rows[value].max())

@@ -76,6 +76,7 @@ def draw(frame: pd.DataFrame) -> Figure:
         in_use.set(title=model, xlabel="time [s]", ylabel="GPUs in use\n(window mean)", ylim=(0, None))
         cumulative.set(title=model, xlabel="time [s]", ylabel="GPU-seconds so far", ylim=(0, None))
         _gap_to_ideal(gap, rows, systems)
+        gap.set_title(model)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
     say_backend(figure, frame)
@@ -89,7 +90,9 @@ def _gap_to_ideal(axis: Axes, rows: pd.DataFrame, systems: Mapping[str, Look]) -
     axis.barh(range(len(others)), above, color=[systems[system].color for system in others], height=0.7)
     for place, value in enumerate(above):
         axis.annotate(f" {value:.0f} %", (value, place), va="center", fontsize=6)
-    axis.set(xlabel="above ideal [%]", yticks=range(len(others)), xlim=(0, max([*above, 1.0]) * 1.25))
-    axis.set_yticklabels([systems[system].label for system in others], fontsize=6)
+    axis.set(xlabel="GPU time\nabove ideal [%]", xlim=(0, max([*above, 1.0]) * 1.25))
+    axis.set_yticks(range(len(others)), [""] * len(others))
+    for place, system in enumerate(others):  # as texts, which marks can be added to
+        axis.text(-0.06, place, systems[system].label, fontsize=6, ha="right", va="center", transform=axis.get_yaxis_transform())
     axis.grid(visible=False, axis="y")
     axis.invert_yaxis()

@@ -48,7 +48,7 @@ def draw(frame: pd.DataFrame) -> Figure:
             axis.set_visible(bool(drawn))
     handles = [Line2D([], [], color=look.color, label=look.label, linewidth=1.6) for look in systems.values()]
     handles += [Line2D([], [], color="0.3", label=side, **style) for side, style in _SIDES.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(systems))
     say_backend(figure, frame)
     return figure
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -82,6 +84,12 @@ FIGURES: dict[str, FigureModule] = {
 #: Figures of what was measured on lent machines, and the script that makes their table: no study has them.
 MEASURED: dict[str, tuple[FigureModule, str]] = {"gpu_live": (gpu_live, "scripts/gpu_figures.py --compare")}
 
+# Formats of a figure, and what matplotlib would write into them that differs between equal drawings.
+_FORMATS: dict[str, Mapping[str, None]] = {
+    ".pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    ".png": {"Software": None},
+}
+
 
 def figures_in(directory: Path) -> list[str]:
     """Return the figures to draw from a folder of tables: all of studies, and those measured ones whose table it has."""
@@ -97,19 +105,31 @@ def _module(name: str) -> FigureModule:
 
 
 def render(name: str, table: pd.DataFrame, out: Path) -> list[Path]:
-    """Draw a figure from its table as PDF and PNG, byte-identical for equal tables; return their paths. UserError as ``tidy``."""
+    """Draw a figure from its table as PDF and PNG, byte-identical for equal tables; return their paths.
+
+    Each is written as a whole or not at all. UserError as ``tidy``, and for a folder that cannot be written.
+    """
     module = _module(name)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name}.pdf", out / f"{name}.png"]
     with styled():
         figure = module.draw(module.tidy(table))
         mark_setups(figure, table)
         try:
-            figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
-            figure.savefig(paths[1], metadata={"Software": None})
+            return [_saved(figure, out / f"{name}{suffix}", metadata) for suffix, metadata in _FORMATS.items()]
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
         finally:
             plt.close(figure)
-    return paths
+
+
+def _saved(figure: Figure, path: Path, metadata: Mapping[str, None]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        figure.savefig(temporary, metadata=metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def load_table(directory: Path, name: str) -> pd.DataFrame:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from lambdascale.core import UserError
 from lambdascale.figures.style import PAGE_IN, log_ticks, looks, require_columns, require_one_backend, say_backend, sizes_in_order
@@ -44,9 +47,11 @@ _LABELS: Mapping[str, tuple[str, float]] = {
 }
 _UNITS = {"GB/s": 1e9, "Gb/s": 1e9 / 8, "GiB": 2.0**30}
 _MEASURES = {"p90": "P90 TTFT, {} / λScale", "gpu": "GPU time below {} [%]"}
+# Behind values, so that no line runs through them.
+_PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
 # Look of the value at the left (-1) and right (1) end of a bar.
 _BESIDE: Mapping[int, Mapping[str, Any]] = {
-    side: {"textcoords": "offset points", "fontsize": 5, "va": "center", "ha": ha, "zorder": 4}
+    side: {"textcoords": "offset points", "fontsize": 5, "va": "center", "ha": ha, "zorder": 4, "bbox": _PAPER}
     for side, ha in ((-1, "right"), (1, "left"))
 }
 
@@ -84,7 +89,8 @@ def _shown(setting: str, value: str) -> str:
         if value.endswith(unit):
             number, scale = value.removesuffix(unit), factor
     try:
-        return f"{float(number) * scale * _LABELS.get(setting, ('', 1.0))[1]:.3g}"
+        shown = float(number) * scale * _LABELS.get(setting, ("", 1.0))[1]
+        return f"{shown:.0f}" if abs(shown) >= 1000 else f"{shown:.3g}"
     except ValueError:
         return value.replace("_", " ")
 
@@ -107,8 +113,20 @@ def draw(frame: pd.DataFrame) -> Figure:
             axis.set_title(
                 f"{_MEASURES[measure].format(look.label)}, {model.removeprefix('llama2_').upper()}", fontsize=6.5, loc="left"
             )
+    figure.legend(handles=_key(), loc="outside upper center", ncols=5, fontsize=6)
     say_backend(figure, frame)
     return figure
+
+
+def _key() -> list[Artist]:
+    """Lines, areas and marks that all panels share."""
+    return [
+        Line2D([], [], color="black", linewidth=0.8, label="as configured"),
+        Patch(facecolor="0.85", label="its interval of 95 %"),
+        Line2D([], [], color="#B00020", linewidth=1.0, label="no difference"),
+        Patch(facecolor="none", edgecolor="0.75", hatch="////", label=f"the paper's {_PUBLISHED[0]:g} to {_PUBLISHED[1]:g}"),
+        Line2D([], [], color="0.4", linewidth=0, marker="|", markersize=5, label="with the value beside it"),
+    ]
 
 
 def _order(rows: pd.DataFrame, measure: str) -> list[str]:

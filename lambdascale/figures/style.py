@@ -149,7 +149,8 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], figure: str) ->
 
 def say_backend(figure: Figure, frame: pd.DataFrame) -> None:
     """Write the backends of the rows (simulated, live, reference) onto the figure."""
-    kinds = sorted(set(frame.backend))
+    # A row that has both sides of a comparison says "live and sim".
+    kinds = sorted({kind for backend in set(frame.backend) for kind in backend.split(" and ")})
     words = {"sim": "simulated", "live": "live", "reference": "reference"}
     figure.text(
         0.998, 0.995, " and ".join(words.get(k, k) for k in kinds), ha="right", va="top", fontsize=6, style="italic", alpha=0.7

@@ -80,7 +80,7 @@ class Load:
 
     @property
     def ended(self) -> bool:
-        """Return True if nothing more will land."""
+        """Return True once the load has ended or failed: no further block of it arrives."""
         return self._ended.is_set()
 
     def end(self, error: Exception | None) -> None:

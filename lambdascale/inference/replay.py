@@ -31,7 +31,7 @@ _FIRST_LAYERS = 2
 
 
 class Abandoned(Exception):
-    """Something more urgent than a recording is to be done."""
+    """Ends the recording of a CUDA graph, since more urgent work waits."""
 
 
 class Replay:
@@ -208,7 +208,7 @@ class Replays:
         return sum(map(self.has, self._made))
 
     def serves(self, form: Form) -> bool:
-        """Return True if an iteration of this form, which is due, is to be run here; False if it is to do without a graph."""
+        """Return True if a due iteration of this form runs by a graph, recorded first if need be; False: without a graph."""
         if self.has(form) or pays(form, self._missed[form]):
             return True
         self._missed[form] += 1

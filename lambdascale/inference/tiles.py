@@ -74,7 +74,10 @@ class Tuning:
         return next((each.tile for each in self.added if rows <= each.rows and outputs <= each.outputs), None)
 
     def summed(self, rows: int, hidden: int) -> int:
-        """Return the hidden states of which a program of such a product leaves the sum of squares, for the norm that follows."""
+        """Return the outputs per program of a product that adds to hidden states of width ``hidden``, in ``rows`` rows.
+
+        Each program leaves the sum of squares of its outputs to the norm that follows.
+        """
         found = self.adding(rows, hidden)
         assert found is not None, "so few rows have tiles"
         return found.outputs

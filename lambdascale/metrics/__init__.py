@@ -1,7 +1,7 @@
 """Tables and numbers from the raw events of a run. Watches runs, never influences them; drawing is in figures/."""
 
 from lambdascale.metrics.compare import comparison, print_comparison
-from lambdascale.metrics.files import read_table, write_json, write_table, write_whole
+from lambdascale.metrics.files import read_table, whole, write_json, write_table, write_whole
 from lambdascale.metrics.over_time import over_time
 from lambdascale.metrics.recorder import Recorder
 from lambdascale.metrics.sinks import FilesLogger, FinishedRun, RunLogger
@@ -23,6 +23,7 @@ __all__ = [
     "read_table",
     "requests_table",
     "summarise",
+    "whole",
     "write_json",
     "write_table",
     "write_whole",

@@ -37,7 +37,7 @@ class Run(Protocol):
         ...
 
     def last_s(self) -> float:
-        """Return the seconds that its last iteration takes."""
+        """Return the seconds that the last iteration of the run takes."""
         ...
 
     def end(self) -> None:

@@ -6,6 +6,10 @@ import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lambdascale.core import UserError
+
+_TABLE = "reliability.csv"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -24,11 +28,21 @@ class Row:
     command: str
 
 
+def check_writable(folder: Path) -> None:
+    """Create a folder when it is missing; UserError if no row could be added in it, before a trial takes its time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _TABLE).open("a"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {folder / _TABLE}: {error.strerror or error}") from error
+
+
 def add_row(row: Row, folder: Path) -> None:
-    """Append a row to ``reliability.csv`` in a folder; both are created when missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "reliability.csv"
-    new = not path.exists()
+    """Append a row to ``reliability.csv`` in a folder; both are created when missing. UserError if that fails."""
+    check_writable(folder)
+    path = folder / _TABLE
+    new = not path.stat().st_size
     cells = asdict(row)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(cells))

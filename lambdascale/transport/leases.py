@@ -69,7 +69,10 @@ class Lease:
 
 
 def is_held(descriptor: int, number: int) -> bool:
-    """Return True while somebody holds the lock on the file, which the caller has opened by itself; False if it is closed."""
+    """Return True while another open description of the file holds the lock ``number``.
+
+    ``descriptor``: of a file that the caller has opened itself, since a description never conflicts with its own locks.
+    """
     try:
         _lock(descriptor, fcntl.F_WRLCK, number)
     except OSError as error:

@@ -281,9 +281,10 @@ class SocketEndpoint(ABC, Generic[C]):
             self.disconnect(peer)
 
     def forget(self, connection: C, lost: str = "") -> None:
-        """Forget a connection that is over, as it asks. ``lost``: the reason to tell the node, "" after a goodbye.
+        """Forget a connection that is over; the connection itself calls this.
 
-        The node is told once of each connection, and not of one that it has disconnected or that has been forgotten before.
+        ``lost``: the reason to tell the node, "" after a goodbye. The node is told once of each connection, and not of one that
+        it has disconnected or that has been forgotten before.
         """
         with self._telling:
             with self._lock:

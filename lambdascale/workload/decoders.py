@@ -54,7 +54,7 @@ class Decoder(ABC):
     ``hint`` ends the message about a malformed row.
     """
 
-    hint = " (skip_bad_rows=true leaves such rows out)"
+    hint = " (workload.skip_bad_rows=true leaves such rows out)"
 
     def __init__(self, path: str, unit: TimeUnit = "s") -> None:
         self.path = path
@@ -257,7 +257,8 @@ class JsonDecoder(Decoder):
         except RecursionError:
             raise BadRow("the line is nested too deeply") from None
         except (UnicodeError, msgspec.MsgspecError) as error:
-            raise BadRow(f"{error}, in {shown(text)}") from None
+            hint = "" if text.lstrip().startswith("{") else " (workload.format=csv reads CSV)"
+            raise BadRow(f"{error}, in {shown(text)}{hint}") from None
         if self._names.rows is None:
             return [self._row(found, self._session(found))]
         session = found.session if self._names.session else f"line {number}"

@@ -172,6 +172,9 @@ def _retrieve(source: TraceSource, expected: str | None, out: Path) -> Path:
         raise UserError(f"{out / source.filename} exists without a recorded SHA-256; move it away to download the trace")
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    try:
         found = pooch.retrieve(
             source.url,
             known_hash=expected and f"sha256:{expected}",

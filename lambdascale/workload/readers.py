@@ -72,7 +72,10 @@ class TimedTrace(TokenTrace):
         self._within("block_tokens", low=1)
         self._within("session_gap_s", low=0.0)
         for only in ("parent_column", "hash_column", "rows_column"):
-            require(self.format == "jsonl" or getattr(self, only) is None, f"{name}.{only} needs format=jsonl, not {self.format}")
+            require(
+                self.format == "jsonl" or getattr(self, only) is None,
+                f"{name}.{only} needs format=jsonl, not {self.format}: set workload.{only}=null",
+            )
         require(self.block_tokens is None or self.hash_column is not None, f"{name}.block_tokens needs a hash_column")
         require(self.parent_column is None or self.session_column is not None, f"{name}.parent_column needs a session_column")
         require(self.parent_column is None or self.rows_column is None, f"{name} has a parent_column or a rows_column, not both")

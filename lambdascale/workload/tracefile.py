@@ -76,7 +76,7 @@ class TraceFile(WindowedWorkload):
         notes, span = found.notes, self._span(found.notes)
         if notes.first_fault is not None and not self.skip_bad_rows:
             line, fault = notes.first_fault
-            raise TraceError(f"{self.path}:{line}: {fault} (skip_bad_rows=true leaves such rows out)")
+            raise TraceError(f"{self.path}:{line}: {fault}{Decoder.hint}")
         self._check(notes)
         if not span.count:
             raise TraceError(f"{self.path}: {notes.why_empty()}")

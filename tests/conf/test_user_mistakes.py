@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,14 +10,33 @@ import pytest
 
 from lambdascale.cli.guard import run_guarded
 from lambdascale.cli.main import main as lambdascale_main
+from lambdascale.experiments.jobs import failed
+from lambdascale.experiments.mistakes import user_message
+from lambdascale.experiments.outcomes import Outcome
 from lambdascale.experiments.sweep import main as run_main
 
+ROOT = Path(__file__).resolve().parents[2]
 MISTAKES = {
     "a missing trace": (["workload=azure", "workload.path=nowhere.csv"], "nowhere.csv"),
     "no trace named": (["workload=azure"], "workload.path"),
     "a misspelt key": (["sede=2"], "sede"),
     "a misspelt key in a group": (["system.blokcs=3"], "blokcs"),
-    "a misspelt group": (["sytem=faasnet"], "sytem"),
+    "a misspelt group": (["sytem=faasnet"], "unknown key sytem; did you mean system?"),
+    "a misspelt part": (["system.strat.sources=2"], "unknown key system.strat; did you mean system.start? (+system.strat=VALUE"),
+    "a key unlike all": (["foo=2"], "unknown key foo; a run has backend, cluster"),
+    "a key that is added to the run": (["+sede=2"], "unknown key sede"),
+    "a key that is added to a part that has no such": (["+system.start.foo=1"], "system.start: MulticastStart has no key foo"),
+    "a key of another workload": (["workload=run", "workload.path=x", "+workload.lengths=azure"], "no key lengths (an"),
+    "a word that sets nothing": (["e2e_trace"], "'e2e_trace' is not a setting KEY=VALUE: missing EQUAL"),
+    "two equal signs": (["a=b=c"], "'a=b=c' is not a setting KEY=VALUE"),
+    "a number as a choice": (["backend@x=1"], "a choice of a group is a name"),
+    "an unknown option": (["--mulirun"], "unknown option --mulirun"),
+    "options between settings": (["workload=burst", "--cfg", "job", "system.blokcs=3"], "blokcs"),
+    "a search path that is none": (["hydra.searchpath=[/nowhere]"], "hydra.searchpath: /nowhere is not a folder"),
+    "a module that is none": (["system.start.planner._target_=starr.Star"], "cannot import starr.Star: No module named 'starr'"),
+    "a class that is none": (["system.start.planner._target_=errno.Star"], "cannot import errno.Star: module 'errno' has no"),
+    "a module with a fault": (["system.start.planner._target_=faulty.Star"], "cannot import faulty.Star: NameError: name 'Tru'"),
+    "a planner that plans nothing": (["system.start.planner._target_=faulty2.Star"], "faulty2.Star lacks plan of Multicast"),
     "a setting of an earlier version": (["workload=burstgpt", "workload.drop_failures=true"], "workload.failures=drop"),
     "another setting of an earlier version": (
         ["workload=azure", "+workload.zero_tokens=drop", "workload.path=x"],
@@ -57,6 +77,15 @@ MISTAKES = {
     "a folder that holds something else": (["out=OUT"], "out="),
     "a path that no system has": (['out="a\0b"'], "out must not contain a null byte"),
 }
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of a user's on Python's path."""
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "faulty.py").write_text("shift = Tru\n")
+    (folder / "faulty2.py").write_text("class Star:\n    def __init__(self, **_): pass\n")
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -112,3 +141,62 @@ def test_a_simulation_that_does_not_end(tmp_path: Path, capsys: pytest.CaptureFi
     assert "has had max_events=700 events" in complaint
     assert complaint.count("\n") == 1
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_output_that_nobody_reads() -> None:
+    """A command whose output is cut by another (``| head``) ends without a word."""
+    code = "import sys; from lambdascale.cli.guard import run_guarded; sys.exit(run_guarded(lambda: print('x\\n' * 1_000_000)))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.readline()
+        command.stdout.close()
+        assert command.stderr.read() == ""
+    assert command.returncode == 141
+
+
+@pytest.mark.parametrize("arguments", [["scripts/figures.py", "--only", "fig01_burstiness"], ["scripts/reference.py"]])
+def test_an_output_that_cannot_be_written(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, *arguments, "--out", str(tmp_path / "file" / "x")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert str(tmp_path / "file" / "x") in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "about"),
+    [
+        (["quickstart.py", "system=faasnet"], "system=faasnet: the quickstart compares its five systems"),
+        (["quickstart.py", "--sytem"], "unrecognized arguments: --sytem (see quickstart --help)"),
+        (["log_wandb.py"], "FOLDER"),
+        (["figures.py", "--only", "fig99"], "unknown figure 'fig99'"),
+        (["scaleout_parts.py", "nowhere"], "nowhere has no timelines"),
+        (["tables.py", "--tables", "nowhere"], "no table"),
+    ],
+)
+def test_scripts(arguments: list[str], about: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert about in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exploration_checks_its_table_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert lambdascale_main(["explore", "--seeds", "0:1000000", "--out", str(tmp_path / "file")]) == 2
+    assert "file/reliability.csv: " in capsys.readouterr().err
+
+
+def test_a_place_that_the_system_refuses() -> None:
+    """Permissions, a full disk: the user's to mend. A file that the package misses is a fault of the package."""
+    assert user_message(PermissionError(13, "Permission denied", "/x")) == "/x: Permission denied"
+    assert user_message(OSError(28, "No space left on device", "/x")) == "/x: No space left on device"
+    assert user_message(FileNotFoundError(2, "No such file or directory", "/x")) is None
+
+
+def test_a_fault_of_a_job_says_where_to_look() -> None:
+    outcome = Outcome(0, "")
+    failed(outcome, KeyError("x"))
+    assert (outcome.status, outcome.error) == (1, "internal error: KeyError: 'x' (LAMBDASCALE_DEBUG=1 shows where)")

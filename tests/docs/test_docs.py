@@ -192,6 +192,15 @@ def test_the_reference_is_current() -> None:
 
 def test_every_key_has_a_meaning() -> None:
     assert undocumented() == []
+    assert not re.findall(r"^.*\|  \|$", reference(), re.MULTILINE), "of elements of lists, too"
+
+
+def test_keys_of_a_part_are_not_those_of_a_list() -> None:
+    """An element of a list has keys with []; an optional part has its own: cluster.start.process_s is set as it stands."""
+    keys = re.findall(r"^\| `([\w.\[\]]+)` \|", reference(), re.MULTILINE)
+    listed = {key.partition("[]")[0] for key in keys if "[]" in key}
+    assert listed == {"cluster.overrides", "cluster.compute.measured"}
+    assert "cluster.start.process_s" in keys
 
 
 def test_the_site_builds(tmp_path: Path) -> None:

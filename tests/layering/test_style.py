@@ -192,3 +192,15 @@ def test_reasons_pass() -> None:
         "pytest.skip(str(error))\npytest.importorskip('a', reason='needs a')\n"
         "@pytest.mark.skipif(x, reason='needs x')\ndef f(): ...\nqueue.skip()"
     )
+
+
+def test_every_option_has_a_help_text() -> None:
+    """Options of scripts included: a bare ``--nodes NODES`` tells neither the meaning nor the default."""
+    lacking = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+                given = {keyword.arg for keyword in node.keywords}
+                if not given & {"help", "version"}:
+                    lacking.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not lacking

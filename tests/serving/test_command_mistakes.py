@@ -32,6 +32,7 @@ COMMAND = str(Path(sys.executable).with_name("lambdascale"))
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one"),
         ),
         (["--model", "tiny", "--blocks", "99"], "blocks"),
+        (["--model", "tiny", "--blocks", "8", "--rdma-port", "1"], "--rdma-port needs --transport rdma, not shm"),
         (["--model", "tiny", "--port", "99999"], "99999"),
         (["--model", "tiny", "--queue-requests", "0"], "--queue-requests"),
         (["--model", "tiny", "--api-key", "@/nowhere"], "@/nowhere"),

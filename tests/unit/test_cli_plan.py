@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lambdascale.cli.main import main
+from lambdascale.experiments.compose import conf_dir
+from lambdascale.explore.scenario import preset
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
@@ -14,6 +17,14 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, objec
     document = json.loads(capsys.readouterr().out)
     assert isinstance(document, dict)
     return document
+
+
+def test_a_system_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tmp_path / "mine.yaml"
+    given.write_text((conf_dir() / "system" / "faasnet.yaml").read_text())
+    settings = ("--destinations", "5", "--blocks", "3")
+    assert plan(capsys, "--system", str(given), *settings) == plan(capsys, "--system", "faasnet", *settings)
+    assert preset(str(given)) == preset("faasnet")
 
 
 @pytest.mark.parametrize("system", ["lambdascale", "faasnet", "nccl_broadcast"])

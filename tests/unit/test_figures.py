@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from lambdascale.core import UserError
 from lambdascale.experiments.compose import conf_dir
 from lambdascale.figures.registry import FIGURES, load_table, render
-from lambdascale.figures.style import looks, mark_setups, styled
+from lambdascale.figures.style import looks, mark_setups, say_backend, styled
 
 TABLES = conf_dir().parent / "results" / "tables"
 
@@ -90,6 +90,30 @@ def test_rows_of_two_backends_do_not_make_one_line(name: str, tables: dict[str, 
         render(name, table, tmp_path)
 
 
+def test_a_figure_is_drawn_as_a_whole_or_not_at_all(
+    tables: dict[str, pd.DataFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle leaves the old file, and none that looks finished."""
+    old = tmp_path / "fig01_burstiness.png"
+    old.write_bytes(b"old")
+
+    def interrupted(figure: Figure, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        render("fig01_burstiness", tables["fig01_burstiness"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+    assert old.read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_written(tables: dict[str, pd.DataFrame], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        render("fig01_burstiness", tables["fig01_burstiness"], tmp_path / "file")
+
+
 def test_an_unknown_figure_and_a_missing_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose from fig01"):
         load_table(tmp_path, "../secrets")
@@ -118,3 +142,34 @@ def test_set_ups_that_were_not_measured_are_marked() -> None:
     shown = {text.get_text() for text in figure.findobj(Text)}
     assert {"NCCL†", "NCCL, no set-up", "λScale", "P90 TTFT, NCCL† / λScale"} <= shown
     assert any("up to 12 ranks: one sample" in text for text in shown)
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text()]
+
+
+def test_rows_with_both_sides_are_live_and_simulated() -> None:
+    with styled():
+        figure = plt.figure()
+        say_backend(figure, pd.DataFrame({"backend": ["live and sim"]}))
+        assert texts(figure) == ["live and simulated"]
+        plt.close(figure)
+
+
+def test_bars_are_marked_as_the_legend_is(tables: dict[str, pd.DataFrame]) -> None:
+    table = tables["fig11_gpus"].assign(setup="")
+    table.loc[table.system == "nccl_broadcast", "setup"] = "up to 12 ranks: one sample"
+    with styled():
+        figure = FIGURES["fig11_gpus"].draw(FIGURES["fig11_gpus"].tidy(table))
+        mark_setups(figure, table)
+        assert texts(figure).count("NCCL†") == 1 + table.model.nunique(), "the legend, and the bars of each model"
+        plt.close(figure)
+
+
+def test_rings_and_areas_are_explained(tables: dict[str, pd.DataFrame]) -> None:
+    for name, explained in (("ablation_blocks", "fewest within 10% of the best"), ("sensitivity", "its interval of 95 %")):
+        with styled():
+            figure = FIGURES[name].draw(FIGURES[name].tidy(tables[name]))
+            assert explained in texts(figure)
+            assert "1e+03" not in texts(figure)
+            plt.close(figure)

@@ -305,3 +305,25 @@ class TestCommand:
         assert about in complaint
         assert complaint.count("\n") == 1
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["pack", "smollm2", "DST", "--seed", "1"], "--seed is for --random"),
+        (["pack", "--random", "tiny", "DST", "--blocks", "4", "--nodes", "3"], "are for --blocks auto, not --blocks 4"),
+        (["pack", "--random", "tiny", "DST", "--blocks", "4", "--profile", "testbed2"], "are for --blocks auto, not --blocks 4"),
+        (["multicast", "--model", "PACKED", "--blocks", "8"], "--blocks is for built-in models"),
+        (["serve", "--model", "PACKED", "--blocks", "8", "--no-view"], "--blocks is for built-in models"),
+        (["serve", "--model", "PACKED", "--dtype", "fp16", "--no-view"], "--dtype is for built-in models"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["pack", "--random", "tiny", str(packed), "--blocks", "4"]) == 0
+    places = {"DST": str(tmp_path / "dst"), "PACKED": str(packed)}
+    assert main([places.get(argument, argument) for argument in arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()

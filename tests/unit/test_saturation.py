@@ -126,6 +126,7 @@ class TestCommand:
             (["workload.rate_rps=0"], "to raise"),
             (["experiment=quickstart", "workload.rate_scale=0"], "to raise"),
             (["workload.duration_s=3"], "too few"),
+            (["workload=bursty", "workload.duration_s=20"], "too few"),  # the rate of any workload is scaled
             (["workload.nonsense=3"], "nonsense"),
         ],
     )

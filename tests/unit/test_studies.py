@@ -87,6 +87,15 @@ class TestCommandLines:
 
     def test_what_is_no_study(self) -> None:
         assert load_study(["experiment=quickstart"]) is None
+
+    def test_a_study_outside_the_checkout(self, tmp_path: Path) -> None:
+        (tmp_path / "experiment").mkdir()
+        text = (conf_dir() / "experiment" / "fig08_rampup.yaml").read_text()
+        (tmp_path / "experiment" / "mine.yaml").write_text(text)
+        found = load_study([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"])
+        assert found == load_study(["experiment=fig08_rampup"])
+        assert found is not None
+        assert all(in_pool(line) for line in command_lines(found, [f"hydra.searchpath=[{tmp_path}]", "experiment=mine"]))
         assert load_study(["experiment=fig07_multicast,fig08_rampup"]) is None
         assert load_study([]) is None
 
@@ -163,6 +172,20 @@ def test_the_other_form_of_a_table_gives_way(tmp_path: Path) -> None:
     assert write_frame(small, tmp_path / "t").suffix == ".csv"
     assert write_frame(large, tmp_path / "t").suffix == ".parquet"
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_an_interrupted_table_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = write_frame(pd.DataFrame({"a": [1]}), tmp_path / "t")
+
+    def interrupted(self: pd.DataFrame, path: Path, **_: object) -> None:
+        path.write_text("a\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_frame(pd.DataFrame({"a": [2, 3]}), tmp_path / "t")
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    assert old.read_text() == "a\n1\n"
 
 
 # -- rows of tables ------------------------------------------------------------------------------------------------------

@@ -196,10 +196,14 @@ class TestTimedTrace:
         with pytest.raises(TraceError, match=r"y.jsonl:1: Expected `float`, got `str`"):
             read(TimedTrace(path=dated))
 
+    def test_csv_read_as_json_lines(self, write: Write) -> None:
+        with pytest.raises(TraceError, match=r":1: .*, in 'when,in,out' \(workload.format=csv reads CSV\)"):
+            read(TimedTrace(path=write("when,in,out\n1,2,3\n")))
+
     @pytest.mark.parametrize(
         ("settings", "complaint"),
         [
-            ({"format": "csv"}, "hash_column needs format=jsonl"),
+            ({"format": "csv"}, r"hash_column needs format=jsonl, not csv: set workload\.hash_column=null"),
             ({"block_tokens": 16, "hash_column": None}, "block_tokens needs a hash_column"),
             ({"parent_column": "p"}, "parent_column needs a session_column"),
             ({"rows_column": "requests"}, "belong together"),

@@ -158,12 +158,12 @@ class TestChanges:
 class TestMistakes:
     def test_lines_are_counted_over_blocks(self, write: Write, small: Path) -> None:
         path = write(AZURE + rows(700) + "x,1,1\n" + rows(100))
-        with pytest.raises(TraceError, match=r"trace.csv:702: TIMESTAMP must look like .*\(skip_bad_rows=true"):
+        with pytest.raises(TraceError, match=r"trace.csv:702: TIMESTAMP must look like .*\(workload.skip_bad_rows=true"):
             AzureTrace(path=path).requests(models=["m"], seed=0)
         assert not list(small.iterdir()), "a file that is refused leaves no index"
         loaded = AzureTrace(path=path, skip_bad_rows=True).load(models=["m"], seed=0)
         assert (len(loaded.requests), loaded.provenance.rows, loaded.provenance.skipped_rows) == (800, 801, 1)
-        with pytest.raises(TraceError, match=r"trace.csv:702: TIMESTAMP must look like .*\(skip_bad_rows=true"):
+        with pytest.raises(TraceError, match=r"trace.csv:702: TIMESTAMP must look like .*\(workload.skip_bad_rows=true"):
             AzureTrace(path=path).requests(models=["m"], seed=0)
 
     def test_a_request_without_tokens_outside_the_window(self, write: Write) -> None:

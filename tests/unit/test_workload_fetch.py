@@ -96,6 +96,13 @@ def test_a_broken_download_without_digest_leaves_nothing_either(upstream: str, t
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_written(upstream: str, tmp_path: Path) -> None:
+    """The folder is named, not the server: nothing was asked of that."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        fetch("it", tmp_path / "file" / "x", registry(f"{upstream}/trace.txt", DIGEST))
+
+
 def test_no_server(upstream: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot download"):
         fetch("it", tmp_path, registry("http://127.0.0.1:1/trace.txt", DIGEST))

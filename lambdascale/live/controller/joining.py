@@ -81,7 +81,7 @@ class Joining:
         self._introduce()
 
     def connected(self, node: NodeId, message: wire.Connected) -> None:
-        """Note that a node has connected to those that it has to connect to."""
+        """Note that a node has connected to all nodes with lower ids in its directory."""
         listed = self._directory.get(node)
         if listed is not None and message.number <= self._number:
             listed.answered = max(listed.answered, message.number)

@@ -165,6 +165,6 @@ class RecordedCompute(Compute):
 
 
 def recorded(folder: str, node: NodeId, slot_tokens: int, store: BlockStore) -> tuple[Callable[..., Compute], TorchExecutor]:
-    """Return what makes a node's compute, and its executor, with one timeline in ``folder``."""
+    """Return a factory of a node's Compute and an executor, which both write to the node's timeline in ``folder``."""
     timeline = Timeline(Path(folder), node)
     return partial(RecordedCompute, timeline=timeline), RecordedExecutor(store, slot_tokens, timeline)

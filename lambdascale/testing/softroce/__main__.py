@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=300.0, metavar="S", help="time limit in seconds (default: %(default)s)")
     parser.add_argument("--memory-mib", type=int, default=3072, metavar="N", help="memory in MiB (default: %(default)s)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder to mount as the machine's /run/results")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="command to run in the machine")
     return parser
 
 
