@@ -58,13 +58,17 @@ class Iteration:
 
 
 class ComputeModel:
-    """Iteration times of one model on one node, in seconds. ``share`` is the part of the model a stage holds."""
+    """Iteration times of one model on one node, in seconds. ``share`` is the part of the model a stage holds.
 
-    def __init__(self, node: NodeSpec, model: ModelSpec) -> None:
+    ``slowdown``: all of them are so many times as long as the node's engine takes.
+    """
+
+    def __init__(self, node: NodeSpec, model: ModelSpec, slowdown: float = 1.0) -> None:
         gpu, reached = node.gpu, node.compute
-        flops = gpu.peak_flops * reached.flops_efficiency
-        bandwidth = float(gpu.hbm_bytes_per_s) * reached.bandwidth_efficiency
-        self._overhead_s = reached.iteration_overhead_s
+        flops = gpu.peak_flops * reached.flops_efficiency / slowdown
+        bandwidth = float(gpu.hbm_bytes_per_s) * reached.bandwidth_efficiency / slowdown
+        self._slowdown = slowdown
+        self._overhead_s = slowdown * reached.iteration_overhead_s
         self._weights_s = model.size_bytes / bandwidth
         self._token_s = 2 * model.params / flops
         self._kv_token_s = model.kv_bytes_per_token / bandwidth
@@ -72,7 +76,7 @@ class ComputeModel:
         self._pair_s = 4 * model.layers * model.hidden / flops
         self._table = next((table for table in reached.measured if table.model == model.name), None)
         if self._table is not None:
-            self._kv_token_s = self._table.decode_s_per_context_token
+            self._kv_token_s = slowdown * self._table.decode_s_per_context_token
         self._decodes = _Bases(self)
 
     @property
@@ -110,7 +114,7 @@ class ComputeModel:
     def base_s(self, decodes: int, prefill_tokens: int) -> float:
         """Seconds for an iteration of the whole model without its overhead, reads of KV cache and attention of prefills."""
         if self._table is not None:
-            return _measured_s(self._table, decodes, prefill_tokens)
+            return self._slowdown * _measured_s(self._table, decodes, prefill_tokens)
         compute = (decodes + prefill_tokens) * self._token_s
         return compute if compute > self._weights_s else self._weights_s
 

@@ -32,6 +32,8 @@ _LABELS: Mapping[str, tuple[str, float]] = {
     "link_bytes_per_s": ("link [Gb/s]", 8e-9),
     "engine_of_bandwidth": ("engine [of bandwidth]", 1.0),
     "prefill_of_flops": ("prefill [of peak]", 1.0),
+    "reckoned_speed": ("engine reckoned with [x]", 1.0),
+    "reckoned_links": ("links reckoned with [x]", 1.0),
     "hop_latency_s": ("hop latency [µs]", 1e6),
     "send_start_up_s": ("start of a send [µs]", 1e6),
     "request_rate": ("requests [x]", 1.0),

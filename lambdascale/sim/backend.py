@@ -62,18 +62,22 @@ class SimConfig:
     ``node_failures``: (node, time in seconds) pairs.
 
     ``slow_nodes``: (node, share) pairs; such a node's NIC has that share of the cluster's rate, unknown to the control plane.
+    ``unforeseen_slowdown``: every iteration takes so many times as long as the control plane reckons; below 1, it is faster.
     """
 
     transfers: TransferOptions = field(default_factory=TransferOptions)
     pool: Pool = field(default_factory=WarmPool)
     node_failures: tuple[tuple[int, float], ...] = ()
     slow_nodes: tuple[tuple[int, float], ...] = ()
+    unforeseen_slowdown: float = 1.0
 
     def __post_init__(self) -> None:
         """Validate."""
         for name in ("node_failures", "slow_nodes"):
             object.__setattr__(self, name, tuple(tuple(pair) for pair in getattr(self, name)))
         check_types(self)
+        slowdown = self.unforeseen_slowdown
+        require(slowdown > 0, f"backend.unforeseen_slowdown must be positive, not {slowdown!r}")
         for failure in self.node_failures:
             require(len(failure) == 2 and failure[1] >= 0, f"backend.node_failures takes [node, time] pairs, not {failure!r}")
         for slow in self.slow_nodes:
@@ -124,6 +128,7 @@ class SimBackend:
         token_times: bool = False,
     ) -> None:
         self._cluster = cluster
+        self._slowdown = config.unforeseen_slowdown
         self._limits = batching
         self._models = {model.name: model for model in models}
         self._compute: dict[tuple[NodeSpec, str], ComputeModel] = {}
@@ -281,7 +286,7 @@ class SimBackend:
         if timing is None:
             kind = self._cluster.node(node), model.name
             if kind not in self._compute:
-                self._compute[kind] = ComputeModel(kind[0], model)
+                self._compute[kind] = ComputeModel(kind[0], model, self._slowdown)
             timing = self._timings[node, model.name] = self._compute[kind]
         return timing
 

@@ -331,6 +331,7 @@ def test_a_lost_source_of_moving_kv_fails_the_instance_that_waits_for_it() -> No
         ({"node_failures": ((0, 1.0, 2.0),)}, "node_failures must be"),
         ({"slow_nodes": ((0, 0.0),)}, r"backend.slow_nodes takes \[node, share up to 1\] pairs, not \(0, 0.0\)"),
         ({"slow_nodes": ((0, 1.1),)}, "backend.slow_nodes takes"),
+        ({"unforeseen_slowdown": 0.0}, "backend.unforeseen_slowdown must be positive, not 0.0"),
     ],
 )
 def test_settings_are_checked(config: dict[str, object], message: str) -> None:
