@@ -47,14 +47,31 @@ def ask(server: Server) -> str:
     return server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0).choices[0].text
 
 
-def listen(server: Server, heard: threading.Event | None = None) -> str:
-    """An answer as it comes; ``heard`` is set when it has begun."""
-    text = ""
+def listen(server: Server, begun: set[object] | None = None) -> str:
+    """An answer as it comes; from its first piece to its end it is in ``begun``."""
+    text, mine, begun = "", object(), set() if begun is None else begun
     for chunk in server.client.completions.create(model="tiny", prompt="life", max_tokens=200, temperature=0, stream=True):
+        begun.add(mine)
         text += chunk.choices[0].text
-        if heard is not None:
-            heard.set()
+    begun.discard(mine)
     return text
+
+
+def signal_all(pids: list[int], number: int) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def stop_within(server: Server, nodes: list[int], begun: set[object]) -> None:
+    """Stop nodes and controller while answers have begun; a moment in which none has is passed over."""
+    while True:
+        wait_for(lambda: bool(begun))
+        signal_all(nodes, signal.SIGSTOP)
+        time.sleep(0.3)  # what they had sent is received; the controller is more patient
+        if begun:
+            break
+        signal_all(nodes, signal.SIGCONT)
+    server.process.send_signal(signal.SIGSTOP)
 
 
 def last_error(request: Callable[[Server], str], server: Server) -> Exception:
@@ -111,15 +128,12 @@ def test_a_stopped_controller_replaces_its_nodes(tiny: Path) -> None:
 @pytest.mark.parametrize("killed", [False, True], ids=["they end", "they are killed"])
 def test_a_stopped_controller_that_may_not_replace_its_nodes(tiny: Path, killed: bool) -> None:
     """Open streams get an error with the reason once it goes on, and so does whoever waits or comes later."""
-    many, heard = 64, threading.Event()
+    many, begun = 64, set[object]()
     with ThreadPoolExecutor(many) as pool, serving(tiny, "--nodes", "2", "--restarts", "0") as server:
         nodes = server.nodes()[:2]
-        listening = [pool.submit(last_error, partial(listen, heard=heard), server) for _ in range(many)]
-        assert heard.wait(PATIENCE_S)
-        server.process.send_signal(signal.SIGSTOP)
-        if killed:  # else they complete what is in their batches
-            for pid in nodes:
-                os.kill(pid, signal.SIGKILL)
+        listening = [pool.submit(last_error, partial(listen, begun=begun), server) for _ in range(many)]
+        stop_within(server, nodes, begun)
+        signal_all(nodes, signal.SIGKILL if killed else signal.SIGCONT)  # these complete what is in their batches
         stop_until_they_left(server, nodes)
         errors = [each.result(PATIENCE_S) for each in listening]
         for error in errors:
