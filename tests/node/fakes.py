@@ -353,3 +353,14 @@ def run_until_tokens(cluster: FakeCluster, count: int) -> None:
     """Run until so many tokens were reported."""
     while len(cluster.tokens()) < count:
         cluster.run(steps=1)
+
+
+def move_to_replicas(cluster: FakeCluster, kv: KvPolicy) -> None:
+    """Start replicas 2 and 3 on nodes 0 and 1, and dissolve pipeline 1 of three nodes: its requests 1 to 4 go there in turn."""
+    done = {token.request_id for token in cluster.tokens() if token.finished}
+    cluster.serve(2, *stages(replica(0)))
+    cluster.serve(3, *stages(replica(1)))
+    moves = [(request_id, 2 + request_id % 2) for request_id in (1, 2, 3, 4) if request_id not in done]
+    cluster.switch(1, 0, moves, {2: 0, 3: 1}, kv)
+    if kv == "recompute":
+        cluster.stop(1, 1, 2)

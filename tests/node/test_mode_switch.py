@@ -15,7 +15,7 @@ from lambdascale.core.events import Event, RequestFinished, TokensProduced
 from lambdascale.inference.batch import Ticket
 from lambdascale.live import wire
 from lambdascale.live.controller.answers import Answers
-from tests.node.fakes import FakeCluster, FakeRunner, copy, expected_answer, replica, run_until_tokens, stages
+from tests.node.fakes import FakeCluster, FakeRunner, copy, expected_answer, move_to_replicas, replica, run_until_tokens, stages
 
 
 class Client:
@@ -44,13 +44,7 @@ def switched(kv: KvPolicy, moment: int, rng: random.Random | None = None, *, res
     cluster.run(rng, steps=moment)
     if reshape:
         cluster.repartition(1, 1, 0, [0, 1, 2], 3, "copy", *stages((2, 0, 1), (0, 2, 2), (1, 3, 3)))
-    done = {token.request_id for token in cluster.tokens() if token.finished}
-    cluster.serve(2, *stages(replica(0)))
-    cluster.serve(3, *stages(replica(1)))
-    moves = [(request_id, 2 + request_id % 2) for request_id in (1, 2, 3, 4) if request_id not in done]
-    cluster.switch(1, 0, moves, {2: 0, 3: 1}, kv)
-    if kv == "recompute":
-        cluster.stop(1, 1, 2)
+    move_to_replicas(cluster, kv)
     return cluster
 
 

@@ -15,7 +15,7 @@ from lambdascale.core.commands import KvPolicy
 from lambdascale.inference import BlockStore, StoreConfig
 from lambdascale.live.node import runners
 from lambdascale.live.node_memory import batch_slots
-from tests.node.fakes import LAYERS, SLOT_TOKENS, FakeCluster, replica, run_until_tokens, stages
+from tests.node.fakes import LAYERS, SLOT_TOKENS, FakeCluster, move_to_replicas, replica, run_until_tokens, stages
 from tests.unit.node_doubles import pack_tiny
 
 HALVES = stages((0, 0, 1), (1, 2, 3))
@@ -98,13 +98,7 @@ def test_a_replica_waits_for_the_memory_of_its_node_s_pipeline(kv: KvPolicy, mom
     cluster.serve(1, *stages((0, 0, 0), (1, 1, 2), (2, 3, 3)))
     cluster.assign(1, 0, 1, 2, 3, 4)
     cluster.run(rng, steps=moment)
-    done = {token.request_id for token in cluster.tokens() if token.finished}
-    cluster.serve(2, *stages(replica(0)))
-    cluster.serve(3, *stages(replica(1)))
-    moves = [(request_id, 2 + request_id % 2) for request_id in (1, 2, 3, 4) if request_id not in done]
-    cluster.switch(1, 0, moves, {2: 0, 3: 1}, kv)
-    if kv == "recompute":
-        cluster.stop(1, 1, 2)
+    move_to_replicas(cluster, kv)
     cluster.run(rng)
     cluster.check()
     assert [len(executor.open) for executor in cluster.executors] == [1, 1, 0]
